@@ -1,0 +1,1 @@
+"""Error rates of transcripts, and the reports on them."""

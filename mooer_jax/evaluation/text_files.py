@@ -1,0 +1,81 @@
+"""Files `text`: one transcript a line, `key<TAB>transcript`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+_SEPARATOR = re.compile(r"[ \t]")
+_BREAKS_KEY = re.compile(r"[ \t\r\n]")
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+
+
+def read_text(path: str | Path) -> dict[str, str]:
+  """Reads transcripts by key, in the order of the file.
+
+  The key ends at the first tab or blank. After a tab the transcript is taken as it stands, after a
+  blank without blanks around it. It may be empty. The two characters `\\n` in it are a line break,
+  as `write_text` writes them. Lines of blanks only are passed over; a byte order mark goes.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is not UTF-8, a line has no key, or a key comes twice.
+  """
+  path = Path(path)
+  try:
+    content = path.read_bytes().decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    number = error.object.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"{path}:{number}: not UTF-8; convert the file to UTF-8") from error
+  texts: dict[str, str] = {}
+  lines: dict[str, int] = {}
+  for number, line in enumerate(content.split("\n"), start=1):
+    line = line.removesuffix("\r")
+    if not line.strip():
+      continue
+    key, text = _split(line)
+    if not key:
+      raise ValueError(f"{path}:{number}: the line starts with a blank, so it has no key")
+    if key in texts:
+      raise ValueError(f"{path}:{number}: key {key!r} stands in line {lines[key]} already; a key "
+                       "names one utterance, so one of the two lines must go")
+    texts[key] = text.replace("\\n", "\n")
+    lines[key] = number
+  return texts
+
+
+def write_text(path: str | Path, texts: Mapping[str, str]) -> None:
+  """Writes transcripts by key, so that `read_text` returns them, and makes the folder if needed.
+
+  A line break within a transcript (a multitask answer has two lines) is written as the two
+  characters `\\n`. The file is written beside and renamed, so it is never there in part.
+
+  Raises:
+    ValueError: if a key is empty or holds a blank.
+  """
+  lines = []
+  for key, text in texts.items():
+    if not key.strip() or _BREAKS_KEY.search(key) or key.startswith("\ufeff"):
+      raise ValueError(f"key {key!r}: must be a word without blanks, since it ends at the first")
+    line = _LINE_BREAK.sub(r"\\n", text)
+    lines.append(f"{key}\t{line}\n")
+  replace_file(Path(path), "".join(lines))
+
+
+def replace_file(path: Path, content: str) -> None:
+  """Writes a UTF-8 file beside `path` and renames it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = path.with_name(path.name + ".part")
+  with open(beside, "w", encoding="utf-8", newline="") as file:
+    file.write(content)
+  os.replace(beside, path)
+
+
+def _split(line: str) -> tuple[str, str]:
+  found = _SEPARATOR.search(line)
+  if not found:
+    return line, ""
+  key, text = line[:found.start()], line[found.end():]
+  return key, text if found.group() == "\t" else text.strip(" \t")
