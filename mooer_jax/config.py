@@ -1,0 +1,217 @@
+"""Configurations: ConfigDict in, frozen dataclasses out; named sizes; the model's JSON form."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.audio.frontend import width as frontend_width
+from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.nn.compute import Compute
+from mooer_jax.prompts import TASKS, TEMPLATES
+
+T = TypeVar("T")
+
+ENCODERS = {"sanm_large": SANMConfig()}
+CONNECTORS = {"linear": LinearConfig()}
+DECODERS = {
+  "qwen2_7b": LLMConfig(),
+  "qwen2_1.5b": LLMConfig(
+    vocab=151936, width=1536, heads=12, kv_heads=2, mlp_width=8960, tied=True
+  ),
+  "qwen2_0.5b": LLMConfig(
+    vocab=151936,
+    width=896,
+    layers=24,
+    heads=14,
+    kv_heads=2,
+    head_width=64,
+    mlp_width=4864,
+    tied=True,
+  ),
+}
+_KINDS = {c.kind: c for c in (SANMConfig, LinearConfig, LLMConfig)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechLLMConfig:
+  """What the model is (travels with the checkpoint) and how it is run (`compute`, does not).
+
+  Attributes:
+    frontends: how each encoder's features are made, in the order of encoders.
+    template: a name in prompts.TEMPLATES; where the speech stands in the prompt.
+    max_audio_s: longest clip that the model takes, seconds.
+    prompts: (task, prompt) pairs that the model was trained on.
+  """
+
+  encoders: tuple[SANMConfig, ...] = (SANMConfig(),)
+  connector: LinearConfig = LinearConfig()
+  decoder: LLMConfig = LLMConfig()
+  frontends: tuple[FrontendConfig, ...] = (FrontendConfig(),)
+  template: str = "mooer"
+  max_audio_s: float = 30.0
+  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())
+  compute: Compute = Compute()
+
+  def __post_init__(self):
+    if len(self.encoders) != 1:
+      raise ValueError(f"model.encoders has {len(self.encoders)} entries; this version takes one")
+    for encoder, frontend in zip(self.encoders, self.frontends, strict=True):
+      if encoder.input_width != frontend_width(frontend):
+        raise ValueError(
+          f"{encoder.kind}.input_width={encoder.input_width}, but its features are"
+          f" {frontend_width(frontend)} wide; set both alike"
+        )
+    if self.template not in TEMPLATES:
+      raise ValueError(f"model.template={self.template!r}: choose one of {sorted(TEMPLATES)}")
+
+  def replace(self, **changes) -> "SpeechLLMConfig":
+    return dataclasses.replace(self, **changes)
+
+  def with_compute(self, **changes) -> "SpeechLLMConfig":
+    return self.replace(compute=dataclasses.replace(self.compute, **changes))
+
+
+def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = None):
+  """Reads the `model` and `compute` sections of a config into a SpeechLLMConfig.
+
+  `model.encoders`, `.connector` and `.decoder` are named sizes; sections named after a kind
+  (`model.sanm`, `model.linear`, `model.llm`, `model.frontend`) override single values of them.
+
+  Raises:
+    ValueError: for an unknown name or key, a wrong type, or sizes that do not fit together.
+  """
+  fields = dict(model)
+  for section in ("sanm", "linear", "llm", "frontend"):
+    fields.setdefault(section, {})
+  encoders = tuple(
+    _named(ENCODERS, name, "model.encoders", fields) for name in fields.pop("encoders")
+  )
+  parts = {
+    "encoders": encoders,
+    "connector": _named(CONNECTORS, fields.pop("connector"), "model.connector", fields),
+    "decoder": _named(DECODERS, fields.pop("decoder"), "model.decoder", fields),
+    "frontends": (build(FrontendConfig, fields["frontend"], "model.frontend"),) * len(encoders),
+    "compute": build(Compute, compute or {}, "compute"),
+  }
+  for section in ("sanm", "linear", "llm", "frontend"):
+    del fields[section]
+  if "prompts" in fields:
+    parts["prompts"] = tuple(dict(fields.pop("prompts")).items())
+  known = ("template", "max_audio_s")
+  if unknown := set(fields) - set(known):
+    allowed = ["encoders", "connector", "decoder", "prompts", *known, *_KINDS, "frontend"]
+    raise ValueError(_unknown_key(f"model.{sorted(unknown)[0]}", allowed))
+  return SpeechLLMConfig(**parts, **fields)
+
+
+def _named(table, name, where, fields):
+  if name not in table:
+    raise ValueError(f"{where}={name!r}: choose one of {sorted(table)}")
+  base = table[name]
+  return build(type(base), fields[base.kind], f"model.{base.kind}", base)
+
+
+def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = None) -> T:
+  """Makes a frozen dataclass from a config section, checking every key and type.
+
+  Args:
+    cls: the dataclass.
+    section: ConfigDict or dict; nested sections fill nested dataclasses.
+    name: dotted name of the section, for error messages.
+    base: where the values come from that the section does not name; default: cls's defaults.
+
+  Raises:
+    ValueError: for an unknown key (with the closest match), a wrong type, or whatever cls refuses.
+  """
+  hints = typing.get_type_hints(cls)
+  allowed = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+  values = {}
+  for key, value in section.items():
+    if key not in allowed:
+      raise ValueError(_unknown_key(f"{name}.{key}", allowed))
+    current = getattr(base, key, None)
+    values[key] = _convert(hints[key], value, f"{name}.{key}", current)
+  if base is not None:
+    return dataclasses.replace(base, **values)  # type: ignore[type-var]
+  try:
+    return cls(**values)
+  except TypeError as error:
+    raise ValueError(f"{name}: {error}") from error
+
+
+def _unknown_key(key, allowed):
+  close = difflib.get_close_matches(key.rsplit(".", 1)[-1], allowed, 1)
+  hint = f"; did you mean {close[0]!r}?" if close else ""
+  return f"unknown config key {key!r}{hint} Allowed: {', '.join(allowed)}"
+
+
+def _convert(hint, value, name, current=None):
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if dataclasses.is_dataclass(hint):
+    if isinstance(value, hint):
+      return value
+    if isinstance(value, Mapping):
+      return build(hint, value, name, current)
+  elif origin in (typing.Union, types.UnionType):
+    if value is None and type(None) in args:
+      return None
+    for arg in (a for a in args if a is not type(None)):
+      try:
+        return _convert(arg, value, name)
+      except ValueError:
+        continue
+  elif origin is Literal:
+    if value in args:
+      return value
+  elif origin is tuple and isinstance(value, (list, tuple)):
+    items = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+    if len(items) == len(value):
+      return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(items, value)))  # noqa: B905
+  elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    return float(value)
+  elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and value is True):
+    return value
+  expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+  raise ValueError(f"{name}={value!r} ({type(value).__name__}): expected {expected}")
+
+
+def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
+  """The model's part of a checkpoint's config.json; `compute` stays out."""
+  fields = dataclasses.asdict(dataclasses.replace(config, compute=Compute()))
+  del fields["compute"]
+  for part, sub in zip(fields["encoders"], config.encoders, strict=True):
+    part["kind"] = sub.kind
+  fields["connector"]["kind"] = config.connector.kind
+  fields["decoder"]["kind"] = config.decoder.kind
+  fields["prompts"] = dict(config.prompts)
+  return fields
+
+
+def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> SpeechLLMConfig:
+  """Inverse of to_json.
+
+  Raises:
+    ValueError: for a part of unknown kind, an unknown key or a wrong type.
+  """
+  fields = dict(fields)
+
+  def part(section, name):
+    section = dict(section)
+    kind = section.pop("kind", None)
+    if kind not in _KINDS:
+      raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(_KINDS)}")
+    return build(_KINDS[kind], section, name)
+
+  fields["encoders"] = tuple(
+    part(section, f"encoders[{i}]") for i, section in enumerate(fields["encoders"])
+  )
+  for name in ("connector", "decoder"):
+    fields[name] = part(fields[name], name)
+  fields["prompts"] = tuple(fields["prompts"].items())
+  return build(SpeechLLMConfig, {**fields, "compute": compute or Compute()}, "config.json")

@@ -1,0 +1,1 @@
+"""Connectors: encoder frames in, speech tokens of the LLM's width out."""

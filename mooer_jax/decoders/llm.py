@@ -1,0 +1,242 @@
+"""The language model: LLaMA's layout with Qwen2's options, LoRA and an explicit KV cache."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mooer_jax import kernels
+from mooer_jax.decoders.kv_cache import KVCache, write
+from mooer_jax.nn.compute import Compute, precision, repeat_layer, run_layers
+from mooer_jax.nn.dense import Dense
+from mooer_jax.nn.norms import RMSNorm
+from mooer_jax.nn.positions import rope_angles, rotate
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+  """Sizes of the decoder; the defaults are Qwen2-7B.
+
+  Attributes:
+    qkv_bias: Qwen2 has a bias on q, k and v, LLaMA has none.
+    tied: logits from the embedding table instead of a head of their own.
+    lora_rank: 0 for none; lora_alpha / lora_rank is the scale that training uses.
+  """
+
+  kind: ClassVar[str] = "llm"
+  vocab: int = 152064
+  width: int = 3584
+  layers: int = 28
+  heads: int = 28
+  kv_heads: int = 4
+  head_width: int = 128
+  mlp_width: int = 18944
+  rope_theta: float = 1e6
+  norm_eps: float = 1e-6
+  qkv_bias: bool = True
+  tied: bool = False
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
+  lora_dropout: float = 0.0
+  lora_targets: tuple[str, ...] = LORA_TARGETS
+
+  def __post_init__(self):
+    if self.heads % self.kv_heads:
+      raise ValueError(f"llm.heads={self.heads} does not divide by llm.kv_heads={self.kv_heads}")
+    if self.head_width % 2:
+      raise ValueError(f"llm.head_width={self.head_width} must be even: RoPE rotates pairs")
+    if unknown := set(self.lora_targets) - set(LORA_TARGETS):
+      raise ValueError(f"llm.lora_targets: unknown {sorted(unknown)}; choose from {LORA_TARGETS}")
+
+  @property
+  def lora_scale(self) -> float:
+    return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
+
+
+class Context(NamedTuple):
+  """What every layer sees besides its input."""
+
+  angles_BSC: jax.Array
+  valid_BS: jax.Array
+  filled: jax.Array | int
+  lora_scale: jax.Array | float
+
+
+class _Block(nn.Module):
+  config: LLMConfig
+  compute: Compute
+
+  def dense(self, name: str, features: int, use_bias: bool = False) -> Dense:
+    c = self.config
+    rank = c.lora_rank if name in c.lora_targets else 0
+    return Dense(
+      features,
+      use_bias,
+      rank,
+      c.lora_dropout,
+      self.compute.jnp_dtype,
+      nn.initializers.normal(0.02),
+      name=name,
+    )
+
+
+class Attention(_Block):
+  """Causal self-attention with rotary positions, grouped KV heads and an optional cache."""
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None):
+    c, scale = self.config, context.lora_scale
+    B, S, D = x_BSD.shape
+    q = self.dense("q", c.heads * c.head_width, c.qkv_bias)(x_BSD, scale)
+    k = self.dense("k", c.kv_heads * c.head_width, c.qkv_bias)(x_BSD, scale)
+    v = self.dense("v", c.kv_heads * c.head_width, c.qkv_bias)(x_BSD, scale)
+    q_BSHC = rotate(q.reshape(B, S, c.heads, c.head_width), context.angles_BSC)
+    k_BSKC = rotate(k.reshape(B, S, c.kv_heads, c.head_width), context.angles_BSC)
+    v_BSKC = v.reshape(B, S, c.kv_heads, c.head_width)
+    if cache is not None:
+      cache = tuple(
+        write(slots, new, context.filled)
+        for slots, new in zip(cache, (k_BSKC, v_BSKC), strict=True)
+      )
+      k_BSKC, v_BSKC = cache
+    out_BSHC = kernels.attention(
+      q_BSHC,
+      k_BSKC.astype(q_BSHC.dtype),
+      v_BSKC.astype(q_BSHC.dtype),
+      valid_BS=context.valid_BS,
+      causal=True,
+      first_query=context.filled,
+      implementation=self.compute.attention,
+    )
+    return self.dense("o", D)(out_BSHC.reshape(B, S, -1), scale), cache
+
+
+class MLP(_Block):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, lora_scale: jax.Array | float) -> jax.Array:
+    c = self.config
+    gate_BSM = self.dense("gate", c.mlp_width)(x_BSD, lora_scale)
+    up_BSM = self.dense("up", c.mlp_width)(x_BSD, lora_scale)
+    return self.dense("down", c.width)(jax.nn.silu(gate_BSM) * up_BSM, lora_scale)
+
+
+class Layer(nn.Module):
+  """Pre-norm attention and MLP, each with a residual."""
+
+  config: LLMConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None = None):
+    c = self.config
+    normed = RMSNorm(c.norm_eps, name="input_norm")(x_BSD)
+    out_BSD, cache = Attention(c, self.compute, name="attention")(normed, context, cache)
+    x_BSD = x_BSD + out_BSD
+    normed = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSD)
+    return x_BSD + MLP(c, self.compute, name="mlp")(normed, context.lora_scale), cache
+
+
+def _to_vocab(hidden_BSD, table_DV):
+  return jnp.matmul(
+    hidden_BSD,
+    table_DV.astype(hidden_BSD.dtype),
+    precision=precision(hidden_BSD.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+class Head(nn.Module):
+  """Hidden states to float32 logits, for models that do not tie them to the embedding."""
+
+  vocab: int
+
+  @nn.compact
+  def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
+    shape = (hidden_BSD.shape[-1], self.vocab)
+    return _to_vocab(hidden_BSD, self.param("kernel", nn.initializers.normal(0.02), shape))
+
+
+class LLM(nn.Module):
+  """Decoder-only transformer over embeddings; a pure function of (params, inputs, cache).
+
+  Rows may hold invalid slots anywhere: they are never attended to and take no position, so a
+  padded batch gives every row the result it has alone.
+
+  Source: LLaMA (Touvron et al., 2023); Qwen2 (Yang et al., 2024).
+  """
+
+  config: LLMConfig = LLMConfig()
+  compute: Compute = Compute()
+
+  def setup(self):
+    c = self.config
+    self.embed = nn.Embed(
+      c.vocab, c.width, dtype=self.compute.jnp_dtype, embedding_init=nn.initializers.normal(0.02)
+    )
+    self.layers = repeat_layer(Layer, c.layers, self.compute)(c, self.compute)
+    self.final_norm = RMSNorm(c.norm_eps)
+    if not c.tied:
+      self.head = Head(c.vocab)
+
+  def __call__(
+    self,
+    inputs_BSD: jax.Array,
+    valid_BS: jax.Array,
+    cache: KVCache | None = None,
+    lora_scale: jax.Array | float | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Runs the layers over new inputs, after what the cache holds.
+
+    Args:
+      inputs_BSD: embeddings of the new slots.
+      valid_BS: bool, True for the new slots that hold a token.
+      cache: what went before, or None; the caller sees to it that S new slots fit.
+      lora_scale: scalar or [B]; None is the scale of training, alpha / rank.
+
+    Returns:
+      (hidden [B, S, D] after the final norm, the cache with the new slots, or None).
+    """
+    c = self.config
+    scale = c.lora_scale if lora_scale is None else lora_scale
+    counts_BS = jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32)
+    filled: jax.Array | int = 0
+    seen_BS, before_B1 = valid_BS, jnp.zeros((valid_BS.shape[0], 1), jnp.int32)
+    if cache is not None:
+      filled, before_B1 = cache.filled, cache.positions_B[:, None]
+      seen_BS = write(cache.valid_BS, valid_BS, filled)
+    positions_BS = jnp.maximum(before_B1 + counts_BS - 1, 0)
+    context = Context(
+      rope_angles(positions_BS, c.head_width, c.rope_theta), seen_BS, filled, scale
+    )
+    x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
+    x_BSD, layers = run_layers(self.layers, x_BSD, context, cache and cache.layers)
+    if cache is not None:
+      cache = KVCache(
+        layers=layers,
+        valid_BS=seen_BS,
+        filled=filled + inputs_BSD.shape[1],
+        positions_B=cache.positions_B + counts_BS[:, -1],
+      )
+    return self.final_norm(x_BSD), cache
+
+  def embed_tokens(self, tokens_BS: jax.Array) -> jax.Array:
+    """Embeddings [B, S, D]; ids below 0 (padding) take row 0, mask them."""
+    return self.embed(jnp.maximum(tokens_BS, 0))
+
+  def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+    """Float32 [B, S, V]; call it only where logits are needed."""
+    if self.config.tied:
+      return _to_vocab(hidden_BSD, self.embed.embedding.T)
+    return self.head(hidden_BSD)
+
+  def everything(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+    """Touches every parameter once; `init` runs it."""
+    tokens_B1 = jnp.zeros((inputs_BSD.shape[0], 1), jnp.int32)
+    hidden_BSD, _ = self(inputs_BSD + self.embed_tokens(tokens_B1), valid_BS)
+    return self.logits(hidden_BSD)

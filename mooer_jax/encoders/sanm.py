@@ -1,0 +1,145 @@
+"""SAN-M, Paraformer's speech encoder: self-attention with a convolutional memory."""
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mooer_jax import kernels
+from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
+from mooer_jax.nn.dense import Dense
+from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.positions import sinusoids
+
+
+@dataclasses.dataclass(frozen=True)
+class SANMConfig:
+  """Sizes of the encoder; the defaults are Paraformer-large, 157.98 M parameters."""
+
+  kind: ClassVar[str] = "sanm"
+  input_width: int = 560
+  width: int = 512
+  layers: int = 50
+  heads: int = 4
+  mlp_width: int = 2048
+  memory_kernel: int = 11
+  norm_eps: float = 1e-12
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ValueError(f"sanm.width={self.width} does not divide into sanm.heads={self.heads}")
+    if self.memory_kernel % 2 == 0:
+      raise ValueError(f"sanm.memory_kernel={self.memory_kernel} must be odd")
+    if self.layers < 2:
+      raise ValueError(f"sanm.layers={self.layers}: at least 2, the first one and one more")
+
+
+class Memory(nn.Module):
+  """FSMN memory: a depthwise convolution over time, plus its input."""
+
+  kernel_size: int
+
+  @nn.compact
+  def __call__(self, v_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    kernel_KD = self.param(
+      "kernel", nn.initializers.normal(self.kernel_size**-0.5), (self.kernel_size, v_BTD.shape[-1])
+    ).astype(v_BTD.dtype)
+    v_BTD = jnp.where(valid_BT[..., None], v_BTD, 0)
+    side = self.kernel_size // 2
+    padded = jnp.pad(v_BTD, ((0, 0), (side, side), (0, 0)))
+    frames = v_BTD.shape[1]
+    # Shifted multiply-adds fuse into one loop; a grouped convolution with one channel a group is
+    # slow on every backend.
+    memory_BTD = sum(padded[:, k : k + frames] * kernel_KD[k] for k in range(self.kernel_size))
+    return jnp.where(valid_BT[..., None], memory_BTD + v_BTD, 0)
+
+
+class SANMAttention(nn.Module):
+  """Multi-head self-attention over the valid frames, plus the memory of the unsplit values."""
+
+  config: SANMConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    c, dtype = self.config, self.compute.jnp_dtype
+    qkv = Dense(3 * c.width, use_bias=True, dtype=dtype, name="qkv")(x_BTD)
+    q_BTD, k_BTD, v_BTD = jnp.split(qkv, 3, axis=-1)
+    memory_BTD = Memory(c.memory_kernel, name="fsmn")(v_BTD, valid_BT)
+    split = (*x_BTD.shape[:2], c.heads, c.width // c.heads)
+    out_BTHC = kernels.attention(
+      q_BTD.reshape(split),
+      k_BTD.reshape(split),
+      v_BTD.reshape(split),
+      valid_BS=valid_BT,
+      implementation=self.compute.attention,
+    )
+    out_BTD = out_BTHC.reshape(*x_BTD.shape[:2], c.width)
+    return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD) + memory_BTD
+
+
+class SANMLayer(nn.Module):
+  """Pre-norm attention and feed-forward; no residual around an attention that changes the width."""
+
+  config: SANMConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
+    c, dtype = self.config, self.compute.jnp_dtype
+    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    normed = LayerNorm(c.norm_eps, name="norm1")(x_BTD)
+    out_BTD = SANMAttention(c, self.compute, name="attention")(normed, valid_BT)
+    out_BTD = dropout(out_BTD)
+    x_BTD = x_BTD + out_BTD if x_BTD.shape[-1] == c.width else out_BTD
+    normed = LayerNorm(c.norm_eps, name="norm2")(x_BTD)
+    x_BTD = x_BTD + dropout(FeedForward(c, self.compute, name="feed_forward")(normed))
+    return x_BTD, cache
+
+
+class FeedForward(nn.Module):
+  """Linear, ReLU, linear."""
+
+  config: SANMConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    dtype = self.compute.jnp_dtype
+    hidden = jax.nn.relu(Dense(self.config.mlp_width, True, dtype=dtype, name="up")(x_BTD))
+    return Dense(self.config.width, True, dtype=dtype, name="down")(hidden)
+
+
+class SANMEncoder(nn.Module):
+  """Normalised low-frame-rate features in, encoder frames out, one for one.
+
+  `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width] after
+  CMVN and bool valid_BT, and returns ([B, T, width], valid_BT). What stands at an invalid frame is
+  undefined. Dropout acts only when a "dropout" RNG is given.
+
+  Source: SAN-M (Gao et al., 2020); Paraformer (Gao et al., 2022).
+  """
+
+  config: SANMConfig = SANMConfig()
+  compute: Compute = Compute()
+
+  def setup(self):
+    c = self.config
+    self.first_layer = SANMLayer(c, self.compute)
+    self.layers = repeat_layer(SANMLayer, c.layers - 1, self.compute)(c, self.compute)
+    self.after_norm = LayerNorm(c.norm_eps)
+
+  def __call__(self, features_BTF: jax.Array, valid_BT: jax.Array):
+    c = self.config
+    if features_BTF.shape[-1] != c.input_width:
+      raise ValueError(
+        f"sanm takes features of width {c.input_width}, got {features_BTF.shape[-1]}"
+      )
+    x_BTF = features_BTF.astype(jnp.float32) * c.width**0.5
+    x_BTF = x_BTF + sinusoids(features_BTF.shape[1], c.input_width)
+    x_BTD, _ = self.first_layer(x_BTF.astype(self.compute.jnp_dtype), valid_BT)
+    x_BTD, _ = run_layers(self.layers, x_BTD, valid_BT)
+    return self.after_norm(x_BTD), valid_BT

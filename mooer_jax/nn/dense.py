@@ -1,0 +1,54 @@
+"""A dense layer with an explicit low-rank update."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mooer_jax.nn.compute import precision
+
+
+def _torch_uniform(key, shape, dtype=jnp.float32):
+  """U(-1/sqrt(in), 1/sqrt(in)): what torch's Linear and PEFT's lora_A start from."""
+  bound = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Dense(nn.Module):
+  """y = x W + b + scale * (dropout(x) A) B, with W [in, out], A [in, rank], B [rank, out].
+
+  Rank 0 is a plain dense layer. The scale is an argument of the call, not a parameter, so that a
+  sweep over scales is one batch. Dropout acts on A's input and only when the call carries a
+  "dropout" RNG. A starts as torch's uniform, B as zeros.
+
+  Source: LoRA (Hu et al., 2021), as PEFT lays it out.
+  """
+
+  features: int
+  use_bias: bool = False
+  rank: int = 0
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+  kernel_init: Any = _torch_uniform
+
+  @nn.compact
+  def __call__(self, x: jax.Array, lora_scale: jax.Array | float = 1.0) -> jax.Array:
+    """Maps [..., in] to [..., features]; lora_scale is a scalar or one value per row, [B]."""
+    x = x.astype(self.dtype)
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    y = self._matmul(x, kernel)
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+    if self.rank:
+      lora_a = self.param("lora_a", _torch_uniform, (x.shape[-1], self.rank))
+      lora_b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features))
+      if self.dropout and self.has_rng("dropout"):
+        x = nn.Dropout(self.dropout, deterministic=False)(x)
+      scale = jnp.asarray(lora_scale, self.dtype)
+      scale = scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+      y = y + self._matmul(self._matmul(x, lora_a) * scale, lora_b)
+    return y
+
+  def _matmul(self, x, kernel):
+    return jnp.matmul(x, kernel.astype(self.dtype), precision=precision(self.dtype))

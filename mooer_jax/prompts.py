@@ -1,0 +1,43 @@
+"""What the model is asked, and where the speech stands in it."""
+
+TASKS = {
+  "asr": "Transcribe speech to text. ",
+  "ast": "Translate speech to english text. ",
+  "s2s_trans": "Translate speech to english speech. ",
+  "s2s_chat": "Answer my question with speech. ",
+}
+
+_CHATML = (
+  "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+  "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+)
+SPEECH = "<|speech|>"
+TEMPLATES = {"mooer": SPEECH + _CHATML, "bare": SPEECH + "{prompt}"}
+
+
+def fill_template(template: str, prompt: str) -> tuple[str, str]:
+  """Returns the text before and the text after the speech.
+
+  Args:
+    template: a name in TEMPLATES.
+    prompt: what stands for {prompt}; MooER's own end with a blank.
+
+  Raises:
+    ValueError: for an unknown template.
+  """
+  if template not in TEMPLATES:
+    raise ValueError(f"template={template!r}: choose one of {sorted(TEMPLATES)}")
+  before, after = TEMPLATES[template].replace("{prompt}", prompt).split(SPEECH)
+  return before, after
+
+
+def task_prompt(task: str, prompts: dict[str, str] | None = None) -> str:
+  """The prompt of a task, from a checkpoint's own table or MooER's.
+
+  Raises:
+    ValueError: for a task that the table does not have.
+  """
+  prompts = TASKS if prompts is None else prompts
+  if task not in prompts:
+    raise ValueError(f"task={task!r}: this model knows {sorted(prompts)}")
+  return prompts[task]

@@ -1,0 +1,238 @@
+"""Parameter trees by path: flatten, cut into trainable and frozen, stack layers for a scan.
+
+A tree is a nested dict; everything that is not a mapping is a leaf (arrays, `ShapeDtypeStruct`,
+`PartitionSpec`, numbers). A path joins the keys with "/": `decoder/layers_0/attention/q/kernel`.
+
+Patterns are regular expressions that must match the **whole** path (`re.fullmatch`), so that a
+pattern takes what it says and no more: `connector/.*`, `.*/lora_[ab]`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LAYER = re.compile(r"layers_(\d+)")
+STACK = "layers"
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Gives every leaf under its path, in sorted order; empty dicts leave no trace.
+
+  Raises:
+    ValueError: for a key that holds "/" or is empty, TypeError for a key that is no string.
+  """
+  flat = {}
+
+  def visit(node, path):
+    for key in sorted(node, key=str):
+      if not isinstance(key, str):
+        raise TypeError(f"key {key!r} under {'/'.join(path) or 'the root'} is no string")
+      if not key or "/" in key:
+        raise ValueError(f'key {key!r} under {"/".join(path) or "the root"} is empty or holds "/"')
+      if isinstance(node[key], Mapping):
+        visit(node[key], (*path, key))
+      else:
+        flat["/".join((*path, key))] = node[key]
+
+  visit(tree, ())
+  return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `flatten`.
+
+  Raises:
+    ValueError: if a path is both a leaf and the parent of another, or has an empty part.
+  """
+  tree: dict[str, Any] = {}
+  parents = set()
+  for path in flat:
+    parts = path.split("/")
+    if not all(parts):
+      raise ValueError(f"path {path!r} has an empty part")
+    parents.update("/".join(parts[:n]) for n in range(1, len(parts)))
+  for path, leaf in flat.items():
+    if path in parents:
+      raise ValueError(f"{path} is a leaf and also the parent of another path")
+    *above, last = path.split("/")
+    node = tree
+    for key in above:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+  return tree
+
+
+def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, dict]:
+  """Cuts a tree into (trainable, frozen): a leaf is trainable if a pattern matches its path.
+
+  Args:
+    tree: nested dict; its leaves are not looked at, so a tree from `jax.eval_shape` works too.
+    patterns: regular expressions of trainable paths, each matched against the whole path.
+
+  Returns:
+    Two nested dicts that hold every leaf exactly once between them; `merge` joins them again.
+
+  Raises:
+    ValueError: if a pattern matches no path, or is not a regular expression.
+  """
+  flat = flatten(tree)
+  compiled = _compile(patterns)
+  for pattern in compiled:
+    if not any(pattern.fullmatch(path) for path in flat):
+      raise ValueError(_unused(pattern.pattern, flat))
+  chosen = {path for path in flat if any(pattern.fullmatch(path) for pattern in compiled)}
+  trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
+  frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+  return unflatten(trainable), unflatten(frozen)
+
+
+def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
+  """Joins trees without a common path; the inverse of `partition`.
+
+  Raises:
+    ValueError: if a path is in two of the trees.
+  """
+  joined: dict[str, Any] = {}
+  for tree in trees:
+    for path, leaf in flatten(tree).items():
+      if path in joined:
+        raise ValueError(f"{path} is in two of the trees to be merged")
+      joined[path] = leaf
+  return unflatten(joined)
+
+
+def first_match(
+  rules: Iterable[tuple[str, Any]], tree: Mapping[str, Any], *, optional: Iterable[str] = ()
+) -> dict[str, Any]:
+  """Gives each leaf the value of the first rule whose pattern matches its whole path.
+
+  Args:
+    rules: (pattern, value) pairs, the most special first.
+    tree: nested dict.
+    optional: the patterns among `rules` that may match nothing.
+
+  Returns:
+    A nested dict of the same structure with the rules' values as leaves.
+
+  Raises:
+    ValueError: if a path has no rule, or a rule that is not optional decides no path.
+  """
+  rules = list(rules)
+  compiled = _compile(pattern for pattern, _ in rules)
+  flat = flatten(tree)
+  values, used = {}, set()
+  for path in flat:
+    n = next((n for n, pattern in enumerate(compiled) if pattern.fullmatch(path)), None)
+    if n is None:
+      raise ValueError(f"no rule for {path}; the rules are {[pattern for pattern, _ in rules]}")
+    values[path] = rules[n][1]
+    used.add(n)
+  optional = set(optional)
+  for n, (pattern, _) in enumerate(rules):
+    if n not in used and pattern not in optional:
+      raise ValueError(_unused(pattern, flat))
+  return unflatten(values)
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Joins every sibling group `layers_0 … layers_{N-1}` into one `layers` with a leading axis N.
+
+  Args:
+    params: nested dict; leaves are NumPy or JAX arrays or `jax.ShapeDtypeStruct`s (which stay so).
+
+  Returns:
+    A new nested dict; the leaves outside the groups are the same objects.
+
+  Raises:
+    ValueError: if a number is missing, the layers differ in their paths, shapes or dtypes, or
+      `layers` stands beside `layers_0`.
+  """
+  stacked, numbered = {}, {}
+  for key, node in params.items():
+    node = stack_layers(node) if isinstance(node, Mapping) else node
+    match = LAYER.fullmatch(key)
+    if match and isinstance(node, Mapping):
+      numbered[int(match[1])] = flatten(node)
+    else:
+      stacked[key] = node
+  if not numbered:
+    return stacked
+  if STACK in stacked:
+    raise ValueError(f"{STACK} stands beside {STACK}_{min(numbered)}; stack or unstack all of them")
+  missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
+  if missing:
+    raise ValueError(f"{STACK}_{missing[0]} is missing below {STACK}_{max(numbered)}")
+  layers = [numbered[n] for n in range(len(numbered))]
+  for n, layer in enumerate(layers):
+    if layer.keys() != layers[0].keys():
+      odd = sorted(layer.keys() ^ layers[0].keys())
+      raise ValueError(f"{STACK}_{n} and {STACK}_0 do not hold the same paths: {odd[0]}")
+  stacked[STACK] = unflatten({path: _stack([layer[path] for layer in layers], path)
+                              for path in layers[0]})
+  return stacked
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Splits every `layers` with a leading axis N into `layers_0 … layers_{N-1}`.
+
+  The inverse of `stack_layers`. NumPy leaves become views.
+
+  Raises:
+    ValueError: if the leaves under one `layers` differ in their leading size or have none.
+  """
+  unstacked: dict[str, Any] = {}
+  for key, node in params.items():
+    if key != STACK or not isinstance(node, Mapping):
+      unstacked[key] = unstack_layers(node) if isinstance(node, Mapping) else node
+      continue
+    flat = flatten(node)
+    sizes = {path: leaf.shape[0] if leaf.shape else None for path, leaf in flat.items()}
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+      raise ValueError(f"the leaves under {STACK} differ in their leading axis: {sizes}")
+    for n in range(next(iter(sizes.values()))):
+      name = f"{STACK}_{n}"
+      if name in params:
+        raise ValueError(f"{STACK} stands beside {name}; stack or unstack all of them")
+      layer = unflatten({path: _take(leaf, n) for path, leaf in flat.items()})
+      unstacked[name] = unstack_layers(layer)
+  return unstacked
+
+
+def _compile(patterns: Iterable[str]) -> list[re.Pattern]:
+  if isinstance(patterns, str):
+    raise TypeError(f"patterns must be a sequence of strings, not the string {patterns!r}")
+  compiled = []
+  for pattern in patterns:
+    try:
+      compiled.append(re.compile(pattern))
+    except re.error as error:
+      raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+  return compiled
+
+
+def _unused(pattern: str, flat: Mapping[str, Any]) -> str:
+  partly = [path for path in flat if re.search(pattern, path)]
+  hint = (f"it matches part of {partly[0]!r}; patterns must match the whole path"
+          if partly else f"the tops of the tree are {sorted({p.split('/')[0] for p in flat})}")
+  return f"pattern {pattern!r} decides no path of the tree; {hint}"
+
+
+def _stack(leaves: list, path: str):
+  kinds = {(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves}
+  if len(kinds) != 1:
+    raise ValueError(f"the layers differ in shape or dtype at {path}: {sorted(map(str, kinds))}")
+  if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+  if all(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves):
+    return np.stack(leaves)
+  return jnp.stack(leaves)
+
+
+def _take(leaf, n: int):
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+  return leaf[n]
