@@ -1,0 +1,1 @@
+"""Waveform in, features out: decoding, Kaldi fbank, low frame rate, normalisation."""

@@ -1,0 +1,175 @@
+"""Audio files of any common kind to float32 samples."""
+
+import io
+import os
+import pathlib
+import re
+
+import numpy as np
+
+CAUSES = ("undecodable", "empty", "not finite", "too short", "silent")
+
+# libsndfile reports a damaged WAV only in its log: "data : 32000 (should be 7956)".
+_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# A WAV written to a pipe announces a size near 2^31 or 2^32, for its writer did not know better.
+_STREAMED_BYTES = 0x7FFF0000
+# Encoders round the length they announce by up to a few codec frames.
+_MISSING_S = 0.1
+
+
+class AudioError(ValueError):
+  """A clip that cannot be used, and why.
+
+  Attributes:
+    cause: one of CAUSES, for counting: "undecodable" (no known format, damaged or cut off), "empty"
+      (no bytes or no samples), "not finite" (NaN or infinite samples), "too short" (less than one
+      frame of features), "silent" (only where a caller refuses silence; decoding does not).
+  """
+
+  def __init__(self, message: str, cause: str):
+    assert cause in CAUSES, cause
+    # Both go to args, so that the error survives the pickling between processes.
+    super().__init__(message, cause)
+    self.cause = cause
+
+  def __str__(self) -> str:
+    return self.args[0]
+
+
+def load_audio(
+  source: str | os.PathLike | bytes, *, sample_rate_hz: int = 16000, name: str | None = None
+) -> np.ndarray:
+  """Decodes a clip to mono at the wanted rate.
+
+  Args:
+    source: path of a file, or the bytes of one; wav, flac, ogg, opus, mp3 and whatever else
+      libsndfile reads, and m4a, wma, webm, mp4, mkv with the optional package `av`.
+    sample_rate_hz: rate of the result; a clip at another rate is resampled by soxr, quality HQ.
+    name: what errors call the clip; by default the path, or the number of bytes.
+
+  Returns:
+    float32 [samples], the mean of all channels, full scale = 1. Nothing is clipped: lossy codecs
+    and the resampler may exceed 1 a little.
+
+  Raises:
+    FileNotFoundError: if the path does not exist.
+    AudioError: if there is nothing to hear: see its `cause`.
+  """
+  name = name or _name(source)
+  samples_NC, rate_hz = decode(source, name=name)
+  if samples_NC.shape[1] == 1:
+    samples_N = np.ascontiguousarray(samples_NC[:, 0])
+  else:
+    samples_N = samples_NC.mean(axis=1, dtype=np.float32)
+  if rate_hz != sample_rate_hz:
+    import soxr
+
+    samples_N = soxr.resample(samples_N, rate_hz, sample_rate_hz, quality="HQ")
+    if not samples_N.size:
+      raise AudioError(
+        f"{name}: {len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz",
+        "empty",
+      )
+  return samples_N
+
+
+def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tuple[np.ndarray, int]:
+  """Decodes a clip as it is: all channels, own rate. Video files give their first audio stream.
+
+  Args:
+    source: path of a file, or the bytes of one.
+    name: what errors call the clip; by default the path, or the number of bytes.
+
+  Returns:
+    float32 [samples, channels], full scale = 1, and the rate in Hz.
+
+  Raises:
+    FileNotFoundError: if the path does not exist.
+    AudioError: see its `cause`. A clip that holds less than its header announces is "undecodable"
+      too, rather than half a clip.
+  """
+  name = name or _name(source)
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    data = bytes(source)
+  elif isinstance(source, (str, os.PathLike)):
+    path = pathlib.Path(source)
+    if path.is_dir():
+      raise AudioError(f"{name}: is a folder; give the audio files in it", "undecodable")
+    if not path.exists():
+      raise FileNotFoundError(f"{name}: no such audio file; check the path (from {os.getcwd()})")
+    data = path.read_bytes()
+  else:
+    raise TypeError(f"audio source is {type(source).__name__}; give a path or the bytes of a file")
+  if not data:
+    raise AudioError(f"{name}: the file has 0 bytes", "empty")
+
+  samples_NC, rate_hz = _decode_bytes(data, name)
+  if not samples_NC.size:
+    raise AudioError(f"{name}: a valid file, but it holds 0 samples", "empty")
+  finite_NC = np.isfinite(samples_NC)
+  if not finite_NC.all():
+    bad = finite_NC.size - int(finite_NC.sum())
+    raise AudioError(f"{name}: {bad} of {finite_NC.size} samples are NaN or infinite", "not finite")
+  return samples_NC, rate_hz
+
+
+def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
+  import soundfile
+
+  try:
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+      announced, rate_hz, log = file.frames, file.samplerate, file.extra_info
+      bytes_announced = _DATA_CHUNK.search(log)
+      samples_NC = file.read(dtype="float32", always_2d=True)
+  except soundfile.LibsndfileError as error:
+    return _decode_with_av(data, name, str(error.error_string))
+  if bytes_announced:
+    wanted, present = map(int, bytes_announced.groups())
+    if wanted < _STREAMED_BYTES and present:
+      announced = int(announced * wanted / present)
+  if announced - len(samples_NC) > _MISSING_S * rate_hz:
+    raise AudioError(
+      f"{name}: cut off: its header announces {announced} samples, {len(samples_NC)} are there; "
+      "copy or encode it again",
+      "undecodable",
+    )
+  return samples_NC, rate_hz
+
+
+def _decode_with_av(data: bytes, name: str, sound_error: str) -> tuple[np.ndarray, int]:
+  try:
+    import av
+  except ImportError as error:
+    raise AudioError(
+      f"{name}: libsndfile cannot read it ({sound_error}); m4a, wma and webm need the optional "
+      "package av: pip install 'mooer-jax[data]'",
+      "undecodable",
+    ) from error
+
+  blocks_CN: list[np.ndarray] = []
+  try:
+    with av.open(io.BytesIO(data), "r") as container:
+      if not container.streams.audio:
+        raise AudioError(f"{name}: the file has no audio stream", "undecodable")
+      stream = container.streams.audio[0]
+      rate_hz = stream.rate
+      # Only the sample format changes here: integer or packed samples become float planes.
+      to_planes = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate_hz)
+      for frame in container.decode(stream):
+        blocks_CN.extend(plane.to_ndarray() for plane in to_planes.resample(frame))
+      blocks_CN.extend(plane.to_ndarray() for plane in to_planes.resample(None))
+  except av.FFmpegError as error:
+    raise AudioError(
+      f"{name}: neither libsndfile ({sound_error}) nor FFmpeg ({error.strerror}) can decode it; "
+      "is it an audio file, and whole?",
+      "undecodable",
+    ) from error
+  if not blocks_CN:
+    return np.zeros((0, 1), np.float32), rate_hz
+  return np.ascontiguousarray(np.concatenate(blocks_CN, axis=1).T), rate_hz
+
+
+def _name(source) -> str:
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    return f"<{len(source)} bytes of audio>"
+  return str(source)

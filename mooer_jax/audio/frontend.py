@@ -1,0 +1,100 @@
+"""Waveform to encoder features: Kaldi fbank, then low frame rate.
+
+Normalisation (CMVN) is not here: it is the encoder's first step.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from mooer_jax.audio import lfr
+from mooer_jax.audio.decode import AudioError
+from mooer_jax.audio.fbank import FbankConfig, fbank, fbank_jax, num_fbank_frames
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontendConfig:
+  """MooER's (and Paraformer's) features by default: 560 values every 60 ms.
+
+  Attributes:
+    fbank: FbankConfig.
+    lfr_window: frames joined in one step.
+    lfr_stride: frames from one step to the next.
+  """
+
+  fbank: FbankConfig = FbankConfig()
+  lfr_window: int = 7
+  lfr_stride: int = 6
+
+  def __post_init__(self):
+    if not 1 <= self.lfr_stride <= self.lfr_window:
+      raise ValueError(
+        f"frontend lfr_window={self.lfr_window}, lfr_stride={self.lfr_stride}; "
+        "needed 1 <= stride <= window, or frames would be lost"
+      )
+
+
+def width(config: FrontendConfig = FrontendConfig()) -> int:
+  """Values in one step."""
+  return config.fbank.bins * config.lfr_window
+
+
+def step_ms(config: FrontendConfig = FrontendConfig()) -> float:
+  """Milliseconds from one step to the next."""
+  return config.fbank.hop_ms * config.lfr_stride
+
+
+def num_frames(samples: int, config: FrontendConfig = FrontendConfig()) -> int:
+  """Steps that `features` makes of so many samples; 0 where it refuses the clip as too short."""
+  return lfr.num_stacks(num_fbank_frames(samples, config.fbank), config.lfr_stride)
+
+
+def features(
+  waveform_N: np.ndarray,
+  config: FrontendConfig = FrontendConfig(),
+  *,
+  name: str = "waveform",
+) -> np.ndarray:
+  """Features of one clip in NumPy, before normalisation.
+
+  Args:
+    waveform_N: float [N], full scale = 1, at the config's sample rate.
+    config: FrontendConfig.
+    name: what errors call the clip.
+
+  Returns:
+    float32 [num_frames(N), width(config)].
+
+  Raises:
+    AudioError: cause "too short", if not one fbank frame fits (MooER: 400 samples).
+    ValueError: if the waveform is not one axis of floats.
+  """
+  fbank_TF = fbank(waveform_N, config.fbank)
+  if not len(fbank_TF):
+    raise AudioError(
+      f"{name}: {len(waveform_N)} samples; at least {config.fbank.frame_length} "
+      f"({config.fbank.frame_ms:g} ms at {config.fbank.sample_rate_hz} Hz) are needed",
+      "too short",
+    )
+  return lfr.stack_frames(fbank_TF, window=config.lfr_window, stride=config.lfr_stride)
+
+
+def features_jax(
+  waveform_BN: jax.Array, samples_B: jax.Array, config: FrontendConfig = FrontendConfig()
+) -> tuple[jax.Array, jax.Array]:
+  """Features of a padded batch in JAX, before normalisation; for use inside `jit`.
+
+  Args:
+    waveform_BN: float32 [B, N], full scale = 1; what stands behind a row's samples does not matter.
+    samples_B: int32 [B], valid samples of each row, at most N.
+    config: FrontendConfig.
+
+  Returns:
+    features_BTF: float32 [B, num_frames(N), width(config)]; 0 behind a row's steps.
+    steps_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
+  """
+  fbank_BTF, frames_B = fbank_jax(waveform_BN, samples_B, config.fbank)
+  return lfr.stack_frames_jax(
+    fbank_BTF, frames_B, window=config.lfr_window, stride=config.lfr_stride
+  )
