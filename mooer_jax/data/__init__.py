@@ -1,0 +1,1 @@
+"""Training and test data: shards written and read, utterances cut into batches."""

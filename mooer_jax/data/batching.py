@@ -1,0 +1,136 @@
+"""Examples put together into padded batches of a few fixed shapes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.struct
+import numpy as np
+
+from mooer_jax.audio.frontend import FrontendConfig, num_frames, width
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.examples import Example
+from mooer_jax.data.shards import Skip
+from mooer_jax.speech_llm import Batch
+from mooer_jax.text.tokenizer import Tokenizer
+
+
+@flax.struct.dataclass
+class HostBatch:
+  """A batch in NumPy and what it is made of.
+
+  Attributes:
+    batch: arrays of B rows; rows beyond len(keys) are padding.
+    keys: of the utterances, row by row.
+    texts: their transcripts.
+    audio_s: seconds of audio in it.
+    skipped: what was left out since the batches before, each utterance once.
+  """
+
+  batch: Batch
+  keys: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  texts: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  audio_s: float = flax.struct.field(pytree_node=False)
+  skipped: tuple[Skip, ...] = flax.struct.field(pytree_node=False)
+
+
+class Batcher:
+  """Pads examples to the smallest bucket that holds them all."""
+
+  def __init__(
+    self,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    prompt: tuple[str, str],
+    frontends: Sequence[FrontendConfig],
+  ):
+    """Tokenizes the prompt and works out the padded lengths.
+
+    Args:
+      config: batch size and buckets.
+      tokenizer: of the language model.
+      prompt: text before and text after the speech.
+      frontends: one for each encoder; config.buckets are lengths of the first one's features.
+
+    Raises:
+      ValueError: if the longest bucket does not hold a clip of config.max_s.
+    """
+    rate_hz = frontends[0].fbank.sample_rate_hz
+    longest = num_frames(int(config.max_s * rate_hz), frontends[0])
+    if longest > config.buckets[-1]:
+      raise ValueError(
+        f"data.max_s={config.max_s} makes {longest} frames, more than the longest of data.buckets="
+        f"{config.buckets}; add {longest} or lower data.max_s"
+      )
+    self._rows = config.batch_size
+    self._widths = [width(f) for f in frontends]
+    self._lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
+    self._answer_lengths = config.answer_buckets
+    self._before_S, self._after_S = (np.asarray(tokenizer.encode(t), np.int32) for t in prompt)
+
+  def __call__(self, examples: Sequence[Example], left_over: Sequence[Skip] = ()) -> HostBatch:
+    """Returns the batch of at most batch_size examples; missing rows are padding.
+
+    Args:
+      examples: not none; their skips are handed on in order.
+      left_over: skips that no example came after.
+    """
+    assert 0 < len(examples) <= self._rows
+    most = [max(len(e.features[i]) for e in examples) for i in range(len(self._widths))]
+    lengths = next(c for c in self._lengths if all(a <= b for a, b in zip(most, c, strict=True)))
+    most_answer = max(len(e.answer_S) for e in examples)
+    answer_length = next(length for length in self._answer_lengths if most_answer <= length)
+    features = tuple(
+      np.zeros((self._rows, length, channels), np.float32)
+      for length, channels in zip(lengths, self._widths, strict=True)
+    )
+    frames = tuple(np.zeros(self._rows, np.int32) for _ in lengths)
+    answer_BS = np.full((self._rows, answer_length), -1, np.int32)
+    for row, example in enumerate(examples):
+      for x_BTF, frames_B, made in zip(features, frames, example.features, strict=True):
+        x_BTF[row, : len(made)] = made
+        frames_B[row] = len(made)
+      answer_BS[row, : len(example.answer_S)] = example.answer_S
+    batch = Batch(
+      features=features,
+      frames=frames,
+      before_BS=np.tile(self._before_S, (self._rows, 1)),
+      after_BS=np.tile(self._after_S, (self._rows, 1)),
+      answer_BS=answer_BS,
+    )
+    return HostBatch(
+      batch=batch,
+      keys=tuple(e.key for e in examples),
+      texts=tuple(e.text for e in examples),
+      audio_s=float(sum(e.seconds for e in examples)),
+      skipped=(*(s for e in examples for s in e.skipped), *left_over),
+    )
+
+
+def widen(batch: Batch, *, frames: Sequence[int], answer: int) -> Batch:
+  """Pads a batch further, so that hosts which drew different buckets can agree on one shape.
+
+  Args:
+    batch: NumPy arrays.
+    frames: padded length of each encoder's features, at least the present one.
+    answer: padded length of the answers, at least the present one.
+  """
+  grown = tuple(
+    np.pad(x_BTF, ((0, 0), (0, length - x_BTF.shape[1]), (0, 0)))
+    for x_BTF, length in zip(batch.features, frames, strict=True)
+  )
+  more = answer - batch.answer_BS.shape[1]
+  answer_BS = np.pad(batch.answer_BS, ((0, 0), (0, more)), constant_values=-1)
+  return dataclasses.replace(batch, features=grown, answer_BS=answer_BS)
+
+
+def _lengths(bucket: int, frontends: Sequence[FrontendConfig]) -> tuple[int, ...]:
+  """Frames of each frontend for the longest clip whose first features are `bucket` long."""
+  if len(frontends) == 1:
+    return (bucket,)
+  low, high = 1, 1
+  while num_frames(high, frontends[0]) <= bucket:
+    low, high = high, 2 * high
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if num_frames(middle, frontends[0]) <= bucket else (low, middle)
+  return (bucket, *(num_frames(low, frontend) for frontend in frontends[1:]))

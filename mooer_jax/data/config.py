@@ -1,0 +1,59 @@
+"""What the data pipeline is told."""
+
+import dataclasses
+import itertools
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where the utterances come from and how they become batches.
+
+  Attributes:
+    shards: path of a `data.list`, one tar a line; relative tars are sought beside the list.
+    task: which of the model's prompts the utterances are trained on.
+    batch_size: utterances a batch, for one process (host).
+    buckets: lengths in encoder input steps (MooER: 60 ms each) that a batch is padded to,
+      ascending; the longest must hold a clip of max_s.
+    answer_buckets: lengths in tokens, eos included, that answers are padded to, ascending.
+    min_s: shorter clips are skipped and counted, seconds (MooER: 0.2).
+    max_s: longer clips are skipped and counted, seconds (MooER: 20).
+    window: utterances that are shuffled and sorted by length at a time, a multiple of batch_size.
+      Memory is about 37 kB for each second of audio in it, and that for each worker.
+    seed: of the order of shards and of batches.
+    workers: worker processes that decode; each owns whole shards. 0: a thread of this process.
+    prefetch: batches made ahead, for each worker.
+    max_bad_share: the run stops once more than this share of the utterances read was skipped.
+    tolerance: utterances read before max_bad_share is applied (or the end of the first epoch).
+  """
+
+  shards: str
+  task: str = "asr"
+  batch_size: int = 8
+  buckets: tuple[int, ...] = (50, 100, 167, 250, 334)
+  answer_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
+  min_s: float = 0.2
+  max_s: float = 20.0
+  window: int = 2048
+  seed: int = 0
+  workers: int = 0
+  prefetch: int = 4
+  max_bad_share: float = 0.5
+  tolerance: int = 100
+
+  def __post_init__(self):
+    for name in ("buckets", "answer_buckets"):
+      value = getattr(self, name)
+      if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):
+        raise ValueError(f"data.{name}={value}: give positive lengths in ascending order")
+    for name, least in (("batch_size", 1), ("workers", 0), ("prefetch", 1), ("tolerance", 1)):
+      if getattr(self, name) < least:
+        raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+    if self.window < 1 or self.window % self.batch_size:
+      raise ValueError(
+        f"data.window={self.window} is not a positive multiple of data.batch_size="
+        f"{self.batch_size}; set it to {max(1, self.window // self.batch_size) * self.batch_size}"
+      )
+    if not 0 <= self.min_s < self.max_s:
+      raise ValueError(f"data.min_s={self.min_s} and data.max_s={self.max_s}: want 0 <= min < max")
+    if not 0 <= self.max_bad_share <= 1:
+      raise ValueError(f"data.max_bad_share={self.max_bad_share}: must lie between 0 and 1")

@@ -1,0 +1,217 @@
+"""Shards written: clips and transcripts into tar files that are read from front to back."""
+
+import concurrent.futures
+import dataclasses
+import io
+import multiprocessing
+import os
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mooer_jax.audio.decode import AudioError, decode
+from mooer_jax.data.kaldi import Clip, Unpacked, normalise, read_clips
+from mooer_jax.data.shards import AUDIO_SUFFIXES
+
+OVERSHOOT_S = 0.5  # a segment may end so much after its recording, as in Kaldi's extract-segments
+
+
+@dataclasses.dataclass(frozen=True)
+class PackReport:
+  """What was written.
+
+  Attributes:
+    data_list: path of the list of shards.
+    shards: number of tar files.
+    utterances: number of utterances in them.
+    left_out: what could not be packed; also in `left_out.tsv` beside the list.
+  """
+
+  data_list: str
+  shards: int
+  utterances: int
+  left_out: tuple[Unpacked, ...]
+
+
+def pack(
+  wav_scp: str | Path,
+  text: str | Path,
+  out: str | Path,
+  *,
+  segments: str | Path | None = None,
+  per_shard: int = 1000,
+  processes: int | None = None,
+  normalise_text: bool = True,
+  shuffle_seed: int | None = None,
+  progress: bool = True,
+) -> PackReport:
+  """Writes `shards_%09d.tar`, `data.list` and `text` (the transcripts as packed) into a folder.
+
+  Whole recordings go in as they are, byte for byte; segments are cut out and stored as 16-bit wav.
+  The folder appears at the end, complete, or not at all.
+
+  Args:
+    wav_scp: `KEY path` a line.
+    text: `KEY transcript` a line.
+    out: the folder; must not exist, or be empty.
+    segments: `KEY RECORDING start_s end_s` a line.
+    per_shard: utterances a shard.
+    processes: shards written at a time; None is the number of CPUs. More than one are spawned, so
+      a script that calls this needs its `if __name__ == "__main__":`.
+    normalise_text: whether transcripts are brought into MooER's form (see kaldi.normalise).
+    shuffle_seed: packs in a random order. Reading shuffles only whole shards and windows, so lists
+      sorted by speaker or length are better shuffled here.
+    progress: whether to show a progress bar.
+
+  Raises:
+    FileNotFoundError: if a list does not exist.
+    FileExistsError: if `out` has something in it.
+    ValueError: for a malformed list, per_shard < 1, or nothing to pack.
+  """
+  out = Path(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise FileExistsError(f"{out}: exists already; remove it or choose another --out")
+  if per_shard < 1:
+    raise ValueError(f"per_shard={per_shard}: must be at least 1")
+  clips, left_out = read_clips(wav_scp, text, segments)
+  if normalise_text:
+    clips = [dataclasses.replace(clip, text=normalise(clip.text)) for clip in clips]
+  if shuffle_seed is not None:
+    order = np.random.default_rng(shuffle_seed).permutation(len(clips))
+    clips = [clips[i] for i in order]
+  beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+  beside.mkdir(parents=True)
+  try:
+    jobs = [
+      (str(beside / f"shards_{i:09d}.tar"), clips[start : start + per_shard])
+      for i, start in enumerate(range(0, len(clips), per_shard))
+    ]
+    done = []
+    for name, packed, unpacked in _write_all(jobs, processes, progress, len(clips)):
+      left_out += unpacked
+      if packed:
+        done.append((name, packed))
+    if not done:
+      found = "; ".join(f"{u.cause}: {u.key} {u.detail}" for u in left_out[:3])
+      raise ValueError(f"{text}: nothing to pack; {len(left_out)} utterances left out ({found} …)")
+    _write_lists(beside, done, left_out)
+    os.replace(beside, out)
+  finally:
+    shutil.rmtree(beside, ignore_errors=True)
+  count = sum(len(packed) for _, packed in done)
+  return PackReport(str(out / "data.list"), len(done), count, tuple(left_out))
+
+
+def _write_all(jobs, processes, progress, total):
+  """Yields (shard name, clips packed, left out), in order."""
+  import rich.progress as bars
+
+  processes = min(processes or os.cpu_count() or 1, len(jobs))
+  columns = (
+    bars.TextColumn("packing"),
+    bars.BarColumn(),
+    bars.MofNCompleteColumn(),
+    bars.TextColumn("utterances"),
+    bars.TimeRemainingColumn(),
+  )
+  with bars.Progress(*columns, disable=not progress) as bar:
+    task = bar.add_task("", total=total)
+    if processes <= 1:
+      for job in jobs:
+        yield write_shard(*job)
+        bar.advance(task, len(job[1]))
+      return
+    # Not forked: this process may run JAX's threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+      try:
+        for job, result in zip(jobs, pool.map(write_shard, *zip(*jobs, strict=True)), strict=True):
+          yield result
+          bar.advance(task, len(job[1]))
+      except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
+def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list[Unpacked]]:
+  """Writes one tar of the clips that can be read.
+
+  Returns:
+    The tar's path, the clips in it, and what was left out; without clips there is no tar.
+  """
+  packed, left_out = [], []
+  recording: tuple[str, np.ndarray, int] | None = None
+  with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+    for clip in clips:
+      try:
+        if clip.start_s is None:
+          suffix, audio = _whole(clip)
+        else:
+          if recording is None or recording[0] != clip.path:
+            recording = (clip.path, *decode(clip.path))
+          suffix, audio = "wav", _part(clip, *recording[1:])
+      except OSError as error:
+        left_out.append(Unpacked("no audio", clip.key, f"{clip.path}: {error.strerror or error}"))
+      except AudioError as error:
+        left_out.append(Unpacked(error.cause, clip.key, str(error)))
+      except _Unusable as error:
+        left_out.append(Unpacked(error.cause, clip.key, error.detail))
+      else:
+        _add(tar, f"{clip.key}.txt", clip.text.encode())
+        _add(tar, f"{clip.key}.{suffix}", audio)
+        packed.append(clip)
+  if not packed:
+    os.remove(path)
+  return path, packed, left_out
+
+
+class _Unusable(Exception):
+  def __init__(self, cause, detail):
+    super().__init__(cause, detail)
+    self.cause, self.detail = cause, detail
+
+
+def _whole(clip) -> tuple[str, bytes]:
+  suffix = Path(clip.path).suffix[1:].lower()
+  if suffix not in AUDIO_SUFFIXES:
+    raise _Unusable("undecodable", f"{clip.path}: not one of {', '.join(AUDIO_SUFFIXES)}")
+  audio = Path(clip.path).read_bytes()
+  if not audio:
+    raise _Unusable("empty audio", f"{clip.path}: zero bytes")
+  return suffix, audio
+
+
+def _part(clip, samples_NC, rate_hz) -> bytes:
+  import soundfile
+
+  length_s = len(samples_NC) / rate_hz
+  end_s = length_s if clip.end_s == -1 else clip.end_s
+  if not 0 <= clip.start_s < min(end_s, length_s) or end_s > length_s + OVERSHOOT_S:
+    raise _Unusable(
+      "bad segment", f"{clip.start_s} to {clip.end_s} s of {clip.path}, which has {length_s:.3f} s"
+    )
+  part_NC = samples_NC[round(clip.start_s * rate_hz) : round(end_s * rate_hz)]
+  # Not soundfile's own rounding, which scales by 32767 and so changes every 16-bit recording.
+  part_NC = np.clip(np.rint(part_NC * 32768.0), -32768, 32767).astype(np.int16)
+  file = io.BytesIO()
+  soundfile.write(file, part_NC, rate_hz, format="WAV", subtype="PCM_16")
+  return file.getvalue()
+
+
+def _add(tar, name, content):
+  info = tarfile.TarInfo(name)
+  info.size = len(content)
+  tar.addfile(info, io.BytesIO(content))
+
+
+def _write_lists(folder, done, left_out):
+  with open(folder / "data.list", "w", encoding="utf-8") as file:
+    file.writelines(f"{Path(name).name}\n" for name, _ in done)
+  with open(folder / "text", "w", encoding="utf-8") as file:
+    file.writelines(f"{clip.key} {clip.text}".rstrip() + "\n" for _, made in done for clip in made)
+  if left_out:
+    with open(folder / "left_out.tsv", "w", encoding="utf-8") as file:
+      file.writelines(f"{u.cause}\t{u.key}\t{u.detail}\n" for u in left_out)

@@ -1,0 +1,216 @@
+"""Endless training batches and one-pass evaluation batches, as Grain datasets."""
+
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+from absl import flags
+
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.data.batching import Batcher, HostBatch
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.examples import Reader
+from mooer_jax.data.iterators import EvalIterator, TrainIterator
+from mooer_jax.data.shards import read_list
+from mooer_jax.data.stream import UtteranceStream
+from mooer_jax.text.tokenizer import Tokenizer
+
+
+def train_batches(
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  prompt: tuple[str, str],
+  frontends: Sequence[FrontendConfig],
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.IterDataset:
+  """Endless stream of HostBatch, epoch after epoch in new orders; every batch is full.
+
+  An epoch's remainder below a whole batch is completed with the next epoch's first utterances.
+  Batches of all processes come in the same order of length, so that their buckets mostly agree.
+
+  Args:
+    config: see DataConfig.
+    tokenizer: of the language model.
+    prompt: text before and text after the speech.
+    frontends: one for each encoder.
+    process_index: which of the processes (hosts) this is.
+    process_count: each process reads every process_count-th shard.
+
+  Returns:
+    A dataset whose iterator has get_state() and set_state(); states are JSON-able dicts. Call
+    close() on the iterator to end its workers or thread.
+
+  Raises:
+    FileNotFoundError, ValueError: for a bad list, too few shards, or buckets too short.
+  """
+  shards = read_list(config.shards)
+  streams = process_count * max(1, config.workers)
+  if len(shards) < streams:
+    raise ValueError(
+      f"{config.shards}: {len(shards)} shards for {process_count} processes with data.workers="
+      f"{config.workers}, but each of the {streams} streams needs a shard of its own; lower"
+      " data.workers or pack again with fewer utterances a shard (--per-shard)"
+    )
+  batches = _TrainBatches(
+    config,
+    shards[process_index::process_count],
+    _reader(config, tokenizer, frontends, needs_answer=True),
+    Batcher(config, tokenizer, prompt, frontends),
+  )
+  return _Described(
+    _ahead(batches, config, config.workers),
+    _description(config, shards, process_index, process_count),
+  )
+
+
+def eval_batches(
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  prompt: tuple[str, str],
+  frontends: Sequence[FrontendConfig],
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.IterDataset:
+  """One pass over the utterances as they lie in the shards; the last batch has padding rows.
+
+  Each key is either in one batch's keys or in its `skipped`. A transcript that is empty, too long
+  or not in the tokenizer's alphabet does not keep an utterance out: its answer is just padding.
+
+  Arguments, result and errors as train_batches; at most one worker, which keeps the order.
+  """
+  shards = read_list(config.shards)
+  if len(shards) < process_count:
+    raise ValueError(
+      f"{config.shards}: {len(shards)} shards for {process_count} processes; pack again with fewer"
+      " utterances a shard (--per-shard) or evaluate with fewer processes"
+    )
+  batches = _EvalBatches(
+    config,
+    shards[process_index::process_count],
+    _reader(config, tokenizer, frontends, needs_answer=False),
+    Batcher(config, tokenizer, prompt, frontends),
+  )
+  return _Described(
+    _ahead(batches, config, min(1, config.workers)),
+    _description(config, shards, process_index, process_count),
+  )
+
+
+def _reader(config, tokenizer, frontends, *, needs_answer) -> Reader:
+  return Reader(
+    frontends=tuple(frontends),
+    tokenizer=tokenizer,
+    min_s=config.min_s,
+    max_s=config.max_s,
+    max_answer=config.answer_buckets[-1],
+    needs_answer=needs_answer,
+  )
+
+
+def _ahead(batches, config, workers) -> grain.IterDataset:
+  if not workers:
+    return grain.experimental.ThreadPrefetchIterDataset(
+      batches, prefetch_buffer_size=config.prefetch
+    )
+  if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which a plain script never parses
+    flags.FLAGS.mark_as_parsed()
+  options = grain.MultiprocessingOptions(
+    num_workers=workers, per_worker_buffer_size=config.prefetch
+  )
+  return batches.mp_prefetch(options, worker_init_fn=_keep_off_accelerators)
+
+
+def _keep_off_accelerators(index, count):
+  """A worker that touched the GPU or TPU would take it, or its memory, from the training."""
+  del index, count
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  if "jax" in sys.modules:  # too late for the variable, early enough for the setting
+    sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _description(config, shards, process_index, process_count) -> dict[str, Any]:
+  """What must be the same for a saved state to mean the same batches."""
+  names = ("batch_size", "window", "seed", "workers", "min_s", "max_s", "buckets", "answer_buckets")
+  settings = {f"data.{name}": getattr(config, name) for name in names}
+  files = "\n".join(os.path.basename(shard) for shard in shards)
+  return {
+    **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
+    "shards in the list": len(shards),
+    "checksum of their names": zlib.crc32(files.encode()),
+    "process": [process_index, process_count],
+  }
+
+
+class _Batches(grain.IterDataset):
+  """What both kinds of batches are made from; Grain slices it between workers."""
+
+  def __init__(self, config: DataConfig, shards: list[str], reader: Reader, batcher: Batcher):
+    super().__init__()
+    self.config, self.shards = config, shards
+    self.reader, self.batcher = reader, batcher
+
+  def set_slice(self, sl: slice, sequential_slice: bool = False):
+    """Called by mp_prefetch in each worker, which then owns these shards."""
+    assert not sequential_slice
+    self.shards = self.shards[sl]
+
+  def stream(self, seed: int | None) -> UtteranceStream:
+    return UtteranceStream(
+      self.shards,
+      self.reader,
+      seed=seed,
+      max_bad_share=self.config.max_bad_share,
+      tolerance=self.config.tolerance,
+    )
+
+
+class _TrainBatches(_Batches):
+  def __iter__(self) -> grain.DatasetIterator[HostBatch]:
+    return TrainIterator(self.config, self.batcher, self.stream(self.config.seed))
+
+
+class _EvalBatches(_Batches):
+  def __iter__(self) -> grain.DatasetIterator[HostBatch]:
+    return EvalIterator(self.config, self.batcher, self.stream(None))
+
+
+class _Described(grain.IterDataset):
+  """Writes into each state what it belongs to, and refuses the state of another pipeline."""
+
+  def __init__(self, parent: grain.IterDataset, description: dict[str, Any]):
+    super().__init__(parent)
+    self._description = description
+
+  def __iter__(self) -> grain.DatasetIterator[HostBatch]:
+    return _DescribedIterator(iter(self.parents[0]), self._description)
+
+
+class _DescribedIterator(grain.DatasetIterator):
+  def __init__(self, parent: grain.DatasetIterator, description: dict[str, Any]):
+    super().__init__(parent)
+    self._inner, self._description = parent, description
+
+  def __next__(self) -> HostBatch:
+    return next(self._inner)
+
+  def get_state(self) -> dict[str, Any]:
+    return {"of": self._description, "reader": self._inner.get_state()}
+
+  def set_state(self, state: dict[str, Any]):
+    changed = [
+      f"{name} was {state['of'].get(name)!r} and is {value!r}"
+      for name, value in self._description.items()
+      if state["of"].get(name) != value
+    ]
+    if changed:
+      raise ValueError(
+        f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
+        " or start without the data position"
+      )
+    self._inner.set_state(state["reader"])

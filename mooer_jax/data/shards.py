@@ -1,0 +1,153 @@
+"""WeNet-style tar shards, read one utterance after another."""
+
+import dataclasses
+import gzip
+import tarfile
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+
+AUDIO_SUFFIXES = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "wma", "webm", "aac")
+CAUSES = (
+  "bad shard",  # truncated or damaged tar: what follows the damage is lost
+  "duplicate key",
+  "no audio",
+  "no transcript",
+  "transcript not UTF-8",
+  "empty transcript",
+  "unknown character",  # the tokenizer has no token for it
+  "answer too long",
+  "empty audio",
+  "undecodable",
+  "not finite",
+  "too short",
+  "too long",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+  """An utterance that was left out.
+
+  Attributes:
+    cause: one of CAUSES.
+    key: of the utterance; empty where the shard broke between utterances.
+    shard: path of the tar.
+    detail: what was found, for a person.
+  """
+
+  cause: str
+  key: str
+  shard: str
+  detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RawUtterance:
+  """An utterance as it lies in a shard: encoded audio and UTF-8 transcript."""
+
+  key: str
+  shard: str
+  suffix: str
+  audio: bytes
+  text: bytes
+
+
+def read_list(path: str | Path) -> list[str]:
+  """Returns the tar paths of a `data.list`; relative ones are taken from the list's folder.
+
+  Raises:
+    FileNotFoundError: if the list or a shard that it names does not exist.
+    ValueError: if it is empty, names a shard twice, or holds URLs or JSON lines.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such list of shards; `mooer-jax pack` writes one")
+  lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+  lines = [line for line in lines if line]
+  if not lines:
+    raise ValueError(f"{path}: lists no shard; write one tar path a line")
+  for line in lines:
+    if line.startswith("{") or "://" in line:
+      kind = "a JSON line" if line.startswith("{") else "a URL"
+      raise ValueError(f"{path}: {line[:80]!r} is {kind}; only paths of tar files are read here")
+  shards = [str(path.parent / line) for line in lines]
+  if len(set(shards)) < len(shards):
+    twice = next(s for s in shards if shards.count(s) > 1)
+    raise ValueError(f"{path}: lists {twice} more than once; each utterance would repeat")
+  missing = [shard for shard in shards if not Path(shard).is_file()]
+  if missing:
+    raise FileNotFoundError(
+      f"{path}: {len(missing)} of {len(shards)} shards do not exist, first {missing[0]}"
+    )
+  return shards
+
+
+def read_shard(path: str) -> Generator[RawUtterance | Skip]:
+  """Yields what a tar holds, in order, each utterance either whole or as a Skip.
+
+  Members of one utterance stand together and share the name up to the last dot; transcript and
+  audio come in either order. Members with other suffixes are passed over. The tar is read as a
+  stream, also compressed, so memory holds one utterance at a time.
+  """
+  seen: set[str] = set()
+  key, parts = None, {}
+  # A local name, since a reader that is left open at exit outlives the module's globals.
+  damage = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError)
+  try:
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+      while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # or it would remember every header
+        if not member.isfile():
+          continue
+        name = member.name.removeprefix("./")
+        stem, dot, suffix = name.rpartition(".")
+        suffix = suffix.lower() if dot and "/" not in suffix else ""
+        stem = stem if suffix else name
+        slot = "txt" if suffix == "txt" else "audio" if suffix in AUDIO_SUFFIXES else suffix
+        if key is not None and (stem != key or slot in parts):
+          done, found = (key, parts)
+          key, parts = None, {}
+          yield _whole(done, found, path, seen)
+        key = stem
+        parts[slot] = (suffix, _content(tar, member) if slot in ("txt", "audio") else b"")
+      if key is not None:
+        done, found = (key, parts)
+        key, parts = None, {}
+        yield _whole(done, found, path, seen)
+      _check_end(file, tar.offset)
+  except damage as error:
+    yield Skip("bad shard", key or "", path, f"{type(error).__name__}: {error}")
+
+
+def _content(tar, member) -> bytes:
+  content = tar.extractfile(member).read()
+  if len(content) < member.size:
+    raise tarfile.ReadError(f"{member.name} ends after {len(content)} of {member.size} bytes")
+  return content
+
+
+def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
+  if key in seen:
+    return Skip("duplicate key", key, shard)
+  seen.add(key)
+  if "audio" not in parts:
+    found = ", ".join(f".{part}" if part else "no suffix" for part in parts)
+    return Skip("no audio", key, shard, f"only {found}")
+  if "txt" not in parts:
+    return Skip("no transcript", key, shard, f"only .{parts['audio'][0]}")
+  suffix, audio = parts["audio"]
+  return RawUtterance(key, shard, suffix, audio, parts["txt"][1])
+
+
+def _check_end(file, offset):
+  """tarfile takes a cut or a damaged header between members for the end; a real end is zeros."""
+  file.seek(0)
+  if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
+    return  # compressed: the codec has its own checksum
+  file.seek(offset)
+  block = file.read(tarfile.BLOCKSIZE)
+  if len(block) < tarfile.BLOCKSIZE:
+    raise tarfile.ReadError(f"ends at byte {offset + len(block)} without the end-of-tar mark")
+  if block.strip(b"\0"):
+    raise tarfile.ReadError(f"damaged header at byte {offset}")

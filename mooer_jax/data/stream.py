@@ -1,0 +1,177 @@
+"""Utterances from shards, endless or once through, with a position that can be restored."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from mooer_jax.data.examples import Example, Reader
+from mooer_jax.data.shards import RawUtterance, Skip, read_shard
+
+
+class BadDataError(ValueError):
+  """Too much of the data cannot be used."""
+
+
+class UtteranceStream:
+  """Iterates over the usable utterances of some shards.
+
+  What has to be left out is counted and handed over with the next utterance. Positions are small
+  JSON-able dicts; a stream sent to a position goes on exactly as the one that it was taken from.
+  """
+
+  def __init__(
+    self,
+    shards: Sequence[str],
+    reader: Reader,
+    *,
+    seed: int | None,
+    max_bad_share: float,
+    tolerance: int,
+  ):
+    """Starts at the first utterance.
+
+    Args:
+      shards: tar paths.
+      reader: makes examples of raw utterances.
+      seed: of the order of the shards in each epoch; None reads them once, as listed, and takes
+        a key that another shard had already for a duplicate.
+      max_bad_share: largest share of skipped utterances.
+      tolerance: utterances read before that is applied.
+    """
+    self._shards = list(shards)
+    self._reader = reader
+    self._seed = seed
+    self._max_bad_share = max_bad_share
+    self._tolerance = tolerance
+    self.seek({"epoch": 0, "shard": 0, "entry": 0, "read": 0, "usable": 0, "skipped": {}})
+
+  def seek(self, position: dict):
+    """Goes to what `position()` returned."""
+    self._epoch, self._shard = position["epoch"], position["shard"]
+    self._entry = position["entry"]
+    self._read, self._usable = position["read"], position["usable"]
+    self._counts = collections.Counter(position["skipped"])
+    self._pending: list[Skip] = []
+    self._peeked: tuple[Example, dict] | None = None
+    self._order = self._shard_order()
+    self._entries: Generator[RawUtterance | Skip] | None = None
+    self._keys: set[str] = set()
+    if self._seed is None:
+      for index in self._order[: self._shard]:
+        self._keys.update(e.key for e in read_shard(self._shards[index]) if e.key)
+
+  def position(self) -> dict:
+    """Where the next utterance (with the skips before it) starts."""
+    if self._peeked is not None:
+      return self._peeked[1]
+    assert not self._pending, "positions are taken between utterances"
+    return {
+      "epoch": self._epoch,
+      "shard": self._shard,
+      "entry": self._entry,
+      "read": self._read,
+      "usable": self._usable,
+      "skipped": dict(self._counts),
+    }
+
+  def peek(self) -> Example:
+    """Returns the next utterance without taking it.
+
+    Raises:
+      StopIteration, BadDataError: as `take`.
+    """
+    if self._peeked is None:
+      before = self.position()
+      self._peeked = (self._advance(), before)
+    return self._peeked[0]
+
+  def take(self) -> Example:
+    """Returns the next utterance.
+
+    Raises:
+      StopIteration: after the last one, if the shards are read once.
+      BadDataError: if more than the allowed share was skipped, or an epoch had nothing usable.
+    """
+    example = self.peek()
+    self._peeked = None
+    return example
+
+  def close(self):
+    """Closes the shard that is being read."""
+    if self._entries is not None:
+      self._entries.close()
+
+  def left_over(self) -> tuple[Skip, ...]:
+    """What was left out after the last utterance; known once StopIteration was raised."""
+    left, self._pending = tuple(self._pending), []
+    return left
+
+  def _advance(self) -> Example:
+    while True:
+      if self._shard == len(self._order):
+        self._end_epoch()
+      if self._entries is None:
+        self._entries = self._open()
+      entry = next(self._entries, None)
+      if entry is None:
+        self._shard, self._entry, self._entries = self._shard + 1, 0, None
+        continue
+      self._entry += 1
+      self._read += 1
+      made = self._make(entry)
+      if isinstance(made, Example):
+        self._usable += 1
+        skipped, self._pending = tuple(self._pending), []
+        return dataclasses.replace(made, epoch=self._epoch, skipped=skipped)
+      self._pending.append(made)
+      self._counts[made.cause] += 1
+      self._check_share(self._tolerance)
+
+  def _make(self, entry: RawUtterance | Skip) -> Example | Skip:
+    if self._seed is None and entry.key:
+      if entry.key in self._keys:
+        return Skip("duplicate key", entry.key, entry.shard)
+      self._keys.add(entry.key)
+    return entry if isinstance(entry, Skip) else self._reader(entry)
+
+  def _open(self) -> Generator[RawUtterance | Skip]:
+    """Opens the current shard behind the entries that were taken already."""
+    entries = read_shard(self._shards[self._order[self._shard]])
+    for passed in itertools.islice(entries, self._entry):
+      if self._seed is None:
+        self._keys.add(passed.key)
+    return entries
+
+  def _end_epoch(self):
+    if not self._usable:
+      raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
+    self._check_share(1)
+    if self._seed is None:
+      raise StopIteration
+    self._epoch, self._shard, self._entry, self._usable = self._epoch + 1, 0, 0, 0
+    self._order = self._shard_order()
+
+  def _shard_order(self) -> list[int]:
+    if self._seed is None:
+      return list(range(len(self._shards)))
+    # 0: apart from the numbers that shuffle windows with the same seed
+    rng = np.random.default_rng([self._seed, 0, self._epoch])
+    return rng.permutation(len(self._shards)).tolist()
+
+  def _check_share(self, least_read):
+    bad = self._counts.total()
+    if self._read >= least_read and bad > self._max_bad_share * self._read:
+      raise BadDataError(
+        f"{bad} of {self._read} utterances cannot be used: {self._summary()}; repair the data or"
+        f" raise data.max_bad_share={self._max_bad_share}"
+      )
+
+  def _summary(self) -> str:
+    counts = ", ".join(f"{cause} {n}" for cause, n in self._counts.most_common())
+    if not self._pending:
+      return counts or "the shards are empty"
+    last = self._pending[-1]
+    return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
