@@ -49,7 +49,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: if a path is both a leaf and the parent of another, or has an empty part.
   """
   tree: dict[str, Any] = {}
-  parents = set()
+  parents: set[str] = set()
   for path in flat:
     parts = path.split("/")
     if not all(parts):
@@ -190,9 +190,9 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
       unstacked[key] = unstack_layers(node) if isinstance(node, Mapping) else node
       continue
     flat = flatten(node)
-    sizes = {path: leaf.shape[0] if leaf.shape else None for path, leaf in flat.items()}
-    if len(set(sizes.values())) != 1 or None in sizes.values():
-      raise ValueError(f"the leaves under {STACK} differ in their leading axis: {sizes}")
+    sizes = {path: leaf.shape[0] if leaf.shape else 0 for path, leaf in flat.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+      raise ValueError(f"the leaves under {STACK} need one common leading axis, they have {sizes}")
     for n in range(next(iter(sizes.values()))):
       name = f"{STACK}_{n}"
       if name in params:

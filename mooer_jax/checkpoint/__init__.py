@@ -1,0 +1,33 @@
+"""The checkpoint folder: weights and everything that is needed to run them, in one place.
+
+    config.json       the model, as `config.to_json` wrote it
+    generation.json   prompts and decoding defaults
+    tokenizer/        the tokenizer's own files
+    weights/          every leaf, per layer (Orbax) — or, for a fine-tune,
+    trainable/        only the trained leaves; checkpoint.json then names and hashes their base
+    train_state/      arrays and the data position, while training
+    checkpoint.json   format, hash, paths, shapes and dtypes of the leaves
+
+A folder is written beside its place as `.tmp-NAME` and renamed when it is complete, so one that
+has its name is whole. With several processes, all call `save` and `load` on a shared file system.
+"""
+
+from mooer_jax.checkpoint.errors import CheckpointError, SaveError
+from mooer_jax.checkpoint.reading import Checkpoint, describe, load, load_train_state, verify
+from mooer_jax.checkpoint.steps import find, keep_last, latest, step_folder
+from mooer_jax.checkpoint.writing import save
+
+__all__ = [
+  "Checkpoint",
+  "CheckpointError",
+  "SaveError",
+  "describe",
+  "find",
+  "keep_last",
+  "latest",
+  "load",
+  "load_train_state",
+  "save",
+  "step_folder",
+  "verify",
+]

@@ -1,0 +1,233 @@
+"""Opens checkpoints and reads from them."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax import tree
+from mooer_jax.checkpoint import arrays
+from mooer_jax.checkpoint.errors import CheckpointError
+from mooer_jax.checkpoint.steps import latest
+
+FORMAT = 1
+KEPT = "frontend/.*"  # CMVN: rounding it to bfloat16 would cost more than rounding the model
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A checkpoint that was opened.
+
+  Attributes:
+    folder: where it lies.
+    params: nested dict, per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`.
+    config: what config.json holds.
+    generation: what generation.json holds.
+    hash: SHA-256 (hex) of the weights, or of the trained leaves and their base's hash.
+    base: folder of the base of a fine-tune, else None.
+    trained: paths that a fine-tune has of its own; all paths where there is no base.
+  """
+
+  folder: Path
+  params: dict
+  config: dict
+  generation: dict
+  hash: str
+  base: Path | None
+  trained: tuple[str, ...]
+
+  @property
+  def tokenizer(self) -> Path:
+    """Folder of the tokenizer's files."""
+    return self.folder / "tokenizer"
+
+
+def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
+  """Opens a checkpoint without reading its weights: params are `ShapeDtypeStruct`s.
+
+  Args, Raises: as for `load`.
+  """
+  folder, about = open_folder(folder)
+  leaves = about["leaves"]
+  origin = None
+  if about["base"] is not None:
+    origin = Path(base or about["base"]["path"])
+    if not origin.is_dir():
+      raise FileNotFoundError(
+        f"{folder} is a fine-tune of {origin}, which is not there; pass base=FOLDER if it moved"
+      )
+    under = describe(origin)
+    if under.hash != about["base"]["hash"]:
+      raise CheckpointError(
+        f"{folder} was trained on other weights than {origin} holds (hash {about['base']['hash']}, "
+        f"there {under.hash}); pass base=FOLDER of the right ones"
+      )
+    leaves = {**arrays.shapes(under.params), **leaves}
+  structs = {
+    path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+    for path, (shape, dtype) in leaves.items()
+  }
+  return Checkpoint(
+    folder=folder,
+    params=tree.unflatten(structs),
+    config=_read_json(folder / "config.json"),
+    generation=_read_json(folder / "generation.json"),
+    hash=about["hash"],
+    base=origin,
+    trained=tuple(about["leaves"]),
+  )
+
+
+def load(
+  folder: str | Path,
+  *,
+  shardings: Mapping | None = None,
+  dtype: Any = None,
+  base: str | Path | None = None,
+) -> Checkpoint:
+  """Loads a checkpoint; each device reads its own part of each leaf.
+
+  Args:
+    folder: from `save`.
+    shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
+      everything on the first local device.
+    dtype: what floating-point leaves become; default: as saved. `frontend/` stays as saved.
+    base: where the base of a fine-tune lies, if it has moved.
+
+  Raises:
+    FileNotFoundError: if the folder, or the base of a fine-tune, does not exist.
+    CheckpointError: if it is no checkpoint (what is missing is named), of a newer format, damaged,
+      of another base, or if the shardings do not fit.
+  """
+  about = describe(folder, base=base)
+  wanted = tree.flatten(about.params)
+  if shardings is None:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = dict.fromkeys(wanted, device)
+  else:
+    places = tree.flatten(shardings)
+    if odd := sorted(places.keys() ^ wanted.keys()):
+      kind = "no sharding for" if odd[0] in wanted else "a sharding but no leaf for"
+      raise CheckpointError(f"{about.folder}: {kind} {odd[0]} ({len(odd)} such paths)")
+  targets = {
+    path: jax.ShapeDtypeStruct(leaf.shape, _cast(path, leaf.dtype, dtype), sharding=places[path])
+    for path, leaf in wanted.items()
+  }
+  return dataclasses.replace(about, params=tree.unflatten(_read_leaves(about, targets)))
+
+
+def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
+  """Loads what `save` got as train_state, and this process's data_state.
+
+  Args:
+    folder: from `save`.
+    target: pytree of the same structure, of arrays or `ShapeDtypeStruct`s with shardings; leaves
+      without a sharding come to the first local device.
+
+  Returns:
+    (state like `target`, data_state).
+
+  Raises:
+    CheckpointError: if there is no train state, or a leaf's path, shape or dtype differs.
+  """
+  folder, about = open_folder(folder)
+  if about["train_state"] is None:
+    raise CheckpointError(f"{folder} holds no train_state; it cannot be resumed, only loaded")
+  data = folder / "train_state" / data_file()
+  if not data.is_file():
+    raise CheckpointError(
+      f"{data} is missing; the run was saved by another number of processes than "
+      f"{jax.process_count()}"
+    )
+  saved, wanted = about["train_state"], tree.flatten(arrays.by_path(target))
+  if odd := sorted(saved.keys() ^ wanted.keys()):
+    where = "not in the checkpoint" if odd[0] in wanted else "only in the checkpoint"
+    raise CheckpointError(f"{folder}/train_state: {odd[0]} is {where}; the configs differ")
+  expected = arrays.shapes(arrays.by_path(target))
+  for path, have in saved.items():
+    if have != expected[path]:
+      raise CheckpointError(
+        f"{folder}/train_state: {path} is saved as {have}, this run has {expected[path]}"
+      )
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  targets = {
+    path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device)
+    for path, x in wanted.items()
+  }
+  flat = arrays.read(folder / "train_state" / "arrays", saved, targets)
+  paths = [arrays.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(target)[0]]
+  state = jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in paths])
+  return state, _read_json(data)
+
+
+def verify(folder: str | Path) -> None:
+  """Reads all bytes of the weights and compares them with the hash of when they were saved.
+
+  Raises:
+    CheckpointError: if they differ.
+  """
+  folder, about = open_folder(folder)
+  base = about["base"]
+  weights = folder / ("weights" if base is None else "trainable")
+  if arrays.hash_files(weights, "" if base is None else base["hash"]) != about["hash"]:
+    raise CheckpointError(f"{weights}: the files have changed since they were saved")
+
+
+def open_folder(folder) -> tuple[Path, dict]:
+  folder = Path(folder).absolute()
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+  missing = [
+    name for name in ("config.json", "generation.json", "checkpoint.json", "tokenizer")
+    if not (folder / name).exists()
+  ]
+  if missing:
+    hint = ""
+    if (newest := latest(folder)) is not None:
+      hint = f"; it is the folder of a run, whose newest checkpoint is {newest}"
+    elif list(folder.glob("*.safetensors")) or list(folder.glob("*.pt")):
+      hint = "; PyTorch weights must be converted first (mooer-jax convert)"
+    raise CheckpointError(f"{folder} is not a mooer_jax checkpoint: no {', '.join(missing)}{hint}")
+  about = _read_json(folder / "checkpoint.json")
+  if about.get("format") != FORMAT:
+    raise CheckpointError(
+      f"{folder} has format {about.get('format')}, this mooer_jax reads format {FORMAT}"
+    )
+  name = "weights" if about["base"] is None else "trainable"
+  if not (folder / name).is_dir():
+    raise CheckpointError(f"{folder} is not a mooer_jax checkpoint: no {name}")
+  return folder, about
+
+
+def _read_leaves(about: Checkpoint, targets: dict) -> dict:
+  """Reads the leaves that the folder has of its own, and the others from its base."""
+  own = set(about.trained)
+  name = "weights" if about.base is None else "trainable"
+  saved = open_folder(about.folder)[1]["leaves"]
+  flat = arrays.read(about.folder / name, saved, {p: t for p, t in targets.items() if p in own})
+  if about.base is None:
+    return flat
+  rest = {path: target for path, target in targets.items() if path not in own}
+  return {**_read_leaves(describe(about.base), rest), **flat}
+
+
+def _cast(path: str, saved, wanted):
+  keep = wanted is None or not jnp.issubdtype(saved, jnp.floating)
+  return saved if keep or re.fullmatch(KEPT, path) else np.dtype(wanted)
+
+
+def data_file() -> str:
+  return f"data_{jax.process_index()}.json"
+
+
+def _read_json(path: Path) -> dict:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise CheckpointError(f"{path} is not readable as JSON: {error}") from error

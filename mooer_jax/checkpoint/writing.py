@@ -1,0 +1,129 @@
+"""Saves a checkpoint, completely or not at all."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mooer_jax import tree
+from mooer_jax.checkpoint import arrays
+from mooer_jax.checkpoint.errors import SaveError
+from mooer_jax.checkpoint.reading import FORMAT, data_file, open_folder
+
+
+def save(
+  folder: str | Path,
+  *,
+  params: Mapping,
+  config_json: Mapping,
+  tokenizer: str | Path | Callable[[Path], Any],
+  generation: Mapping,
+  base: str | Path | None = None,
+  train_state: Any = None,
+  data_state: Mapping | None = None,
+  overwrite: bool = False,
+) -> Path:
+  """Saves a checkpoint, completely or not at all.
+
+  Args:
+    folder: where it will lie; its parents are made.
+    params: nested dict of arrays, per layer (`tree.unstack_layers`); with `base` only the trained.
+    config_json: the model's config as JSON values.
+    tokenizer: folder to copy, or a function that writes the files into the folder it is given.
+    generation: prompts and decoding defaults as JSON values.
+    base: folder of the checkpoint whose other leaves belong to these params.
+    train_state: pytree of arrays to resume from, any structure.
+    data_state: JSON values of this process's data iterator, saved with `train_state`.
+    overwrite: replace a checkpoint of this name; else it is an error.
+
+  Returns:
+    The folder.
+
+  Raises:
+    FileExistsError: if the folder exists and overwrite is False.
+    ValueError: if params are stacked.
+    SaveError: if anything fails on the way (disk full, no permission); an older checkpoint of this
+      name and all others stay as they were, and nothing half-written stays behind.
+  """
+  folder = Path(folder).absolute()
+  if folder.exists() and not overwrite:
+    raise FileExistsError(f"{folder} exists; choose another folder or pass overwrite=True")
+  leaves = tree.flatten(params)
+  stacked = [path for path in leaves if tree.STACK in path.split("/")]
+  if stacked:
+    raise ValueError(f"{stacked[0]} is stacked; a checkpoint is per layer (tree.unstack_layers)")
+  pointer = None if base is None else _pointer(Path(base).absolute())
+  first = jax.process_index() == 0
+  part = folder.with_name(f".tmp-{folder.name}")
+  try:
+    if first:
+      shutil.rmtree(part, ignore_errors=True)
+      part.mkdir(parents=True)
+    _barrier("begin", folder)
+    weights = part / ("weights" if base is None else "trainable")
+    arrays.write(weights, params)
+    if train_state is not None:
+      state = arrays.by_path(train_state)
+      arrays.write(part / "train_state" / "arrays", state)
+      _write_json(part / "train_state" / data_file(), dict(data_state or {}))
+    if first:
+      if callable(tokenizer):
+        (part / "tokenizer").mkdir()
+        tokenizer(part / "tokenizer")
+      else:
+        shutil.copytree(tokenizer, part / "tokenizer")
+      _write_json(part / "config.json", dict(config_json))
+      _write_json(part / "generation.json", dict(generation))
+      _write_json(part / "checkpoint.json", {
+        "format": FORMAT,
+        "hash": arrays.hash_files(weights, "" if pointer is None else pointer["hash"]),
+        "base": pointer,
+        "leaves": arrays.shapes(params),
+        "train_state": None if train_state is None else arrays.shapes(state),
+      })
+    _barrier("written", folder)
+    if first:
+      _put_in_place(part, folder)
+    _barrier("end", folder)
+  except Exception as error:
+    raise SaveError(
+      f"{folder}: the checkpoint was not saved ({type(error).__name__}: {error}); what was there "
+      "before is untouched. If the disk is full, make room or save to another folder"
+    ) from error
+  finally:
+    if first:
+      shutil.rmtree(part, ignore_errors=True)
+  return folder
+
+
+def _pointer(base: Path) -> dict:
+  return {"path": str(base), "hash": open_folder(base)[1]["hash"]}
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+  old = folder.with_name(f".old-{folder.name}")
+  if not folder.exists():
+    part.rename(folder)
+    return
+  shutil.rmtree(old, ignore_errors=True)
+  folder.rename(old)
+  try:
+    part.rename(folder)
+  except OSError:
+    old.rename(folder)
+    raise
+  shutil.rmtree(old)
+
+
+def _write_json(path: Path, value: dict) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _barrier(name: str, folder: Path) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f"{name} {folder}")

@@ -1,0 +1,1 @@
+"""Training: schedules, optimizer, mesh and shardings, the train step and its state."""

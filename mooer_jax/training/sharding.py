@@ -1,0 +1,156 @@
+"""One mesh with three axes, and the table that says where every parameter lies on it.
+
+`data` splits the batch, `fsdp` splits the batch and the weights, `tensor` splits the width of a
+layer (Megatron: q, k, v, gate, up by columns; o, down by rows, so that a pair needs one sum).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mooer_jax import tree
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+
+# Below this many elements (of one layer) a leaf is not split over fsdp: gathering it would cost
+# more than keeping it.
+FSDP_MIN_SIZE = 2**16
+
+_LAYER = r"(first_layer|layers(_\d+)?)"
+
+# (pattern of the whole path, spec of the trailing axes). A leading axis of stacked layers is never
+# split, so that one table serves stacked and unstacked params.
+RULES = (
+  (r"frontend/.*", P()),
+  # 560 input features divide by few mesh sizes, so layer 0 is split over its outputs alone.
+  (r"encoders/sanm/first_layer/attention/qkv/kernel", P(None, (TENSOR, FSDP))),
+  (rf"encoders/sanm/{_LAYER}/attention/qkv/kernel", P(FSDP, TENSOR)),
+  (rf"encoders/sanm/{_LAYER}/attention/out/kernel", P(TENSOR, FSDP)),
+  (rf"encoders/sanm/{_LAYER}/feed_forward/up/kernel", P(FSDP, TENSOR)),
+  (rf"encoders/sanm/{_LAYER}/feed_forward/down/kernel", P(TENSOR, FSDP)),
+  (rf"encoders/sanm/{_LAYER}/(attention/qkv|feed_forward/up)/bias", P(TENSOR)),
+  (rf"encoders/sanm/{_LAYER}/(attention/out|feed_forward/down)/bias", P()),
+  (rf"encoders/sanm/{_LAYER}/(attention/fsmn/kernel|norm[12]/(scale|bias))", P()),
+  (r"encoders/sanm/after_norm/(scale|bias)", P()),
+  (r"connector/linear1/kernel", P(FSDP, TENSOR)),
+  (r"connector/linear1/bias", P(TENSOR)),
+  (r"connector/linear2/kernel", P(TENSOR, FSDP)),
+  (r"connector/linear2/bias", P()),
+  (r"decoder/embed/embedding", P(TENSOR, FSDP)),
+  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel", P(FSDP, TENSOR)),
+  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/bias", P(TENSOR)),
+  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_a", P(FSDP, None)),
+  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, TENSOR)),
+  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/kernel", P(TENSOR, FSDP)),
+  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/lora_a", P(TENSOR, None)),
+  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/lora_b", P(None, FSDP)),
+  (rf"decoder/({_LAYER}/(input_norm|mlp_norm)|final_norm)/scale", P()),
+  (r"decoder/head/kernel", P(FSDP, TENSOR)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+def make_mesh(
+  *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Arranges devices as data x fsdp x tensor.
+
+  Args:
+    data, fsdp, tensor: axis sizes; one of them may be -1 and takes the devices that are left.
+    devices: all of them must be used; default: all devices of all processes.
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+  said = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+  open_axes = [axis for axis, size in sizes.items() if size == -1]
+  if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ValueError(f"{said}: sizes must be positive, one of them may be -1")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if open_axes:
+    sizes[open_axes[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+      f"{said} does not use {len(devices)} devices exactly; the sizes must multiply to "
+      f"{len(devices)}, with one of them at -1 to fill"
+    )
+  shape = tuple(sizes.values())
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def param_shardings(
+  mesh: Mesh,
+  params: Mapping,
+  *,
+  rules: Iterable[tuple[str, P]] = (),
+  fsdp_min_size: int = FSDP_MIN_SIZE,
+) -> dict:
+  """Gives every parameter its sharding.
+
+  Args:
+    mesh: from `make_mesh`.
+    params: nested dict of arrays or `ShapeDtypeStruct`s, stacked or not, whole or a part of it.
+    rules: further (pattern, spec of the trailing axes), tried before `RULES`; each must be used.
+    fsdp_min_size: leaves with fewer elements (in one layer) are not split over fsdp.
+
+  Returns:
+    A nested dict of `NamedSharding`.
+
+  Raises:
+    ValueError: if a path has no rule, a rule of the caller's decides no path, or an axis of a leaf
+      does not divide by the mesh axes that split it (nothing is replicated instead).
+  """
+  specs = tree.first_match(
+    (*rules, *RULES), params, optional=[pattern for pattern, _ in RULES]
+  )
+  leaves = tree.flatten(params)
+  return tree.unflatten({
+    path: NamedSharding(mesh, _fit(mesh, path, leaves[path].shape, spec, fsdp_min_size))
+    for path, spec in tree.flatten(specs).items()
+  })
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch are split over `data` and `fsdp`; the other axes are whole."""
+  return NamedSharding(mesh, P((DATA, FSDP)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole value."""
+  return NamedSharding(mesh, P())
+
+
+def _fit(mesh, path, shape, spec, fsdp_min_size) -> P:
+  """Aligns a spec with the trailing axes of a shape; drops fsdp from small leaves."""
+  if len(spec) > len(shape):
+    raise ValueError(f"{path}: shape {shape} has fewer axes than its rule {spec}")
+  trailing = shape[len(shape) - len(spec):]
+  small = math.prod(trailing) < fsdp_min_size
+  fitted = []
+  for size, names in zip(trailing, spec, strict=True):
+    names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if small:
+      names = tuple(name for name in names if name != FSDP)
+    ways = math.prod(mesh.shape[name] for name in names)
+    if size % ways:
+      axes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+      raise ValueError(
+        f"{path}: an axis of {size} (shape {tuple(shape)}) does not divide by {axes}; choose "
+        "other mesh sizes or give a rule for this path"
+      )
+    fitted.append(names[0] if len(names) == 1 else names or None)
+  return P(*[None] * (len(shape) - len(spec)), *fitted)

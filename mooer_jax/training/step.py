@@ -1,0 +1,143 @@
+"""One update: gradients of the trainable params over micro-batches, then the optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mooer_jax.training.sharding import batch_sharding, replicated
+from mooer_jax.training.state import TrainState
+
+# (trainable, frozen, batch, key) -> (loss, metrics). The step only reads metrics, sums over the
+# rows: loss_sum, tokens, correct, and any further sums.
+LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class NotFiniteError(FloatingPointError):
+  """The loss or a gradient became NaN or infinite; `.step` says in which update."""
+
+  def __init__(self, step: int, loss: float, grad_norm: float):
+    self.step = step
+    super().__init__(
+      f"step {step}: loss {loss} and gradient norm {grad_norm} are not both finite; the state is "
+      "that of the step before. Lower optimizer.peak_lr, set optimizer.grad_clip or check the data"
+    )
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  *,
+  schedule: optax.Schedule,
+  accumulation: int = 1,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """Builds the pure function `train_step(state, frozen, batch) -> (state, metrics)`.
+
+  The gradient is that of the summed loss over all rows, divided by all their tokens, so that
+  any accumulation gives the update of the one big batch.
+
+  Args:
+    loss_fn: (trainable, frozen, batch, key) -> (loss, metrics), metrics being sums over the rows:
+      loss_sum (float32, differentiated), tokens, correct; further sums are added up and passed on.
+    tx: from `make_optimizer`.
+    schedule: the learning rate within tx, for the metrics.
+    accumulation: micro-batches in a batch; must divide its rows. Micro-batch a takes the rows
+      a, a + accumulation, …, so that each device keeps its rows.
+
+  Returns:
+    The function. Its metrics are scalars: loss (per token), accuracy (of tokens), tokens,
+    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (the number of
+    this update, from 1), and the further sums.
+  """
+  if accumulation < 1:
+    raise ValueError(f"accumulation={accumulation} must be at least 1")
+
+  def summed_loss(trainable, frozen, batch, key):
+    _, sums = loss_fn(trainable, frozen, batch, key)
+    return sums["loss_sum"].astype(jnp.float32), sums
+
+  gradient = jax.grad(summed_loss, has_aux=True)
+
+  def accumulate(trainable, frozen, batch, key):
+    if accumulation == 1:
+      return gradient(trainable, frozen, batch, jax.random.fold_in(key, 0))
+    micro_batches = jax.tree.map(lambda x: _split(x, accumulation), batch)
+
+    def add(total, inputs):
+      n, micro_batch = inputs
+      new = gradient(trainable, frozen, micro_batch, jax.random.fold_in(key, n))
+      return jax.tree.map(jnp.add, total, new), None
+
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    shapes = jax.eval_shape(gradient, trainable, frozen, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro_batches))
+    return total
+
+  def train_step(state: TrainState, frozen, batch):
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    grads, sums = accumulate(state.trainable, frozen, batch, key)
+    sums = dict(sums)
+    tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
+    grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
+    loss = sums.pop("loss_sum").astype(jnp.float32) / tokens
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    new_state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      trainable=optax.apply_updates(state.trainable, updates),
+      opt_state=opt_state,
+    )
+    metrics = {
+      "loss": loss,
+      "accuracy": sums.pop("correct").astype(jnp.float32) / tokens,
+      "grad_norm": grad_norm,
+      "lr": jnp.asarray(schedule(state.step), jnp.float32),
+      "finite": finite,
+      "step": state.step + 1,
+      **sums,
+    }
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    return new_state, metrics
+
+  return train_step
+
+
+def jit_train_step(train_step, mesh: jax.sharding.Mesh, state_shardings, frozen_shardings):
+  """Compiles a train step for a mesh; the state that goes in is given up (its memory is reused).
+
+  The batch's leaves must all lead with the rows, and rows per micro-batch must divide by
+  data x fsdp.
+  """
+  return jax.jit(
+    train_step,
+    in_shardings=(state_shardings, frozen_shardings, batch_sharding(mesh)),
+    out_shardings=(state_shardings, replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def check_finite(metrics) -> None:
+  """Stops a run whose loss or gradient is NaN or infinite; reads the metrics from the device.
+
+  Raises:
+    NotFiniteError: with the step number.
+  """
+  if not metrics["finite"]:
+    raise NotFiniteError(
+      int(metrics["step"]), float(metrics["loss"]), float(metrics["grad_norm"])
+    )
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+  """[rows, ...] -> [parts, rows / parts, ...], part p with the rows p, p + parts, …"""
+  if x.shape[0] % parts:
+    raise ValueError(
+      f"a batch of {x.shape[0]} rows does not divide into accumulation={parts} micro-batches"
+    )
+  return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -1,0 +1,90 @@
+"""A speech LLM of a few thousand parameters and random batches for it."""
+
+import jax
+import numpy as np
+
+from mooer_jax import speech_llm, tree
+from mooer_jax.audio.fbank import FbankConfig
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.nn.compute import Compute
+
+SANM = SANMConfig(input_width=56, width=32, layers=3, heads=4, mlp_width=48, memory_kernel=3)
+LLM_CONFIG = LLMConfig(
+  vocab=61,
+  width=40,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_width=10,
+  mlp_width=56,
+  lora_rank=4,
+)
+
+
+def model_config(*, llm=LLM_CONFIG, sanm=SANM, **compute) -> SpeechLLMConfig:
+  """The config of the tiny model; 8 mel bins, so 56 values a step."""
+  return SpeechLLMConfig(
+    encoders=(sanm,),
+    connector=LinearConfig(hidden_width=24),
+    decoder=llm,
+    frontends=(FrontendConfig(fbank=FbankConfig(bins=8)),),
+    compute=Compute(**compute),
+  )
+
+
+def random_params(shapes, seed=0) -> dict:
+  """Random leaves for a tree of shapes; zeros (LoRA's B, biases) and ones would hide mistakes."""
+  rng = np.random.default_rng(seed)
+  flat = {}
+  for path, leaf in tree.flatten(shapes).items():
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    name = path.rsplit("/", 1)[-1]
+    if name in ("kernel", "lora_a", "lora_b"):
+      flat[path] = noise * leaf.shape[-2] ** -0.5
+    else:
+      flat[path] = noise if name == "embedding" else 0.1 * noise + (name == "scale")
+  return tree.unflatten(flat)
+
+
+def init(config, seed=0) -> dict:
+  """Random parameters of the whole model, per layer or stacked; both hold the same numbers."""
+  plain = config.with_compute(scan=False)
+  shapes = jax.eval_shape(lambda key: speech_llm.init(key, plain), jax.random.key(0))
+  params = random_params(shapes, seed)
+  return tree.stack_layers(params) if config.compute.scan else params
+
+
+def row(seed, *, frames, before=0, after=6, answer=5, config=None):
+  """One utterance as (features [T, F], before, after, answer), without padding."""
+  config = config or model_config()
+  rng = np.random.default_rng(seed)
+  tokens = (rng.integers(0, config.decoder.vocab, n) for n in (before, after, answer))
+  features = rng.normal(size=(frames, config.encoders[0].input_width)).astype(np.float32)
+  return features, *tokens
+
+
+def batch(rows, *, frames=None, before=None, after=None, answer=None) -> speech_llm.Batch:
+  """Pads rows to the given sizes, by default to the longest: prompts left, answers right."""
+  width = lambda n, wanted: max(len(r[n]) for r in rows) if wanted is None else wanted  # noqa: E731
+
+  def tokens(n, wanted, left):
+    out = np.full((len(rows), width(n, wanted)), -1, np.int32)
+    for line, r in zip(out, rows):
+      place = slice(len(line) - len(r[n]), None) if left else slice(len(r[n]))
+      line[place] = r[n]
+    return out
+
+  features = np.zeros((len(rows), width(0, frames), rows[0][0].shape[1]), np.float32)
+  for line, r in zip(features, rows):
+    line[: len(r[0])] = r[0]
+  return speech_llm.Batch(
+    features=(features,),
+    frames=(np.array([len(r[0]) for r in rows], np.int32),),
+    before_BS=tokens(1, before, left=True),
+    after_BS=tokens(2, after, left=True),
+    answer_BS=tokens(3, answer, left=False),
+  )

@@ -1,0 +1,197 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mooer_jax import tree
+from mooer_jax.training import state as state_lib
+from mooer_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from mooer_jax.training.sharding import batch_sharding, make_mesh, param_shardings
+from mooer_jax.training.step import (
+  NotFiniteError,
+  check_finite,
+  jit_train_step,
+  make_train_step,
+)
+
+CONFIG = OptimizerConfig(peak_lr=1e-2, warmup_steps=3, total_steps=50)
+D, M, ROWS, STEPS = 512, 256, 8, 6
+
+
+def toy_params(seed=0):
+  rng = np.random.default_rng(seed)
+
+  def normal(*shape):
+    return (rng.normal(size=shape) / np.sqrt(shape[-2])).astype(np.float32)
+
+  return {
+    "connector": {"linear1": {"kernel": normal(D, M), "bias": np.zeros(M, np.float32)}},
+    "decoder": {"head": {"kernel": normal(M, D)}},
+  }
+
+
+def toy_batch(seed, rows=ROWS):
+  rng = np.random.default_rng(seed)
+  answers = rng.integers(0, D, size=(rows, 5)).astype(np.int32)
+  answers[np.arange(5) > rng.integers(0, 5, size=(rows, 1))] = -1  # rows of uneven length
+  return {"x_BD": rng.normal(size=(rows, D)).astype(np.float32), "answer_BS": answers}
+
+
+def toy_loss(trainable, frozen, batch, key, dropout=0.0):
+  params = tree.merge(trainable, frozen)
+  linear1 = params["connector"]["linear1"]
+  hidden_BM = jnp.tanh(batch["x_BD"] @ linear1["kernel"] + linear1["bias"])
+  if dropout:
+    hidden_BM *= jax.random.bernoulli(key, 1 - dropout, hidden_BM.shape)
+  logp_BV = jax.nn.log_softmax(hidden_BM @ params["decoder"]["head"]["kernel"])
+  answer_BS = batch["answer_BS"]
+  valid_BS = answer_BS >= 0
+  logp_BS = jnp.take_along_axis(logp_BV, jnp.maximum(answer_BS, 0), axis=1)
+  loss_sum = -jnp.sum(logp_BS * valid_BS)
+  tokens = jnp.sum(valid_BS)
+  correct = jnp.sum((jnp.argmax(logp_BV, -1)[:, None] == answer_BS) & valid_BS)
+  return loss_sum / tokens, {
+    "loss_sum": loss_sum, "tokens": tokens, "correct": correct,
+    "rows": jnp.int32(valid_BS.shape[0]),
+  }
+
+
+def build(accumulation=1, loss_fn=toy_loss, patterns=("connector/.*",)):
+  tx = make_optimizer(CONFIG)
+  trainable, frozen = tree.partition(toy_params(), patterns)
+  state = state_lib.create(jax.tree.map(jnp.asarray, trainable), tx, jax.random.key(0))
+  step = make_train_step(loss_fn, tx, schedule=learning_rate(CONFIG), accumulation=accumulation)
+  return state, frozen, step, tx
+
+
+def run(step, state, frozen, batches):
+  step, seen = jax.jit(step), []
+  for batch in batches:
+    state, metrics = step(state, frozen, batch)
+    seen.append(jax.device_get(metrics))
+  return state, seen
+
+
+def test_accumulation_equals_one_big_batch():
+  batches = [toy_batch(seed) for seed in range(STEPS)]
+  state, frozen, step, _ = build()
+  whole, whole_metrics = run(step, state, frozen, batches)
+  # The rows' lengths differ, so a mean over micro-batches of means would be off by percents.
+  for accumulation in (2, 4):
+    state, frozen, step, _ = build(accumulation)
+    parts, metrics = run(step, state, frozen, batches)
+    for one, other in zip(whole_metrics, metrics, strict=True):
+      assert other["tokens"] == one["tokens"]
+      assert other["rows"] == ROWS
+      # float32 sums in another order
+      np.testing.assert_allclose(other["loss"], one["loss"], rtol=2e-6)
+      np.testing.assert_allclose(other["accuracy"], one["accuracy"], rtol=1e-6)
+      np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-5)
+    # Adam divides by the gradient's size, so where a gradient is near 0 rounding may move an
+    # element by a share of the learning rate (1e-2): hence atol.
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      parts.trainable, whole.trainable,
+    )
+
+
+def test_metrics_are_those_of_the_loss_per_token():
+  state, frozen, step, _ = build()
+  batches = [toy_batch(seed) for seed in range(3)]
+  loss, sums = toy_loss(state.trainable, frozen, batches[0], None)
+  gradient = jax.grad(lambda t: toy_loss(t, frozen, batches[0], None)[0])(state.trainable)
+  _, metrics = run(step, state, frozen, batches)
+  np.testing.assert_allclose(metrics[0]["loss"], loss, rtol=1e-6)
+  np.testing.assert_allclose(metrics[0]["accuracy"], sums["correct"] / sums["tokens"], rtol=1e-6)
+  norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(metrics[0]["grad_norm"], norm, rtol=1e-5)
+  assert [int(m["step"]) for m in metrics] == [1, 2, 3]
+  rates = [float(learning_rate(CONFIG)(n)) for n in range(3)]
+  np.testing.assert_allclose([m["lr"] for m in metrics], rates, rtol=1e-6)
+
+
+def test_the_loss_falls_and_frozen_params_take_no_gradient():
+  state, frozen, step, tx = build()
+  assert tree.flatten(frozen).keys() == {"decoder/head/kernel"}
+  moments = [leaf for leaf in jax.tree.leaves(tx.init(state.trainable)) if leaf.ndim]
+  assert len(moments) == 2 * len(jax.tree.leaves(state.trainable))
+  _, metrics = run(step, state, frozen, [toy_batch(0)] * 20)
+  assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
+
+
+def test_sharding_changes_nothing():
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  batches = [toy_batch(seed) for seed in range(5)]
+  patterns = ("connector/.*", "decoder/.*")
+  state, frozen, step, tx = build(2, patterns=patterns)
+  _, one = run(step, state, frozen, batches)
+
+  shardings = state_lib.state_shardings(state, tx, param_shardings(mesh, state.trainable))
+  state = jax.device_put(state, shardings)
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 2]
+  assert all(leaf.addressable_shards[0].data.size * 4 == leaf.size for leaf in moments)
+  sharded = jit_train_step(step, mesh, shardings, param_shardings(mesh, frozen))
+  for batch, expected in zip(batches, one, strict=True):
+    state, metrics = sharded(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
+    # issue: first 5 losses as on one device to 1e-5 relative
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+  assert state.trainable["connector"]["linear1"]["kernel"].sharding.spec == P("fsdp", "tensor")
+
+
+def test_the_state_that_goes_in_is_given_up():
+  mesh = make_mesh(devices=jax.devices()[:1])
+  state, frozen, step, tx = build()
+  shardings = state_lib.state_shardings(state, tx, param_shardings(mesh, state.trainable))
+  state = jax.device_put(state, shardings)
+  jit_train_step(step, mesh, shardings, param_shardings(mesh, frozen))(state, frozen, toy_batch(0))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
+
+
+def test_dropout_differs_by_step_and_micro_batch_and_repeats_on_resume():
+  dropped = functools.partial(toy_loss, dropout=0.5)
+  same = [toy_batch(3)] * 3  # lr is 0 in the first two updates, so only the key differs
+  state, frozen, step, _ = build(loss_fn=dropped)
+  final, metrics = run(step, state, frozen, same)
+  assert metrics[0]["loss"] != metrics[1]["loss"]
+
+  middle, _ = run(step, state, frozen, same[:1])
+  resumed, again = run(step, middle, frozen, same[1:])
+  assert [m["loss"] for m in again] == [m["loss"] for m in metrics[1:]]
+  jax.tree.map(np.testing.assert_array_equal, resumed, final)
+
+  def keys(trainable, frozen, batch, key):
+    return 0.0, {
+      "loss_sum": 0.0 * jnp.sum(trainable["connector"]["linear1"]["bias"]),
+      "tokens": jnp.int32(1), "correct": jnp.int32(0), "draw": jax.random.uniform(key),
+    }
+
+  draws = []
+  for accumulation in (1, 2):
+    state, frozen, step, _ = build(accumulation, loss_fn=keys)
+    draws.append(run(step, state, frozen, same[:1])[1][0]["draw"])
+  assert abs(draws[1] - 2 * draws[0]) > 1e-6  # the second micro-batch draws anew
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_spares_the_state(bad):
+  state, frozen, step, _ = build()
+  good, metrics = run(step, state, frozen, [toy_batch(0)] * 4)
+  check_finite(metrics[-1])
+  broken = toy_batch(1)
+  broken["x_BD"][0, 0] = bad
+  after, metrics = run(step, good, frozen, [broken])
+  with pytest.raises(NotFiniteError, match="step 5: loss .* gradient norm nan") as error:
+    check_finite(metrics[0])
+  assert error.value.step == 5
+  jax.tree.map(np.testing.assert_array_equal, after, good)
+
+
+def test_rows_that_do_not_divide_are_refused():
+  state, frozen, step, _ = build(accumulation=3)
+  with pytest.raises(ValueError, match="8 rows .* accumulation=3"):
+    jax.eval_shape(step, state, frozen, toy_batch(0))
+  with pytest.raises(ValueError, match="accumulation=0"):
+    build(accumulation=0)
