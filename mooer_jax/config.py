@@ -87,34 +87,34 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
     ValueError: for an unknown name or key, a wrong type, or sizes that do not fit together.
   """
   fields = dict(model)
-  for section in ("sanm", "linear", "llm", "frontend"):
-    fields.setdefault(section, {})
-  encoders = tuple(
-    _named(ENCODERS, name, "model.encoders", fields) for name in fields.pop("encoders")
-  )
-  parts = {
-    "encoders": encoders,
-    "connector": _named(CONNECTORS, fields.pop("connector"), "model.connector", fields),
-    "decoder": _named(DECODERS, fields.pop("decoder"), "model.decoder", fields),
-    "frontends": (build(FrontendConfig, fields["frontend"], "model.frontend"),) * len(encoders),
-    "compute": build(Compute, compute or {}, "compute"),
-  }
-  for section in ("sanm", "linear", "llm", "frontend"):
-    del fields[section]
+  sections = {name: fields.pop(name, {}) for name in (*_KINDS, "frontend")}
+  parts = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
+  known = [name for name in parts if name not in ("frontends", "compute")]
+  for key in fields:
+    if key not in known:
+      raise ValueError(_unknown_key(f"model.{key}", [*known, *sections]))
+  for key in ("encoders", "connector", "decoder"):
+    if key not in fields:
+      raise ValueError(f"model.{key} is missing: name a size")
+  names = fields["encoders"]
+  if isinstance(names, str):
+    raise ValueError(f"model.encoders={names!r}: a tuple of names, such as ({names!r},)")
+  fields["encoders"] = tuple(_named(ENCODERS, n, "model.encoders", sections) for n in names)
+  fields["connector"] = _named(CONNECTORS, fields["connector"], "model.connector", sections)
+  fields["decoder"] = _named(DECODERS, fields["decoder"], "model.decoder", sections)
+  frontend = build(FrontendConfig, sections["frontend"], "model.frontend")
+  fields["frontends"] = (frontend,) * len(names)
+  fields["compute"] = build(Compute, compute or {}, "compute")
   if "prompts" in fields:
-    parts["prompts"] = tuple(dict(fields.pop("prompts")).items())
-  known = ("template", "max_audio_s")
-  if unknown := set(fields) - set(known):
-    allowed = ["encoders", "connector", "decoder", "prompts", *known, *_KINDS, "frontend"]
-    raise ValueError(_unknown_key(f"model.{sorted(unknown)[0]}", allowed))
-  return SpeechLLMConfig(**parts, **fields)
+    fields["prompts"] = tuple(dict(fields["prompts"]).items())
+  return build(SpeechLLMConfig, fields, "model")
 
 
-def _named(table, name, where, fields):
-  if name not in table:
+def _named(table, name, where, sections):
+  if not isinstance(name, str) or name not in table:
     raise ValueError(f"{where}={name!r}: choose one of {sorted(table)}")
   base = table[name]
-  return build(type(base), fields[base.kind], f"model.{base.kind}", base)
+  return build(type(base), sections[base.kind], f"model.{base.kind}", base)
 
 
 def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = None) -> T:
@@ -135,7 +135,7 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
   for key, value in section.items():
     if key not in allowed:
       raise ValueError(_unknown_key(f"{name}.{key}", allowed))
-    current = getattr(base, key, None)
+    current = getattr(cls if base is None else base, key, None)  # cls: the default value
     values[key] = _convert(hints[key], value, f"{name}.{key}", current)
   if base is not None:
     return dataclasses.replace(base, **values)  # type: ignore[type-var]
@@ -156,7 +156,7 @@ def _convert(hint, value, name, current=None):
   if dataclasses.is_dataclass(hint):
     if isinstance(value, hint):
       return value
-    if isinstance(value, Mapping):
+    if hasattr(value, "items"):  # a ConfigDict is no Mapping
       return build(hint, value, name, current)
   elif origin in (typing.Union, types.UnionType):
     if value is None and type(None) in args:
@@ -172,11 +172,12 @@ def _convert(hint, value, name, current=None):
   elif origin is tuple and isinstance(value, (list, tuple)):
     items = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
     if len(items) == len(value):
-      return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(items, value)))  # noqa: B905
+      return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(items, value)))
   elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
     return float(value)
-  elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and value is True):
-    return value
+  elif isinstance(hint, type) and isinstance(value, hint):
+    if hint is bool or not isinstance(value, bool):  # True is an int to Python
+      return value
   expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
   raise ValueError(f"{name}={value!r} ({type(value).__name__}): expected {expected}")
 
@@ -200,6 +201,9 @@ def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> Spee
     ValueError: for a part of unknown kind, an unknown key or a wrong type.
   """
   fields = dict(fields)
+  for name in ("encoders", "connector", "decoder", "prompts"):
+    if name not in fields:
+      raise ValueError(f"config.json has no {name!r}: it is not of a speech LLM, or is damaged")
 
   def part(section, name):
     section = dict(section)

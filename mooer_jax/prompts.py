@@ -27,8 +27,8 @@ def fill_template(template: str, prompt: str) -> tuple[str, str]:
   """
   if template not in TEMPLATES:
     raise ValueError(f"template={template!r}: choose one of {sorted(TEMPLATES)}")
-  before, after = TEMPLATES[template].replace("{prompt}", prompt).split(SPEECH)
-  return before, after
+  before, after = TEMPLATES[template].split(SPEECH)
+  return before.replace("{prompt}", prompt), after.replace("{prompt}", prompt)
 
 
 def task_prompt(task: str, prompts: dict[str, str] | None = None) -> str:

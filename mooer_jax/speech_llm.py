@@ -8,6 +8,7 @@ Every function takes the whole parameter tree and the config; there is no state.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mooer_jax.audio.frontend import features_jax
 from mooer_jax.config import SpeechLLMConfig
@@ -16,6 +17,7 @@ from mooer_jax.decoders.kv_cache import KVCache
 from mooer_jax.decoders.llm import LLM
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 
+Array = jax.Array | np.ndarray  # batches are made in NumPy
 ENCODERS = {SANMConfig: SANMEncoder}
 CONNECTORS = {LinearConfig: LinearConnector}
 
@@ -34,11 +36,11 @@ class Batch:
       0 frames and no answer.
   """
 
-  features: tuple[jax.Array, ...]
-  frames: tuple[jax.Array, ...]
-  before_BS: jax.Array
-  after_BS: jax.Array
-  answer_BS: jax.Array
+  features: tuple[Array, ...]
+  frames: tuple[Array, ...]
+  before_BS: Array
+  after_BS: Array
+  answer_BS: Array
 
 
 def encoder_modules(config: SpeechLLMConfig):
@@ -104,7 +106,17 @@ def connect(params: dict, frames_BTD: jax.Array, valid_BT: jax.Array, config: Sp
 
 
 def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMConfig):
-  """Puts the speech tokens where the template says: ([B, S, D], valid [B, S])."""
+  """Puts the speech tokens where the template says: ([B, S, D], valid [B, S]).
+
+  Raises:
+    ValueError: if no token follows the speech; the answer is read off the prompt's last slot, and
+      padded speech ends in an empty one.
+  """
+  if batch.after_BS.shape[1] == 0:
+    raise ValueError(
+      f"the prompt needs at least one token after the speech; the template {config.template!r}"
+      " was filled with an empty prompt"
+    )
   before_BSD, after_BSD = (embed(params, t, config) for t in (batch.before_BS, batch.after_BS))
   inputs_BSD = jnp.concatenate([before_BSD, speech_BSD, after_BSD], axis=1)
   valid_BS = jnp.concatenate([batch.before_BS >= 0, speech_valid_BS, batch.after_BS >= 0], axis=1)
@@ -114,7 +126,7 @@ def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMC
 def embed(params: dict, tokens_BS: jax.Array, config: SpeechLLMConfig) -> jax.Array:
   """Token embeddings [B, S, D]."""
   variables = {"params": params["decoder"]}
-  return decoder_module(config).apply(variables, tokens_BS, method=LLM.embed_tokens)
+  return decoder_module(config).apply(variables, tokens_BS, method=LLM.embed_tokens)  # type: ignore[return-value]
 
 
 def decode(
@@ -136,7 +148,7 @@ def decode(
 def logits(params: dict, hidden_BSD: jax.Array, config: SpeechLLMConfig) -> jax.Array:
   """Float32 [B, S, V]."""
   variables = {"params": params["decoder"]}
-  return decoder_module(config).apply(variables, hidden_BSD, method=LLM.logits)
+  return decoder_module(config).apply(variables, hidden_BSD, method=LLM.logits)  # type: ignore[return-value]
 
 
 def prompt(params: dict, batch: Batch, config: SpeechLLMConfig, rngs: dict | None = None):

@@ -18,6 +18,11 @@ class LinearConfig:
   stack: int = 2
   hidden_width: int = 2048
 
+  def __post_init__(self):
+    for name in ("stack", "hidden_width"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"linear.{name}={getattr(self, name)} must be positive")
+
 
 class LinearConnector(nn.Module):
   """Joins `stack` frames, then linear, ReLU, linear: [B, T, D] to [B, T // stack, output_width].

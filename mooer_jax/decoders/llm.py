@@ -45,6 +45,14 @@ class LLMConfig:
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
   def __post_init__(self):
+    for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"llm.{name}={getattr(self, name)} must be positive")
+    if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
+      raise ValueError(
+        f"llm.lora_rank={self.lora_rank} must be 0 or more,"
+        f" llm.lora_dropout={self.lora_dropout} in [0, 1)"
+      )
     if self.heads % self.kv_heads:
       raise ValueError(f"llm.heads={self.heads} does not divide by llm.kv_heads={self.kv_heads}")
     if self.head_width % 2:

@@ -29,6 +29,11 @@ class SANMConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
+    for name in ("input_width", "width", "heads", "mlp_width", "memory_kernel"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"sanm.{name}={getattr(self, name)} must be positive")
+    if self.input_width % 2 or self.input_width < 4:
+      raise ValueError(f"sanm.input_width={self.input_width} must be even: sines and cosines")
     if self.width % self.heads:
       raise ValueError(f"sanm.width={self.width} does not divide into sanm.heads={self.heads}")
     if self.memory_kernel % 2 == 0:
@@ -89,7 +94,7 @@ class SANMLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
-    c, dtype = self.config, self.compute.jnp_dtype
+    c = self.config
     dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
     normed = LayerNorm(c.norm_eps, name="norm1")(x_BTD)
     out_BTD = SANMAttention(c, self.compute, name="attention")(normed, valid_BT)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 class LayerNorm(nn.Module):
-  """(x - mean) / sqrt(var + eps) * scale + bias over the last axis; two-pass variance in float32."""
+  """(x - mean) / sqrt(var + eps) * scale + bias over the last axis; two passes, float32."""
 
   eps: float = 1e-5
 

@@ -26,7 +26,7 @@ def test_cached_greedy_decoding_equals_the_full_pass(params, config, batch):
   found = generate(params, clips, config, Sampling(max_new_tokens=8))
   expected = greedy_without_cache(params, clips, config, 8)
   np.testing.assert_array_equal(found.tokens_BS, expected)
-  assert len({tuple(row) for row in expected.tolist()}) == 3, "the clips must lead to answers that differ"
+  assert len({tuple(row) for row in expected.tolist()}) == 3  # else the test shows little
   assert max(len(set(row)) for row in expected.tolist()) > 2
 
 
@@ -121,5 +121,6 @@ def test_bad_calls_say_what_to_do(params, config, batch):
 
 def test_bfloat16_decodes(params, config, batch):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  found = generate(half, batch([20]), config.with_compute(dtype="bfloat16"), Sampling(max_new_tokens=4))
+  in_half = config.with_compute(dtype="bfloat16")
+  found = generate(half, batch([20]), in_half, Sampling(max_new_tokens=4))
   assert (np.asarray(found.tokens_BS) >= 0).all()

@@ -1,0 +1,75 @@
+"""A small MooER on spoken digits, from scratch: real classes, tiny sizes.
+
+Command:   make demo    (or: python train.py --config=configs/tiny.py)
+Hardware:  2 CPU cores
+Time:      see README, "make demo"
+Expected:  held-out CER, see README
+"""
+
+from ml_collections import ConfigDict
+
+DIGITS = "0123456789"
+
+
+def get_config():
+  config = ConfigDict()
+  config.seed = 0
+  config.workdir = "out/tiny"
+  config.init_from = ""  # a checkpoint folder to start from; empty = random weights
+  config.tokenizer = ""  # a folder; empty = characters below
+  config.characters = DIGITS
+  config.specials = ("<|transcribe|>", "<|end|>")
+  config.eos = "<|end|>"
+  config.trainable = ("encoders/.*", "connector/.*", "decoder/.*")
+
+  config.model = ConfigDict()
+  config.model.encoders = ("sanm_large",)
+  config.model.connector = "linear"
+  config.model.decoder = "qwen2_0.5b"
+  config.model.template = "bare"  # a 150-character chat prompt would outweigh 2 s of speech
+  config.model.prompts = {"asr": "<|transcribe|>"}
+  config.model.max_audio_s = 10.0
+  config.model.sanm = dict(width=128, layers=6, heads=4, mlp_width=512, dropout=0.1)
+  config.model.linear = dict(hidden_width=256)
+  config.model.llm = dict(
+    vocab=16, width=128, layers=3, heads=4, kv_heads=2, head_width=32, mlp_width=384
+  )
+
+  config.compute = dict(dtype="float32", remat="none", attention="auto")
+
+  config.data = ConfigDict()
+  config.data.shards = "out/demo/shards/train/data.list"
+  config.data.batch_size = 64
+  config.data.buckets = (32, 48, 84)  # LFR steps of 60 ms; each is compiled once
+  config.data.task = "asr"
+  config.data.answer_buckets = (8,)
+  config.data.min_s = 0.2
+  config.data.max_s = 5.0
+  config.data.window = 1024
+
+  config.optimizer = ConfigDict()
+  config.optimizer.peak_lr = 1.5e-3
+  config.optimizer.warmup = "linear"
+  config.optimizer.warmup_steps = 100
+  config.optimizer.decay = "cosine"
+  config.optimizer.total_steps = 900
+  config.optimizer.grad_clip = 1.0
+
+  config.train = ConfigDict()
+  config.train.steps = 900
+  config.train.accumulation = 1
+  config.train.log_every = 10
+  config.train.save_every = 300
+  config.train.keep = 2
+  config.train.cmvn = "estimate"
+
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
+  config.generation = dict(max_new_tokens=8)
+  config.eval = ConfigDict()
+  config.eval.shards = "out/demo/shards/test/data.list"
+  config.eval.references = ""  # a `text` file; empty = the transcripts in the shards
+  config.eval.task = "asr"
+  config.eval.batch_size = 50
+  config.eval.out = ""  # where `text` and the report go; empty = beside the checkpoint
+  config.eval.metric = "character"
+  return config

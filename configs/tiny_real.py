@@ -1,0 +1,21 @@
+"""The demo's model with three real speakers added to its synthetic voices.
+
+Command:   make demo, then see docs/real-speech.md for the recordings and the shard list, then
+           python train.py --config=configs/tiny_real.py
+Hardware:  2 CPU cores
+Time:      see docs/real-speech.md
+Expected:  the CERs on a fourth speaker in docs/real-speech.md
+"""
+
+from configs import tiny
+
+
+def get_config():
+  config = tiny.get_config()
+  config.workdir = "out/real/train"
+  config.data.shards = "out/real/shards/data.list"
+  config.train.steps = 3000
+  config.train.save_every = 500
+  config.optimizer.total_steps = 3000
+  config.eval.shards = "out/real/shards/test/data.list"
+  return config

@@ -1,0 +1,1 @@
+"""`make demo`: synthetic spoken digits, a small model trained on them, and its honest score."""

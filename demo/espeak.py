@@ -1,0 +1,112 @@
+"""The C library espeak-ng through ctypes: offline text to speech with many synthetic voices."""
+
+import ctypes
+import dataclasses
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+_SYNCHRONOUS = 2
+_UTF8 = 1
+_RATE, _PITCH, _RANGE, _WORD_GAP = 1, 3, 4, 7
+# espeak-ng keeps its data path in a fixed buffer and crashes beyond it.
+_MAX_DATA_PATH = 120
+_CALLBACK = ctypes.CFUNCTYPE(
+  ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manner:
+  """How a sentence is spoken.
+
+  Attributes:
+    voice: an accent, a plus sign and a variant, such as "en-us+f3".
+    words_per_minute: 80 to 450.
+    pitch: base pitch within the voice's own range, 0 to 100 (50 is the voice's normal).
+    pitch_range: 0 (monotone) to 100 (lively).
+    word_gap: silence between words, in units of 10 ms at the default rate.
+  """
+
+  voice: str
+  words_per_minute: int = 170
+  pitch: int = 50
+  pitch_range: int = 50
+  word_gap: int = 0
+
+
+class Espeak:
+  """One synthesizer; espeak-ng is global to a process, so use `synthesizer()`."""
+
+  def __init__(self):
+    try:
+      import espeakng_loader
+    except ModuleNotFoundError as error:
+      raise ModuleNotFoundError(
+        "the demo's speech comes from the package espeakng-loader; pip install mooer-jax[demo]"
+      ) from error
+    self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+    data = self._short_path(Path(espeakng_loader.get_data_path()))
+    self.sample_rate_hz = self._library.espeak_Initialize(
+      _SYNCHRONOUS, 0, str(data.parent).encode(), 0
+    )
+    if self.sample_rate_hz <= 0:
+      raise RuntimeError(f"{data}: espeak-ng did not start (code {self.sample_rate_hz})")
+    self._chunks: list[np.ndarray] = []
+    # ctypes does not keep the callback alive, so this object does.
+    self._callback = _CALLBACK(self._receive)
+    self._library.espeak_SetSynthCallback(self._callback)
+    self._voice = ""
+    # espeak-ng seeds its breath noise from the clock.
+    self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
+
+  def _short_path(self, data: Path) -> Path:
+    if len(str(data)) <= _MAX_DATA_PATH:
+      return data
+    self._folder = tempfile.TemporaryDirectory(prefix="espeak")
+    link = Path(self._folder.name) / data.name
+    os.symlink(data, link)
+    return link
+
+  def _receive(self, samples, count, _events) -> int:
+    if samples and count > 0:
+      self._chunks.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
+    return 0
+
+  def say(self, text: str, manner: Manner) -> np.ndarray:
+    """Speaks a sentence.
+
+    Returns:
+      int16 [samples] at `sample_rate_hz`.
+
+    Raises:
+      ValueError: if espeak-ng does not have the voice.
+    """
+    library = self._library
+    if manner.voice != self._voice:
+      if library.espeak_SetVoiceByName(manner.voice.encode()) != 0:
+        raise ValueError(f"{manner.voice!r}: espeak-ng has no such voice; see `espeak-ng --voices`")
+      self._voice = manner.voice
+    settings = {
+      _RATE: manner.words_per_minute,
+      _PITCH: manner.pitch,
+      _RANGE: manner.pitch_range,
+      _WORD_GAP: manner.word_gap,
+    }
+    for parameter, value in settings.items():
+      library.espeak_SetParameter(parameter, value, 0)
+    self._chunks = []
+    data = text.encode()
+    code = library.espeak_Synth(data, len(data) + 1, 0, 0, 0, _UTF8, None, None)
+    if code != 0 or not self._chunks:
+      raise RuntimeError(f"{text!r} with {manner}: espeak-ng returned no speech (code {code})")
+    return np.concatenate(self._chunks)
+
+
+@functools.cache
+def synthesizer() -> Espeak:
+  """The one synthesizer of this process."""
+  return Espeak()

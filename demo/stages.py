@@ -1,0 +1,74 @@
+"""Steps that are done once: a step runs again only when what it is made from has changed."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
+  """Hash of a JSON value and of the contents of files."""
+  digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
+  for path in sorted(files):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
+
+
+class Stages:
+  """The steps of one run, recorded in `stages.json` of its folder.
+
+  Each step's fingerprint includes those of the steps before it, so that a change early in the chain
+  redoes everything after it.
+  """
+
+  def __init__(self, folder: Path):
+    """Takes the run's folder, which is made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    self._path = folder / "stages.json"
+    self._records = json.loads(self._path.read_text("utf-8")) if self._path.exists() else {}
+    self._chain = ""
+    self.redone: list[str] = []
+
+  def run(
+    self, name: str, made_from: str, work: Callable[[], Any], *, makes: Path, resumable=False
+  ) -> float:
+    """Runs a step, unless it was finished from the same inputs before.
+
+    Args:
+      name: of the step.
+      made_from: fingerprint of its own inputs.
+      work: what to do.
+      makes: folder that the step fills; whatever is there from other inputs is removed first.
+      resumable: whether `work` goes on from what an interrupted run left in the folder.
+
+    Returns:
+      Seconds that the step took, in this run or in the one that finished it.
+    """
+    self._chain = fingerprint([self._chain, made_from])
+    record = self._records.get(name, {})
+    same = record.get("made_from") == self._chain and makes.exists()
+    if same and record.get("done"):
+      print(f"{name}: done before in {record['seconds']:.0f} s, from the same inputs", flush=True)
+      return record["seconds"]
+    before = record.get("seconds", 0.0) if same and resumable else 0.0
+    if not (same and resumable) and makes.exists():
+      shutil.rmtree(makes)
+    self._write(name, done=False, seconds=before)
+    start = time.perf_counter()
+    try:
+      work()
+    except BaseException:
+      self._write(name, done=False, seconds=before + time.perf_counter() - start)
+      raise
+    seconds = before + time.perf_counter() - start
+    self._write(name, done=True, seconds=seconds)
+    self.redone.append(name)
+    print(f"{name}: {seconds:.0f} s", flush=True)
+    return seconds
+
+  def _write(self, name: str, **record):
+    self._records[name] = {"made_from": self._chain, **record}
+    self._path.write_text(json.dumps(self._records, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,20 @@
+"""Decodes and scores a test set: python eval.py --config=configs/tiny.py --checkpoint=FOLDER"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mooer_jax.run.evaluate import evaluate
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "checkpoint folder, or training workdir")
+
+
+def main(argv):
+  del argv
+  evaluate(_CONFIG.value, _CHECKPOINT.value)
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)
+  flags.mark_flags_as_required(["config", "checkpoint"])
+  app.run(main)

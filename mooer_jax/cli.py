@@ -1,0 +1,92 @@
+"""The command `mooer-jax`: transcribe, pack."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one subcommand; what the user did wrong is one line on stderr and exit status 2."""
+  parser = argparse.ArgumentParser(prog="mooer-jax", description=__doc__)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  _add_transcribe(commands)
+  _add_pack(commands)
+  args = parser.parse_args(argv)
+  try:
+    return args.run(args)
+  except (ValueError, FileNotFoundError, FileExistsError) as error:
+    print(f"mooer-jax {args.command}: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"mooer-jax {args.command}: interrupted", file=sys.stderr)
+    return 130
+
+
+def _add_transcribe(commands):
+  parser = commands.add_parser("transcribe", help="audio files to text")
+  parser.add_argument("audio", nargs="+", help="wav, flac, ogg, opus, mp3; with [data] m4a, wma")
+  parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
+  parser.add_argument("--task", default=None, help="one of the model's; default: its first")
+  parser.add_argument("--json", type=Path, help="also write the results here")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
+  parser.add_argument("--max-new-tokens", type=int, default=None)
+  parser.add_argument("--batch-size", type=int, default=8)
+  parser.set_defaults(run=_transcribe)
+
+
+def _transcribe(args) -> int:
+  from mooer_jax.transcribe import Transcriber
+
+  transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype)
+  results = transcriber.transcribe(
+    args.audio,
+    task=args.task,
+    max_new_tokens=args.max_new_tokens,
+    batch_size=args.batch_size,
+    progress=sys.stderr.isatty() and len(args.audio) > 1,
+  )
+  for result in results:
+    print(f"{result.path}\t{result.text}" if len(results) > 1 else result.text)
+  if args.json:
+    rows = [result.to_json() for result in results]
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+  return 0
+
+
+def _add_pack(commands):
+  parser = commands.add_parser("pack", help="audio and transcripts to tar shards")
+  parser.add_argument("--wav-scp", required=True, type=Path, help="KEY path, a line an utterance")
+  parser.add_argument("--text", required=True, type=Path, help="KEY transcript, a line each")
+  parser.add_argument("--segments", type=Path, help="KEY RECORDING start_s end_s")
+  parser.add_argument("--out", required=True, type=Path, help="folder for the shards and data.list")
+  parser.add_argument("--per-shard", type=int, default=1000, help="utterances a shard")
+  parser.add_argument("--processes", type=int, default=None)
+  parser.add_argument("--no-normalize", action="store_true", help="keep transcripts as they are")
+  parser.add_argument("--shuffle-seed", type=int, default=None, help="pack in a random order")
+  parser.set_defaults(run=_pack)
+
+
+def _pack(args) -> int:
+  from mooer_jax.data.pack import pack
+
+  report = pack(
+    args.wav_scp,
+    args.text,
+    args.out,
+    segments=args.segments,
+    per_shard=args.per_shard,
+    processes=args.processes,
+    normalise_text=not args.no_normalize,
+    shuffle_seed=args.shuffle_seed,
+  )
+  print(f"{report.utterances} utterances in {report.shards} shards: {report.data_list}")
+  if report.left_out:
+    print(f"{len(report.left_out)} could not be packed; see left_out.tsv beside the list")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,122 @@
+"""Decodes a test set, writes the hypotheses, scores them."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from mooer_jax import checkpoint
+from mooer_jax.config import build, from_json
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.pipeline import eval_batches
+from mooer_jax.evaluation import report
+from mooer_jax.evaluation.score import Score, ScoreConfig, score
+from mooer_jax.evaluation.text_files import read_text, write_text
+from mooer_jax.generation import Sampling, generate
+from mooer_jax.nn.compute import Compute
+from mooer_jax.run.setup import prepare_process, prompt_for, section
+from mooer_jax.text.tokenizer import Tokenizer
+
+METRICS = ("mixed", "character", "word")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What is decoded and how it is scored; batch buckets are those of the `data` section.
+
+  Attributes:
+    shards: `data.list` of the test set.
+    references: a `text` file (key, transcript); "" takes the transcripts in the shards.
+    task: the prompt.
+    batch_size: utterances decoded together.
+    out: folder for `text` and the reports; "" is `eval/` beside the checkpoints.
+    metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
+    skip_missing: leave utterances without a hypothesis out, as MooER's script does.
+    max_s: longest clip; longer ones are reported, not decoded. 0 is the model's own limit.
+  """
+
+  shards: str
+  references: str = ""
+  task: str = "asr"
+  batch_size: int = 16
+  out: str = ""
+  metric: str = "mixed"
+  skip_missing: bool = False
+  max_s: float = 0.0
+
+
+def evaluate(config: Mapping[str, Any], path: str) -> dict[str, Score]:
+  """Runs `eval.py`: returns the scores by metric, and leaves `text`, report.json, report.txt.
+
+  Raises:
+    FileNotFoundError, ValueError: for a bad config, checkpoint, test set or reference file.
+  """
+  prepare_process()
+  options = section(config, "eval", EvalConfig)
+  folder = checkpoint.find(path)
+  compute = build(Compute, {**dict(config.get("compute", {})), "scan": False}, "compute")
+  loaded = checkpoint.load(folder, dtype=compute.dtype)
+  model = from_json(loaded.config, compute)
+  tokenizer = Tokenizer.from_folder(loaded.tokenizer)
+  sampling = build(
+    Sampling, {**loaded.generation, **dict(config.get("generation", {}))}, "generation"
+  )
+  sampling = dataclasses.replace(sampling, eos_ids=sampling.eos_ids or (tokenizer.eos_id,))
+  data = dataclasses.replace(
+    section(config, "data", DataConfig, shards=options.shards, window=options.batch_size,
+            batch_size=options.batch_size, max_bad_share=1.0),
+    max_s=options.max_s or min(model.max_audio_s, section(config, "data", DataConfig).max_s),
+    min_s=0.0,
+  )
+  batches = eval_batches(data, tokenizer, prompt_for(model, options.task), model.frontends)
+
+  key = jax.random.key(config.get("seed", 0))
+  hypotheses, transcripts, skipped, audio_s = {}, {}, [], 0.0
+  start = time.perf_counter()
+  with Progress(console=Console(stderr=True)) as progress:
+    bar = progress.add_task("decoding", total=None)
+    for number, host_batch in enumerate(batches):
+      generated = jax.device_get(
+        generate(loaded.params, host_batch.batch, model, sampling,
+                 key=jax.random.fold_in(key, number))
+      )
+      for row, name in enumerate(host_batch.keys):
+        tokens = generated.tokens_BS[row, : generated.lengths_B[row]]
+        hypotheses[name] = tokenizer.decode(tokens)
+        transcripts[name] = host_batch.texts[row]
+      skipped += host_batch.skipped
+      audio_s += host_batch.audio_s
+      progress.update(bar, completed=len(hypotheses), description=f"decoded {len(hypotheses)}")
+  seconds = time.perf_counter() - start
+
+  references = read_text(options.references) if options.references else transcripts
+  missing = "skip" if options.skip_missing else "count"
+  scores = {
+    metric: score(references, hypotheses, ScoreConfig(metric=metric, missing=missing))
+    for metric in METRICS
+  }
+  out = Path(options.out) if options.out else folder.parent / "eval"
+  write_text(out / "text", hypotheses)
+  details = {
+    "checkpoint": str(folder),
+    "audio_seconds": round(audio_s, 2),
+    "decode_seconds_with_compilation": round(seconds, 2),
+    "rates": {metric: s.rate for metric, s in scores.items()},
+    "not_decoded": [f"{s.key}: {s.cause}" for s in skipped],
+  }
+  report.write_report(
+    out, scores[options.metric], name=options.shards, details=details
+  )
+  console = Console()
+  console.print(report.table(scores))
+  for note in scores[options.metric].notes:
+    console.print(f"note: {note}", markup=False)
+  for s in skipped:
+    console.print(f"not decoded: {s.key}: {s.cause} {s.detail}", markup=False)
+  console.print(f"hypotheses and reports in {out}", markup=False)
+  return scores

@@ -1,0 +1,147 @@
+"""What a run shows and leaves behind: progress line, metrics.jsonl, TensorBoard, loss curve."""
+
+import dataclasses
+import json
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Monitor:
+  """Records every step, prints every `log_every`; draws the loss curve when the run ends."""
+
+  def __init__(self, workdir: Path, first: int, steps: int, log_every: int):
+    """Takes the updates already done and in all; keeps the metrics of the former."""
+    self._workdir, self._log_every = workdir, log_every
+    self._console = Console(stderr=True)
+    self._progress = Progress(
+      TextColumn("training"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn("{task.fields[line]}"),
+      TimeRemainingColumn(),
+      console=self._console,
+      disable=not self._console.is_terminal,
+    )
+    self._bar = self._progress.add_task("", total=steps, completed=first, line="compiling")
+    self._steps = steps
+    self._since = (time.perf_counter(), 0, 0.0)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._metrics, self._skips = workdir / "metrics.jsonl", workdir / "skipped.jsonl"
+    self._rows = _keep_until(self._metrics, first)
+    self._skipped = Counter(row["cause"] for row in _keep_until(self._skips, first))
+
+  def __enter__(self) -> "Monitor":
+    from tensorboardX import SummaryWriter
+
+    self._metrics_file = self._metrics.open("a", encoding="utf-8", buffering=1)
+    self._skips_file = self._skips.open("a", encoding="utf-8", buffering=1)
+    self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"))
+    self._progress.start()
+    return self
+
+  def record(self, metrics: dict[str, jax.Array], host_batch):
+    """Takes one step's metrics and the batch that it was made of."""
+    row = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    row["audio_s"] = host_batch.audio_s
+    self._rows.append(row)
+    self._metrics_file.write(json.dumps(row) + "\n")
+    for skip in host_batch.skipped:
+      self._skipped[skip.cause] += 1
+      line = {"step": row["step"], **dataclasses.asdict(skip)}
+      self._skips_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    step = row["step"]
+    start, steps, audio_s = self._since
+    self._since = start, steps + 1, audio_s + row["audio_s"]
+    if step % self._log_every == 0 or step == self._steps:
+      self._log(step, row)
+
+  def _log(self, step, row):
+    start, steps, audio_s = self._since
+    elapsed = time.perf_counter() - start
+    self._since = time.perf_counter(), 0, 0.0
+    rates = {"steps_per_s": steps / elapsed, "audio_s_per_s": audio_s / elapsed}
+    for name, value in {**row, **rates}.items():
+      if name not in ("step", "finite"):
+        self._tensorboard.add_scalar(f"train/{name}", value, step)
+    line = (
+      f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}"
+      f"  {rates['steps_per_s']:.2f} steps/s  {rates['audio_s_per_s']:.0f} audio-s/s"
+    )
+    if self._skipped:
+      line += f"  skipped {self._skipped.total()}"
+    self._progress.update(self._bar, completed=step, line=line)
+    if not self._console.is_terminal:
+      self.message(f"step {step}/{self._steps}  {line}")
+
+  def message(self, text: str):
+    """Prints a line above the progress bar."""
+    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+  def __exit__(self, *error):
+    self._progress.stop()
+    for stream in (self._metrics_file, self._skips_file, self._tensorboard):
+      stream.close()
+    if self._skipped:
+      counts = ", ".join(f"{cause}: {n}" for cause, n in self._skipped.most_common())
+      self.message(f"skipped utterances: {counts}; see {self._skips}")
+    if self._rows:
+      self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
+
+
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+  """Drops the lines of later steps, which a resumed run does again; returns the others."""
+  if not path.exists():
+    return []
+  rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+  rows = [row for row in rows if row["step"] <= step]
+  lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+  path.write_text("".join(lines), encoding="utf-8")
+  return rows
+
+
+def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
+  """Draws loss and token accuracy against the step."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 4), layout="constrained")
+  loss_axes = figure.add_subplot()
+  steps = [row["step"] for row in rows]
+  loss_axes.plot(steps, [row["loss"] for row in rows], color="tab:blue", linewidth=1)
+  loss_axes.set(xlabel="step", yscale="log")
+  loss_axes.set_ylabel("loss (nats per answer token)", color="tab:blue")
+  accuracy_axes = loss_axes.twinx()
+  accuracy_axes.plot(steps, [row["accuracy"] for row in rows], color="tab:orange", linewidth=1)
+  accuracy_axes.set_ylabel("token accuracy", color="tab:orange")
+  accuracy_axes.set_ylim(0, 1)
+  loss_axes.set_title(f"{len(rows)} updates, last loss {rows[-1]['loss']:.4f}")
+  figure.savefig(path, dpi=120)
+  return path
+
+
+class StopRequest:
+  """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second one kills."""
+
+  def __init__(self):
+    self.requested = False
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def _handle(self, number, frame):
+    self.requested = True
+    signal.signal(number, self._previous[number])
+
+  def __exit__(self, *error):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,281 @@
+"""Training, from a config to a checkpoint; read it from top to bottom."""
+
+import contextlib
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from ml_collections import ConfigDict
+
+from mooer_jax import checkpoint, speech_llm, tree
+from mooer_jax.audio.cmvn import estimate, read_mvn
+from mooer_jax.config import SpeechLLMConfig, from_json, to_json
+from mooer_jax.data.batching import widen
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.pipeline import train_batches
+from mooer_jax.generation import Sampling
+from mooer_jax.run.monitor import Monitor, StopRequest
+from mooer_jax.run.setup import (
+  TrainConfig,
+  check_vocabulary,
+  prepare_process,
+  prompt_for,
+  read_model,
+  read_tokenizer,
+  section,
+)
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
+from mooer_jax.training.sharding import (
+  MeshConfig,
+  batch_sharding,
+  make_mesh,
+  param_shardings,
+)
+from mooer_jax.training.state import TrainState, create, state_shardings
+from mooer_jax.training.step import check_finite, jit_train_step, make_train_step
+
+CMVN_BATCHES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A config, read and checked."""
+
+  model: SpeechLLMConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  train: TrainConfig
+  mesh: MeshConfig
+  sampling: Sampling
+  trainable: tuple[str, ...]
+  workdir: Path
+  seed: int
+  init_from: Path | None
+
+  @classmethod
+  def read(cls, config: ConfigDict) -> "Run":
+    """Raises ValueError for anything that is unknown, mistyped or does not fit."""
+    init_from = checkpoint.find(config["init_from"]) if config.get("init_from") else None
+    model = read_model(config, scan=True)
+    run = cls(
+      model=model,
+      data=section(config, "data", DataConfig),
+      optimizer=section(config, "optimizer", OptimizerConfig),
+      train=section(config, "train", TrainConfig),
+      mesh=section(config, "mesh", MeshConfig),
+      sampling=section(config, "generation", Sampling),
+      trainable=tuple(config["trainable"]),
+      workdir=Path(config["workdir"]),
+      seed=config.get("seed", 0),
+      init_from=init_from,
+    )
+    if run.data.batch_size % run.train.accumulation:
+      raise ValueError(
+        f"data.batch_size={run.data.batch_size} does not divide into"
+        f" train.accumulation={run.train.accumulation} micro-batches"
+      )
+    if run.data.max_s > model.max_audio_s:
+      raise ValueError(
+        f"data.max_s={run.data.max_s} is longer than model.max_audio_s={model.max_audio_s}"
+      )
+    return run
+
+
+def train(config: ConfigDict) -> Path:
+  """Trains as the config says and returns the folder of the last checkpoint.
+
+  A workdir that holds checkpoints is gone on with, bit for bit; Ctrl-C or SIGTERM saves first.
+
+  Raises:
+    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint.
+    NotFiniteError: when the loss or a gradient is NaN, with the step number.
+  """
+  prepare_process()
+  run = Run.read(config)
+  mesh = make_mesh(**dataclasses.asdict(run.mesh))
+  resumed = checkpoint.latest(run.workdir)
+  start_from = resumed or run.init_from
+  tokenizer = read_tokenizer(config, start_from)
+  check_vocabulary(tokenizer, run.model)
+
+  dataset = train_batches(
+    run.data,
+    tokenizer,
+    prompt_for(run.model, run.data.task),
+    run.model.frontends,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  params = initial_params(run, mesh, start_from)
+  if run.train.cmvn and not resumed:
+    params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
+  tx = make_optimizer(run.optimizer)
+  state, frozen, shardings = initial_state(run, params, tx, mesh)
+  del params
+  batches = iter(dataset)
+  if resumed:
+    target = dataclasses.replace(state, trainable=None)  # these came with the weights
+    rest, data_state = checkpoint.load_train_state(resumed, target)
+    state = dataclasses.replace(rest, trainable=state.trainable)
+    batches.set_state(data_state)
+
+  def loss_fn(trainable, frozen, batch, key):
+    params = tree.merge(trainable, frozen)
+    return speech_llm.loss(params, batch, run.model, dropout_key=key)
+
+  step_fn = make_train_step(
+    loss_fn, tx, schedule=learning_rate(run.optimizer), accumulation=run.train.accumulation
+  )
+  train_step = jit_train_step(step_fn, mesh, *shardings)
+
+  first = int(state.step)
+  stop = StopRequest()
+  folder = resumed
+  pending = None
+  monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every)
+  with contextlib.closing(batches), monitor, stop:
+    for step in range(first + 1, run.train.steps + 1):
+      host_batch = next(batches)
+      batch = to_global(host_batch.batch, mesh)
+      state, metrics = train_step(state, frozen, batch)
+      if pending:  # read one step late, so that the device never waits for the host
+        check_finite(pending[0])
+        monitor.record(*pending)
+      pending = (metrics, host_batch)
+      last = step == run.train.steps or stop.requested
+      if last or step % run.train.save_every == 0:
+        check_finite(metrics)
+        monitor.record(*pending)
+        pending = None
+        folder = save(run, state, frozen, tokenizer, batches.get_state(), run.init_from)
+        monitor.message(f"saved {folder}")
+      if last:
+        break
+  if stop.requested:
+    print(f"stopped at step {step}; the same command goes on from there")
+  assert folder is not None
+  return folder
+
+
+def initial_params(run: Run, mesh, start_from: Path | None) -> dict:
+  """Params with stacked layers on the mesh: from a checkpoint, or fresh.
+
+  LoRA that the config has and the checkpoint lacks starts fresh; any other difference is an error.
+  """
+  key = jax.random.fold_in(jax.random.key(run.seed), 0)
+  wanted = jax.eval_shape(lambda: speech_llm.init(key, run.model))
+  trained = tree.flatten(tree.partition(wanted, run.trainable)[0]).keys()
+  dtype = run.model.compute.jnp_dtype
+  have: dict = {}
+  if start_from is not None:
+    saved = checkpoint.describe(start_from)
+    _check_same_model(from_json(saved.config), run.model, start_from)
+    shardings = param_shardings(mesh, saved.params)
+    loaded = checkpoint.load(start_from, shardings=shardings).params
+    stacked = jax.eval_shape(tree.stack_layers, loaded)
+    placed = param_shardings(mesh, stacked)
+    stack = lambda params: _stored(tree.stack_layers(params), trained, dtype)  # noqa: E731
+    have = jax.jit(stack, out_shardings=placed)(loaded)
+  missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
+  if not missing:
+    return have
+
+  def fresh():
+    flat = tree.flatten(_stored(speech_llm.init(key, run.model), trained, dtype))
+    return tree.unflatten({path: flat[path] for path in missing})
+
+  placed = param_shardings(mesh, jax.eval_shape(fresh))
+  return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
+
+
+def _check_same_model(saved: SpeechLLMConfig, wanted: SpeechLLMConfig, folder: Path):
+  theirs, ours = (tree.flatten(to_json(m)) for m in (saved, wanted))
+  different = {path for path in {*theirs, *ours} if theirs.get(path) != ours.get(path)}
+  if not saved.decoder.lora_rank:
+    different = {path for path in different if not path.startswith("decoder/lora_")}
+  if different:
+    said = "; ".join(
+      f"{path} is {theirs.get(path)!r}, the config says {ours.get(path)!r}"
+      for path in sorted(different)
+    )
+    raise ValueError(f"{folder} holds another model than the config describes: {said}")
+
+
+def measure_cmvn(run: Run, dataset, frontends: dict) -> dict:
+  """Shift and scale of the features: read from a file, or measured on the first batches."""
+  if run.train.cmvn != "estimate":
+    shift_F, scale_F = read_mvn(run.train.cmvn)
+  else:
+    with contextlib.closing(iter(dataset)) as batches:
+      first = itertools.islice(batches, CMVN_BATCHES)
+      shift_F, scale_F = estimate(clip for host_batch in first for clip in _clips(host_batch.batch))
+  (name,) = frontends
+  values = {"shift": np.asarray(shift_F), "scale": np.asarray(scale_F)}
+  return {name: jax.device_put(values, jax.tree.map(lambda x: x.sharding, frontends[name]))}
+
+
+def _clips(batch):
+  for x_TF, frames in zip(batch.features[0], batch.frames[0], strict=True):
+    yield x_TF[:frames]
+
+
+def _stored(params: dict, trained, dtype) -> dict:
+  """Params as a run keeps them: float32 if trained, else matrices in the compute dtype."""
+
+  def kept(path):
+    vector = path.rsplit("/", 1)[-1] in VECTORS  # small; rounding CMVN or a norm would cost more
+    return jnp.float32 if path in trained or vector else dtype
+
+  return tree.unflatten({path: x.astype(kept(path)) for path, x in tree.flatten(params).items()})
+
+
+def initial_state(run: Run, params, tx, mesh):
+  """Cuts params in two and adds the optimizer's state.
+
+  Returns:
+    (TrainState, frozen params, (state shardings, frozen shardings)).
+  """
+  trainable, frozen = tree.partition(params, run.trainable)
+  key = jax.random.fold_in(jax.random.key(run.seed), 1)
+  abstract = jax.eval_shape(lambda t: create(t, tx, key), trainable)
+  shardings = state_shardings(abstract, tx, param_shardings(mesh, trainable))
+  state = jax.jit(lambda t: create(t, tx, key), out_shardings=shardings)(trainable)
+  return state, frozen, (shardings, param_shardings(mesh, frozen))
+
+
+def to_global(batch, mesh):
+  """Puts this process's rows on the mesh, padded to the longest bucket that any process drew."""
+  if jax.process_count() > 1:
+    lengths = np.array([*(x.shape[1] for x in batch.features), batch.answer_BS.shape[1]])
+    *frames, answer = process_allgather(lengths).max(axis=0).tolist()
+    batch = widen(batch, frames=frames, answer=answer)
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def save(
+  run: Run, state: TrainState, frozen, tokenizer: Tokenizer, data_state, base: Path | None
+) -> Path:
+  """Writes a checkpoint folder that a user can run, and that training can go on from.
+
+  With a base only the trained parameters are written, beside a pointer to it.
+  """
+  step = int(state.step)
+  params = state.trainable if base else tree.merge(state.trainable, frozen)
+  folder = checkpoint.save(
+    checkpoint.step_folder(run.workdir, step),
+    params=jax.jit(tree.unstack_layers)(params),  # jit: eager slicing needs all shards here
+    config_json=to_json(run.model),
+    tokenizer=tokenizer.save,
+    generation=dataclasses.asdict(run.sampling),
+    base=base,
+    train_state=dataclasses.replace(state, trainable=None),
+    data_state=data_state,
+  )
+  checkpoint.keep_last(run.workdir, run.train.keep)
+  return folder

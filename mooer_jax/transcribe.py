@@ -1,0 +1,203 @@
+"""Audio in, text out: the class behind `mooer-jax transcribe`."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mooer_jax import checkpoint
+from mooer_jax.audio.decode import AudioError, load_audio
+from mooer_jax.audio.frontend import features, num_frames
+from mooer_jax.config import SpeechLLMConfig, build, from_json
+from mooer_jax.generation import Sampling, generate
+from mooer_jax.nn.compute import Compute
+from mooer_jax.prompts import fill_template, task_prompt
+from mooer_jax.speech_llm import Batch
+from mooer_jax.text.tokenizer import Tokenizer
+
+_BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
+_SMALLEST_BUCKET = 32
+SILENCE = 1e-4  # peak below -80 dBFS
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+  """What was heard in one clip.
+
+  Attributes:
+    text: the answer, special tokens removed.
+    tokens: generated ids, eos included if one came.
+    seconds: length of the audio.
+    task: what the model was asked.
+    path: of the file, None for an array.
+    finished: False if max_new_tokens cut the answer off.
+  """
+
+  text: str
+  tokens: list[int]
+  seconds: float
+  task: str
+  path: str | None = None
+  finished: bool = True
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+
+class Transcriber:
+  """A checkpoint, ready to listen.
+
+      transcriber = mooer_jax.Transcriber.from_checkpoint("out/demo/train")
+      [result] = transcriber.transcribe(["clip.wav"])
+      print(result.text)
+  """
+
+  def __init__(
+    self,
+    params: dict,
+    config: SpeechLLMConfig,
+    tokenizer: Tokenizer,
+    options: Sampling = Sampling(),
+  ):
+    """Takes per-layer params; `from_checkpoint` is the usual way."""
+    self.params = params
+    self.config = config.with_compute(scan=False)
+    self.tokenizer = tokenizer
+    self.options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
+    self.buckets = _buckets(self._num_frames(config.max_audio_s))
+
+  @classmethod
+  def from_checkpoint(cls, path: str | Path, *, dtype: str | None = None) -> "Transcriber":
+    """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
+
+    Args:
+      path: the folder.
+      dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
+
+    Raises:
+      FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    compute = Compute(dtype=dtype)
+    loaded = checkpoint.load(checkpoint.find(path), dtype=dtype)
+    options = build(Sampling, loaded.generation, "generation.json")
+    tokenizer = Tokenizer.from_folder(loaded.tokenizer)
+    return cls(loaded.params, from_json(loaded.config, compute), tokenizer, options)
+
+  def transcribe(
+    self,
+    audio: Sequence[str | os.PathLike | np.ndarray],
+    *,
+    task: str | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+  ) -> list[Transcript]:
+    """Transcribes clips; the order of the results is that of the clips.
+
+    Args:
+      audio: paths, or float arrays [samples] at the model's sample rate in [-1, 1].
+      task: one of the model's tasks; default: its first.
+      max_new_tokens: overrides the checkpoint's.
+      batch_size: clips decoded together; it changes no result.
+      progress: show a progress bar.
+
+    Raises:
+      FileNotFoundError: for a missing file.
+      ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name, before
+        anything is decoded; for an unknown task.
+    """
+    from rich.progress import track
+
+    if isinstance(audio, (str, os.PathLike, np.ndarray)):
+      raise ValueError("transcribe takes a list of clips: transcribe([clip])")
+    if batch_size < 1:
+      raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    task = task or self.config.prompts[0][0]
+    prompt = fill_template(self.config.template, task_prompt(task, dict(self.config.prompts)))
+    options = self.options
+    if max_new_tokens is not None:
+      options = dataclasses.replace(options, max_new_tokens=max_new_tokens)
+    clips = [self._load(clip, index) for index, clip in enumerate(audio)]
+    order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    results: dict[int, Transcript] = {}
+    for chunk in track(chunks, "transcribing", disable=not progress):
+      batch = self._batch([clips[i] for i in chunk], prompt, batch_size)
+      generated = jax.device_get(generate(self.params, batch, self.config, options))
+      for row, i in enumerate(chunk):
+        tokens = generated.tokens_BS[row, : generated.lengths_B[row]].tolist()
+        results[i] = Transcript(
+          text=self.tokenizer.decode(tokens),
+          tokens=tokens,
+          seconds=round(len(clips[i]) / self._rate_hz, 4),
+          task=task,
+          path=None if isinstance(audio[i], np.ndarray) else os.fspath(audio[i]),
+          finished=bool(generated.finished_B[row]),
+        )
+    return [results[i] for i in range(len(clips))]
+
+  @property
+  def _rate_hz(self) -> int:
+    return self.config.frontends[0].fbank.sample_rate_hz
+
+  def _num_frames(self, seconds: float) -> int:
+    return num_frames(round(seconds * self._rate_hz), self.config.frontends[0])
+
+  def _load(self, clip, index) -> np.ndarray:
+    """One clip as float32 [samples], checked."""
+    if isinstance(clip, np.ndarray):
+      name = f"audio[{index}]"
+      if clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
+        raise ValueError(
+          f"{name}: {clip.dtype} array of shape {clip.shape}; give float samples [samples] in"
+          f" [-1, 1] at {self._rate_hz} Hz"
+        )
+      waveform_N = clip.astype(np.float32)
+      if not np.isfinite(waveform_N).all():
+        raise AudioError(f"{name}: holds NaN or infinite samples", "not finite")
+    else:
+      name = os.fspath(clip)
+      waveform_N = load_audio(clip, sample_rate_hz=self._rate_hz)
+    seconds = len(waveform_N) / self._rate_hz
+    if self._num_frames(seconds) < 2:
+      raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech", "too short")
+    if np.abs(waveform_N).max() < SILENCE:
+      raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
+    if seconds > self.config.max_audio_s:
+      raise ValueError(
+        f"{name}: {seconds:.1f} s, but this model takes at most {self.config.max_audio_s:g} s;"
+        " cut it at pauses first"
+      )
+    return waveform_N
+
+  def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
+    frontend = self.config.frontends[0]
+    made = [features(clip, frontend) for clip in clips]
+    longest = max(len(x_TF) for x_TF in made)
+    length = next(bucket for bucket in self.buckets if bucket >= longest)
+    features_BTF = np.zeros((rows, length, made[0].shape[1]), np.float32)
+    frames_B = np.zeros(rows, np.int32)
+    for row, x_TF in enumerate(made):
+      features_BTF[row, : len(x_TF)] = x_TF
+      frames_B[row] = len(x_TF)
+    before, after = (np.asarray(self.tokenizer.encode(text), np.int32) for text in prompt)
+    return Batch(
+      features=(features_BTF,),
+      frames=(frames_B,),
+      before_BS=np.tile(before, (rows, 1)),
+      after_BS=np.tile(after, (rows, 1)),
+      answer_BS=np.full((rows, 1), -1, np.int32),
+    )
+
+
+def _buckets(longest: int) -> tuple[int, ...]:
+  """Lengths that grow by a fixed ratio up to the longest clip; each is compiled once."""
+  lengths = [_SMALLEST_BUCKET]
+  while lengths[-1] < longest:
+    lengths.append(min(longest, int(lengths[-1] * _BUCKET_GROWTH)))
+  return tuple(lengths)

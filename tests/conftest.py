@@ -1,0 +1,152 @@
+"""Environment, shared fixtures and the skip policy of the test suite."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_USER_ENV = dict(os.environ)
+
+
+def _cache_dir() -> Path:
+  base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  return base / "mooer_jax" / "tests_xla"
+
+
+def _prepare_environment():
+  """Settles what JAX reads once, at its import."""
+  if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py; remove the plugin that does so")
+  env = os.environ
+  env.setdefault("JAX_PLATFORMS", "cpu")
+  flag = "--xla_force_host_platform_device_count"
+  if flag not in env.get("XLA_FLAGS", ""):
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flag}=8".strip()
+  env.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_dir()))
+  env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  env.setdefault("MPLBACKEND", "Agg")
+  env.setdefault("TOKENIZERS_PARALLELISM", "false")
+  env.setdefault("HF_HUB_OFFLINE", "1")
+
+
+_prepare_environment()
+
+# A skip hides a test, so each reason that may occur stands here; any other skip fails the run.
+ALLOWED_SKIPS = (
+  r"\.\./shared/data\b.* absent",
+  r"no GPU: ",
+  r"no TPU: ",
+  r"opt-in: set [A-Z_]+=",
+  r"mooer-jax is not installed in this Python",
+  r"libtpu is only published for Linux on x86_64",
+)
+
+
+class Clip(NamedTuple):
+  """A short committed recording."""
+
+  key: str
+  path: Path
+  text: str
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+  """The folder of real recordings beside the checkout; skips where it does not exist."""
+  path = ROOT.parent / "shared" / "data"
+  if not path.is_dir():
+    pytest.skip("../shared/data (real recordings) is absent")
+  return path
+
+
+@pytest.fixture(scope="session")
+def clips() -> list[Clip]:
+  """The committed clips: synthetic spoken digits, 16 kHz mono wav, at most 1.2 s each."""
+  folder = ROOT / "tests" / "data" / "clips"
+  rows = [line.split(maxsplit=1) for line in (folder / "text").read_text("utf-8").splitlines()]
+  return [Clip(key, folder / f"{key}.wav", text) for key, text in rows]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+  return ROOT
+
+
+@pytest.fixture
+def plain_env() -> dict[str, str]:
+  """Environment for a subprocess that should see what a user's shell has: one CPU device."""
+  env = {**_USER_ENV}
+  env.setdefault("JAX_PLATFORMS", "cpu")
+  env.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  env.setdefault("MPLBACKEND", "Agg")
+  paths = [str(ROOT), env.get("PYTHONPATH", "")]
+  env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+  return env
+
+
+def pytest_configure(config):
+  try:
+    from hypothesis import settings
+  except ModuleNotFoundError:
+    return
+  # A first call compiles, so a time limit per example would fail at random.
+  settings.register_profile("mooer_jax", deadline=None, derandomize=True, max_examples=30)
+  settings.load_profile("mooer_jax")
+
+
+def pytest_collection_modifyitems(items):
+  """Skips tests marked `gpu` or `tpu` where JAX runs on something else."""
+  kinds = ("gpu", "tpu")
+  marked = [(item, name) for item in items for name in kinds if item.get_closest_marker(name)]
+  if not marked:
+    return
+  import jax
+
+  backend = jax.default_backend()
+  for item, name in marked:
+    if backend != name:
+      reason = f"no {name.upper()}: JAX runs on {backend}"
+      item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def is_allowed(reason: str) -> bool:
+  """Whether a test may be skipped for this reason."""
+  return any(re.match(pattern, reason) for pattern in ALLOWED_SKIPS)
+
+
+def _skips(config) -> list[tuple[str, str]]:
+  """(test or file, reason) of everything skipped, from all xdist workers."""
+  reporter = config.pluginmanager.get_plugin("terminalreporter")
+  reports = reporter.stats.get("skipped", []) if reporter else []
+  found = []
+  for report in reports:
+    longrepr = report.longrepr
+    text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    found.append((report.nodeid, text.removeprefix("Skipped: ")))
+  return found
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session, exitstatus):
+  if hasattr(session.config, "workerinput"):
+    return
+  if exitstatus == pytest.ExitCode.OK and any(not is_allowed(r) for _, r in _skips(session.config)):
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  skips = _skips(config)
+  if not skips:
+    return
+  terminalreporter.section("skipped, and why")
+  for nodeid, reason in skips:
+    verdict = "allowed" if is_allowed(reason) else "NOT ALLOWED"
+    terminalreporter.line(f"{verdict}: {nodeid}: {reason}")
+  if any(not is_allowed(reason) for _, reason in skips):
+    terminalreporter.line(
+      "A skip that is not in ALLOWED_SKIPS of tests/conftest.py fails the run.", red=True
+    )

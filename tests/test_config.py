@@ -1,0 +1,157 @@
+import dataclasses
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from mooer_jax.config import SpeechLLMConfig, build, from_json, model_config, to_json
+from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.nn.compute import Compute
+
+
+def mooer(**changes) -> ConfigDict:
+  base = dict(encoders=("sanm_large",), connector="linear", decoder="qwen2_7b")
+  return ConfigDict({**base, **changes})
+
+
+def test_named_sizes_are_mooer():
+  config = model_config(mooer(llm=dict(lora_rank=64)), dict(dtype="bfloat16", remat="full"))
+  assert config.encoders == (SANMConfig(),)
+  assert config.decoder == LLMConfig(lora_rank=64) and config.decoder.lora_scale == 0.25
+  assert config.compute == Compute(dtype="bfloat16", remat="full")
+  assert dict(config.prompts)["asr"] == "Transcribe speech to text. "
+
+
+def test_sections_override_single_values():
+  config = model_config(
+    mooer(
+      decoder="qwen2_0.5b",
+      sanm=dict(input_width=280, layers=2),
+      linear=dict(stack=4),
+      llm=dict(lora_targets=["q", "v"], rope_theta=10_000),
+      frontend=dict(fbank=dict(bins=40)),
+      prompts=dict(asr="Write it down. "),
+      max_audio_s=20,
+    )
+  )
+  assert config.encoders[0] == dataclasses.replace(SANMConfig(), input_width=280, layers=2)
+  assert config.decoder.lora_targets == ("q", "v") and config.decoder.width == 896
+  assert config.decoder.rope_theta == 10_000.0 and isinstance(config.decoder.rope_theta, float)
+  assert config.frontends[0].fbank.bins == 40 and config.frontends[0].lfr_window == 7
+  assert config.prompts == (("asr", "Write it down. "),)
+  assert isinstance(config.max_audio_s, float)
+
+
+def test_plain_dicts_and_locked_configdicts_read_alike():
+  section = mooer(llm=dict(lora_rank=8), frontend=dict(lfr_stride=5))
+  assert model_config(section.lock()) == model_config(section.to_dict())
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(decodr="qwen2_7b"), "'model.decodr'; did you mean 'decoder'"),
+    (dict(llm=dict(lora_rnk=8)), "'model.llm.lora_rnk'; did you mean 'lora_rank'"),
+    (dict(frontend=dict(fbank=dict(bin=8))), "'model.frontend.fbank.bin'; did you mean 'bins'"),
+    (dict(llm=dict(lora_rank="8")), r"model.llm.lora_rank='8' \(str\): expected int"),
+    (dict(llm=dict(lora_rank=8.0)), r"model.llm.lora_rank=8.0 \(float\): expected int"),
+    (dict(llm=dict(lora_rank=True)), "model.llm.lora_rank=True"),
+    (dict(llm=dict(lora_rank=False)), "model.llm.lora_rank=False"),
+    (dict(llm=dict(tied=1)), "model.llm.tied=1"),
+    (dict(llm=dict(lora_rank=None)), "model.llm.lora_rank=None"),
+    (dict(llm=dict(lora_targets="q")), "model.llm.lora_targets='q'"),
+    (dict(llm=dict(lora_targets=["q", 1])), r"model.llm.lora_targets\[1\]=1"),
+    (dict(llm=dict(lora_rank=-1)), "llm.lora_rank=-1"),
+    (dict(llm=dict(layers=0)), "llm.layers=0 must be positive"),
+    (dict(llm=dict(heads=0)), "llm.heads=0 must be positive"),
+    (dict(llm=dict(kv_heads=5)), "llm.heads=28 does not divide by llm.kv_heads=5"),
+    (dict(sanm=dict(width=510)), "sanm.width=510 does not divide"),
+    (dict(sanm=dict(heads=0)), "sanm.heads=0 must be positive"),
+    (dict(linear=dict(stack=0)), "linear.stack=0 must be positive"),
+    (dict(sanm=dict(input_width=80)), "sanm.input_width=80, but its features are 560"),
+    (dict(sanm=dict(input_width=81)), "sanm.input_width=81 must be even"),
+    (dict(decoder="qwen2_70b"), "model.decoder='qwen2_70b': choose one of .*'qwen2_7b'"),
+    (dict(connector=["linear"]), "model.connector=.*choose one of"),
+    (dict(encoders="sanm_large"), r"a tuple of names, such as \('sanm_large',\)"),
+    (dict(encoders=()), "model.encoders has 0 entries"),
+    (dict(encoders=("sanm_large",) * 2), "model.encoders has 2 entries"),
+    (dict(template="chat"), "model.template='chat': choose one of .*'mooer'"),
+    (dict(max_audio_s="30"), "model.max_audio_s='30'"),
+    (dict(prompts=dict(asr=3)), "model.prompts.*=3"),
+  ],
+  ids=str,
+)
+def test_mistakes_are_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=message):
+    model_config(mooer(**changes))
+
+
+@pytest.mark.parametrize("key", ["encoders", "connector", "decoder"])
+def test_a_missing_part_is_named(key):
+  section = mooer().to_dict()
+  del section[key]
+  with pytest.raises(ValueError, match=f"model.{key} is missing"):
+    model_config(section)
+
+
+def test_compute_is_checked_too():
+  with pytest.raises(ValueError, match="compute.remat='some'"):
+    model_config(mooer(), dict(remat="some"))
+  with pytest.raises(ValueError, match="float16 overflows"):
+    model_config(mooer(), dict(dtype="float16"))
+
+
+def test_json_and_back_is_the_identity():
+  config = model_config(
+    mooer(llm=dict(lora_rank=8, lora_targets=("q",)), prompts=dict(asr="甲乙 ")),
+    dict(dtype="bfloat16", remat="dots"),
+  )
+  text = json.dumps(to_json(config))
+  assert "remat" not in text  # how it runs stays out of the checkpoint
+  assert from_json(json.loads(text), config.compute) == config
+  assert from_json(json.loads(text)).compute == Compute()
+  assert to_json(from_json(json.loads(text))) == to_json(config)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (lambda f: f.pop("decoder"), "has no 'decoder'"),
+    (lambda f: f["decoder"].update(kind="rnn"), "decoder.kind='rnn': this version knows .*'llm'"),
+    (lambda f: f["encoders"][0].update(depth=3), "unknown config key 'encoders.0..depth'"),
+    (lambda f: f.update(extra=1), "'config.json.extra'"),
+    (lambda f: f["frontends"][0]["fbank"].update(bins="80"), "bins='80'"),
+  ],
+)
+def test_a_damaged_json_is_refused_by_name(change, message):
+  fields = json.loads(json.dumps(to_json(SpeechLLMConfig())))
+  change(fields)
+  with pytest.raises(ValueError, match=message):
+    from_json(fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  a: int = 1
+  b: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  needed: int
+  inner: Inner = Inner(a=5)
+  pair: tuple[int, float] = (1, 2.0)
+
+
+def test_build_takes_any_dataclass():
+  section = dict(needed=3, inner=dict(b="x"), pair=[4, 5])
+  assert build(Outer, section, "outer") == Outer(3, Inner(a=5, b="x"), (4, 5.0))
+  assert build(Outer, section, "outer", Outer(0, Inner(a=9))) == Outer(3, Inner(9, "x"), (4, 5.0))
+  assert build(Inner, dict(b=None), "inner") == Inner()
+  with pytest.raises(ValueError, match="outer: .*'needed'"):
+    build(Outer, {}, "outer")
+  with pytest.raises(ValueError, match="outer.pair="):
+    build(Outer, dict(needed=1, pair=(1, 2.0, 3)), "outer")
+  with pytest.raises(ValueError, match="inner.b=3"):
+    build(Inner, dict(b=3), "inner")
