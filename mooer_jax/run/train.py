@@ -6,7 +6,6 @@ import itertools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
@@ -19,6 +18,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import train_batches
 from mooer_jax.generation import Sampling
 from mooer_jax.run.monitor import Monitor, StopRequest
+from mooer_jax.run.program import jitted_step, stored
 from mooer_jax.run.setup import (
   TrainConfig,
   check_vocabulary,
@@ -29,7 +29,7 @@ from mooer_jax.run.setup import (
   section,
 )
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
+from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mooer_jax.training.sharding import (
   MeshConfig,
   batch_sharding,
@@ -37,7 +37,7 @@ from mooer_jax.training.sharding import (
   param_shardings,
 )
 from mooer_jax.training.state import TrainState, create, state_shardings
-from mooer_jax.training.step import check_finite, jit_train_step, make_train_step
+from mooer_jax.training.step import check_finite
 
 CMVN_BATCHES = 32
 
@@ -124,14 +124,13 @@ def train(config: ConfigDict) -> Path:
     state = dataclasses.replace(rest, trainable=state.trainable)
     batches.set_state(data_state)
 
-  def loss_fn(trainable, frozen, batch, key):
-    params = tree.merge(trainable, frozen)
-    return speech_llm.loss(params, batch, run.model, dropout_key=key)
-
-  step_fn = make_train_step(
-    loss_fn, tx, schedule=learning_rate(run.optimizer), accumulation=run.train.accumulation
+  train_step = jitted_step(
+    run.model,
+    run.optimizer,
+    accumulation=run.train.accumulation,
+    mesh=mesh,
+    shardings=shardings,
   )
-  train_step = jit_train_step(step_fn, mesh, *shardings)
 
   first = int(state.step)
   stop = StopRequest()
@@ -179,14 +178,14 @@ def initial_params(run: Run, mesh, start_from: Path | None) -> dict:
     loaded = checkpoint.load(start_from, shardings=shardings).params
     stacked = jax.eval_shape(tree.stack_layers, loaded)
     placed = param_shardings(mesh, stacked)
-    stack = lambda params: _stored(tree.stack_layers(params), trained, dtype)  # noqa: E731
+    stack = lambda params: stored(tree.stack_layers(params), trained, dtype)  # noqa: E731
     have = jax.jit(stack, out_shardings=placed)(loaded)
   missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
   if not missing:
     return have
 
   def fresh():
-    flat = tree.flatten(_stored(speech_llm.init(key, run.model), trained, dtype))
+    flat = tree.flatten(stored(speech_llm.init(key, run.model), trained, dtype))
     return tree.unflatten({path: flat[path] for path in missing})
 
   placed = param_shardings(mesh, jax.eval_shape(fresh))
@@ -222,16 +221,6 @@ def measure_cmvn(run: Run, dataset, frontends: dict) -> dict:
 def _clips(batch):
   for x_TF, frames in zip(batch.features[0], batch.frames[0], strict=True):
     yield x_TF[:frames]
-
-
-def _stored(params: dict, trained, dtype) -> dict:
-  """Params as a run keeps them: float32 if trained, else matrices in the compute dtype."""
-
-  def kept(path):
-    vector = path.rsplit("/", 1)[-1] in VECTORS  # small; rounding CMVN or a norm would cost more
-    return jnp.float32 if path in trained or vector else dtype
-
-  return tree.unflatten({path: x.astype(kept(path)) for path, x in tree.flatten(params).items()})
 
 
 def initial_state(run: Run, params, tx, mesh):

@@ -1,0 +1,71 @@
+"""The program that a training run compiles; `benchmarks.aot` compiles it without the chips."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from mooer_jax import speech_llm, tree
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
+from mooer_jax.training.sharding import param_shardings
+from mooer_jax.training.state import create, state_shardings
+from mooer_jax.training.step import jit_train_step, make_train_step
+
+
+def jitted_step(
+  model: SpeechLLMConfig, optimizer: OptimizerConfig, *, accumulation: int, mesh, shardings
+):
+  """The train step (state, frozen, batch) -> (state, metrics), jitted for a mesh.
+
+  Args:
+    model: with compute.scan, as training runs it.
+    optimizer: of the run.
+    accumulation: micro-batches in a batch.
+    mesh: from `make_mesh`; its devices may be those of a described topology.
+    shardings: (of the TrainState, of the frozen params).
+  """
+
+  def loss_fn(trainable, frozen, batch, key):
+    return speech_llm.loss(tree.merge(trainable, frozen), batch, model, dropout_key=key)
+
+  step = make_train_step(
+    loss_fn,
+    make_optimizer(optimizer),
+    schedule=learning_rate(optimizer),
+    accumulation=accumulation,
+  )
+  return jit_train_step(step, mesh, *shardings)
+
+
+def stored(params: dict, trained: Iterable[str], dtype) -> dict:
+  """Params as a run keeps them: float32 if trained, else matrices in the compute dtype."""
+  trained = set(trained)
+
+  def kept(path):
+    vector = path.rsplit("/", 1)[-1] in VECTORS  # small; rounding CMVN or a norm would cost more
+    return jnp.float32 if path in trained or vector else dtype
+
+  return tree.unflatten({path: x.astype(kept(path)) for path, x in tree.flatten(params).items()})
+
+
+def abstract_state(
+  model: SpeechLLMConfig, optimizer: OptimizerConfig, *, trainable: Iterable[str], mesh
+):
+  """Shapes and shardings of a run's state, without making any of it.
+
+  Returns:
+    (TrainState and frozen params as `ShapeDtypeStruct`s, (their shardings)).
+  """
+  key = jax.random.key(0)
+  wanted = jax.eval_shape(lambda: speech_llm.init(key, model))
+  trained = tree.flatten(tree.partition(wanted, trainable)[0])
+  kept = jax.eval_shape(lambda p: stored(p, trained, model.compute.jnp_dtype), wanted)
+  to_train, frozen = tree.partition(kept, trainable)
+  tx = make_optimizer(optimizer)
+  state = jax.eval_shape(lambda t: create(t, tx, key), to_train)
+  shardings = (
+    state_shardings(state, tx, param_shardings(mesh, to_train)),
+    param_shardings(mesh, frozen),
+  )
+  return (state, frozen), shardings

@@ -1,0 +1,61 @@
+"""A shard list of the committed clips, and a config that learns them in seconds."""
+
+import importlib.util
+
+import pytest
+
+from mooer_jax.data.pack import pack
+
+
+@pytest.fixture(scope="session")
+def data_list(clips, tmp_path_factory):
+  """Path of a data.list: four shards, each clip four times under different keys."""
+  folder = tmp_path_factory.mktemp("packed")
+  rows = [(f"{clip.key}-{copy}", clip) for copy in range(4) for clip in clips]
+  (folder / "wav.scp").write_text("".join(f"{key} {clip.path}\n" for key, clip in rows), "utf-8")
+  (folder / "text").write_text("".join(f"{key} {clip.text}\n" for key, clip in rows), "utf-8")
+  report = pack(
+    folder / "wav.scp", folder / "text", folder / "shards", per_shard=6, processes=1, progress=False
+  )
+  return str(report.data_list)
+
+
+@pytest.fixture
+def config(repo_root, data_list, tmp_path):
+  """configs/tiny.py, smaller still."""
+  spec = importlib.util.spec_from_file_location("tiny_config", repo_root / "configs" / "tiny.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.workdir = str(tmp_path / "run")
+  config.update(small_overrides(data_list))
+  return config
+
+
+def small_overrides(data_list) -> dict:
+  return {
+    "model": {
+      "sanm": {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64},
+      "linear": {"hidden_width": 32},
+      "llm": {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16,
+              "mlp_width": 64},
+    },
+    "data": {"shards": data_list, "batch_size": 8, "window": 16, "buckets": (32, 84)},
+    "optimizer": {"total_steps": 1000, "warmup_steps": 2, "peak_lr": 5e-3},
+    "train": {"steps": 8, "save_every": 4, "log_every": 4},
+    "eval": {"shards": data_list, "batch_size": 8},
+  }  # fmt: skip
+
+
+@pytest.fixture
+def as_flags(data_list):
+  """The same as arguments of train.py."""
+
+  def flatten(tree, prefix="--config"):
+    for key, value in tree.items():
+      if isinstance(value, dict):
+        yield from flatten(value, f"{prefix}.{key}")
+      else:
+        yield f"{prefix}.{key}={value}"
+
+  return list(flatten(small_overrides(data_list)))

@@ -1,0 +1,158 @@
+"""Training as a user meets it: resumed after a kill, stopped by hand, stopped by a NaN."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mooer_jax import checkpoint, tree
+from mooer_jax.run.train import train
+from mooer_jax.training.step import NotFiniteError
+
+
+def losses(workdir) -> list[tuple[int, float]]:
+  rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  return [(row["step"], row["loss"]) for row in rows]
+
+
+def command(repo_root, workdir, as_flags, *more):
+  return [
+    sys.executable, str(repo_root / "train.py"), "--config=" + str(repo_root / "configs/tiny.py"),
+    f"--config.workdir={workdir}", *as_flags, *more,
+  ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_bit_for_bit(repo_root, as_flags, plain_env, tmp_path, how):
+  whole = command(repo_root, tmp_path / "whole", as_flags)
+  subprocess.run(whole, check=True, env=plain_env, capture_output=True)
+  assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 9))
+
+  broken = tmp_path / "broken"
+  # Long enough that the signal finds it at work.
+  process = subprocess.Popen(
+    command(repo_root, broken, as_flags, "--config.train.steps=100000"),
+    env=plain_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+  deadline = time.monotonic() + 300
+  while not (broken / "step_00000004").exists():
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(how)
+  output, _ = process.communicate(timeout=120)
+  saved = int(checkpoint.latest(broken).name.removeprefix("step_"))
+  if how == signal.SIGTERM:
+    assert process.returncode == 0 and "goes on from there" in output
+  else:
+    assert process.returncode == -signal.SIGKILL
+
+  steps = max(8, saved + 4)
+  subprocess.run(
+    command(repo_root, broken, as_flags, f"--config.train.steps={steps}"),
+    check=True, env=plain_env, capture_output=True,
+  )  # fmt: skip
+  if steps > 8:
+    subprocess.run(
+      command(repo_root, tmp_path / "whole", as_flags, f"--config.train.steps={steps}"),
+      check=True, env=plain_env, capture_output=True,
+    )  # fmt: skip
+  assert losses(broken) == losses(tmp_path / "whole")
+  ours, theirs = (
+    tree.flatten(checkpoint.load(checkpoint.latest(tmp_path / name)).params)
+    for name in ("broken", "whole")
+  )
+  for path, leaf in ours.items():
+    np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+
+
+def test_training_learns_and_leaves_what_it_promises(config):
+  config.train.steps = 60
+  config.train.save_every = 30
+  folder = train(config)
+  curve = [loss for _, loss in losses(config.workdir)]
+  assert len(curve) == 60
+  assert np.mean(curve[-5:]) < 0.5 * np.mean(curve[:5])
+  work = Path(config.workdir)
+  assert folder.name == "step_00000060"
+  assert (work / "loss.png").stat().st_size > 5000
+  assert list((work / "tensorboard").glob("events*"))
+  assert {f.name for f in folder.iterdir()} >= {
+    "config.json", "generation.json", "tokenizer", "weights", "train_state"
+  }  # fmt: skip
+  cmvn = checkpoint.load(folder).params["frontend"]["sanm"]
+  assert np.abs(np.asarray(cmvn["shift"])).min() > 1  # measured, not the identity
+
+
+def test_only_the_trainable_part_moves_and_is_saved_beside_a_pointer(config, tmp_path):
+  config.train.steps = 4
+  base = train(config)
+  config.init_from = str(base)
+  config.workdir = str(tmp_path / "tuned")
+  config.trainable = ("connector/.*",)
+  config.train.cmvn = ""
+  folder = train(config)
+  assert not (folder / "weights").exists() and (folder / "trainable").exists()
+  before, after = (tree.flatten(checkpoint.load(f).params) for f in (base, folder))
+  moved = {path for path in after if not np.array_equal(before[path], after[path])}
+  assert moved == {path for path in after if path.startswith("connector/")}
+
+
+def test_a_nan_stops_the_run_and_names_the_step(config):
+  config.optimizer.peak_lr = 1e30
+  config.optimizer.warmup_steps = 0
+  config.optimizer.grad_clip = 0.0
+  with pytest.raises(NotFiniteError, match=r"step \d+.*peak_lr"):
+    train(config)
+
+
+def test_a_run_on_eight_devices_writes_a_checkpoint_that_one_device_reads(config):
+  assert len(jax.devices()) == 8
+  config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+  config.train.steps = 4
+  folder = train(config)
+  loaded = checkpoint.load(folder)
+  assert all(len(x.devices()) == 1 for x in jax.tree.leaves(loaded.params))
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"train": {"accumulation": 3}}, "train.accumulation=3"),
+    ({"model": {"llm": {"vocab": 5}}}, "llm.vocab"),
+    ({"model": {"sanm": {"heads": 3}}}, "sanm.heads"),
+    ({"data": {"max_s": 11.0}}, "max_s"),
+    ({"data": {"shards": "nowhere/data.list"}}, "nowhere"),
+    ({"trainable": ("conector/.*",)}, "conector"),
+    ({"data": {"task": "ast"}}, "ast"),
+    ({"compute": {"dtype": "float16"}}, "float16"),
+  ],
+)
+def test_bad_configs_fail_before_training_by_name(config, change, message):
+  config.update(change)
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    train(config)
+  assert not list(Path(config.workdir).glob("step_*"))
+
+
+def test_an_unknown_key_is_named_with_its_neighbour(config):
+  with config.unlocked():
+    config.optimizer.peak_lrr = 1.0
+  with pytest.raises(ValueError, match=r"optimizer\.peak_lrr.*peak_lr"):
+    train(config)
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, tmp_path):
+  config.train.steps = 4
+  config.init_from = str(train(config))
+  config.workdir = str(tmp_path / "other")
+  config.model.sanm.layers = 3
+  with pytest.raises(ValueError, match=r"layers is 2, the config says 3"):
+    train(config)
