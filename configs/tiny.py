@@ -29,7 +29,7 @@ def get_config():
   config.model.template = "bare"  # a 150-character chat prompt would outweigh 2 s of speech
   config.model.prompts = {"asr": "<|transcribe|>"}
   config.model.max_audio_s = 10.0
-  config.model.sanm = dict(width=128, layers=6, heads=4, mlp_width=512, dropout=0.1)
+  config.model.sanm = dict(width=128, layers=6, heads=4, mlp_width=512)
   config.model.linear = dict(hidden_width=256)
   config.model.llm = dict(
     vocab=16, width=128, layers=3, heads=4, kv_heads=2, head_width=32, mlp_width=384
@@ -39,7 +39,7 @@ def get_config():
 
   config.data = ConfigDict()
   config.data.shards = "out/demo/shards/train/data.list"
-  config.data.batch_size = 64
+  config.data.batch_size = 32
   config.data.buckets = (32, 48, 84)  # LFR steps of 60 ms; each is compiled once
   config.data.task = "asr"
   config.data.answer_buckets = (8,)
@@ -48,18 +48,19 @@ def get_config():
   config.data.window = 1024
 
   config.optimizer = ConfigDict()
-  config.optimizer.peak_lr = 1.5e-3
+  config.optimizer.peak_lr = 2e-3
   config.optimizer.warmup = "linear"
   config.optimizer.warmup_steps = 100
   config.optimizer.decay = "cosine"
-  config.optimizer.total_steps = 900
+  config.optimizer.total_steps = 1500
+  config.optimizer.betas = (0.9, 0.98)
   config.optimizer.grad_clip = 1.0
 
   config.train = ConfigDict()
-  config.train.steps = 900
+  config.train.steps = 1500
   config.train.accumulation = 1
   config.train.log_every = 10
-  config.train.save_every = 300
+  config.train.save_every = 500
   config.train.keep = 2
   config.train.cmvn = "estimate"
 

@@ -165,8 +165,13 @@ def answer_logits(
   *,
   lora_scale: jax.Array | float | None = None,
   dropout_key: jax.Array | None = None,
+  rows: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
-  """Teacher-forced logits of the answer tokens, float32 [B, A, V], and of no others."""
+  """Teacher-forced logits of the answer tokens, float32 [B, A, V], and of no others.
+
+  `rows` says how rows lie on a mesh; without it XLA may take over the embedding table's split of the
+  width, and then every chip holds all rows of every layer.
+  """
   rngs = None if dropout_key is None else {"dropout": dropout_key}
   inputs_BSD, valid_BS = prompt(params, batch, config, rngs)
   first = inputs_BSD.shape[1] - 1  # the last slot of the prompt predicts the first answer token
@@ -174,6 +179,8 @@ def answer_logits(
   answer_BAD = embed(params, given_BA, config)
   inputs_BSD = jnp.concatenate([inputs_BSD, answer_BAD.astype(inputs_BSD.dtype)], axis=1)
   valid_BS = jnp.concatenate([valid_BS, given_BA >= 0], axis=1)
+  if rows is not None:
+    inputs_BSD = jax.lax.with_sharding_constraint(inputs_BSD, rows)
   hidden_BSD, _ = decode(params, inputs_BSD, valid_BS, config, lora_scale=lora_scale, rngs=rngs)
   return logits(params, hidden_BSD[:, first:], config)
 
@@ -185,14 +192,17 @@ def loss(
   *,
   lora_scale: jax.Array | float | None = None,
   dropout_key: jax.Array | None = None,
+  rows: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Cross-entropy of answer and eos, averaged over the answer tokens of the batch.
+
+  Args: as of `answer_logits`.
 
   Returns:
     (mean loss, sums to aggregate over batches: "loss_sum" in nats, "tokens", "correct").
   """
   logits_BAV = answer_logits(
-    params, batch, config, lora_scale=lora_scale, dropout_key=dropout_key
+    params, batch, config, lora_scale=lora_scale, dropout_key=dropout_key, rows=rows
   )
   target_BA = batch.answer_BS
   counted_BA = target_BA >= 0

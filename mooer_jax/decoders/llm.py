@@ -87,7 +87,6 @@ class _Block(nn.Module):
       rank,
       c.lora_dropout,
       self.compute.jnp_dtype,
-      nn.initializers.normal(0.02),
       name=name,
     )
 
@@ -166,8 +165,9 @@ class Head(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
-    shape = (hidden_BSD.shape[-1], self.vocab)
-    return _to_vocab(hidden_BSD, self.param("kernel", nn.initializers.normal(0.02), shape))
+    width = hidden_BSD.shape[-1]
+    spread = nn.initializers.normal(width**-0.5)
+    return _to_vocab(hidden_BSD, self.param("kernel", spread, (width, self.vocab)))
 
 
 class LLM(nn.Module):
@@ -184,9 +184,10 @@ class LLM(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embed = nn.Embed(
-      c.vocab, c.width, dtype=self.compute.jnp_dtype, embedding_init=nn.initializers.normal(0.02)
-    )
+    # From scratch, a spread that shrinks with the width: the usual 0.02 leaves small models at the
+    # level of guessing for hundreds of updates.
+    spread = nn.initializers.normal(c.width**-0.5)
+    self.embed = nn.Embed(c.vocab, c.width, dtype=self.compute.jnp_dtype, embedding_init=spread)
     self.layers = repeat_layer(Layer, c.layers, self.compute)(c, self.compute)
     self.final_norm = RMSNorm(c.norm_eps)
     if not c.tied:

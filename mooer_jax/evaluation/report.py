@@ -106,22 +106,19 @@ def as_text(
 
 
 def table(scores: Mapping[str, Score]):
-  """Returns a `rich` table with one row a test set, to be printed on a console."""
+  """Returns a `rich` table with one row for each named score, to be printed on a console."""
   import rich.table
   import rich.text
 
-  columns = ("set", "metric", "error rate", "tokens", "sub", "del", "ins", "utterances", "wrong",
-             "missing", "no reference")
   result = rich.table.Table()
-  for column in columns:
-    result.add_column(column, justify="left" if column in ("set", "metric") else "right")
+  for column in ("", "error rate", "tokens", "sub", "del", "ins", "utterances", "wrong", "missing"):
+    result.add_column(column, justify="right" if column else "left")
   for name, score in scores.items():
     c = score.counts
     numbers = (c.reference, c.substitutions, c.deletions, c.insertions, len(score.utterances),
-               score.wrong_utterances, len(score.missing), len(score.without_reference))
+               score.wrong_utterances, len(score.missing))
     # A plain string would be read as markup, and a name may hold brackets.
-    result.add_row(rich.text.Text(name), score.config.metric, _percent(c.rate),
-                   *(f"{number:,}" for number in numbers))
+    result.add_row(rich.text.Text(name), _percent(c.rate), *(f"{n:,}" for n in numbers))
   return result
 
 

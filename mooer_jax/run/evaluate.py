@@ -17,12 +17,11 @@ from mooer_jax.data.pipeline import eval_batches
 from mooer_jax.evaluation import report
 from mooer_jax.evaluation.score import Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
+from mooer_jax.evaluation.tokens import METRICS
 from mooer_jax.generation import Sampling, generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.run.setup import prepare_process, prompt_for, section
 from mooer_jax.text.tokenizer import Tokenizer
-
-METRICS = ("mixed", "character", "word")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,7 @@ def evaluate(config: Mapping[str, Any], path: str) -> dict[str, Score]:
     out, scores[options.metric], name=options.shards, details=details
   )
   console = Console()
-  console.print(report.table(scores))
+  console.print(report.table({METRICS[metric].title: s for metric, s in scores.items()}))
   for note in scores[options.metric].notes:
     console.print(f"note: {note}", markup=False)
   for s in skipped:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
-from mooer_jax.training.sharding import param_shardings
+from mooer_jax.training.sharding import batch_sharding, param_shardings
 from mooer_jax.training.state import create, state_shardings
 from mooer_jax.training.step import jit_train_step, make_train_step
 
@@ -27,13 +27,15 @@ def jitted_step(
   """
 
   def loss_fn(trainable, frozen, batch, key):
-    return speech_llm.loss(tree.merge(trainable, frozen), batch, model, dropout_key=key)
+    params = tree.merge(trainable, frozen)
+    return speech_llm.loss(params, batch, model, dropout_key=key, rows=batch_sharding(mesh))
 
   step = make_train_step(
     loss_fn,
     make_optimizer(optimizer),
     schedule=learning_rate(optimizer),
     accumulation=accumulation,
+    rows=batch_sharding(mesh),
   )
   return jit_train_step(step, mesh, *shardings)
 

@@ -117,8 +117,8 @@ def test_pairs_of_layers_are_split_by_columns_then_rows(mesh):
   assert at["decoder/layers_0/attention/q/bias"] == P("tensor")
   assert at["decoder/layers_0/input_norm/scale"] == P(None)
   assert at["decoder/embed/embedding"] == P("tensor", "fsdp")
-  assert at["encoders/sanm/layers_0/attention/qkv/kernel"] == P("fsdp", "tensor")
-  assert at["encoders/sanm/first_layer/attention/qkv/kernel"] == P(None, ("tensor", "fsdp"))
+  assert at["encoders/sanm/layers_0/attention/qkv/kernel"] == P(None, "tensor")
+  assert at["encoders/sanm/first_layer/attention/qkv/kernel"] == P(None, "tensor")
 
 
 def test_the_lora_product_lies_like_its_kernel(mesh):
@@ -154,8 +154,8 @@ def test_small_leaves_are_not_split_over_fsdp_whatever_the_number_of_layers(mesh
 def test_sizes_that_do_not_divide_are_refused_by_name(mesh):
   with pytest.raises(ValueError, match=r"attention/k/bias: an axis of 129 .*mesh.tensor=2"):
     param_shardings(mesh, mooer(kv=129))
-  with pytest.raises(ValueError, match=r"linear2/kernel: an axis of 513 .*mesh.fsdp=2"):
-    param_shardings(mesh, {"connector": {"linear2": dense(2048, 513)}})
+  with pytest.raises(ValueError, match=r"head/kernel: an axis of 513 .*mesh.fsdp=2"):
+    param_shardings(mesh, {"decoder": {"head": dense(513, 2048)}})
 
 
 def test_a_new_part_needs_a_rule_and_a_rule_needs_a_part(mesh):

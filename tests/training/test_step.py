@@ -132,7 +132,8 @@ def test_sharding_changes_nothing():
   shardings = state_lib.state_shardings(state, tx, param_shardings(mesh, state.trainable))
   state = jax.device_put(state, shardings)
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 2]
-  assert all(leaf.addressable_shards[0].data.size * 4 == leaf.size for leaf in moments)
+  # linear1 lies over tensor, the head over fsdp and tensor.
+  assert {leaf.size // leaf.addressable_shards[0].data.size for leaf in moments} == {2, 4}
   sharded = jit_train_step(step, mesh, shardings, param_shardings(mesh, frozen))
   for batch, expected in zip(batches, one, strict=True):
     state, metrics = sharded(state, frozen, jax.device_put(batch, batch_sharding(mesh)))

@@ -1,0 +1,69 @@
+"""Memory, FLOPs and compile time of a training config on TPU chips, found on a CPU machine.
+
+  python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4 --json out/aot.json
+
+The compiler for TPUs comes with the package libtpu (Linux on x86_64); no chip is used.
+`--config.key=value` overrides values of the config, as for train.py.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+# libtpu would otherwise ask a cloud server, for seconds, which chips this machine has.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from benchmarks.compile_step import compile_step  # noqa: E402
+from mooer_jax.run.train import Run  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
+_JSON = flags.DEFINE_string("json", None, "file to write")
+# MooER's ASR template has 26 Qwen2 tokens besides the speech.
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 26, "tokens of the prompt's text")
+
+
+def versions() -> dict[str, str]:
+  names = ("jax", "jaxlib", "libtpu", "flax", "optax")
+  return {
+    "python": platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in names},
+  }
+
+
+def table(result: dict) -> Table:
+  rows = Table("", "one chip", title=f"train step on {result['chips']} x {result['chip']}")
+  rows.add_row("mesh", " x ".join(f"{k} {v}" for k, v in result["mesh"].items()))
+  rows.add_row("batch", ", ".join(f"{k} {v:g}" for k, v in result["batch"].items()))
+  for name, value in result["memory_gb_per_chip"].items():
+    rows.add_row(f"memory: {name}", f"{value:.3f} GiB")
+  rows.add_row("memory of a chip", f"{result['hbm_of_chip_gb']} GiB")
+  rows.add_row("FLOPs an update, recomputation included", f"{result['flops_per_chip']:.3e}")
+  rows.add_row("FLOPs an update, needed", f"{result['flops_needed_per_chip']:.3e}")
+  rows.add_row("compile time", f"{result['compile_seconds']:.1f} s")
+  return rows
+
+
+def main(argv):
+  del argv
+  run = Run.read(_CONFIG.value)
+  result = compile_step(run, _TOPOLOGY.value, prompt=_PROMPT.value)
+  result["versions"] = versions()
+  Console().print(table(result))
+  if _JSON.value:
+    path = Path(_JSON.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)

@@ -1,0 +1,141 @@
+"""Compiles a run's train step for TPU chips that are not there, and says what it takes."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks import flops
+from mooer_jax import tree
+from mooer_jax.audio.frontend import width as feature_width
+from mooer_jax.run.program import abstract_state, jitted_step
+from mooer_jax.run.train import Run
+from mooer_jax.speech_llm import Batch
+from mooer_jax.training.sharding import batch_sharding, make_mesh
+
+GIB = 2**30
+# What one chip has, in GiB; the compiler keeps a little of it for itself.
+HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32, "TPU v6 lite": 32}
+
+
+def topology_devices(name: str):
+  """The chips of a named topology, such as "v5e:4x4".
+
+  Raises:
+    ValueError: if libtpu does not know the name.
+  """
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f"--topology={name}: {error}. Names are KIND:SHAPE, as in v5e:4x4, v6e:2x2, v5p:8x8x8"
+    ) from error
+
+
+def largest_batch(run: Run, *, prompt: int, sharding) -> Batch:
+  """Shapes of a batch in the longest buckets of the config."""
+  rows, answer = run.data.batch_size, run.data.answer_buckets[-1]
+
+  def shape(*sizes, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
+
+  features = (run.data.buckets[-1], feature_width(run.model.frontends[0]))
+  return Batch(
+    features=(shape(*features, dtype=jnp.float32),),
+    frames=(shape(),),
+    before_BS=shape(0),
+    after_BS=shape(prompt),
+    answer_BS=shape(answer),
+  )
+
+
+def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
+  """Traces, lowers and compiles the step that `train.py` would run.
+
+  Args:
+    run: a config that was read.
+    topology: name of the chips and their arrangement.
+    prompt: tokens of the prompt's text.
+
+  Returns:
+    What goes into the JSON file; bytes are those of one chip.
+  """
+  devices = topology_devices(topology)
+  mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
+  (state, frozen), shardings = abstract_state(
+    run.model, run.optimizer, trainable=run.trainable, mesh=mesh
+  )
+  batch = largest_batch(run, prompt=prompt, sharding=batch_sharding(mesh))
+  step = jitted_step(
+    run.model, run.optimizer, accumulation=run.train.accumulation, mesh=mesh, shardings=shardings
+  )
+  start = time.perf_counter()
+  traced = step.trace(state, frozen, batch)
+  lowered = traced.lower()
+  seconds = {"trace_and_lower_seconds": time.perf_counter() - start}
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  seconds["compile_seconds"] = time.perf_counter() - start
+  chips = len(devices)
+  counted = flops.traced(traced.jaxpr)
+  needed = flops.train_step(
+    run.model,
+    rows=run.data.batch_size,
+    frames=run.data.buckets[-1],
+    prompt=prompt,
+    answer=run.data.answer_buckets[-1],
+  )
+  memory = memory_of(compiled)
+  kind = devices[0].device_kind
+  return {
+    "topology": topology,
+    "chip": kind,
+    "chips": chips,
+    "mesh": dict(mesh.shape),
+    "batch": {
+      "rows": run.data.batch_size,
+      "micro_batches": run.train.accumulation,
+      "rows_per_chip_and_micro_batch": run.data.batch_size
+      / (run.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]),
+      "frames": run.data.buckets[-1],
+      "prompt_tokens": prompt,
+      "answer_tokens": run.data.answer_buckets[-1],
+    },
+    "parameters": {
+      "trainable": _elements(state.trainable),
+      "frozen": _elements(frozen),
+    },
+    "compute": dataclasses.asdict(run.model.compute),
+    "hbm_gb_per_chip": memory["peak"],
+    "hbm_of_chip_gb": HBM_GIB.get(kind),
+    "memory_gb_per_chip": memory,
+    "flops_per_chip": counted / chips,
+    "flops_per_chip_means": (
+      "matrix products of the traced step, rematerialisation included, loop bodies as often as they"
+      " run, divided by the chips; one update"
+    ),
+    "flops_needed_per_chip": needed / chips,
+    "flops_needed_means": "the same by hand, without rematerialisation; see benchmarks/flops.py",
+    "xla_flops_per_chip_loops_once": (compiled.cost_analysis() or {}).get("flops"),
+    **{name: round(value, 1) for name, value in seconds.items()},
+  }
+
+
+def memory_of(compiled) -> dict[str, float]:
+  """GiB on one chip: what XLA planned for the program; peak = everything that is alive at once."""
+  stats = compiled.memory_analysis()
+  parts = {
+    "arguments": stats.argument_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "aliased": stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "code": stats.generated_code_size_in_bytes,
+  }
+  alive = sum(parts.values()) - 2 * parts["aliased"]  # aliased outputs lie in their arguments
+  return {name: round(size / GIB, 4) for name, size in {**parts, "peak": alive}.items()}
+
+
+def _elements(params) -> int:
+  return sum(leaf.size for leaf in tree.flatten(params).values())
