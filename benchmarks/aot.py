@@ -14,15 +14,17 @@ from pathlib import Path
 
 # libtpu would otherwise ask a cloud server, for seconds, which chips this machine has.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# It also takes a lock, for chips that only one process may use; here are none.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from absl import app, flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
 
-from benchmarks.compile_step import compile_step  # noqa: E402
-from mooer_jax.run.train import Run  # noqa: E402
+from benchmarks.compile_step import compile_step
+from mooer_jax.run.train import Run
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")

@@ -29,6 +29,8 @@ def topology_devices(name: str):
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except jax.errors.JaxRuntimeError as error:
+    if "INVALID_ARGUMENT" not in str(error):
+      raise
     raise ValueError(
       f"--topology={name}: {error}. Names are KIND:SHAPE, as in v5e:4x4, v6e:2x2, v5p:8x8x8"
     ) from error
@@ -109,6 +111,7 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     },
     "compute": dataclasses.asdict(run.model.compute),
     "hbm_gb_per_chip": memory["peak"],
+    "gb_means": "2**30 bytes; everything that is alive at once, as XLA planned it",
     "hbm_of_chip_gb": HBM_GIB.get(kind),
     "memory_gb_per_chip": memory,
     "flops_per_chip": counted / chips,

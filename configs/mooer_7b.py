@@ -65,4 +65,6 @@ def get_config():
   config.eval.batch_size = 16
   config.eval.out = ""
   config.eval.metric = "mixed"
+  config.eval.skip_missing = False  # True as MooER's own script
+  config.eval.max_s = 0.0  # longest clip; 0 = data.max_s
   return config

@@ -62,7 +62,7 @@ FULL = DemoConfig("out/demo", SpeechConfig(), steps=0, goal_cer=0.05)
 QUICK = DemoConfig(
   "out/demo-quick",
   SpeechConfig(train_clips=4000, test_clips=60, max_digits=3),
-  steps=300,
+  steps=500,
   goal_cer=1.0,
 )
 

@@ -33,6 +33,8 @@ TEST_VARIANTS = (
   "Alicia", "Annie", "belinda", "linda", "grandma", "shelby", "m2", "m5", "gustave", "pablo",
   "victor", "ed", "ian", "boris", "antonio",
 )  # fmt: skip
+# Range of frequency shifts in training.
+SHIFTS = (0.82, 1.22)
 # Left out: Demonic, UniRobot, anikaRobot, AnxiousAndy, Tweaky, croak, fast, kaukovalta, whisper,
 # whisperf (effects rather than voices) and copies that differ in name only.
 TRAIN_VARIANTS = (
@@ -69,12 +71,17 @@ class SpeechConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-  """One clip to make: the digits, how they are spoken, and the seed of its acoustics."""
+  """One clip to make: the digits, how they are spoken, and the seed of its acoustics.
+
+  `shift` multiplies all frequencies, formants included, and so makes a shorter or longer vocal
+  tract; the clip is shorter by the same factor.
+  """
 
   key: str
   digits: str
   manner: Manner
   seed: tuple[int, ...]
+  shift: float = 1.0
 
 
 def is_held_out(digits: str) -> bool:
@@ -110,7 +117,9 @@ def plan(config: SpeechConfig, split: str) -> list[Utterance]:
       word_gap=int(rng.integers(0, 13)) if rng.random() < 0.6 else 0,
     )
     key = f"{split}-{index:05d}-{manner.voice.replace('+', '-')}"
-    utterances.append(Utterance(key, digits, manner, (config.seed, int(test), index)))
+    # Training alone: more throats than there are voices. The test voices speak as they are.
+    shift = 1.0 if test or rng.random() < 0.3 else float(np.exp(rng.uniform(*np.log(SHIFTS))))
+    utterances.append(Utterance(key, digits, manner, (config.seed, int(test), index), shift))
   return utterances
 
 
@@ -132,7 +141,8 @@ def render(utterance: Utterance) -> np.ndarray:
   engine = synthesizer()
   words = [WORDS[int(digit)] for digit in utterance.digits]
   spoken = engine.say(" ".join(words), utterance.manner)
-  speech = soxr.resample(spoken.astype(np.float32) / 32768, engine.sample_rate_hz, SAMPLE_RATE_HZ)
+  rate_hz = engine.sample_rate_hz * utterance.shift
+  speech = soxr.resample(spoken.astype(np.float32) / 32768, rate_hz, SAMPLE_RATE_HZ)
   edges = rng.uniform(0.03, 0.3, 2) * SAMPLE_RATE_HZ
   speech = np.pad(speech, edges.astype(int))
   if rng.random() < 0.2:

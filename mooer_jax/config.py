@@ -219,3 +219,20 @@ def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> Spee
     fields[name] = part(fields[name], name)
   fields["prompts"] = tuple(fields["prompts"].items())
   return build(SpeechLLMConfig, {**fields, "compute": compute or Compute()}, "config.json")
+
+
+def differences(a: SpeechLLMConfig, b: SpeechLLMConfig) -> dict[str, tuple[Any, Any]]:
+  """What two models differ in: {path in config.json: (a's value, b's value)}."""
+  of_a, of_b = (_leaves(to_json(config)) for config in (a, b))
+  paths = sorted({*of_a, *of_b})
+  return {p: (of_a.get(p), of_b.get(p)) for p in paths if of_a.get(p) != of_b.get(p)}
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+  if not isinstance(value, (dict, list, tuple)):
+    return {path: value}
+  items = value.items() if isinstance(value, dict) else enumerate(value)
+  found: dict[str, Any] = {}
+  for key, inner in items:
+    found |= _leaves(inner, f"{path}/{key}" if path else str(key))
+  return found

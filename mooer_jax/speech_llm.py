@@ -169,8 +169,8 @@ def answer_logits(
 ) -> jax.Array:
   """Teacher-forced logits of the answer tokens, float32 [B, A, V], and of no others.
 
-  `rows` says how rows lie on a mesh; without it XLA may take over the embedding table's split of the
-  width, and then every chip holds all rows of every layer.
+  `rows` says how rows lie on a mesh; without it XLA may take over the embedding table's split of
+  the width, and then every chip holds all rows of every layer.
   """
   rngs = None if dropout_key is None else {"dropout": dropout_key}
   inputs_BSD, valid_BS = prompt(params, batch, config, rngs)

@@ -127,7 +127,8 @@ class Transcriber:
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     results: dict[int, Transcript] = {}
     for chunk in track(chunks, "transcribing", disable=not progress):
-      batch = self._batch([clips[i] for i in chunk], prompt, batch_size)
+      rows = min(batch_size, 1 << (len(chunk) - 1).bit_length())  # few shapes, little padding
+      batch = self._batch([clips[i] for i in chunk], prompt, rows)
       generated = jax.device_get(generate(self.params, batch, self.config, options))
       for row, i in enumerate(chunk):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]].tolist()
@@ -164,7 +165,7 @@ class Transcriber:
       name = os.fspath(clip)
       waveform_N = load_audio(clip, sample_rate_hz=self._rate_hz)
     seconds = len(waveform_N) / self._rate_hz
-    if self._num_frames(seconds) < 2:
+    if self._num_frames(seconds) < self.config.connector.stack:
       raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech", "too short")
     if np.abs(waveform_N).max() < SILENCE:
       raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")

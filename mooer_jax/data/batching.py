@@ -106,23 +106,6 @@ class Batcher:
     )
 
 
-def widen(batch: Batch, *, frames: Sequence[int], answer: int) -> Batch:
-  """Pads a batch further, so that hosts which drew different buckets can agree on one shape.
-
-  Args:
-    batch: NumPy arrays.
-    frames: padded length of each encoder's features, at least the present one.
-    answer: padded length of the answers, at least the present one.
-  """
-  grown = tuple(
-    np.pad(x_BTF, ((0, 0), (0, length - x_BTF.shape[1]), (0, 0)))
-    for x_BTF, length in zip(batch.features, frames, strict=True)
-  )
-  more = answer - batch.answer_BS.shape[1]
-  answer_BS = np.pad(batch.answer_BS, ((0, 0), (0, more)), constant_values=-1)
-  return dataclasses.replace(batch, features=grown, answer_BS=answer_BS)
-
-
 def _lengths(bucket: int, frontends: Sequence[FrontendConfig]) -> tuple[int, ...]:
   """Frames of each frontend for the longest clip whose first features are `bucket` long."""
   if len(frontends) == 1:

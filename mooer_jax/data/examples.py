@@ -62,8 +62,10 @@ class Reader:
   def __call__(self, raw: RawUtterance) -> Example | Skip:
     """Returns the example, or why there is none."""
 
+    text = ""
+
     def skip(cause, detail=""):
-      return Skip(cause, raw.key, raw.shard, detail)
+      return Skip(cause, raw.key, raw.shard, detail, text)
 
     try:
       text = raw.text.decode("utf-8-sig").strip()

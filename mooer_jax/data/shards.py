@@ -34,12 +34,14 @@ class Skip:
     key: of the utterance; empty where the shard broke between utterances.
     shard: path of the tar.
     detail: what was found, for a person.
+    text: the transcript, where there is one: evaluation counts it as not heard.
   """
 
   cause: str
   key: str
   shard: str
   detail: str = ""
+  text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Monitor:
       disable=not self._console.is_terminal,
     )
     self._bar = self._progress.add_task("", total=steps, completed=first, line="compiling")
-    self._steps = steps
+    self._first, self._steps = first, steps
     self._since = (time.perf_counter(), 0, 0.0)
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,9 @@ class Monitor:
 
     self._metrics_file = self._metrics.open("a", encoding="utf-8", buffering=1)
     self._skips_file = self._skips.open("a", encoding="utf-8", buffering=1)
-    self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"))
+    self._tensorboard = SummaryWriter(
+      str(self._workdir / "tensorboard"), purge_step=self._first + 1
+    )
     self._progress.start()
     return self
 
@@ -100,10 +102,14 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
   """Drops the lines of later steps, which a resumed run does again; returns the others."""
   if not path.exists():
     return []
-  rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-  rows = [row for row in rows if row["step"] <= step]
-  lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-  path.write_text("".join(lines), encoding="utf-8")
+  lines = path.read_text("utf-8").splitlines(keepends=True)
+  if lines and not lines[-1].endswith("\n"):
+    lines.pop()  # torn when the run was killed; it was after the last checkpoint
+  rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+  beside = path.with_suffix(".tmp")
+  text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+  beside.write_text(text, encoding="utf-8")
+  beside.replace(path)
   return rows
 
 

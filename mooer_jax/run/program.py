@@ -35,7 +35,6 @@ def jitted_step(
     make_optimizer(optimizer),
     schedule=learning_rate(optimizer),
     accumulation=accumulation,
-    rows=batch_sharding(mesh),
   )
   return jit_train_step(step, mesh, *shardings)
 

@@ -1,6 +1,7 @@
 """What training and evaluation have in common: reading a config, preparing the process."""
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,27 @@ class TrainConfig:
     for name in ("steps", "accumulation", "log_every", "save_every", "keep"):
       if getattr(self, name) < 1:
         raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+
+
+SECTIONS = {
+  "model", "compute", "data", "optimizer", "train", "mesh", "generation", "eval",
+  "seed", "workdir", "init_from", "trainable",
+  "tokenizer", "characters", "specials", "eos",
+}  # fmt: skip
+
+
+def check_sections(config: Mapping[str, Any]):
+  """Raises ValueError for a section that nobody reads, or one that is missing."""
+  for name in config:
+    if name not in SECTIONS:
+      close = difflib.get_close_matches(name, SECTIONS, 1)
+      hint = f"; did you mean {close[0]!r}?" if close else ""
+      raise ValueError(f"unknown config section {name!r}{hint} Allowed: {sorted(SECTIONS)}")
+  for name in ("model", "data", "workdir", "trainable"):
+    if name not in config:
+      raise ValueError(f"the config has no {name!r}")
+  if isinstance(config["trainable"], str):
+    raise ValueError(f"trainable={config['trainable']!r}: give a tuple of patterns, not a string")
 
 
 def section(config: Mapping[str, Any], name: str, cls: type, **extra):

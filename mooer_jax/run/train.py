@@ -3,17 +3,16 @@
 import contextlib
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
-from mooer_jax.config import SpeechLLMConfig, from_json, to_json
-from mooer_jax.data.batching import widen
+from mooer_jax.config import SpeechLLMConfig, differences, from_json, to_json
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import train_batches
 from mooer_jax.generation import Sampling
@@ -21,6 +20,7 @@ from mooer_jax.run.monitor import Monitor, StopRequest
 from mooer_jax.run.program import jitted_step, stored
 from mooer_jax.run.setup import (
   TrainConfig,
+  check_sections,
   check_vocabulary,
   prepare_process,
   prompt_for,
@@ -60,6 +60,11 @@ class Run:
   @classmethod
   def read(cls, config: ConfigDict) -> "Run":
     """Raises ValueError for anything that is unknown, mistyped or does not fit."""
+    check_sections(config)
+    if jax.process_count() > 1:
+      raise ValueError(
+        f"{jax.process_count()} processes: this version trains in one process, on all its devices"
+      )
     init_from = checkpoint.find(config["init_from"]) if config.get("init_from") else None
     model = read_model(config, scan=True)
     run = cls(
@@ -78,6 +83,16 @@ class Run:
       raise ValueError(
         f"data.batch_size={run.data.batch_size} does not divide into"
         f" train.accumulation={run.train.accumulation} micro-batches"
+      )
+    if run.optimizer.decay != "constant" and run.train.steps > run.optimizer.total_steps:
+      raise ValueError(
+        f"train.steps={run.train.steps} goes on after optimizer.total_steps="
+        f"{run.optimizer.total_steps}, where the learning rate is 0; set both alike"
+      )
+    if init_from and run.train.cmvn:
+      raise ValueError(
+        f"train.cmvn={run.train.cmvn!r}, but the encoder of init_from was trained with its own"
+        " CMVN; set train.cmvn=''"
       )
     if run.data.max_s > model.max_audio_s:
       raise ValueError(
@@ -98,20 +113,17 @@ def train(config: ConfigDict) -> Path:
   prepare_process()
   run = Run.read(config)
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
+  _check_rows(run, mesh)
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
+  # A run keeps the base that it began with, whatever init_from has come to mean since.
+  base = checkpoint.describe(resumed).base if resumed else run.init_from
   tokenizer = read_tokenizer(config, start_from)
   check_vocabulary(tokenizer, run.model)
 
-  dataset = train_batches(
-    run.data,
-    tokenizer,
-    prompt_for(run.model, run.data.task),
-    run.model.frontends,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  params = initial_params(run, mesh, start_from)
+  prompt = prompt_for(run.model, run.data.task)
+  dataset = train_batches(run.data, tokenizer, prompt, run.model.frontends)
+  params = initial_params(run, mesh, start_from, exactly=bool(resumed))
   if run.train.cmvn and not resumed:
     params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
   tx = make_optimizer(run.optimizer)
@@ -140,7 +152,7 @@ def train(config: ConfigDict) -> Path:
   with contextlib.closing(batches), monitor, stop:
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)
-      batch = to_global(host_batch.batch, mesh)
+      batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
       state, metrics = train_step(state, frozen, batch)
       if pending:  # read one step late, so that the device never waits for the host
         check_finite(pending[0])
@@ -151,7 +163,7 @@ def train(config: ConfigDict) -> Path:
         check_finite(metrics)
         monitor.record(*pending)
         pending = None
-        folder = save(run, state, frozen, tokenizer, batches.get_state(), run.init_from)
+        folder = save(run, state, frozen, tokenizer, batches.get_state(), base)
         monitor.message(f"saved {folder}")
       if last:
         break
@@ -161,10 +173,29 @@ def train(config: ConfigDict) -> Path:
   return folder
 
 
-def initial_params(run: Run, mesh, start_from: Path | None) -> dict:
+def _check_rows(run: Run, mesh):
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if run.data.batch_size % (run.train.accumulation * ways):
+    raise ValueError(
+      f"data.batch_size={run.data.batch_size} does not divide into train.accumulation="
+      f"{run.train.accumulation} micro-batches of rows for mesh.data={mesh.shape['data']} x"
+      f" mesh.fsdp={mesh.shape['fsdp']} devices; make it a multiple of"
+      f" {run.train.accumulation * ways}"
+    )
+
+
+def initial_params(run: Run, mesh, start_from: Path | None, *, exactly: bool) -> dict:
   """Params with stacked layers on the mesh: from a checkpoint, or fresh.
 
-  LoRA that the config has and the checkpoint lacks starts fresh; any other difference is an error.
+  Args:
+    run: the config.
+    mesh: where they go.
+    start_from: checkpoint folder or None.
+    exactly: whether the checkpoint must be of this very model. If not, prompts, limits and dropout
+      may differ, and LoRA that the checkpoint lacks starts fresh.
+
+  Raises:
+    ValueError: if the checkpoint holds another model, or something frozen would be random.
   """
   key = jax.random.fold_in(jax.random.key(run.seed), 0)
   wanted = jax.eval_shape(lambda: speech_llm.init(key, run.model))
@@ -173,7 +204,7 @@ def initial_params(run: Run, mesh, start_from: Path | None) -> dict:
   have: dict = {}
   if start_from is not None:
     saved = checkpoint.describe(start_from)
-    _check_same_model(from_json(saved.config), run.model, start_from)
+    _check_same_model(from_json(saved.config), run.model, start_from, exactly)
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings).params
     stacked = jax.eval_shape(tree.stack_layers, loaded)
@@ -183,6 +214,12 @@ def initial_params(run: Run, mesh, start_from: Path | None) -> dict:
   missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
   if not missing:
     return have
+  random = sorted(p for p in missing if p not in trained and not p.startswith("frontend/"))
+  if random:
+    raise ValueError(
+      f"{random[0]} and {len(random) - 1} others would be random and frozen: set init_from to a"
+      " checkpoint that has them, or train them (config.trainable)"
+    )
 
   def fresh():
     flat = tree.flatten(stored(speech_llm.init(key, run.model), trained, dtype))
@@ -192,16 +229,13 @@ def initial_params(run: Run, mesh, start_from: Path | None) -> dict:
   return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
 
 
-def _check_same_model(saved: SpeechLLMConfig, wanted: SpeechLLMConfig, folder: Path):
-  theirs, ours = (tree.flatten(to_json(m)) for m in (saved, wanted))
-  different = {path for path in {*theirs, *ours} if theirs.get(path) != ours.get(path)}
-  if not saved.decoder.lora_rank:
-    different = {path for path in different if not path.startswith("decoder/lora_")}
+def _check_same_model(saved: SpeechLLMConfig, wanted: SpeechLLMConfig, folder: Path, exactly):
+  free = "" if exactly else r"(prompts|template|max_audio_s).*|.*dropout"
+  if not exactly and not saved.decoder.lora_rank:
+    free += r"|decoder/lora_.*"
+  different = {p: v for p, v in differences(saved, wanted).items() if not re.fullmatch(free, p)}
   if different:
-    said = "; ".join(
-      f"{path} is {theirs.get(path)!r}, the config says {ours.get(path)!r}"
-      for path in sorted(different)
-    )
+    said = "; ".join(f"{p} is {a!r}, the config says {b!r}" for p, (a, b) in different.items())
     raise ValueError(f"{folder} holds another model than the config describes: {said}")
 
 
@@ -235,16 +269,6 @@ def initial_state(run: Run, params, tx, mesh):
   shardings = state_shardings(abstract, tx, param_shardings(mesh, trainable))
   state = jax.jit(lambda t: create(t, tx, key), out_shardings=shardings)(trainable)
   return state, frozen, (shardings, param_shardings(mesh, frozen))
-
-
-def to_global(batch, mesh):
-  """Puts this process's rows on the mesh, padded to the longest bucket that any process drew."""
-  if jax.process_count() > 1:
-    lengths = np.array([*(x.shape[1] for x in batch.features), batch.answer_BS.shape[1]])
-    *frames, answer = process_allgather(lengths).max(axis=0).tolist()
-    batch = widen(batch, frames=frames, answer=answer)
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def save(

@@ -71,7 +71,7 @@ def make_mesh(
     devices: all of them must be used; default: all devices of all processes.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices or do not fit their torus.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
@@ -88,7 +88,13 @@ def make_mesh(
       f"{len(devices)}, with one of them at -1 to fill"
     )
   shape = tuple(sizes.values())
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  except NotImplementedError as error:  # a TPU torus that the sizes would cut across
+    raise ValueError(
+      f"{said} does not fit the arrangement of the {len(devices)} chips; each size must be a"
+      " product of whole axes of it (of 8x8x8: 8, 64 or 512)"
+    ) from error
 
 
 def param_shardings(

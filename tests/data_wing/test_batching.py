@@ -1,11 +1,11 @@
-"""Padding: to the smallest bucket that fits, for one or several encoders, more only on request."""
+"""Padding: to the smallest bucket that fits, for one or several encoders."""
 
 import numpy as np
 import pytest
 
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig, features, num_frames
-from mooer_jax.data.batching import Batcher, widen
+from mooer_jax.data.batching import Batcher
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.shards import Skip
@@ -64,15 +64,6 @@ def test_encoders_must_share_a_sample_rate(tokenizer):
   with pytest.raises(ValueError, match=r"sample rates \[8000, 16000\]; they must share one"):
     Reader((MOOER, other), tokenizer, 0.2, 2.0, 9, True)
 
-
-def test_widening_adds_padding_only(tokenizer):
-  batch = _batcher(tokenizer, [MOOER])([_example("a", 4000, [MOOER])]).batch
-  wide = widen(batch, frames=(20,), answer=9)
-  assert wide.features[0].shape == (3, 20, 560) and wide.answer_BS.shape == (3, 9)
-  np.testing.assert_array_equal(wide.features[0][:, :9], batch.features[0])
-  np.testing.assert_array_equal(wide.answer_BS[:, :4], batch.answer_BS)
-  assert not wide.features[0][:, 9:].any() and (wide.answer_BS[:, 4:] == -1).all()
-  np.testing.assert_array_equal(wide.frames[0], batch.frames[0])
 
 
 @pytest.mark.parametrize(

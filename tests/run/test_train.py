@@ -13,6 +13,7 @@ import pytest
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.run.train import train
+from mooer_jax.training import sharding
 from mooer_jax.training.step import NotFiniteError
 
 
@@ -113,13 +114,20 @@ def test_a_nan_stops_the_run_and_names_the_step(config):
     train(config)
 
 
-def test_a_run_on_eight_devices_writes_a_checkpoint_that_one_device_reads(config):
+def test_the_mesh_changes_no_loss(config, monkeypatch):
+  """The whole program, data to metrics: 2 x 2 x 2 devices against one, the first 5 losses."""
   assert len(jax.devices()) == 8
-  config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-  config.train.steps = 4
-  folder = train(config)
-  loaded = checkpoint.load(folder)
-  assert all(len(x.devices()) == 1 for x in jax.tree.leaves(loaded.params))
+  config.train.steps = 5
+  monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 0)  # else nothing this small is split over fsdp
+  curves = []
+  for sizes, devices in (({"data": 1}, jax.devices()[:1]), ({"data": 2, "fsdp": 2, "tensor": 2},
+                                                           jax.devices())):
+    monkeypatch.setattr(jax, "devices", lambda *_, devices=devices: devices)
+    config.mesh.update({"fsdp": 1, "tensor": 1, **sizes})
+    config.workdir += "x"
+    train(config)
+    curves.append([loss for _, loss in losses(config.workdir)])
+  np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,9 @@ def test_a_run_on_eight_devices_writes_a_checkpoint_that_one_device_reads(config
     ({"trainable": ("conector/.*",)}, "conector"),
     ({"data": {"task": "ast"}}, "ast"),
     ({"compute": {"dtype": "float16"}}, "float16"),
+    ({"train": {"steps": 1001}}, "total_steps=1000"),
+    ({"mesh": {"data": 1, "fsdp": 8}, "data": {"batch_size": 12, "window": 24}}, "multiple of 8"),
+    ({"trainable": ("connector/.*",)}, "random and frozen"),
   ],
 )
 def test_bad_configs_fail_before_training_by_name(config, change, message):
@@ -142,8 +153,13 @@ def test_bad_configs_fail_before_training_by_name(config, change, message):
   assert not list(Path(config.workdir).glob("step_*"))
 
 
-def test_an_unknown_key_is_named_with_its_neighbour(config):
+def test_unknown_keys_and_sections_are_named_with_their_neighbours(config):
   with config.unlocked():
+    config.optimiser = {"peak_lr": 1.0}
+  with pytest.raises(ValueError, match=r"'optimiser'.*'optimizer'"):
+    train(config)
+  with config.unlocked():
+    del config.optimiser
     config.optimizer.peak_lrr = 1.0
   with pytest.raises(ValueError, match=r"optimizer\.peak_lrr.*peak_lr"):
     train(config)
@@ -156,3 +172,30 @@ def test_a_checkpoint_of_another_model_is_refused(config, tmp_path):
   config.model.sanm.layers = 3
   with pytest.raises(ValueError, match=r"layers is 2, the config says 3"):
     train(config)
+
+
+def test_what_a_fine_tune_may_change_and_what_not(config, tmp_path):
+  config.train.steps = 4
+  config.init_from = str(train(config))
+  config.train.cmvn = ""
+  config.workdir = str(tmp_path / "tuned")
+  config.model.llm.lora_rank = 4
+  config.model.llm.lora_alpha = 4.0
+  config.model.max_audio_s = 8.0
+  config.trainable = ("decoder/.*/lora_[ab]",)
+  folder = train(config)
+  trained = checkpoint.describe(folder).trained
+  assert trained and all("lora_" in path for path in trained)
+  config.train.cmvn = "estimate"
+  with pytest.raises(ValueError, match=r"train\.cmvn='estimate'.*init_from"):
+    train(config)
+
+
+def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(config):
+  config.train.steps = 4
+  train(config)
+  with (Path(config.workdir) / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 5, "lo')
+  config.train.steps = 8
+  train(config)
+  assert [step for step, _ in losses(config.workdir)] == list(range(1, 9))

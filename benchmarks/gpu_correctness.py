@@ -1,0 +1,168 @@
+"""Are the model's pieces right on this device? Against float64 NumPy, the CPU, and themselves."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax import kernels, tree
+from mooer_jax.config import DECODERS
+from mooer_jax.decoders.kv_cache import KVCache
+from mooer_jax.decoders.llm import LLM, LLMConfig
+from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
+from mooer_jax.nn.compute import Compute
+
+# Rounding of one result: float32 sums of some hundred terms, bfloat16's 8 bits. Layers multiply it.
+ATTENTION_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+# Two devices sum in different orders; 4 layers in float32, in standard deviations of the output.
+DEVICE_TOLERANCE = 1e-4
+CACHE_TOLERANCE = 1e-4
+
+
+def run(dry_run: bool) -> dict[str, Any]:
+  checks = [*attention_checks(dry_run), *device_checks(dry_run), cache_check(dry_run)]
+  return {
+    "device": jax.devices()[0].device_kind,
+    "checks": checks,
+    "passed": all(check["passed"] for check in checks),
+  }
+
+
+def check(name: str, error: float, tolerance: float) -> dict[str, Any]:
+  error = float(error)
+  return {"name": name, "error": error, "tolerance": tolerance, "passed": error <= tolerance}
+
+
+def attention_checks(dry_run: bool):
+  rows, tokens, channels = (2, 24, 16) if dry_run else (2, 300, 128)
+  implementations = [("xla", "float32"), ("xla", "bfloat16")]
+  if jax.default_backend() == "gpu":
+    implementations.append(("cudnn", "bfloat16"))
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(rows, tokens, heads, channels)) for heads in (8, 2, 2))
+  valid_BS = np.arange(tokens) < np.array([[tokens], [tokens - 7]])
+  valid_BS[1, :3] = False  # padding on both sides; with causal=True some queries see nothing
+  for causal in (False, True):
+    for implementation, dtype in implementations:
+      rounded = [jnp.asarray(x, dtype) for x in (q, k, v)]
+      expected = reference(*(np.asarray(x, np.float64) for x in rounded), valid_BS, causal)
+      got = jax.jit(
+        lambda q, k, v, causal=causal, implementation=implementation: kernels.attention(
+          q, k, v, valid_BS=jnp.asarray(valid_BS), causal=causal, implementation=implementation
+        )
+      )(*rounded)
+      error = np.abs(np.asarray(got, np.float64) - expected).max()
+      name = f"attention {implementation} {dtype}{' causal' * causal}"
+      yield check(name, error, ATTENTION_TOLERANCE[dtype])
+
+
+def reference(q_BTHC, k_BSKC, v_BSKC, valid_BS, causal):
+  """Attention in float64; queries that see nothing give zeros."""
+  shared = q_BTHC.shape[2] // k_BSKC.shape[2]
+  k_BSHC, v_BSHC = (np.repeat(x, shared, axis=2) for x in (k_BSKC, v_BSKC))
+  scores_BHTS = np.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSHC) * q_BTHC.shape[-1] ** -0.5
+  mask_BHTS = np.broadcast_to(valid_BS[:, None, None], scores_BHTS.shape)
+  if causal:
+    mask_BHTS = mask_BHTS & np.tri(q_BTHC.shape[1], dtype=bool)
+  weights_BHTS = np.where(mask_BHTS, np.exp(scores_BHTS - scores_BHTS.max(-1, keepdims=True)), 0)
+  total = weights_BHTS.sum(-1, keepdims=True)
+  weights_BHTS = weights_BHTS / np.where(total, total, 1)
+  return np.einsum("BHTS,BSHC->BTHC", weights_BHTS, v_BSHC)
+
+
+def random_params(shapes, seed=0) -> dict:
+  rng = np.random.default_rng(seed)
+  flat = {}
+  for path, leaf in tree.flatten(shapes).items():
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    if path.rsplit("/", 1)[-1] in ("kernel", "lora_a", "lora_b"):
+      flat[path] = noise * leaf.shape[-2] ** -0.5
+    else:
+      flat[path] = noise if "embedding" in path else 0.1 * noise + path.endswith("scale")
+  return tree.unflatten(flat)
+
+
+def small_llm(dry_run: bool) -> LLMConfig:
+  """Real widths of Qwen2-1.5B, four layers and a short vocabulary."""
+  if dry_run:
+    return LLMConfig(
+      vocab=64, width=64, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=96, lora_rank=4
+    )
+  wide = DECODERS["qwen2_1.5b"]
+  return LLMConfig(
+    vocab=4096,
+    width=wide.width,
+    layers=4,
+    heads=wide.heads,
+    kv_heads=wide.kv_heads,
+    mlp_width=wide.mlp_width,
+    lora_rank=64,
+  )
+
+
+def llm_inputs(config: LLMConfig, tokens: int):
+  """(module, params, inputs [2, S, D], valid [2, S]), float32."""
+  module = LLM(config, Compute(dtype="float32"))
+  rng = np.random.default_rng(1)
+  inputs_BSD = rng.normal(size=(2, tokens, config.width)).astype(np.float32)
+  valid_BS = np.ones((2, tokens), bool)
+  valid_BS[1, : tokens // 4] = False
+  shapes = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), inputs_BSD, valid_BS, method=LLM.everything)["params"]
+  )
+  return module, random_params(shapes), inputs_BSD, valid_BS
+
+
+def device_checks(dry_run: bool):
+  """SAN-M and the LLM here against the CPU."""
+  tokens = 12 if dry_run else 64
+  encoder_config = SANMConfig(layers=2, width=64) if dry_run else SANMConfig(layers=4)
+  encoder = SANMEncoder(encoder_config, Compute(dtype="float32"))
+  rng = np.random.default_rng(2)
+  features_BTF = rng.normal(size=(2, tokens, encoder_config.input_width)).astype(np.float32)
+  valid_BT = np.arange(tokens) < np.array([[tokens], [tokens - 5]])
+  shapes = jax.eval_shape(
+    lambda: encoder.init(jax.random.key(0), features_BTF, valid_BT)["params"]
+  )
+  llm, llm_params, inputs_BSD, valid_BS = llm_inputs(small_llm(dry_run), tokens)
+  pieces = {
+    "SAN-M": (encoder, random_params(shapes), features_BTF, valid_BT),
+    "LLM with LoRA": (llm, llm_params, inputs_BSD, valid_BS),
+  }
+  for name, (module, params, x_BSD, valid_BS) in pieces.items():
+    apply = jax.jit(lambda params, *args, module=module: module.apply({"params": params}, *args)[0])
+    here, there = (
+      np.asarray(apply(*jax.device_put((params, x_BSD, valid_BS), device)))[valid_BS]
+      for device in (jax.devices()[0], jax.devices("cpu")[0])
+    )
+    yield check(
+      f"{name}, {jax.default_backend()} against cpu, float32",
+      np.abs(here - there).max() / there.std(),
+      DEVICE_TOLERANCE,
+    )
+
+
+def cache_check(dry_run: bool):
+  """A prompt and single steps over the cache give what one pass gives."""
+  tokens = 12 if dry_run else 48
+  config = small_llm(dry_run)
+  module, params, inputs_BSD, valid_BS = llm_inputs(config, tokens)
+  apply = jax.jit(lambda params, x, valid, cache: module.apply({"params": params}, x, valid, cache))
+  full_BSD, _ = apply(params, inputs_BSD, valid_BS, None)
+  cache = KVCache.create(
+    layers=config.layers,
+    batch=2,
+    slots=tokens,
+    kv_heads=config.kv_heads,
+    channels=config.head_width,
+    dtype=jnp.float32,
+  )
+  parts, start = [], 0
+  for end in (tokens // 2, *range(tokens // 2 + 1, tokens + 1)):
+    hidden, cache = apply(params, inputs_BSD[:, start:end], valid_BS[:, start:end], cache)
+    parts.append(hidden)
+    start = end
+  difference = np.abs(np.concatenate(parts, axis=1) - np.asarray(full_BSD))[valid_BS]
+  return check("cached decoding against one pass, float32",
+               difference.max() / np.asarray(full_BSD)[valid_BS].std(), CACHE_TOLERANCE)

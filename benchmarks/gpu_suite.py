@@ -1,0 +1,135 @@
+"""The GPU suite: correctness, 7B beside PyTorch, a short training; see gpu_suite.sh.
+
+Each section runs in a process of its own, so that one that fails or dies leaves the others alone
+and each framework has the whole card. What is compared is the language model, the part that
+PyTorch's side has too.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+# section -> (module with `run(dry_run) -> dict`, seconds that it may take)
+SECTIONS = {
+  "correctness": ("benchmarks.gpu_correctness", 120),
+  "jax_7b": ("benchmarks.llm_jax", 180),
+  "torch_7b": ("benchmarks.llm_torch", 150),
+  "training": ("benchmarks.gpu_training", 120),
+}
+WORKLOADS = ("forward", "train_step", "decode")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "numpy")
+
+
+def run_section(name: str, dry_run: bool) -> dict:
+  """Runs one section here; an error becomes a part of the result."""
+  start = time.perf_counter()
+  try:
+    result = importlib.import_module(SECTIONS[name][0]).run(dry_run)
+  except Exception:
+    result = {"passed": False, "error": traceback.format_exc()}
+  return {"passed": True, **result, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def spawn_section(name: str, dry_run: bool) -> dict:
+  """Runs one section in a new process, with a time limit."""
+  limit = SECTIONS[name][1] * (5 if dry_run else 1)  # the CPU of a dry run may be a busy one
+  with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / "section.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--section", name, "--json", str(out)]
+    try:
+      subprocess.run(command + ["--dry-run"] * dry_run, timeout=limit, check=True)
+      return json.loads(out.read_text("utf-8"))
+    except subprocess.TimeoutExpired:
+      return {"passed": False, "error": f"not done after {limit} s"}
+    except subprocess.CalledProcessError as error:
+      return {"passed": False, "error": f"the process ended with status {error.returncode}"}
+
+
+def compare(jax_side: dict, torch_side: dict) -> dict:
+  """Ratios of PyTorch to JAX: above 1, JAX is faster or takes less memory."""
+  ratios = {}
+  for workload in WORKLOADS:
+    ours, theirs = (side.get(workload) for side in (jax_side, torch_side))
+    if not ours or not theirs:
+      continue
+    ratios[workload] = {"time_torch_over_jax": round(theirs["seconds"] / ours["seconds"], 3)}
+    if ours.get("memory_gb") and theirs.get("memory_gb"):
+      memory = theirs["memory_gb"] / ours["memory_gb"]
+      ratios[workload]["memory_torch_over_jax"] = round(memory, 3)
+  return ratios
+
+
+def versions() -> dict[str, str]:
+  found = {"python": platform.python_version()}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "absent"
+  return found
+
+
+def show(report: dict):
+  """Prints the report as plain lines: nothing beyond Python is needed."""
+  print(f"\n{report['device']}{'  (dry run, sizes mean nothing)' if report['dry_run'] else ''}")
+  for name, section in report["sections"].items():
+    print(f"{name:12} {'passed' if section['passed'] else 'FAILED'}")
+    if section.get("error"):
+      print(f"    {section['error'].strip().splitlines()[-1]}")
+    for check in section.get("checks", ()):
+      mark = "ok" if check["passed"] else "FAILED"
+      print(f"    {check['name']:44} {check['error']:.2e} <= {check['tolerance']:.0e}  {mark}")
+  sides = [report["sections"].get(name, {}) for name in ("jax_7b", "torch_7b")]
+  print(f"{'':12} {'JAX s':>9} {'torch s':>9} {'torch/JAX':>10}   {'JAX GB':>7} {'torch GB':>8}")
+  for workload, ratio in report["torch_over_jax"].items():
+    ours, theirs = (side[workload] for side in sides)
+    memory = "".join(f"{side['memory_gb'] or float('nan'):9.2f}" for side in (ours, theirs))
+    print(
+      f"{workload:12} {ours['seconds']:9.4f} {theirs['seconds']:9.4f}"
+      f" {ratio['time_torch_over_jax']:10.2f}  {memory}"
+    )
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
+  parser.add_argument("--section", choices=SECTIONS, help="run this one alone, in this process")
+  parser.add_argument("--json", type=Path, help="file to write")
+  options = parser.parse_args()
+  if options.dry_run:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+  if options.section:
+    result = run_section(options.section, options.dry_run)
+    options.json.write_text(json.dumps(result), "utf-8")
+    return 0
+
+  sections = {name: spawn_section(name, options.dry_run) for name in SECTIONS}
+  devices = [section["device"] for section in sections.values() if section.get("device")]
+  report = {
+    "device": devices[0] if devices else "unknown",
+    "dry_run": options.dry_run,
+    "versions": versions(),
+    "torch_over_jax": compare(sections["jax_7b"], sections["torch_7b"]),
+    "sections": sections,
+  }
+  show(report)
+  folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+  path = options.json or folder / f"gpu_suite{'_dry_run' * options.dry_run}.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+  print(f"written to {path}")
+  return 0 if all(section["passed"] for section in sections.values()) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())

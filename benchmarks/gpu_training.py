@@ -1,0 +1,101 @@
+"""A small MooER learns on this device: synthetic features, the real train step, the loss falls."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax import speech_llm, tree
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.nn.compute import Compute
+from mooer_jax.run.program import jitted_step
+from mooer_jax.speech_llm import Batch
+from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mooer_jax.training.sharding import batch_sharding, make_mesh, param_shardings
+from mooer_jax.training.state import create, state_shardings
+
+TRAINED = ("encoders/.*", "connector/.*", "decoder/.*")
+WORDS, LENGTH, FRAMES = 10, 4, 6  # every clip: LENGTH of WORDS, FRAMES steps each
+EOS = WORDS
+
+
+def model_config(dry_run: bool) -> SpeechLLMConfig:
+  """The sizes of configs/tiny.py, or smaller."""
+  width = 32 if dry_run else 128
+  return SpeechLLMConfig(
+    encoders=(SANMConfig(width=width, layers=2 if dry_run else 6, heads=4, mlp_width=4 * width),),
+    connector=LinearConfig(hidden_width=2 * width),
+    decoder=LLMConfig(
+      vocab=16,
+      width=width,
+      layers=1 if dry_run else 3,
+      heads=4,
+      kv_heads=2,
+      head_width=width // 4,
+      mlp_width=3 * width,
+      tied=True,
+    ),
+    compute=Compute(dtype="float32", scan=True),
+  )
+
+
+def batch(rng: np.random.Generator, prototypes_WF: np.ndarray, rows: int) -> Batch:
+  """Clips in which every word is its own vector, held for some steps, with noise."""
+  words_BL = rng.integers(0, WORDS, (rows, LENGTH))
+  features = np.repeat(prototypes_WF[words_BL], FRAMES, axis=1)
+  features = features + rng.normal(size=features.shape)
+  return Batch(
+    features=(features.astype(np.float32),),
+    frames=(np.full(rows, LENGTH * FRAMES, np.int32),),
+    before_BS=np.zeros((rows, 0), np.int32),
+    after_BS=np.full((rows, 1), EOS + 1, np.int32),
+    answer_BS=np.pad(words_BL, ((0, 0), (0, 1)), constant_values=EOS).astype(np.int32),
+  )
+
+
+def run(dry_run: bool) -> dict[str, Any]:
+  model = model_config(dry_run)
+  rows, steps = (16, 60) if dry_run else (64, 300)
+  optimizer = OptimizerConfig(
+    peak_lr=2e-3, warmup="linear", warmup_steps=10, decay="constant", grad_clip=1.0
+  )
+  mesh = make_mesh(data=1, devices=jax.devices()[:1])
+  tx = make_optimizer(optimizer)
+  params = jax.jit(lambda: speech_llm.init(jax.random.key(0), model))()
+  trainable, frozen = tree.partition(params, TRAINED)
+  state = create(trainable, tx, jax.random.key(1))
+  shardings = (
+    state_shardings(state, tx, param_shardings(mesh, trainable)),
+    param_shardings(mesh, frozen),
+  )
+  step = jitted_step(model, optimizer, accumulation=1, mesh=mesh, shardings=shardings)
+  state, frozen = jax.device_put((state, frozen), shardings)
+  rng = np.random.default_rng(0)
+  prototypes_WF = rng.normal(size=(WORDS, model.encoders[0].input_width))
+
+  kept, start = [], 0.0
+  for _ in range(steps):
+    state, metrics = step(
+      state, frozen, jax.device_put(batch(rng, prototypes_WF, rows), batch_sharding(mesh))
+    )
+    if not kept:
+      jax.block_until_ready(metrics)
+      start = time.perf_counter()  # the first step compiles
+    kept.append(metrics)
+  losses, accuracies = ([float(m[name]) for m in kept] for name in ("loss", "accuracy"))
+  seconds = time.perf_counter() - start
+  first, last = np.mean(losses[:5]), np.mean(losses[-5:])
+  return {
+    "device": jax.devices()[0].device_kind,
+    "steps": steps,
+    "steps_per_second": (steps - 1) / seconds,
+    "first_loss": float(first),
+    "last_loss": float(last),
+    "last_accuracy": float(jnp.mean(jnp.asarray(accuracies[-5:]))),
+    "passed": bool(np.isfinite(losses).all() and last < 0.5 * first),
+  }

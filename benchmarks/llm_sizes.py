@@ -1,0 +1,63 @@
+"""What both sides of the language-model comparison run."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+from mooer_jax.config import DECODERS
+from mooer_jax.decoders.llm import LLMConfig
+
+LR = 1e-3  # high enough for the loss on one batch to fall within a few updates
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of the three workloads; LoRA as in MooER.
+
+  Attributes:
+    llm: the model.
+    rows, tokens, answer: forward and train step; logits at the last `answer` of `tokens`.
+    prompt, new: greedy decoding, with as many rows.
+    repeats: timed calls after the first one; the median counts.
+  """
+
+  llm: LLMConfig
+  rows: int
+  tokens: int
+  answer: int
+  prompt: int
+  new: int
+  repeats: int
+
+
+FULL = Sizes(
+  llm=dataclasses.replace(DECODERS["qwen2_7b"], lora_rank=64),
+  rows=8,
+  tokens=512,
+  answer=64,
+  prompt=128,
+  new=64,
+  repeats=5,
+)
+DRY = Sizes(
+  llm=LLMConfig(
+    vocab=512, width=64, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=128, lora_rank=4
+  ),
+  rows=2,
+  tokens=32,
+  answer=8,
+  prompt=8,
+  new=4,
+  repeats=2,
+)
+
+
+def median_seconds(call: Callable[[], None], repeats: int) -> float:
+  """Median time of a call that returns only when the device is done; one more call warms up."""
+  times = []
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    call()
+    times.append(time.perf_counter() - start)
+  return statistics.median(times[1:])

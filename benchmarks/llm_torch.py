@@ -1,0 +1,171 @@
+"""The same three workloads with PyTorch: transformers' Qwen2 (SDPA attention) and LoRA.
+
+LoRA comes from peft where it is installed, else from `LoRALinear` below; the result says which.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from benchmarks.llm_sizes import DRY, FULL, LR, Sizes, median_seconds
+
+GB = 1e9
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(torch.nn.Module):
+  """A frozen linear layer and its low-rank update; float32 factors, used in the input's dtype."""
+
+  def __init__(self, base: torch.nn.Linear, rank: int, scale: float):
+    super().__init__()
+    self.base, self.scale = base, scale
+    place = {"device": base.weight.device, "dtype": torch.float32}
+    self.lora_A = torch.nn.Parameter(0.02 * torch.randn(rank, base.in_features, **place))
+    self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **place))
+
+  def forward(self, x):
+    low = functional.linear(x, self.lora_A.to(x.dtype)) * self.scale
+    return self.base(x) + functional.linear(low, self.lora_B.to(x.dtype))
+
+
+def run(dry_run: bool) -> dict[str, Any]:
+  sizes = DRY if dry_run else FULL
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  if not dry_run and device == "cpu":
+    raise RuntimeError("torch sees no GPU")
+  torch.manual_seed(0)
+  model = build(sizes, device)
+  prompt_BSD = torch.randn(
+    sizes.rows, sizes.prompt, sizes.llm.width, device=device, dtype=torch.bfloat16
+  )
+  inputs_BSD = torch.randn(
+    sizes.rows, sizes.tokens, sizes.llm.width, device=device, dtype=torch.bfloat16
+  )
+  # JAX's side has its LoRA beside the weights in all three; so has this one.
+  model, lora = with_lora(model, sizes)
+  result = {
+    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    "lora": lora,
+    "decode": decode(model, prompt_BSD, sizes),
+    "forward": forward(model, inputs_BSD, sizes),
+  }
+  result["train_step"] = train_step(model, inputs_BSD, sizes)
+  return result
+
+
+def build(sizes: Sizes, device: str):
+  from transformers import Qwen2Config, Qwen2ForCausalLM
+
+  llm = sizes.llm
+  config = Qwen2Config(
+    vocab_size=llm.vocab,
+    hidden_size=llm.width,
+    intermediate_size=llm.mlp_width,
+    num_hidden_layers=llm.layers,
+    num_attention_heads=llm.heads,
+    num_key_value_heads=llm.kv_heads,
+    tie_word_embeddings=llm.tied,
+    attn_implementation="sdpa",
+    dtype="bfloat16",
+  )
+  before = torch.get_default_dtype()
+  torch.set_default_dtype(torch.bfloat16)
+  try:
+    with torch.device(device):
+      model = Qwen2ForCausalLM(config)
+  finally:
+    torch.set_default_dtype(before)
+  return model.to(torch.bfloat16).requires_grad_(False).eval()
+
+
+def with_lora(model, sizes: Sizes):
+  """(model with LoRA on all seven projections, which implementation it is)."""
+  llm = sizes.llm
+  try:
+    from peft import LoraConfig, get_peft_model
+  except ImportError:
+    for parent in list(model.modules()):
+      for name, child in list(parent.named_children()):
+        if name in TARGETS:
+          setattr(parent, name, LoRALinear(child, llm.lora_rank, llm.lora_scale))
+    return model, "LoRALinear of benchmarks/llm_torch.py"
+  options = LoraConfig(
+    r=llm.lora_rank, lora_alpha=llm.lora_alpha, lora_dropout=0.0, target_modules=list(TARGETS)
+  )
+  return get_peft_model(model, options).get_base_model(), "peft, float32 factors"
+
+
+def measured(call, sizes: Sizes) -> dict[str, Any]:
+  """Median seconds and peak memory of a call."""
+  cuda = torch.cuda.is_available()
+
+  def finished():
+    call()
+    if cuda:
+      torch.cuda.synchronize()
+
+  if cuda:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+  seconds = median_seconds(finished, sizes.repeats)
+  return {
+    "seconds": seconds,
+    "memory_gb": torch.cuda.max_memory_allocated() / GB if cuda else None,
+  }
+
+
+def forward(model, inputs_BSD, sizes: Sizes) -> dict[str, Any]:
+  @torch.no_grad()
+  def call():
+    hidden_BSD = model.model(inputs_embeds=inputs_BSD, use_cache=False).last_hidden_state
+    model.lm_head(hidden_BSD[:, -sizes.answer :]).float()
+
+  return measured(call, sizes)
+
+
+def train_step(model, inputs_BSD, sizes: Sizes) -> dict[str, Any]:
+  """With gradient checkpointing, as JAX's side recomputes its layers."""
+  model.train()
+  model.gradient_checkpointing_enable({"use_reentrant": False})
+  trainable = [p for name, p in model.named_parameters() if "lora_" in name]
+  for parameter in trainable:
+    parameter.requires_grad_(True)
+  optimizer = torch.optim.Adam(trainable, lr=LR)
+  target_BA = torch.randint(
+    0, sizes.llm.vocab, (sizes.rows, sizes.answer), device=inputs_BSD.device
+  )
+  losses = []
+
+  def call():
+    hidden_BSD = model.model(inputs_embeds=inputs_BSD, use_cache=False).last_hidden_state
+    logits_BAV = model.lm_head(hidden_BSD[:, -sizes.answer :]).float()
+    loss = functional.cross_entropy(logits_BAV.flatten(0, 1), target_BA.flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    losses.append(loss.item())
+
+  result = measured(call, sizes)
+  if not losses[-1] < losses[0]:
+    raise FloatingPointError(f"the loss on one batch did not fall: {losses}")
+  return {**result, "losses": losses}
+
+
+def decode(model, prompt_BSD, sizes: Sizes) -> dict[str, Any]:
+  valid_BS = torch.ones(prompt_BSD.shape[:2], dtype=torch.long, device=prompt_BSD.device)
+
+  @torch.no_grad()
+  def call():
+    tokens_BS = model.generate(
+      inputs_embeds=prompt_BSD,
+      attention_mask=valid_BS,
+      max_new_tokens=sizes.new,
+      min_new_tokens=sizes.new,
+      do_sample=False,
+      pad_token_id=0,
+    )
+    assert tokens_BS.shape == (sizes.rows, sizes.new)
+
+  result = measured(call, sizes)
+  return {**result, "tokens_per_second": sizes.rows * sizes.new / result["seconds"]}
