@@ -29,7 +29,7 @@ def get_config():
   config.model.template = "bare"  # a 150-character chat prompt would outweigh 2 s of speech
   config.model.prompts = {"asr": "<|transcribe|>"}
   config.model.max_audio_s = 10.0
-  config.model.sanm = dict(width=128, layers=5, heads=4, mlp_width=512, dropout=0.1)
+  config.model.sanm = dict(width=128, layers=5, heads=4, mlp_width=512)
   config.model.linear = dict(hidden_width=256)
   config.model.llm = dict(
     vocab=16, width=128, layers=3, heads=4, kv_heads=2, head_width=32, mlp_width=384
@@ -52,15 +52,15 @@ def get_config():
   config.optimizer.warmup = "linear"
   config.optimizer.warmup_steps = 100
   config.optimizer.decay = "cosine"
-  config.optimizer.total_steps = 1400
+  config.optimizer.total_steps = 1600
   config.optimizer.betas = (0.9, 0.98)
   config.optimizer.grad_clip = 1.0
 
   config.train = ConfigDict()
-  config.train.steps = 1400
+  config.train.steps = 1600
   config.train.accumulation = 1
   config.train.log_every = 10
-  config.train.save_every = 700
+  config.train.save_every = 800
   config.train.keep = 2
   config.train.cmvn = "estimate"
 

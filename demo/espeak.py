@@ -13,7 +13,6 @@ _SYNCHRONOUS = 2
 _UTF8 = 1
 _RATE, _PITCH, _RANGE, _WORD_GAP = 1, 3, 4, 7
 # espeak-ng keeps its data path in a fixed buffer and crashes beyond it.
-_MAX_DATA_PATH = 120
 _CALLBACK = ctypes.CFUNCTYPE(
   ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
@@ -49,7 +48,7 @@ class Espeak:
         "the demo's speech comes from the package espeakng-loader; pip install mooer-jax[demo]"
       ) from error
     self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-    data = self._short_path(Path(espeakng_loader.get_data_path()))
+    data = self._own_voices(Path(espeakng_loader.get_data_path()))
     self.sample_rate_hz = self._library.espeak_Initialize(
       _SYNCHRONOUS, 0, str(data.parent).encode(), 0
     )
@@ -63,13 +62,25 @@ class Espeak:
     # espeak-ng seeds its breath noise from the clock.
     self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
 
-  def _short_path(self, data: Path) -> Path:
-    if len(str(data)) <= _MAX_DATA_PATH:
-      return data
+  def _own_voices(self, data: Path) -> Path:
+    """A folder of links to espeak-ng's data, in which `define` can add voice variants.
+
+    Its path is short, too: espeak-ng cuts long ones off.
+    """
     self._folder = tempfile.TemporaryDirectory(prefix="espeak")
-    link = Path(self._folder.name) / data.name
-    os.symlink(data, link)
-    return link
+    own = Path(self._folder.name) / data.name
+    self._variants = own / "voices" / "!v"
+    self._variants.mkdir(parents=True)
+    for source in (data, data / "voices", data / "voices" / "!v"):
+      for entry in source.iterdir():
+        link = own / entry.relative_to(data)
+        if not link.exists():
+          os.symlink(entry, link)
+    return own
+
+  def define(self, name: str, description: str):
+    """Adds a voice variant, to be used as ACCENT+NAME; a text in espeak-ng's voice format."""
+    (self._variants / name).write_text(description, encoding="ascii")
 
   def _receive(self, samples, count, _events) -> int:
     if samples and count > 0:

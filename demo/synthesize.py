@@ -33,7 +33,8 @@ TEST_VARIANTS = (
   "Alicia", "Annie", "belinda", "linda", "grandma", "shelby", "m2", "m5", "gustave", "pablo",
   "victor", "ed", "ian", "boris", "antonio",
 )  # fmt: skip
-# Range of frequency shifts in training.
+# Training alone: voices drawn at random (see `random_voice`), and the range of frequency shifts.
+RANDOM_VARIANTS = tuple(f"random{number}" for number in range(100))
 SHIFTS = (0.82, 1.22)
 # Left out: Demonic, UniRobot, anikaRobot, AnxiousAndy, Tweaky, croak, fast, kaukovalta, whisper,
 # whisperf (effects rather than voices) and copies that differ in name only.
@@ -103,7 +104,7 @@ def plan(config: SpeechConfig, split: str) -> list[Utterance]:
     raise ValueError(f"max_digits={config.max_digits}: allowed are 2 to 12")
   test = split == "test"
   count = config.test_clips if test else config.train_clips
-  variants = TEST_VARIANTS if test else TRAIN_VARIANTS
+  variants = TEST_VARIANTS if test else TRAIN_VARIANTS + RANDOM_VARIANTS
   rng = np.random.default_rng([config.seed, int(test)])
   utterances = []
   for index in range(count):
@@ -123,6 +124,31 @@ def plan(config: SpeechConfig, split: str) -> list[Utterance]:
   return utterances
 
 
+def random_voice(name: str) -> str:
+  """Describes one of RANDOM_VARIANTS in espeak-ng's voice format; the name decides everything.
+
+  Each formant moves by itself, since voices differ in more than the length of the throat.
+  """
+  rng = np.random.default_rng(zlib.crc32(name.encode()))
+  tract = np.exp(rng.uniform(np.log(0.85), np.log(1.32)))
+  low = rng.uniform(60, 210)
+  lines = [
+    "language variant",
+    f"name {name}",
+    f"pitch {low:.0f} {low * rng.uniform(1.2, 1.7):.0f}",
+    f"flutter {rng.integers(0, 10)}",
+    f"roughness {rng.integers(0, 4)}",
+    f"voicing {rng.uniform(40, 110):.0f}",
+    f"consonants {rng.uniform(20, 110):.0f} {rng.uniform(20, 110):.0f}",
+    f"formant 0 {rng.uniform(85, 118):.0f} {rng.uniform(70, 160):.0f} {rng.uniform(100, 190):.0f}",
+  ]
+  for formant in range(1, 9):
+    frequency = 100 * tract * np.exp(rng.uniform(-0.2, 0.2)) if formant < 6 else 100
+    height, width = (rng.uniform(50, 150), rng.uniform(75, 175)) if formant < 6 else (60, 120)
+    lines.append(f"formant {formant} {frequency:.0f} {height:.0f} {width:.0f}")
+  return "\n".join(lines) + "\n"
+
+
 def _draw_digits(rng, max_digits: int, *, held_out: bool) -> str:
   length = int(rng.integers(2 if held_out else 1, max_digits + 1))
   while True:
@@ -139,6 +165,9 @@ def render(utterance: Utterance) -> np.ndarray:
   """
   rng = np.random.default_rng(utterance.seed)
   engine = synthesizer()
+  variant = utterance.manner.voice.partition("+")[2]
+  if variant in RANDOM_VARIANTS:
+    engine.define(variant, random_voice(variant))
   words = [WORDS[int(digit)] for digit in utterance.digits]
   spoken = engine.say(" ".join(words), utterance.manner)
   rate_hz = engine.sample_rate_hz * utterance.shift

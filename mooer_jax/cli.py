@@ -8,7 +8,11 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one subcommand; what the user did wrong is one line on stderr and exit status 2."""
+  """Runs one subcommand.
+
+  What the user did wrong, and what the system refuses (no permission, disk full), is one line on
+  stderr and exit status 2.
+  """
   parser = argparse.ArgumentParser(prog="mooer-jax", description=__doc__)
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   _add_transcribe(commands)
@@ -16,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   try:
     return args.run(args)
-  except (ValueError, FileNotFoundError, FileExistsError) as error:
-    print(f"mooer-jax {args.command}: {error}", file=sys.stderr)
+  except (ValueError, OSError) as error:
+    print(f"mooer-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"mooer-jax {args.command}: interrupted", file=sys.stderr)
@@ -39,6 +43,9 @@ def _add_transcribe(commands):
 def _transcribe(args) -> int:
   from mooer_jax.transcribe import Transcriber
 
+  if args.json:  # what cannot be written should fail before minutes of work
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.open("a").close()
   transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype)
   results = transcriber.transcribe(
     args.audio,
@@ -51,7 +58,6 @@ def _transcribe(args) -> int:
     print(f"{result.path}\t{result.text}" if len(results) > 1 else result.text)
   if args.json:
     rows = [result.to_json() for result in results]
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
   return 0
 

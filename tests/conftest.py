@@ -43,7 +43,6 @@ ALLOWED_SKIPS = (
   r"\.\./shared/data\b.* absent",
   r"no GPU: ",
   r"no TPU: ",
-  r"opt-in: set [A-Z_]+=",
   r"mooer-jax is not installed in this Python",
   r"libtpu is only published for Linux on x86_64",
 )

@@ -1,5 +1,6 @@
 """The lists of packages agree with each other, and the installed library has its parts."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -38,6 +39,40 @@ def test_constraints_pin_every_direct_dependency_exactly(repo_root, project):
 
 def test_the_promised_extras_exist(project):
   assert {"tpu", "cuda", "convert", "data", "serve", "dev"} <= set(project["optional-dependencies"])
+
+
+def _third_party_imports(folder):
+  """Name of each imported top-level package that is not Python's own, and a file that does so."""
+  found = {}
+  for path in sorted(folder.rglob("*.py")):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+      names = []
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom) and not node.level:
+        names = [node.module]
+      found.update({name.split(".")[0]: path for name in names})
+  ours = {"mooer_jax", *sys.stdlib_module_names}
+  return {name: path for name, path in found.items() if name not in ours}
+
+
+@pytest.mark.parametrize("folder", ["mooer_jax", "convert"])
+def test_what_the_library_imports_is_declared(repo_root, project, folder):
+  extras = project["optional-dependencies"]
+  required = [*project["dependencies"], *extras["convert"], *extras["data"], *extras["serve"]]
+  declared = {_name(requirement) for requirement in required}
+  provided_by = metadata.packages_distributions()
+  undeclared = {
+    name: str(path)
+    for name, path in _third_party_imports(repo_root / folder).items()
+    if not {_name(package) for package in provided_by.get(name, [name])} & declared
+  }
+  assert undeclared == {}
+
+
+def test_an_import_inside_a_function_is_found(tmp_path):
+  (tmp_path / "a.py").write_text("import os\ndef f():\n  import scipy.fft\n  from . import b\n")
+  assert _third_party_imports(tmp_path) == {"scipy": tmp_path / "a.py"}
 
 
 def test_the_installed_package_holds_the_converters(tmp_path):

@@ -1,6 +1,7 @@
 """Mean and variance normalisation of features, and Kaldi's text file (`am.mvn`) that holds it.
 
-A shift is added, then a scale multiplied: shift = -mean, scale = 1 / standard deviation.
+A shift is added, then a scale multiplied, (x + shift) * scale: shift = -mean, scale = 1 / standard
+deviation.
 """
 
 import os
@@ -10,24 +11,23 @@ from collections.abc import Iterable
 import numpy as np
 
 
-def normalize(x, shift_F, scale_F):
-  """(x + shift) * scale, for NumPy and JAX alike; x [..., F], shift and scale [F]."""
-  return (x + shift_F) * scale_F
-
-
-def read_mvn(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+def read_mvn(
+  path: str | os.PathLike, *, width: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
   """Reads shift and scale from a Kaldi Nnet text file.
 
   Args:
     path: `am.mvn`: `<AddShift>` and `<Rescale>`, each followed by its sizes, `<LearnRateCoef> 0`
       and its values in brackets.
+    width: values that it must have, `frontend.width`; None takes any number.
 
   Returns:
     shift_F and scale_F, float32 [F].
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if a part is missing or damaged, lengths differ, or a value is not finite.
+    ValueError: if a part is missing or damaged, lengths differ, a value is not finite, or the
+      file is of another width.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -42,6 +42,11 @@ def read_mvn(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
   if len(shift_F) != len(scale_F):
     raise ValueError(
       f"{path}: <AddShift> has {len(shift_F)} values, <Rescale> {len(scale_F)}; must be as many"
+    )
+  if width is not None and len(shift_F) != width:
+    raise ValueError(
+      f"{path}: has {len(shift_F)} values, the features have {width}; take the file of this encoder"
+      " (MooER: 560, that is 7 frames of 80 bins)"
     )
   return shift_F, scale_F
 

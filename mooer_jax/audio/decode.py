@@ -13,6 +13,15 @@ CAUSES = ("undecodable", "empty", "not finite", "too short", "silent")
 _DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 # A WAV written to a pipe announces a size near 2^31 or 2^32, for its writer did not know better.
 _STREAMED_BYTES = 0x7FFF0000
+# FFmpeg guesses a length from bit rates where a header has none, and does not tell which it was.
+# Of matroska's segment information, the duration:
+_MATROSKA = re.compile(rb"\x15\x49\xa9\x66.{1,1000}?\x44\x89[\x84\x88]", re.DOTALL)
+# Of ASF's file properties, the play duration, the preroll in it, and the flags:
+_ASF = re.compile(
+  rb"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\x00\xc0\x0c\x20\x53\x65"
+  rb".{48}(.{8}).{8}(.{8})(.{4})",
+  re.DOTALL,
+)
 # Encoders round the length they announce by up to a few codec frames.
 _MISSING_S = 0.1
 
@@ -86,7 +95,9 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
   Raises:
     FileNotFoundError: if the path does not exist.
     AudioError: see its `cause`. A clip that holds less than its header announces is "undecodable"
-      too, rather than half a clip.
+      too, rather than half a clip. Where nothing is announced, a cut cannot be told from an end:
+      mp3 without a Xing header, raw aac, wav and webm written to a pipe (as browsers record them),
+      fragmented mp4 between fragments, and wma or webm with a picture.
   """
   name = name or _name(source)
   if isinstance(source, (bytes, bytearray, memoryview)):
@@ -105,7 +116,7 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
 
   samples_NC, rate_hz = _decode_bytes(data, name)
   if not samples_NC.size:
-    raise AudioError(f"{name}: a valid file, but it holds 0 samples", "empty")
+    raise AudioError(f"{name}: empty: a valid file, but it holds 0 samples", "empty")
   finite_NC = np.isfinite(samples_NC)
   if not finite_NC.all():
     bad = finite_NC.size - int(finite_NC.sum())
@@ -153,6 +164,7 @@ def _decode_with_av(data: bytes, name: str, sound_error: str) -> tuple[np.ndarra
         raise AudioError(f"{name}: the file has no audio stream", "undecodable")
       stream = container.streams.audio[0]
       rate_hz = stream.rate
+      announced_s = _announced_s(data, container, stream)
       # Only the sample format changes here: integer or packed samples become float planes.
       to_planes = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate_hz)
       for frame in container.decode(stream):
@@ -164,9 +176,31 @@ def _decode_with_av(data: bytes, name: str, sound_error: str) -> tuple[np.ndarra
       "is it an audio file, and whole?",
       "undecodable",
     ) from error
-  if not blocks_CN:
-    return np.zeros((0, 1), np.float32), rate_hz
-  return np.ascontiguousarray(np.concatenate(blocks_CN, axis=1).T), rate_hz
+  samples_CN = np.concatenate(blocks_CN, axis=1) if blocks_CN else np.zeros((1, 0), np.float32)
+  found_s = samples_CN.shape[1] / rate_hz
+  if announced_s is not None and announced_s - found_s > _MISSING_S:
+    raise AudioError(
+      f"{name}: cut off: its header announces {announced_s:.2f} s, {found_s:.2f} s are there; "
+      "copy or encode it again",
+      "undecodable",
+    )
+  return np.ascontiguousarray(samples_CN.T), rate_hz
+
+
+def _announced_s(data: bytes, container, stream) -> float | None:
+  """Length of the sound by the container's header, in seconds; None where it does not say."""
+  kinds = container.format.name.split(",")
+  if "mp4" in kinds and stream.duration:
+    return float(stream.duration * stream.time_base)
+  if len(container.streams) > 1:
+    return None  # what follows is the length of the whole, which a picture may outlast
+  if "matroska" in kinds and container.duration and _MATROSKA.search(data[:10_000]):
+    return container.duration / 1e6
+  if "asf" in kinds and (found := _ASF.search(data[:10_000])):
+    play, preroll, flags = (int.from_bytes(part, "little") for part in found.groups())
+    live = flags & 1  # written while it was sent; its length is not valid
+    return None if live else play / 1e7 - preroll / 1e3
+  return None
 
 
 def _name(source) -> str:

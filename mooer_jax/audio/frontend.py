@@ -40,11 +40,6 @@ def width(config: FrontendConfig = FrontendConfig()) -> int:
   return config.fbank.bins * config.lfr_window
 
 
-def step_ms(config: FrontendConfig = FrontendConfig()) -> float:
-  """Milliseconds from one step to the next."""
-  return config.fbank.hop_ms * config.lfr_stride
-
-
 def num_frames(samples: int, config: FrontendConfig = FrontendConfig()) -> int:
   """Steps that `features` makes of so many samples; 0 where it refuses the clip as too short."""
   return lfr.num_stacks(num_fbank_frames(samples, config.fbank), config.lfr_stride)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
   leaves = about["leaves"]
   origin = None
   if about["base"] is not None:
-    origin = Path(base or about["base"]["path"])
+    origin = _base(folder, about["base"]) if base is None else Path(base)
     if not origin.is_dir():
       raise FileNotFoundError(
         f"{folder} is a fine-tune of {origin}, which is not there; pass base=FOLDER if it moved"
@@ -98,7 +99,7 @@ def load(
     shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
       everything on the first local device.
     dtype: what floating-point leaves become; default: as saved. `frontend/` stays as saved.
-    base: where the base of a fine-tune lies, if it has moved.
+    base: where the base of a fine-tune lies, if it moved without it or was replaced there.
 
   Raises:
     FileNotFoundError: if the folder, or the base of a fine-tune, does not exist.
@@ -192,7 +193,7 @@ def open_folder(folder) -> tuple[Path, dict]:
     if (newest := latest(folder)) is not None:
       hint = f"; it is the folder of a run, whose newest checkpoint is {newest}"
     elif list(folder.glob("*.safetensors")) or list(folder.glob("*.pt")):
-      hint = "; PyTorch weights must be converted first (mooer-jax convert)"
+      hint = "; these are PyTorch weights, which must be converted first"
     raise CheckpointError(f"{folder} is not a mooer_jax checkpoint: no {', '.join(missing)}{hint}")
   about = _read_json(folder / "checkpoint.json")
   if about.get("format") != FORMAT:
@@ -215,6 +216,12 @@ def _read_leaves(about: Checkpoint, targets: dict) -> dict:
     return flat
   rest = {path: target for path, target in targets.items() if path not in own}
   return {**_read_leaves(describe(about.base), rest), **flat}
+
+
+def _base(folder: Path, pointer: dict) -> Path:
+  """Where the base lies from here, as when a fine-tune moves with it; else where it lay."""
+  beside = Path(os.path.normpath(folder / pointer.get("relative", pointer["path"])))
+  return beside if beside.is_dir() else Path(pointer["path"])
 
 
 def _cast(path: str, saved, wanted):

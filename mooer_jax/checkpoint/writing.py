@@ -1,6 +1,7 @@
 """Saves a checkpoint, completely or not at all."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,7 +56,7 @@ def save(
   stacked = [path for path in leaves if tree.STACK in path.split("/")]
   if stacked:
     raise ValueError(f"{stacked[0]} is stacked; a checkpoint is per layer (tree.unstack_layers)")
-  pointer = None if base is None else _pointer(Path(base).absolute())
+  pointer = None if base is None else _pointer(Path(base).absolute(), folder)
   first = jax.process_index() == 0
   part = folder.with_name(f".tmp-{folder.name}")
   try:
@@ -99,8 +100,9 @@ def save(
   return folder
 
 
-def _pointer(base: Path) -> dict:
-  return {"path": str(base), "hash": open_folder(base)[1]["hash"]}
+def _pointer(base: Path, folder: Path) -> dict:
+  relative = os.path.relpath(base, folder)
+  return {"path": str(base), "relative": relative, "hash": open_folder(base)[1]["hash"]}
 
 
 def _put_in_place(part: Path, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Examples put together into padded batches of a few fixed shapes."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import flax.struct

@@ -22,7 +22,8 @@ class DataConfig:
     seed: of the order of shards and of batches.
     workers: worker processes that decode; each owns whole shards. 0: a thread of this process.
     prefetch: batches made ahead, for each worker.
-    max_bad_share: the run stops once more than this share of the utterances read was skipped.
+    max_bad_share: the run stops once more than this share of the utterances read was skipped, or
+      of the shards read in an epoch (two or more, or all of them) is damaged.
     tolerance: utterances read before max_bad_share is applied (or the end of the first epoch).
   """
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -143,29 +144,64 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
     The tar's path, the clips in it, and what was left out; without clips there is no tar.
   """
   packed, left_out = [], []
-  recording: tuple[str, np.ndarray, int] | None = None
-  with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+  with (
+    tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool,
+    tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar,
+  ):
+    places = _cut_segments(clips, spool)
     for clip in clips:
-      try:
-        if clip.start_s is None:
-          suffix, audio = _whole(clip)
-        else:
-          if recording is None or recording[0] != clip.path:
-            recording = (clip.path, *decode(clip.path))
-          suffix, audio = "wav", _part(clip, *recording[1:])
-      except OSError as error:
-        left_out.append(Unpacked("no audio", clip.key, f"{clip.path}: {error.strerror or error}"))
-      except AudioError as error:
-        left_out.append(Unpacked(error.cause, clip.key, str(error)))
-      except _Unusable as error:
-        left_out.append(Unpacked(error.cause, clip.key, error.detail))
-      else:
-        _add(tar, f"{clip.key}.txt", clip.text.encode())
-        _add(tar, f"{clip.key}.{suffix}", audio)
-        packed.append(clip)
+      found = places[clip.key] if clip.key in places else _attempt(clip, _whole, clip)
+      if isinstance(found, Unpacked):
+        left_out.append(found)
+        continue
+      suffix, audio = found
+      if isinstance(audio, slice):
+        spool.seek(audio.start)
+        audio = spool.read(audio.stop - audio.start)
+      _add(tar, f"{clip.key}.txt", clip.text.encode())
+      _add(tar, f"{clip.key}.{suffix}", audio)
+      packed.append(clip)
   if not packed:
     os.remove(path)
   return path, packed, left_out
+
+
+def _cut_segments(clips, spool) -> dict[str, Unpacked | tuple[str, slice]]:
+  """Writes all segments into a file, so that each recording is decoded once, whatever the order.
+
+  Returns:
+    For each segment's key its suffix and bytes of the file, or why it cannot be packed.
+  """
+  by_recording: dict[str, list[Clip]] = {}
+  for clip in clips:
+    if clip.start_s is not None:
+      by_recording.setdefault(clip.path, []).append(clip)
+  places: dict[str, Unpacked | tuple[str, slice]] = {}
+  for path, parts in by_recording.items():
+    recording = _attempt(parts[0], decode, path)
+    for clip in parts:
+      if isinstance(recording, Unpacked):
+        places[clip.key] = dataclasses.replace(recording, key=clip.key)
+        continue
+      audio = _attempt(clip, _part, clip, *recording)
+      if isinstance(audio, Unpacked):
+        places[clip.key] = audio
+      else:
+        start = spool.tell()
+        places[clip.key] = ("wav", slice(start, start + spool.write(audio)))
+  return places
+
+
+def _attempt(clip, read, *args):
+  """What `read` returns, or why the clip cannot be packed."""
+  try:
+    return read(*args)
+  except OSError as error:
+    return Unpacked("no audio", clip.key, f"{clip.path}: {error.strerror or error}")
+  except AudioError as error:
+    return Unpacked(error.cause, clip.key, str(error))
+  except _Unusable as error:
+    return Unpacked(error.cause, clip.key, error.detail)
 
 
 class _Unusable(Exception):

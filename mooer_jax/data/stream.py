@@ -38,15 +38,17 @@ class UtteranceStream:
       reader: makes examples of raw utterances.
       seed: of the order of the shards in each epoch; None reads them once, as listed, and takes
         a key that another shard had already for a duplicate.
-      max_bad_share: largest share of skipped utterances.
-      tolerance: utterances read before that is applied.
+      max_bad_share: largest share of skipped utterances, and of damaged shards in an epoch, since
+        nobody knows how many utterances a damaged shard has lost.
+      tolerance: utterances read before that is applied to them; for shards it is two, or all.
     """
     self._shards = list(shards)
     self._reader = reader
     self._seed = seed
     self._max_bad_share = max_bad_share
     self._tolerance = tolerance
-    self.seek({"epoch": 0, "shard": 0, "entry": 0, "read": 0, "usable": 0, "skipped": {}})
+    start = {"epoch": 0, "shard": 0, "entry": 0, "read": 0, "usable": 0}
+    self.seek({**start, "skipped": {}, "damaged": []})
 
   def seek(self, position: dict):
     """Goes to what `position()` returned."""
@@ -54,6 +56,7 @@ class UtteranceStream:
     self._entry = position["entry"]
     self._read, self._usable = position["read"], position["usable"]
     self._counts = collections.Counter(position["skipped"])
+    self._damaged = list(position["damaged"])  # indices of shards, in this epoch
     self._pending: list[Skip] = []
     self._peeked: tuple[Example, dict] | None = None
     self._order = self._shard_order()
@@ -75,6 +78,7 @@ class UtteranceStream:
       "read": self._read,
       "usable": self._usable,
       "skipped": dict(self._counts),
+      "damaged": list(self._damaged),
     }
 
   def peek(self) -> Example:
@@ -93,7 +97,8 @@ class UtteranceStream:
 
     Raises:
       StopIteration: after the last one, if the shards are read once.
-      BadDataError: if more than the allowed share was skipped, or an epoch had nothing usable.
+      BadDataError: if more than the allowed share was skipped or of the shards is damaged, or an
+        epoch had nothing usable.
     """
     example = self.peek()
     self._peeked = None
@@ -118,9 +123,12 @@ class UtteranceStream:
       entry = next(self._entries, None)
       if entry is None:
         self._shard, self._entry, self._entries = self._shard + 1, 0, None
+        self._check_shards()
         continue
       self._entry += 1
       self._read += 1
+      if isinstance(entry, Skip) and entry.cause == "bad shard":
+        self._damaged.append(self._order[self._shard])
       made = self._make(entry)
       if isinstance(made, Example):
         self._usable += 1
@@ -152,6 +160,7 @@ class UtteranceStream:
     if self._seed is None:
       raise StopIteration
     self._epoch, self._shard, self._entry, self._usable = self._epoch + 1, 0, 0, 0
+    self._damaged = []
     self._order = self._shard_order()
 
   def _shard_order(self) -> list[int]:
@@ -167,6 +176,15 @@ class UtteranceStream:
       raise BadDataError(
         f"{bad} of {self._read} utterances cannot be used: {self._summary()}; repair the data or"
         f" raise data.max_bad_share={self._max_bad_share}"
+      )
+
+  def _check_shards(self):
+    bad, read = len(self._damaged), self._shard
+    if bad > self._max_bad_share * read and (read >= 2 or read == len(self._order)):
+      names = ", ".join(self._shards[index] for index in self._damaged[:5])
+      raise BadDataError(
+        f"{bad} of {read} shards read are truncated or damaged: {names}{', …' if bad > 5 else ''};"
+        f" copy or pack them again, or raise data.max_bad_share={self._max_bad_share}"
       )
 
   def _summary(self) -> str:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from mooer_jax import kernels
 from mooer_jax.decoders.kv_cache import KVCache, write
-from mooer_jax.nn.compute import Compute, precision, repeat_layer, run_layers
+from mooer_jax.kernels.precision import precision
+from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
 from mooer_jax.nn.dense import Dense
 from mooer_jax.nn.norms import RMSNorm
 from mooer_jax.nn.positions import rope_angles, rotate

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from mooer_jax.kernels.precision import precision
+
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
@@ -51,27 +53,28 @@ def attention(
 def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS):
   B, T, H, C = q_BTHC.shape
   K = k_BSKC.shape[2]
-  exact = q_BTHC.dtype == jnp.float32
-  precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
   q_BTKGC = (q_BTHC * C**-0.5).reshape(B, T, K, H // K, C)
   scores_BKGTS = jnp.einsum(
     "BTKGC,BSKC->BKGTS",
     q_BTKGC,
     k_BSKC,
-    precision=precision,
+    precision=precision(q_BTHC.dtype),
     preferred_element_type=jnp.float32,
   )
   mask_B11TS = mask_BTS[:, None, None]
   scores_BKGTS = jnp.where(mask_B11TS, scores_BKGTS, jnp.finfo(jnp.float32).min)
   weights_BKGTS = jnp.where(mask_B11TS, jax.nn.softmax(scores_BKGTS, axis=-1), 0.0)
   out_BTKGC = jnp.einsum(
-    "BKGTS,BSKC->BTKGC", weights_BKGTS.astype(v_BSKC.dtype), v_BSKC, precision=precision
+    "BKGTS,BSKC->BTKGC",
+    weights_BKGTS.astype(v_BSKC.dtype),
+    v_BSKC,
+    precision=precision(q_BTHC.dtype),
   )
   return out_BTKGC.reshape(B, T, H, C).astype(q_BTHC.dtype)
 
 
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS):
-  if jax.default_backend() != "gpu" or q_BTHC.dtype not in (jnp.bfloat16, jnp.float16):
+  if jax.default_backend() != "gpu" or q_BTHC.dtype != jnp.bfloat16:
     raise ValueError(
       f"attention='cudnn' runs on GPUs in bfloat16; here: {jax.default_backend()}, {q_BTHC.dtype}."
       " Use attention='xla'"

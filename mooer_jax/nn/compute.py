@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mooer_jax.kernels.attention import IMPLEMENTATIONS
+
 Remat = Literal["none", "dots", "full"]
 _POLICIES = {
   "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -37,15 +39,12 @@ class Compute:
       raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'{reason}")
     if self.remat not in ("none", *_POLICIES):
       raise ValueError(f"remat={self.remat!r}: use 'none', 'dots' or 'full'")
+    if self.attention not in IMPLEMENTATIONS:
+      raise ValueError(f"attention={self.attention!r}: choose one of {IMPLEMENTATIONS}")
 
   @property
   def jnp_dtype(self) -> Any:
     return jnp.dtype(self.dtype)
-
-
-def precision(dtype: Any) -> jax.lax.Precision:
-  """Float32 means float32 on every backend: GPUs would use TF32, TPUs bfloat16 passes."""
-  return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def repeat_layer(layer: type[nn.Module], count: int, compute: Compute) -> Any:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mooer_jax.nn.compute import precision
+from mooer_jax.kernels.precision import precision
 
 
 def _torch_uniform(key, shape, dtype=jnp.float32):

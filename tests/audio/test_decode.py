@@ -26,18 +26,20 @@ def encode(samples, *, kind="WAV", subtype=None, rate_hz=RATE_HZ):
   return buffer.getvalue()
 
 
-def encode_with_av(samples, *, container, codec, rate_hz, sample_format="fltp"):
+def encode_with_av(
+  samples, *, container, codec, rate_hz, sample_format="fltp", path=None, **options
+):
   import av
 
-  buffer = io.BytesIO()
-  with av.open(buffer, "w", format=container) as out:
+  buffer = path or io.BytesIO()
+  with av.open(buffer, "w", format=container, options=options) as out:
     stream = out.add_stream(codec, rate=rate_hz, layout="mono")
     stream.format, stream.bit_rate = sample_format, 64000
     frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
     frame.sample_rate = rate_hz
     for block in (frame, None):
       out.mux(stream.encode(block))
-  return buffer.getvalue()
+  return path.read_bytes() if path else buffer.getvalue()
 
 
 def likeness(heard, said):
@@ -95,6 +97,45 @@ def test_files_of_ffmpeg(container, codec, rate_hz, sample_format):
   # Lossy codecs keep the wave of a clean chirp to 1 %.
   assert likeness(heard, chirp()) > 0.99
   assert abs(len(heard) - RATE_HZ) < 0.1 * RATE_HZ
+
+
+@pytest.mark.parametrize(
+  ("container", "codec", "rate_hz", "sample_format", "options"),
+  [
+    ("ipod", "aac", 16000, "fltp", {"movflags": "faststart"}),  # else a cut takes the header away
+    ("asf", "wmav2", 44100, "fltp", {}),
+    ("webm", "libopus", 48000, "flt", {}),
+  ],
+  ids=["m4a", "wma", "webm"],
+)
+def test_a_cut_file_of_ffmpeg_is_not_half_a_clip(
+  container, codec, rate_hz, sample_format, options, tmp_path
+):
+  data = encode_with_av(
+    chirp(2.0, rate_hz),
+    container=container,
+    codec=codec,
+    rate_hz=rate_hz,
+    sample_format=sample_format,
+    path=tmp_path / "whole",
+    **options,
+  )
+  assert abs(len(load_audio(data)) - 2 * RATE_HZ) < 0.15 * RATE_HZ  # a codec's first frames too
+  said = []
+  for share in np.linspace(0.2, 0.9, 15):  # FFmpeg takes those between two packets for the end
+    with pytest.raises(AudioError) as caught:
+      load_audio(data[: int(share * len(data))])
+    assert caught.value.cause == "undecodable"
+    said.append(str(caught.value))
+  # A cut m4a always has a damaged packet, for it has no marks between them.
+  assert container == "ipod" or any("cut off: its header announces" in text for text in said)
+
+
+def test_a_webm_that_was_recorded_live_announces_nothing_and_is_read():
+  options = dict(container="webm", codec="libopus", rate_hz=48000, sample_format="flt", live="1")
+  data = encode_with_av(chirp(2.0, 48000), **options)
+  assert abs(len(load_audio(data)) - 2 * RATE_HZ) < 0.1 * RATE_HZ
+  assert abs(len(load_audio(data[: len(data) // 2])) - RATE_HZ) < 0.3 * RATE_HZ
 
 
 def test_path_and_bytes_give_the_same(tmp_path):

@@ -15,7 +15,6 @@ from mooer_jax.audio.frontend import (
   features,
   features_jax,
   num_frames,
-  step_ms,
   width,
 )
 
@@ -74,7 +73,6 @@ def test_num_frames_is_the_real_length(config):
 
 def test_mooer_sizes():
   assert width() == 560
-  assert step_ms() == 60
   # 1 s: 98 frames, 17 steps. The card's longest clip of 20 s: 1998 frames.
   assert num_frames(16000) == 17
   assert num_frames(320000) == 333

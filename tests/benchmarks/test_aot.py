@@ -173,3 +173,24 @@ def test_an_unknown_topology_is_refused_by_name(repo_root, plain_env):
   assert process.returncode != 0
   assert "--topology=v99:2x2: INVALID_ARGUMENT" in process.stderr
   assert "as in v5e:4x4" in process.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("libtpu")
+def test_the_7b_config_fits_sixteen_chips(repo_root, tmp_path, plain_env):
+  out = tmp_path / "aot.json"
+  process = subprocess.run(
+    [
+      sys.executable, "-m", "benchmarks.aot", "--config=configs/mooer_7b.py",
+      "--topology=v5e:4x4", "--json", str(out),
+    ],
+    env={key: value for key, value in plain_env.items() if key != "JAX_COMPILATION_CACHE_DIR"},
+    cwd=repo_root,
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr[-3000:]
+  result = json.loads(out.read_text("utf-8"))
+  assert result["chips"] == 16
+  # A v5e chip has 16 GiB; two are left for the runtime and what else lies on it.
+  assert result["hbm_gb_per_chip"] < 14

@@ -9,6 +9,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mooer_jax.audio.decode import decode
 from mooer_jax.data.kaldi import normalise
 from mooer_jax.data.pack import pack
 from mooer_jax.data.shards import RawUtterance, read_list, read_shard
@@ -123,6 +124,47 @@ def test_segments_cut_exact_samples(tmp_path, wav):
   assert {(u.key, u.cause) for u in report.left_out} == {
     (key, "bad segment") for key in ("late", "over", "back")
   }
+
+
+def test_each_recording_of_a_shard_is_decoded_once_in_any_order(tmp_path, wav, monkeypatch):
+  """Three recordings of four segments, of which one is noise and one is gone."""
+  for i in range(3):
+    (tmp_path / f"{i}.wav").write_bytes(wav(1.0, seed=i) if i < 2 else b"noise")
+  (tmp_path / "wav.scp").write_text("".join(f"rec{i} {tmp_path}/{i}.wav\n" for i in range(4)))
+  keys = [f"{i}{part}" for i in range(4) for part in "abcd"]
+  starts = {key: 0.2 * "abcd".index(key[1]) for key in keys}
+  (tmp_path / "segments").write_text(
+    "".join(f"{k} rec{k[0]} {starts[k]} {starts[k] + 0.3}\n" for k in keys)
+  )
+  (tmp_path / "text").write_text("".join(f"{k} t\n" for k in keys))
+  decoded = []
+
+  def counting(path):
+    decoded.append(path)
+    return decode(path)
+
+  monkeypatch.setattr("mooer_jax.data.pack.decode", counting)
+  reports = [
+    pack(
+      tmp_path / "wav.scp",
+      tmp_path / "text",
+      tmp_path / f"out{seed}",
+      segments=tmp_path / "segments",
+      processes=1,
+      shuffle_seed=seed,
+      progress=False,
+    )
+    for seed in (None, 3)
+  ]
+  assert sorted(decoded) == sorted(2 * [f"{tmp_path}/{i}.wav" for i in range(4)])
+  plain, shuffled = ([key for key, _, _ in _content(r.data_list)] for r in reports)
+  assert plain == keys[:8] and sorted(shuffled) == plain
+  assert len({key[0] for key in shuffled[:4]}) == 2  # the recordings are mixed
+  by_key = [{key: audio for key, _, audio in _content(r.data_list)} for r in reports]
+  assert by_key[0] == by_key[1]
+  for report in reports:
+    causes = {u.key: u.cause for u in report.left_out}
+    assert causes == {k: "undecodable" if k[0] == "2" else "no audio" for k in keys[8:]}
 
 
 def test_nothing_is_overwritten(lists, tmp_path):

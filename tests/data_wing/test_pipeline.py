@@ -263,6 +263,54 @@ def test_too_large_a_bad_share_stops_with_the_counts(shards, wav, take):
   assert take(shards.config(max_bad_share=0.8), 30)
 
 
+def _cut(path):
+  """Keeps the first three utterances or so of ten."""
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+  return path
+
+
+def test_damaged_shards_stop_the_run_by_name_however_few_utterances_they_count(shards, take):
+  for _ in range(3):
+    _cut(shards.add(10))
+  with pytest.raises(BadDataError, match=r"2 of 2 shards read are .*damaged: .*shards_0.*shards_0"):
+    take(shards.config(), 30)
+  assert take(shards.config(max_bad_share=1.0), 30)
+
+
+def test_one_damaged_shard_of_three_is_reported_and_left_behind_each_epoch(shards, take):
+  _cut(shards.add(10))
+  for _ in range(2):
+    shards.add(10)
+  damage = [s for b in take(shards.config(), 30) for s in b.skipped if s.cause == "bad shard"]
+  assert len(damage) >= 4
+
+
+@pytest.mark.parametrize("make", [train_batches, eval_batches])
+def test_a_single_damaged_shard_stops_at_the_end_of_its_epoch(shards, model_side, make):
+  path = _cut(shards.add(20))
+  with pytest.raises(BadDataError, match=f"1 of 1 shards read .*{path.name}"):
+    for _ in iter(make(shards.config(window=4), *model_side)):
+      pass
+
+
+def test_damaged_shards_are_remembered_by_a_restored_position(shards, model_side):
+  for _ in range(2):
+    _cut(shards.add(20))
+  dataset = eval_batches(shards.config(prefetch=1, max_bad_share=0.9), *model_side)
+  iterator = iter(dataset)
+  states = [iterator.get_state()]
+  with pytest.raises(BadDataError) as expected:
+    for _ in iterator:
+      states.append(json.loads(json.dumps(iterator.get_state())))
+  assert len(states) > 2
+  for state in states:
+    other = iter(dataset)
+    other.set_state(state)
+    with pytest.raises(BadDataError) as caught:
+      collections.deque(other, maxlen=0)
+    assert str(caught.value) == str(expected.value)
+
+
 def test_data_without_a_usable_utterance_stops_even_if_all_may_be_bad(shards, take):
   shards.add_members([("a.txt", b"A")])
   with pytest.raises(BadDataError, match="no usable utterance in 1 shards: no audio 1"):

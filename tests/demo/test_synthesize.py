@@ -8,12 +8,14 @@ import soundfile
 
 from demo.espeak import Manner, synthesizer
 from demo.synthesize import (
+  RANDOM_VARIANTS,
   SAMPLE_RATE_HZ,
   TEST_VARIANTS,
   TRAIN_VARIANTS,
   SpeechConfig,
   is_held_out,
   plan,
+  random_voice,
   render,
   write_split,
 )
@@ -29,9 +31,9 @@ def _variants(utterances):
 
 
 def test_no_voice_and_no_string_is_in_both_splits(plans):
-  assert _variants(plans["train"]) == set(TRAIN_VARIANTS)
+  assert _variants(plans["train"]) == {*TRAIN_VARIANTS, *RANDOM_VARIANTS}
   assert _variants(plans["test"]) == set(TEST_VARIANTS)
-  assert not set(TRAIN_VARIANTS) & set(TEST_VARIANTS)
+  assert not {*TRAIN_VARIANTS, *RANDOM_VARIANTS} & set(TEST_VARIANTS)
   digits = {split: {u.digits for u in utterances} for split, utterances in plans.items()}
   assert not digits["train"] & digits["test"]
 
@@ -109,3 +111,16 @@ def test_the_committed_clips_are_short_speech(clips):
     assert 0.3 < len(speech) / rate_hz <= 1.2
     assert np.sqrt(np.mean(speech**2)) > 0.01
     assert clip.text.isdigit()
+
+
+def test_random_voices_differ_and_are_not_the_accents_own():
+  engine = synthesizer()
+  plain = engine.say("one two", Manner("en"))
+  spoken = []
+  for name in RANDOM_VARIANTS[:4]:
+    engine.define(name, random_voice(name))
+    spoken.append(engine.say("one two", Manner(f"en+{name}")))
+  everyone = [plain, *spoken]
+  for first in range(len(everyone)):
+    for second in range(first):
+      assert not np.array_equal(everyone[first], everyone[second])

@@ -107,8 +107,10 @@ def test_errors_name_the_value_and_the_choices():
     attention(q, k, v, valid_BS=valid_BS, implementation="flash")
 
 
-def test_cudnn_is_refused_where_it_cannot_run():
-  q, k, v = random_qkv()
+@pytest.mark.parametrize("backend, dtype", [("cpu", jnp.bfloat16), ("gpu", jnp.float16)])
+def test_cudnn_is_refused_where_it_cannot_run(monkeypatch, backend, dtype):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  q, k, v = random_qkv(dtype=dtype)
   with pytest.raises(ValueError, match="'cudnn'.*bfloat16.*attention='xla'"):
     attention(q, k, v, valid_BS=np.ones((2, 7), bool), implementation="cudnn")
 

@@ -13,7 +13,6 @@ import pytest
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.run.train import train
-from mooer_jax.training import sharding
 from mooer_jax.training.step import NotFiniteError
 
 
@@ -118,7 +117,6 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
   """The whole program, data to metrics: 2 x 2 x 2 devices against one, the first 5 losses."""
   assert len(jax.devices()) == 8
   config.train.steps = 5
-  monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 0)  # else nothing this small is split over fsdp
   curves = []
   for sizes, devices in (({"data": 1}, jax.devices()[:1]), ({"data": 2, "fsdp": 2, "tensor": 2},
                                                            jax.devices())):
@@ -168,6 +166,7 @@ def test_unknown_keys_and_sections_are_named_with_their_neighbours(config):
 def test_a_checkpoint_of_another_model_is_refused(config, tmp_path):
   config.train.steps = 4
   config.init_from = str(train(config))
+  config.train.cmvn = ""
   config.workdir = str(tmp_path / "other")
   config.model.sanm.layers = 3
   with pytest.raises(ValueError, match=r"layers is 2, the config says 3"):

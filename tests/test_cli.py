@@ -1,0 +1,68 @@
+"""The command's errors: one line, exit status 2, and before any work that they would undo."""
+
+import pytest
+
+import mooer_jax.transcribe
+from mooer_jax import cli
+
+
+class Model:
+  """Stands for a Transcriber; loading it fails in the way that it is told."""
+
+  def __init__(self, error):
+    self.error, self.loads = error, 0
+
+  def from_checkpoint(self, folder, *, dtype):
+    del folder, dtype
+    self.loads += 1
+    raise self.error
+
+
+def transcribe(monkeypatch, error, *arguments):
+  model = Model(error)
+  monkeypatch.setattr(mooer_jax.transcribe, "Transcriber", model)
+  return cli.main(["transcribe", "--checkpoint", "c", *arguments, "a.wav"]), model.loads
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    FileNotFoundError("c: no such checkpoint folder"),
+    PermissionError(13, "Permission denied", "c/config.json"),
+    IsADirectoryError(21, "Is a directory", "a.wav"),
+    OSError(28, "No space left on device"),
+    ValueError("c: cannot be read:\n  many\n  lines"),
+  ],
+  ids=lambda error: type(error).__name__,
+)
+def test_an_error_is_one_line_and_status_2(monkeypatch, capsys, error):
+  assert transcribe(monkeypatch, error)[0] == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("mooer-jax transcribe: ")
+  assert all(word in line for word in str(error).split())
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch):
+  with pytest.raises(ZeroDivisionError):
+    transcribe(monkeypatch, ZeroDivisionError())
+
+
+@pytest.mark.parametrize(
+  "target, word", [("folder", "folder"), ("file/out.json", "file")], ids=["a-folder", "in-a-file"]
+)
+def test_a_json_target_that_cannot_be_written_fails_before_the_model_loads(
+  monkeypatch, capsys, tmp_path, target, word
+):
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "file").touch()
+  status, loads = transcribe(monkeypatch, ValueError("loaded"), "--json", str(tmp_path / target))
+  assert (status, loads) == (2, 0)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert str(tmp_path / word) in line
+
+
+def test_earlier_results_survive_a_failure(monkeypatch, tmp_path):
+  target = tmp_path / "out.json"
+  target.write_text("[1]")
+  assert transcribe(monkeypatch, ValueError("bad"), "--json", str(target)) == (2, 1)
+  assert target.read_text() == "[1]"
