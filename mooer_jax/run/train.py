@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
+from mooer_jax.audio.frontend import width
 from mooer_jax.config import SpeechLLMConfig, differences, from_json, to_json
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import train_batches
@@ -242,7 +243,7 @@ def _check_same_model(saved: SpeechLLMConfig, wanted: SpeechLLMConfig, folder: P
 def measure_cmvn(run: Run, dataset, frontends: dict) -> dict:
   """Shift and scale of the features: read from a file, or measured on the first batches."""
   if run.train.cmvn != "estimate":
-    shift_F, scale_F = read_mvn(run.train.cmvn)
+    shift_F, scale_F = read_mvn(run.train.cmvn, width=width(run.model.frontends[0]))
   else:
     with contextlib.closing(iter(dataset)) as batches:
       first = itertools.islice(batches, CMVN_BATCHES)

@@ -145,7 +145,7 @@ def test_table_has_a_row_a_set(result):
   stream = io.StringIO()
   console = rich.console.Console(file=stream, width=140, color_system=None)
   console.print(table({"demo [b]": result, "other": result}))
-  rows = [line.split("│") for line in stream.getvalue().splitlines() if "mixed" in line]
+  rows = [line.split("│") for line in stream.getvalue().splitlines() if "45.45" in line]
   cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
-  numbers = ["mixed", "45.45 %", "11", "1", "3", "1", "4", "3", "1", "1"]
+  numbers = ["45.45 %", "11", "1", "3", "1", "4", "3", "1"]
   assert cells == [["demo [b]", *numbers], ["other", *numbers]]

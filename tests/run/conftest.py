@@ -41,7 +41,7 @@ def small_overrides(data_list) -> dict:
               "mlp_width": 64},
     },
     "data": {"shards": data_list, "batch_size": 8, "window": 16, "buckets": (32, 84)},
-    "optimizer": {"total_steps": 1000, "warmup_steps": 2, "peak_lr": 5e-3},
+    "optimizer": {"total_steps": 1000, "decay": "constant", "warmup_steps": 2, "peak_lr": 5e-3},
     "train": {"steps": 8, "save_every": 4, "log_every": 4},
     "eval": {"shards": data_list, "batch_size": 8},
   }  # fmt: skip

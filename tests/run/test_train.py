@@ -139,7 +139,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
     ({"trainable": ("conector/.*",)}, "conector"),
     ({"data": {"task": "ast"}}, "ast"),
     ({"compute": {"dtype": "float16"}}, "float16"),
-    ({"train": {"steps": 1001}}, "total_steps=1000"),
+    ({"train": {"steps": 1001}, "optimizer": {"decay": "cosine"}}, "total_steps=1000"),
     ({"mesh": {"data": 1, "fsdp": 8}, "data": {"batch_size": 12, "window": 24}}, "multiple of 8"),
     ({"trainable": ("connector/.*",)}, "random and frozen"),
   ],
