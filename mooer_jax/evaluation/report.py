@@ -111,7 +111,7 @@ def table(scores: Mapping[str, Score]):
   import rich.text
 
   result = rich.table.Table()
-  for column in ("", "error rate", "tokens", "sub", "del", "ins", "utterances", "wrong", "missing"):
+  for column in ("", "error rate", "tokens", "sub", "del", "ins", "clips", "wrong", "missing"):
     result.add_column(column, justify="right" if column else "left")
   for name, score in scores.items():
     c = score.counts

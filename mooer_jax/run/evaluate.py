@@ -24,7 +24,7 @@ from mooer_jax.nn.compute import Compute
 from mooer_jax.run.setup import prepare_process, prompt_for, section
 from mooer_jax.text.tokenizer import Tokenizer
 
-_SHORT = {"mixed": "CER as MooER's", "character": "CER", "word": "WER"}
+_SHORT = {"mixed": "MooER's CER", "character": "CER", "word": "WER"}
 
 
 @dataclasses.dataclass(frozen=True)
