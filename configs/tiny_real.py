@@ -3,8 +3,8 @@
 Command:   make demo, then see docs/real-speech.md for the recordings and the shard list, then
            python train.py --config=configs/tiny_real.py
 Hardware:  2 CPU cores
-Time:      see docs/real-speech.md
-Expected:  the CERs on a fourth speaker in docs/real-speech.md
+Time:      8 minutes of training
+Expected:  CER 10.0 % on a fourth speaker, docs/real-speech.md
 """
 
 from configs import tiny
