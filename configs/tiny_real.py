@@ -14,8 +14,8 @@ def get_config():
   config = tiny.get_config()
   config.workdir = "out/real/train"
   config.data.shards = "out/real/shards/data.list"
-  config.train.steps = 2000
+  config.train.steps = 5000
   config.train.save_every = 1000
-  config.optimizer.total_steps = 2000
+  config.optimizer.total_steps = 5000
   config.eval.shards = "out/real/shards/test/data.list"
   return config

@@ -3,8 +3,9 @@
     python -m demo.real_speech --fsdd FOLDER --held-out theo --out out/real/speech
 
 joins single digits of one speaker, with pauses, into strings of 1 to 5: `test` from the held-out
-speaker, `train` from the others, as wav.scp and text for `mooer-jax pack`. The recordings
-({digit}_{speaker}_{n}.wav, 8 kHz; Jackson and others, CC BY-SA 4.0) are not part of this project.
+speaker, `train` from the others with throats, tempo, rooms and noise varied, as wav.scp and text
+for `mooer-jax pack`. The recordings ({digit}_{speaker}_{n}.wav, 8 kHz; Jackson and others,
+CC BY-SA 4.0) are not part of this project.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import numpy as np
 import soxr
 from rich.progress import track
 
-from demo.synthesize import SAMPLE_RATE_HZ, write_clip
+from demo.synthesize import SAMPLE_RATE_HZ, add_noise, add_room, write_clip
 from mooer_jax.audio.decode import load_audio
 
 MAX_DIGITS = 5
-# Speaking rate and pitch move together here; beyond these the voices turn unnatural.
-RATES = (0.85, 1.18)
+# Three throats are few. Resampling moves pitch and formants together, as a longer or shorter vocal
+# tract does; stretching moves the tempo alone.
+RATES = (0.78, 1.28)
+STRETCHES = (0.8, 0.9, 1.0, 1.15, 1.3)
 
 
 def read_recordings(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
@@ -38,39 +41,83 @@ def read_recordings(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
   return recordings
 
 
-def join(voice: dict[str, list[np.ndarray]], digits: str, rng, *, augment: bool) -> np.ndarray:
-  """Speaks a string with one speaker's recordings, 0.05 to 0.25 s of faint noise between them.
+def stretched(voice: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+  """Every recording at every tempo of STRETCHES, pitch unchanged."""
+  from librosa.effects import time_stretch
 
-  With `augment`, the rate (and pitch) is changed and the level varied, as for training.
-  """
-  rate = rng.uniform(*RATES) if augment else 1.0
-  level_db = rng.uniform(-30, -18) if augment else -24.0
+  return {
+    digit: [time_stretch(clip, rate=rate, n_fft=512) for clip in clips for rate in STRETCHES]
+    for digit, clips in voice.items()
+  }
+
+
+def join(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
+  """Speaks a string with one speaker's recordings as they are: 0.05 to 0.25 s and a faint noise."""
   pieces = []
   for digit in digits:
-    spoken = voice[digit][rng.integers(len(voice[digit]))]
-    spoken = spoken / (np.sqrt(np.mean(spoken**2)) + 1e-9)
-    if rate != 1.0:
-      spoken = soxr.resample(spoken, SAMPLE_RATE_HZ, round(SAMPLE_RATE_HZ * rate))
-    pieces += [np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE_HZ), np.float32), spoken]
-  pieces.append(np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE_HZ), np.float32))
+    spoken = _one_of(voice[digit], rng)
+    pieces += [_silence(rng.uniform(0.05, 0.25)), spoken]
+  pieces.append(_silence(rng.uniform(0.05, 0.25)))
   speech = np.concatenate(pieces)
-  snr_db = rng.uniform(15, 45) if augment else 35.0
-  speech = speech + 10 ** (-snr_db / 20) * rng.standard_normal(len(speech))
+  return _at_level(speech + 10 ** (-35 / 20) * rng.standard_normal(len(speech)), -24.0)
+
+
+def join_varied(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
+  """The same for training, with throat, pauses, colour, room, noise and level drawn anew."""
+  rate = np.exp(rng.uniform(*np.log(RATES)))
+  longest_s = rng.choice((0.02, 0.1, 0.25))
+  pieces = [_silence(rng.uniform(0.03, 0.3))]
+  for digit in digits:
+    spoken = _one_of(voice[digit], rng) * 10 ** (rng.uniform(-3, 3) / 20)
+    spoken = soxr.resample(spoken, SAMPLE_RATE_HZ, round(SAMPLE_RATE_HZ * rate))
+    pieces += [spoken, _silence(rng.uniform(0, longest_s))]
+  pieces.append(_silence(rng.uniform(0.03, 0.3)))
+  speech = np.concatenate(pieces)
+  if rng.random() < 0.3:
+    speech = add_room(speech, rng)
+  if rng.random() < 0.7:
+    speech = _colour(speech, rng)
+  speech = add_noise(speech / np.sqrt(np.mean(speech**2)), rng.uniform(10, 45), rng)
+  return _at_level(speech, rng.uniform(-34, -16))
+
+
+def _one_of(clips, rng):
+  spoken = clips[rng.integers(len(clips))]
+  return spoken / (np.sqrt(np.mean(spoken**2)) + 1e-9)
+
+
+def _silence(seconds: float):
+  return np.zeros(int(seconds * SAMPLE_RATE_HZ), np.float32)
+
+
+def _at_level(speech, level_db: float):
   return np.clip(10 ** (level_db / 20) * speech, -1, 1 - 1 / 32768).astype(np.float32)
 
 
-def write_split(voices: dict, folder: Path, clips: int, *, seed: int, augment: bool):
+def _colour(speech, rng):
+  """A smooth random frequency response of a few decibels, as of another mouth and microphone."""
+  spectrum = np.fft.rfft(speech)
+  mel = np.log1p(np.linspace(0, SAMPLE_RATE_HZ / 2, len(spectrum)) / 700)
+  knots = np.linspace(0, mel[-1], 8)
+  gain_db = np.interp(mel, knots, rng.normal(0, 4, len(knots)))
+  return np.fft.irfft(spectrum * 10 ** (gain_db / 20), len(speech))
+
+
+def write_split(voices: dict, folder: Path, clips: int, *, seed: int, vary: bool):
   """Writes `wav/KEY.wav`, `wav.scp` and `text`; every length from 1 to 5 is equally often there."""
   (folder / "wav").mkdir(parents=True, exist_ok=True)
   rows = []
   speakers = sorted(voices)
+  if vary:
+    voices = {name: stretched(voice) for name, voice in voices.items()}
   for index in track(range(clips), f"joining {folder.name}"):
     rng = np.random.default_rng([seed, index])
     speaker = speakers[index % len(speakers)]
     digits = "".join(map(str, rng.integers(0, 10, rng.integers(1, MAX_DIGITS + 1))))
     key = f"{folder.name}-{index:05d}-{speaker}"
     path = (folder / "wav" / f"{key}.wav").resolve()
-    write_clip(path, join(voices[speaker], digits, rng, augment=augment))
+    speak = join_varied if vary else join
+    write_clip(path, speak(voices[speaker], digits, rng))
     rows.append((key, path, digits))
   (folder / "wav.scp").write_text("".join(f"{k} {p}\n" for k, p, _ in rows), "utf-8")
   (folder / "text").write_text("".join(f"{k} {d}\n" for k, _, d in rows), "utf-8")
@@ -81,16 +128,16 @@ def main():
   parser.add_argument("--fsdd", type=Path, required=True, help="folder of the recordings")
   parser.add_argument("--held-out", required=True, help="the speaker of the test set")
   parser.add_argument("--out", type=Path, required=True)
-  parser.add_argument("--train-clips", type=int, default=9000)
+  parser.add_argument("--train-clips", type=int, default=24000)
   parser.add_argument("--test-clips", type=int, default=300)
   args = parser.parse_args()
   recordings = read_recordings(args.fsdd)
   if args.held_out not in recordings:
     parser.error(f"--held-out={args.held_out}: the speakers are {sorted(recordings)}")
   others = {speaker: voice for speaker, voice in recordings.items() if speaker != args.held_out}
-  write_split(others, args.out / "train", args.train_clips, seed=1, augment=True)
+  write_split(others, args.out / "train", args.train_clips, seed=1, vary=True)
   held_out = {args.held_out: recordings[args.held_out]}
-  write_split(held_out, args.out / "test", args.test_clips, seed=2, augment=False)
+  write_split(held_out, args.out / "test", args.test_clips, seed=2, vary=False)
 
 
 if __name__ == "__main__":

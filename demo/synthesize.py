@@ -175,18 +175,17 @@ def render(utterance: Utterance) -> np.ndarray:
   edges = rng.uniform(0.03, 0.3, 2) * SAMPLE_RATE_HZ
   speech = np.pad(speech, edges.astype(int))
   if rng.random() < 0.2:
-    speech = _add_room(speech, rng)
+    speech = add_room(speech, rng)
   if rng.random() < 0.35:
     speech = _limit_band(speech, rng)
   speech /= np.sqrt(np.mean(speech**2)) + 1e-9
   if rng.random() < 0.7:
-    snr_db = rng.uniform(12, 40)
-    speech += 10 ** (-snr_db / 20) * _noise(len(speech), rng)
+    speech = add_noise(speech, rng.uniform(12, 40), rng)
   speech *= 10 ** (rng.uniform(-34, -16) / 20)
   return np.clip(speech, -1, 1 - 1 / 32768).astype(np.float32)
 
 
-def _add_room(speech, rng):
+def add_room(speech, rng):
   """Convolves with exponentially decaying noise, the simplest model of a room's late echoes."""
   seconds = rng.uniform(0.1, 0.35)
   times = np.arange(int(seconds * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
@@ -205,6 +204,11 @@ def _limit_band(speech, rng):
   low, high = rng.uniform(80, 300), rng.uniform(3200, 5500)
   gain = 1 / (1 + (low / np.maximum(hz, 1)) ** 4) / (1 + (hz / high) ** 24)
   return np.fft.irfft(np.fft.rfft(speech, size) * gain, size)[: len(speech)]
+
+
+def add_noise(speech, snr_db: float, rng):
+  """Adds noise to speech of unit power."""
+  return speech + 10 ** (-snr_db / 20) * _noise(len(speech), rng)
 
 
 def _noise(samples: int, rng):

@@ -44,11 +44,18 @@ class Dense(nn.Module):
       lora_a = self.param("lora_a", _torch_uniform, (x.shape[-1], self.rank))
       lora_b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features))
       if self.dropout and self.has_rng("dropout"):
-        x = nn.Dropout(self.dropout, deterministic=False)(x)
+        x = self._dropped(x)
       scale = jnp.asarray(lora_scale, self.dtype)
       scale = scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
       y = y + self._matmul(self._matmul(x, lora_a) * scale, lora_b)
     return y
+
+  def _dropped(self, x):
+    keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout, x.shape)
+    # A value of its own: fused into the products, the generator's rounds make XLA's TPU compiler
+    # take ten times as long.
+    keep = jax.lax.optimization_barrier(keep)
+    return jnp.where(keep, x / (1 - self.dropout), 0)
 
   def _matmul(self, x, kernel):
     # As one matrix: with two batch axes XLA on CPU transposes copies for the kernel's gradient, and

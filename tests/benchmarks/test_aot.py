@@ -138,7 +138,7 @@ def test_the_tool_compiles_for_a_tpu(repo_root, tmp_path, plain_env):
   process = subprocess.run(
     [
       sys.executable, "-m", "benchmarks.aot", f"--config={config}", "--topology=v5e:2x2",
-      "--json", str(out), "--config.data.window=32", "--config.model.llm.lora_dropout=0.0",
+      "--json", str(out), "--config.data.window=32",
     ],
     env={key: value for key, value in plain_env.items() if key != "JAX_COMPILATION_CACHE_DIR"},
     cwd=repo_root,
@@ -160,19 +160,29 @@ def test_the_tool_compiles_for_a_tpu(repo_root, tmp_path, plain_env):
 
 
 @pytest.mark.usefixtures("libtpu")
-def test_an_unknown_topology_is_refused_by_name(repo_root, plain_env):
+@pytest.mark.parametrize(
+  ("options", "said"),
+  [
+    (["--topology=v99:2x2"], ["--topology=v99:2x2: INVALID_ARGUMENT", "as in v5e:4x4"]),
+    # 16 chips are no whole axes of an 8 x 8 x 8 torus
+    (
+      ["--topology=v5p:8x8x8", "--config.mesh.data=32", "--config.mesh.fsdp=16",
+       "--config.data.batch_size=1024"],
+      ["mesh.data=32, mesh.fsdp=16, mesh.tensor=1 does not fit the arrangement of the 512 chips"],
+    ),
+  ],
+)  # fmt: skip
+def test_chips_that_cannot_be_are_refused_by_name(repo_root, plain_env, options, said):
   process = subprocess.run(
-    [
-      sys.executable, "-m", "benchmarks.aot", "--config=configs/mooer_7b.py", "--topology=v99:2x2",
-    ],
+    [sys.executable, "-m", "benchmarks.aot", "--config=configs/mooer_7b.py", *options],
     env=plain_env,
     cwd=repo_root,
     capture_output=True,
     text=True,
   )
   assert process.returncode != 0
-  assert "--topology=v99:2x2: INVALID_ARGUMENT" in process.stderr
-  assert "as in v5e:4x4" in process.stderr
+  for message in said:
+    assert message in process.stderr
 
 
 @pytest.mark.nightly
