@@ -37,10 +37,12 @@ def show(report: dict, folder: str):
   console.print(table)
   console.print(
     f"CER {_percent(report['cer'])} on {report['n_utterances']} utterances of"
-    f" {len(report['held_out_voices'])} voices and of strings that were never trained on"
+    f" {len(report['held_out_voices'])} voices and of strings that were never trained on",
+    soft_wrap=True,
   )
   console.print(
     f"loss {report['loss_first']:.3f} to {report['loss_last']:.3f}; training"
-    f" {report['train_seconds']:.0f} s, all steps {report['total_seconds']:.0f} s"
+    f" {report['train_seconds']:.0f} s, all steps {report['total_seconds']:.0f} s",
+    soft_wrap=True,
   )
-  console.print(f"{folder}/report.json, {folder}/loss.png", highlight=False)
+  console.print(f"{folder}/report.json, {folder}/loss.png", highlight=False, soft_wrap=True)

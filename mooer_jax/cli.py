@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def _add_transcribe(commands):
   parser = commands.add_parser("transcribe", help="audio files to text")
   parser.add_argument("audio", nargs="+", help="wav, flac, ogg, opus, mp3; with [data] m4a, wma")
   parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
+  parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
   parser.add_argument("--task", default=None, help="one of the model's; default: its first")
   parser.add_argument("--json", type=Path, help="also write the results here")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
@@ -43,10 +45,9 @@ def _add_transcribe(commands):
 def _transcribe(args) -> int:
   from mooer_jax.transcribe import Transcriber
 
-  if args.json:  # what cannot be written should fail before minutes of work
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.open("a").close()
-  transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype)
+  if args.json:
+    _check_writable(args.json)
+  transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype, base=args.base)
   results = transcriber.transcribe(
     args.audio,
     task=args.task,
@@ -60,6 +61,18 @@ def _transcribe(args) -> int:
     rows = [result.to_json() for result in results]
     args.json.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
   return 0
+
+
+def _check_writable(path: Path):
+  """What cannot be written should fail before minutes of work, and leave no empty file behind."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.is_dir():
+    raise IsADirectoryError(f"{path}: a folder; name a file")
+  if path.exists():
+    path.open("a").close()
+  else:
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
 
 
 def _add_pack(commands):

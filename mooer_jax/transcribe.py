@@ -71,11 +71,14 @@ class Transcriber:
     self.buckets = _buckets(self._num_frames(config.max_audio_s))
 
   @classmethod
-  def from_checkpoint(cls, path: str | Path, *, dtype: str | None = None) -> "Transcriber":
+  def from_checkpoint(
+    cls, path: str | Path, *, dtype: str | None = None, base: str | Path | None = None
+  ) -> "Transcriber":
     """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
 
     Args:
       path: the folder.
+      base: where the base of a fine-tune lies, if it moved.
       dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
 
     Raises:
@@ -83,7 +86,7 @@ class Transcriber:
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = Compute(dtype=dtype)
-    loaded = checkpoint.load(checkpoint.find(path), dtype=dtype)
+    loaded = checkpoint.load(checkpoint.find(path), dtype=dtype, base=base)
     options = build(Sampling, loaded.generation, "generation.json")
     tokenizer = Tokenizer.from_folder(loaded.tokenizer)
     return cls(loaded.params, from_json(loaded.config, compute), tokenizer, options)

@@ -12,8 +12,8 @@ class Model:
   def __init__(self, error):
     self.error, self.loads = error, 0
 
-  def from_checkpoint(self, folder, *, dtype):
-    del folder, dtype
+  def from_checkpoint(self, folder, *, dtype, base):
+    del folder, dtype, base
     self.loads += 1
     raise self.error
 
@@ -66,3 +66,9 @@ def test_earlier_results_survive_a_failure(monkeypatch, tmp_path):
   target.write_text("[1]")
   assert transcribe(monkeypatch, ValueError("bad"), "--json", str(target)) == (2, 1)
   assert target.read_text() == "[1]"
+
+
+def test_a_json_target_is_not_left_behind_empty_when_the_run_fails(monkeypatch, tmp_path):
+  target = tmp_path / "new" / "out.json"
+  assert transcribe(monkeypatch, ValueError("no model"), "--json", str(target)) == (2, 1)
+  assert not target.exists()

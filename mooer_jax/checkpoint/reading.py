@@ -61,13 +61,14 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
     origin = _base(folder, about["base"]) if base is None else Path(base)
     if not origin.is_dir():
       raise FileNotFoundError(
-        f"{folder} is a fine-tune of {origin}, which is not there; pass base=FOLDER if it moved"
+        f"{folder} is a fine-tune of {origin}, which is not there; pass base=FOLDER (--base FOLDER)"
+        " if it moved"
       )
     under = describe(origin)
     if under.hash != about["base"]["hash"]:
       raise CheckpointError(
         f"{folder} was trained on other weights than {origin} holds (hash {about['base']['hash']}, "
-        f"there {under.hash}); pass base=FOLDER of the right ones"
+        f"there {under.hash}); pass base=FOLDER (--base FOLDER) of the right ones"
       )
     leaves = {**arrays.shapes(under.params), **leaves}
   structs = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -114,22 +115,29 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
-  """Draws loss and token accuracy against the step."""
+  """Draws loss and token accuracy against the step: updates pale, their running mean strong."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 4), layout="constrained")
   loss_axes = figure.add_subplot()
-  steps = [row["step"] for row in rows]
-  loss_axes.plot(steps, [row["loss"] for row in rows], color="tab:blue", linewidth=1)
+  _draw(loss_axes, rows, "loss", "tab:blue")
   loss_axes.set(xlabel="step", yscale="log")
   loss_axes.set_ylabel("loss (nats per answer token)", color="tab:blue")
   accuracy_axes = loss_axes.twinx()
-  accuracy_axes.plot(steps, [row["accuracy"] for row in rows], color="tab:orange", linewidth=1)
+  _draw(accuracy_axes, rows, "accuracy", "tab:orange")
   accuracy_axes.set_ylabel("token accuracy", color="tab:orange")
   accuracy_axes.set_ylim(0, 1)
   loss_axes.set_title(f"{len(rows)} updates, last loss {rows[-1]['loss']:.4f}")
   figure.savefig(path, dpi=120)
   return path
+
+
+def _draw(axes, rows, name, color):
+  steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows])
+  window = max(1, len(rows) // 50)
+  means = np.convolve(values, np.ones(window) / window, mode="valid")
+  axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.35)
+  axes.plot(steps[window - 1 :], means, color=color, linewidth=1.5)
 
 
 class StopRequest:
