@@ -67,4 +67,5 @@ def get_config():
   config.eval.metric = "mixed"
   config.eval.skip_missing = False  # True as MooER's own script
   config.eval.max_s = 0.0  # longest clip; 0 = data.max_s
+  config.eval.bleu_tokenize = "13a"  # of translations into English; "zh" into Chinese
   return config

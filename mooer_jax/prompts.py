@@ -1,8 +1,11 @@
-"""What the model is asked, and where the speech stands in it."""
+"""What the model is asked, where the speech stands in it, and what its answer holds."""
+
+from typing import NamedTuple
 
 TASKS = {
   "asr": "Transcribe speech to text. ",
   "ast": "Translate speech to english text. ",
+  "asr_ast_mtl": "Translate speech to english text. ",  # a multitask model's answer has two lines
   "s2s_trans": "Translate speech to english speech. ",
   "s2s_chat": "Answer my question with speech. ",
 }
@@ -41,3 +44,26 @@ def task_prompt(task: str, prompts: dict[str, str] | None = None) -> str:
   if task not in prompts:
     raise ValueError(f"task={task!r}: this model knows {sorted(prompts)}")
   return prompts[task]
+
+
+class Answer(NamedTuple):
+  """What an answer holds; None for what the task does not ask for or the model did not give."""
+
+  transcript: str | None
+  translation: str | None
+
+
+def split_answer(task: str, text: str) -> Answer:
+  """Reads an answer: a transcript, a translation, or both with a line break between them.
+
+  A multitask answer without a line break is a transcript alone; after the first one everything
+  belongs to the translation.
+  """
+  if task == "asr":
+    return Answer(text, None)
+  if task == "ast":
+    return Answer(None, text)
+  if task == "asr_ast_mtl":
+    transcript, line_break, translation = text.partition("\n")
+    return Answer(transcript.strip(), translation.strip() if line_break else None)
+  return Answer(None, None)

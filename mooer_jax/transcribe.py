@@ -15,7 +15,7 @@ from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import Sampling, generate
 from mooer_jax.nn.compute import Compute
-from mooer_jax.prompts import fill_template, task_prompt
+from mooer_jax.prompts import fill_template, split_answer, task_prompt
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -35,6 +35,8 @@ class Transcript:
     task: what the model was asked.
     path: of the file, None for an array.
     finished: False if max_new_tokens cut the answer off.
+    transcript: what was said, where the task asks for it.
+    translation: of it, where the task asks for it.
   """
 
   text: str
@@ -43,6 +45,8 @@ class Transcript:
   task: str
   path: str | None = None
   finished: bool = True
+  transcript: str | None = None
+  translation: str | None = None
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -135,13 +139,15 @@ class Transcriber:
       generated = jax.device_get(generate(self.params, batch, self.config, options))
       for row, i in enumerate(chunk):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]].tolist()
+        text = self.tokenizer.decode(tokens)
         results[i] = Transcript(
-          text=self.tokenizer.decode(tokens),
+          text=text,
           tokens=tokens,
           seconds=round(len(clips[i]) / self._rate_hz, 4),
           task=task,
           path=None if isinstance(audio[i], np.ndarray) else os.fspath(audio[i]),
           finished=bool(generated.finished_B[row]),
+          **split_answer(task, text)._asdict(),
         )
     return [results[i] for i in range(len(clips))]
 

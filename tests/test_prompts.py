@@ -1,6 +1,6 @@
 import pytest
 
-from mooer_jax.prompts import TASKS, TEMPLATES, fill_template, task_prompt
+from mooer_jax.prompts import TASKS, TEMPLATES, fill_template, split_answer, task_prompt
 
 
 def test_mooer_puts_the_speech_first():
@@ -37,3 +37,11 @@ def test_unknown_names_are_refused_with_the_choices():
     task_prompt("sing")
   with pytest.raises(ValueError, match="'ast'.*'asr'"):
     task_prompt("ast", {"asr": "Listen. "})
+
+
+def test_a_multitask_answer_has_two_lines():
+  assert split_answer("asr", "hello\nyou") == ("hello\nyou", None)
+  assert split_answer("ast", "hello") == (None, "hello")
+  assert split_answer("asr_ast_mtl", "你好 \n hello\nyou") == ("你好", "hello\nyou")
+  assert split_answer("asr_ast_mtl", "你好") == ("你好", None)  # cut off before the translation
+  assert split_answer("s2s_chat", "hello") == (None, None)

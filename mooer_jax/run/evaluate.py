@@ -19,8 +19,10 @@ from mooer_jax.evaluation import report
 from mooer_jax.evaluation.score import Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.tokens import METRICS
+from mooer_jax.evaluation.translation import Bleu, bleu
 from mooer_jax.generation import Sampling, generate
 from mooer_jax.nn.compute import Compute
+from mooer_jax.prompts import split_answer
 from mooer_jax.run.setup import prepare_process, prompt_for, section
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -41,6 +43,8 @@ class EvalConfig:
     metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
     skip_missing: leave utterances without a hypothesis out, as MooER's script does.
     max_s: longest clip, 0 for data.max_s; longer ones are reported, and scored as not decoded.
+    bleu_tokenize: sacrebleu's tokenizer where the task translates, by the target language: "13a",
+      "zh", "char", …
   """
 
   shards: str
@@ -51,10 +55,15 @@ class EvalConfig:
   metric: str = "mixed"
   skip_missing: bool = False
   max_s: float = 0.0
+  bleu_tokenize: str = "13a"
 
 
-def evaluate(config: Mapping[str, Any], path: str) -> dict[str, Score]:
-  """Runs `eval.py`: returns the scores by metric, and leaves `text`, report.json, report.txt.
+def evaluate(config: Mapping[str, Any], path: str) -> tuple[dict[str, Score], Bleu | None]:
+  """Runs `eval.py`: leaves `text`, report.json, report.txt.
+
+  Returns:
+    (error rates by metric, BLEU where the task translates). A multitask answer, and its reference,
+    have two lines: error rates are of the transcripts, BLEU is of the translations.
 
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or reference file.
@@ -69,11 +78,12 @@ def evaluate(config: Mapping[str, Any], path: str) -> dict[str, Score]:
   seconds = time.perf_counter() - start
 
   references = _references(options, decoded)
+  translated = bleu_of(options, references, decoded.hypotheses)
   missing = "skip" if options.skip_missing else "count"
   scores = {
     metric: score(
-      references,
-      decoded.hypotheses,
+      _to_score(options.task, references),
+      _to_score(options.task, decoded.hypotheses),
       ScoreConfig(metric=metric, missing=missing),
     )
     for metric in METRICS
@@ -86,16 +96,19 @@ def evaluate(config: Mapping[str, Any], path: str) -> dict[str, Score]:
     "decode_seconds_with_compilation": round(seconds, 2),
     "rates": {metric: s.rate for metric, s in scores.items()},
     "not_decoded": [f"{s.key}: {s.cause}" for s in decoded.skipped],
+    **({"bleu": dataclasses.asdict(translated)} if translated else {}),
   }
   report.write_report(out, scores[options.metric], name=options.shards, details=details)
   console = Console()
   console.print(report.table({_SHORT[metric]: s for metric, s in scores.items()}))
+  if translated:
+    console.print(f"{translated.details}\n{translated.signature}", markup=False, soft_wrap=True)
   for note in scores[options.metric].notes:
     console.print(f"note: {note}", markup=False)
   for s in decoded.skipped:
     console.print(f"not decoded: {s.key}: {s.cause} {s.detail}", markup=False)
   console.print(f"hypotheses and reports in {out}", markup=False, soft_wrap=True)
-  return scores
+  return scores, translated
 
 
 @dataclasses.dataclass
@@ -147,6 +160,35 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, folder: Path) -> 
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
   return decoded
+
+
+def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:
+  """The transcripts of answers; whole answers where the task asks for no transcript."""
+  parts = {key: split_answer(task, text).transcript for key, text in texts.items()}
+  return {key: texts[key] if part is None else part for key, part in parts.items()}
+
+
+def bleu_of(
+  options: EvalConfig, references: Mapping[str, str], hypotheses: Mapping[str, str]
+) -> Bleu | None:
+  """BLEU of the translations, None where the task asks for none.
+
+  Raises:
+    ValueError: if a reference lacks the translation that the task asks for.
+  """
+  if options.task not in ("ast", "asr_ast_mtl"):
+    return None
+  wanted = {key: split_answer(options.task, text).translation for key, text in references.items()}
+  if lacking := [key for key, text in wanted.items() if text is None]:
+    raise ValueError(
+      f"{lacking[0]} and {len(lacking) - 1} other references have no translation: for eval.task="
+      f"{options.task!r} a line of `text` is KEY<TAB>transcript\\ntranslation"
+    )
+  given = {key: split_answer(options.task, text).translation or ""
+           for key, text in hypotheses.items()}
+  if options.skip_missing:
+    wanted = {key: text for key, text in wanted.items() if key in given}
+  return bleu(wanted, given, tokenize=options.bleu_tokenize)
 
 
 def _references(options: EvalConfig, decoded: Decoded) -> dict[str, str]:

@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sacrebleu
 
+import mooer_jax.run.evaluate
 from mooer_jax.data.shards import read_list
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.run.evaluate import evaluate
@@ -15,7 +18,8 @@ def test_evaluation_decodes_all_and_scores(config, data_list, tmp_path):
   config.train.steps = 12
   train(config)
   config.eval.out = str(tmp_path / "scored")
-  scores = evaluate(config, config.workdir)
+  scores, bleu = evaluate(config, config.workdir)
+  assert bleu is None
   written = read_text(tmp_path / "scored" / "text")
   assert len(written) == 24 == len(scores["character"].utterances)
   report = json.loads((tmp_path / "scored" / "report.json").read_text("utf-8"))
@@ -28,9 +32,35 @@ def test_evaluation_decodes_all_and_scores(config, data_list, tmp_path):
   lines = [f"{key}\t31" for key in written] + ["nobody\t31"]
   references.write_text("\n".join(lines) + "\n", "utf-8")
   config.eval.references = str(references)
-  again = evaluate(config, config.workdir)
+  again, _ = evaluate(config, config.workdir)
   assert again["character"].missing == ("nobody",)
   assert again["character"].counts.reference == 50
+
+
+def test_translations_are_scored_with_sacrebleu_and_transcripts_beside_them(
+  config, clips, tmp_path, capsys, monkeypatch
+):
+  config.model.prompts = {"asr": "<|transcribe|>", "asr_ast_mtl": "<|transcribe|>"}
+  config.train.steps = 2
+  train(config)
+  config.eval.task, config.eval.out = "asr_ast_mtl", str(tmp_path / "scored")
+  heard = "12\nthe cat sat on the mat"
+  monkeypatch.setattr(mooer_jax.run.evaluate.Tokenizer, "decode", lambda self, ids: heard)
+  config.eval.references = str(tmp_path / "text")
+  keys = [f"{clip.key}-{copy}" for clip in clips for copy in range(4)]
+  text = "13\\nthe cat sat on a mat"
+  Path(config.eval.references).write_text("".join(f"{key}\t{text}\n" for key in keys), "utf-8")
+  scores, bleu = evaluate(config, config.workdir)
+  assert scores["character"].rate == 0.5
+  expected = sacrebleu.sentence_bleu("the cat sat on the mat", ["the cat sat on a mat"])
+  np.testing.assert_allclose(bleu.score, expected.score, rtol=1e-6)
+  assert bleu.signature in capsys.readouterr().out
+  report = json.loads((tmp_path / "scored" / "report.json").read_text("utf-8"))
+  assert report["details"]["bleu"]["score"] == bleu.score
+
+  Path(config.eval.references).write_text("".join(f"{key}\t13\n" for key in keys), "utf-8")
+  with pytest.raises(ValueError, match=r"no translation: .*KEY<TAB>transcript\\ntranslation"):
+    evaluate(config, config.workdir)
 
 
 def test_a_wrong_checkpoint_is_named(config, tmp_path):
