@@ -3,6 +3,7 @@
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mooer_jax.run.flags import parse_flags
 from mooer_jax.run.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -16,4 +17,4 @@ def main(argv):
 if __name__ == "__main__":
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file; --verbosity=0 brings it back
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

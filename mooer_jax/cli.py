@@ -34,17 +34,20 @@ def _add_transcribe(commands):
   parser.add_argument("audio", nargs="+", help="wav, flac, ogg, opus, mp3; with [data] m4a, wma")
   parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
   parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
-  parser.add_argument("--task", default=None, help="one of the model's; default: its first")
+  parser.add_argument("--task", default=None, help="default: the only one, else asr")
   parser.add_argument("--json", type=Path, help="also write the results here")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
   parser.add_argument("--max-new-tokens", type=int, default=None)
   parser.add_argument("--batch-size", type=int, default=8)
+  parser.add_argument("--seed", type=int, default=0, help="of sampling, if the model samples")
   parser.set_defaults(run=_transcribe)
 
 
 def _transcribe(args) -> int:
+  from mooer_jax.run.setup import prepare_process
   from mooer_jax.transcribe import Transcriber
 
+  prepare_process()
   if args.json:
     _check_writable(args.json)
   transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype, base=args.base)
@@ -53,6 +56,7 @@ def _transcribe(args) -> int:
     task=args.task,
     max_new_tokens=args.max_new_tokens,
     batch_size=args.batch_size,
+    seed=args.seed,
     progress=sys.stderr.isatty() and len(args.audio) > 1,
   )
   for result in results:

@@ -102,15 +102,17 @@ class Transcriber:
     task: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 8,
+    seed: int = 0,
     progress: bool = False,
   ) -> list[Transcript]:
     """Transcribes clips; the order of the results is that of the clips.
 
     Args:
       audio: paths, or float arrays [samples] at the model's sample rate in [-1, 1].
-      task: one of the model's tasks; default: its first.
+      task: one of the model's tasks; default: its only one, else "asr".
       max_new_tokens: overrides the checkpoint's.
-      batch_size: clips decoded together; it changes no result.
+      batch_size: clips decoded together; it changes no result, unless the answers are sampled.
+      seed: of sampling, where the checkpoint's options say so.
       progress: show a progress bar.
 
     Raises:
@@ -124,8 +126,10 @@ class Transcriber:
       raise ValueError("transcribe takes a list of clips: transcribe([clip])")
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    task = task or self.config.prompts[0][0]
-    prompt = fill_template(self.config.template, task_prompt(task, dict(self.config.prompts)))
+    prompts = dict(self.config.prompts)
+    if task is None:
+      task = next(iter(prompts)) if len(prompts) == 1 else "asr"
+    prompt = fill_template(self.config.template, task_prompt(task, prompts))
     options = self.options
     if max_new_tokens is not None:
       options = dataclasses.replace(options, max_new_tokens=max_new_tokens)
@@ -133,10 +137,14 @@ class Transcriber:
     order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     results: dict[int, Transcript] = {}
-    for chunk in track(chunks, "transcribing", disable=not progress):
+    key = jax.random.key(seed)
+    for number, chunk in enumerate(track(chunks, "transcribing", disable=not progress)):
       rows = min(batch_size, 1 << (len(chunk) - 1).bit_length())  # few shapes, little padding
       batch = self._batch([clips[i] for i in chunk], prompt, rows)
-      generated = jax.device_get(generate(self.params, batch, self.config, options))
+      chunk_key = jax.random.fold_in(key, number)
+      generated = jax.device_get(
+        generate(self.params, batch, self.config, options, key=chunk_key)
+      )
       for row, i in enumerate(chunk):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]].tolist()
         text = self.tokenizer.decode(tokens)

@@ -1,5 +1,6 @@
 """The class and the command that users call: same answers in any batch, bad clips named."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_tasks_change_the_prompt(transcriber, clips):
   assert asr.tokens != ast.tokens
   with pytest.raises(ValueError, match=r"'sing'.*asr.*ast"):
     transcriber.transcribe([clips[0].path], task="sing")
+
+
+def test_a_checkpoint_that_samples_can_be_transcribed_and_its_seed_decides(transcriber, clips):
+  options = dataclasses.replace(transcriber.options, do_sample=True, temperature=3.0)
+  sampler = mooer_jax.Transcriber(
+    transcriber.params, transcriber.config, transcriber.tokenizer, options
+  )
+  paths = [clip.path for clip in clips]
+  once, again, other = (sampler.transcribe(paths, seed=seed) for seed in (0, 0, 1))
+  assert once == again
+  assert [result.tokens for result in once] != [result.tokens for result in other]
 
 
 def test_the_answer_is_cut_off_and_says_so(transcriber, clips):

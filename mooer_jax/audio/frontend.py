@@ -45,6 +45,12 @@ def num_frames(samples: int, config: FrontendConfig = FrontendConfig()) -> int:
   return lfr.num_stacks(num_fbank_frames(samples, config.fbank), config.lfr_stride)
 
 
+def shortest_s(steps: int, config: FrontendConfig = FrontendConfig()) -> float:
+  """Length of the shortest clip that makes so many steps, seconds."""
+  frames = (steps - 1) * config.lfr_stride + 1
+  return (config.fbank.frame_ms + (frames - 1) * config.fbank.hop_ms) / 1000
+
+
 def features(
   waveform_N: np.ndarray,
   config: FrontendConfig = FrontendConfig(),

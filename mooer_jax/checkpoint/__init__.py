@@ -1,7 +1,7 @@
 """The checkpoint folder: weights and everything that is needed to run them, in one place.
 
     config.json       the model, as `config.to_json` wrote it
-    generation.json   prompts and decoding defaults
+    generation.json   decoding defaults
     tokenizer/        the tokenizer's own files
     weights/          every leaf, per layer (Orbax) — or, for a fine-tune,
     trainable/        only the trained leaves; checkpoint.json then names and hashes their base

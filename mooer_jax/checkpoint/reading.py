@@ -61,8 +61,8 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
     origin = _base(folder, about["base"]) if base is None else Path(base)
     if not origin.is_dir():
       raise FileNotFoundError(
-        f"{folder} is a fine-tune of {origin}, which is not there; pass base=FOLDER (--base FOLDER)"
-        " if it moved"
+        f"{folder} is a fine-tune of {origin}, which is not there; if it moved, pass base=FOLDER"
+        " (--base FOLDER; to go on training, init_from)"
       )
     under = describe(origin)
     if under.hash != about["base"]["hash"]:

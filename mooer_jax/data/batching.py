@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import flax.struct
+import jax
 import numpy as np
 
 from mooer_jax.audio.frontend import FrontendConfig, num_frames, width
@@ -65,6 +66,27 @@ class Batcher:
     self._lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
     self._answer_lengths = config.answer_buckets
     self._before_S, self._after_S = (np.asarray(tokenizer.encode(t), np.int32) for t in prompt)
+
+  def shapes(self) -> list[Batch]:
+    """All shapes that a batch can have, as `ShapeDtypeStruct`s, the largest first."""
+
+    def ints(*sizes):
+      return jax.ShapeDtypeStruct((self._rows, *sizes), np.int32)
+
+    return [
+      Batch(
+        features=tuple(
+          jax.ShapeDtypeStruct((self._rows, length, channels), np.float32)  # type: ignore[misc]
+          for length, channels in zip(lengths, self._widths, strict=True)
+        ),
+        frames=tuple(ints() for _ in lengths),
+        before_BS=ints(len(self._before_S)),
+        after_BS=ints(len(self._after_S)),
+        answer_BS=ints(answer_length),
+      )
+      for lengths in reversed(self._lengths)
+      for answer_length in reversed(self._answer_lengths)
+    ]
 
   def __call__(self, examples: Sequence[Example], left_over: Sequence[Skip] = ()) -> HostBatch:
     """Returns the batch of at most batch_size examples; missing rows are padding.

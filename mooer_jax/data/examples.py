@@ -6,6 +6,7 @@ import numpy as np
 
 from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.frontend import FrontendConfig, features
+from mooer_jax.data.kaldi import SPACE
 from mooer_jax.data.shards import RawUtterance, Skip
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -93,7 +94,7 @@ class Reader:
     if not text:
       return none, ("empty transcript", "")
     try:
-      tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+      tokens = [*self.tokenizer.encode(text.replace(SPACE, " ")), self.tokenizer.eos_id]
     except ValueError as error:
       return none, ("unknown character", str(error))
     if len(tokens) > self.max_answer:

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from mooer_jax.data.shards import read_lines
+
 _LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
 _BETWEEN_LATIN = re.compile(rf"(?<=[{_LATIN}])\s+(?=[{_LATIN}])")
 _LATIN_LETTER = re.compile(rf"[{_LATIN}]")
@@ -100,7 +102,7 @@ def _read_table(path, left_out) -> dict[str, str]:
   if not Path(path).is_file():
     raise FileNotFoundError(f"{path}: no such list")
   table: dict[str, str] = {}
-  for line in Path(path).read_text("utf-8-sig").split("\n"):
+  for line in read_lines(Path(path)):
     if line.strip():
       key, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
       if key in table:

@@ -1,6 +1,7 @@
 """Endless training batches and one-pass evaluation batches, as Grain datasets."""
 
 import os
+import signal
 import sys
 import zlib
 from collections.abc import Sequence
@@ -123,12 +124,13 @@ def _ahead(batches, config, workers) -> grain.IterDataset:
   options = grain.MultiprocessingOptions(
     num_workers=workers, per_worker_buffer_size=config.prefetch
   )
-  return batches.mp_prefetch(options, worker_init_fn=_keep_off_accelerators)
+  return batches.mp_prefetch(options, worker_init_fn=_start_worker)
 
 
-def _keep_off_accelerators(index, count):
-  """A worker that touched the GPU or TPU would take it, or its memory, from the training."""
+def _start_worker(index, count):
+  """Keeps a worker off the GPU or TPU, which it would take from the training, and from Ctrl-C."""
   del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training stops in order and then ends it
   os.environ["JAX_PLATFORMS"] = "cpu"
   if "jax" in sys.modules:  # too late for the variable, early enough for the setting
     sys.modules["jax"].config.update("jax_platforms", "cpu")

@@ -65,7 +65,7 @@ def read_list(path: str | Path) -> list[str]:
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such list of shards; `mooer-jax pack` writes one")
-  lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+  lines = [line.strip() for line in read_lines(path)]
   lines = [line for line in lines if line]
   if not lines:
     raise ValueError(f"{path}: lists no shard; write one tar path a line")
@@ -83,6 +83,20 @@ def read_list(path: str | Path) -> list[str]:
       f"{path}: {len(missing)} of {len(shards)} shards do not exist, first {missing[0]}"
     )
   return shards
+
+
+def read_lines(path: Path) -> list[str]:
+  """Lines of a UTF-8 file.
+
+  Raises:
+    ValueError: if it is not UTF-8, with the line.
+  """
+  content = path.read_bytes()
+  try:
+    return content.decode("utf-8-sig").split("\n")
+  except UnicodeDecodeError as error:
+    number = content.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"{path}:{number}: not UTF-8; convert the file to UTF-8") from error
 
 
 def read_shard(path: str) -> Generator[RawUtterance | Skip]:

@@ -1,6 +1,7 @@
 """Decodes a test set, writes the hypotheses, scores them."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mooer_jax import checkpoint
+from mooer_jax.audio.frontend import shortest_s
 from mooer_jax.config import build, from_json
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import eval_batches
@@ -39,8 +41,11 @@ class EvalConfig:
       MooER's test sets, else the transcripts in the shards.
     task: the prompt.
     batch_size: utterances decoded together.
-    out: folder for `text` and the reports; "" is `eval/` beside the checkpoints.
+    out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
+      of the folder of the test set.
     metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
+    space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
+      "keep", as MooER's script does.
     skip_missing: leave utterances without a hypothesis out, as MooER's script does.
     max_s: longest clip, 0 for data.max_s; longer ones are reported, and scored as not decoded.
     bleu_tokenize: sacrebleu's tokenizer where the task translates, by the target language: "13a",
@@ -53,13 +58,21 @@ class EvalConfig:
   batch_size: int = 16
   out: str = ""
   metric: str = "mixed"
+  space_mark: str = "blank"
   skip_missing: bool = False
   max_s: float = 0.0
   bleu_tokenize: str = "13a"
 
 
-def evaluate(config: Mapping[str, Any], path: str) -> tuple[dict[str, Score], Bleu | None]:
+def evaluate(
+  config: Mapping[str, Any], path: str, *, base: str | None = None
+) -> tuple[dict[str, Score], Bleu | None]:
   """Runs `eval.py`: leaves `text`, report.json, report.txt.
+
+  Args:
+    config: with sections `eval`, `data`, and what overrides the checkpoint's `generation`.
+    path: checkpoint folder, or training workdir.
+    base: where the base of a fine-tune lies, if it moved.
 
   Returns:
     (error rates by metric, BLEU where the task translates). A multitask answer, and its reference,
@@ -73,28 +86,31 @@ def evaluate(config: Mapping[str, Any], path: str) -> tuple[dict[str, Score], Bl
   if options.metric not in METRICS:
     raise ValueError(f"eval.metric={options.metric!r}: choose one of {sorted(METRICS)}")
   folder = checkpoint.find(path)
+  out = _out_folder(options, folder)
+  references = _given_references(options)  # before minutes of work, for it may be wrong
   start = time.perf_counter()
-  decoded = decode_set(config, options, folder)
+  decoded = decode_set(config, options, folder, base)
   seconds = time.perf_counter() - start
+  write_text(out / "text", decoded.hypotheses)
 
-  references = _references(options, decoded)
+  if references is None:
+    lost = {s.key: s.text for s in decoded.skipped if s.text}
+    references = {**lost, **decoded.transcripts}
   translated = bleu_of(options, references, decoded.hypotheses)
   missing = "skip" if options.skip_missing else "count"
   scores = {
     metric: score(
       _to_score(options.task, references),
       _to_score(options.task, decoded.hypotheses),
-      ScoreConfig(metric=metric, missing=missing),
+      ScoreConfig(metric=metric, missing=missing, space_mark=options.space_mark),
     )
     for metric in METRICS
   }
-  out = Path(options.out) if options.out else folder.parent / "eval"
-  write_text(out / "text", decoded.hypotheses)
   details = {
     "checkpoint": str(folder),
     "audio_seconds": round(decoded.audio_s, 2),
     "decode_seconds_with_compilation": round(seconds, 2),
-    "rates": {metric: s.rate for metric, s in scores.items()},
+    "rates": {m: s.rate if math.isfinite(s.rate) else None for m, s in scores.items()},
     "not_decoded": [f"{s.key}: {s.cause}" for s in decoded.skipped],
     **({"bleu": dataclasses.asdict(translated)} if translated else {}),
   }
@@ -121,10 +137,12 @@ class Decoded:
   audio_s: float = 0.0
 
 
-def decode_set(config: Mapping[str, Any], options: EvalConfig, folder: Path) -> Decoded:
+def decode_set(
+  config: Mapping[str, Any], options: EvalConfig, folder: Path, base: str | None
+) -> Decoded:
   """Decodes every utterance of a test set that can be read, in the order of its shards."""
   compute = build(Compute, {**dict(config.get("compute", {})), "scan": False}, "compute")
-  loaded = checkpoint.load(folder, dtype=compute.dtype)
+  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base)
   model = from_json(loaded.config, compute)
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   asked = {**loaded.generation, **dict(config.get("generation", {}))}
@@ -137,10 +155,15 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, folder: Path) -> 
     shards=options.shards,
     batch_size=options.batch_size,
     window=options.batch_size,
-    min_s=0.0,
+    min_s=shortest_s(model.connector.stack, model.frontends[0]),
     max_bad_share=1.0,
     **({"max_s": options.max_s} if options.max_s else {}),
   )
+  if data.max_s > model.max_audio_s:
+    raise ValueError(
+      f"eval.max_s (or data.max_s) allows clips of {data.max_s:g} s, but the model takes at most"
+      f" {model.max_audio_s:g} s"
+    )
   key = jax.random.key(config.get("seed", 0))
   decoded = Decoded({}, {}, [])
   batches = eval_batches(data, tokenizer, prompt_for(model, options.task), model.frontends)
@@ -191,11 +214,19 @@ def bleu_of(
   return bleu(wanted, given, tokenize=options.bleu_tokenize)
 
 
-def _references(options: EvalConfig, decoded: Decoded) -> dict[str, str]:
+def _given_references(options: EvalConfig) -> dict[str, str] | None:
+  """References in a file; None where those in the shards count."""
   if options.references:
+    if not Path(options.references).is_file():
+      raise FileNotFoundError(f"eval.references={options.references}: no such file")
     return read_text(options.references)
   beside = Path(options.shards).with_name("text")
-  if beside.is_file():
-    return read_text(beside)
-  lost = {s.key: s.text for s in decoded.skipped if s.text}
-  return {**lost, **decoded.transcripts}
+  return read_text(beside) if beside.is_file() else None
+
+
+def _out_folder(options: EvalConfig, folder: Path) -> Path:
+  if options.out:
+    return Path(options.out)
+  if checkpoint.latest(folder.parent) is None:
+    raise ValueError(f"{folder} is not in the folder of a run; say where to write with eval.out")
+  return folder.parent / "eval" / Path(options.shards).absolute().parent.name

@@ -1,16 +1,20 @@
 """The program that a training run compiles; `benchmarks.aot` compiles it without the chips."""
 
-from collections.abc import Iterable
+import concurrent.futures
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.speech_llm import Batch
 from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
 from mooer_jax.training.sharding import batch_sharding, param_shardings
 from mooer_jax.training.state import create, state_shardings
 from mooer_jax.training.step import jit_train_step, make_train_step
+
+COMPILERS = 4  # compilations at a time; each of a 7B step takes about 2 GB
 
 
 def jitted_step(
@@ -37,6 +41,36 @@ def jitted_step(
     accumulation=accumulation,
   )
   return jit_train_step(step, mesh, *shardings)
+
+
+class CompiledStep:
+  """The train step, compiled for every shape of batch before the first one comes."""
+
+  def __init__(self, step, state, frozen, batches: Sequence[Batch], message: Callable[[str], None]):
+    """Compiles, several shapes at a time.
+
+    Args:
+      step: from `jitted_step`.
+      state, frozen: as the step takes them.
+      batches: of `ShapeDtypeStruct`s, one for each shape.
+      message: is told what was compiled.
+    """
+    lowered = {_shape(batch): step.lower(state, frozen, batch) for batch in batches}
+    self._compiled = {}
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+      futures = {pool.submit(program.compile): shape for shape, program in lowered.items()}
+      for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+        shape = futures[future]
+        self._compiled[shape] = future.result()
+        message(f"compiled {number} of {len(futures)}: {shape[0]} frames, {shape[1]} answer tokens")
+
+  def __call__(self, state, frozen, batch: Batch):
+    """(state, metrics), as `make_train_step` says."""
+    return self._compiled[_shape(batch)](state, frozen, batch)
+
+
+def _shape(batch: Batch) -> tuple[int, int]:
+  return batch.features[0].shape[1], batch.answer_BS.shape[1]
 
 
 def stored(params: dict, trained: Iterable[str], dtype) -> dict:

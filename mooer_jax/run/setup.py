@@ -76,12 +76,21 @@ def read_tokenizer(config: Mapping[str, Any], initial: Path | None = None) -> To
   """The tokenizer: a folder, the initial checkpoint's, or one made of `config.characters`."""
   if config.get("tokenizer"):
     return Tokenizer.from_folder(config["tokenizer"])
-  if initial is not None:
-    return Tokenizer.from_folder(initial / "tokenizer")
+  made = None
   if config.get("characters"):
-    return Tokenizer.from_characters(
+    made = Tokenizer.from_characters(
       config["characters"], tuple(config["specials"]), eos=config["eos"]
     )
+  if initial is not None:
+    saved = Tokenizer.from_folder(initial / "tokenizer")
+    if made is not None and made.vocabulary() != saved.vocabulary():
+      raise ValueError(
+        f"config.characters and specials make another tokenizer than that of {initial}; set"
+        " config.characters='' to take the checkpoint's"
+      )
+    return saved
+  if made is not None:
+    return made
   raise ValueError("no tokenizer: set config.tokenizer to a folder, or init_from, or characters")
 
 

@@ -14,11 +14,12 @@ from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
 from mooer_jax.audio.frontend import width
 from mooer_jax.config import SpeechLLMConfig, differences, from_json, to_json
+from mooer_jax.data.batching import Batcher
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import train_batches
 from mooer_jax.generation import Sampling
 from mooer_jax.run.monitor import Monitor, StopRequest
-from mooer_jax.run.program import jitted_step, stored
+from mooer_jax.run.program import CompiledStep, jitted_step, stored
 from mooer_jax.run.setup import (
   TrainConfig,
   check_sections,
@@ -66,18 +67,21 @@ class Run:
       raise ValueError(
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
       )
-    init_from = checkpoint.find(config["init_from"]) if config.get("init_from") else None
+    init_from = _initial_checkpoint(config.get("init_from"))
     model = read_model(config, scan=True)
+    seed = config.get("seed", 0)
+    if "seed" in config["data"]:
+      raise ValueError("data.seed: one seed decides everything; set config.seed")
     run = cls(
       model=model,
-      data=section(config, "data", DataConfig),
+      data=section(config, "data", DataConfig, seed=seed),
       optimizer=section(config, "optimizer", OptimizerConfig),
       train=section(config, "train", TrainConfig),
       mesh=section(config, "mesh", MeshConfig),
       sampling=section(config, "generation", Sampling),
       trainable=tuple(config["trainable"]),
       workdir=Path(config["workdir"]),
-      seed=config.get("seed", 0),
+      seed=seed,
       init_from=init_from,
     )
     if run.data.batch_size % run.train.accumulation:
@@ -90,6 +94,11 @@ class Run:
         f"train.steps={run.train.steps} goes on after optimizer.total_steps="
         f"{run.optimizer.total_steps}, where the learning rate is 0; set both alike"
       )
+    if not init_from and not run.train.cmvn:
+      raise ValueError(
+        "train.cmvn='' takes the CMVN of init_from, but there is none; set train.cmvn='estimate' or"
+        " the path of an am.mvn"
+      )
     if init_from and run.train.cmvn:
       raise ValueError(
         f"train.cmvn={run.train.cmvn!r}, but the encoder of init_from was trained with its own"
@@ -100,6 +109,16 @@ class Run:
         f"data.max_s={run.data.max_s} is longer than model.max_audio_s={model.max_audio_s}"
       )
     return run
+
+
+def _initial_checkpoint(path: str | None) -> Path | None:
+  if not path:
+    return None
+  folder = checkpoint.find(path)
+  if folder != Path(path):
+    # A fine-tune points to its base for good, and a run that goes on deletes its older steps.
+    raise ValueError(f"init_from={path} is the folder of a run; name the checkpoint: {folder}")
+  return folder
 
 
 def train(config: ConfigDict) -> Path:
@@ -117,14 +136,15 @@ def train(config: ConfigDict) -> Path:
   _check_rows(run, mesh)
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
-  # A run keeps the base that it began with, whatever init_from has come to mean since.
-  base = checkpoint.describe(resumed).base if resumed else run.init_from
+  base = _base_of(resumed, run.init_from) if resumed else run.init_from
   tokenizer = read_tokenizer(config, start_from)
   check_vocabulary(tokenizer, run.model)
 
   prompt = prompt_for(run.model, run.data.task)
   dataset = train_batches(run.data, tokenizer, prompt, run.model.frontends)
-  params = initial_params(run, mesh, start_from, exactly=bool(resumed))
+  params = initial_params(
+    run, mesh, start_from, exactly=bool(resumed), base=base if resumed else None
+  )
   if run.train.cmvn and not resumed:
     params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
   tx = make_optimizer(run.optimizer)
@@ -137,20 +157,21 @@ def train(config: ConfigDict) -> Path:
     state = dataclasses.replace(rest, trainable=state.trainable)
     batches.set_state(data_state)
 
-  train_step = jitted_step(
+  jitted = jitted_step(
     run.model,
     run.optimizer,
     accumulation=run.train.accumulation,
     mesh=mesh,
     shardings=shardings,
   )
-
   first = int(state.step)
   stop = StopRequest()
   folder = resumed
   pending = None
   monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every)
   with contextlib.closing(batches), monitor, stop:
+    shapes = Batcher(run.data, tokenizer, prompt, run.model.frontends).shapes()
+    train_step = CompiledStep(jitted, state, frozen, shapes, monitor.message)
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
@@ -174,6 +195,16 @@ def train(config: ConfigDict) -> Path:
   return folder
 
 
+def _base_of(resumed: Path, init_from: Path | None) -> Path | None:
+  """A run keeps the base that it began with; init_from says where it lies if it moved since."""
+  try:
+    return checkpoint.describe(resumed).base
+  except FileNotFoundError:
+    if init_from is None:
+      raise
+    return checkpoint.describe(resumed, base=init_from).base
+
+
 def _check_rows(run: Run, mesh):
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if run.data.batch_size % (run.train.accumulation * ways):
@@ -185,7 +216,9 @@ def _check_rows(run: Run, mesh):
     )
 
 
-def initial_params(run: Run, mesh, start_from: Path | None, *, exactly: bool) -> dict:
+def initial_params(
+  run: Run, mesh, start_from: Path | None, *, exactly: bool, base: Path | None = None
+) -> dict:
   """Params with stacked layers on the mesh: from a checkpoint, or fresh.
 
   Args:
@@ -194,6 +227,7 @@ def initial_params(run: Run, mesh, start_from: Path | None, *, exactly: bool) ->
     start_from: checkpoint folder or None.
     exactly: whether the checkpoint must be of this very model. If not, prompts, limits and dropout
       may differ, and LoRA that the checkpoint lacks starts fresh.
+    base: where the base of that checkpoint lies.
 
   Raises:
     ValueError: if the checkpoint holds another model, or something frozen would be random.
@@ -204,10 +238,10 @@ def initial_params(run: Run, mesh, start_from: Path | None, *, exactly: bool) ->
   dtype = run.model.compute.jnp_dtype
   have: dict = {}
   if start_from is not None:
-    saved = checkpoint.describe(start_from)
+    saved = checkpoint.describe(start_from, base=base)
     _check_same_model(from_json(saved.config), run.model, start_from, exactly)
     shardings = param_shardings(mesh, saved.params)
-    loaded = checkpoint.load(start_from, shardings=shardings).params
+    loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
     stacked = jax.eval_shape(tree.stack_layers, loaded)
     placed = param_shardings(mesh, stacked)
     stack = lambda params: stored(tree.stack_layers(params), trained, dtype)  # noqa: E731

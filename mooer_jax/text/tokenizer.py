@@ -119,6 +119,10 @@ class Tokenizer:
     """The greatest id plus one; an embedding needs at least so many rows (it may have more)."""
     return self._vocab_size
 
+  def vocabulary(self) -> dict[str, int]:
+    """Token to id, the special ones included."""
+    return dict(self._vocabulary)
+
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`; special tokens written in it become their ids, none is added.
 

@@ -102,7 +102,7 @@ def param_shardings(
   params: Mapping,
   *,
   rules: Iterable[tuple[str, P]] = (),
-  fsdp_min_size: int = FSDP_MIN_SIZE,
+  fsdp_min_size: int | None = None,
 ) -> dict:
   """Gives every parameter its sharding.
 
@@ -110,7 +110,8 @@ def param_shardings(
     mesh: from `make_mesh`.
     params: nested dict of arrays or `ShapeDtypeStruct`s, stacked or not, whole or a part of it.
     rules: further (pattern, spec of the trailing axes), tried before `RULES`; each must be used.
-    fsdp_min_size: leaves with fewer elements (in one layer) are not split over fsdp.
+    fsdp_min_size: leaves with fewer elements (in one layer) are not split over fsdp; default:
+      FSDP_MIN_SIZE.
 
   Returns:
     A nested dict of `NamedSharding`.
@@ -123,8 +124,9 @@ def param_shardings(
     (*rules, *RULES), params, optional=[pattern for pattern, _ in RULES]
   )
   leaves = tree.flatten(params)
+  least = FSDP_MIN_SIZE if fsdp_min_size is None else fsdp_min_size
   return tree.unflatten({
-    path: NamedSharding(mesh, _fit(mesh, path, leaves[path].shape, spec, fsdp_min_size))
+    path: NamedSharding(mesh, _fit(mesh, path, leaves[path].shape, spec, least))
     for path, spec in tree.flatten(specs).items()
   })
 

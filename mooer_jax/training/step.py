@@ -22,8 +22,9 @@ class NotFiniteError(FloatingPointError):
   def __init__(self, step: int, loss: float, grad_norm: float):
     self.step = step
     super().__init__(
-      f"step {step}: loss {loss} and gradient norm {grad_norm} are not both finite; the state is "
-      "that of the step before. Lower optimizer.peak_lr, set optimizer.grad_clip or check the data"
+      f"step {step}: loss {loss} and gradient norm {grad_norm} are not both finite; nothing was "
+      "saved since. Lower optimizer.peak_lr, set optimizer.grad_clip or check the data, and start "
+      "again from the newest checkpoint"
     )
 
 

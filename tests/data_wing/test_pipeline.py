@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import signal
 
 import jax
 import numpy as np
@@ -377,10 +378,15 @@ def test_real_clips_go_from_lists_to_batches(clips, tmp_path, model_side, suffix
     assert frames == num_frames(len(load_audio(paths[key]))) > 5
 
 
-def test_workers_keep_off_accelerators(monkeypatch):
+def test_workers_keep_off_accelerators_and_leave_ctrl_c_to_the_training(monkeypatch):
   from mooer_jax.data import pipeline
 
   monkeypatch.delenv("JAX_PLATFORMS")
-  pipeline._keep_off_accelerators(0, 1)
+  before = signal.getsignal(signal.SIGINT)
+  try:
+    pipeline._start_worker(0, 1)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert pipeline.os.environ["JAX_PLATFORMS"] == "cpu"
   assert jax.config.jax_platforms == "cpu"

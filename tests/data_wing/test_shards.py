@@ -100,6 +100,13 @@ def test_a_shard_that_has_gone_is_reported(tmp_path):
   assert _read(tmp_path / "gone.tar") == ([], [("bad shard", "")])
 
 
+def test_a_list_that_is_not_utf8_is_named_with_the_line(tmp_path):
+  path = tmp_path / "data.list"
+  path.write_bytes(b"a.tar\ncaf\xe9.tar\n")
+  with pytest.raises(ValueError, match=r"data\.list:2: not UTF-8"):
+    read_list(path)
+
+
 def test_the_list_takes_relative_and_absolute_paths(shards, tmp_path):
   inside, outside = shards.add(1), tmp_path / "other.tar"
   outside.write_bytes(b"")

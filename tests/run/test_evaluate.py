@@ -63,6 +63,39 @@ def test_translations_are_scored_with_sacrebleu_and_transcripts_beside_them(
     evaluate(config, config.workdir)
 
 
+def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monkeypatch):
+  config.train.steps = 2
+  folder = train(config)
+  monkeypatch.setattr(mooer_jax.run.evaluate, "generate", None)  # decoding would fail otherwise
+  config.eval.references = str(tmp_path / "nowhere")
+  with pytest.raises(FileNotFoundError, match=r"eval\.references=.*nowhere"):
+    evaluate(config, config.workdir)
+  config.eval.references = ""
+  config.eval.max_s = 60.0
+  with pytest.raises(ValueError, match=r"eval\.max_s.* 60 s.* 10 s"):
+    evaluate(config, config.workdir)
+  config.eval.max_s = 0.0
+  bare = tmp_path / "model"
+  folder.rename(bare)
+  with pytest.raises(ValueError, match=r"eval\.out"):
+    evaluate(config, str(bare))
+
+
+def test_a_rate_without_reference_tokens_is_null_and_nothing_is_lost(config, tmp_path):
+  config.train.steps = 2
+  train(config)
+  evaluate(config, config.workdir)
+  scored = Path(config.workdir) / "eval" / Path(config.eval.shards).parent.name
+  hypotheses = read_text(scored / "text")
+  config.eval.references = str(tmp_path / "text")
+  lines = "".join(f"{key}\t!\n" for key in hypotheses)
+  Path(config.eval.references).write_text(lines, "utf-8")
+  evaluate(config, config.workdir)
+  report = json.loads((scored / "report.json").read_text("utf-8"))
+  assert report["details"]["rates"]["mixed"] is None
+  assert read_text(scored / "text") == hypotheses
+
+
 def test_a_wrong_checkpoint_is_named(config, tmp_path):
   with pytest.raises(FileNotFoundError, match="nowhere"):
     evaluate(config, str(tmp_path / "nowhere"))

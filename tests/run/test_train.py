@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, tree
+from mooer_jax.run.evaluate import evaluate
 from mooer_jax.run.train import train
+from mooer_jax.training import sharding
 from mooer_jax.training.step import NotFiniteError
 
 
@@ -109,13 +111,16 @@ def test_a_nan_stops_the_run_and_names_the_step(config):
   config.optimizer.peak_lr = 1e30
   config.optimizer.warmup_steps = 0
   config.optimizer.grad_clip = 0.0
-  with pytest.raises(NotFiniteError, match=r"step \d+.*peak_lr"):
+  with pytest.raises(NotFiniteError, match=r"peak_lr") as error:
     train(config)
+  finite = [loss for _, loss in losses(config.workdir)]
+  assert np.isfinite(finite).all() and error.value.step == len(finite) + 1
 
 
 def test_the_mesh_changes_no_loss(config, monkeypatch):
   """The whole program, data to metrics: 2 x 2 x 2 devices against one, the first 5 losses."""
   assert len(jax.devices()) == 8
+  monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 0)  # else none of these small leaves is split
   config.train.steps = 5
   curves = []
   for sizes, devices in (({"data": 1}, jax.devices()[:1]), ({"data": 2, "fsdp": 2, "tensor": 2},
@@ -142,6 +147,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
     ({"train": {"steps": 1001}, "optimizer": {"decay": "cosine"}}, "total_steps=1000"),
     ({"mesh": {"data": 1, "fsdp": 8}, "data": {"batch_size": 12, "window": 24}}, "multiple of 8"),
     ({"trainable": ("connector/.*",)}, "random and frozen"),
+    ({"train": {"cmvn": ""}}, r"train\.cmvn=''.*'estimate'"),
   ],
 )
 def test_bad_configs_fail_before_training_by_name(config, change, message):
@@ -149,6 +155,75 @@ def test_bad_configs_fail_before_training_by_name(config, change, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     train(config)
   assert not list(Path(config.workdir).glob("step_*"))
+
+
+def test_there_is_one_seed(config):
+  with config.unlocked():
+    config.data.seed = 3
+  with pytest.raises(ValueError, match=r"set config\.seed"):
+    train(config)
+
+
+def test_a_flag_for_a_key_that_does_not_exist_is_one_line(repo_root, plain_env, tmp_path):
+  process = subprocess.run(
+    command(repo_root, tmp_path / "run", ["--config.data.wrkers=2"]),
+    env=plain_env, capture_output=True, text=True,
+  )  # fmt: skip
+  assert process.returncode == 1
+  (line,) = process.stderr.splitlines()
+  assert "no config key 'wrkers' for --config.data.wrkers=2; did you mean 'workers'?" in line
+
+
+def test_a_flag_sets_what_the_file_leaves_at_its_default(repo_root, plain_env, as_flags, tmp_path):
+  process = subprocess.run(
+    command(repo_root, tmp_path / "run", as_flags, "--config.optimizer.weight_decay=-1.0"),
+    env=plain_env, capture_output=True, text=True,
+  )  # fmt: skip
+  assert "weight_decay=-1.0 must not be negative" in process.stderr
+
+
+def test_a_fine_tune_starts_from_a_checkpoint_not_from_a_run(config, tmp_path):
+  config.train.steps = 4
+  folder = train(config)
+  config.init_from, config.workdir = config.workdir, str(tmp_path / "tuned")
+  config.train.cmvn = ""
+  with pytest.raises(ValueError, match=f"name the checkpoint: {folder}"):
+    train(config)
+
+
+def test_the_config_cannot_name_other_characters_than_the_checkpoint_has(config, tmp_path):
+  config.train.steps = 4
+  config.init_from = str(train(config))
+  config.train.cmvn = ""
+  config.workdir = str(tmp_path / "tuned")
+  config.characters = "ABC"
+  with pytest.raises(ValueError, match=r"config\.characters.*another tokenizer"):
+    train(config)
+  config.characters = ""
+  assert train(config).is_dir()
+
+
+def test_a_fine_tune_whose_base_moved_is_resumed_and_evaluated_from_where_it_is(config, tmp_path):
+  config.train.steps = 4
+  base = train(config)
+  config.init_from = str(base)
+  config.train.cmvn = ""
+  config.workdir = str(tmp_path / "tuned")
+  config.trainable = ("connector/.*",)
+  train(config)
+  moved = tmp_path / "elsewhere"
+  base.rename(moved)
+  config.train.steps = 8
+  config.init_from = ""
+  config.train.cmvn = "estimate"
+  with pytest.raises(FileNotFoundError, match="init_from"):
+    train(config)
+  config.train.cmvn, config.init_from = "", str(moved)
+  folder = train(config)
+  assert folder.name == "step_00000008"
+  with pytest.raises(FileNotFoundError, match="--base"):
+    evaluate(config, str(folder))
+  assert evaluate(config, str(folder), base=str(moved))[0]["character"].utterances
 
 
 def test_unknown_keys_and_sections_are_named_with_their_neighbours(config):

@@ -1,0 +1,25 @@
+"""Command-line flags of train.py and eval.py."""
+
+import re
+import sys
+from collections.abc import Sequence
+
+from absl import app
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses as absl does, for `app.run(main, flags_parser=parse_flags)`.
+
+  A config key that does not exist is one line on stderr and status 1 rather than a traceback.
+  """
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour
+    key = (re.findall(r"\w+", str(error)) or ["?"])[0]
+    found = re.search(r'Did you mean "(\w+)"', str(error))
+    hint = f"; did you mean {found[1]!r}?" if found else ""
+    given = [text for text in argv if text.startswith("--config.") and key in text]
+    sys.exit(
+      f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags change keys that"
+      " the config has; those of a model part or of `generation` must stand in its file first"
+    )

@@ -1,0 +1,16 @@
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.data.examples import Reader
+from mooer_jax.data.shards import RawUtterance
+from mooer_jax.text.tokenizer import Tokenizer
+
+
+def test_models_learn_a_blank_where_the_transcript_has_a_mark(clips):
+  tokenizer = Tokenizer.from_characters("HI YOU", ("<|end|>",), eos="<|end|>")
+  read = Reader(
+    frontends=(FrontendConfig(),), tokenizer=tokenizer, min_s=0, max_s=9, max_answer=9,
+    needs_answer=True,
+  )  # fmt: skip
+  audio = clips[0].path.read_bytes()
+  example = read(RawUtterance("key", "a.tar", "wav", audio, "HI▁YOU".encode()))
+  assert tokenizer.decode(example.answer_S) == "HI YOU"
+  assert example.text == "HI▁YOU"  # references stay as they are
