@@ -221,9 +221,11 @@ def test_a_fine_tune_whose_base_moved_is_resumed_and_evaluated_from_where_it_is(
   config.train.cmvn, config.init_from = "", str(moved)
   folder = train(config)
   assert folder.name == "step_00000008"
+  evaluate(config, str(folder))  # it points to where the base is now; the older one does not
+  older = str(folder.with_name("step_00000004"))
   with pytest.raises(FileNotFoundError, match="--base"):
-    evaluate(config, str(folder))
-  assert evaluate(config, str(folder), base=str(moved))[0]["character"].utterances
+    evaluate(config, older)
+  assert evaluate(config, older, base=str(moved))[0]["character"].utterances
 
 
 def test_unknown_keys_and_sections_are_named_with_their_neighbours(config):
