@@ -14,7 +14,7 @@ from mooer_jax.audio.frontend import features_jax
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig, LinearConnector
 from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM
+from mooer_jax.decoders.llm import LLM, Placement
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 
 Array = jax.Array | np.ndarray  # batches are made in NumPy
@@ -137,11 +137,12 @@ def decode(
   *,
   cache: KVCache | None = None,
   lora_scale: jax.Array | float | None = None,
+  placement: Placement | None = None,
   rngs: dict | None = None,
 ):
   """Embeddings to hidden states: ([B, S, D], cache); see `LLM.__call__`."""
   return decoder_module(config).apply(
-    {"params": params["decoder"]}, inputs_BSD, valid_BS, cache, lora_scale, rngs=rngs
+    {"params": params["decoder"]}, inputs_BSD, valid_BS, cache, lora_scale, placement, rngs=rngs
   )
 
 

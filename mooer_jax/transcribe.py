@@ -13,7 +13,7 @@ from mooer_jax import checkpoint
 from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import SpeechLLMConfig, build, from_json
-from mooer_jax.generation import Sampling, generate
+from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import fill_template, task_prompt
 from mooer_jax.speech_llm import Batch
@@ -61,7 +61,7 @@ class Transcriber:
     params: dict,
     config: SpeechLLMConfig,
     tokenizer: Tokenizer,
-    options: Sampling = Sampling(),
+    options: GenerationOptions = GenerationOptions(),
   ):
     """Takes per-layer params; `from_checkpoint` is the usual way."""
     self.params = params
@@ -84,7 +84,7 @@ class Transcriber:
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = Compute(dtype=dtype)
     loaded = checkpoint.load(checkpoint.find(path), dtype=dtype)
-    options = build(Sampling, loaded.generation, "generation.json")
+    options = build(GenerationOptions, loaded.generation, "generation.json")
     tokenizer = Tokenizer.from_folder(loaded.tokenizer)
     return cls(loaded.params, from_json(loaded.config, compute), tokenizer, options)
 

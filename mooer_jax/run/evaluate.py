@@ -19,7 +19,7 @@ from mooer_jax.evaluation import report
 from mooer_jax.evaluation.score import Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.tokens import METRICS
-from mooer_jax.generation import Sampling, generate
+from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.run.setup import prepare_process, prompt_for, section
 from mooer_jax.text.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, folder: Path) -> 
   model = from_json(loaded.config, compute)
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   asked = {**loaded.generation, **dict(config.get("generation", {}))}
-  sampling = build(Sampling, asked, "generation")
+  sampling = build(GenerationOptions, asked, "generation")
   sampling = dataclasses.replace(sampling, eos_ids=sampling.eos_ids or (tokenizer.eos_id,))
   data = section(
     config,

@@ -16,7 +16,7 @@ from mooer_jax.audio.frontend import width
 from mooer_jax.config import SpeechLLMConfig, differences, from_json, to_json
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import train_batches
-from mooer_jax.generation import Sampling
+from mooer_jax.generation import GenerationOptions
 from mooer_jax.run.monitor import Monitor, StopRequest
 from mooer_jax.run.program import jitted_step, stored
 from mooer_jax.run.setup import (
@@ -52,7 +52,7 @@ class Run:
   optimizer: OptimizerConfig
   train: TrainConfig
   mesh: MeshConfig
-  sampling: Sampling
+  sampling: GenerationOptions
   trainable: tuple[str, ...]
   workdir: Path
   seed: int
@@ -74,7 +74,7 @@ class Run:
       optimizer=section(config, "optimizer", OptimizerConfig),
       train=section(config, "train", TrainConfig),
       mesh=section(config, "mesh", MeshConfig),
-      sampling=section(config, "generation", Sampling),
+      sampling=section(config, "generation", GenerationOptions),
       trainable=tuple(config["trainable"]),
       workdir=Path(config["workdir"]),
       seed=config.get("seed", 0),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from mooer_jax.generation.sampling import Sampling, choose, restrict
+from mooer_jax.generation.processors import restrict
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 49, 50, 80])

@@ -1,0 +1,123 @@
+"""transformers' generate as the judge of ours: a model that looks its logits up, and our options."""
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mooer_jax.generation import GenerationOptions
+
+HASHES = 101  # histories that a table tells apart
+
+
+def random_table(rng, utterances, vocab, eos_ids, eos_boost) -> np.ndarray:
+  """Logits [utterances, HASHES, vocab]; some tokens are favoured everywhere, so that they repeat."""
+  table = 1.5 * rng.normal(size=(utterances, HASHES, vocab))
+  table += 1.5 * rng.normal(size=(utterances, 1, vocab))
+  table[..., list(eos_ids)] += eos_boost
+  return table.astype(np.float32)
+
+
+def history_hash(tokens: np.ndarray) -> np.ndarray:
+  """Which row of its table a history [..., tokens so far] reads; every token and its place count."""
+  found = np.zeros(tokens.shape[:-1], np.int64)
+  for token in np.moveaxis(tokens, -1, 0):
+    found = (found * 31 + token + 7) % HASHES
+  return found
+
+
+class TableModel(PreTrainedModel, GenerationMixin):
+  """Gives logits by utterance and history of tokens."""
+
+  config_class = PreTrainedConfig
+
+  def __init__(self, table: np.ndarray):
+    super().__init__(PreTrainedConfig(vocab_size=table.shape[-1]))
+    self.table = torch.tensor(table)
+
+  @property
+  def device(self):
+    return torch.device("cpu")
+
+  def prepare_inputs_for_generation(
+    self, input_ids, utterance=None, inputs_embeds=None, attention_mask=None, **_
+  ):
+    return {"input_ids": input_ids, "utterance": utterance}
+
+  def forward(self, input_ids=None, utterance=None, attention_mask=None, **_):
+    rows = torch.tensor(history_hash(input_ids.numpy()))
+    return CausalLMOutputWithPast(logits=self.table[utterance, rows][:, None])
+
+
+def arguments(options: GenerationOptions) -> dict:
+  """Our options as arguments of transformers' generate."""
+  given = dict(
+    max_new_tokens=options.max_new_tokens,
+    eos_token_id=list(options.eos_ids) or None,
+    pad_token_id=0,
+    do_sample=options.do_sample,
+    num_beams=options.num_beams,
+    num_return_sequences=options.num_return_sequences,
+    min_length=options.min_length,
+    min_new_tokens=options.min_new_tokens,
+    repetition_penalty=options.repetition_penalty,
+    no_repeat_ngram_size=options.no_repeat_ngram_size,
+    return_dict_in_generate=True,
+    output_scores=True,
+  )
+  if options.sequence_bias:
+    given["sequence_bias"] = {(token,): value for token, value in options.sequence_bias}
+  if options.num_beams > 1:
+    given |= dict(
+      length_penalty=options.length_penalty, early_stopping=options.early_stopping
+    )
+  if options.do_sample:
+    given |= dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+  return given
+
+
+def answers(model, options: GenerationOptions, inputs_embeds, attention_mask, **inputs):
+  """What transformers generates: ([[tokens of each answer] of each utterance], scores alike).
+
+  Tokens up to the first eos, included. With one beam, which transformers does not score, the
+  score is its own transition scores, summed and divided as the beams' are.
+  """
+  with torch.no_grad():
+    found = model.generate(
+      inputs_embeds=inputs_embeds,
+      attention_mask=attention_mask,
+      **inputs,
+      **arguments(options),
+    )
+  tokens = [cut(row, options.eos_ids) for row in found.sequences.tolist()]
+  if options.num_beams > 1:
+    scores = found.sequences_scores.tolist()
+  else:
+    gained = model.compute_transition_scores(
+      found.sequences, found.scores, normalize_logits=True
+    )
+    scores = [
+      row[: len(t)].sum().item() / len(t) ** options.length_penalty
+      for row, t in zip(gained, tokens, strict=True)
+    ]
+  R = options.num_return_sequences
+  rows = range(0, len(tokens), R)
+  return [tokens[i : i + R] for i in rows], [scores[i : i + R] for i in rows]
+
+
+def table_answers(table, options: GenerationOptions, prompt: int):
+  """transformers' answers where the logits come from a table; `prompt` embeddings stand before."""
+  utterances = len(table)
+  return answers(
+    TableModel(table),
+    options,
+    torch.zeros(utterances, prompt, 1),
+    torch.ones(utterances, prompt, dtype=torch.long),
+    utterance=torch.arange(utterances),
+  )
+
+
+def cut(tokens: list[int], eos_ids) -> list[int]:
+  ends = [place for place, token in enumerate(tokens) if token in eos_ids]
+  return tokens[: ends[0] + 1] if ends else tokens
