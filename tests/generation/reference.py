@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, logging
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mooer_jax.generation import GenerationOptions
 
+logging.set_verbosity_error()  # it warns about every min_length beside min_new_tokens
 HASHES = 101  # histories that a table tells apart
 
 
@@ -33,7 +34,7 @@ class TableModel(PreTrainedModel, GenerationMixin):
   config_class = PreTrainedConfig
 
   def __init__(self, table: np.ndarray):
-    super().__init__(PreTrainedConfig(vocab_size=table.shape[-1]))
+    super().__init__(PreTrainedConfig(vocab_size=table.shape[-1], num_hidden_layers=1))
     self.table = torch.tensor(table)
 
   @property
@@ -121,3 +122,37 @@ def table_answers(table, options: GenerationOptions, prompt: int):
 def cut(tokens: list[int], eos_ids) -> list[int]:
   ends = [place for place, token in enumerate(tokens) if token in eos_ids]
   return tokens[: ends[0] + 1] if ends else tokens
+
+
+def random_options(rng, *, beams: int, vocab: int, max_new_tokens: int, prompt: int):
+  """Options of a search without sampling, each of them off in a good part of the draws."""
+  eos_ids = tuple(int(t) for t in rng.choice(vocab, rng.choice([1, 1, 1, 2, 3]), replace=False))
+  bias = ()
+  if rng.random() < 0.6:
+    tokens = [*eos_ids[:1], *rng.choice(vocab, rng.integers(0, 4), replace=False).tolist()]
+    values = [float(rng.choice([-0.2, -1.0, 1.0, -3.0])), *rng.normal(size=len(tokens)).tolist()]
+    bias = tuple(dict(zip(tokens[::-1], values[: len(tokens)][::-1])).items())
+  return GenerationOptions(
+    max_new_tokens=max_new_tokens,
+    eos_ids=eos_ids if rng.random() < 0.95 else (),
+    num_beams=beams,
+    num_return_sequences=int(rng.integers(1, beams + 1)),
+    length_penalty=float(rng.choice([-1.0, 0.0, 0.5, 0.8, 1.0, 1.0, 1.5, 2.5])),
+    early_stopping=[True, False, "never"][rng.integers(3)],
+    min_length=int(rng.choice([0, 0, 1, prompt + 3])),
+    min_new_tokens=[None, None, 0, 2, 5][rng.integers(5)],
+    repetition_penalty=float(rng.choice([1.0, 1.0, 0.7, 1.2, 2.0])),
+    no_repeat_ngram_size=int(rng.choice([0, 0, 1, 2, 3])),
+    sequence_bias=bias,
+  )
+
+
+# What each option is when it does nothing, for counting the answers that it changes.
+NEUTRAL = {
+  "length_penalty": dict(length_penalty=1.0),
+  "early_stopping": dict(early_stopping="never"),
+  "sequence_bias": dict(sequence_bias=()),
+  "repetition_penalty": dict(repetition_penalty=1.0),
+  "no_repeat_ngram_size": dict(no_repeat_ngram_size=0),
+  "min_length": dict(min_length=0, min_new_tokens=None),
+}

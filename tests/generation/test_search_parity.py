@@ -1,0 +1,92 @@
+"""The search alone against transformers' generate: both take their logits from the same table."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mooer_jax.generation import search
+from mooer_jax.generation.processors import min_new_tokens
+from tests.generation import reference
+
+PROMPT, VOCAB, LENGTH, UTTERANCES = 3, 48, 12, 8
+pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip the prompt: meant
+
+
+def table_answers(table, options, prompt=PROMPT):
+  """Our answers where the logits come from a table, in the form of reference.table_answers."""
+  rows = np.arange(len(table))[:, None]
+  min_new_B = min_new_tokens(np.full(len(table), prompt, np.int32), options)
+  advance = jax.jit(functools.partial(search.advance, options=options, min_new_B=min_new_B))
+  state = search.start(len(table), options)
+  while search.unfinished(state, options):
+    held = np.asarray(state.running.tokens_BRN)[..., : int(state.step)]
+    state = advance(state, table[rows, reference.history_hash(held)])
+  found = search.best(state, options)
+  tokens = [
+    [row[:length].tolist() for row, length in zip(*utterance)]
+    for utterance in zip(np.asarray(found.tokens_BRN), np.asarray(found.lengths_BR))
+  ]
+  return tokens, np.asarray(found.scores_BR)
+
+
+def compare(seeds):
+  """Runs both sides on UTTERANCES tables a seed.
+
+  Returns (cases compared, mismatches, cases left out, share of answers that each option changes).
+  Left out, before our side is looked at, are cases in which transformers itself answers otherwise
+  when the logits move by 1e-5: there two candidates are equal but for rounding.
+  """
+  cases, mismatches, ties = 0, [], []
+  changed, asked = collections.Counter(), collections.Counter()
+  for seed in seeds:
+    rng = np.random.default_rng(seed)
+    options = reference.random_options(
+      rng, beams=(1, 2, 4, 8)[seed % 4], vocab=VOCAB, max_new_tokens=LENGTH, prompt=PROMPT
+    )
+    table = reference.random_table(rng, UTTERANCES, VOCAB, options.eos_ids, 1.5)
+    expected, scores = reference.table_answers(table, options, PROMPT)
+    noise = 1e-5 * rng.normal(size=(2, *table.shape)).astype(np.float32)
+    shaken = [reference.table_answers(table + x, options, PROMPT)[0] for x in noise]
+    found, found_scores = table_answers(table, options)
+    for row in range(UTTERANCES):
+      case = seed, row, options
+      if any(other[row] != expected[row] for other in shaken):
+        ties.append(case)
+        continue
+      cases += 1
+      if found[row] != expected[row]:
+        mismatches.append(case)
+    # Sums of 12 log-probabilities of size 5 in float32.
+    np.testing.assert_allclose(found_scores, scores, rtol=1e-5, atol=1e-5)
+    for name, values in reference.NEUTRAL.items():
+      neutral = dataclasses.replace(options, **values)
+      searches = options.num_beams > 1 or name not in ("length_penalty", "early_stopping")
+      if searches and neutral != options:
+        plain, _ = reference.table_answers(table, neutral, PROMPT)
+        changed[name] += sum(a != b for a, b in zip(plain, expected, strict=True))
+        asked[name] += UTTERANCES
+  return cases, mismatches, ties, {name: changed[name] / count for name, count in asked.items()}
+
+
+def check(seeds, least):
+  cases, mismatches, ties, shares = compare(seeds)
+  print(f"{cases} cases, left out as ties {len(ties)}, answers changed by option: {shares}")
+  assert mismatches == []
+  assert cases >= least and len(ties) <= 0.02 * cases
+  assert shares.keys() == reference.NEUTRAL.keys()
+  # Each option must matter, or equality shows nothing about it.
+  assert min(shares.values()) >= 0.1, shares
+
+
+def test_search_equals_transformers():
+  check(range(8), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_search_equals_transformers_on_many_cases():
+  check(range(100, 200), 750)
