@@ -9,23 +9,27 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mooer_jax.generation import GenerationOptions
 
 logging.set_verbosity_error()  # it warns about every min_length beside min_new_tokens
-HASHES = 101  # histories that a table tells apart
+HASHES = 101  # histories of one length that a table tells apart
 
 
-def random_table(rng, utterances, vocab, eos_ids, eos_boost) -> np.ndarray:
-  """Logits [utterances, HASHES, vocab]; some tokens are favoured everywhere, so that they repeat."""
-  table = 1.5 * rng.normal(size=(utterances, HASHES, vocab))
+def random_table(rng, utterances, *, vocab, length, eos_ids, eos_boost) -> np.ndarray:
+  """Logits [utterances, length * HASHES, vocab]; some tokens are likely everywhere and repeat."""
+  table = 1.5 * rng.normal(size=(utterances, length * HASHES, vocab))
   table += 1.5 * rng.normal(size=(utterances, 1, vocab))
   table[..., list(eos_ids)] += eos_boost
   return table.astype(np.float32)
 
 
-def history_hash(tokens: np.ndarray) -> np.ndarray:
-  """Which row of its table a history [..., tokens so far] reads; every token and its place count."""
+def history_row(tokens: np.ndarray) -> np.ndarray:
+  """Which row of its table a history [..., tokens so far] reads; every token and its place count.
+
+  Histories of different lengths share no row: two answers that walked the same rows in another
+  order would tie.
+  """
   found = np.zeros(tokens.shape[:-1], np.int64)
   for token in np.moveaxis(tokens, -1, 0):
     found = (found * 31 + token + 7) % HASHES
-  return found
+  return found + tokens.shape[-1] * HASHES
 
 
 class TableModel(PreTrainedModel, GenerationMixin):
@@ -47,7 +51,7 @@ class TableModel(PreTrainedModel, GenerationMixin):
     return {"input_ids": input_ids, "utterance": utterance}
 
   def forward(self, input_ids=None, utterance=None, attention_mask=None, **_):
-    rows = torch.tensor(history_hash(input_ids.numpy()))
+    rows = torch.tensor(history_row(input_ids.numpy()))
     return CausalLMOutputWithPast(logits=self.table[utterance, rows][:, None])
 
 

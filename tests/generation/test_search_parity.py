@@ -2,35 +2,15 @@
 
 import collections
 import dataclasses
-import functools
 
-import jax
 import numpy as np
 import pytest
 
-from mooer_jax.generation import search
-from mooer_jax.generation.processors import min_new_tokens
 from tests.generation import reference
+from tests.generation.table_search import table_answers
 
 PROMPT, VOCAB, LENGTH, UTTERANCES = 3, 48, 12, 8
 pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip the prompt: meant
-
-
-def table_answers(table, options, prompt=PROMPT):
-  """Our answers where the logits come from a table, in the form of reference.table_answers."""
-  rows = np.arange(len(table))[:, None]
-  min_new_B = min_new_tokens(np.full(len(table), prompt, np.int32), options)
-  advance = jax.jit(functools.partial(search.advance, options=options, min_new_B=min_new_B))
-  state = search.start(len(table), options)
-  while search.unfinished(state, options):
-    held = np.asarray(state.running.tokens_BRN)[..., : int(state.step)]
-    state = advance(state, table[rows, reference.history_hash(held)])
-  found = search.best(state, options)
-  tokens = [
-    [row[:length].tolist() for row, length in zip(*utterance)]
-    for utterance in zip(np.asarray(found.tokens_BRN), np.asarray(found.lengths_BR))
-  ]
-  return tokens, np.asarray(found.scores_BR)
 
 
 def compare(seeds):
@@ -47,11 +27,13 @@ def compare(seeds):
     options = reference.random_options(
       rng, beams=(1, 2, 4, 8)[seed % 4], vocab=VOCAB, max_new_tokens=LENGTH, prompt=PROMPT
     )
-    table = reference.random_table(rng, UTTERANCES, VOCAB, options.eos_ids, 1.5)
+    table = reference.random_table(
+      rng, UTTERANCES, vocab=VOCAB, length=LENGTH, eos_ids=options.eos_ids, eos_boost=1.5
+    )
     expected, scores = reference.table_answers(table, options, PROMPT)
     noise = 1e-5 * rng.normal(size=(2, *table.shape)).astype(np.float32)
     shaken = [reference.table_answers(table + x, options, PROMPT)[0] for x in noise]
-    found, found_scores = table_answers(table, options)
+    found, found_scores = table_answers(table, options, PROMPT)
     for row in range(UTTERANCES):
       case = seed, row, options
       if any(other[row] != expected[row] for other in shaken):
