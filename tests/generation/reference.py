@@ -1,5 +1,7 @@
 """transformers' generate as the judge of ours: a model that looks its logits up, and our options."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, logging
@@ -128,9 +130,11 @@ def cut(tokens: list[int], eos_ids) -> list[int]:
   return tokens[: ends[0] + 1] if ends else tokens
 
 
-def random_options(rng, *, beams: int, vocab: int, max_new_tokens: int, prompt: int):
+def random_options(rng, *, beams, vocab, max_new_tokens, prompt, eos_from=None):
   """Options of a search without sampling, each of them off in a good part of the draws."""
-  eos_ids = tuple(int(t) for t in rng.choice(vocab, rng.choice([1, 1, 1, 2, 3]), replace=False))
+  eos_from = vocab if eos_from is None else eos_from
+  eos_ids = rng.choice(eos_from, rng.choice([1, 1, 1, 2, 3]), replace=False)
+  eos_ids = tuple(int(token) for token in eos_ids)
   bias = ()
   if rng.random() < 0.6:
     tokens = [*eos_ids[:1], *rng.choice(vocab, rng.integers(0, 4), replace=False).tolist()]
@@ -151,12 +155,21 @@ def random_options(rng, *, beams: int, vocab: int, max_new_tokens: int, prompt: 
   )
 
 
-# What each option is when it does nothing, for counting the answers that it changes.
-NEUTRAL = {
-  "length_penalty": dict(length_penalty=1.0),
-  "early_stopping": dict(early_stopping="never"),
-  "sequence_bias": dict(sequence_bias=()),
-  "repetition_penalty": dict(repetition_penalty=1.0),
-  "no_repeat_ngram_size": dict(no_repeat_ngram_size=0),
-  "min_length": dict(min_length=0, min_new_tokens=None),
-}
+def without(options: GenerationOptions) -> dict[str, GenerationOptions]:
+  """The same options but for one, named, that does nothing: to count the answers that it changes.
+
+  Early stopping has no such value; True and the others stand against each other.
+  """
+  values = {
+    "sequence_bias": dict(sequence_bias=()),
+    "repetition_penalty": dict(repetition_penalty=1.0),
+    "no_repeat_ngram_size": dict(no_repeat_ngram_size=0),
+    "min_length": dict(min_length=0, min_new_tokens=None),
+  }
+  if options.num_beams > 1:
+    values["length_penalty"] = dict(length_penalty=1.0)
+    values["early_stopping"] = dict(
+      early_stopping="never" if options.early_stopping is True else True
+    )
+  changed = {name: dataclasses.replace(options, **v) for name, v in values.items()}
+  return {name: other for name, other in changed.items() if other != options}
