@@ -3,7 +3,7 @@
 The prompt is read once and cached once an utterance, however many answers grow from it. The R
 answers of an utterance are R queries of one row; each step writes their keys and values into R new
 slots, and a mask says which of the slots hold an answer's own past. A beam that takes over the past
-of another takes over small integers (`search.Answers.slots_BRN`); no cache entry is ever moved.
+of another takes over small integers (`search.Answers.slots_BRS`); no cache entry is ever moved.
 """
 
 import functools
@@ -119,13 +119,13 @@ def generate_from(
   """
   _check(params, config, options, key)
   rows, prompt_slots = valid_BS.shape
-  R, N = options.width, options.max_new_tokens
+  R, S = options.width, options.max_new_tokens
   key = jax.random.key(0) if key is None else key
   row_keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
   prompt_B = valid_BS.sum(axis=1, dtype=jnp.int32)
   min_new_B = min_new_tokens(prompt_B, options)
   # No answer goes on after its last token, but with return_hidden it is read all the same.
-  read = N if options.return_hidden else N - 1
+  read = S if options.return_hidden else S - 1
   decoder = config.decoder
   cache = KVCache.create(
     layers=decoder.layers,
@@ -143,12 +143,12 @@ def generate_from(
     keys_B = jax.vmap(lambda row_key: jax.random.fold_in(row_key, state.step))(row_keys_B)
     return search.advance(state, logits_BRV, options, min_new_B=min_new_B, keys_B=keys_B)
 
-  def read_tokens(tokens_BR, positions_BR, past_BRN, slots_BRN, cache):
+  def read_tokens(tokens_BR, positions_BR, past_BRS, slots_BRS, cache):
     """Hidden states [B, R, D] at tokens whose past, themselves included, `past` marks."""
     shape = *tokens_BR.shape, prompt_slots
-    own_BRNR = past_BRN[..., None] & (slots_BRN[..., None] == jnp.arange(R))
-    sees_BRS = [jnp.ones(shape, bool), own_BRNR.reshape(*shape[:2], -1)[..., : read * R]]
-    placement = Placement(positions_BR, jnp.concatenate(sees_BRS, axis=-1))
+    own_BRSR = past_BRS[..., None] & (slots_BRS[..., None] == jnp.arange(R))
+    sees_BRT = [jnp.ones(shape, bool), own_BRSR.reshape(*shape[:2], -1)[..., : read * R]]
+    placement = Placement(positions_BR, jnp.concatenate(sees_BRT, axis=-1))
     inputs_BRD = speech_llm.embed(params, tokens_BR, config)
     valid_BR = jnp.ones(tokens_BR.shape, bool)
     return decode(params, inputs_BRD, valid_BR, cache=cache, placement=placement)
@@ -158,10 +158,10 @@ def generate_from(
     last = state.step - 1
     positions_BR = jnp.broadcast_to(prompt_B[:, None] + last, (rows, R))
     hidden_BRD, cache = read_tokens(
-      jax.lax.dynamic_index_in_dim(state.running.tokens_BRN, last, axis=-1, keepdims=False),
+      jax.lax.dynamic_index_in_dim(state.running.tokens_BRS, last, axis=-1, keepdims=False),
       positions_BR,
-      jnp.arange(N) <= last,
-      state.running.slots_BRN,
+      jnp.arange(S) <= last,
+      state.running.slots_BRS,
       cache,
     )
     if options.return_hidden:
@@ -172,33 +172,33 @@ def generate_from(
   state = choose(search.start(rows, options, padding_B), hidden_BSD[:, -1:])
   read_BYD = None
   if options.return_hidden:
-    read_BYD = jnp.zeros((rows, N * R, decoder.width), hidden_BSD.dtype)
+    read_BYD = jnp.zeros((rows, S * R, decoder.width), hidden_BSD.dtype)
   state, cache, read_BYD = jax.lax.while_loop(
     lambda carry: search.unfinished(carry[0], options), body, (state, cache, read_BYD)
   )
   answers = search.best(state, options)
   last_BR1 = jnp.maximum(answers.lengths_BR - 1, 0)[..., None]
-  last_tokens_BR = jnp.take_along_axis(answers.tokens_BRN, last_BR1, axis=-1)[..., 0]
+  last_tokens_BR = jnp.take_along_axis(answers.tokens_BRS, last_BR1, axis=-1)[..., 0]
   hidden_BRSD = None
   if options.return_hidden:
     # The last tokens were never read: they go into the slots of the last step, one an answer.
     count = options.num_return_sequences
-    place_BRN = answers.slots_BRN.at[..., -1].set(jnp.arange(count))
-    past_BRN = (jnp.arange(N) < last_BR1) | (jnp.arange(N) == N - 1)
-    cache = cache.replace(filled=jnp.int32(prompt_slots + (N - 1) * R))
+    place_BRS = answers.slots_BRS.at[..., -1].set(jnp.arange(count))
+    past_BRS = (jnp.arange(S) < last_BR1) | (jnp.arange(S) == S - 1)
+    cache = cache.replace(filled=jnp.int32(prompt_slots + (S - 1) * R))
     final_BRD, _ = read_tokens(
-      last_tokens_BR, prompt_B[:, None] + last_BR1[..., 0], past_BRN, place_BRN, cache
+      last_tokens_BR, prompt_B[:, None] + last_BR1[..., 0], past_BRS, place_BRS, cache
     )
-    index_BY = (jnp.arange(N) * R + answers.slots_BRN).reshape(rows, -1)
+    index_BY = (jnp.arange(S) * R + answers.slots_BRS).reshape(rows, -1)
     hidden_BRSD = jnp.take_along_axis(read_BYD, index_BY[..., None], axis=1)
-    hidden_BRSD = hidden_BRSD.reshape(rows, count, N, -1)
-    order_N1, last_BR11 = jnp.arange(N)[:, None], last_BR1[..., None]
-    hidden_BRSD = jnp.where(order_N1 == last_BR11, final_BRD[:, :, None], hidden_BRSD)
-    hidden_BRSD = jnp.where(order_N1 < answers.lengths_BR[..., None, None], hidden_BRSD, 0)
+    hidden_BRSD = hidden_BRSD.reshape(rows, count, S, -1)
+    order_S1, last_BR11 = jnp.arange(S)[:, None], last_BR1[..., None]
+    hidden_BRSD = jnp.where(order_S1 == last_BR11, final_BRD[:, :, None], hidden_BRSD)
+    hidden_BRSD = jnp.where(order_S1 < answers.lengths_BR[..., None, None], hidden_BRSD, 0)
   is_empty_BR = answers.lengths_BR == 0
   is_eos_BR = jnp.isin(last_tokens_BR, jnp.array(options.eos_ids, jnp.int32))
   return Generated(
-    tokens_BRS=answers.tokens_BRN,
+    tokens_BRS=answers.tokens_BRS,
     lengths_BR=answers.lengths_BR,
     scores_BR=jnp.where(is_empty_BR, 0, answers.scores_BR),
     finished_BR=is_eos_BR | is_empty_BR,

@@ -11,7 +11,7 @@ from mooer_jax.generation.options import GenerationOptions
 
 def process(
   scores_XV: jax.Array,
-  tokens_XN: jax.Array,
+  tokens_XS: jax.Array,
   step: jax.Array | int,
   min_new_X: jax.Array,
   options: GenerationOptions,
@@ -20,7 +20,7 @@ def process(
 
   Args:
     scores_XV: float32 [..., V]: logits where one beam decodes, log-probabilities in beam search.
-    tokens_XN: int32 [..., N], the answers so far; their first `step` entries count.
+    tokens_XS: int32 [..., S], the answers so far; their first `step` entries count.
     step: tokens that every answer holds.
     min_new_X: int32, broadcast against [...]: eos is barred while `step` is below.
     options: what to apply; temperature, top_k and top_p where do_sample.
@@ -41,9 +41,9 @@ def process(
     tokens, values = zip(*options.sequence_bias)
     scores_XV = scores_XV.at[..., jnp.array(tokens)].add(jnp.array(values, jnp.float32))
   if options.repetition_penalty != 1:
-    scores_XV = penalize_repetition(scores_XV, tokens_XN, step, options.repetition_penalty)
+    scores_XV = penalize_repetition(scores_XV, tokens_XS, step, options.repetition_penalty)
   if options.no_repeat_ngram_size:
-    scores_XV = ban_repeated_ngrams(scores_XV, tokens_XN, step, options.no_repeat_ngram_size)
+    scores_XV = ban_repeated_ngrams(scores_XV, tokens_XS, step, options.no_repeat_ngram_size)
   if options.eos_ids:
     early_X1 = (step < min_new_X)[..., None]
     is_eos_V = jnp.isin(jnp.arange(vocab), jnp.array(options.eos_ids))
@@ -64,41 +64,41 @@ def min_new_tokens(prompt_B: jax.Array, options: GenerationOptions) -> jax.Array
   return jnp.maximum(options.min_length - prompt_B, 0)
 
 
-def penalize_repetition(scores_XV, tokens_XN, step, penalty: float) -> jax.Array:
+def penalize_repetition(scores_XV, tokens_XS, step, penalty: float) -> jax.Array:
   """Makes the tokens of the answer less probable (penalty > 1) or more (< 1).
 
   Source: CTRL (Keskar et al., 2019).
   """
-  filled_N = jnp.arange(tokens_XN.shape[-1]) < step
-  seen_XV = _marked(tokens_XN, filled_N, scores_XV.shape[-1])
+  filled_S = jnp.arange(tokens_XS.shape[-1]) < step
+  seen_XV = _marked(tokens_XS, filled_S, scores_XV.shape[-1])
   penalized_XV = jnp.where(scores_XV < 0, scores_XV * penalty, scores_XV / penalty)
   return jnp.where(seen_XV, penalized_XV, scores_XV)
 
 
-def ban_repeated_ngrams(scores_XV, tokens_XN, step, size: int) -> jax.Array:
+def ban_repeated_ngrams(scores_XV, tokens_XS, step, size: int) -> jax.Array:
   """Bars every token that would repeat `size` tokens in a row."""
-  slots = tokens_XN.shape[-1]
+  slots = tokens_XS.shape[-1]
   if slots < size:
     return scores_XV
   starts = jnp.arange(slots - size + 1)
   # A window repeats if it is whole and its first tokens are the last ones of the answer.
-  repeats_XW = jnp.broadcast_to(starts + size <= step, (*tokens_XN.shape[:-1], len(starts)))
+  repeats_XW = jnp.broadcast_to(starts + size <= step, (*tokens_XS.shape[:-1], len(starts)))
   for offset in range(size - 1):
     last = jnp.clip(step - size + 1 + offset, 0, slots - 1)
-    last_X1 = jax.lax.dynamic_slice_in_dim(tokens_XN, last, 1, axis=-1)
-    repeats_XW &= tokens_XN[..., offset : offset + len(starts)] == last_X1
-  banned_XV = _marked(tokens_XN[..., size - 1 :], repeats_XW, scores_XV.shape[-1])
+    last_X1 = jax.lax.dynamic_slice_in_dim(tokens_XS, last, 1, axis=-1)
+    repeats_XW &= tokens_XS[..., offset : offset + len(starts)] == last_X1
+  banned_XV = _marked(tokens_XS[..., size - 1 :], repeats_XW, scores_XV.shape[-1])
   return jnp.where(banned_XV, -jnp.inf, scores_XV)
 
 
-def _marked(tokens_XN, chosen_XN, vocab: int) -> jax.Array:
+def _marked(tokens_XS, chosen_XS, vocab: int) -> jax.Array:
   """bool [..., V], True for the tokens that stand where `chosen` is True."""
 
-  def row(tokens_N, chosen_N):
-    return jnp.zeros(vocab, bool).at[jnp.where(chosen_N, tokens_N, vocab)].set(True, mode="drop")
+  def row(tokens_S, chosen_S):
+    return jnp.zeros(vocab, bool).at[jnp.where(chosen_S, tokens_S, vocab)].set(True, mode="drop")
 
-  chosen_XN = jnp.broadcast_to(chosen_XN, tokens_XN.shape)
-  return jnp.vectorize(row, signature="(n),(n)->(v)")(tokens_XN, chosen_XN)
+  chosen_XS = jnp.broadcast_to(chosen_XS, tokens_XS.shape)
+  return jnp.vectorize(row, signature="(n),(n)->(v)")(tokens_XS, chosen_XS)
 
 
 def restrict(scores_XV: jax.Array, *, top_k: int, top_p: float, keep: int = 1) -> jax.Array:

@@ -2,12 +2,12 @@
 
     state = start(rows, options)
     while unfinished(state, options):
-      logits_BRV = ...  # after state.running.tokens_BRN[..., : state.step]
+      logits_BRV = ...  # after state.running.tokens_BRS[..., : state.step]
       state = advance(state, logits_BRV, options, min_new_B=..., keys_B=...)
     answers = best(state, options)
 
 R answers of an utterance run side by side: the beams of a beam search, or independent draws. The
-model needs no copy of anything: `slots_BRN` says under which of the R places the model met each
+model needs no copy of anything: `slots_BRS` says under which of the R places the model met each
 token of an answer, and only these small integers move when beams are reordered.
 
 Source: the semantics of `generate` in transformers 5.23.
@@ -30,14 +30,14 @@ class Answers(NamedTuple):
   """Answers, whole or begun.
 
   Attributes:
-    tokens_BRN: int32 [B, R, max_new_tokens], -1 where no token is.
-    slots_BRN: int32, the place in 0 … R-1 that the answer held when each token was chosen.
+    tokens_BRS: int32 [B, R, max_new_tokens], -1 where no token is.
+    slots_BRS: int32, the place in 0 … R-1 that the answer held when each token was chosen.
     lengths_BR: int32, tokens held.
     scores_BR: float32, summed log-probabilities; of whole answers, after the length penalty.
   """
 
-  tokens_BRN: jax.Array
-  slots_BRN: jax.Array
+  tokens_BRS: jax.Array
+  slots_BRS: jax.Array
   lengths_BR: jax.Array
   scores_BR: jax.Array
 
@@ -62,10 +62,10 @@ class State(NamedTuple):
 
 def start(rows: int, options: GenerationOptions, done_B: jax.Array | None = None) -> State:
   """Empty answers for `rows` utterances; those with done_B True stay empty."""
-  R, N = options.width, options.max_new_tokens
+  R, S = options.width, options.max_new_tokens
   empty = Answers(
-    tokens_BRN=jnp.full((rows, R, N), PAD, jnp.int32),
-    slots_BRN=jnp.zeros((rows, R, N), jnp.int32),
+    tokens_BRS=jnp.full((rows, R, S), PAD, jnp.int32),
+    slots_BRS=jnp.zeros((rows, R, S), jnp.int32),
     lengths_BR=jnp.zeros((rows, R), jnp.int32),
     scores_BR=jnp.zeros((rows, R), jnp.float32),
   )
@@ -122,15 +122,15 @@ def best(state: State, options: GenerationOptions) -> Answers:
   """The `num_return_sequences` answers of each utterance, best first; draws in their order."""
   if options.num_beams > 1:
     return jax.tree.map(lambda x: x[:, : options.num_return_sequences], state.whole)
-  answers, divisors_N = state.running, _divisors(options)
+  answers, divisors_S = state.running, _divisors(options)
   last_BR = jnp.maximum(answers.lengths_BR - 1, 0)
-  return answers._replace(scores_BR=answers.scores_BR / divisors_N[last_BR])
+  return answers._replace(scores_BR=answers.scores_BR / divisors_S[last_BR])
 
 
 def _divisors(options: GenerationOptions) -> jax.Array:
   """length ** length_penalty for the lengths 1 … max_new_tokens."""
-  lengths_N = np.arange(1, options.max_new_tokens + 1, dtype=np.float64)
-  return jnp.asarray(lengths_N**options.length_penalty, jnp.float32)
+  lengths_S = np.arange(1, options.max_new_tokens + 1, dtype=np.float64)
+  return jnp.asarray(lengths_S**options.length_penalty, jnp.float32)
 
 
 def _is_eos(tokens: jax.Array, options: GenerationOptions) -> jax.Array:
@@ -140,7 +140,7 @@ def _is_eos(tokens: jax.Array, options: GenerationOptions) -> jax.Array:
 def _advance_draws(state, logits_BRV, options, min_new_B, keys_B) -> State:
   """Greedy decoding or sampling: every answer goes its own way."""
   answers, step = state.running, state.step
-  scores_BRV = process(logits_BRV, answers.tokens_BRN, step, min_new_B[:, None], options)
+  scores_BRV = process(logits_BRV, answers.tokens_BRS, step, min_new_B[:, None], options)
   if options.do_sample:
     tokens_BR = jax.vmap(jax.random.categorical)(keys_B, scores_BRV).astype(jnp.int32)
   else:
@@ -150,8 +150,8 @@ def _advance_draws(state, logits_BRV, options, min_new_B, keys_B) -> State:
   goes_on_BR = ~state.is_whole_BR
   tokens_BR = jnp.where(goes_on_BR, tokens_BR, PAD)
   running = Answers(
-    tokens_BRN=answers.tokens_BRN.at[..., step].set(tokens_BR),
-    slots_BRN=answers.slots_BRN.at[..., step].set(jnp.arange(options.width)),
+    tokens_BRS=answers.tokens_BRS.at[..., step].set(tokens_BR),
+    slots_BRS=answers.slots_BRS.at[..., step].set(jnp.arange(options.width)),
     lengths_BR=answers.lengths_BR + goes_on_BR,
     scores_BR=answers.scores_BR + jnp.where(goes_on_BR, gained_BR, 0),
   )
@@ -171,22 +171,22 @@ def _take(answers: Answers, index_BX: jax.Array) -> Answers:
 def _advance_beams(state, logits_BRV, options, min_new_B, keys_B) -> State:
   """One step of beam search: candidates, the beams that go on, the answers that became whole."""
   step, R = state.step, options.num_beams
-  divisors_N = _divisors(options)
+  divisors_S = _divisors(options)
   log_probs_BRV = jax.nn.log_softmax(logits_BRV)
   log_probs_BRV = process(
-    log_probs_BRV, state.running.tokens_BRN, step, min_new_B[:, None], options
+    log_probs_BRV, state.running.tokens_BRS, step, min_new_B[:, None], options
   )
   candidates = _candidates(state, log_probs_BRV, options, keys_B)
-  stops_BX = _is_eos(candidates.tokens_BRN[..., step], options)
+  stops_BX = _is_eos(candidates.tokens_BRS[..., step], options)
   stops_BX |= step + 1 >= options.max_new_tokens
 
   barred_BX = candidates.scores_BR + stops_BX * BARRED
   running = _take(candidates._replace(scores_BR=barred_BX), jax.lax.top_k(barred_BX, R)[1])
-  running = running._replace(slots_BRN=running.slots_BRN.at[..., step].set(jnp.arange(R)))
+  running = running._replace(slots_BRS=running.slots_BRS.at[..., step].set(jnp.arange(R)))
 
   # Candidates behind the first R stand by for beams that end; they cannot become answers.
   ends_BX = stops_BX & (jnp.arange(stops_BX.shape[1]) < R)
-  scores_BX = candidates.scores_BR / divisors_N[step] + ~ends_BX * BARRED
+  scores_BX = candidates.scores_BR / divisors_S[step] + ~ends_BX * BARRED
   both = jax.tree.map(
     lambda *x: jnp.concatenate(x, axis=1),
     (state.whole, state.is_whole_BR),
@@ -197,7 +197,7 @@ def _advance_beams(state, logits_BRV, options, min_new_B, keys_B) -> State:
   is_whole_BR = jnp.take_along_axis(both[1], chosen_BR, axis=1)
 
   to_the_end = options.early_stopping == "never" and options.length_penalty > 0
-  hope_B1 = running.scores_BR[:, :1] / divisors_N[-1 if to_the_end else step]
+  hope_B1 = running.scores_BR[:, :1] / divisors_S[-1 if to_the_end else step]
   worst_B1 = whole.scores_BR.min(axis=1, keepdims=True)
   done_B = ~(hope_B1 > jnp.where(is_whole_BR, worst_B1, BARRED)).any(axis=1)
   done_B |= stops_BX.all(axis=1)
@@ -227,8 +227,8 @@ def _candidates(state, log_probs_BRV, options, keys_B) -> Answers:
   index_BX = jax.lax.top_k(ranked_BY, count)[1]
   begun = _take(state.running, index_BX // V)
   return Answers(
-    tokens_BRN=begun.tokens_BRN.at[..., state.step].set(index_BX % V),
-    slots_BRN=begun.slots_BRN,
+    tokens_BRS=begun.tokens_BRS.at[..., state.step].set(index_BX % V),
+    slots_BRS=begun.slots_BRS,
     lengths_BR=begun.lengths_BR + 1,
     scores_BR=jnp.take_along_axis(totals_BY, index_BX, axis=1),
   )

@@ -1,4 +1,4 @@
-"""transformers' generate as the judge of ours: a model that looks its logits up, and our options."""
+"""transformers' generate as the judge of ours, and a model that looks its logits up."""
 
 import dataclasses
 

@@ -25,11 +25,11 @@ def table_answers(table, options, prompt, key=None):
 
   state = search.start(len(table), options)
   while search.unfinished(state, options):
-    held = np.asarray(state.running.tokens_BRN)[..., : int(state.step)]
+    held = np.asarray(state.running.tokens_BRS)[..., : int(state.step)]
     state = advance(state, table[utterances[:, None], reference.history_row(held)])
   found = search.best(state, options)
   tokens = [
     [row[:length].tolist() for row, length in zip(*utterance)]
-    for utterance in zip(np.asarray(found.tokens_BRN), np.asarray(found.lengths_BR))
+    for utterance in zip(np.asarray(found.tokens_BRS), np.asarray(found.lengths_BR))
   ]
   return tokens, np.asarray(found.scores_BR)

@@ -91,7 +91,7 @@ def first_tokens(logits_BV, options, keys_B=None):
   min_new_B = jnp.zeros(len(logits_BV), jnp.int32)
   logits_B1V = jnp.asarray(logits_BV)[:, None]
   state = search.advance(state, logits_B1V, options, min_new_B=min_new_B, keys_B=keys_B)
-  return np.asarray(state.running.tokens_BRN[:, 0, 0])
+  return np.asarray(state.running.tokens_BRS[:, 0, 0])
 
 
 def test_draws_follow_the_distribution():
