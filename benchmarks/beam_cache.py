@@ -34,7 +34,7 @@ def copying(params, inputs_BSD, valid_BS, *, config, options):
   cache = KVCache.create(
     layers=decoder.layers,
     batch=rows,
-    slots=prompt + options.max_new_tokens - 1,
+    slots=prompt,
     kv_heads=decoder.kv_heads,
     channels=decoder.head_width,
     dtype=config.compute.jnp_dtype,
@@ -61,6 +61,7 @@ def copying(params, inputs_BSD, valid_BS, *, config, options):
 
   hidden_BSD, cache = speech_llm.decode(params, inputs_BSD, valid_BS, config, cache=cache)
   state = choose(search.start(rows, options), hidden_BSD[:, -1:])
+  cache = cache.grow(options.max_new_tokens - 1)
   repeat = functools.partial(jnp.repeat, repeats=R, axis=0)
   cache = KVCache(
     layers=jax.tree.map(repeat, cache.layers),

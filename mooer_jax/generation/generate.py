@@ -125,12 +125,12 @@ def generate_from(
   prompt_B = valid_BS.sum(axis=1, dtype=jnp.int32)
   min_new_B = min_new_tokens(prompt_B, options)
   # No answer goes on after its last token, but with return_hidden it is read all the same.
-  read = S if options.return_hidden else S - 1
+  read = S if options.return_hidden else max(S - 1, 1)
   decoder = config.decoder
   cache = KVCache.create(
     layers=decoder.layers,
     batch=rows,
-    slots=prompt_slots + read * R,
+    slots=prompt_slots,
     kv_heads=decoder.kv_heads,
     channels=decoder.head_width,
     dtype=config.compute.jnp_dtype,
@@ -170,6 +170,7 @@ def generate_from(
 
   hidden_BSD, cache = decode(params, inputs_BSD, valid_BS, cache=cache)
   state = choose(search.start(rows, options, padding_B), hidden_BSD[:, -1:])
+  cache = cache.grow(read * R)
   read_BYD = None
   if options.return_hidden:
     read_BYD = jnp.zeros((rows, S * R, decoder.width), hidden_BSD.dtype)

@@ -40,10 +40,6 @@ def test_hidden_states_and_scores_are_those_of_a_pass_over_the_answer(
   options = dataclasses.replace(options, return_hidden=True)
   found = jax.device_get(generate(params, clips, config, options, key=jax.random.key(0)))
   assert len(set(found.lengths_BR.ravel().tolist())) > 1 and not found.finished_BR.all()
-  plain = dataclasses.replace(options, return_hidden=False)
-  again = generate(params, clips, config, plain, key=jax.random.key(0))
-  np.testing.assert_array_equal(again.tokens_BRS, found.tokens_BRS)
-  assert again.hidden_BRSD is None
   for rank in range(options.num_return_sequences):
     tokens_BS, lengths_B = found.tokens_BRS[:, rank], found.lengths_BR[:, rank]
     hidden_BSD, logits_BSV = teacher_forced(clips, tokens_BS)
@@ -67,10 +63,21 @@ def test_answers_come_best_first_and_differ(params, config, batch):
     np.testing.assert_array_equal(getattr(found, name), all_ranks[:, 0])
 
 
+def test_one_token_is_the_most_probable_one(params, config, batch):
+  one = dataclasses.replace(BEAMS, max_new_tokens=1, num_return_sequences=1, return_hidden=True)
+  clips = batch([20, 7])
+  found = generate(params, clips, config, one)
+  greedy = generate(params, clips, config, GenerationOptions(max_new_tokens=1))
+  np.testing.assert_array_equal(found.tokens_BRS, greedy.tokens_BRS)
+  np.testing.assert_allclose(found.scores_BR, greedy.scores_BR, atol=1e-5)
+  assert found.hidden_BRSD.all()
+
+
 def test_padding_and_neighbours_change_no_answer(params, config, batch):
   together = generate(params, batch([20, 13, 7, 0], padded_to=32), config, BEAMS)
+  assert together.hidden_BRSD is None  # not asked for
   for row, count in enumerate([20, 13, 7]):
-    alone = generate(params, batch([count], padded_to=count), config, BEAMS)
+    alone = generate(params, batch([count], padded_to=20), config, BEAMS)
     np.testing.assert_array_equal(together.tokens_BRS[row], alone.tokens_BRS[0])
     np.testing.assert_allclose(together.scores_BR[row], alone.scores_BR[0], atol=1e-4)
   # A row of padding.
@@ -117,7 +124,8 @@ def test_the_loop_ends_once_every_utterance_is_done(params, config, batch):
   )
   decode, speech_llm.decode = speech_llm.decode, count
   try:
-    jax.block_until_ready(generate.__wrapped__(params, clips, config, options))
+    run = jax.jit(lambda p, b: generate.__wrapped__(p, b, config, options))
+    jax.block_until_ready(run(params, clips))
     jax.effects_barrier()
   finally:
     speech_llm.decode = decode
