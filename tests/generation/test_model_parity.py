@@ -94,11 +94,14 @@ def likely_tokens(kind):
   return np.argsort(-np.bincount(np.ravel(tokens), minlength=VOCAB))[:4]
 
 
+@functools.cache
+def program(kind, options):
+  return jax.jit(functools.partial(generate_from, config=model(kind)[2], options=options))
+
+
 def our_answers(kind, options, inputs_BSD, lengths):
-  _, params, config = model(kind)
   valid_BS = np.arange(PROMPT) >= PROMPT - lengths[:, None]
-  run = jax.jit(functools.partial(generate_from, config=config, options=options))
-  found = jax.device_get(run(params, inputs_BSD, valid_BS))
+  found = jax.device_get(program(kind, options)(model(kind)[1], inputs_BSD, valid_BS))
   tokens = [
     [row[:length].tolist() for row, length in zip(*utterance)]
     for utterance in zip(found.tokens_BRS, found.lengths_BR)
@@ -167,8 +170,8 @@ def compare(seeds):
 
 
 def test_answers_equal_transformers():
-  cases, excused, mismatches, _ = compare([2, 5, 7])
-  assert cases == 17 and not mismatches and not excused
+  cases, excused, mismatches, _ = compare([2, 5])
+  assert cases == 9 and not mismatches and not excused
 
 
 @pytest.mark.slow
@@ -182,13 +185,10 @@ def test_answers_equal_transformers_on_many_cases():
     assert shares[name] >= 0.1, shares
 
 
-@pytest.mark.parametrize("beams", [1, 4])
-def test_batch_and_single_decoding_agree(beams):
+def test_batch_and_single_decoding_agree():
   rng = np.random.default_rng(0)
   options = dataclasses.replace(
-    reference.random_options(
-      rng, beams=beams, vocab=VOCAB, max_new_tokens=LENGTH, prompt=PROMPT - 3
-    ),
+    reference.random_options(rng, beams=4, vocab=VOCAB, max_new_tokens=LENGTH, prompt=PROMPT - 3),
     repetition_penalty=1.3,
     min_length=PROMPT,
     min_new_tokens=None,
@@ -202,3 +202,29 @@ def test_batch_and_single_decoding_agree(beams):
     [alone], [score] = our_answers("qwen2", options, moved, lengths[row : row + 1])
     assert alone == together[row]
     np.testing.assert_allclose(score, scores[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", [{"repetition_penalty": 3.0}, {"min_length": 12}], ids=str)
+def test_where_transformers_batches_differ_we_match_its_single_runs(values):
+  rng = np.random.default_rng(1)
+  options = GenerationOptions(
+    max_new_tokens=LENGTH,
+    eos_ids=tuple(likely_tokens("qwen2").tolist()),
+    num_beams=2,
+    **values,
+  )
+  inputs_BSD, lengths = prompts(rng, 4)
+  valid_BS = np.arange(PROMPT) >= PROMPT - lengths[:, None]
+  singles = [
+    their_answers("qwen2", options, inputs_BSD[row, PROMPT - length :])[0]
+    for row, length in enumerate(lengths)
+  ]
+  batched, _ = reference.answers(
+    model("qwen2")[0],
+    options,
+    torch.tensor(inputs_BSD),
+    torch.tensor(valid_BS).long(),
+    use_cache=True,
+  )
+  assert batched != singles
+  assert our_answers("qwen2", options, inputs_BSD, lengths)[0] == singles
