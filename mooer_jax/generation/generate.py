@@ -144,11 +144,11 @@ def generate_from(
     return search.advance(state, logits_BRV, options, min_new_B=min_new_B, keys_B=keys_B)
 
   def read_tokens(tokens_BR, positions_BR, past_BRS, slots_BRS, cache):
-    """Hidden states [B, R, D] at tokens whose past, themselves included, `past` marks."""
-    shape = *tokens_BR.shape, prompt_slots
+    """(hidden [B, R, D], cache) of tokens that see the prompt, their past and themselves."""
     own_BRSR = past_BRS[..., None] & (slots_BRS[..., None] == jnp.arange(R))
-    sees_BRT = [jnp.ones(shape, bool), own_BRSR.reshape(*shape[:2], -1)[..., : read * R]]
-    placement = Placement(positions_BR, jnp.concatenate(sees_BRT, axis=-1))
+    own_BRT = own_BRSR.reshape(*tokens_BR.shape, S * R)[..., : read * R]
+    prompt_BRT = jnp.ones((*tokens_BR.shape, prompt_slots), bool)
+    placement = Placement(positions_BR, jnp.concatenate([prompt_BRT, own_BRT], axis=-1))
     inputs_BRD = speech_llm.embed(params, tokens_BR, config)
     valid_BR = jnp.ones(tokens_BR.shape, bool)
     return decode(params, inputs_BRD, valid_BR, cache=cache, placement=placement)
@@ -183,19 +183,13 @@ def generate_from(
   hidden_BRSD = None
   if options.return_hidden:
     # The last tokens were never read: they go into the slots of the last step, one an answer.
-    count = options.num_return_sequences
-    place_BRS = answers.slots_BRS.at[..., -1].set(jnp.arange(count))
+    place_BRS = answers.slots_BRS.at[..., -1].set(jnp.arange(options.num_return_sequences))
     past_BRS = (jnp.arange(S) < last_BR1) | (jnp.arange(S) == S - 1)
     cache = cache.replace(filled=jnp.int32(prompt_slots + (S - 1) * R))
     final_BRD, _ = read_tokens(
       last_tokens_BR, prompt_B[:, None] + last_BR1[..., 0], past_BRS, place_BRS, cache
     )
-    index_BY = (jnp.arange(S) * R + answers.slots_BRS).reshape(rows, -1)
-    hidden_BRSD = jnp.take_along_axis(read_BYD, index_BY[..., None], axis=1)
-    hidden_BRSD = hidden_BRSD.reshape(rows, count, S, -1)
-    order_S1, last_BR11 = jnp.arange(S)[:, None], last_BR1[..., None]
-    hidden_BRSD = jnp.where(order_S1 == last_BR11, final_BRD[:, :, None], hidden_BRSD)
-    hidden_BRSD = jnp.where(order_S1 < answers.lengths_BR[..., None, None], hidden_BRSD, 0)
+    hidden_BRSD = _collect(read_BYD, final_BRD, answers, R)
   is_empty_BR = answers.lengths_BR == 0
   is_eos_BR = jnp.isin(last_tokens_BR, jnp.array(options.eos_ids, jnp.int32))
   return Generated(
@@ -205,6 +199,17 @@ def generate_from(
     finished_BR=is_eos_BR | is_empty_BR,
     hidden_BRSD=hidden_BRSD,
   )
+
+
+def _collect(read_BYD, final_BRD, answers: search.Answers, places: int) -> jax.Array:
+  """Hidden states [B, R, S, D] of answers, from those of all slots and of the last tokens."""
+  rows, count, steps = answers.slots_BRS.shape
+  index_BY = (jnp.arange(steps) * places + answers.slots_BRS).reshape(rows, -1)
+  hidden_BRSD = jnp.take_along_axis(read_BYD, index_BY[..., None], axis=1)
+  hidden_BRSD = hidden_BRSD.reshape(rows, count, steps, -1)
+  order_S1, lengths_BR11 = jnp.arange(steps)[:, None], answers.lengths_BR[..., None, None]
+  hidden_BRSD = jnp.where(order_S1 == lengths_BR11 - 1, final_BRD[:, :, None], hidden_BRSD)
+  return jnp.where(order_S1 < lengths_BR11, hidden_BRSD, 0)
 
 
 def _check(params, config, options, key):

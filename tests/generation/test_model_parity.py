@@ -204,12 +204,12 @@ def test_batch_and_single_decoding_agree():
     np.testing.assert_allclose(score, scores[row], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("values", [{"repetition_penalty": 3.0}, {"min_length": 12}], ids=str)
+@pytest.mark.parametrize("values", [{"repetition_penalty": 3.0}, {"min_length": 16}], ids=str)
 def test_where_transformers_batches_differ_we_match_its_single_runs(values):
   rng = np.random.default_rng(1)
   options = GenerationOptions(
     max_new_tokens=LENGTH,
-    eos_ids=tuple(likely_tokens("qwen2").tolist()),
+    eos_ids=(14, 17, 25),
     num_beams=2,
     **values,
   )
