@@ -7,6 +7,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+_GENERATION = {
+  "num_beams": (int, "answers followed side by side"),
+  "length_penalty": (float, "above 0 favours long answers of several beams"),
+  "max_new_tokens": (int, "longest answer"),
+  "min_new_tokens": (int, "shortest answer"),
+  "repetition_penalty": (float, "above 1 keeps tokens from coming again"),
+  "no_repeat_ngram_size": (int, "no so many tokens in a row come twice"),
+  "do_sample": (bool, "draw instead of taking the most probable"),
+  "temperature": (float, "of drawing"),
+  "top_k": (int, "draw from so many tokens; 0 = all"),
+  "top_p": (float, "draw from this much probability"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand.
@@ -37,9 +50,15 @@ def _add_transcribe(commands):
   parser.add_argument("--task", default=None, help="default: the only one, else asr")
   parser.add_argument("--json", type=Path, help="also write the results here")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
-  parser.add_argument("--max-new-tokens", type=int, default=None)
   parser.add_argument("--batch-size", type=int, default=8)
   parser.add_argument("--seed", type=int, default=0, help="of sampling, if the model samples")
+  group = parser.add_argument_group("decoding; defaults come from the checkpoint")
+  for name, (kind, text) in _GENERATION.items():
+    flag = "--beams" if name == "num_beams" else "--" + name.replace("_", "-")
+    if kind is bool:
+      group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+      group.add_argument(flag, dest=name, type=kind, help=text)
   parser.set_defaults(run=_transcribe)
 
 
@@ -54,10 +73,10 @@ def _transcribe(args) -> int:
   results = transcriber.transcribe(
     args.audio,
     task=args.task,
-    max_new_tokens=args.max_new_tokens,
     batch_size=args.batch_size,
     seed=args.seed,
     progress=sys.stderr.isatty() and len(args.audio) > 1,
+    **{name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None},
   )
   for result in results:
     print(f"{result.path}\t{result.text}" if len(results) > 1 else result.text)

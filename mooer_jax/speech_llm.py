@@ -14,7 +14,7 @@ from mooer_jax.audio.frontend import features_jax
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig, LinearConnector
 from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM
+from mooer_jax.decoders.llm import LLM, Placement
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 
 Array = jax.Array | np.ndarray  # batches are made in NumPy
@@ -89,7 +89,7 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
 def encode(params: dict, batch: Batch, config: SpeechLLMConfig, rngs: dict | None = None):
   """Normalises features and runs the encoder: ([B, T, D], valid [B, T])."""
   (name, module), *_ = encoder_modules(config).items()
-  features, frames_B = batch.features[0], batch.frames[0]
+  features, frames_B = jnp.asarray(batch.features[0]), jnp.asarray(batch.frames[0])
   if features.ndim == 2:
     features, frames_B = features_jax(features, frames_B, config.frontends[0])
   cmvn = params["frontend"][name]
@@ -123,7 +123,7 @@ def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMC
   return inputs_BSD, valid_BS
 
 
-def embed(params: dict, tokens_BS: jax.Array, config: SpeechLLMConfig) -> jax.Array:
+def embed(params: dict, tokens_BS: Array, config: SpeechLLMConfig) -> jax.Array:
   """Token embeddings [B, S, D]."""
   variables = {"params": params["decoder"]}
   return decoder_module(config).apply(variables, tokens_BS, method=LLM.embed_tokens)  # type: ignore[return-value]
@@ -137,11 +137,12 @@ def decode(
   *,
   cache: KVCache | None = None,
   lora_scale: jax.Array | float | None = None,
+  placement: Placement | None = None,
   rngs: dict | None = None,
 ):
   """Embeddings to hidden states: ([B, S, D], cache); see `LLM.__call__`."""
   return decoder_module(config).apply(
-    {"params": params["decoder"]}, inputs_BSD, valid_BS, cache, lora_scale, rngs=rngs
+    {"params": params["decoder"]}, inputs_BSD, valid_BS, cache, lora_scale, placement, rngs=rngs
   )
 
 

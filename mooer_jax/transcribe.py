@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mooer_jax import checkpoint
 from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import SpeechLLMConfig, build, from_json
-from mooer_jax.generation import Sampling, generate
+from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import fill_template, split_answer, task_prompt
 from mooer_jax.speech_llm import Batch
@@ -34,6 +34,7 @@ class Transcript:
     seconds: length of the audio.
     task: what the model was asked.
     path: of the file, None for an array.
+    score: log-probability of the answer / length ** length_penalty, as beams are ranked.
     finished: False if max_new_tokens cut the answer off.
     transcript: what was said, where the task asks for it.
     translation: of it, where the task asks for it.
@@ -44,12 +45,42 @@ class Transcript:
   seconds: float
   task: str
   path: str | None = None
+  score: float = dataclasses.field(default=0.0, compare=False)  # rounding depends on the batch
   finished: bool = True
   transcript: str | None = None
   translation: str | None = None
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
+
+
+def load_model(
+  path: str | Path,
+  compute: Compute,
+  *,
+  base: str | Path | None = None,
+  generation: Mapping[str, Any] | None = None,
+) -> tuple[dict, SpeechLLMConfig, Tokenizer, GenerationOptions]:
+  """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
+
+  Args:
+    path: the folder.
+    compute: how the model will be run; its dtype is that of the matrices.
+    base: where the base of a fine-tune lies, if it moved.
+    generation: options that go over those of the checkpoint.
+
+  Returns:
+    (per-layer params, the model, its tokenizer, options with the ids that end an answer).
+
+  Raises:
+    FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
+      that is unknown or out of range.
+  """
+  loaded = checkpoint.load(checkpoint.find(path), dtype=compute.dtype, base=base)
+  options = build(GenerationOptions, {**loaded.generation, **(generation or {})}, "generation")
+  tokenizer = Tokenizer.from_folder(loaded.tokenizer)
+  options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
+  return loaded.params, from_json(loaded.config, compute), tokenizer, options
 
 
 class Transcriber:
@@ -65,7 +96,7 @@ class Transcriber:
     params: dict,
     config: SpeechLLMConfig,
     tokenizer: Tokenizer,
-    options: Sampling = Sampling(),
+    options: GenerationOptions = GenerationOptions(),
   ):
     """Takes per-layer params; `from_checkpoint` is the usual way."""
     self.params = params
@@ -90,30 +121,27 @@ class Transcriber:
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = Compute(dtype=dtype)
-    loaded = checkpoint.load(checkpoint.find(path), dtype=dtype, base=base)
-    options = build(Sampling, loaded.generation, "generation.json")
-    tokenizer = Tokenizer.from_folder(loaded.tokenizer)
-    return cls(loaded.params, from_json(loaded.config, compute), tokenizer, options)
+    return cls(*load_model(path, compute, base=base))
 
   def transcribe(
     self,
     audio: Sequence[str | os.PathLike | np.ndarray],
     *,
     task: str | None = None,
-    max_new_tokens: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
+    **generation: Any,
   ) -> list[Transcript]:
     """Transcribes clips; the order of the results is that of the clips.
 
     Args:
       audio: paths, or float arrays [samples] at the model's sample rate in [-1, 1].
       task: one of the model's tasks; default: its only one, else "asr".
-      max_new_tokens: overrides the checkpoint's.
       batch_size: clips decoded together; it changes no result, unless the answers are sampled.
       seed: of sampling, where the checkpoint's options say so.
       progress: show a progress bar.
+      generation: fields of `GenerationOptions` that go over the checkpoint's, such as num_beams=4.
 
     Raises:
       FileNotFoundError: for a missing file.
@@ -130,9 +158,14 @@ class Transcriber:
     if task is None:
       task = next(iter(prompts)) if len(prompts) == 1 else "asr"
     prompt = fill_template(self.config.template, task_prompt(task, prompts))
-    options = self.options
-    if max_new_tokens is not None:
-      options = dataclasses.replace(options, max_new_tokens=max_new_tokens)
+    options = build(
+      GenerationOptions, {**dataclasses.asdict(self.options), **generation}, "generation"
+    )
+    if options.num_return_sequences > 1:
+      raise ValueError(
+        f"generation.num_return_sequences={options.num_return_sequences}: one answer a clip is"
+        " returned here; call mooer_jax.generation.generate for more"
+      )
     clips = [self._load(clip, index) for index, clip in enumerate(audio)]
     order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -148,12 +181,14 @@ class Transcriber:
       for row, i in enumerate(chunk):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]].tolist()
         text = self.tokenizer.decode(tokens)
+        clip = audio[i]
         results[i] = Transcript(
           text=text,
           tokens=tokens,
           seconds=round(len(clips[i]) / self._rate_hz, 4),
           task=task,
-          path=None if isinstance(audio[i], np.ndarray) else os.fspath(audio[i]),
+          path=None if isinstance(clip, np.ndarray) else os.fspath(clip),
+          score=float(generated.scores_B[row]),
           finished=bool(generated.finished_B[row]),
           **split_answer(task, text)._asdict(),
         )

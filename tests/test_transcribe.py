@@ -89,6 +89,17 @@ def test_a_checkpoint_that_samples_can_be_transcribed_and_its_seed_decides(trans
   assert [result.tokens for result in once] != [result.tokens for result in other]
 
 
+def test_decoding_options_go_over_those_of_the_checkpoint(transcriber, clips):
+  paths = [clip.path for clip in clips]
+  greedy = transcriber.transcribe(paths)
+  beams = transcriber.transcribe(paths, num_beams=4, length_penalty=2.0)
+  assert [b.tokens for b in beams] != [g.tokens for g in greedy]
+  with pytest.raises(ValueError, match=r"generation\.num_beems.*num_beams"):
+    transcriber.transcribe(paths, num_beems=4)
+  with pytest.raises(ValueError, match=r"num_return_sequences=2.*one answer"):
+    transcriber.transcribe(paths, num_beams=2, num_return_sequences=2)
+
+
 def test_the_answer_is_cut_off_and_says_so(transcriber, clips):
   whole = transcriber.transcribe([clips[0].path])[0]
   cut = transcriber.transcribe([clips[0].path], max_new_tokens=2)[0]

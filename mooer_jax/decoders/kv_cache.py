@@ -32,6 +32,16 @@ class KVCache:
       positions_B=jnp.zeros((batch,), jnp.int32),
     )
 
+  def grow(self, slots: int) -> "KVCache":
+    """The same with room for `slots` more; a prompt read before it attends to no empty slots."""
+
+    def longer(x):
+      return jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)])
+
+    return self.replace(  # type: ignore[attr-defined]
+      layers=jax.tree.map(longer, self.layers), valid_BS=longer(self.valid_BS)
+    )
+
 
 def write(slots_BSKC: jax.Array, new_BTKC: jax.Array, filled: jax.Array) -> jax.Array:
   """Writes T new entries behind the filled slots; XLA does it in place inside a loop."""

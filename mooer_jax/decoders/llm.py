@@ -1,7 +1,7 @@
 """The language model: LLaMA's layout with Qwen2's options, LoRA and an explicit KV cache."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,13 +66,27 @@ class LLMConfig:
     return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
 
+class Placement(NamedTuple):
+  """Where new inputs stand if they do not simply follow one another, as beams of one prompt.
+
+  Attributes:
+    positions_BS: int32, rotary positions of the new inputs.
+    sees_BST: bool [B, S, slots of the cache], True where an input may see a slot, its own
+      included (input s goes into slot filled + s).
+  """
+
+  positions_BS: jax.Array
+  sees_BST: jax.Array
+
+
 class Context(NamedTuple):
   """What every layer sees besides its input."""
 
   angles_BSC: jax.Array
   valid_BS: jax.Array
-  filled: jax.Array | int
+  filled: Any  # array, or the int 0
   lora_scale: jax.Array | float
+  sees_BST: jax.Array | None
 
 
 class _Block(nn.Module):
@@ -116,8 +130,9 @@ class Attention(_Block):
       k_BSKC.astype(q_BSHC.dtype),
       v_BSKC.astype(q_BSHC.dtype),
       valid_BS=context.valid_BS,
-      causal=True,
+      causal=context.sees_BST is None,
       first_query=context.filled,
+      sees_BTS=context.sees_BST,
       implementation=self.compute.attention,
     )
     return self.dense("o", D)(out_BSHC.reshape(B, S, -1), scale), cache
@@ -200,6 +215,7 @@ class LLM(nn.Module):
     valid_BS: jax.Array,
     cache: KVCache | None = None,
     lora_scale: jax.Array | float | None = None,
+    placement: Placement | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Runs the layers over new inputs, after what the cache holds.
 
@@ -208,6 +224,8 @@ class LLM(nn.Module):
       valid_BS: bool, True for the new slots that hold a token.
       cache: what went before, or None; the caller sees to it that S new slots fit.
       lora_scale: scalar or [B]; None is the scale of training, alpha / rank.
+      placement: for inputs that are not the next ones of their row in order; the cache's own
+        count of positions then stays as it is.
 
     Returns:
       (hidden [B, S, D] after the final norm, the cache with the new slots, or None).
@@ -215,23 +233,25 @@ class LLM(nn.Module):
     c = self.config
     scale = c.lora_scale if lora_scale is None else lora_scale
     counts_BS = jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32)
-    filled: jax.Array | int = 0
+    filled: Any = 0
     seen_BS, before_B1 = valid_BS, jnp.zeros((valid_BS.shape[0], 1), jnp.int32)
     if cache is not None:
       filled, before_B1 = cache.filled, cache.positions_B[:, None]
       seen_BS = write(cache.valid_BS, valid_BS, filled)
+    after_B1, sees_BST = before_B1 + counts_BS[:, -1:], None
     positions_BS = jnp.maximum(before_B1 + counts_BS - 1, 0)
-    context = Context(
-      rope_angles(positions_BS, c.head_width, c.rope_theta), seen_BS, filled, scale
-    )
+    if placement is not None:
+      after_B1, (positions_BS, sees_BST) = before_B1, placement
+    angles_BSC = rope_angles(positions_BS, c.head_width, c.rope_theta)
+    context = Context(angles_BSC, seen_BS, filled, scale, sees_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
-    x_BSD, layers = run_layers(self.layers, x_BSD, context, cache and cache.layers)
+    x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
     if cache is not None:
       cache = KVCache(
         layers=layers,
         valid_BS=seen_BS,
         filled=filled + inputs_BSD.shape[1],
-        positions_B=cache.positions_B + counts_BS[:, -1],
+        positions_B=after_B1[:, 0],
       )
     return self.final_norm(x_BSD), cache
 

@@ -16,6 +16,7 @@ def attention(
   valid_BS: jax.Array,
   causal: bool = False,
   first_query: jax.Array | int = 0,
+  sees_BTS: jax.Array | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
   """Scaled dot-product attention with grouped key-value heads; softmax in float32.
@@ -27,6 +28,8 @@ def attention(
     valid_BS: bool, True where a key may be seen.
     causal: if True, query t sees the keys up to index `first_query + t`.
     first_query: key index of query 0; with a KV cache, the number of slots already filled.
+    sees_BTS: bool, True where query t may see key s, for orders that `causal` cannot say; both,
+      and `valid_BS`, must hold.
     implementation: "xla" (plain reference), "cudnn" (GPU, bfloat16), or "auto": "xla" until a
       benchmark on the backend says otherwise.
 
@@ -45,6 +48,8 @@ def attention(
   if causal:
     query_T = first_query + jnp.arange(q_BTHC.shape[1])
     mask_BTS = mask_BTS & (jnp.arange(k_BSKC.shape[1])[None] <= query_T[:, None])[None]
+  if sees_BTS is not None:
+    mask_BTS = mask_BTS & sees_BTS
   if implementation == "cudnn":
     return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
   return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS)

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from mooer_jax import checkpoint
 from mooer_jax.audio.frontend import shortest_s
-from mooer_jax.config import build, from_json
+from mooer_jax.config import build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import eval_batches
 from mooer_jax.data.shards import Skip
@@ -22,11 +22,11 @@ from mooer_jax.evaluation.score import Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.tokens import METRICS
 from mooer_jax.evaluation.translation import Bleu, bleu
-from mooer_jax.generation import Sampling, generate
+from mooer_jax.generation import generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import split_answer
 from mooer_jax.run.setup import prepare_process, prompt_for, section
-from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.transcribe import load_model
 
 _SHORT = {"mixed": "MooER's CER", "character": "CER", "word": "WER"}
 
@@ -142,12 +142,9 @@ def decode_set(
 ) -> Decoded:
   """Decodes every utterance of a test set that can be read, in the order of its shards."""
   compute = build(Compute, {**dict(config.get("compute", {})), "scan": False}, "compute")
-  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base)
-  model = from_json(loaded.config, compute)
-  tokenizer = Tokenizer.from_folder(loaded.tokenizer)
-  asked = {**loaded.generation, **dict(config.get("generation", {}))}
-  sampling = build(Sampling, asked, "generation")
-  sampling = dataclasses.replace(sampling, eos_ids=sampling.eos_ids or (tokenizer.eos_id,))
+  params, model, tokenizer, generation = load_model(
+    folder, compute, base=base, generation=config.get("generation", {})
+  )
   data = section(
     config,
     "data",
@@ -172,7 +169,7 @@ def decode_set(
     for number, host_batch in enumerate(batches):
       batch_key = jax.random.fold_in(key, number)
       generated = jax.device_get(
-        generate(loaded.params, host_batch.batch, model, sampling, key=batch_key)
+        generate(params, host_batch.batch, model, generation, key=batch_key)
       )
       for row, name in enumerate(host_batch.keys):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]]
@@ -201,16 +198,18 @@ def bleu_of(
   """
   if options.task not in ("ast", "asr_ast_mtl"):
     return None
-  wanted = {key: split_answer(options.task, text).translation for key, text in references.items()}
-  if lacking := [key for key, text in wanted.items() if text is None]:
+  parts = {key: split_answer(options.task, text).translation for key, text in references.items()}
+  if lacking := [key for key, text in parts.items() if text is None]:
     raise ValueError(
       f"{lacking[0]} and {len(lacking) - 1} other references have no translation: for eval.task="
       f"{options.task!r} a line of `text` is KEY<TAB>transcript\\ntranslation"
     )
   given = {key: split_answer(options.task, text).translation or ""
            for key, text in hypotheses.items()}
-  if options.skip_missing:
-    wanted = {key: text for key, text in wanted.items() if key in given}
+  wanted = {
+    key: text for key, text in parts.items()
+    if text is not None and (key in given or not options.skip_missing)
+  }
   return bleu(wanted, given, tokenize=options.bleu_tokenize)
 
 

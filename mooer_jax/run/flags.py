@@ -2,12 +2,11 @@
 
 import re
 import sys
-from collections.abc import Sequence
 
 from absl import app
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
   """Parses as absl does, for `app.run(main, flags_parser=parse_flags)`.
 
   A config key that does not exist is one line on stderr and status 1 rather than a traceback.

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
 from mooer_jax.audio.frontend import width
-from mooer_jax.config import SpeechLLMConfig, differences, from_json, to_json
+from mooer_jax.config import SpeechLLMConfig, build, differences, from_json, to_json
 from mooer_jax.data.batching import Batcher
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import train_batches
-from mooer_jax.generation import Sampling
+from mooer_jax.generation import GenerationOptions
 from mooer_jax.run.monitor import Monitor, StopRequest
 from mooer_jax.run.program import CompiledStep, jitted_step, stored
 from mooer_jax.run.setup import (
@@ -53,7 +53,7 @@ class Run:
   optimizer: OptimizerConfig
   train: TrainConfig
   mesh: MeshConfig
-  sampling: Sampling
+  generation: GenerationOptions
   trainable: tuple[str, ...]
   workdir: Path
   seed: int
@@ -78,7 +78,7 @@ class Run:
       optimizer=section(config, "optimizer", OptimizerConfig),
       train=section(config, "train", TrainConfig),
       mesh=section(config, "mesh", MeshConfig),
-      sampling=section(config, "generation", Sampling),
+      generation=_generation(config, init_from),
       trainable=tuple(config["trainable"]),
       workdir=Path(config["workdir"]),
       seed=seed,
@@ -119,6 +119,12 @@ def _initial_checkpoint(path: str | None) -> Path | None:
     # A fine-tune points to its base for good, and a run that goes on deletes its older steps.
     raise ValueError(f"init_from={path} is the folder of a run; name the checkpoint: {folder}")
   return folder
+
+
+def _generation(config: ConfigDict, init_from: Path | None) -> GenerationOptions:
+  """Decoding defaults that the run's checkpoints get: the config's, over those of init_from."""
+  inherited = checkpoint.describe(init_from).generation if init_from else {}
+  return build(GenerationOptions, {**inherited, **config.get("generation", {})}, "generation")
 
 
 def train(config: ConfigDict) -> Path:
@@ -320,7 +326,7 @@ def save(
     params=jax.jit(tree.unstack_layers)(params),  # jit: eager slicing needs all shards here
     config_json=to_json(run.model),
     tokenizer=tokenizer.save,
-    generation=dataclasses.asdict(run.sampling),
+    generation=dataclasses.asdict(run.generation),
     base=base,
     train_state=dataclasses.replace(state, trainable=None),
     data_state=data_state,

@@ -9,7 +9,7 @@ import pytest
 from mooer_jax import tree
 from mooer_jax.config import DECODERS
 from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM, LLMConfig
+from mooer_jax.decoders.llm import LLM, LLMConfig, Placement
 from mooer_jax.nn.compute import Compute
 from tests import tiny
 
@@ -251,3 +251,31 @@ def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
 def test_impossible_sizes_are_refused_by_name(values, message):
   with pytest.raises(ValueError, match=message):
     LLMConfig(**values)
+
+
+def test_branches_of_one_row_equal_rows_of_their_own():
+  """Two continuations of each row, read turn by turn into one cache, do not see each other."""
+  model, params, inputs = make()
+  branches, steps = 2, 3
+  more = np.random.default_rng(1).normal(size=(B, branches, steps, inputs.shape[-1]))
+  cache = create_cache(model.config, S + branches * steps)
+  _, cache = apply(model, params, inputs, VALID_BS, cache)
+  found = np.zeros(more.shape)
+  for step in range(steps):
+    sees_BRT = np.ones((B, branches, S + branches * steps), bool)
+    for branch in range(branches):
+      own = [S + branches * past + branch for past in range(step + 1)]
+      sees_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
+    positions_BR = np.repeat(VALID_BS.sum(1)[:, None] + step, branches, axis=1)
+    new, valid = more[:, :, step].astype(np.float32), np.ones((B, branches), bool)
+    hidden, cache = model.apply(
+      {"params": params}, new, valid, cache, placement=Placement(positions_BR, sees_BRT)
+    )
+    found[:, :, step] = hidden
+  assert int(cache.filled) == S + branches * steps
+  for branch in range(branches):
+    together = np.concatenate([inputs, more[:, branch]], axis=1).astype(np.float32)
+    valid_BS = np.concatenate([VALID_BS, np.ones((B, steps), bool)], axis=1)
+    expected = run(model, params, together, valid_BS)[:, S:]
+    # Sums over another number of slots run in another order; outputs are of size 1.
+    np.testing.assert_allclose(found[:, branch], expected, atol=2e-5)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from mooer_jax import speech_llm, tree
-from mooer_jax.generation import Sampling, generate
+from mooer_jax.generation import GenerationOptions, generate
+
+LENGTH_8 = GenerationOptions(max_new_tokens=8)
 
 
 def greedy_without_cache(params, batch, config, steps):
@@ -23,7 +25,7 @@ def greedy_without_cache(params, batch, config, steps):
 
 def test_cached_greedy_decoding_equals_the_full_pass(params, config, batch):
   clips = batch([20, 13, 7])
-  found = generate(params, clips, config, Sampling(max_new_tokens=8))
+  found = generate(params, clips, config, LENGTH_8)
   expected = greedy_without_cache(params, clips, config, 8)
   np.testing.assert_array_equal(found.tokens_BS, expected)
   assert len({tuple(row) for row in expected.tolist()}) == 3  # else the test shows little
@@ -32,9 +34,9 @@ def test_cached_greedy_decoding_equals_the_full_pass(params, config, batch):
 
 def test_a_row_stops_at_its_own_eos_and_the_others_go_on(params, config, batch):
   clips = batch([20, 13, 7])
-  free = np.asarray(generate(params, clips, config, Sampling(max_new_tokens=8)).tokens_BS)
+  free = np.asarray(generate(params, clips, config, LENGTH_8).tokens_BS)
   eos = int(free[0, 2])
-  found = generate(params, clips, config, Sampling(max_new_tokens=8, eos_ids=(eos,)))
+  found = generate(params, clips, config, GenerationOptions(max_new_tokens=8, eos_ids=(eos,)))
   for row, tokens in enumerate(free.tolist()):
     length = tokens.index(eos) + 1 if eos in tokens else 8
     np.testing.assert_array_equal(found.tokens_BS[row, :length], tokens[:length])
@@ -45,14 +47,14 @@ def test_a_row_stops_at_its_own_eos_and_the_others_go_on(params, config, batch):
 
 def test_several_eos_ids_each_end_an_answer(params, config, batch):
   clips = batch([20])
-  free = np.asarray(generate(params, clips, config, Sampling(max_new_tokens=8)).tokens_BS)[0]
+  free = np.asarray(generate(params, clips, config, LENGTH_8).tokens_BS)[0]
   ids = (int(free[3]), int(free[1]))
-  found = generate(params, clips, config, Sampling(max_new_tokens=8, eos_ids=ids))
+  found = generate(params, clips, config, GenerationOptions(max_new_tokens=8, eos_ids=ids))
   assert found.lengths_B[0] == min(free.tolist().index(i) for i in ids) + 1
 
 
 def test_padding_and_neighbours_change_no_answer(params, config, batch):
-  options = Sampling(max_new_tokens=8)
+  options = LENGTH_8
   together = generate(params, batch([20, 13, 7, 0], padded_to=32), config, options)
   for row, count in enumerate([20, 13, 7]):
     alone = generate(params, batch([count], padded_to=count), config, options)
@@ -61,7 +63,7 @@ def test_padding_and_neighbours_change_no_answer(params, config, batch):
 
 
 def test_sampling_repeats_with_its_key_and_ignores_the_batch_size(params, config, batch):
-  options = Sampling(max_new_tokens=8, do_sample=True)
+  options = GenerationOptions(max_new_tokens=8, do_sample=True)
   one = generate(params, batch([20]), config, options, key=jax.random.key(1))
   again = generate(params, batch([20, 13]), config, options, key=jax.random.key(1))
   other = generate(params, batch([20]), config, options, key=jax.random.key(2))
@@ -70,11 +72,11 @@ def test_sampling_repeats_with_its_key_and_ignores_the_batch_size(params, config
 
 
 def test_sampling_from_the_best_token_alone_is_greedy(params, config, batch):
-  greedy = generate(params, batch([20, 7]), config, Sampling(max_new_tokens=8))
+  greedy = generate(params, batch([20, 7]), config, LENGTH_8)
   for options in (
-    Sampling(max_new_tokens=8, do_sample=True, top_k=1),
-    Sampling(max_new_tokens=8, do_sample=True, top_p=1e-6),
-    Sampling(max_new_tokens=8, do_sample=True, temperature=1e-6),
+    GenerationOptions(max_new_tokens=8, do_sample=True, top_k=1),
+    GenerationOptions(max_new_tokens=8, do_sample=True, top_p=1e-6),
+    GenerationOptions(max_new_tokens=8, do_sample=True, temperature=1e-6),
   ):
     sampled = generate(params, batch([20, 7]), config, options, key=jax.random.key(0))
     np.testing.assert_array_equal(sampled.tokens_BS, greedy.tokens_BS)
@@ -83,8 +85,8 @@ def test_sampling_from_the_best_token_alone_is_greedy(params, config, batch):
 def test_the_loop_ends_with_the_last_row(params, config, batch):
   """An answer of two tokens costs the same number of decode steps whatever the limit is."""
   clips = batch([20])
-  free = np.asarray(generate(params, clips, config, Sampling(max_new_tokens=8)).tokens_BS)[0]
-  options = Sampling(max_new_tokens=8, eos_ids=(int(free[0]),))
+  free = np.asarray(generate(params, clips, config, LENGTH_8).tokens_BS)[0]
+  options = GenerationOptions(max_new_tokens=8, eos_ids=(int(free[0]),))
   steps = []
 
   def count(params, *args, **kwargs):
@@ -103,24 +105,24 @@ def test_the_loop_ends_with_the_last_row(params, config, batch):
 def test_one_program_for_each_shape(params, config, batch):
   generate.clear_cache()
   for frames in ([20, 13], [7, 5], [16, 1]):
-    generate(params, batch(frames), config, Sampling(max_new_tokens=4))
+    generate(params, batch(frames), config, GenerationOptions(max_new_tokens=4))
   assert generate._cache_size() == 1
 
 
 def test_bad_calls_say_what_to_do(params, config, batch):
   with pytest.raises(ValueError, match="key"):
-    generate(params, batch([20]), config, Sampling(do_sample=True))
+    generate(params, batch([20]), config, GenerationOptions(do_sample=True))
   with pytest.raises(ValueError, match="unstack_layers"):
-    generate(params, batch([20]), config.with_compute(scan=True), Sampling())
+    generate(params, batch([20]), config.with_compute(scan=True), GenerationOptions())
   with pytest.raises(ValueError, match="unstack_layers"):
-    generate(tree.stack_layers(params), batch([20]), config, Sampling())
+    generate(tree.stack_layers(params), batch([20]), config, GenerationOptions())
   for wrong in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-      dataclasses.replace(Sampling(), **wrong)
+      dataclasses.replace(GenerationOptions(), **wrong)
 
 
 def test_bfloat16_decodes(params, config, batch):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   in_half = config.with_compute(dtype="bfloat16")
-  found = generate(half, batch([20]), in_half, Sampling(max_new_tokens=4))
+  found = generate(half, batch([20]), in_half, GenerationOptions(max_new_tokens=4))
   assert (np.asarray(found.tokens_BS) >= 0).all()

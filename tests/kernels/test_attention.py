@@ -58,6 +58,16 @@ def test_first_query_may_be_traced():
   np.testing.assert_allclose(jax.jit(call)(first_query=1), expected, atol=2e-6)
 
 
+def test_a_mask_adds_to_validity_and_order():
+  q, k, v = random_qkv()
+  valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0]], bool)
+  sees_BTS = np.random.default_rng(1).random((2, 5, 7)) < 0.6
+  for causal in (False, True):
+    out = attention(q, k, v, valid_BS=valid_BS, causal=causal, sees_BTS=sees_BTS)
+    seen_BTS = sees_BTS & valid_BS[:, None] & (causal_mask(5, 7, 0) | (not causal))
+    np.testing.assert_allclose(out, numpy_attention(q, k, v, seen_BTS), atol=2e-6)
+
+
 def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients():
   q, k, v = random_qkv()
   valid_BS = np.array([[False] * 7, [False] + [True] * 6])  # causal: query 0 of row 1 sees none

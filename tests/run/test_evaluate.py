@@ -12,6 +12,7 @@ from mooer_jax.data.shards import read_list
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.run.evaluate import evaluate
 from mooer_jax.run.train import train
+from mooer_jax.text.tokenizer import Tokenizer
 
 
 def test_evaluation_decodes_all_and_scores(config, data_list, tmp_path):
@@ -45,7 +46,7 @@ def test_translations_are_scored_with_sacrebleu_and_transcripts_beside_them(
   train(config)
   config.eval.task, config.eval.out = "asr_ast_mtl", str(tmp_path / "scored")
   heard = "12\nthe cat sat on the mat"
-  monkeypatch.setattr(mooer_jax.run.evaluate.Tokenizer, "decode", lambda self, ids: heard)
+  monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: heard)
   config.eval.references = str(tmp_path / "text")
   keys = [f"{clip.key}-{copy}" for clip in clips for copy in range(4)]
   text = "13\\nthe cat sat on a mat"

@@ -1,0 +1,130 @@
+"""Beam search with one prompt cache an utterance, against a copy of the cache for every beam.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.beam_cache --json out/beam_cache.json
+
+The width of Qwen2-0.5B with few layers and a small vocabulary, random weights, every answer at full
+length. Both run the same search and must give the same tokens.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax import speech_llm
+from mooer_jax.config import DECODERS, SpeechLLMConfig
+from mooer_jax.decoders.kv_cache import KVCache
+from mooer_jax.decoders.llm import LLM
+from mooer_jax.generation import GenerationOptions, generate_from, search
+from mooer_jax.nn.compute import Compute
+
+
+def copying(params, inputs_BSD, valid_BS, *, config, options):
+  """The usual way: beams are rows, and a reorder moves their keys and values."""
+  (rows, prompt), R = valid_BS.shape, options.num_beams
+  decoder = config.decoder
+  cache = KVCache.create(
+    layers=decoder.layers,
+    batch=rows,
+    slots=prompt,
+    kv_heads=decoder.kv_heads,
+    channels=decoder.head_width,
+    dtype=config.compute.jnp_dtype,
+  )
+  none_B = jnp.zeros(rows, jnp.int32)
+
+  def choose(state, hidden_BRD):
+    logits_BRV = speech_llm.logits(params, hidden_BRD, config)
+    logits_BRV = jnp.broadcast_to(logits_BRV, (rows, R, decoder.vocab))
+    return search.advance(state, logits_BRV, options, min_new_B=none_B)
+
+  def body(carry):
+    state, cache = carry
+    last = state.step - 1
+    # The place that each beam's parent had, in rows of the cache.
+    parent_BR = jnp.where(last > 0, state.running.slots_BRS[..., jnp.maximum(last - 1, 0)], 0)
+    row_X = (jnp.arange(rows)[:, None] * R + parent_BR).reshape(-1)
+    cache = cache.replace(layers=jax.tree.map(lambda x: x[row_X], cache.layers))
+    tokens_X1 = state.running.tokens_BRS[..., last].reshape(-1, 1)
+    inputs_X1D = speech_llm.embed(params, tokens_X1, config)
+    valid_X1 = jnp.ones(tokens_X1.shape, bool)
+    hidden_X1D, cache = speech_llm.decode(params, inputs_X1D, valid_X1, config, cache=cache)
+    return choose(state, hidden_X1D.reshape(rows, R, -1)), cache
+
+  hidden_BSD, cache = speech_llm.decode(params, inputs_BSD, valid_BS, config, cache=cache)
+  state = choose(search.start(rows, options), hidden_BSD[:, -1:])
+  cache = cache.grow(options.max_new_tokens - 1)
+  repeat = functools.partial(jnp.repeat, repeats=R, axis=0)
+  cache = KVCache(
+    layers=jax.tree.map(repeat, cache.layers),
+    valid_BS=repeat(cache.valid_BS),
+    filled=cache.filled,
+    positions_B=repeat(cache.positions_B),
+  )
+  state, _ = jax.lax.while_loop(
+    lambda carry: search.unfinished(carry[0], options), body, (state, cache)
+  )
+  return search.best(state, options)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--rows", type=int, default=2)
+  parser.add_argument("--beams", type=int, default=4)
+  parser.add_argument("--new", type=int, default=64)
+  parser.add_argument("--prompt", type=int, default=200)
+  parser.add_argument("--layers", type=int, default=4)
+  parser.add_argument("--vocab", type=int, default=4096)
+  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--json")
+  args = parser.parse_args()
+  decoder = dataclasses.replace(DECODERS["qwen2_0.5b"], layers=args.layers, vocab=args.vocab)
+  config = SpeechLLMConfig(decoder=decoder, compute=Compute(dtype=args.dtype))
+  inputs_BSD = jax.random.normal(jax.random.key(0), (args.rows, args.prompt, decoder.width))
+  valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
+  params = {
+    "decoder": LLM(decoder).init(
+      jax.random.key(1), inputs_BSD[:, :2], valid_BS[:, :2], method=LLM.everything
+    )["params"]
+  }
+  params = jax.tree.map(lambda x: x.astype(config.compute.jnp_dtype), params)
+  options = GenerationOptions(max_new_tokens=args.new, num_beams=args.beams)
+  programs, seconds, memory = {}, {"shared": [], "copied": []}, {}
+  for name, function in (("shared", generate_from), ("copied", copying)):
+    call = functools.partial(function, config=config, options=options)
+    programs[name] = jax.jit(call).lower(params, inputs_BSD, valid_BS).compile()
+    memory[name] = programs[name].memory_analysis().temp_size_in_bytes / 1e6
+  tokens = {name: run(params, inputs_BSD, valid_BS) for name, run in programs.items()}
+  np.testing.assert_array_equal(
+    tokens["shared"].tokens_BRS, tokens["copied"].tokens_BRS[:, :1]
+  )
+  for _ in range(args.repeats):  # by turns, so that a busy machine is busy for both
+    for name, run in programs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run(params, inputs_BSD, valid_BS))
+      seconds[name].append(time.perf_counter() - start)
+  result = {
+    "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}",
+    "jax": jax.__version__,
+    **vars(args),
+    "ms_per_step": {name: 1e3 * statistics.median(s) / args.new for name, s in seconds.items()},
+    "fastest_ms_per_step": {name: 1e3 * min(s) / args.new for name, s in seconds.items()},
+    "temporary_mb": memory,
+  }
+  print(json.dumps(result, indent=2))
+  if args.json:
+    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()

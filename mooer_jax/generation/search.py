@@ -1,0 +1,234 @@
+"""The search for answers, as pure functions over logits; it knows no model.
+
+    state = start(rows, options)
+    while unfinished(state, options):
+      logits_BRV = ...  # after state.running.tokens_BRS[..., : state.step]
+      state = advance(state, logits_BRV, options, min_new_B=..., keys_B=...)
+    answers = best(state, options)
+
+R answers of an utterance run side by side: the beams of a beam search, or independent draws. The
+model needs no copy of anything: `slots_BRS` says under which of the R places the model met each
+token of an answer, and only these small integers move when beams are reordered.
+
+Source: the semantics of `generate` in transformers 5.23.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax.generation.options import GenerationOptions
+from mooer_jax.generation.processors import process
+
+PAD = -1
+BARRED = -1e9  # what transformers adds to a score to keep a candidate out; finite, so that it sums
+
+
+class Answers(NamedTuple):
+  """Answers, whole or begun.
+
+  Attributes:
+    tokens_BRS: int32 [B, R, max_new_tokens], -1 where no token is.
+    slots_BRS: int32, the place in 0 … R-1 that the answer held when each token was chosen.
+    lengths_BR: int32, tokens held.
+    scores_BR: float32, summed log-probabilities; of whole answers, after the length penalty.
+  """
+
+  tokens_BRS: jax.Array
+  slots_BRS: jax.Array
+  lengths_BR: jax.Array
+  scores_BR: jax.Array
+
+
+class State(NamedTuple):
+  """Where the search stands.
+
+  Attributes:
+    step: int32 scalar, tokens chosen so far.
+    running: the beams or draws that go on; best first where beams.
+    whole: the best whole answers of a beam search; draws end in place, in `running`.
+    is_whole_BR: bool, True where `whole` holds an answer, or where a draw has ended.
+    done_B: bool, True where nothing changes any more.
+  """
+
+  step: Any
+  running: Answers
+  whole: Answers
+  is_whole_BR: jax.Array
+  done_B: jax.Array
+
+
+def start(rows: int, options: GenerationOptions, done_B: jax.Array | None = None) -> State:
+  """Empty answers for `rows` utterances; those with done_B True stay empty."""
+  R, S = options.width, options.max_new_tokens
+  empty = Answers(
+    tokens_BRS=jnp.full((rows, R, S), PAD, jnp.int32),
+    slots_BRS=jnp.zeros((rows, R, S), jnp.int32),
+    lengths_BR=jnp.zeros((rows, R), jnp.int32),
+    scores_BR=jnp.zeros((rows, R), jnp.float32),
+  )
+  running, whole = empty, empty
+  if options.num_beams > 1:
+    # The beams begin alike: only the first counts, or all would follow the same answer.
+    running = empty._replace(scores_BR=empty.scores_BR.at[:, 1:].set(BARRED))
+    whole = empty._replace(scores_BR=jnp.full((rows, R), BARRED, jnp.float32))
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    running=running,
+    whole=whole,
+    is_whole_BR=jnp.zeros((rows, R), bool),
+    done_B=jnp.zeros(rows, bool) if done_B is None else done_B,
+  )
+
+
+def unfinished(state: State, options: GenerationOptions) -> jax.Array:
+  """True while some utterance needs another step."""
+  return (state.step < options.max_new_tokens) & ~state.done_B.all()
+
+
+def advance(
+  state: State,
+  logits_BRV: jax.Array,
+  options: GenerationOptions,
+  *,
+  min_new_B: jax.Array,
+  keys_B: jax.Array | None = None,
+) -> State:
+  """Chooses one more token for every running answer.
+
+  Args:
+    state: the search so far.
+    logits_BRV: float32, of the token after each running answer.
+    options: how to choose.
+    min_new_B: int32, tokens before an eos may come; see `processors.min_new_tokens`.
+    keys_B: one PRNG key an utterance and step, where do_sample.
+
+  Returns:
+    The next state; an utterance that is done keeps what it has, whatever the others do.
+  """
+  choose = _advance_beams if options.num_beams > 1 else _advance_draws
+  new = choose(state, logits_BRV, options, min_new_B, keys_B)
+
+  def kept(old, new):
+    done = state.done_B.reshape(-1, *[1] * (new.ndim - 1))
+    return jnp.where(done, old, new)
+
+  return jax.tree.map(kept, state._replace(step=None), new)._replace(step=state.step + 1)
+
+
+def best(state: State, options: GenerationOptions) -> Answers:
+  """The `num_return_sequences` answers of each utterance, best first; draws in their order."""
+  if options.num_beams > 1:
+    return jax.tree.map(lambda x: x[:, : options.num_return_sequences], state.whole)
+  answers, divisors_S = state.running, _divisors(options)
+  last_BR = jnp.maximum(answers.lengths_BR - 1, 0)
+  return answers._replace(scores_BR=answers.scores_BR / divisors_S[last_BR])
+
+
+def _divisors(options: GenerationOptions) -> jax.Array:
+  """length ** length_penalty for the lengths 1 … max_new_tokens."""
+  lengths_S = np.arange(1, options.max_new_tokens + 1, dtype=np.float64)
+  return jnp.asarray(lengths_S**options.length_penalty, jnp.float32)
+
+
+def _is_eos(tokens: jax.Array, options: GenerationOptions) -> jax.Array:
+  return jnp.isin(tokens, jnp.array(options.eos_ids, jnp.int32))
+
+
+def _advance_draws(state, logits_BRV, options, min_new_B, keys_B) -> State:
+  """Greedy decoding or sampling: every answer goes its own way."""
+  answers, step = state.running, state.step
+  scores_BRV = process(logits_BRV, answers.tokens_BRS, step, min_new_B[:, None], options)
+  if options.do_sample:
+    tokens_BR = jax.vmap(jax.random.categorical)(keys_B, scores_BRV).astype(jnp.int32)
+  else:
+    tokens_BR = scores_BRV.argmax(-1).astype(jnp.int32)
+  log_probs_BRV = jax.nn.log_softmax(scores_BRV)
+  gained_BR = jnp.take_along_axis(log_probs_BRV, tokens_BR[..., None], axis=-1)[..., 0]
+  goes_on_BR = ~state.is_whole_BR
+  tokens_BR = jnp.where(goes_on_BR, tokens_BR, PAD)
+  running = Answers(
+    tokens_BRS=answers.tokens_BRS.at[..., step].set(tokens_BR),
+    slots_BRS=answers.slots_BRS.at[..., step].set(jnp.arange(options.width)),
+    lengths_BR=answers.lengths_BR + goes_on_BR,
+    scores_BR=answers.scores_BR + jnp.where(goes_on_BR, gained_BR, 0),
+  )
+  is_whole_BR = state.is_whole_BR | _is_eos(tokens_BR, options)
+  return State(None, running, state.whole, is_whole_BR, is_whole_BR.all(axis=1))
+
+
+def _take(answers: Answers, index_BX: jax.Array) -> Answers:
+  """Picks answers of each utterance."""
+
+  def pick(x):
+    return jnp.take_along_axis(x, index_BX.reshape(*index_BX.shape, *[1] * (x.ndim - 2)), axis=1)
+
+  return jax.tree.map(pick, answers)
+
+
+def _advance_beams(state, logits_BRV, options, min_new_B, keys_B) -> State:
+  """One step of beam search: candidates, the beams that go on, the answers that became whole."""
+  step, R = state.step, options.num_beams
+  divisors_S = _divisors(options)
+  log_probs_BRV = jax.nn.log_softmax(logits_BRV)
+  log_probs_BRV = process(
+    log_probs_BRV, state.running.tokens_BRS, step, min_new_B[:, None], options
+  )
+  candidates = _candidates(state, log_probs_BRV, options, keys_B)
+  stops_BX = _is_eos(candidates.tokens_BRS[..., step], options)
+  stops_BX |= step + 1 >= options.max_new_tokens
+
+  barred_BX = candidates.scores_BR + stops_BX * BARRED
+  running = _take(candidates._replace(scores_BR=barred_BX), jax.lax.top_k(barred_BX, R)[1])
+  running = running._replace(slots_BRS=running.slots_BRS.at[..., step].set(jnp.arange(R)))
+
+  # Candidates behind the first R stand by for beams that end; they cannot become answers.
+  ends_BX = stops_BX & (jnp.arange(stops_BX.shape[1]) < R)
+  scores_BX = candidates.scores_BR / divisors_S[step] + ~ends_BX * BARRED
+  both = jax.tree.map(
+    lambda *x: jnp.concatenate(x, axis=1),
+    (state.whole, state.is_whole_BR),
+    (candidates._replace(scores_BR=scores_BX), ends_BX),
+  )
+  chosen_BR = jax.lax.top_k(both[0].scores_BR, R)[1]
+  whole = _take(both[0], chosen_BR)
+  is_whole_BR = jnp.take_along_axis(both[1], chosen_BR, axis=1)
+
+  to_the_end = options.early_stopping == "never" and options.length_penalty > 0
+  hope_B1 = running.scores_BR[:, :1] / divisors_S[-1 if to_the_end else step]
+  worst_B1 = whole.scores_BR.min(axis=1, keepdims=True)
+  done_B = ~(hope_B1 > jnp.where(is_whole_BR, worst_B1, BARRED)).any(axis=1)
+  done_B |= stops_BX.all(axis=1)
+  if options.early_stopping is True:
+    done_B |= is_whole_BR.all(axis=1)
+  return State(None, running, whole, is_whole_BR, done_B)
+
+
+def _candidates(state, log_probs_BRV, options, keys_B) -> Answers:
+  """The most probable continuations of all beams together, or as many drawn without replacement.
+
+  There are enough for R to go on even if every beam could end with each eos.
+  """
+  B, R, V = log_probs_BRV.shape
+  count = R * max(2, 1 + len(options.eos_ids))
+  if count > R * V:
+    raise ValueError(
+      f"generation.eos_ids has {len(options.eos_ids)} tokens of a vocabulary of {V}; beam search"
+      " needs at least one token more"
+    )
+  totals_BY = (log_probs_BRV + state.running.scores_BR[..., None]).reshape(B, R * V)
+  ranked_BY = totals_BY
+  if options.do_sample:
+    # The largest sums with Gumbel noise are draws without replacement, in the order of drawing
+    # (Kool et al., 2019).
+    ranked_BY += jax.vmap(lambda key: jax.random.gumbel(key, (R * V,)))(keys_B)
+  index_BX = jax.lax.top_k(ranked_BY, count)[1]
+  begun = _take(state.running, index_BX // V)
+  return Answers(
+    tokens_BRS=begun.tokens_BRS.at[..., state.step].set(index_BX % V),
+    slots_BRS=begun.slots_BRS,
+    lengths_BR=begun.lengths_BR + 1,
+    scores_BR=jnp.take_along_axis(totals_BY, index_BX, axis=1),
+  )
