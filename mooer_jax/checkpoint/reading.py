@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ class Checkpoint:
   def tokenizer(self) -> Path:
     """Folder of the tokenizer's files."""
     return self.folder / "tokenizer"
+
+  @property
+  def source(self) -> Path | None:
+    """Folder of what the converter kept, of this checkpoint or of the base it was tuned from."""
+    own = self.folder / "source"
+    if own.is_dir():
+      return own
+    return None if self.base is None else describe(self.base).source
 
 
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
@@ -121,6 +129,20 @@ def load(
     for path, leaf in wanted.items()
   }
   return dataclasses.replace(about, params=tree.unflatten(_read_leaves(about, targets)))
+
+
+def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray]:
+  """Reads some leaves of a checkpoint to the host, in the dtype that they are saved in.
+
+  Args:
+    about: from `describe`.
+    paths: of the leaves, such as "decoder/embed/embedding".
+
+  Raises:
+    CheckpointError: if the files are damaged.
+  """
+  leaves = tree.flatten(about.params)
+  return _read_leaves(about, {path: leaves[path] for path in paths})
 
 
 def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
