@@ -98,10 +98,13 @@ class TorchFile:
 
   def _check_storages(self):
     """A storage longer than its record would be filled with bytes of the next ones."""
-    tensors = [v for _, v in _leaves(self._content) if type(v) is torch.Tensor]
-    storages = {s.data_ptr(): s.nbytes() for s in (
-      t.untyped_storage() for t in tensors if t.layout == torch.strided) if s.nbytes()}
-    if lost := Counter(storages.values()) - self._records:
+    storages = [
+      leaf.untyped_storage() for _, leaf in _leaves(self._content)
+      if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
+      and leaf.device.type == "cpu"
+    ]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    if lost := Counter(sizes.values()) - self._records:
       raise ReadError(
         f"{self.path}: a tensor wants {next(iter(lost))} bytes, but no record in it has that size"
       )
@@ -151,14 +154,14 @@ def _check_zip(path: Path) -> Counter:
   try:
     with zipfile.ZipFile(path) as archive:
       infos = archive.infolist()
-      if packed := [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]:
-        raise ReadError(f"{path}: the record {packed[0]!r} is compressed; torch.save never does so")
-      if len({info.filename for info in infos}) != len(infos):
-        raise ReadError(f"{path}: a record stands in it twice")
       if any(info.filename.endswith("/constants.pkl") for info in infos):
         raise ReadError(
           f"{path}: a TorchScript program, not weights; save its state_dict() with torch.save"
         )
+      if packed := [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]:
+        raise ReadError(f"{path}: the record {packed[0]!r} is compressed; torch.save never does so")
+      if len({info.filename for info in infos}) != len(infos):
+        raise ReadError(f"{path}: a record stands in it twice")
       for info in infos:
         if "/data/" not in info.filename:
           archive.read(info)  # compares the checksum; the tensors' own are left to the disk
@@ -175,13 +178,14 @@ def _classes_needed(path: Path) -> list[str]:
     return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
   except Exception:  # not a zip file, or a pickle too odd to list
     pass
-  needed, texts = [], []
+  needed: list[str] = []
+  texts: list[str] = []
   try:
     with path.open("rb") as file:
       for _ in range(_PICKLES_IN_OLD_FILE):
         for opcode, argument, _ in pickletools.genops(file):
           if opcode.name in ("GLOBAL", "INST"):
-            needed.append(argument.replace(" ", "."))
+            needed.append(str(argument).replace(" ", "."))
           elif opcode.name == "STACK_GLOBAL":
             needed.append(".".join(texts[-2:]))
           elif isinstance(argument, str):
