@@ -10,7 +10,7 @@ from mooer_jax.decoders.llm import LLMConfig
 
 from . import encoder, language_model, lora, mooer
 from .errors import ConversionError
-from .folders import beside, kept_json, style_of
+from .folders import beside, kept_files, kept_json, style_of
 
 SHARD_BYTES = 5 * 10**9
 
@@ -76,17 +76,15 @@ def _peft(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
     config,
     folder,
     style=style_of(about, "peft"),
-    original=kept_json(about, f"lora/{lora.CONFIG_FILE}"),
+    original=kept_json(about, "lora", lora.CONFIG_FILE),
   )
 
 
 def _paraformer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   prefix = style_of(about, "paraformer").get("prefix", "encoder.")
   encoder.export(about, folder / "model.pt", prefix=prefix)
-  kept = about.source / "encoder" if about.source else None
-  if kept is not None and kept.is_dir():
-    for file in kept.iterdir():
-      shutil.copyfile(file, folder / file.name)
+  for file in kept_files(about, "encoder"):
+    shutil.copyfile(file, folder / file.name)
 
 
 def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:

@@ -112,16 +112,23 @@ def save_checkpoint(
     raise
 
 
-def style_of(about: Checkpoint, kind: str) -> dict[str, Any]:
-  """How the files were written that a checkpoint was imported from; {} if it was not."""
-  if about.source is None or not (about.source / SOURCE_FILE).is_file():
-    return {}
-  style = read_json(about.source / SOURCE_FILE)["style"]
-  return style.get(kind, {})
+def style_of(about: Checkpoint, part: str) -> dict[str, Any]:
+  """How the files of a part were written that it was imported from; {} if it was not."""
+  for folder in about.sources:
+    style = read_json(folder / SOURCE_FILE)["style"]
+    if part in style:
+      return style[part]
+  return {}
 
 
-def kept_json(about: Checkpoint, name: str) -> dict[str, Any] | None:
-  """A JSON file of source/, or None if it is not there."""
-  if about.source is None or not (about.source / name).is_file():
-    return None
-  return read_json(about.source / name)
+def kept_files(about: Checkpoint, name: str) -> list[Path]:
+  """The files in a folder of source/, of the checkpoint itself or of the base it was tuned from."""
+  for folder in about.sources:
+    if (folder / name).is_dir():
+      return sorted((folder / name).iterdir())
+  return []
+
+
+def kept_json(about: Checkpoint, name: str, file: str) -> dict[str, Any] | None:
+  """A JSON file in a folder of source/, or None if it is not there."""
+  return next((read_json(path) for path in kept_files(about, name) if path.name == file), None)

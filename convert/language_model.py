@@ -16,7 +16,7 @@ from mooer_jax.nn.compute import Compute
 
 from .engine import leaf_shapes, map_in, map_out, read_out, under
 from .errors import Problems
-from .folders import kept_json, read_json, style_of, write_json
+from .folders import kept_files, kept_json, read_json, style_of, write_json
 from .hf_config import hf_config, llm_config
 from .readers import Source, open_source
 from .rules import Rule, Table
@@ -201,15 +201,14 @@ def export_folder(
     config,
     folder,
     head_present=style_of(about, "llm").get("head_present", False),
-    original=kept_json(about, "llm/config.json"),
+    original=kept_json(about, "llm", "config.json"),
     shard_bytes=shard_bytes,
   )
   for file in about.tokenizer.iterdir():
     shutil.copyfile(file, folder / file.name)
-  kept = about.source / "llm" if about.source else None
-  for name in KEPT_FILES[1:]:
-    if kept and (kept / name).is_file():
-      shutil.copyfile(kept / name, folder / name)
+  for file in kept_files(about, "llm"):
+    if file.name != "config.json":
+      shutil.copyfile(file, folder / file.name)
 
 
 def _eos_id(about: Checkpoint) -> int | None:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import logging
+
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 _KINDS = ("mooer", "qwen2", "llama", "peft", "paraformer")
 _SHOWN = 20
@@ -14,6 +16,7 @@ _SHOWN = 20
 def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
   """Runs one subcommand; what the user did wrong goes to stderr, with exit status 2."""
   args = _parser(prog).parse_args(argv)
+  logging.set_verbosity(logging.ERROR)  # Orbax warns of what it does not find and nobody needs
   try:
     return args.run(args)
   except ModuleNotFoundError as error:

@@ -223,7 +223,7 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
       config.decoder,
       task_folder / LORA_FOLDER,
       style=style_of(about, "peft"),
-      original=kept_json(about, "lora/adapter_config.json"),
+      original=kept_json(about, "lora", lora.CONFIG_FILE),
     )
   llm_folder = folder / style.get("llm", "llm")
   llm_folder.mkdir()

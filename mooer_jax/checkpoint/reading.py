@@ -49,12 +49,10 @@ class Checkpoint:
     return self.folder / "tokenizer"
 
   @property
-  def source(self) -> Path | None:
-    """Folder of what the converter kept, of this checkpoint or of the base it was tuned from."""
-    own = self.folder / "source"
-    if own.is_dir():
-      return own
-    return None if self.base is None else describe(self.base).source
+  def sources(self) -> list[Path]:
+    """Folders of what the converter kept: of this checkpoint, then of its base, and so on."""
+    own = [self.folder / "source"] if (self.folder / "source").is_dir() else []
+    return own if self.base is None else own + describe(self.base).sources
 
 
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
