@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .gguf_file import open_gguf
 from .json_file import read_object
 from .safetensors_file import open_safetensors
 from .source import ReadError, Source, join_sources
@@ -55,7 +56,7 @@ def _open_file(path: Path, part: str | None) -> Source:
     return open_torch(path, part)
   if part:
     raise ReadError(f"{path}: only torch files have parts, got part={part!r}")
-  return open_safetensors(path)
+  return open_gguf(path) if path.suffix == ".gguf" else open_safetensors(path)
 
 
 def _open_folder(path: Path, part: str | None) -> Source:

