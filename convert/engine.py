@@ -158,8 +158,12 @@ def read_out(about: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[np.ndar
   for group in _groups(tensors):
     arrays = read_leaves(about, {tensor.path for tensor in group})
     for tensor in group:
-      yield np.ascontiguousarray(tensor.transform.to_torch(arrays[tensor.path]))
-    del arrays
+      array = arrays[tensor.path]
+      if len(group) == 1:
+        del arrays  # a large one: the next line may copy it
+      array = np.ascontiguousarray(tensor.transform.to_torch(array))
+      yield array
+      del array
 
 
 def _groups(tensors: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:

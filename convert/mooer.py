@@ -1,7 +1,6 @@
 """MooER's release folders, in the published layout: in and out."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy
 from mooer_jax.config import SpeechLLMConfig, from_json
 from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.prompts import task_prompt
 
 from . import encoder, language_model, lora
@@ -85,7 +85,7 @@ def open_release(
     merge_lora: add the LoRA to the LLM's weights instead of keeping it apart.
 
   Returns:
-    Release, or None if a part is missing.
+    Release, or None if there were problems.
   """
   encoder_file = folder / ENCODER_FOLDER / ENCODER_FILE
   adapter_file = folder / task / ADAPTER_FILE
@@ -102,48 +102,42 @@ def open_release(
   )
   model = language_model.open_model(llm_folder, problems)
   added = lora.open_folder(lora_folder, problems) if with_lora else None
-  if heard is None or model is None or (with_lora and added is None):
+  # Each part is looked at as far as the others allow, so that one error tells everything.
+  adapter = None
+  if heard is not None and model is not None:
+    adapter = _open_adapter(
+      open_source(adapter_file), heard.config, model.config.width, problems
+    )
+  lora_leaves: dict[str, Lazy] = {}
+  if model is not None and added is not None:
+    lora_leaves = lora.map_lora(added, added.added_to(model.config), problems).leaves
+  if problems.found:
     return None
-  adapter_source = open_source(adapter_file)
-  leaves = {**heard.leaves, **model.leaves}
-  tuned = _tuned_encoder(adapter_source, encoder.shapes(heard.config), problems)
-  leaves |= tuned
-  connector = _connector_config(adapter_source, heard.config.width, problems)
-  if connector is None:
-    return None
-  joined = connector.stack * heard.config.width
-  wanted = {
-    "connector/linear1/kernel": (joined, connector.hidden_width),
-    "connector/linear1/bias": (connector.hidden_width,),
-    "connector/linear2/kernel": (connector.hidden_width, model.config.width),
-    "connector/linear2/bias": (model.config.width,),
-  }
-  rest = [name for name in adapter_source.tensors if not name.startswith(TUNED_ENCODER)]
-  leaves |= map_in(adapter_source, ADAPTER, wanted, problems, names=rest).leaves
+  assert heard is not None and model is not None and adapter is not None
+
+  leaves = {**heard.leaves, **model.leaves, **adapter.leaves}
   decoder = model.config
   style: dict[str, Any] = {"llm": {"head_present": model.head_present}}
   kept = {"llm": model.kept}
-  if added is not None:
-    tuned_llm = added.added_to(decoder)
-    lora_leaves = lora.map_lora(added, tuned_llm, problems).leaves
-    if merge_lora and not problems.found:
-      leaves = lora.merge(leaves, lora_leaves, added.scale)
-    elif not merge_lora:
-      leaves |= lora_leaves
-      decoder, style["peft"] = tuned_llm, added.style
-      kept["lora"] = (lora_folder / lora.CONFIG_FILE,)
+  if added is not None and merge_lora:
+    leaves = lora.merge(leaves, lora_leaves, added.scale)
+  elif added is not None:
+    leaves |= lora_leaves
+    decoder = added.added_to(decoder)
+    style["peft"] = added.style
+    kept["lora"] = (lora_folder / lora.CONFIG_FILE,)
   style["mooer"] = {
     "task": task,
     "llm": llm_folder.name,
     "encoder_prefix": heard.prefix,
-    "tuned_encoder": sorted(tuned),
+    "tuned_encoder": sorted(adapter.tuned_encoder),
   }
-  shadowed = [f"{ENCODER_FILE}: {path} (replaced by {ADAPTER_FILE})" for path in tuned]
+  replaced = [f"{ENCODER_FILE}: {path}, for {ADAPTER_FILE} has it" for path in adapter.tuned_encoder]
   return Release(
     config=SpeechLLMConfig(
       encoders=(heard.config,),
       frontends=(heard.frontend,),
-      connector=connector,
+      connector=adapter.config,
       decoder=decoder,
       prompts=((task, TASK_PROMPTS[task]),),
     ),
@@ -151,9 +145,42 @@ def open_release(
     style=style,
     tokenizer=model.tokenizer,
     kept=kept,
-    ignored=(*heard.ignored, *model.ignored, *adapter_source.ignored, *shadowed),
+    ignored=(*heard.ignored, *model.ignored, *adapter.ignored, *replaced),
     notes=model.notes,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """adapter_project.pt: connector/… and, if it was trained along, parts of the encoder."""
+
+  config: LinearConfig
+  leaves: dict[str, Lazy]
+  tuned_encoder: tuple[str, ...]
+  ignored: tuple[str, ...]
+
+
+def _open_adapter(
+  source: Source, heard: SANMConfig, width: int, problems: Problems
+) -> Adapter | None:
+  config = _connector_config(source, heard.width, problems)
+  if config is None:
+    return None
+  shapes = {
+    "connector/linear1/kernel": (config.stack * heard.width, config.hidden_width),
+    "connector/linear1/bias": (config.hidden_width,),
+    "connector/linear2/kernel": (config.hidden_width, width),
+    "connector/linear2/bias": (width,),
+  }
+  rules = encoder.table(TUNED_ENCODER)
+  tuned = [name for name in source.tensors if name.startswith(TUNED_ENCODER)]
+  paths = [found[0] for name in tuned if (found := rules.to_jax(name))]
+  known = encoder.shapes(heard)
+  expected = {path: known[path] for path in paths if path in known}
+  encoder_leaves = map_in(source, rules, expected, problems, names=tuned).leaves
+  rest = [name for name in source.tensors if not name.startswith(TUNED_ENCODER)]
+  leaves = map_in(source, ADAPTER, shapes, problems, names=rest).leaves
+  return Adapter(config, leaves | encoder_leaves, tuple(expected), source.ignored)
 
 
 def _find_llm(folder: Path, problems: Problems) -> Path | None:
@@ -165,17 +192,6 @@ def _find_llm(folder: Path, problems: Problems) -> Path | None:
   what = "no folder with a config.json" if not found else f"several: {', '.join(map(str, found))}"
   problems.add(f"{folder}: {what}; name the LLM's folder with --llm")
   return None
-
-
-def _tuned_encoder(
-  source: Source, shapes: Mapping[str, tuple[int, ...]], problems: Problems
-) -> dict[str, Lazy]:
-  """The encoder's leaves that stand in the adapter's file; there may be some or none."""
-  rules = encoder.table(TUNED_ENCODER)
-  names = [name for name in source.tensors if name.startswith(TUNED_ENCODER)]
-  mapped = [found[0] for name in names if (found := rules.to_jax(name))]
-  expected = {path: shapes[path] for path in mapped if path in shapes}
-  return map_in(source, rules, expected, problems, names=names).leaves
 
 
 def _connector_config(source: Source, width: int, problems: Problems) -> LinearConfig | None:

@@ -75,3 +75,4 @@ def _write_file(path: Path, tensors: Sequence[Outgoing], values) -> None:
       array = next(values)
       assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
       file.write(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+      del array  # before the next one is read

@@ -64,8 +64,8 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
   Args:
     folder: from `write`.
     saved: all paths that the folder holds.
-    targets: shapes, dtypes and shardings that the leaves shall have; without a sharding a leaf
-      stays on the host, as a NumPy array.
+    targets: shapes, dtypes and shardings that the leaves shall have; if none has a sharding, they
+      stay on the host, as NumPy arrays.
 
   Raises:
     CheckpointError: if the files are damaged or the targets do not fit them.
@@ -74,12 +74,13 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
 
   if not targets:
     return {}
+  on_host = all(target.sharding is None for target in targets.values())
   item = {path: targets.get(path, ocp.PLACEHOLDER) for path in saved}
 
   def how(target):
     if target is None:
       return ocp.RestoreArgs()
-    if target.sharding is None:
+    if on_host:
       return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target.dtype)
     return ocp.ArrayRestoreArgs(
       sharding=target.sharding, dtype=target.dtype, global_shape=target.shape
@@ -87,8 +88,14 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
 
   args = {path: how(targets.get(path)) for path in saved}
   request = ocp.args.PyTreeRestore(tree.unflatten(item), restore_args=tree.unflatten(args))
+  if on_host:
+    from mooer_jax.checkpoint.streaming import host_handler
+
+    handler = host_handler()
+  else:
+    handler = ocp.PyTreeCheckpointHandler()
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer:
       restored = tree.flatten(checkpointer.restore(folder, args=request))
   except (ValueError, KeyError, OSError) as error:
     raise CheckpointError(f"{folder} cannot be read: {error}") from error
