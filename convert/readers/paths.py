@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .deepspeed_folder import is_deepspeed, open_deepspeed
 from .gguf_file import open_gguf
 from .json_file import read_object
 from .safetensors_file import open_safetensors
@@ -66,6 +67,10 @@ def _open_folder(path: Path, part: str | None) -> Source:
     notes = [f"{usual[0].name} is read, {other.name} is not" for other in usual[1:]]
     return join_sources(path, [source], notes)
   files = sorted(file for file in path.iterdir() if file.suffix in _EXTENSIONS and file.is_file())
+  if is_deepspeed(path):
+    if part:
+      raise ReadError(f"{path}: a DeepSpeed checkpoint has no parts, got part={part!r}")
+    return open_deepspeed(path)
   if len(files) == 1:
     return _open_file(files[0], part)
   if files:

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 
 from .source import ReadError, Source, Tensor
+from .stand_ins import STAND_INS
 
 # Where training programs put the weights, beside their optimizer's state.
 KNOWN_PARTS = ("state_dict", "model_state_dict", "model", "module", "generator", "speaker_encoder")
 _NOT_WEIGHTS = ("optimizer", "optimizer_state_dict", "optim", "scheduler", "lr_scheduler", "scaler")
 # Magic number, protocol, machine, content, keys of the storages.
 _PICKLES_IN_OLD_FILE = 5
+_SAVE_AGAIN = ("load it where it was made and save its state dict alone: "
+               "torch.save(model.state_dict(), ...)")
 _ZIP_START = b"PK\x03\x04"
 _RENEW_AFTER_BYTES = 256 << 20
 _DTYPES = {
@@ -71,8 +74,8 @@ def open_torch(path: Path, part: str | None = None) -> Source:
 class TorchFile:
   """The content of a file of torch.save, its tensors mapped from disk where the format allows."""
 
-  def __init__(self, path: Path):
-    self.path = path
+  def __init__(self, path: Path, remedy: str = _SAVE_AGAIN):
+    self.path, self._remedy = path, remedy
     with path.open("rb") as file:
       self.mapped = file.read(4) == _ZIP_START
     self._records = _check_zip(path) if self.mapped else Counter()
@@ -81,20 +84,24 @@ class TorchFile:
 
   def content(self) -> Any:
     if self._content is None:
-      self._content = load_weights_only(self.path, mmap=self.mapped)
+      self._content = load_weights_only(self.path, mmap=self.mapped, remedy=self._remedy)
       if self.mapped:
         self._check_storages()
     return self._content
 
   def read(self, keys: tuple, tensor: Tensor) -> np.ndarray:
+    return to_numpy(self.tensor(keys, tensor.nbytes))
+
+  def tensor(self, keys: tuple, nbytes: int) -> torch.Tensor:
+    """The tensor under `keys`, still in the file, of which `nbytes` are going to be read."""
     # Pages once touched stay resident as long as the file is mapped, so the map is made anew.
-    self._touched += tensor.nbytes
+    self._touched += nbytes
     if self.mapped and self._touched > _RENEW_AFTER_BYTES:
-      self._content, self._touched = None, tensor.nbytes
+      self._content, self._touched = None, nbytes
     value = self.content()
     for key in keys:
-      value = _children(value)[key]
-    return to_numpy(value)
+      value = _children(value)[key] if isinstance(value, dict) else value[key]
+    return value
 
   def _check_storages(self):
     """A storage longer than its record would be filled with bytes of the next ones."""
@@ -110,16 +117,23 @@ class TorchFile:
       )
 
 
-def load_weights_only(path: Path, *, mmap: bool) -> Any:
-  """torch.load restricted to weights; what it refuses becomes a ReadError that says why."""
+def load_weights_only(path: Path, *, mmap: bool, remedy: str = _SAVE_AGAIN) -> Any:
+  """torch.load restricted to weights; what it refuses becomes a ReadError that says why.
+
+  Args:
+    path: the file.
+    mmap: whether the tensors stay in the file until they are used.
+    remedy: ends the error about a file that needs more.
+  """
   try:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    with torch.serialization.safe_globals(list(STAND_INS)):
+      return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
   except Exception as error:  # a broken or hostile pickle can raise anything
-    if needed := _classes_needed(path):
+    allowed = {name for _, name in STAND_INS}
+    if needed := [name for name in _classes_needed(path) if name not in allowed]:
       raise ReadError(
         f"{path}: needs {', '.join(needed)} to be run or built; files are read as weights only, "
-        "nothing in them is executed. If you trust the file, load it where it was made and save "
-        "its state dict alone: torch.save(model.state_dict(), ...)"
+        f"nothing in them is executed. If you trust the file, {remedy}"
       ) from error
     # The message's first part recommends to switch the protection off.
     reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:300]

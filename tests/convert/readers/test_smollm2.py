@@ -16,11 +16,12 @@ from convert.readers import gguf_config, gguf_tokenizer, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-WORDS = ["", " ", "\n", "\t x", "Hello, world!", "  two  blanks  ", "it's 1999 o'clock", "12345",
-         "你好，世界", "今天天气很好", "e\u0301", "😀👩‍👩‍👧", "ไทย", "हिन्दी", "العربية", "<|im_end", PROMPT,
-         "DON'T don't I'LL", "def f(x):\n  return x ** 2\n", "x_y__z!!...\n\n\n", "３½²", "\x00\x1b"]
-TEXTS = WORDS + [f"{word} {letter * n}{n} {word}" for word, letter, n in zip(
-  WORDS * 2, string.printable[:36], range(1, 37))]
+WORDS = ["", " ", "\n", "\t x", "Hello, world!", "  two  blanks  ", "it's o'clock", "你好，世界",
+         "今天天气很好", "e\u0301", "😀👩‍👩‍👧", "ไทย", "हिन्दी", "العربية", "<|im_end", PROMPT,
+         "DON'T don't I'LL", "def f(x):\n  return x ** y\n", "x_y__z!!...\n\n\n", "\x00\x1b"]
+TEXTS = WORDS + [f"{word} {letter * (i % 7 + 1)} {word}" for i, (word, letter) in enumerate(
+  zip(WORDS * 2, string.ascii_letters))]
+DIGITS = ["12345", " 1999 o'clock", "  112  ", "３½²", "a1b22 c333\n\n4444"]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def test_every_tensor_has_the_values_that_transformers_reads(file, reference):
 
 
 def test_the_tokenizer_gives_the_same_ids(file):
+  from tokenizers import pre_tokenizers
   from transformers import AutoTokenizer
 
   tokenizer, config = gguf_tokenizer(file)
@@ -58,7 +60,12 @@ def test_the_tokenizer_gives_the_same_ids(file):
   assert config["eos_token"] == expected.eos_token == "<|im_end|>"
   assert "im_start" in config["chat_template"]
   assert len(TEXTS) > 50
-  for text in TEXTS:
+  for text in [*TEXTS, *DIGITS]:
+    if text == DIGITS[0]:
+      # llama.cpp cuts each digit off before all else, as the model was trained; transformers'
+      # reading of GGUF leaves that out, which shows in blanks before digits.
+      cut = [pre_tokenizers.Digits(True), expected.backend_tokenizer.pre_tokenizer]
+      expected.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
     ids = expected(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.encode(text).ids == ids, text
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
