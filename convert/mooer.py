@@ -132,7 +132,7 @@ def open_release(
     "encoder_prefix": heard.prefix,
     "tuned_encoder": sorted(adapter.tuned_encoder),
   }
-  replaced = [f"{ENCODER_FILE}: {path}, for {ADAPTER_FILE} has it" for path in adapter.tuned_encoder]
+  replaced = [f"{ENCODER_FILE}: {path} ({ADAPTER_FILE} has it)" for path in adapter.tuned_encoder]
   return Release(
     config=SpeechLLMConfig(
       encoders=(heard.config,),

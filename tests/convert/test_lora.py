@@ -20,9 +20,9 @@ ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  """(transformers model, its checkpoint)."""
+  """(folder of transformers, its checkpoint)."""
   folder = tmp_path_factory.mktemp("base")
-  module, source = saved_llm(folder / "hf", "qwen2")
+  _, source = saved_llm(folder / "hf", "qwen2")
   import_checkpoint("qwen2", source, folder / "ours")
   return source, folder / "ours"
 
@@ -145,7 +145,9 @@ def test_a_layer_without_its_lora_and_a_wrong_rank_are_all_named(base, tmp_path)
   message = str(caught.value)
   assert "3 problems" in message
   assert "layers.1.self_attn.q_proj.lora_A.weight [3, 40] is missing" in message
-  assert "layers.0.mlp.down_proj.lora_B.weight has shape [40, 2], the model needs [40, 3]" in message
+  assert "layers.0.mlp.down_proj.lora_B.weight has shape [40, 2], the model needs [40, 3]" in (
+    message
+  )
   assert "layers.7.mlp.down_proj.lora_B.weight [40, 3] is unmapped" in message
 
 

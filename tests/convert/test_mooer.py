@@ -25,7 +25,8 @@ FILES = ("paraformer_encoder/paraformer-encoder.pth", "asr/adapter_project.pt", 
 def their_hidden(modules, features_TF, tokens_S):
   """Logits of the PyTorch parts in a row: [speech, tokens]."""
   with torch.no_grad():
-    frames = modules["encoder"](torch.tensor(features_TF)[None], torch.tensor([len(features_TF)]))[0]
+    heard = torch.tensor(features_TF)[None]
+    frames = modules["encoder"](heard, torch.tensor([len(features_TF)]))[0]
     even = frames[:, : frames.shape[1] // 2 * 2]
     joined = even.reshape(1, -1, 2 * frames.shape[2])
     hidden = torch.relu(modules["adapter"]["linear1"](joined))
@@ -152,8 +153,13 @@ def test_everything_wrong_is_told_at_once_and_nothing_is_left(released, tmp_path
   (folder / "paraformer_encoder" / "am.mvn").write_text("<Nnet>")
   with pytest.raises(ConversionError) as caught:
     import_checkpoint("mooer", folder, tmp_path / "out", Options(task="asr"))
-  for part in ("after_norm.bias [32] is missing", "encoders.1.norm1.weight has shape [7]",
-               "linear3.weight [2, 2] is unmapped", "use_dora", "am.mvn: no <AddShift>"):  # fmt: skip
+  for part in (
+    "after_norm.bias [32] is missing",
+    "encoders.1.norm1.weight has shape [7]",
+    "linear3.weight [2, 2] is unmapped",
+    "use_dora",
+    "am.mvn: no <AddShift>",
+  ):
     assert part in str(caught.value), part
   assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
