@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,16 @@ def beside(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
 
 
+def copier(files: Iterable[Path]) -> Callable[[Path], None]:
+  """A function that copies files into the folder it is given."""
+
+  def copy(folder: Path):
+    for file in files:
+      shutil.copyfile(file, folder / file.name)
+
+  return copy
+
+
 def save_checkpoint(
   out: Path,
   leaves: Mapping[str, Lazy],
@@ -60,7 +70,7 @@ def save_checkpoint(
   config: Mapping[str, Any],
   kind: str,
   style: Mapping[str, Any],
-  tokenizer: Iterable[Path] = (),
+  tokenizer: Callable[[Path], Any] = lambda folder: None,
   kept: Mapping[str, Iterable[Path]] | None = None,
   generation: Mapping[str, Any] | None = None,
   base: Path | None = None,
@@ -74,30 +84,25 @@ def save_checkpoint(
     config: content of config.json.
     kind: what was imported.
     style: how its files were written where that is a choice.
-    tokenizer: files for tokenizer/.
+    tokenizer: writes the files for tokenizer/.
     kept: folder below source/ -> files that go there.
     generation: content of generation.json.
     base: checkpoint that the other leaves are in.
     overwrite: replace a checkpoint that is there.
   """
 
-  def write_tokenizer(folder: Path):
-    for file in tokenizer:
-      shutil.copyfile(file, folder / file.name)
-
   def write_source(folder: Path):
     write_json(folder / SOURCE_FILE, {"kind": kind, "style": dict(style)})
     for name, files in (kept or {}).items():
       (folder / name).mkdir()
-      for file in files:
-        shutil.copyfile(file, folder / name / file.name)
+      copier(files)(folder / name)
 
   try:
     return save(
       out,
       params=tree.unflatten(leaves),
       config_json=config,
-      tokenizer=write_tokenizer,
+      tokenizer=tokenizer,
       generation=generation or {},
       source=write_source,
       base=base,

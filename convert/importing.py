@@ -1,7 +1,8 @@
 """`convert import KIND SRC OUT`: files of PyTorch become a checkpoint."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mooer_jax.text.tokenizer import Tokenizer
 from . import encoder, language_model, lora, mooer
 from .engine import map_in
 from .errors import Problems
-from .folders import save_checkpoint
+from .folders import copier, save_checkpoint
 from .readers import open_source
 
 
@@ -150,7 +151,7 @@ def _peft(src: Path, out: Path, options: Options) -> Report:
   opened = lora.open_folder(src, problems)
   problems.check(str(src))
   assert opened is not None
-  tokenizer: tuple[Path, ...] = ()
+  tokenizer = copier(())
   generation: dict[str, Any] = {}
   base = None
   if options.base is None:
@@ -167,7 +168,7 @@ def _peft(src: Path, out: Path, options: Options) -> Report:
         problems.add(f"{about.folder} has a LoRA of its own, on {path} as well")
     config = {**about.config, "decoder": part_to_json(decoder)}
     base, generation = about.folder, about.generation
-    tokenizer = tuple(sorted(about.tokenizer.iterdir()))
+    tokenizer = copier(sorted(about.tokenizer.iterdir()))
   problems.check(str(src))
   save_checkpoint(
     out,
@@ -212,11 +213,12 @@ def _mooer(src: Path, out: Path, options: Options) -> Report:
   return Report(out, opened.leaves, opened.ignored, opened.notes)
 
 
-def _eos_id(files: Sequence[Path]) -> int:
-  folders = {file.parent for file in files}
-  if len(folders) != 1:
-    raise FileNotFoundError("the LLM's folder has no tokenizer.json; download it as well")
-  return Tokenizer.from_folder(folders.pop()).eos_id
+def _eos_id(write_tokenizer: Callable[[Path], Any]) -> int:
+  with tempfile.TemporaryDirectory() as folder:
+    write_tokenizer(Path(folder))
+    if not any(Path(folder).iterdir()):
+      raise FileNotFoundError("the LLM's folder has no tokenizer.json; download it as well")
+    return Tokenizer.from_folder(folder).eos_id
 
 
 KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {

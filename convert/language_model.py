@@ -1,8 +1,9 @@
 """Qwen2 and LLaMA of Hugging Face: folders in and out."""
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from mooer_jax.nn.compute import Compute
 
 from .engine import leaf_shapes, map_in, map_out, read_out, under
 from .errors import Problems
-from .folders import kept_files, kept_json, read_json, style_of, write_json
+from .folders import copier, kept_files, kept_json, read_json, style_of, write_json
 from .hf_config import hf_config, llm_config
-from .readers import Source, open_source
+from .readers import Source, gguf_config, gguf_tokenizer, open_source
 from .rules import Rule, Table
 from .safetensors_out import write_shards
 from .transforms import TRANSPOSE
@@ -66,14 +67,15 @@ class LanguageModel:
   Attributes:
     config: the model, without LoRA.
     leaves: decoder/… -> leaf.
-    tokenizer, kept: files for the checkpoint's tokenizer/ and source/.
+    tokenizer: writes the tokenizer's files into a folder.
+    kept: files for the checkpoint's source/.
     head_present: whether a tied head stands in the files all the same.
     ignored, notes: what a user should know.
   """
 
   config: LLMConfig
   leaves: dict[str, Lazy]
-  tokenizer: tuple[Path, ...]
+  tokenizer: Callable[[Path], Any]
   kept: tuple[Path, ...]
   head_present: bool
   ignored: tuple[str, ...]
@@ -90,20 +92,21 @@ def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
 def open_model(
   folder: Path, problems: Problems, *, kind: str | None = None
 ) -> LanguageModel | None:
-  """Opens a Hugging Face folder.
+  """Opens a Hugging Face folder or a GGUF file.
 
   Args:
-    folder: with config.json and weights in any format that is read.
+    folder: with config.json and weights in any format that is read; or a .gguf file.
     problems: gets what cannot be converted.
     kind: "qwen2" or "llama" if it must be that; None takes either.
 
   Returns:
     LanguageModel, or None if its config was not understood.
   """
-  if not (folder / "config.json").is_file():
-    problems.add(f"{folder}: no config.json; give the folder of a Hugging Face model")
+  is_gguf = folder.is_file() and folder.suffix == ".gguf"
+  if not is_gguf and not (folder / "config.json").is_file():
+    problems.add(f"{folder}: no config.json; give a folder of Hugging Face or a GGUF file")
     return None
-  hf = read_json(folder / "config.json")
+  hf = gguf_config(folder) if is_gguf else read_json(folder / "config.json")
   if kind is not None and hf.get("model_type") != kind:
     problems.add(f"{folder}: model_type={hf.get('model_type')!r} is not the kind {kind!r}")
     return None
@@ -111,9 +114,18 @@ def open_model(
   if config is None:
     return None
   source = open_source(folder)
-  tokenizer = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+  if is_gguf:
+    return from_source(source, config, problems, tokenizer=functools.partial(write_gguf, folder))
+  files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
   kept = tuple(folder / name for name in KEPT_FILES if (folder / name).is_file())
-  return from_source(source, config, problems, tokenizer=tokenizer, kept=kept)
+  return from_source(source, config, problems, tokenizer=copier(files), kept=kept)
+
+
+def write_gguf(file: Path, folder: Path) -> None:
+  """Writes the tokenizer of a GGUF file as Hugging Face does."""
+  tokenizer, config = gguf_tokenizer(file)
+  tokenizer.save(str(folder / "tokenizer.json"))
+  write_json(folder / "tokenizer_config.json", config)
 
 
 def from_source(
@@ -121,7 +133,7 @@ def from_source(
   config: LLMConfig,
   problems: Problems,
   *,
-  tokenizer: tuple[Path, ...] = (),
+  tokenizer: Callable[[Path], Any],
   kept: tuple[Path, ...] = (),
 ) -> LanguageModel:
   """Maps the tensors of a language model; they bear Hugging Face's names."""

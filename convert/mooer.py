@@ -1,6 +1,7 @@
 """MooER's release folders, in the published layout: in and out."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Release:
   config: SpeechLLMConfig
   leaves: dict[str, Lazy]
   style: dict[str, Any]
-  tokenizer: tuple[Path, ...]
+  tokenizer: Callable[[Path], Any]
   kept: dict[str, tuple[Path, ...]]
   ignored: tuple[str, ...]
   notes: tuple[str, ...]
