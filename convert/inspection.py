@@ -1,6 +1,7 @@
 """`convert inspect PATH`: what is in a file or folder of weights."""
 
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,15 +20,17 @@ def inspect(path: Path, *, names: bool = True) -> None:
   Raises:
     FileNotFoundError, ReadError: if there is nothing that could be read.
   """
+  from rich.box import SIMPLE
   from rich.console import Console
   from rich.table import Table
 
   if not path.exists():
     raise FileNotFoundError(f"{path}: no such file or folder")
   rows, kind, notes = _content(path)
-  console = Console()
+  # Into a file or a pipe, a row is a line, however long.
+  console = Console(width=None if sys.stdout.isatty() else 500)
   if names:
-    table = Table("name", "shape", "dtype", "file", title=str(path))
+    table = Table("name", "shape", "dtype", "file", title=str(path), box=SIMPLE)
     for name, shape, dtype, file in rows:
       table.add_row(name, str(list(shape)), dtype, file)
     console.print(table)

@@ -115,15 +115,14 @@ def open_model(
     return None
   source = open_source(folder)
   if is_gguf:
-    return from_source(source, config, problems, tokenizer=functools.partial(write_gguf, folder))
+    made = functools.partial(_write_tokenizer, *gguf_tokenizer(folder))
+    return from_source(source, config, problems, tokenizer=made)
   files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
   kept = tuple(folder / name for name in KEPT_FILES if (folder / name).is_file())
   return from_source(source, config, problems, tokenizer=copier(files), kept=kept)
 
 
-def write_gguf(file: Path, folder: Path) -> None:
-  """Writes the tokenizer of a GGUF file as Hugging Face does."""
-  tokenizer, config = gguf_tokenizer(file)
+def _write_tokenizer(tokenizer, config: Mapping[str, Any], folder: Path) -> None:
   tokenizer.save(str(folder / "tokenizer.json"))
   write_json(folder / "tokenizer_config.json", config)
 

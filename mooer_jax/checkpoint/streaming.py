@@ -51,7 +51,8 @@ class _HostHandler(ocp.type_handlers.NumpyHandler):
   """Reads leaves as NumPy arrays, few chunks at a time: by default 128 of them wait in memory."""
 
   async def deserialize(self, infos, args=None):
-    context = tensorstore.Context({"file_io_concurrency": {"limit": READS_AT_ONCE}})
+    few = {"file_io_concurrency": {"limit": READS_AT_ONCE}}
+    context = tensorstore.Context(few, infos[0].ts_context)
     infos = [copy.copy(info) for info in infos]
     for info in infos:
       info.ts_context = context
