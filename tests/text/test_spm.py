@@ -101,6 +101,17 @@ def test_user_defined_pieces_are_found_whole_and_kept(tmp_path, spm_training):
   assert tokenizer.decode([index]) == "<A_0>"
 
 
+def test_a_byte_spelt_out_is_not_that_byte():
+  kinds = {"<unk>": spm.UNKNOWN, "<0x41>": spm.BYTE}
+  texts = ["<unk>", "<0x41>", "<0x", "41>", *"<0x41>a", "0x", "41", "<0x41>a"]
+  pieces = tuple(spm.Piece(text, -float(i), kinds.get(text, spm.NORMAL))
+                 for i, text in enumerate(texts))
+  model = spm.build_tokenizer(spm.SentencePieceModel(pieces, prefix_blank=False))
+  assert model.encode("A").ids == [1]
+  assert 1 not in model.encode("<0x41>").ids
+  assert model.encode("Aa").ids == [1, texts.index("a")]
+
+
 def test_settings_are_read(llama_folder, tmp_path, spm_training):
   model = spm.read_model(llama_folder / "tokenizer.model")
   assert (model.algorithm, model.prefix_blank, model.squeeze_blanks) == (spm.BPE, True, False)

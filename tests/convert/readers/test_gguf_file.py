@@ -258,6 +258,23 @@ def test_a_count_that_lies_ends_at_the_end_of_the_file(tmp_path):
     open_source(tmp_path / "a.gguf")
 
 
+def test_data_that_end_early_or_overlap(tmp_path):
+  tensors = {"output_norm.weight": np.ones(64, np.float32)}
+  whole = _small(tmp_path / "a.gguf", tensors=tensors).read_bytes()
+  assert len(open_source(tmp_path / "a.gguf").tensors) == 2
+  (tmp_path / "a.gguf").write_bytes(whole[:-1])
+  with pytest.raises(ReadError, match="'output_norm.weight' should end at byte .* cut short"):
+    open_source(tmp_path / "a.gguf")
+  # Name, number of dimensions, one dimension, type, then the offset.
+  at = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4
+  assert struct.unpack_from("<Q", whole, at) == (8 * 64 * 4,)
+  for offset, message in [(32, "overlaps"), (33, "multiple of the alignment 32"),
+                          (1 << 62, "should end at byte")]:
+    (tmp_path / "a.gguf").write_bytes(whole[:at] + struct.pack("<Q", offset) + whole[at + 8 :])
+    with pytest.raises(ReadError, match=f"'output_norm.weight' .*{message}"):
+      open_source(tmp_path / "a.gguf")
+
+
 def test_damaged_bytes_never_raise_anything_else(tmp_path):
   tensors = {"output_norm.weight": np.ones(64, np.float32),
              "blk.0.attn_q.weight": np.ones((64, 64), np.float16)}

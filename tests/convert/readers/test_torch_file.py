@@ -48,6 +48,7 @@ def test_views_parameters_and_tied_storages_read_as_they_look(tmp_path):
   source = open_source(_save(content, tmp_path / "a.pt"))
   for name, value in content.items():
     expected = value.detach()
+    assert source.read(name).flags.c_contiguous and source.read(name).flags.writeable
     np.testing.assert_array_equal(source.read(name).astype(np.float32), expected.float().numpy())
 
 
