@@ -20,9 +20,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
   try:
     return args.run(args)
   except ModuleNotFoundError as error:
-    if error.name not in ("torch", "yaml", "gguf", "sentencepiece"):
+    if error.name not in ("torch", "yaml", "transformers", "sentencepiece", "funasr", "peft"):
       raise
-    print(f"{prog}: {error}; install it with: pip install 'mooer-jax[convert]'", file=sys.stderr)
+    install = "pip install 'mooer-jax[convert,verify]'"
+    print(f"{prog}: {error}; install it with: {install}", file=sys.stderr)
     return 2
   except (ValueError, OSError) as error:
     print(f"{prog} {args.command}: {error}", file=sys.stderr)
@@ -55,6 +56,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   exporting.add_argument("--shard-size", type=_size, default="5GB", help="default: 5GB")
   exporting.add_argument("--overwrite", action="store_true")
   exporting.set_defaults(run=_export)
+
+  verifying = commands.add_parser("verify", help="the original and a checkpoint on one clip")
+  verifying.add_argument("kind", choices=_KINDS)
+  verifying.add_argument("src", type=Path, metavar="SRC", help="what was imported")
+  verifying.add_argument("checkpoint", type=Path, metavar="CKPT")
+  verifying.add_argument("--audio", type=Path, help="a recording (mooer, paraformer)")
+  verifying.add_argument("--llm", type=Path, help="the LLM's folder (peft; mooer if elsewhere)")
+  verifying.add_argument("--max-new-tokens", type=int, default=40)
+  verifying.set_defaults(run=_verify)
 
   inspecting = commands.add_parser("inspect", help="what is in a file or folder")
   inspecting.add_argument("path", type=Path, metavar="PATH")
@@ -101,6 +111,20 @@ def _export(args) -> int:
 
   print(export_checkpoint(
     args.kind, args.checkpoint, args.out, shard_bytes=args.shard_size, overwrite=args.overwrite
+  ))  # fmt: skip
+  return 0
+
+
+def _verify(args) -> int:
+  from .verification import print_verdict, verify
+
+  print_verdict(verify(
+    args.kind,
+    args.src,
+    args.checkpoint,
+    audio=args.audio,
+    llm=args.llm,
+    max_new_tokens=args.max_new_tokens,
   ))  # fmt: skip
   return 0
 

@@ -95,7 +95,7 @@ def open_release(
     if not path.exists():
       hint = "; pass --no-lora for a model without" if path == lora_folder else ""
       problems.add(f"{path}: not found{hint}")
-  llm_folder = llm or _find_llm(folder, problems)
+  llm_folder = llm or find_llm(folder, problems)
   if problems.found or llm_folder is None:
     return None
   heard = encoder.open_encoder(
@@ -184,7 +184,8 @@ def _open_adapter(
   return Adapter(config, leaves | encoder_leaves, tuple(expected), source.ignored)
 
 
-def _find_llm(folder: Path, problems: Problems) -> Path | None:
+def find_llm(folder: Path, problems: Problems) -> Path | None:
+  """The one folder in a release that holds a config.json; None, with the reason, if not one."""
   found = sorted({
     path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json")
   })
