@@ -154,16 +154,15 @@ def natural(name: str) -> list:
 
 
 def read_out(about: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[np.ndarray]:
-  """Reads the tensors in their order; a group of them, or one large one, is in memory."""
+  """Reads the tensors in their order, with a group of them, or one large one, in memory.
+
+  They may be views that are not in C order (`transforms.row_blocks`).
+  """
   for group in _groups(tensors):
     arrays = read_leaves(about, {tensor.path for tensor in group})
     for tensor in group:
-      array = arrays[tensor.path]
-      if len(group) == 1:
-        del arrays  # a large one: the next line may copy it
-      array = np.ascontiguousarray(tensor.transform.to_torch(array))
-      yield array
-      del array
+      yield tensor.transform.to_torch(arrays[tensor.path])
+    arrays.clear()  # before the next group is read
 
 
 def _groups(tensors: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from .engine import Outgoing
+from .transforms import row_blocks
 
 _CODES = {
   np.dtype(np.float16): "F16",
@@ -74,5 +75,6 @@ def _write_file(path: Path, tensors: Sequence[Outgoing], values) -> None:
     for tensor in tensors:
       array = next(values)
       assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
-      file.write(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+      for block in row_blocks(array):
+        file.write(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
       del array  # before the next one is read

@@ -18,6 +18,7 @@ def write_torch(path: Path, tensors: Sequence[Outgoing], arrays: Iterable[np.nda
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
   """The same bits as a tensor; NumPy's bfloat16 is not one that torch knows."""
+  array = np.array(array, order="C")  # an own one, which torch may write to
   if array.dtype == ml_dtypes.bfloat16:
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
   return torch.from_numpy(array)

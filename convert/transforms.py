@@ -1,7 +1,7 @@
 """How a PyTorch tensor becomes one of our arrays, and back, bit for bit."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -17,7 +17,8 @@ class Transform:
   Attributes:
     ndim, torch_ndim: axes on our side and on PyTorch's.
     shape, torch_shape: shape on our side from PyTorch's, and back.
-    to_jax, to_torch: the same for arrays, in C order.
+    to_jax: the same for an array, in C order.
+    to_torch: back, as a view where that is possible; `row_blocks` gives its content.
   """
 
   ndim: int | None
@@ -39,7 +40,7 @@ def transposed(x_RC: np.ndarray) -> np.ndarray:
 IDENTITY = Transform(None, None, tuple, tuple, lambda x: x, lambda x: x)
 
 # nn.Linear keeps [out, in], our kernels are [in, out].
-TRANSPOSE = Transform(2, 2, lambda s: s[::-1], lambda s: s[::-1], transposed, transposed)
+TRANSPOSE = Transform(2, 2, lambda s: s[::-1], lambda s: s[::-1], transposed, np.transpose)
 
 # A depthwise nn.Conv1d keeps [channels, 1, taps], our kernel is [taps, channels].
 DEPTHWISE = Transform(
@@ -48,5 +49,18 @@ DEPTHWISE = Transform(
   lambda s: (s[2], s[0]) if s[1] == 1 else s,
   lambda s: (s[1], 1, s[0]),
   lambda x_D1K: transposed(x_D1K[:, 0]),
-  lambda x_KD: transposed(x_KD)[:, None],
+  lambda x_KD: x_KD.T[:, None],
 )
+
+_BLOCK = 1024
+
+
+def row_blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+  """An array in C order, in pieces of its rows; of a transposed one, no whole copy is made."""
+  if x.flags.c_contiguous:
+    yield x
+  elif x.ndim == 2:
+    for row in range(0, len(x), _BLOCK):
+      yield transposed(x[row : row + _BLOCK].T)
+  else:
+    yield np.ascontiguousarray(x)

@@ -16,7 +16,7 @@ from convert.folders import save_checkpoint
 from convert.readers import Tensor, open_source
 from convert.rules import Rule, Table
 from convert.safetensors_out import write_shards
-from convert.transforms import DEPTHWISE, IDENTITY, TRANSPOSE, transposed
+from convert.transforms import DEPTHWISE, IDENTITY, TRANSPOSE, row_blocks, transposed
 from mooer_jax import checkpoint
 from mooer_jax.decoders.llm import LLMConfig
 from tests.tiny import LLM_CONFIG, SANM
@@ -162,7 +162,11 @@ def test_a_transform_undoes_itself(transform, shape):
   np.testing.assert_array_equal(transform.to_torch(there), x)
 
 
-@pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 1025])
 def test_transposing_by_bands_is_transposing(rows):
   x = np.arange(rows * 5, dtype=np.int32).reshape(rows, 5)
   np.testing.assert_array_equal(transposed(x), x.T)
+  for view in (x, x.T, x.T.copy().T, x.T[:, None]):
+    blocks = list(row_blocks(view))
+    assert all(block.flags.c_contiguous for block in blocks)
+    np.testing.assert_array_equal(np.concatenate(blocks), view)
