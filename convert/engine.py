@@ -1,6 +1,7 @@
 """Maps whole sets of tensors by a table: all that does not fit is found before anything is read."""
 
 import dataclasses
+import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -162,7 +163,8 @@ def read_out(about: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[np.ndar
     arrays = read_leaves(about, {tensor.path for tensor in group})
     for tensor in group:
       yield tensor.transform.to_torch(arrays[tensor.path])
-    arrays.clear()  # before the next group is read
+    arrays.clear()
+    gc.collect()  # Orbax's futures refer to themselves and hold on to what they read
 
 
 def _groups(tensors: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:

@@ -1,6 +1,7 @@
 """How Orbax writes leaves that are read one after another, and reads leaves to the host."""
 
 import copy
+import gc
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,6 @@ import tensorstore
 
 from mooer_jax.checkpoint.arrays import Lazy
 
-READS_AT_ONCE = 4
 GROUP_BYTES = 256 * 2**20  # at most two groups are in memory: one is written, the next is read
 
 
@@ -35,6 +35,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
       if leaf.nbytes > GROUP_BYTES:
         _wait(writing)
         writing = []
+        gc.collect()  # futures refer to themselves and hold on to what they wrote
       group.append((leaf.read(), info, arg))
       held += leaf.nbytes
     if group:
@@ -48,11 +49,15 @@ def _wait(futures):
 
 
 class _HostHandler(ocp.type_handlers.NumpyHandler):
-  """Reads leaves as NumPy arrays, few chunks at a time: by default 128 of them wait in memory."""
+  """Reads leaves as NumPy arrays, chunk by chunk.
+
+  By default 128 chunks of a leaf are read at once; they wait in memory to be copied, which is then
+  needed twice, and the time is the same.
+  """
 
   async def deserialize(self, infos, args=None):
-    few = {"file_io_concurrency": {"limit": READS_AT_ONCE}}
-    context = tensorstore.Context(few, infos[0].ts_context)
+    one_by_one = {"file_io_concurrency": {"limit": 1}}
+    context = tensorstore.Context(one_by_one, infos[0].ts_context)
     infos = [copy.copy(info) for info in infos]
     for info in infos:
       info.ts_context = context
