@@ -17,8 +17,7 @@ class Transform:
   Attributes:
     ndim, torch_ndim: axes on our side and on PyTorch's.
     shape, torch_shape: shape on our side from PyTorch's, and back.
-    to_jax: the same for an array, in C order.
-    to_torch: back, as a view where that is possible; `row_blocks` gives its content.
+    to_jax, to_torch: the same for an array, as views: what writes them copies them anyway.
   """
 
   ndim: int | None
@@ -40,7 +39,7 @@ def transposed(x_RC: np.ndarray) -> np.ndarray:
 IDENTITY = Transform(None, None, tuple, tuple, lambda x: x, lambda x: x)
 
 # nn.Linear keeps [out, in], our kernels are [in, out].
-TRANSPOSE = Transform(2, 2, lambda s: s[::-1], lambda s: s[::-1], transposed, np.transpose)
+TRANSPOSE = Transform(2, 2, lambda s: s[::-1], lambda s: s[::-1], np.transpose, np.transpose)
 
 # A depthwise nn.Conv1d keeps [channels, 1, taps], our kernel is [taps, channels].
 DEPTHWISE = Transform(
@@ -48,7 +47,7 @@ DEPTHWISE = Transform(
   3,
   lambda s: (s[2], s[0]) if s[1] == 1 else s,
   lambda s: (s[1], 1, s[0]),
-  lambda x_D1K: transposed(x_D1K[:, 0]),
+  lambda x_D1K: x_D1K[:, 0].T,
   lambda x_KD: x_KD.T[:, None],
 )
 

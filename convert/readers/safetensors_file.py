@@ -12,6 +12,7 @@ from .json_file import parse_object
 from .source import BFLOAT16, ReadError, Source, Tensor, check_shape
 
 _MAX_HEADER_BYTES = 100_000_000
+_MAPPED_BYTES = 8 << 20
 _DTYPES = {
   "BOOL": np.dtype(np.bool_),
   "U8": np.dtype("<u1"),
@@ -79,8 +80,12 @@ def open_safetensors(path: Path) -> Source:
 
 def read_span(tensor: Tensor, offset: int) -> np.ndarray:
   """Reads the bytes of `tensor` from `offset` in its file on."""
+  if tensor.nbytes >= _MAPPED_BYTES and tensor.file.stat().st_size >= offset + tensor.nbytes:
+    # Mapped on its own, and privately, so that its pages go with the array; fresh memory for a
+    # copy would cost more than the reading.
+    mapped = np.memmap(tensor.file, np.uint8, "c", offset, (tensor.nbytes,))
+    return mapped.view(np.ndarray).view(tensor.dtype).reshape(tensor.shape)
   data = np.empty(tensor.nbytes, np.uint8)
-  # Plain reads, since pages of a mapped file would count as this process's memory.
   with tensor.file.open("rb", buffering=0) as file:
     file.seek(offset)
     done = 0
