@@ -59,6 +59,17 @@ def test_lazy_leaves_make_the_same_checkpoint(tmp_path, group_bytes):
   checkpoint.verify(tmp_path / "c")
 
 
+def test_files_are_hashed_while_they_are_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(streaming, "GROUP_BYTES", 1)
+  digests = checkpoint.writing.arrays.write(tmp_path / "w", lazy(arrays()))
+  files = {f.relative_to(tmp_path / "w").as_posix() for f in (tmp_path / "w").rglob("*/*")}
+  assert digests.keys() <= files and len(digests) > len(files) / 2
+  hash_files = checkpoint.writing.arrays.hash_files
+  assert hash_files(tmp_path / "w", "seed", digests) == hash_files(tmp_path / "w", "seed")
+  wrong = dict.fromkeys(digests, "0" * 64)
+  assert hash_files(tmp_path / "w", "seed", wrong) != hash_files(tmp_path / "w", "seed")
+
+
 def test_no_more_than_two_groups_are_held(tmp_path, monkeypatch):
   monkeypatch.setattr(streaming, "GROUP_BYTES", 2000)
   alive, most = set(), []

@@ -42,20 +42,27 @@ def as_lazy(leaf) -> Lazy:
   return Lazy(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
-def write(folder: Path, arrays: Mapping) -> None:
-  """Writes a nested dict of arrays or `Lazy` leaves, from all processes."""
+def write(folder: Path, arrays: Mapping) -> dict[str, str]:
+  """Writes a nested dict of arrays or `Lazy` leaves, from all processes.
+
+  Returns:
+    SHA-256 (hex) of files that were read back while they were in the cache, by their path below
+    the folder: of large trees of `Lazy` leaves most, else none.
+  """
   import orbax.checkpoint as ocp
 
+  digests: dict[str, str] = {}
   if any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(arrays)):
     from mooer_jax.checkpoint.streaming import streaming_handler
 
     arrays = jax.tree.map(as_lazy, arrays)
-    handler = streaming_handler()
+    handler = streaming_handler(digests)
   else:
     handler = ocp.PyTreeCheckpointHandler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+  return digests
 
 
 def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
@@ -107,12 +114,20 @@ def shapes(params: Mapping) -> dict:
   return {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(params).items()}
 
 
-def hash_files(folder: Path, seed: str) -> str:
-  """SHA-256 (hex) of a seed and of the names and contents of all files under a folder."""
+def hash_file(file: Path) -> str:
+  """SHA-256 (hex) of a file."""
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, seed: str, known: Mapping[str, str] | None = None) -> str:
+  """SHA-256 (hex) of a seed and of the names and contents of all files under a folder.
+
+  `known` holds what `write` returned, so that these files are not read once more.
+  """
 
   def content(file: Path) -> str:
-    with file.open("rb") as stream:
-      return hashlib.file_digest(stream, "sha256").hexdigest()
+    return (known or {}).get(file.relative_to(folder).as_posix()) or hash_file(file)
 
   files = sorted(file for file in folder.rglob("*") if file.is_file())
   digest = hashlib.sha256(seed.encode())

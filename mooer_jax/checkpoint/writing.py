@@ -69,7 +69,7 @@ def save(
       part.mkdir(parents=True)
     _barrier("begin", folder)
     weights = part / ("weights" if base is None else "trainable")
-    arrays.write(weights, params)
+    digests = arrays.write(weights, params)
     if train_state is not None:
       state = arrays.by_path(train_state)
       arrays.write(part / "train_state" / "arrays", state)
@@ -87,7 +87,9 @@ def save(
       _write_json(part / "generation.json", dict(generation))
       _write_json(part / "checkpoint.json", {
         "format": FORMAT,
-        "hash": arrays.hash_files(weights, "" if pointer is None else pointer["hash"]),
+        "hash": arrays.hash_files(
+          weights, "" if pointer is None else pointer["hash"], digests
+        ),
         "base": pointer,
         "leaves": arrays.shapes(params),
         "train_state": None if train_state is None else arrays.shapes(state),
