@@ -1,6 +1,7 @@
-"""The command `mooer-jax`: transcribe, pack."""
+"""The command `mooer-jax`: transcribe, pack, convert."""
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   _add_transcribe(commands)
   _add_pack(commands)
+  commands.add_parser("convert", help="PyTorch checkpoints in and out", add_help=False)
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == ["convert"]:  # it has a parser of its own
+    return _convert(argv[1:])
   args = parser.parse_args(argv)
   try:
     return args.run(args)
@@ -128,6 +133,21 @@ def _pack(args) -> int:
   if report.left_out:
     print(f"{len(report.left_out)} could not be packed; see left_out.tsv beside the list")
   return 0
+
+
+def _convert(argv: Sequence[str]) -> int:
+  try:
+    converter = importlib.import_module("mooer_jax.convert.main")
+  except ModuleNotFoundError as error:
+    if error.name not in ("mooer_jax.convert", "mooer_jax.convert.main"):
+      raise
+    print(
+      "mooer-jax convert: the converters are not in this installation; from a checkout, run"
+      " python -m convert in its folder",
+      file=sys.stderr,
+    )
+    return 2
+  return converter.main(argv, prog="mooer-jax convert")
 
 
 if __name__ == "__main__":

@@ -182,14 +182,31 @@ def _convert(hint, value, name, current=None):
   raise ValueError(f"{name}={value!r} ({type(value).__name__}): expected {expected}")
 
 
+def part_to_json(part: SANMConfig | LinearConfig | LLMConfig) -> dict[str, Any]:
+  """An encoder, connector or decoder as it stands in config.json."""
+  return {**dataclasses.asdict(part), "kind": part.kind}
+
+
+def part_from_json(section: Mapping[str, Any], name: str) -> Any:
+  """Inverse of part_to_json; `name` is the section's, for messages.
+
+  Raises:
+    ValueError: for an unknown kind, an unknown key or a wrong type.
+  """
+  section = dict(section)
+  kind = section.pop("kind", None)
+  if kind not in _KINDS:
+    raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(_KINDS)}")
+  return build(_KINDS[kind], section, name)
+
+
 def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
   """The model's part of a checkpoint's config.json; `compute` stays out."""
   fields = dataclasses.asdict(dataclasses.replace(config, compute=Compute()))
   del fields["compute"]
-  for part, sub in zip(fields["encoders"], config.encoders, strict=True):
-    part["kind"] = sub.kind
-  fields["connector"]["kind"] = config.connector.kind
-  fields["decoder"]["kind"] = config.decoder.kind
+  fields["encoders"] = tuple(part_to_json(part) for part in config.encoders)
+  fields["connector"] = part_to_json(config.connector)
+  fields["decoder"] = part_to_json(config.decoder)
   fields["prompts"] = dict(config.prompts)
   return fields
 
@@ -203,20 +220,15 @@ def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> Spee
   fields = dict(fields)
   for name in ("encoders", "connector", "decoder", "prompts"):
     if name not in fields:
-      raise ValueError(f"config.json has no {name!r}: it is not of a speech LLM, or is damaged")
-
-  def part(section, name):
-    section = dict(section)
-    kind = section.pop("kind", None)
-    if kind not in _KINDS:
-      raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(_KINDS)}")
-    return build(_KINDS[kind], section, name)
-
+      raise ValueError(
+        f"config.json has no {name!r}: it is of a part of a speech LLM ({', '.join(fields)}), or"
+        " is damaged"
+      )
   fields["encoders"] = tuple(
-    part(section, f"encoders[{i}]") for i, section in enumerate(fields["encoders"])
+    part_from_json(section, f"encoders[{i}]") for i, section in enumerate(fields["encoders"])
   )
   for name in ("connector", "decoder"):
-    fields[name] = part(fields[name], name)
+    fields[name] = part_from_json(fields[name], name)
   fields["prompts"] = tuple(fields["prompts"].items())
   return build(SpeechLLMConfig, {**fields, "compute": compute or Compute()}, "config.json")
 

@@ -45,6 +45,7 @@ ALLOWED_SKIPS = (
   r"no TPU: ",
   r"mooer-jax is not installed in this Python",
   r"libtpu is only published for Linux on x86_64",
+  r"no SmolLM2: ",
 )
 
 

@@ -1,6 +1,13 @@
 """The command's errors: one line, exit status 2, and before any work that they would undo."""
 
+import functools
+import shutil
+import subprocess
+import sys
+
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import mooer_jax.transcribe
 from mooer_jax import cli
@@ -72,3 +79,33 @@ def test_a_json_target_is_not_left_behind_empty_when_the_run_fails(monkeypatch, 
   target = tmp_path / "new" / "out.json"
   assert transcribe(monkeypatch, ValueError("no model"), "--json", str(target)) == (2, 1)
   assert not target.exists()
+
+
+def test_convert_is_passed_on_to_the_converters(tmp_path, plain_env, repo_root):
+  """In a wheel convert/ lies inside mooer_jax/; here a copy of both stands for it."""
+  shutil.copytree(repo_root / "mooer_jax", tmp_path / "lib" / "mooer_jax")
+  shutil.copytree(repo_root / "convert", tmp_path / "lib" / "mooer_jax" / "convert")
+  save_file({"model.norm.weight": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+  run = functools.partial(
+    subprocess.run,
+    env={**plain_env, "PYTHONPATH": str(tmp_path / "lib")},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  command = [sys.executable, "-m", "mooer_jax.cli", "convert"]
+  done = run([*command, "inspect", "model.safetensors"])
+  assert done.returncode == 0, done.stderr
+  assert "model.norm.weight" in done.stdout and "kind: llama" in done.stdout
+  done = run([*command, "inspect", "nowhere"])
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr == "mooer-jax convert inspect: nowhere: no such file or folder\n"
+
+
+def test_an_installation_without_the_converters_says_so(monkeypatch, capsys):
+  def absent(name):
+    raise ModuleNotFoundError(f"No module named {name!r}", name="mooer_jax.convert")
+
+  monkeypatch.setattr(cli.importlib, "import_module", absent)
+  assert cli.main(["convert", "inspect", "x"]) == 2
+  assert "python -m convert" in capsys.readouterr().err

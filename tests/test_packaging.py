@@ -34,7 +34,7 @@ def test_constraints_pin_every_direct_dependency_exactly(repo_root, project):
   pinned = {_name(pin) for pin in pins}
   extras = project["optional-dependencies"]
   direct = [*project["dependencies"], *extras["dev"], *extras["convert"], *extras["data"]]
-  assert {_name(r) for r in [*direct, *extras["demo"]]} - pinned <= {"mooer-jax"}
+  assert {_name(r) for r in [*direct, *extras["demo"], *extras["verify"]]} - pinned <= {"mooer-jax"}
 
 
 def test_the_promised_extras_exist(project):
@@ -59,7 +59,8 @@ def _third_party_imports(folder):
 @pytest.mark.parametrize("folder", ["mooer_jax", "convert"])
 def test_what_the_library_imports_is_declared(repo_root, project, folder):
   extras = project["optional-dependencies"]
-  required = [*project["dependencies"], *extras["convert"], *extras["data"], *extras["serve"]]
+  named = ("convert", "verify", "data", "serve")
+  required = [*project["dependencies"], *(r for name in named for r in extras[name])]
   declared = {_name(requirement) for requirement in required}
   provided_by = metadata.packages_distributions()
   undeclared = {

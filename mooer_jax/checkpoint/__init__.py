@@ -6,20 +6,30 @@
     weights/          every leaf, per layer (Orbax) — or, for a fine-tune,
     trainable/        only the trained leaves; checkpoint.json then names and hashes their base
     train_state/      arrays and the data position, while training
+    source/           of converted weights: what their files held besides
     checkpoint.json   format, hash, paths, shapes and dtypes of the leaves
 
 A folder is written beside its place as `.tmp-NAME` and renamed when it is complete, so one that
 has its name is whole. With several processes, all call `save` and `load` on a shared file system.
 """
 
+from mooer_jax.checkpoint.arrays import Lazy
 from mooer_jax.checkpoint.errors import CheckpointError, SaveError
-from mooer_jax.checkpoint.reading import Checkpoint, describe, load, load_train_state, verify
+from mooer_jax.checkpoint.reading import (
+  Checkpoint,
+  describe,
+  load,
+  load_train_state,
+  read_leaves,
+  verify,
+)
 from mooer_jax.checkpoint.steps import find, keep_last, latest, step_folder
 from mooer_jax.checkpoint.writing import save
 
 __all__ = [
   "Checkpoint",
   "CheckpointError",
+  "Lazy",
   "SaveError",
   "describe",
   "find",
@@ -27,6 +37,7 @@ __all__ = [
   "latest",
   "load",
   "load_train_state",
+  "read_leaves",
   "save",
   "step_folder",
   "verify",

@@ -1,7 +1,11 @@
 """Arrays of a checkpoint: nested dicts written and read with Orbax."""
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -13,22 +17,62 @@ from mooer_jax.checkpoint.errors import CheckpointError
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
 
 
-def write(folder: Path, arrays: Mapping) -> None:
-  """Writes a nested dict of arrays, from all processes."""
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+  """A leaf that is read when it is its turn to be written, so that no model need fit in memory.
+
+  Attributes:
+    shape, dtype: of the array.
+    read: gives the array (NumPy, on the host); may be called more than once.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def as_lazy(leaf) -> Lazy:
+  """An array that is there already, as a `Lazy`."""
+  if isinstance(leaf, Lazy):
+    return leaf
+  return Lazy(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
+
+
+def write(folder: Path, arrays: Mapping) -> dict[str, str]:
+  """Writes a nested dict of arrays or `Lazy` leaves, from all processes.
+
+  Returns:
+    SHA-256 (hex) of files that were read back while they were in the cache, by their path below
+    the folder: of large trees of `Lazy` leaves most, else none.
+  """
   import orbax.checkpoint as ocp
 
+  digests: dict[str, str] = {}
+  if any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(arrays)):
+    from mooer_jax.checkpoint.streaming import streaming_handler
+
+    arrays = jax.tree.map(as_lazy, arrays)
+    handler = streaming_handler(digests)
+  else:
+    handler = ocp.PyTreeCheckpointHandler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+  with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+  return digests
 
 
-def read(folder: Path, saved: Mapping, targets: dict[str, jax.ShapeDtypeStruct]) -> dict:
+def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
   """Reads the leaves in `targets`, path by path; the others in `saved` are not touched.
 
   Args:
     folder: from `write`.
     saved: all paths that the folder holds.
-    targets: shapes, dtypes and shardings that the leaves shall have.
+    targets: shapes, dtypes and shardings that the leaves shall have; if none has a sharding, they
+      stay on the host, as NumPy arrays.
 
   Raises:
     CheckpointError: if the files are damaged or the targets do not fit them.
@@ -37,16 +81,28 @@ def read(folder: Path, saved: Mapping, targets: dict[str, jax.ShapeDtypeStruct])
 
   if not targets:
     return {}
+  on_host = all(target.sharding is None for target in targets.values())
   item = {path: targets.get(path, ocp.PLACEHOLDER) for path in saved}
-  args = {
-    path: ocp.ArrayRestoreArgs(sharding=targets[path].sharding, dtype=targets[path].dtype,
-                               global_shape=targets[path].shape)
-    if path in targets else ocp.RestoreArgs()
-    for path in saved
-  }
+
+  def how(target):
+    if target is None:
+      return ocp.RestoreArgs()
+    if on_host:
+      return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target.dtype)
+    return ocp.ArrayRestoreArgs(
+      sharding=target.sharding, dtype=target.dtype, global_shape=target.shape
+    )
+
+  args = {path: how(targets.get(path)) for path in saved}
   request = ocp.args.PyTreeRestore(tree.unflatten(item), restore_args=tree.unflatten(args))
+  if on_host:
+    from mooer_jax.checkpoint.streaming import host_handler
+
+    handler = host_handler()
+  else:
+    handler = ocp.PyTreeCheckpointHandler()
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer:
       restored = tree.flatten(checkpointer.restore(folder, args=request))
   except (ValueError, KeyError, OSError) as error:
     raise CheckpointError(f"{folder} cannot be read: {error}") from error
@@ -58,13 +114,26 @@ def shapes(params: Mapping) -> dict:
   return {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(params).items()}
 
 
-def hash_files(folder: Path, seed: str) -> str:
-  """SHA-256 (hex) of a seed and of the names and contents of all files under a folder."""
+def hash_file(file: Path) -> str:
+  """SHA-256 (hex) of a file."""
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, seed: str, known: Mapping[str, str] | None = None) -> str:
+  """SHA-256 (hex) of a seed and of the names and contents of all files under a folder.
+
+  `known` holds what `write` returned, so that these files are not read once more.
+  """
+
+  def content(file: Path) -> str:
+    return (known or {}).get(file.relative_to(folder).as_posix()) or hash_file(file)
+
+  files = sorted(file for file in folder.rglob("*") if file.is_file())
   digest = hashlib.sha256(seed.encode())
-  for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-    with file.open("rb") as stream:
-      content = hashlib.file_digest(stream, "sha256").hexdigest()
-    digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    for file, hashed in zip(files, threads.map(content, files), strict=True):
+      digest.update(f"{file.relative_to(folder).as_posix()} {hashed}\n".encode())
   return digest.hexdigest()
 
 

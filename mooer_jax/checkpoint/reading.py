@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from mooer_jax.checkpoint.errors import CheckpointError
 from mooer_jax.checkpoint.steps import latest
 
 FORMAT = 1
-KEPT = "frontend/.*"  # CMVN: rounding it to bfloat16 would cost more than rounding the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,12 @@ class Checkpoint:
   def tokenizer(self) -> Path:
     """Folder of the tokenizer's files."""
     return self.folder / "tokenizer"
+
+  @property
+  def sources(self) -> list[Path]:
+    """Folders of what the converter kept: of this checkpoint, then of its base, and so on."""
+    own = [self.folder / "source"] if (self.folder / "source").is_dir() else []
+    return own if self.base is None else own + describe(self.base).sources
 
 
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
@@ -99,7 +103,7 @@ def load(
     folder: from `save`.
     shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
       everything on the first local device.
-    dtype: what floating-point leaves become; default: as saved. `frontend/` stays as saved.
+    dtype: what floating-point matrices become, and vectors float32; default: all as saved.
     base: where the base of a fine-tune lies, if it moved without it or was replaced there.
 
   Raises:
@@ -118,10 +122,24 @@ def load(
       kind = "no sharding for" if odd[0] in wanted else "a sharding but no leaf for"
       raise CheckpointError(f"{about.folder}: {kind} {odd[0]} ({len(odd)} such paths)")
   targets = {
-    path: jax.ShapeDtypeStruct(leaf.shape, _cast(path, leaf.dtype, dtype), sharding=places[path])
+    path: jax.ShapeDtypeStruct(leaf.shape, _cast(leaf, dtype), sharding=places[path])
     for path, leaf in wanted.items()
   }
   return dataclasses.replace(about, params=tree.unflatten(_read_leaves(about, targets)))
+
+
+def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray]:
+  """Reads some leaves of a checkpoint to the host, in the dtype that they are saved in.
+
+  Args:
+    about: from `describe`.
+    paths: of the leaves, such as "decoder/embed/embedding".
+
+  Raises:
+    CheckpointError: if the files are damaged.
+  """
+  leaves = tree.flatten(about.params)
+  return _read_leaves(about, {path: leaves[path] for path in paths})
 
 
 def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
@@ -225,9 +243,11 @@ def _base(folder: Path, pointer: dict) -> Path:
   return beside if beside.is_dir() else Path(pointer["path"])
 
 
-def _cast(path: str, saved, wanted):
-  keep = wanted is None or not jnp.issubdtype(saved, jnp.floating)
-  return saved if keep or re.fullmatch(KEPT, path) else np.dtype(wanted)
+def _cast(leaf, wanted):
+  if wanted is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    return leaf.dtype
+  # CMVN, norms and biases are small; to round them would cost more than to round the matrices.
+  return np.dtype(np.float32 if len(leaf.shape) < 2 else wanted)
 
 
 def data_file() -> str:

@@ -25,19 +25,23 @@ def save(
   base: str | Path | None = None,
   train_state: Any = None,
   data_state: Mapping | None = None,
+  source: Callable[[Path], Any] | None = None,
   overwrite: bool = False,
 ) -> Path:
   """Saves a checkpoint, completely or not at all.
 
   Args:
     folder: where it will lie; its parents are made.
-    params: nested dict of arrays, per layer (`tree.unstack_layers`); with `base` only the trained.
+    params: nested dict of arrays, or of `Lazy` leaves that are read one after another, per layer
+      (`tree.unstack_layers`); with `base` only the trained.
     config_json: the model's config as JSON values.
     tokenizer: folder to copy, or a function that writes the files into the folder it is given.
     generation: prompts and decoding defaults as JSON values.
     base: folder of the checkpoint whose other leaves belong to these params.
     train_state: pytree of arrays to resume from, any structure.
     data_state: JSON values of this process's data iterator, saved with `train_state`.
+    source: writes into the folder it is given what the files that the params were converted from
+      held besides, so that they can be made again.
     overwrite: replace a checkpoint of this name; else it is an error.
 
   Returns:
@@ -65,7 +69,7 @@ def save(
       part.mkdir(parents=True)
     _barrier("begin", folder)
     weights = part / ("weights" if base is None else "trainable")
-    arrays.write(weights, params)
+    digests = arrays.write(weights, params)
     if train_state is not None:
       state = arrays.by_path(train_state)
       arrays.write(part / "train_state" / "arrays", state)
@@ -76,11 +80,16 @@ def save(
         tokenizer(part / "tokenizer")
       else:
         shutil.copytree(tokenizer, part / "tokenizer")
+      if source is not None:
+        (part / "source").mkdir()
+        source(part / "source")
       _write_json(part / "config.json", dict(config_json))
       _write_json(part / "generation.json", dict(generation))
       _write_json(part / "checkpoint.json", {
         "format": FORMAT,
-        "hash": arrays.hash_files(weights, "" if pointer is None else pointer["hash"]),
+        "hash": arrays.hash_files(
+          weights, "" if pointer is None else pointer["hash"], digests
+        ),
         "base": pointer,
         "leaves": arrays.shapes(params),
         "train_state": None if train_state is None else arrays.shapes(state),

@@ -11,11 +11,13 @@ QWEN2_EOS = "<|im_end|>"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 _TOKENIZER_FILE = "tokenizer.json"
+_SENTENCEPIECE_FILE = "tokenizer.model"
+_ADDED_FILE = "added_tokens.json"
 _CONFIG_FILE = "tokenizer_config.json"
 
 
 class Tokenizer:
-  """Turns text into ids and back with a Hugging Face `tokenizer.json`.
+  """Turns text into ids and back with a Hugging Face `tokenizer.json` or a `tokenizer.model`.
 
   Make one with `from_folder` or `from_characters`. It can be pickled, so data workers may hold it.
   """
@@ -43,10 +45,12 @@ class Tokenizer:
     """Reads the tokenizer of a Hugging Face model folder or of a checkpoint's `tokenizer/`.
 
     Args:
-      path: folder with `tokenizer.json` and `tokenizer_config.json`.
+      path: folder with `tokenizer.json` and `tokenizer_config.json`; or with LLaMA's
+        `tokenizer.model` (SentencePiece), where those two and `added_tokens.json` may be absent.
       eos: token that ends an answer; by default `eos_token` of `tokenizer_config.json`, which is
-        then needed (`<|im_end|>` in Qwen2-Instruct). `generation_config.json` plays no part: it
-        lists further ids which do not end an answer in MooER.
+        then needed (`<|im_end|>` in Qwen2-Instruct; a `tokenizer.model` names its own).
+        `generation_config.json` plays no part: it lists further ids which do not end an answer in
+        MooER.
 
     Raises:
       FileNotFoundError: if the folder or a needed file is missing.
@@ -57,16 +61,19 @@ class Tokenizer:
     folder = Path(path)
     if not folder.is_dir():
       raise FileNotFoundError(f"{folder}: no such tokenizer folder")
-    file = folder / _TOKENIZER_FILE
-    if not file.is_file():
+    config_file, file = folder / _CONFIG_FILE, folder / _TOKENIZER_FILE
+    if file.is_file():
+      config = _read_config(config_file, needed=eos is None)
+      try:
+        model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+      except Exception as error:  # the package raises plain Exception for whatever is wrong
+        raise ValueError(f"{file}: not a tokenizer.json that can be read: {error}") from error
+    elif (folder / _SENTENCEPIECE_FILE).is_file():
+      model, config = _from_sentencepiece(folder, _read_config(config_file, needed=False))
+    else:
       raise FileNotFoundError(
-          f"{file}: not found; a fast tokenizer is needed. Write one with transformers: "
+          f"{file}: not found, nor {_SENTENCEPIECE_FILE}. Write one with transformers: "
           "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
-    try:
-      model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the package raises plain Exception for whatever is wrong
-      raise ValueError(f"{file}: not a tokenizer.json that can be read: {error}") from error
-    config = _read_config(folder / _CONFIG_FILE, needed=eos is None)
     _check_added_tokens(model, config, folder)
     eos = eos or _token_text(config.get("eos_token"))
     if not eos:
@@ -180,6 +187,33 @@ class Tokenizer:
       if character not in self._vocabulary:
         raise ValueError(f"character {character!r} (U+{ord(character):04X}) in {text[:60]!r} is "
                          "not in this character tokenizer; make it with that character as well")
+
+
+def _from_sentencepiece(folder: Path, config: dict):
+  """The tokenizer of `tokenizer.model` with the tokens that were added later, and its config."""
+  from tokenizers import AddedToken
+
+  from mooer_jax.text import spm
+
+  file = folder / _SENTENCEPIECE_FILE
+  pieces = spm.read_model(file)
+  try:
+    model = spm.build_tokenizer(pieces, legacy=config.get("legacy") is not False)
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}") from error
+  added = {int(index): (token, False)
+           for token, index in _read_config(folder / _ADDED_FILE, needed=False).items()}
+  for index, entry in config.get("added_tokens_decoder", {}).items():
+    added[int(index)] = (_token_text(entry), isinstance(entry, dict) and bool(entry.get("special")))
+  for index, (token, special) in sorted(added.items()):
+    model.add_tokens([AddedToken(token, normalized=False, special=special)])
+    if model.token_to_id(token) != index:
+      raise ValueError(f"{folder}: the added token {token!r} should get the id {index}, but comes "
+                       f"to {model.token_to_id(token)} after the {len(pieces.pieces)} pieces of "
+                       f"{_SENTENCEPIECE_FILE}")
+  own = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": pieces.bos,
+         "eos_token": pieces.eos}
+  return model, {**own, **config}
 
 
 def _read_config(file: Path, *, needed: bool) -> dict:

@@ -1,0 +1,138 @@
+"""Converts a full-size Qwen2-7B folder with random weights in and out: memory and time.
+
+    python -m benchmarks.convert_7b --dir /fast/disk --json convert.json
+
+Needs twice 15.2 GB below --dir at once, and removes all of it. Times stand beside that of a
+`cp` of the same files, all from a cold page cache.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert.engine import Outgoing, natural
+from convert.folders import write_json
+from convert.hf_config import hf_config
+from convert.language_model import TABLE, shapes
+from convert.safetensors_out import write_shards
+from mooer_jax.config import DECODERS
+from mooer_jax.decoders.llm import LLMConfig
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHARD_BYTES = 4 * 10**9  # as the published folder is cut
+# Runs in a process of its own, so that its peak is that of the conversion alone.
+PROGRAM = """
+import re, sys
+def status(name):
+  return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e6
+start = status("VmRSS")
+from convert.main import main
+code = main(sys.argv[1:])
+print("MEMORY", start, status("VmHWM"))
+sys.exit(code)
+"""
+
+
+def write_folder(folder: Path, config: LLMConfig) -> int:
+  """Writes a Hugging Face folder with random bfloat16 weights; returns its bytes."""
+  folder.mkdir(parents=True)
+  tensors = []
+  for path, shape in shapes(config).items():
+    name, transform = TABLE.to_torch(path)
+    tensors.append(Outgoing(name, transform.torch_shape(shape), BFLOAT16, path, transform))
+  tensors.sort(key=lambda tensor: natural(tensor.name))
+  bits = np.random.default_rng(0).integers(0, 2**64, 2**23, np.uint64).view(np.uint16)
+  bits &= 0xBFFF  # no exponent of ones: every value is finite
+
+  def arrays():
+    for number, tensor in enumerate(tensors):
+      values = np.resize(bits[number:], int(np.prod(tensor.shape)))
+      yield values.view(BFLOAT16).reshape(tensor.shape)
+
+  write_json(folder / "config.json", hf_config(config, BFLOAT16))
+  write_shards(folder, tensors, arrays(), shard_bytes=SHARD_BYTES)
+  return sum(tensor.nbytes for tensor in tensors)
+
+
+def forget(folder: Path) -> None:
+  """Drops the files of a folder from the page cache."""
+  os.sync()
+  for file in folder.rglob("*"):
+    if file.is_file():
+      with file.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_convert(*args: str) -> dict[str, float]:
+  """Runs `convert` and returns seconds, and peak memory over the interpreter's start in GB."""
+  begin = time.perf_counter()
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM, *args], stdout=subprocess.PIPE, text=True, check=True
+  )
+  seconds = time.perf_counter() - begin
+  start, peak = map(float, done.stdout.rsplit("MEMORY", 1)[1].split())
+  return {"seconds": seconds, "peak_gb": peak - start}
+
+
+def digests(folder: Path) -> dict[str, str]:
+  """SHA-256 of each file of weights."""
+  found = {}
+  for file in sorted(folder.glob("*.safetensors")):
+    with file.open("rb") as stream:
+      found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+  return found
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--dir", type=Path, help="where the files go; default: a temporary folder")
+  parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
+  parser.add_argument("--json", type=Path)
+  args = parser.parse_args()
+  config = dataclasses.replace(DECODERS["qwen2_7b"], layers=args.layers)
+  work = Path(tempfile.mkdtemp(prefix="convert_7b_", dir=args.dir))
+  try:
+    source, ours, back = (work / name for name in ("hf", "ours", "back"))
+    total = write_folder(source, config)
+    rows: dict[str, dict[str, float]] = {}
+
+    forget(source)
+    begin = time.perf_counter()
+    subprocess.run(["cp", "-r", source, back], check=True)
+    rows["cp"] = {"seconds": time.perf_counter() - begin, "peak_gb": 0.0}
+    shutil.rmtree(back)
+    forget(source)
+    rows["import"] = run_convert("import", "qwen2", str(source), str(ours))
+    original = digests(source)
+    shutil.rmtree(source)  # the disk need not hold three of them
+    forget(ours)
+    rows["export"] = run_convert(
+      "export", "qwen2", str(ours), str(back), "--shard-size", f"{SHARD_BYTES // 10**9}GB"
+    )
+    identical = digests(back) == original
+  finally:
+    shutil.rmtree(work)
+  print(f"Qwen2-7B, {args.layers} layers, bfloat16: {total / 1e9:.1f} GB")
+  print(f"{'':8}{'seconds':>10}{'times cp':>10}{'peak GB over start':>20}")
+  for name, row in rows.items():
+    ratio = row["seconds"] / rows["cp"]["seconds"]
+    print(f"{name:8}{row['seconds']:10.1f}{ratio:10.2f}{row['peak_gb']:20.2f}")
+  print(f"the exported files are {'the same' if identical else 'NOT the same'} byte for byte")
+  if args.json:
+    args.json.write_text(json.dumps({"bytes": total, "identical": identical, **rows}, indent=2))
+  return 0 if identical else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,7 @@
+"""`python -m convert`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,139 @@
+"""Folders that are complete or not there, and the files that travel in a checkpoint's source/."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mooer_jax import tree
+from mooer_jax.checkpoint import Checkpoint, Lazy, SaveError, save
+
+from .errors import ConversionError
+from .readers import ReadError
+
+SOURCE_FILE = "source.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Raises ValueError, naming the file, if it is not a JSON object."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not readable as JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+  return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def beside(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+  """Gives a folder to write into that becomes `out` if the block succeeds, else is removed.
+
+  Raises:
+    FileExistsError: if `out` exists and overwrite is False.
+  """
+  out = out.absolute()
+  if out.exists() and not overwrite:
+    raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+  part = out.with_name(f".tmp-{out.name}")
+  shutil.rmtree(part, ignore_errors=True)
+  part.mkdir(parents=True)
+  try:
+    yield part
+    if out.exists():
+      shutil.rmtree(out)
+    part.rename(out)
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def copier(files: Iterable[Path]) -> Callable[[Path], None]:
+  """A function that copies files into the folder it is given."""
+
+  def copy(folder: Path):
+    for file in files:
+      shutil.copyfile(file, folder / file.name)
+
+  return copy
+
+
+def save_checkpoint(
+  out: Path,
+  leaves: Mapping[str, Lazy],
+  *,
+  config: Mapping[str, Any],
+  kind: str,
+  style: Mapping[str, Any],
+  tokenizer: Callable[[Path], Any] = lambda folder: None,
+  kept: Mapping[str, Iterable[Path]] | None = None,
+  generation: Mapping[str, Any] | None = None,
+  base: Path | None = None,
+  overwrite: bool = False,
+) -> Path:
+  """Saves imported leaves with all that an export needs to make the files again.
+
+  Args:
+    out: the checkpoint's folder.
+    leaves: path -> leaf, read one after another.
+    config: content of config.json.
+    kind: what was imported.
+    style: how its files were written where that is a choice.
+    tokenizer: writes the files for tokenizer/.
+    kept: folder below source/ -> files that go there.
+    generation: content of generation.json.
+    base: checkpoint that the other leaves are in.
+    overwrite: replace a checkpoint that is there.
+  """
+
+  def write_source(folder: Path):
+    write_json(folder / SOURCE_FILE, {"kind": kind, "style": dict(style)})
+    for name, files in (kept or {}).items():
+      (folder / name).mkdir()
+      copier(files)(folder / name)
+
+  try:
+    return save(
+      out,
+      params=tree.unflatten(leaves),
+      config_json=config,
+      tokenizer=tokenizer,
+      generation=generation or {},
+      source=write_source,
+      base=base,
+      overwrite=overwrite,
+    )
+  except SaveError as error:
+    cause: BaseException | None = error
+    while cause is not None:  # a tensor that cannot be read says so itself
+      if isinstance(cause, ReadError | ConversionError):
+        raise cause from error
+      cause = cause.__cause__
+    raise
+
+
+def style_of(about: Checkpoint, part: str) -> dict[str, Any]:
+  """How the files of a part were written that it was imported from; {} if it was not."""
+  for folder in about.sources:
+    style = read_json(folder / SOURCE_FILE)["style"]
+    if part in style:
+      return style[part]
+  return {}
+
+
+def kept_files(about: Checkpoint, name: str) -> list[Path]:
+  """The files in a folder of source/, of the checkpoint itself or of the base it was tuned from."""
+  for folder in about.sources:
+    if (folder / name).is_dir():
+      return sorted((folder / name).iterdir())
+  return []
+
+
+def kept_json(about: Checkpoint, name: str, file: str) -> dict[str, Any] | None:
+  """A JSON file in a folder of source/, or None if it is not there."""
+  return next((read_json(path) for path in kept_files(about, name) if path.name == file), None)

@@ -1,0 +1,237 @@
+"""`convert import KIND SRC OUT`: files of PyTorch become a checkpoint."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mooer_jax.checkpoint import Lazy, describe, find
+from mooer_jax.config import part_from_json, part_to_json, to_json
+from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.text.tokenizer import Tokenizer
+
+from . import encoder, language_model, lora, mooer
+from .engine import map_in
+from .errors import Problems
+from .folders import copier, save_checkpoint
+from .readers import open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What the command line says beyond kind, source and target.
+
+  Attributes:
+    task: mooer: which of the release's models.
+    llm: mooer: folder of the LLM, if it is not inside SRC.
+    lora: mooer: False for a release without lora_weights/.
+    merge_lora: mooer: add the LoRA to the LLM's weights.
+    base: peft: checkpoint of the model that the LoRA belongs to.
+    overwrite: replace what is there.
+  """
+
+  task: str | None = None
+  llm: Path | None = None
+  lora: bool = True
+  merge_lora: bool = False
+  base: Path | None = None
+  overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What was imported.
+
+  Attributes:
+    folder: the checkpoint.
+    leaves: path -> (shape, dtype).
+    ignored: names of tensors and entries that no leaf is made of.
+    notes: what a user should know.
+  """
+
+  folder: Path
+  leaves: dict[str, Lazy]
+  ignored: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+
+
+def import_checkpoint(kind: str, src: Path, out: Path, options: Options = Options()) -> Report:
+  """Makes a checkpoint of files of PyTorch, tensor by tensor.
+
+  Args:
+    kind: a name in KINDS.
+    src: the folder or file that the kind is made of.
+    out: the checkpoint's folder; it is complete when it is there.
+    options: what else the kind may need.
+
+  Raises:
+    FileNotFoundError, FileExistsError: for the source and the target.
+    ConversionError: with every tensor and option that does not fit.
+    ReadError: if a file is broken or holds values that are not finite.
+  """
+  if kind not in KINDS:
+    raise ValueError(f"kind={kind!r}: choose one of {sorted(KINDS)}")
+  if not src.exists():
+    raise FileNotFoundError(f"{src}: no such file or folder")
+  if out.exists() and not options.overwrite:
+    raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+  unused = [
+    name for name, value in vars(options).items()
+    if value != getattr(Options, name) and name not in (*_TAKEN[kind], "overwrite")
+  ]
+  if unused:
+    raise ValueError(f"--{unused[0].replace('_', '-')} means nothing for the kind {kind!r}")
+  return KINDS[kind](src, out, options)
+
+
+def _language_model(kind: str) -> Callable[[Path, Path, Options], Report]:
+  def run(src: Path, out: Path, options: Options) -> Report:
+    problems = Problems()
+    opened = language_model.open_model(src, problems, kind=kind)
+    problems.check(str(src))
+    assert opened is not None
+    save_checkpoint(
+      out,
+      opened.leaves,
+      config={"decoder": part_to_json(opened.config)},
+      kind=kind,
+      style={"llm": {"head_present": opened.head_present}},
+      tokenizer=opened.tokenizer,
+      kept={"llm": opened.kept},
+      overwrite=options.overwrite,
+    )
+    return Report(out, opened.leaves, opened.ignored, opened.notes)
+
+  return run
+
+
+def _paraformer(src: Path, out: Path, options: Options) -> Report:
+  problems = Problems()
+  file = src / "model.pt"
+  described = src / "config.yaml"
+  heads = SANMConfig.heads
+  kept: tuple[Path, ...] = ()
+  if described.is_file():
+    heads, kept = encoder.check_funasr(_read_yaml(described), problems), (described,)
+  opened = encoder.open_encoder(
+    open_source(file), src / encoder.CMVN_FILE, problems, heads=heads
+  )
+  problems.check(str(src))
+  assert opened is not None
+  save_checkpoint(
+    out,
+    opened.leaves,
+    config={
+      "encoders": [part_to_json(opened.config)],
+      "frontends": [dataclasses.asdict(opened.frontend)],
+    },
+    kind="paraformer",
+    style={"paraformer": {"prefix": opened.prefix}},
+    kept={"encoder": kept},
+    overwrite=options.overwrite,
+  )
+  return Report(out, opened.leaves, opened.ignored)
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+  try:
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is not readable as YAML: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: must hold a mapping, got {type(value).__name__}")
+  return value
+
+
+def _peft(src: Path, out: Path, options: Options) -> Report:
+  problems = Problems()
+  opened = lora.open_folder(src, problems)
+  problems.check(str(src))
+  assert opened is not None
+  tokenizer = copier(())
+  generation: dict[str, Any] = {}
+  base = None
+  if options.base is None:
+    leaves = map_in(opened.source, opened.table, lora.shapes_alone(opened), problems).leaves
+    config: dict[str, Any] = {"lora": opened.to_json()}
+  else:
+    about = describe(find(options.base))
+    if "decoder" not in about.config:
+      raise ValueError(f"{about.folder} has no LLM that a LoRA could be added to")
+    decoder = opened.added_to(part_from_json(about.config["decoder"], "decoder"))
+    leaves = lora.map_lora(opened, decoder, problems).leaves
+    for path in lora.paths(about):
+      if path not in leaves:
+        problems.add(f"{about.folder} has a LoRA of its own, on {path} as well")
+    config = {**about.config, "decoder": part_to_json(decoder)}
+    base, generation = about.folder, about.generation
+    tokenizer = copier(sorted(about.tokenizer.iterdir()))
+  problems.check(str(src))
+  save_checkpoint(
+    out,
+    leaves,
+    config=config,
+    kind="peft",
+    style={"peft": opened.style},
+    tokenizer=tokenizer,
+    kept={"lora": (src / lora.CONFIG_FILE,)},
+    generation=generation,
+    base=base,
+    overwrite=options.overwrite,
+  )
+  return Report(out, leaves, opened.source.ignored, opened.source.notes)
+
+
+def _mooer(src: Path, out: Path, options: Options) -> Report:
+  if options.task not in mooer.TASK_PROMPTS:
+    raise ValueError(f"--task {options.task}: choose one of {', '.join(mooer.TASK_PROMPTS)}")
+  problems = Problems()
+  opened = mooer.open_release(
+    src,
+    problems,
+    task=options.task,
+    llm=options.llm,
+    with_lora=options.lora,
+    merge_lora=options.merge_lora,
+  )
+  problems.check(str(src))
+  assert opened is not None
+  save_checkpoint(
+    out,
+    opened.leaves,
+    config=to_json(opened.config),
+    kind="mooer",
+    style=opened.style,
+    tokenizer=opened.tokenizer,
+    kept=opened.kept,
+    generation=mooer.decoding(_eos_id(opened.tokenizer)),
+    overwrite=options.overwrite,
+  )
+  return Report(out, opened.leaves, opened.ignored, opened.notes)
+
+
+def _eos_id(write_tokenizer: Callable[[Path], Any]) -> int:
+  with tempfile.TemporaryDirectory() as folder:
+    write_tokenizer(Path(folder))
+    if not any(Path(folder).iterdir()):
+      raise FileNotFoundError("the LLM's folder has no tokenizer.json; download it as well")
+    return Tokenizer.from_folder(folder).eos_id
+
+
+KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {
+  "mooer": _mooer,
+  "qwen2": _language_model("qwen2"),
+  "llama": _language_model("llama"),
+  "peft": _peft,
+  "paraformer": _paraformer,
+}
+_TAKEN = {
+  "mooer": ("task", "llm", "lora", "merge_lora"),
+  "qwen2": (),
+  "llama": (),
+  "peft": ("base",),
+  "paraformer": (),
+}

@@ -1,0 +1,250 @@
+"""MooER's release folders, in the published layout: in and out."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mooer_jax import tree
+from mooer_jax.checkpoint import Checkpoint, Lazy
+from mooer_jax.config import SpeechLLMConfig, from_json
+from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.prompts import task_prompt
+
+from . import encoder, language_model, lora
+from .engine import Outgoing, map_in, map_out, read_out
+from .errors import Problems
+from .folders import kept_json, style_of
+from .readers import Source, open_source
+from .rules import Rule, Table
+from .torch_out import write_torch
+from .transforms import TRANSPOSE
+
+# Which prompt each of the released models is asked with; the multitask one answers it in two lines.
+TASK_PROMPTS = {
+  "asr": task_prompt("asr"),
+  "ast": task_prompt("ast"),
+  "asr_ast_mtl": task_prompt("ast"),
+}
+ENCODER_FOLDER, ENCODER_FILE = "paraformer_encoder", "paraformer-encoder.pth"
+ADAPTER_FILE, LORA_FOLDER = "adapter_project.pt", "lora_weights"
+# An encoder that was trained along is saved with the adapter, under this name.
+TUNED_ENCODER = "encoder.model."
+
+ADAPTER = Table((
+  Rule("encoder_projector.{x:linear1|linear2}.weight", "connector/{x}/kernel", TRANSPOSE),
+  Rule("encoder_projector.{x:linear1|linear2}.bias", "connector/{x}/bias"),
+))  # fmt: skip
+
+# The original's decoding options; eos is biased, and alone ends an answer.
+DECODING = {
+  "num_beams": 4,
+  "length_penalty": 0.8,
+  "max_new_tokens": 200,
+  "min_length": 1,
+  "repetition_penalty": 1.0,
+}
+EOS_BIAS = -0.2
+
+
+def decoding(eos_id: int) -> dict[str, Any]:
+  """Content of generation.json."""
+  return {**DECODING, "eos_ids": [eos_id], "sequence_bias": [[eos_id, EOS_BIAS]]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+  """A release folder that was opened; no tensor is read."""
+
+  config: SpeechLLMConfig
+  leaves: dict[str, Lazy]
+  style: dict[str, Any]
+  tokenizer: Callable[[Path], Any]
+  kept: dict[str, tuple[Path, ...]]
+  ignored: tuple[str, ...]
+  notes: tuple[str, ...]
+
+
+def open_release(
+  folder: Path,
+  problems: Problems,
+  *,
+  task: str,
+  llm: Path | None = None,
+  with_lora: bool = True,
+  merge_lora: bool = False,
+) -> Release | None:
+  """Opens all parts of a release.
+
+  Args:
+    folder: with paraformer_encoder/, a folder per task, and the LLM's folder.
+    problems: gets everything that does not fit.
+    task: "asr", "ast" or "asr_ast_mtl".
+    llm: folder of the LLM, if it is elsewhere.
+    with_lora: False for a release without lora_weights/, whose LLM is taken as it is.
+    merge_lora: add the LoRA to the LLM's weights instead of keeping it apart.
+
+  Returns:
+    Release, or None if there were problems.
+  """
+  encoder_file = folder / ENCODER_FOLDER / ENCODER_FILE
+  adapter_file = folder / task / ADAPTER_FILE
+  lora_folder = folder / task / LORA_FOLDER
+  for path in (encoder_file, adapter_file, *([lora_folder] if with_lora else [])):
+    if not path.exists():
+      hint = "; pass --no-lora for a model without" if path == lora_folder else ""
+      problems.add(f"{path}: not found{hint}")
+  llm_folder = llm or find_llm(folder, problems)
+  if problems.found or llm_folder is None:
+    return None
+  heard = encoder.open_encoder(
+    open_source(encoder_file), encoder_file.with_name(encoder.CMVN_FILE), problems
+  )
+  model = language_model.open_model(llm_folder, problems)
+  added = lora.open_folder(lora_folder, problems) if with_lora else None
+  # Each part is looked at as far as the others allow, so that one error tells everything.
+  adapter = None
+  if heard is not None and model is not None:
+    adapter = _open_adapter(
+      open_source(adapter_file), heard.config, model.config.width, problems
+    )
+  lora_leaves: dict[str, Lazy] = {}
+  if model is not None and added is not None:
+    lora_leaves = lora.map_lora(added, added.added_to(model.config), problems).leaves
+  if problems.found:
+    return None
+  assert heard is not None and model is not None and adapter is not None
+
+  leaves = {**heard.leaves, **model.leaves, **adapter.leaves}
+  decoder = model.config
+  style: dict[str, Any] = {"llm": {"head_present": model.head_present}}
+  kept = {"llm": model.kept}
+  if added is not None and merge_lora:
+    leaves = lora.merge(leaves, lora_leaves, added.scale)
+  elif added is not None:
+    leaves |= lora_leaves
+    decoder = added.added_to(decoder)
+    style["peft"] = added.style
+    kept["lora"] = (lora_folder / lora.CONFIG_FILE,)
+  style["mooer"] = {
+    "task": task,
+    "llm": llm_folder.name,
+    "encoder_prefix": heard.prefix,
+    "tuned_encoder": sorted(adapter.tuned_encoder),
+  }
+  replaced = [f"{ENCODER_FILE}: {path} ({ADAPTER_FILE} has it)" for path in adapter.tuned_encoder]
+  return Release(
+    config=SpeechLLMConfig(
+      encoders=(heard.config,),
+      frontends=(heard.frontend,),
+      connector=adapter.config,
+      decoder=decoder,
+      prompts=((task, TASK_PROMPTS[task]),),
+    ),
+    leaves=leaves,
+    style=style,
+    tokenizer=model.tokenizer,
+    kept=kept,
+    ignored=(*heard.ignored, *model.ignored, *adapter.ignored, *replaced),
+    notes=model.notes,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """adapter_project.pt: connector/… and, if it was trained along, parts of the encoder."""
+
+  config: LinearConfig
+  leaves: dict[str, Lazy]
+  tuned_encoder: tuple[str, ...]
+  ignored: tuple[str, ...]
+
+
+def _open_adapter(
+  source: Source, heard: SANMConfig, width: int, problems: Problems
+) -> Adapter | None:
+  config = _connector_config(source, heard.width, problems)
+  if config is None:
+    return None
+  shapes = {
+    "connector/linear1/kernel": (config.stack * heard.width, config.hidden_width),
+    "connector/linear1/bias": (config.hidden_width,),
+    "connector/linear2/kernel": (config.hidden_width, width),
+    "connector/linear2/bias": (width,),
+  }
+  rules = encoder.table(TUNED_ENCODER)
+  tuned = [name for name in source.tensors if name.startswith(TUNED_ENCODER)]
+  paths = [found[0] for name in tuned if (found := rules.to_jax(name))]
+  known = encoder.shapes(heard)
+  expected = {path: known[path] for path in paths if path in known}
+  encoder_leaves = map_in(source, rules, expected, problems, names=tuned).leaves
+  rest = [name for name in source.tensors if not name.startswith(TUNED_ENCODER)]
+  leaves = map_in(source, ADAPTER, shapes, problems, names=rest).leaves
+  return Adapter(config, leaves | encoder_leaves, tuple(expected), source.ignored)
+
+
+def find_llm(folder: Path, problems: Problems) -> Path | None:
+  """The one folder in a release that holds a config.json; None, with the reason, if not one."""
+  found = sorted({
+    path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json")
+  })
+  if len(found) == 1:
+    return found[0]
+  what = "no folder with a config.json" if not found else f"several: {', '.join(map(str, found))}"
+  problems.add(f"{folder}: {what}; name the LLM's folder with --llm")
+  return None
+
+
+def _connector_config(source: Source, width: int, problems: Problems) -> LinearConfig | None:
+  name = "encoder_projector.linear1.weight"
+  if name not in source.tensors or len(source.tensors[name].shape) != 2:
+    problems.add(f"{source.path}: {name} is missing or no matrix")
+    return None
+  hidden, joined = source.tensors[name].shape
+  if joined % width:
+    problems.add(f"{name} takes {joined} values, which are no whole frames of {width}")
+    return None
+  return LinearConfig(stack=joined // width, hidden_width=hidden)
+
+
+def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
+  """Writes a checkpoint as a release folder.
+
+  Args:
+    about: of a speech LLM with SAN-M and a linear adapter.
+    folder: to write into; it exists.
+    shard_bytes: size that a file of the LLM does not exceed unless one tensor does.
+
+  Raises:
+    ConversionError, ValueError: if the checkpoint holds something that has no place there.
+  """
+  config = from_json(about.config)
+  style = style_of(about, "mooer")
+  task = style.get("task", config.prompts[0][0])
+  encoder_folder, task_folder = folder / ENCODER_FOLDER, folder / task
+  encoder_folder.mkdir()
+  task_folder.mkdir()
+  encoder.export(about, encoder_folder / ENCODER_FILE, prefix=style.get("encoder_prefix", ""))
+  problems = Problems()
+  paths = [path for path in tree.flatten(about.params) if path.startswith("connector/")]
+  tensors: list[Outgoing] = map_out(about, ADAPTER, paths, problems)
+  tensors += map_out(
+    about, encoder.table(TUNED_ENCODER), style.get("tuned_encoder", ()), problems
+  )
+  problems.check(str(about.folder))
+  write_torch(task_folder / ADAPTER_FILE, tensors, read_out(about, tensors))
+  if config.decoder.lora_rank:
+    (task_folder / LORA_FOLDER).mkdir()
+    lora.export(
+      about,
+      config.decoder,
+      task_folder / LORA_FOLDER,
+      style=style_of(about, "peft"),
+      original=kept_json(about, "lora", lora.CONFIG_FILE),
+    )
+  llm_folder = folder / style.get("llm", "llm")
+  llm_folder.mkdir()
+  language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
+
+

@@ -1,0 +1,274 @@
+"""DeepSpeed's training checkpoints (ZeRO 1, 2 and 3), put together without DeepSpeed.
+
+Every rank's file holds one slice of the trained float32 weights, joined end to end; the model file
+tells names and shapes. ZeRO 1 and 2 cut the joined weights of a group into equal slices, ZeRO 3
+cuts every weight by itself. Weights that were not trained lie in the model files ("frozen").
+
+Source: what microsoft/DeepSpeed's zero_to_fp32.py does with the same files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .source import ReadError, Source, Tensor, check_shape
+from .torch_file import TorchFile, describe, to_numpy
+
+_REMEDY = "run the zero_to_fp32.py that DeepSpeed put beside it and read the file which that writes"
+_SLICE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt", re.ASCII)
+_STATE = "optimizer_state_dict"
+_GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups",
+           3: "fp32_flat_groups"}
+
+
+class _Slice(NamedTuple):
+  """Elements [start, start + length) of a flat tensor in one rank's file."""
+
+  file: TorchFile
+  keys: tuple
+  start: int
+  length: int
+
+
+def is_deepspeed(path: Path) -> bool:
+  """Whether a folder is a DeepSpeed checkpoint or the folder above, which names its latest one."""
+  return (path / "latest").is_file() or any(path.glob("*_optim_states.pt"))
+
+
+def open_deepspeed(path: Path) -> Source:
+  """Opens a checkpoint folder (`global_step*`) or the one above it, whose `latest` names one.
+
+  Trained weights are read in the optimizer's float32; buffers and frozen weights as stored.
+
+  Raises:
+    ReadError: if a rank's file is missing, the files disagree, the model was also cut by tensor
+      parallelism, or a file needs more classes than the few that are replaced by inert ones.
+  """
+  folder = _tagged_folder(path)
+  try:
+    return _open_zero(path, folder)
+  except ReadError:
+    raise
+  except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    raise ReadError(f"{folder}: not laid out as DeepSpeed does ({error}); {_REMEDY}") from error
+
+
+def _open_zero(path: Path, folder: Path) -> Source:
+  ranks = _rank_files(folder)
+  states = [_dict(file, file.content(), _STATE) for file in ranks]
+  stage = states[0].get("zero_stage")
+  if stage not in _GROUPS:
+    raise ReadError(f"{ranks[0].path}: ZeRO stage {stage!r}; read are 1, 2 and 3")
+  counts = [state.get("partition_count") for state in states]
+  if any((max(c) if isinstance(c, list) and c else c) != len(ranks) for c in counts):
+    raise ReadError(f"{folder}: {len(ranks)} files of ranks, which were saved by {counts[0]}; copy "
+                    "the others too")
+  groups = [_flat_groups(file, state, _GROUPS[stage]) for file, state in zip(ranks, states)]
+  models = _model_files(folder, len(ranks) if stage == 3 else 1)
+  content = models[0].content()
+  shapes = content.get("param_shapes")
+  if not isinstance(shapes, list) or not all(isinstance(group, dict) for group in shapes):
+    raise ReadError(f"{models[0].path}: no param_shapes, so the names of the weights are unknown")
+  cut = _cut_each if stage == 3 else _cut_joined
+  entries = [_joined(models[0], name, shape, slices)
+             for name, shape, slices in cut(folder, ranks, groups, shapes)]
+  entries += _frozen(models, stage)
+  entries += _buffers(models[0])
+  names = {tensor.name for tensor, _ in entries}
+  entries += _shared(models[0], {t.name: (t, read) for t, read in entries})
+  names |= {tensor.name for tensor, _ in entries}
+  module = content.get("module")
+  left = [f"module.{name}" for name in (module or {}) if name not in names]
+  notes = [f"{folder.name}: ZeRO stage {int(stage)} of {len(ranks)} ranks, trained weights in "
+           "float32"]
+  return Source(path, entries, notes=notes, ignored=left)
+
+
+def _tagged_folder(path: Path) -> Path:
+  if any(path.glob("*_optim_states.pt")):
+    return path
+  tag = (path / "latest").read_text("utf-8", errors="replace").strip()
+  if not tag or Path(tag).name != tag or "\\" in tag or tag == "..":
+    raise ReadError(f"{path / 'latest'}: names {tag[:80]!r}, which is no folder beside it")
+  if not (path / tag).is_dir() or not any((path / tag).glob("*_optim_states.pt")):
+    raise ReadError(f"{path / 'latest'}: names {tag!r}, which is no ZeRO checkpoint (no "
+                    "*_optim_states.pt in it); of one trained without ZeRO, give the file "
+                    "mp_rank_00_model_states.pt")
+  return path / tag
+
+
+def _rank_files(folder: Path) -> list[TorchFile]:
+  ranks = {}
+  for file in folder.glob("*_optim_states.pt"):
+    match = _SLICE.fullmatch(file.name)
+    if not match or int(match[2]) or int(match[1]) in ranks:
+      raise ReadError(f"{file}: not of a plain ZeRO checkpoint (tensor and expert parallelism are "
+                      f"not supported); {_REMEDY}")
+    ranks[int(match[1])] = file
+  if missing := sorted(set(range(max(ranks) + 1)) - set(ranks)):
+    raise ReadError(f"{folder}: the file of rank {missing[0]} is missing; copy it too")
+  return [TorchFile(ranks[i], _REMEDY) for i in range(len(ranks))]
+
+
+def _model_files(folder: Path, count: int) -> list[TorchFile]:
+  names = ["mp_rank_00_model_states.pt"] if count == 1 else []
+  paths = [folder / name for name in names if (folder / name).is_file()] or [
+    folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(count)]
+  for path in paths:
+    if not path.is_file():
+      raise ReadError(f"{path}: missing; it tells the names of the weights, copy it too")
+  files = [TorchFile(path, _REMEDY) for path in paths]
+  for file in files:
+    if not isinstance(file.content(), dict):
+      raise ReadError(f"{file.path}: holds a {type(file.content()).__name__}, not a dict")
+  return files
+
+
+def _dict(file: TorchFile, content: Any, key: str) -> dict:
+  value = content.get(key) if isinstance(content, dict) else None
+  if not isinstance(value, dict):
+    raise ReadError(f"{file.path}: no dict {key!r} in it")
+  return value
+
+
+def _flat_groups(file: TorchFile, state: dict, key: str) -> list[torch.Tensor]:
+  groups = state.get(key)
+  if not isinstance(groups, list) or not all(
+    isinstance(g, torch.Tensor) and g.ndim == 1 and g.dtype == torch.float32 for g in groups
+  ):
+    raise ReadError(f"{file.path}: {key!r} is not a list of flat float32 tensors")
+  for i, group in enumerate(groups):
+    describe(file.path, f"{key}[{i}]", group)
+  return groups
+
+
+def _elements(where: str, shape: Any) -> int:
+  if not isinstance(shape, (torch.Size, tuple, list)) or not all(type(n) is int for n in shape):
+    raise ReadError(f"{where} has the shape {shape!r}")
+  return math.prod(check_shape(where, shape, np.dtype(np.float32)))
+
+
+def _cut_joined(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
+  """ZeRO 1 and 2: a group's weights end to end, cut into the ranks' slices."""
+  if any(len(of_rank) != len(shapes) for of_rank in groups):
+    raise ReadError(f"{folder}: {len(shapes)} groups of names, {len(groups[0])} of weights")
+  for i, group in enumerate(shapes):
+    sizes = [of_rank[i].numel() for of_rank in groups]
+    position = 0
+    for name, shape in group.items():
+      count = _elements(f"{folder}: tensor {name!r}", shape)
+      slices, begin = [], 0
+      for file, size in zip(ranks, sizes):
+        start, end = max(position, begin), min(position + count, begin + size)
+        if start < end:
+          slices.append(_Slice(file, (_STATE, _GROUPS[2], i), start - begin, end - start))
+        begin += size
+      yield name, shape, slices
+      position += count
+    # The end is padded to a multiple of twice the ranks, in ways that differ between releases.
+    align = 2 * len(ranks)
+    if not position <= sum(sizes) or -(-position // align) != -(-sum(sizes) // align):
+      raise ReadError(f"{folder}: the names of group {i} tell of {position} values, its files hold "
+                      f"{sum(sizes)}")
+
+
+def _cut_each(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
+  """ZeRO 3: every weight cut into equal slices, the last one padded."""
+  ends = []  # where each group of a rank ends, were they joined
+  for of_rank in groups:
+    ends.append(np.cumsum([0, *(group.numel() for group in of_rank)]).tolist())
+  position = 0
+  for group in shapes:
+    for name, shape in group.items():
+      count = _elements(f"{folder}: tensor {name!r}", shape)
+      share = -(-count // len(ranks))
+      slices = []
+      for rank, file in enumerate(ranks):
+        wanted = min(share, max(0, count - rank * share))
+        for i, (begin, end) in enumerate(zip(ends[rank], ends[rank][1:])):
+          start, stop = max(position, begin), min(position + wanted, end)
+          if start < stop:
+            slices.append(_Slice(file, (_STATE, _GROUPS[3], i), start - begin, stop - start))
+      yield name, shape, slices
+      position += share
+  if any(of_rank[-1] != position for of_rank in ends):
+    raise ReadError(f"{folder}: the names tell of {position} values a rank, the files hold "
+                    f"{sorted({of_rank[-1] for of_rank in ends})}")
+
+
+def _joined(
+  model: TorchFile, name: str, shape: Any, slices: list[_Slice]
+) -> tuple[Tensor, Callable[[], np.ndarray]]:
+  file = slices[0].file.path if slices else model.path
+  tensor = Tensor(str(name), tuple(shape), np.dtype(np.float32), file)
+  return tensor, partial(_read_joined, tensor, slices)
+
+
+def _read_joined(tensor: Tensor, slices: list[_Slice]) -> np.ndarray:
+  values = np.empty(math.prod(tensor.shape), tensor.dtype)
+  if sum(piece.length for piece in slices) != values.size:
+    raise ReadError(f"{tensor.file}: tensor {tensor.name!r} is not in the files in full")
+  position = 0
+  for piece in slices:
+    flat = piece.file.tensor(piece.keys, piece.length * tensor.dtype.itemsize)
+    part = flat[piece.start : piece.start + piece.length]
+    values[position : position + piece.length] = part.detach().numpy()
+    position += piece.length
+  return values.reshape(tensor.shape)
+
+
+def _frozen(models: list[TorchFile], stage: int) -> list:
+  """Weights that were not trained: whole in ZeRO 2's model file, cut over all of ZeRO 3's."""
+  shapes = models[0].content().get("frozen_param_shapes") or {}
+  keys, found = "frozen_param_fragments", []
+  for name, shape in shapes.items() if isinstance(shapes, dict) else ():
+    pieces = [_dict(file, file.content(), keys).get(name) for file in models]
+    kinds = [
+      describe(file.path, name, piece)
+      for file, piece in zip(models, pieces)
+      if isinstance(piece, torch.Tensor)
+    ]
+    if len(kinds) != len(models):
+      raise ReadError(f"{models[0].path}: tensor {name!r} is said to be frozen, but is not there")
+    count = _elements(f"{models[0].path}: tensor {name!r}", shape)
+    held = sum(math.prod(kind.shape) for kind in kinds)
+    if held != count if stage < 3 else not count <= held < count + len(models):
+      raise ReadError(f"{models[0].path}: tensor {name!r} of shape {list(shape)} has {held} values")
+    tensor = Tensor(str(name), tuple(shape), kinds[0].dtype, models[0].path)
+    found.append((tensor, partial(_read_frozen, tensor, models, (keys, name))))
+  return found
+
+
+def _read_frozen(tensor: Tensor, models: list[TorchFile], keys: tuple) -> np.ndarray:
+  parts = [to_numpy(file.tensor(keys, tensor.nbytes)).reshape(-1) for file in models]
+  return np.concatenate(parts)[: math.prod(tensor.shape)].reshape(tensor.shape)
+
+
+def _buffers(model: TorchFile) -> list:
+  names = model.content().get("buffer_names") or []
+  module = _dict(model, model.content(), "module")
+  found = []
+  for name in names:
+    if isinstance(module.get(name), torch.Tensor):
+      tensor = describe(model.path, name, module[name])
+      found.append((tensor, partial(model.read, ("module", name), tensor)))
+  return found
+
+
+def _shared(model: TorchFile, entries: dict) -> list:
+  """Weights under a second name, such as a head tied to the embedding."""
+  pairs = model.content().get("shared_params") or {}
+  found = []
+  for name, first in dict(pairs).items():
+    if first in entries and name not in entries:
+      tensor, read = entries[first]
+      found.append((Tensor(str(name), tensor.shape, tensor.dtype, tensor.file), read))
+  return found

@@ -1,0 +1,195 @@
+"""GGUF files of LLaMA and Qwen2 models, under the names and in the layout of Hugging Face."""
+
+from __future__ import annotations
+
+import collections
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .gguf_header import GGUFHeader, GGUFTensor, read_header
+from .safetensors_file import read_span
+from .source import BFLOAT16, ReadError, Source, Tensor
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# llama.cpp turns pairs of rows of LLaMA's q and k into its own order of rotation; not Qwen2's.
+_PERMUTED = ("llama",)
+_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+              "IQ4_NL", "IQ4_XS")
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INNER = {
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+_LAYER_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
+# Metadata under the architecture's name that `gguf_config` uses, or that change nothing.
+_KNOWN_KEYS = (
+  "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
+  "attention.head_count", "attention.head_count_kv", "attention.key_length",
+  "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+  "rope.freq_base",
+)
+
+
+def open_gguf(path: Path) -> Source:
+  """Opens a GGUF file of a LLaMA or Qwen2 model.
+
+  Tensors have Hugging Face's names; shapes are outermost first; the order of rows in LLaMA's q and
+  k is Hugging Face's. F32, F16 and BF16 keep their bits; quantized ones are read as float32 with
+  the values that llama.cpp computes with, which is one way: the source is then not `exact`.
+
+  Raises:
+    ReadError: if the file is broken, of another architecture, or has tensors or types beside these.
+  """
+  header = read_header(path)
+  config = _config(header)
+  entries, quantized = [], collections.Counter[str]()
+  for tensor in header.tensors:
+    name = _hf_name(path, tensor.name)
+    heads = _permuted_heads(config, name)
+    if heads and (not tensor.shape or tensor.shape[0] % (2 * heads)):
+      raise ReadError(f"{path}: tensor {tensor.name!r} of shape {list(tensor.shape)} cannot be cut "
+                      f"into {heads} heads")
+    if tensor.kind in _PLAIN:
+      dtype = _PLAIN[tensor.kind]
+    elif tensor.kind in _QUANTIZED:
+      dtype = np.dtype(np.float32)
+      quantized[tensor.kind] += 1
+    else:
+      raise ReadError(f"{path}: tensor {tensor.name!r} has the type {tensor.kind}; read are "
+                      f"{', '.join((*_PLAIN, *_QUANTIZED))}")
+    described = Tensor(name, tensor.shape, dtype, path)
+    entries.append((described, partial(_read, tensor, described, heads)))
+  kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(quantized.items()))
+  notes = [f"{path.name}: {kinds} tensors of {len(entries)} are expanded to float32; this is one "
+           "way, the quantized file cannot be written back"] if quantized else []
+  return Source(path, entries, notes=notes, exact=not quantized)
+
+
+def gguf_config(path: str | Path) -> dict[str, Any]:
+  """The `config.json` that Hugging Face's folder of the same model would have.
+
+  Raises:
+    ReadError: as `open_gguf`, and for settings that the models here do not have, such as scaled
+      RoPE, sliding windows or experts.
+  """
+  return _config(read_header(Path(path)))
+
+
+def _config(header: GGUFHeader) -> dict[str, Any]:
+  path = header.path
+  arch = header.get("general.architecture", str)
+  if arch not in ARCHITECTURES:
+    raise ReadError(f"{path}: architecture {arch!r}; read are {', '.join(ARCHITECTURES)}")
+  _refuse_unknown_settings(header, arch)
+  shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+  if len(shapes.get("token_embd.weight", ())) != 2:
+    raise ReadError(f"{path}: no table of embeddings (token_embd.weight)")
+
+  def whole(key, default=None):
+    value = header.get(f"{arch}.{key}", int, default)
+    if not 0 < value < 1 << 31:
+      raise ReadError(f"{path}: the metadata's {arch}.{key} is {value}")
+    return value
+
+  def real(key, default=None):
+    # The shortest decimal of a float32: 1e-05 rather than 9.999999747378752e-06.
+    return float(str(np.float32(header.get(f"{arch}.{key}", float, default))))
+
+  width, heads = whole("embedding_length"), whole("attention.head_count")
+  head_width = whole("attention.key_length", width // heads)
+  for key in ("attention.value_length", "rope.dimension_count"):
+    if whole(key, head_width) != head_width:
+      raise ReadError(f"{path}: {arch}.{key} is {whole(key)}, which must be the width of a head, "
+                      f"{head_width}")
+  config = {
+    "architectures": [ARCHITECTURES[arch]],
+    "model_type": arch,
+    "vocab_size": shapes["token_embd.weight"][0],
+    "hidden_size": width,
+    "intermediate_size": whole("feed_forward_length"),
+    "num_hidden_layers": whole("block_count"),
+    "num_attention_heads": heads,
+    "num_key_value_heads": whole("attention.head_count_kv", heads),
+    "head_dim": head_width,
+    "hidden_act": "silu",
+    "rms_norm_eps": real("attention.layer_norm_rms_epsilon"),
+    "rope_theta": real("rope.freq_base", 10000.0),
+    "max_position_embeddings": whole("context_length"),
+    "tie_word_embeddings": "output.weight" not in shapes,
+  }
+  if arch == "llama":
+    config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+  for name in ("bos", "eos"):
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key in header.metadata:
+      config[f"{name}_token_id"] = header.get(key, int)
+  return config
+
+
+def _refuse_unknown_settings(header: GGUFHeader, arch: str):
+  scaling = header.metadata.get(f"{arch}.rope.scaling.type", "none")
+  known = {f"{arch}.{key}" for key in _KNOWN_KEYS}
+  if scaling == "none":
+    known.add(f"{arch}.rope.scaling.type")
+  unknown = [key for key, value in header.metadata.items()
+             if key.startswith(f"{arch}.") and key not in known and value not in (0, False, "")]
+  unknown += [t.name for t in header.tensors if t.name.startswith("rope_")]
+  if unknown:
+    raise ReadError(f"{header.path}: settings of {arch} that are not supported: "
+                    f"{', '.join(unknown[:8])}")
+
+
+def _hf_name(path: Path, name: str) -> str:
+  outer, _, suffix = name.rpartition(".")
+  if outer in _OUTER and suffix == "weight":
+    return f"{_OUTER[outer]}.weight"
+  match = _LAYER_NAME.fullmatch(name)
+  if not match or match[2] not in _INNER:
+    raise ReadError(f"{path}: tensor {name!r} belongs to no LLaMA or Qwen2 model")
+  return f"model.layers.{match[1]}.{_INNER[match[2]]}.{match[3]}"
+
+
+def _permuted_heads(config: dict[str, Any], name: str) -> int:
+  """The heads whose rows are to be brought back into Hugging Face's order, else 0."""
+  if config["model_type"] not in _PERMUTED:
+    return 0
+  if ".self_attn.q_proj." in name:
+    return config["num_attention_heads"]
+  return config["num_key_value_heads"] if ".self_attn.k_proj." in name else 0
+
+
+def _read(tensor: GGUFTensor, described: Tensor, heads: int) -> np.ndarray:
+  if tensor.kind in _PLAIN:
+    values = read_span(described, tensor.offset)
+  else:
+    values = _dequantize(tensor, described)
+  if heads:
+    # Within a head the file alternates the two halves that rotate together.
+    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+    values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+  return values
+
+
+def _dequantize(tensor: GGUFTensor, described: Tensor) -> np.ndarray:
+  import gguf
+
+  stored = Tensor(tensor.name, (tensor.nbytes,), np.dtype(np.uint8), described.file)
+  blocks = read_span(stored, tensor.offset)
+  kind = gguf.GGMLQuantizationType[tensor.kind]
+  block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+  row_bytes = tensor.shape[-1] // block * block_bytes
+  with np.errstate(all="ignore"):  # what is not finite is counted and named by Source.read
+    values = gguf.dequantize(blocks.reshape(*tensor.shape[:-1], row_bytes), kind)
+  return np.ascontiguousarray(values, np.float32).reshape(tensor.shape)

@@ -1,0 +1,119 @@
+"""The tokenizer inside a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mooer_jax.text import spm
+
+from .gguf_header import GGUFHeader, read_header
+from .source import ReadError
+
+_LETTER_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How the models' own tokenizers cut text before any merge: one digit at a time, or up to three.
+_PATTERNS = {"qwen2": _LETTER_WORDS + r"\p{N}" + _REST,
+             "llama-bpe": _LETTER_WORDS + r"\p{N}{1,3}" + _REST}
+_PRE_TOKENIZERS = (*_PATTERNS, "smollm", "gpt-2")
+_NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
+  """Rebuilds the tokenizer of a GGUF file.
+
+  Returns:
+    A `tokenizers.Tokenizer`, and what Hugging Face's `tokenizer_config.json` would say.
+
+  Raises:
+    ReadError: if the file has none, contradicts itself, or has a kind that is not known here: read
+      are byte-level BPE ("gpt2") cut as smollm, qwen2, llama-bpe or gpt-2, and LLaMA's own.
+  """
+  header = read_header(Path(path))
+  kind = header.get("tokenizer.ggml.model", str)
+  if kind not in ("gpt2", "llama"):
+    raise ReadError(f"{path}: tokenizer of kind {kind!r}; read are 'gpt2' and 'llama'")
+  tokens = _texts(header, "tokenizer.ggml.tokens")
+  kinds = header.get("tokenizer.ggml.token_type", list, [spm.NORMAL] * len(tokens))
+  if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
+    raise ReadError(f"{path}: {len(tokens)} tokens ({len(set(tokens))} distinct), {len(kinds)} "
+                    "token types")
+  try:
+    make = _byte_level if kind == "gpt2" else _sentencepiece
+    tokenizer = make(header, tokens, kinds)
+  except ReadError:
+    raise
+  except Exception as error:  # the package raises plain Exception for whatever is wrong
+    raise ReadError(f"{path}: no tokenizer can be made of its vocabulary: {error}") from error
+  return tokenizer, _config(header, tokens)
+
+
+def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
+  from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+  from tokenizers import pre_tokenizers as pre
+
+  name = header.get("tokenizer.ggml.pre", str)
+  if name not in _PRE_TOKENIZERS:
+    raise ReadError(f"{header.path}: its text is cut as {name!r} before the merges; known are "
+                    f"{', '.join(_PRE_TOKENIZERS)}")
+  pairs = _texts(header, "tokenizer.ggml.merges")
+  if odd := [pair for pair in pairs if pair.count(" ") != 1]:
+    raise ReadError(f"{header.path}: the merge {odd[0]!r} is not of two tokens")
+  merges = [(first, second) for first, _, second in (pair.partition(" ") for pair in pairs)]
+  vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds))
+                if not (kind == spm.UNUSED and token == f"[PAD{i}]")}  # fills up the embedding
+  # LLaMA 3's whole words are tokens even where no chain of merges leads to them.
+  tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
+  blank = header.get("tokenizer.ggml.add_space_prefix", bool, False)
+  if name == "qwen2":
+    tokenizer.normalizer = normalizers.NFC()
+  first: list[Any] = []
+  if name in _PATTERNS:
+    first = [pre.Split(Regex(_PATTERNS[name]), behavior="isolated")]
+  elif name == "smollm":
+    first = [pre.Digits(individual_digits=True)]
+  tokenizer.pre_tokenizer = pre.Sequence(
+    [*first, pre.ByteLevel(add_prefix_space=blank, use_regex=name not in _PATTERNS)])
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_tokens([
+    AddedToken(token, normalized=False, special=kind != spm.USER_DEFINED)
+    for token, kind in zip(tokens, kinds)
+    if kind in (spm.UNKNOWN, spm.CONTROL, spm.USER_DEFINED)
+  ])
+  return tokenizer
+
+
+def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]):
+  scores = header.get("tokenizer.ggml.scores", list)
+  if len(scores) != len(tokens):
+    raise ReadError(f"{header.path}: {len(tokens)} tokens, {len(scores)} scores")
+  return spm.build_tokenizer(spm.SentencePieceModel(
+    tuple(map(spm.Piece, tokens, scores, kinds)),
+    prefix_blank=header.get("tokenizer.ggml.add_space_prefix", bool, True),
+    squeeze_blanks=header.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
+  ))
+
+
+def _config(header: GGUFHeader, tokens: list[str]) -> dict[str, Any]:
+  config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast",
+                            "clean_up_tokenization_spaces": False}
+  for name, spelt in _NAMED_TOKENS.items():
+    key = f"tokenizer.ggml.{spelt}_token_id"
+    if key in header.metadata:
+      index = header.get(key, int)
+      if not 0 <= index < len(tokens):
+        raise ReadError(f"{header.path}: {key} is {index}, of {len(tokens)} tokens")
+      config[f"{name}_token"] = tokens[index]
+  for name in ("add_bos_token", "add_eos_token"):
+    if f"tokenizer.ggml.{name}" in header.metadata:
+      config[name] = header.get(f"tokenizer.ggml.{name}", bool)
+  if "tokenizer.chat_template" in header.metadata:
+    config["chat_template"] = header.get("tokenizer.chat_template", str)
+  return config
+
+
+def _texts(header: GGUFHeader, key: str) -> list[str]:
+  values = header.get(key, list)
+  if not values or not all(isinstance(value, str) for value in values):
+    raise ReadError(f"{header.path}: the metadata's {key!r} is not a list of texts")
+  return values

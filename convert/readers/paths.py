@@ -1,0 +1,105 @@
+"""Which reader a path needs: a file by its extension, a folder by what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .deepspeed_folder import is_deepspeed, open_deepspeed
+from .gguf_file import open_gguf
+from .json_file import read_object
+from .safetensors_file import open_safetensors
+from .source import ReadError, Source, join_sources
+from .torch_file import open_torch
+
+_TORCH = (".bin", ".pt", ".pth")
+_EXTENSIONS = (".safetensors", *_TORCH, ".gguf")
+# In this order, as transformers does; a folder often has the same weights in two formats.
+_USUAL = (
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "adapter_model.safetensors",
+  "pytorch_model.bin",
+  "pytorch_model.bin.index.json",
+  "adapter_model.bin",
+)
+
+
+def open_source(path: str | Path, part: str | None = None) -> Source:
+  """Opens weights of any format that is read here; tensors come later, one by one.
+
+  Args:
+    path: a .safetensors, .bin, .pt, .pth or .gguf file, an index of shards (.index.json), or a
+      folder with an index, with one such file, or with a DeepSpeed training checkpoint.
+    part: of torch files, the dict to take (see `open_torch`); None finds it.
+
+  Raises:
+    FileNotFoundError: if there is no such path.
+    ReadError: if it holds no weights, or they are broken or need code to be run.
+  """
+  path = Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: no such file or folder")
+  if path.is_dir():
+    return _open_folder(path, part)
+  if not path.is_file():
+    raise ReadError(f"{path}: neither a file nor a folder")
+  if path.name.endswith(".index.json"):
+    return _open_index(path, part)
+  return _open_file(path, part)
+
+
+def _open_file(path: Path, part: str | None) -> Source:
+  if path.suffix not in _EXTENSIONS:
+    raise ReadError(f"{path}: unknown extension {path.suffix!r}; read are {', '.join(_EXTENSIONS)}")
+  if path.stat().st_size == 0:
+    raise ReadError(f"{path}: empty, 0 bytes; copy it again")
+  if path.suffix in _TORCH:
+    return open_torch(path, part)
+  if part:
+    raise ReadError(f"{path}: only torch files have parts, got part={part!r}")
+  return open_gguf(path) if path.suffix == ".gguf" else open_safetensors(path)
+
+
+def _open_folder(path: Path, part: str | None) -> Source:
+  usual = [path / name for name in _USUAL if (path / name).is_file()]
+  if usual:
+    source = open_source(usual[0], part)
+    notes = [f"{usual[0].name} is read, {other.name} is not" for other in usual[1:]]
+    return join_sources(path, [source], notes)
+  files = sorted(file for file in path.iterdir() if file.suffix in _EXTENSIONS and file.is_file())
+  if is_deepspeed(path):
+    if part:
+      raise ReadError(f"{path}: a DeepSpeed checkpoint has no parts, got part={part!r}")
+    return open_deepspeed(path)
+  if len(files) == 1:
+    return _open_file(files[0], part)
+  if files:
+    names = ", ".join(file.name for file in files[:8])
+    raise ReadError(f"{path}: {len(files)} weight files and no index: {names}; give one of them")
+  raise ReadError(f"{path}: no weights in it; looked for {', '.join(_USUAL)} or one file "
+                  f"ending in {', '.join(_EXTENSIONS)}")
+
+
+def _open_index(path: Path, part: str | None) -> Source:
+  weight_map = read_object(path).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise ReadError(f"{path}: no weight_map from tensors to files")
+  for name, shard in weight_map.items():
+    plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
+    if not plain or Path(shard).suffix not in _EXTENSIONS:
+      raise ReadError(f"{path}: tensor {name!r} is said to be in {shard!r}; shards must be weight "
+                      "files beside the index")
+  shards = list(dict.fromkeys(weight_map.values()))
+  if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
+    raise ReadError(f"{path}: {len(missing)} of {len(shards)} shards are missing: "
+                    f"{', '.join(missing[:8])}; download them")
+  source = join_sources(path, [_open_file(path.parent / shard, part) for shard in shards])
+  found = {name: tensor.file.name for name, tensor in source.tensors.items()}
+  wrong = [
+    f"{name!r} should be in {shard}" for name, shard in weight_map.items()
+    if found.get(name) != shard
+  ] + [f"{name!r} of {found[name]} is not in the index" for name in found.keys() - weight_map]
+  if wrong:
+    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    raise ReadError(f"{path}: index and shards disagree: {'; '.join(wrong[:8])}{more}")
+  return source

@@ -1,0 +1,136 @@
+"""A set of tensors in files, read one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Finite values have an exponent that is not all ones; integer tests are faster than isfinite here.
+_EXPONENTS = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
+_CHECKED_AT_ONCE = 1 << 22
+_MAX_DIMS = 32
+# An integer tensor under one of these names is a quantized weight; others are plain buffers.
+_WEIGHT_NAMES = ("weight", "qweight", "qzeros", "scales", "weight_packed")
+
+
+class ReadError(ValueError):
+  """A weight file that cannot be read as it stands: names the file, the reason, the tensor."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+  """What a file says about one tensor; a bfloat16 one has the dtype of package ml_dtypes."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  file: Path
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Source:
+  """Tensors by name; none of their data is read before `read` asks for it.
+
+  Attributes:
+    path: the file or folder that was opened.
+    tensors: what can be read, in the order of the files.
+    part: the sub-dict of a torch file that was taken, such as "state_dict"; "" if all of it.
+    ignored: other entries of the files, which are not tensors of that part.
+    notes: what a user should know about how the files are read, in sentences.
+    exact: whether `read` returns the stored bits (false where a quantized file is expanded).
+  """
+
+  def __init__(
+    self,
+    path: Path,
+    entries: Iterable[tuple[Tensor, Callable[[], np.ndarray]]],
+    *,
+    part: str = "",
+    ignored: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    exact: bool = True,
+  ):
+    self.path = path
+    self.part, self.ignored, self.notes, self.exact = part, tuple(ignored), tuple(notes), exact
+    self.tensors: dict[str, Tensor] = {}
+    self._readers: dict[str, Callable[[], np.ndarray]] = {}
+    for tensor, reader in entries:
+      if tensor.name in self.tensors:
+        first = self.tensors[tensor.name].file
+        where = "twice" if first == tensor.file else f"also in {first.name}"
+        raise ReadError(f"{tensor.file}: tensor {tensor.name!r} is there {where}")
+      _check_described(tensor)
+      self.tensors[tensor.name] = tensor
+      self._readers[tensor.name] = reader
+
+  def read(self, name: str) -> np.ndarray:
+    """Reads one tensor: an own array in the stored shape and dtype, bit for bit.
+
+    Raises:
+      KeyError: if there is no such tensor.
+      ReadError: if the file no longer holds it, or it has a value that is NaN or infinite.
+    """
+    if name not in self.tensors:
+      raise KeyError(f"{self.path}: no tensor {name!r} among {len(self.tensors)}")
+    tensor = self.tensors[name]
+    array = self._readers[name]()
+    assert array.shape == tensor.shape and array.dtype == tensor.dtype, (tensor, array.shape)
+    if bad := _count_not_finite(array):
+      raise ReadError(
+        f"{tensor.file}: tensor {name!r} has {bad} of {array.size} values that are NaN or infinite"
+      )
+    return array
+
+
+def join_sources(path: Path, sources: Sequence[Source], notes: Sequence[str] = ()) -> Source:
+  """Makes one source of several files; a tensor in two of them is an error."""
+  return Source(
+    path,
+    [(source.tensors[n], source._readers[n]) for source in sources for n in source.tensors],
+    part=sources[0].part if sources else "",
+    ignored=[name for source in sources for name in source.ignored],
+    notes=list(dict.fromkeys([*notes, *(note for source in sources for note in source.notes)])),
+    exact=all(source.exact for source in sources),
+  )
+
+
+def check_shape(where: str, shape: Sequence[int], dtype: np.dtype) -> tuple[int, ...]:
+  """Returns `shape` as a tuple once NumPy can hold it; `where` begins the error."""
+  if len(shape) > _MAX_DIMS or any(size < 0 for size in shape):
+    raise ReadError(f"{where} has the impossible shape {list(shape)[:_MAX_DIMS]}")
+  if math.prod(size for size in shape if size) * dtype.itemsize >= 1 << 62:
+    raise ReadError(f"{where} has the impossible shape {list(shape)}")
+  return tuple(int(size) for size in shape)
+
+
+def _check_described(tensor: Tensor):
+  check_shape(f"{tensor.file}: tensor {tensor.name!r}", tensor.shape, tensor.dtype)
+  last = tensor.name.rpartition(".")[2]
+  if tensor.dtype.kind in "iu" and last in _WEIGHT_NAMES:
+    raise ReadError(
+      f"{tensor.file}: tensor {tensor.name!r} is a weight of dtype {tensor.dtype}, so the file is "
+      "quantized, which is not supported; use the float16, bfloat16 or float32 release"
+    )
+
+
+def _count_not_finite(array: np.ndarray) -> int:
+  exponent = _EXPONENTS.get(array.dtype)
+  if exponent is None and array.dtype.kind != "f":
+    return 0
+  flat, bad = array.reshape(-1), 0
+  for start in range(0, flat.size, _CHECKED_AT_ONCE):
+    values = flat[start : start + _CHECKED_AT_ONCE]
+    if exponent is None:
+      bad += values.size - int(np.count_nonzero(np.isfinite(values)))
+    else:
+      bad += int(np.count_nonzero(values.view(np.uint16) & exponent == exponent))
+  return bad

@@ -1,0 +1,108 @@
+"""How Orbax writes leaves that are read one after another, and reads leaves to the host."""
+
+import copy
+import gc
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from mooer_jax.checkpoint.arrays import Lazy, hash_file
+
+GROUP_BYTES = 256 * 2**20  # at most two groups are in memory: one is written, the next is read
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+  """Saves `Lazy` leaves as the NumPy arrays that they read; they are restored like any array.
+
+  The files of a group are hashed as soon as they are written; after 15 GB they would have to come
+  from the disk again.
+  """
+
+  def __init__(self, digests: dict[str, str]):
+    super().__init__(deepcopy_host_arrays=False)
+    self._digests = digests
+
+  async def serialize(self, values: Sequence[Lazy], infos, args=None):
+    with ThreadPoolExecutor(1) as hashing:
+      return await self._serialize(values, infos, args, hashing)
+
+  async def _serialize(self, values, infos, args, hashing):
+    args = args or [ocp.SaveArgs()] * len(values)
+    writing: list = []
+    written: Sequence = ()
+    group: list = []
+    held = 0
+
+    async def flush():
+      nonlocal writing, written, group, held
+      _wait(writing)
+      hashing.submit(self._hash, written)
+      arrays, group_infos, group_args = zip(*group)
+      writing = await super(_LazyHandler, self).serialize(arrays, group_infos, group_args)
+      written = group_infos
+      group, held = [], 0
+
+    for leaf, info, arg in zip(values, infos, args, strict=True):
+      if group and held + leaf.nbytes > GROUP_BYTES:
+        await flush()
+      if leaf.nbytes > GROUP_BYTES:
+        _wait(writing)
+        writing = []
+        gc.collect()  # futures refer to themselves and hold on to what they wrote
+      group.append((leaf.read(), info, arg))
+      held += leaf.nbytes
+    if group:
+      await flush()
+    return writing
+
+  def _hash(self, infos) -> None:
+    for info in infos:
+      root = Path(info.parent_dir)
+      for file in (root / info.name).rglob("*"):
+        if file.is_file():
+          self._digests[file.relative_to(root).as_posix()] = hash_file(file)
+
+
+def _wait(futures):
+  for future in futures:
+    future.result()
+
+
+class _HostHandler(ocp.type_handlers.NumpyHandler):
+  """Reads leaves as NumPy arrays, chunk by chunk.
+
+  By default 128 chunks of a leaf are read at once; they wait in memory to be copied, which is then
+  needed twice, and the time is the same.
+  """
+
+  async def deserialize(self, infos, args=None):
+    one_by_one = {"file_io_concurrency": {"limit": 1}}
+    context = tensorstore.Context(one_by_one, infos[0].ts_context)
+    infos = [copy.copy(info) for info in infos]
+    for info in infos:
+      info.ts_context = context
+    return await super().deserialize(infos, args)
+
+
+def host_handler() -> ocp.PyTreeCheckpointHandler:
+  """The handler that restores leaves as NumPy arrays."""
+  return _with_types((np.ndarray, _HostHandler()))
+
+
+def _with_types(*types, **options) -> ocp.PyTreeCheckpointHandler:
+  registry = ocp.type_handlers.create_type_handler_registry(*types)
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
+
+
+def streaming_handler(digests: dict[str, str]) -> ocp.PyTreeCheckpointHandler:
+  """The handler for trees of `Lazy` leaves; it notes the SHA-256 of files in `digests`.
+
+  Each chunk is a file of its own: in one big file (OCDBT) all chunks of a leaf are copied before
+  the first is written, which doubles the memory and, for 2 GB of bfloat16, took 2.8 s against
+  0.4 s. Not compressed, for weights hardly shrink and converting would be bound by it.
+  """
+  return _with_types((Lazy, _LazyHandler(digests)), use_ocdbt=False, use_compression=False)

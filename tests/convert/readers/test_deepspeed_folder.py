@@ -1,0 +1,261 @@
+"""DeepSpeed folders in the layout of ZeRO 1, 2 and 3, cut here over several ranks."""
+
+import math
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from convert.readers import ReadError, open_source
+
+STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
+RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+
+
+def _model(seed=0):
+  generator = torch.Generator().manual_seed(seed)
+  sizes = {"embed.weight": (7, 5), "norm.weight": (5,), "norm.bias": (5,), "proj.weight": (3, 5),
+           "big.weight": (11, 13), "scale": (1,)}
+  return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+def _groups(params):
+  """Two groups, as with and without weight decay."""
+  decayed = {n: p for n, p in params.items() if p.ndim > 1}
+  return [decayed, {n: p for n, p in params.items() if n not in decayed}]
+
+
+def _pad(flat, multiple):
+  return torch.cat([flat, torch.zeros(-len(flat) % multiple)])
+
+
+def _slices(stage, groups, ranks, rank):
+  """What the optimizer of one rank keeps of each group."""
+  found = []
+  for group in groups:
+    if stage < 3:
+      joined = _pad(torch.cat([p.reshape(-1) for p in group.values()]), 2 * ranks)
+      found.append(joined.chunk(ranks)[rank].clone())
+    else:
+      shares = [_pad(p.reshape(-1), ranks).chunk(ranks)[rank] for p in group.values()]
+      found.append(torch.cat(shares))
+  return found
+
+
+def _optimizer_state(stage, groups, ranks, rank, extra):
+  key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+  flat = _slices(stage, groups, ranks, rank)
+  return {"optimizer_state_dict": {
+    "zero_stage": extra.get("stage", stage), key: flat,
+    "partition_count": ranks if stage == 3 else [ranks] * len(groups),
+    "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros_like(flat[0])}}},
+    **extra.get("optimizer", {})}, "ds_version": "0.14.2"}
+
+
+def _write(folder, stage, ranks, params, *, frozen=None, extra=None, tag="global_step20"):
+  """Writes a checkpoint folder; `extra` adds to the files or replaces what is right."""
+  groups, extra, frozen = _groups(params), extra or {}, frozen or {}
+  at = folder / tag
+  at.mkdir(parents=True)
+  (folder / "latest").write_text(tag)
+  for rank in range(ranks):
+    prefix = "bf16_" if stage == 2 else ""
+    torch.save(_optimizer_state(stage, groups, ranks, rank, extra),
+               at / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+  for rank in range(ranks if stage == 3 else 1):
+    module = {n: torch.empty(0) if stage == 3 else p.bfloat16() for n, p in params.items()}
+    module["rotary.inv_freq"] = torch.arange(4.0)
+    model = {
+      "module": module, "buffer_names": ["rotary.inv_freq"],
+      "param_shapes": [{n: p.shape for n, p in group.items()} for group in groups],
+      "optimizer": None, "lr_scheduler": {"last_batch_iteration": 19}, "global_steps": 20,
+      "dp_world_size": ranks, "mp_world_size": 1, "ds_version": "0.14.2",
+      "frozen_param_shapes": {n: p.shape for n, p in frozen.items()} or None,
+      "frozen_param_fragments": {
+        n: p if stage < 3 else torch.cat([p.reshape(-1), p.new_zeros(-p.numel() % ranks)]).chunk(
+          ranks)[rank].clone() for n, p in frozen.items()} or None,
+      **extra.get("model", {})}
+    name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
+    torch.save(model, at / f"{name}_model_states.pt")
+  return folder
+
+
+@STAGES
+@RANKS
+def test_weights_come_back_whole_and_in_float32(tmp_path, stage, ranks):
+  params = _model()
+  source = open_source(_write(tmp_path, stage, ranks, params))
+  assert set(source.tensors) == {*params, "rotary.inv_freq"} and source.exact
+  for name, value in params.items():
+    assert source.tensors[name].shape == tuple(value.shape)
+    np.testing.assert_array_equal(source.read(name), value.numpy(), err_msg=name)
+  np.testing.assert_array_equal(source.read("rotary.inv_freq"), np.arange(4, dtype=np.float32))
+  assert f"ZeRO stage {stage} of {ranks} ranks" in source.notes[0]
+  again = open_source(tmp_path / "global_step20")
+  assert set(again.tensors) == set(source.tensors)
+
+
+@STAGES
+def test_frozen_weights_keep_their_dtype(tmp_path, stage):
+  frozen = {"llm.weight": torch.randn(5, 3).bfloat16(), "llm.bias": torch.randn(4).half()}
+  source = open_source(_write(tmp_path, stage, 2, _model(), frozen=frozen))
+  for name, value in frozen.items():
+    found = source.read(name)
+    assert found.shape == tuple(value.shape) and found.itemsize == 2
+    np.testing.assert_array_equal(found.astype(np.float32), value.float().numpy())
+
+
+def test_a_second_name_reads_the_same_weight_and_other_entries_are_listed(tmp_path):
+  params = _model()
+  module = {n: p.bfloat16() for n, p in params.items()}
+  module.update({"head.weight": module["embed.weight"], "lost.weight": torch.ones(2)})
+  model = {"module": module, "buffer_names": [], "shared_params": {"head.weight": "embed.weight"}}
+  source = open_source(_write(tmp_path, 2, 2, params, extra={"model": model}))
+  np.testing.assert_array_equal(source.read("head.weight"), params["embed.weight"].numpy())
+  assert source.ignored == ("module.lost.weight",)
+
+
+@pytest.fixture
+def deepspeed_classes(monkeypatch):
+  """Classes under DeepSpeed's names, as a training program has them; gone while files are read."""
+  made = {}
+  for path in ("runtime.fp16.loss_scaler.LossScaler", "utils.tensor_fragment.fragment_address",
+               "runtime.zero.config.ZeroStageEnum", "runtime.config.DeepSpeedConfig"):
+    module, name = f"deepspeed.{path}".rsplit(".", 1)
+    bases = (int,) if name == "ZeroStageEnum" else ()
+    body = {"__module__": module, "__qualname__": name}
+    if bases:
+      body["__reduce__"] = lambda self: (type(self), (int(self),))
+    made[name] = type(name, bases, body)
+    found = types.ModuleType(module)
+    setattr(found, name, made[name])
+    monkeypatch.setitem(sys.modules, module, found)
+  parents = {module.rpartition(".")[0] for module in sys.modules if module.startswith("deepspeed.")}
+  for name in sorted({".".join(p.split(".")[:i]) for p in parents for i in range(1, 5)}):
+    if name not in sys.modules:
+      monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+  return made
+
+
+@STAGES
+def test_objects_of_deepspeed_do_not_need_it(tmp_path, deepspeed_classes, monkeypatch, stage):
+  scaler = deepspeed_classes["LossScaler"]()
+  scaler.cur_scale = 65536.0
+  fragment = deepspeed_classes["fragment_address"]()
+  fragment.numel, fragment.start = 4, 0
+  extra = {"stage": deepspeed_classes["ZeroStageEnum"](stage),
+           "optimizer": {"loss_scaler": scaler, "param_slice_mappings": [{"a": fragment}]}}
+  params = _model()
+  _write(tmp_path, stage, 2, params, extra=extra)
+  for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
+    monkeypatch.delitem(sys.modules, name)
+  source = open_source(tmp_path)
+  for name, value in params.items():
+    np.testing.assert_array_equal(source.read(name), value.numpy())
+  assert not any(name.split(".")[0] == "deepspeed" for name in sys.modules)
+
+
+def test_other_classes_are_named_with_the_remedy(tmp_path, deepspeed_classes):
+  extra = {"model": {"ds_config": deepspeed_classes["DeepSpeedConfig"]()}}
+  _write(tmp_path, 2, 2, _model(), extra=extra)
+  with pytest.raises(ReadError, match=r"model_states\.pt: needs deepspeed.runtime.config"
+                                      r"\.DeepSpeedConfig to be .*zero_to_fp32\.py"):
+    open_source(tmp_path)
+
+
+class _Runs:
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.path}",)
+
+
+def test_a_malicious_rank_is_not_run(tmp_path):
+  extra = {"optimizer": {"loss_scaler": _Runs(tmp_path / "ran")}}
+  _write(tmp_path, 2, 1, _model(), extra=extra)
+  with pytest.raises(ReadError, match="needs (posix|nt).system"):
+    open_source(tmp_path)
+  assert not (tmp_path / "ran").exists()
+
+
+def test_the_model_file_of_stage_2_can_be_read_by_itself(tmp_path):
+  params = _model()
+  _write(tmp_path, 2, 2, params)
+  source = open_source(tmp_path / "global_step20" / "mp_rank_00_model_states.pt")
+  assert source.part == "module"
+  assert source.read("scale").itemsize == 2
+
+
+def _remove(name):
+  return lambda folder: (folder / "global_step20" / name).unlink()
+
+
+def _latest(text):
+  return lambda folder: (folder / "latest").write_text(text)
+
+
+def _rename(old, new):
+  return lambda folder: (folder / "global_step20" / old).rename(folder / "global_step20" / new)
+
+
+RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+@pytest.mark.parametrize("spoil, message", [
+  (_remove(RANK_1), "rank 1 is missing"),
+  (_remove("zero_pp_rank_2_mp_rank_00_optim_states.pt"), "2 files of ranks, which were saved by 3"),
+  (_remove("zero_pp_rank_0_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
+  (_remove("zero_pp_rank_2_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
+  (_rename(RANK_1, "zero_pp_rank_1_mp_rank_01_optim_states.pt"), "tensor and expert parallelism"),
+  (_rename(RANK_1, "expp_rank_1_mp_rank_00_optim_states.pt"), "tensor and expert parallelism"),
+  (_latest("../../elsewhere"), "latest: names '../../elsewhere', which is no folder beside it"),
+  (_latest(""), "no folder beside it"),
+  (_latest("global_step30"), "names 'global_step30', which is no ZeRO checkpoint"),
+])
+def test_folders_that_are_not_whole(tmp_path, spoil, message):
+  spoil(_write(tmp_path, 3, 3, _model()))
+  with pytest.raises(ReadError, match=message):
+    open_source(tmp_path)
+
+
+SHAPES = [{n: p.shape for n, p in group.items()} for group in _groups(_model())]
+
+
+@STAGES
+@pytest.mark.parametrize("extra, message", [
+  ({"model": {"param_shapes": [{**SHAPES[0], "more": torch.Size([500])}, SHAPES[1]]}},
+   "tell of .* hold"),
+  ({"model": {"param_shapes": [{"embed.weight": torch.Size([7, 5])}, SHAPES[1]]}},
+   "tell of .* hold"),
+  ({"model": {"param_shapes": [{**SHAPES[0], "more": (-3, 5)}, SHAPES[1]]}}, "'more' .*shape"),
+  ({"model": {"param_shapes": [{**SHAPES[0], "more": "x"}, SHAPES[1]]}},
+   "'more' has the shape 'x'"),
+  ({"model": {"param_shapes": None}}, "no param_shapes"),
+  ({"model": {"module": None}}, "no dict 'module'"),
+  ({"model": {"buffer_names": 3}}, "not laid out as DeepSpeed does"),
+  ({"model": {"frozen_param_shapes": {"f": torch.Size([3])}}}, "frozen_param_fragments|'f'"),
+  ({"model": {"frozen_param_shapes": {"f": torch.Size([9])},
+              "frozen_param_fragments": {"f": torch.ones(2)}}}, "'f' of shape .9. has"),
+  ({"stage": 4}, "ZeRO stage 4"),
+  ({"stage": "x"}, "ZeRO stage 'x'"),
+  ({"optimizer": {"partition_count": 7}}, "saved by 7"),
+  ({"optimizer": {"single_partition_of_fp32_groups": 3, "fp32_flat_groups": [torch.ones(2, 2)]}},
+   "not a list of flat float32"),
+])
+def test_files_that_contradict_each_other(tmp_path, stage, extra, message):
+  _write(tmp_path, stage, 2, _model(), extra=extra)
+  with pytest.raises(ReadError, match=message):
+    open_source(tmp_path)
+
+
+def test_a_nan_is_named(tmp_path):
+  params = _model()
+  params["big.weight"][10, 12] = math.nan
+  source = open_source(_write(tmp_path, 2, 3, params))
+  source.read("embed.weight")
+  with pytest.raises(ReadError, match="'big.weight' has 1 of 143"):
+    source.read("big.weight")

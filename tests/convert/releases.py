@@ -1,0 +1,74 @@
+"""A small MooER release in the published layout, from funasr, transformers and peft."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mooer_jax.audio.cmvn import write_mvn
+from mooer_jax.text.tokenizer import Tokenizer
+from tests.convert.folders_of import llm, vary, with_lora
+from tests.parity import torch_models
+from tests.tiny import SANM
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ\n.|<>_"
+HIDDEN = 24
+
+
+def encoder(seed=0):
+  """funasr's encoder of tests.tiny's size."""
+  return torch_models.sanm(SANM, seed)
+
+
+def adapter(llm_width: int, seed=0):
+  """MooER's adapter: two frames, linear, ReLU, linear."""
+  torch.manual_seed(seed)
+  layers = {
+    "linear1": torch.nn.Linear(2 * SANM.width, HIDDEN),
+    "linear2": torch.nn.Linear(HIDDEN, llm_width),
+  }
+  return vary(torch.nn.ModuleDict(layers), seed)
+
+
+def write_cmvn(path: Path, seed=0):
+  rng = np.random.default_rng(seed)
+  shift, scale = rng.normal(size=SANM.input_width), rng.uniform(0.5, 2, SANM.input_width)
+  write_mvn(path, shift.astype(np.float32), scale.astype(np.float32))
+  return shift, scale
+
+
+def release(folder: Path, *, task="asr", tuned_encoder=False, dtype=torch.float32, extra=True):
+  """Writes a release.
+
+  Returns:
+    {"encoder", "adapter", "llm" (with LoRA around it)}: the modules.
+  """
+  (folder / "paraformer_encoder").mkdir(parents=True)
+  (folder / task).mkdir()
+  heard, joined = encoder(), adapter(40)
+  state = {name: tensor.clone() for name, tensor in heard.state_dict().items()}
+  if extra:
+    state["decoder.embed.0.weight"] = torch.zeros(3, 4)
+  torch.save(state, folder / "paraformer_encoder" / "paraformer-encoder.pth")
+  write_cmvn(folder / "paraformer_encoder" / "am.mvn")
+
+  tokenizer = Tokenizer.from_characters(CHARACTERS)
+  module = llm("qwen2", dtype=dtype, vocab_size=tokenizer.vocab_size + 3)
+  module.save_pretrained(folder / "Qwen2-tiny")
+  tokenizer.save(folder / "Qwen2-tiny")
+  module = with_lora(module, rank=4, alpha=16, targets=("q", "k", "v", "o", "gate", "up", "down"))
+  module.save_pretrained(folder / task / "lora_weights")
+
+  trained = {f"encoder_projector.{name}": t for name, t in joined.state_dict().items()}
+  if tuned_encoder:
+    heard = encoder(seed=1)
+    trained |= {
+      f"encoder.model.{name}": t for name, t in heard.state_dict().items()
+      if re.match(r"encoders\.0\.|after_norm", name)
+    }
+    state.update({k.removeprefix("encoder.model."): t for k, t in trained.items()
+                  if k.startswith("encoder.model.")})
+    heard.load_state_dict({k: t for k, t in state.items() if not k.startswith("decoder.")})
+  torch.save(trained, folder / task / "adapter_project.pt")
+  return {"encoder": heard, "adapter": joined, "llm": module}
