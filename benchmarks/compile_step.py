@@ -10,8 +10,8 @@ from jax.experimental import topologies
 from benchmarks import flops
 from mooer_jax import tree
 from mooer_jax.audio.frontend import width as feature_width
+from mooer_jax.run.config import Run
 from mooer_jax.run.program import abstract_state, jitted_step
-from mooer_jax.run.train import Run
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.sharding import batch_sharding, make_mesh
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One call on a machine with one NVIDIA GPU: correctness, full-size 7B beside PyTorch, a short training.
-# Needs jax (CUDA), flax, optax, einops, torch and transformers; under 10 minutes. `--dry-run`: tiny, CPU.
+# Needs jax (CUDA), flax, optax, torch and transformers; under 10 minutes. `--dry-run`: tiny, CPU.
 # Results: $OUT if set, else benchmarks/results/. The exit status is 0 only if every section passed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -46,6 +46,12 @@ def keep_last(workdir: str | Path, count: int) -> list[Path]:
     return []
   for left_over in Path(workdir).glob(".tmp-step_*"):
     shutil.rmtree(left_over)
+  for replaced in Path(workdir).glob(".old-step_*"):
+    whole = replaced.with_name(replaced.name.removeprefix(".old-"))
+    if whole.exists():
+      shutil.rmtree(replaced)
+    else:  # killed between the two renames of an overwriting save
+      replaced.rename(whole)
   old = sorted(_steps(workdir), key=_number)[:-count]
   for folder in old:
     shutil.rmtree(folder)

@@ -1,0 +1,110 @@
+"""What a training run begins with: parameters, CMVN, optimizer state, on their mesh."""
+
+import contextlib
+import itertools
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mooer_jax import checkpoint, speech_llm, tree
+from mooer_jax.audio.cmvn import estimate, read_mvn
+from mooer_jax.audio.frontend import width
+from mooer_jax.config import SpeechLLMConfig, differences, from_json
+from mooer_jax.run.config import Run
+from mooer_jax.run.program import stored
+from mooer_jax.training.sharding import param_shardings
+from mooer_jax.training.state import create, state_shardings
+
+CMVN_BATCHES = 32
+
+
+def initial_params(
+  run: Run, mesh, start_from: Path | None, *, exactly: bool, base: Path | None = None
+) -> dict:
+  """Params with stacked layers on the mesh: from a checkpoint, or fresh.
+
+  Args:
+    run: the config.
+    mesh: where they go.
+    start_from: checkpoint folder or None.
+    exactly: whether the checkpoint must be of this very model. If not, prompts, limits and dropout
+      may differ, and LoRA that the checkpoint lacks starts fresh.
+    base: where the base of that checkpoint lies.
+
+  Raises:
+    ValueError: if the checkpoint holds another model, or something frozen would be random.
+  """
+  key = jax.random.fold_in(jax.random.key(run.seed), 0)
+  wanted = jax.eval_shape(lambda: speech_llm.init(key, run.model))
+  trained = tree.flatten(tree.partition(wanted, run.trainable)[0]).keys()
+  dtype = run.model.compute.jnp_dtype
+  have: dict = {}
+  if start_from is not None:
+    saved = checkpoint.describe(start_from, base=base)
+    _check_same_model(from_json(saved.config), run.model, start_from, exactly)
+    shardings = param_shardings(mesh, saved.params)
+    loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
+    stacked = jax.eval_shape(tree.stack_layers, loaded)
+    placed = param_shardings(mesh, stacked)
+    stack = lambda params: stored(tree.stack_layers(params), trained, dtype)  # noqa: E731
+    have = jax.jit(stack, out_shardings=placed)(loaded)
+  missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
+  if not missing:
+    return have
+  random = sorted(p for p in missing if p not in trained and not p.startswith("frontend/"))
+  if random:
+    raise ValueError(
+      f"{random[0]} and {len(random) - 1} others would be random and frozen: set init_from to a"
+      " checkpoint that has them, or train them (config.trainable)"
+    )
+
+  def fresh():
+    flat = tree.flatten(stored(speech_llm.init(key, run.model), trained, dtype))
+    return tree.unflatten({path: flat[path] for path in missing})
+
+  placed = param_shardings(mesh, jax.eval_shape(fresh))
+  return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
+
+
+def _check_same_model(saved: SpeechLLMConfig, wanted: SpeechLLMConfig, folder: Path, exactly):
+  free = "" if exactly else r"(prompts|template|max_audio_s).*|.*dropout"
+  if not exactly and not saved.decoder.lora_rank:
+    free += r"|decoder/lora_.*"
+  different = {p: v for p, v in differences(saved, wanted).items() if not re.fullmatch(free, p)}
+  if different:
+    said = "; ".join(f"{p} is {a!r}, the config says {b!r}" for p, (a, b) in different.items())
+    raise ValueError(f"{folder} holds another model than the config describes: {said}")
+
+
+def measure_cmvn(run: Run, dataset, frontends: dict) -> dict:
+  """Shift and scale of the features: read from a file, or measured on the first batches."""
+  if run.train.cmvn != "estimate":
+    shift_F, scale_F = read_mvn(run.train.cmvn, width=width(run.model.frontends[0]))
+  else:
+    with contextlib.closing(iter(dataset)) as batches:
+      first = itertools.islice(batches, CMVN_BATCHES)
+      shift_F, scale_F = estimate(clip for host_batch in first for clip in _clips(host_batch.batch))
+  (name,) = frontends
+  values = {"shift": np.asarray(shift_F), "scale": np.asarray(scale_F)}
+  return {name: jax.device_put(values, jax.tree.map(lambda x: x.sharding, frontends[name]))}
+
+
+def _clips(batch):
+  for x_TF, frames in zip(batch.features[0], batch.frames[0], strict=True):
+    yield x_TF[:frames]
+
+
+def initial_state(run: Run, params, tx, mesh):
+  """Cuts params in two and adds the optimizer's state.
+
+  Returns:
+    (TrainState, frozen params, (state shardings, frozen shardings)).
+  """
+  trainable, frozen = tree.partition(params, run.trainable)
+  key = jax.random.fold_in(jax.random.key(run.seed), 1)
+  abstract = jax.eval_shape(lambda t: create(t, tx, key), trainable)
+  shardings = state_shardings(abstract, tx, param_shardings(mesh, trainable))
+  state = jax.jit(lambda t: create(t, tx, key), out_shardings=shardings)(trainable)
+  return state, frozen, (shardings, param_shardings(mesh, frozen))
