@@ -4,7 +4,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mooer_jax.run.evaluate import evaluate
-from mooer_jax.run.flags import parse_flags
+from mooer_jax.run.flags import one_line_errors, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "checkpoint folder, or training workdir")
@@ -13,7 +13,7 @@ _BASE = flags.DEFINE_string("base", None, "where the base of a fine-tune lies, i
 
 def main(argv):
   del argv
-  evaluate(_CONFIG.value, _CHECKPOINT.value, base=_BASE.value)
+  one_line_errors(lambda: evaluate(_CONFIG.value, _CHECKPOINT.value, base=_BASE.value))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mooer_jax.run.flags import parse_flags
+from mooer_jax.run.flags import one_line_errors, parse_flags
 from mooer_jax.run.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -11,7 +11,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 
 def main(argv):
   del argv
-  train(_CONFIG.value)
+  one_line_errors(lambda: train(_CONFIG.value))
 
 
 if __name__ == "__main__":

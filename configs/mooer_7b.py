@@ -45,6 +45,6 @@ def get_config():
   config.train.save_every = 20_000
 
   config.mesh.data, config.mesh.fsdp = 1, -1
-  config.generation.max_new_tokens = 200
+  config.generation.max_new_tokens = 256
   config.eval.shards = ""
   return config

@@ -24,7 +24,7 @@ def get_config():
   config.model.decoder = "qwen2_0.5b"
   config.model.template = "bare"  # a 150-character chat prompt would outweigh 2 s of speech
   config.model.prompts = {"asr": "<|transcribe|>"}
-  config.model.max_audio_s = 10.0
+  config.model.max_audio_s = 5.0
   config.model.sanm = dict(width=128, layers=5, heads=4, mlp_width=512)
   config.model.linear = dict(hidden_width=256)
   config.model.llm = dict(

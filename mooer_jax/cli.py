@@ -5,7 +5,9 @@ import importlib
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 _GENERATION = {
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   stderr and exit status 2.
   """
   parser = argparse.ArgumentParser(prog="mooer-jax", description=__doc__)
+  parser.add_argument("--version", action="version", version=metadata.version("mooer-jax"))
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   _add_transcribe(commands)
   _add_pack(commands)
@@ -54,8 +57,9 @@ def _add_transcribe(commands):
   parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
   parser.add_argument("--task", default=None, help="default: the only one, else asr")
   parser.add_argument("--json", type=Path, help="also write the results here")
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
-  parser.add_argument("--batch-size", type=int, default=8)
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
+                      help="default: float32 on CPU, else bfloat16")
+  parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
   parser.add_argument("--seed", type=int, default=0, help="of sampling, if the model samples")
   group = parser.add_argument_group("decoding; defaults come from the checkpoint")
   for name, (kind, text) in _GENERATION.items():
@@ -85,6 +89,9 @@ def _transcribe(args) -> int:
   )
   for result in results:
     print(f"{result.path}\t{result.text}" if len(results) > 1 else result.text)
+    if not result.finished:
+      tokens = len(result.tokens)
+      print(f"{result.path}: cut at {tokens} tokens; see --max-new-tokens", file=sys.stderr)
   if args.json:
     rows = [result.to_json() for result in results]
     args.json.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -109,7 +116,7 @@ def _add_pack(commands):
   parser.add_argument("--text", required=True, type=Path, help="KEY transcript, a line each")
   parser.add_argument("--segments", type=Path, help="KEY RECORDING start_s end_s")
   parser.add_argument("--out", required=True, type=Path, help="folder for the shards and data.list")
-  parser.add_argument("--per-shard", type=int, default=1000, help="utterances a shard")
+  parser.add_argument("--per-shard", type=int, default=1000, help="utterances a shard (1000)")
   parser.add_argument("--processes", type=int, default=None)
   parser.add_argument("--no-normalize", action="store_true", help="keep transcripts as they are")
   parser.add_argument("--shuffle-seed", type=int, default=None, help="pack in a random order")
@@ -131,7 +138,9 @@ def _pack(args) -> int:
   )
   print(f"{report.utterances} utterances in {report.shards} shards: {report.data_list}")
   if report.left_out:
-    print(f"{len(report.left_out)} could not be packed; see left_out.tsv beside the list")
+    causes = Counter(left.cause for left in report.left_out)
+    counts = ", ".join(f"{cause}: {number}" for cause, number in causes.most_common())
+    print(f"{len(report.left_out)} not packed ({counts}); see left_out.tsv beside the list")
   return 0
 
 

@@ -22,6 +22,7 @@ from mooer_jax.text.tokenizer import Tokenizer
 _BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
 _SMALLEST_BUCKET = 32
 SILENCE = 1e-4  # peak below -80 dBFS
+LOUDEST = 4.0  # resampling may overshoot 1; 16-bit integers as floats are far above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Transcriber:
         f"generation.num_return_sequences={options.num_return_sequences}: one answer a clip is"
         " returned here; call mooer_jax.generation.generate for more"
       )
-    clips = [self._load(clip, index) for index, clip in enumerate(audio)]
+    clips = self._load_all(audio)
     order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     results: dict[int, Transcript] = {}
@@ -201,6 +202,20 @@ class Transcriber:
   def _num_frames(self, seconds: float) -> int:
     return num_frames(round(seconds * self._rate_hz), self.config.frontends[0])
 
+  def _load_all(self, audio) -> list[np.ndarray]:
+    clips, errors = [], []
+    for index, clip in enumerate(audio):
+      try:
+        clips.append(self._load(clip, index))
+      except (ValueError, OSError) as error:
+        errors.append(error)
+    if len(errors) == 1:
+      raise errors[0]
+    if errors:
+      said = "; ".join(str(error) for error in errors)
+      raise ValueError(f"{len(errors)} of {len(audio)} clips cannot be heard: {said}")
+    return clips
+
   def _load(self, clip, index) -> np.ndarray:
     """One clip as float32 [samples], checked."""
     if isinstance(clip, np.ndarray):
@@ -213,6 +228,13 @@ class Transcriber:
       waveform_N = clip.astype(np.float32)
       if not np.isfinite(waveform_N).all():
         raise AudioError(f"{name}: holds NaN or infinite samples", "not finite")
+      if (peak := np.abs(waveform_N).max(initial=0)) > LOUDEST:
+        raise ValueError(f"{name}: samples up to {peak:.6g}; they must lie in [-1, 1]: divide them")
+    elif not isinstance(clip, (str, os.PathLike)):
+      raise ValueError(
+        f"audio[{index}]: {type(clip).__name__}; give a path, or a float array [samples] in [-1, 1]"
+        f" at {self._rate_hz} Hz"
+      )
     else:
       name = os.fspath(clip)
       waveform_N = load_audio(clip, sample_rate_hz=self._rate_hz)

@@ -142,6 +142,15 @@ def test_other_bad_input_is_refused_by_name(transcriber, tmp_path):
     transcriber.transcribe("a.wav")
 
 
+def test_all_bad_clips_are_named_at_once(transcriber, clips, tmp_path):
+  (tmp_path / "words.wav").write_text("no audio")
+  audio = [clips[0].path, tmp_path / "nowhere.wav", tmp_path / "words.wav", None]
+  with pytest.raises(ValueError, match=r"3 of 4 clips .*nowhere.*words\.wav.*audio\[3\]: NoneType"):
+    transcriber.transcribe(audio)
+  with pytest.raises(ValueError, match=r"audio\[0\]: samples up to 30000; .*\[-1, 1\]"):
+    transcriber.transcribe([np.full(16000, 3e4, np.float32)])
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer", "weights"])
 def test_a_damaged_checkpoint_says_what_is_missing(folder, tmp_path, missing):
   import shutil

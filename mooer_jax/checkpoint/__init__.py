@@ -23,7 +23,7 @@ from mooer_jax.checkpoint.reading import (
   read_leaves,
   verify,
 )
-from mooer_jax.checkpoint.steps import find, keep_last, latest, step_folder
+from mooer_jax.checkpoint.steps import find, keep_last, latest, step_folder, step_of
 from mooer_jax.checkpoint.writing import save
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
   "read_leaves",
   "save",
   "step_folder",
+  "step_of",
   "verify",
 ]

@@ -16,7 +16,7 @@ def step_folder(workdir: str | Path, step: int) -> Path:
 
 def latest(workdir: str | Path) -> Path | None:
   """The complete checkpoint of the highest step in a run's folder, or None."""
-  return max(_steps(workdir), default=None, key=_number)
+  return max(_steps(workdir), default=None, key=step_of)
 
 
 def find(path: str | Path) -> Path:
@@ -52,7 +52,7 @@ def keep_last(workdir: str | Path, count: int) -> list[Path]:
       shutil.rmtree(replaced)
     else:  # killed between the two renames of an overwriting save
       replaced.rename(whole)
-  old = sorted(_steps(workdir), key=_number)[:-count]
+  old = sorted(_steps(workdir), key=step_of)[:-count]
   for folder in old:
     shutil.rmtree(folder)
   return old
@@ -65,5 +65,6 @@ def _steps(workdir) -> list[Path]:
   return [f for f in workdir.iterdir() if _STEP.fullmatch(f.name) and (f / "config.json").is_file()]
 
 
-def _number(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+  """The step of a checkpoint in a run's folder."""
   return int(folder.name.removeprefix("step_"))

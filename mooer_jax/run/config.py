@@ -75,6 +75,12 @@ class Run:
         f"train.cmvn={run.train.cmvn!r}, but the encoder of init_from was trained with its own"
         " CMVN; set train.cmvn=''"
       )
+    longest = run.data.answer_buckets[-1]
+    if run.generation.max_new_tokens < longest:
+      raise ValueError(
+        f"generation.max_new_tokens={run.generation.max_new_tokens} would cut answers that are"
+        f" trained on: data.answer_buckets go up to {longest}; set it to at least that"
+      )
     if run.data.max_s > model.max_audio_s:
       raise ValueError(
         f"data.max_s={run.data.max_s} is longer than model.max_audio_s={model.max_audio_s}"

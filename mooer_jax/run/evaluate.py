@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mooer_jax import checkpoint
-from mooer_jax.audio.frontend import shortest_s
+from mooer_jax.audio.frontend import num_frames, shortest_s
 from mooer_jax.config import build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import eval_batches
@@ -28,12 +28,12 @@ from mooer_jax.prompts import split_answer
 from mooer_jax.run.setup import prepare_process, prompt_for, section
 from mooer_jax.transcribe import load_model
 
-_SHORT = {"mixed": "MooER's CER", "character": "CER", "word": "WER"}
+_SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """What is decoded and how it is scored; batch buckets are those of the `data` section.
+  """What is decoded and how it is scored; batch buckets are those of `data`, and one for max_s.
 
   Attributes:
     shards: `data.list` of the test set.
@@ -47,7 +47,8 @@ class EvalConfig:
     space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
       "keep", as MooER's script does.
     skip_missing: leave utterances without a hypothesis out, as MooER's script does.
-    max_s: longest clip, 0 for data.max_s; longer ones are reported, and scored as not decoded.
+    max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
+      decoded.
     bleu_tokenize: sacrebleu's tokenizer where the task translates, by the target language: "13a",
       "zh", "char", …
   """
@@ -111,6 +112,7 @@ def evaluate(
     "audio_seconds": round(decoded.audio_s, 2),
     "decode_seconds_with_compilation": round(seconds, 2),
     "rates": {m: s.rate if math.isfinite(s.rate) else None for m, s in scores.items()},
+    "cut_off": decoded.cut,
     "not_decoded": [f"{s.key}: {s.cause}" for s in decoded.skipped],
     **({"bleu": dataclasses.asdict(translated)} if translated else {}),
   }
@@ -121,6 +123,8 @@ def evaluate(
     console.print(f"{translated.details}\n{translated.signature}", markup=False, soft_wrap=True)
   for note in scores[options.metric].notes:
     console.print(f"note: {note}", markup=False)
+  if decoded.cut:
+    console.print(f"note: {decoded.cut} answers were cut off by generation.max_new_tokens")
   for s in decoded.skipped:
     console.print(f"not decoded: {s.key}: {s.cause} {s.detail}", markup=False)
   console.print(f"hypotheses and reports in {out}", markup=False, soft_wrap=True)
@@ -135,6 +139,7 @@ class Decoded:
   transcripts: dict[str, str]
   skipped: list[Skip]
   audio_s: float = 0.0
+  cut: int = 0  # answers that max_new_tokens cut off
 
 
 def decode_set(
@@ -145,6 +150,14 @@ def decode_set(
   params, model, tokenizer, generation = load_model(
     folder, compute, base=base, generation=config.get("generation", {})
   )
+  longest_s = options.max_s or model.max_audio_s
+  if longest_s > model.max_audio_s:
+    raise ValueError(
+      f"eval.max_s={longest_s:g} is longer than the model takes ({model.max_audio_s:g} s)"
+    )
+  frontend = model.frontends[0]
+  longest = num_frames(int(longest_s * frontend.fbank.sample_rate_hz), frontend)
+  buckets = section(config, "data", DataConfig).buckets
   data = section(
     config,
     "data",
@@ -154,13 +167,9 @@ def decode_set(
     window=options.batch_size,
     min_s=shortest_s(model.connector.stack, model.frontends[0]),
     max_bad_share=1.0,
-    **({"max_s": options.max_s} if options.max_s else {}),
+    max_s=longest_s,
+    **({"buckets": (*buckets, longest)} if longest > buckets[-1] else {}),
   )
-  if data.max_s > model.max_audio_s:
-    raise ValueError(
-      f"eval.max_s (or data.max_s) allows clips of {data.max_s:g} s, but the model takes at most"
-      f" {model.max_audio_s:g} s"
-    )
   key = jax.random.key(config.get("seed", 0))
   decoded = Decoded({}, {}, [])
   batches = eval_batches(data, tokenizer, prompt_for(model, options.task), model.frontends)
@@ -173,6 +182,7 @@ def decode_set(
       )
       for row, name in enumerate(host_batch.keys):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]]
+        decoded.cut += not generated.finished_B[row]
         decoded.hypotheses[name] = tokenizer.decode(tokens)
         decoded.transcripts[name] = host_batch.texts[row]
       decoded.skipped += host_batch.skipped

@@ -1,7 +1,9 @@
-"""Command-line flags of train.py and eval.py."""
+"""Command-line flags and error lines of train.py and eval.py."""
 
 import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from absl import app
 
@@ -11,6 +13,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
   A config key that does not exist is one line on stderr and status 1 rather than a traceback.
   """
+  for text in argv:
+    path = text.partition("--config=")[2].partition(":")[0]
+    if path and not Path(path).is_file():
+      sys.exit(f"{argv[0]}: --config={path}: no such file")
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour
@@ -22,3 +28,17 @@ def parse_flags(argv: list[str]) -> list[str]:
       f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags change keys that"
       " the config has; those of a model part or of `generation` must stand in its file first"
     )
+
+
+def one_line_errors(work: Callable[[], object]) -> None:
+  """Runs a program; what the user or the system did wrong is one line on stderr and status 1.
+
+  Defects of the program keep their traceback.
+  """
+  try:
+    work()
+  except (ValueError, OSError, FloatingPointError) as error:
+    sys.exit(f"{sys.argv[0]}: {' '.join(str(error).split())}")
+  except KeyboardInterrupt:
+    print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+    sys.exit(130)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -37,7 +38,9 @@ class Monitor:
     workdir.mkdir(parents=True, exist_ok=True)
     self._metrics, self._skips = workdir / "metrics.jsonl", workdir / "skipped.jsonl"
     self._rows = _keep_until(self._metrics, first)
-    self._skipped = Counter(row["cause"] for row in _keep_until(self._skips, first))
+    self._skipped = {
+      (row["shard"], row["key"], row["cause"]) for row in _keep_until(self._skips, first)
+    }
 
   def __enter__(self) -> "Monitor":
     from tensorboardX import SummaryWriter
@@ -57,7 +60,10 @@ class Monitor:
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
     for skip in host_batch.skipped:
-      self._skipped[skip.cause] += 1
+      name = (skip.shard, skip.key, skip.cause)
+      if name in self._skipped:
+        continue  # it was met in an earlier epoch
+      self._skipped.add(name)
       line = {"step": row["step"], **dataclasses.asdict(skip)}
       self._skips_file.write(json.dumps(line, ensure_ascii=False) + "\n")
     step = row["step"]
@@ -79,7 +85,7 @@ class Monitor:
       f"  {rates['steps_per_s']:.2f} steps/s  {rates['audio_s_per_s']:.0f} audio-s/s"
     )
     if self._skipped:
-      line += f"  skipped {self._skipped.total()}"
+      line += f"  skipped {len(self._skipped)}"
     self._progress.update(self._bar, completed=step, line=line)
     if not self._console.is_terminal:
       self.message(f"step {step}/{self._steps}  {line}")
@@ -93,7 +99,8 @@ class Monitor:
     for stream in (self._metrics_file, self._skips_file, self._tensorboard):
       stream.close()
     if self._skipped:
-      counts = ", ".join(f"{cause}: {n}" for cause, n in self._skipped.most_common())
+      causes = Counter(cause for _, _, cause in self._skipped)
+      counts = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
       self.message(f"skipped utterances: {counts}; see {self._skips}")
     if self._rows:
       self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
@@ -154,6 +161,7 @@ class StopRequest:
 
   def _handle(self, number, frame):
     self.requested = True
+    print("stopping after this step; once more to stop at once", file=sys.stderr)
     signal.signal(number, self._previous[number])
 
   def __exit__(self, *error):

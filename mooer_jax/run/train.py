@@ -47,6 +47,11 @@ def train(config: ConfigDict) -> Path:
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
   base = _base_of(resumed, run.init_from) if resumed else run.init_from
+  if resumed:
+    print(f"goes on from {resumed}")
+    if checkpoint.step_of(resumed) >= run.train.steps:
+      print(f"all train.steps={run.train.steps} are done; for more, raise it and total_steps")
+      return resumed
   tokenizer = read_tokenizer(config, start_from)
   check_vocabulary(tokenizer, run.model)
 
@@ -60,6 +65,8 @@ def train(config: ConfigDict) -> Path:
   tx = make_optimizer(run.optimizer)
   state, frozen, shardings = initial_state(run, params, tx, mesh)
   del params
+  if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
+    base = None  # nothing of it is left but the CMVN, so checkpoints are whole
   batches = iter(dataset)
   if resumed:
     target = dataclasses.replace(state, trainable=None)  # these came with the weights
@@ -80,6 +87,10 @@ def train(config: ConfigDict) -> Path:
   pending = None
   monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every)
   with contextlib.closing(batches), monitor, stop:
+    monitor.message(
+      f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
+      f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
+    )
     shapes = Batcher(run.data, tokenizer, prompt, run.model.frontends).shapes()
     train_step = CompiledStep(jitted, state, frozen, shapes, monitor.message)
     for step in range(first + 1, run.train.steps + 1):
@@ -103,6 +114,10 @@ def train(config: ConfigDict) -> Path:
     print(f"stopped at step {step}; the same command goes on from there")
   assert folder is not None
   return folder
+
+
+def _elements(params) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _base_of(resumed: Path, init_from: Path | None) -> Path | None:

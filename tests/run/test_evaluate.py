@@ -73,7 +73,7 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
     evaluate(config, config.workdir)
   config.eval.references = ""
   config.eval.max_s = 60.0
-  with pytest.raises(ValueError, match=r"eval\.max_s.* 60 s.* 10 s"):
+  with pytest.raises(ValueError, match=r"eval\.max_s=60 .*5 s"):
     evaluate(config, config.workdir)
   config.eval.max_s = 0.0
   bare = tmp_path / "model"

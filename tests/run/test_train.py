@@ -107,6 +107,36 @@ def test_only_the_trainable_part_moves_and_is_saved_beside_a_pointer(config, tmp
   assert moved == {path for path in after if path.startswith("connector/")}
 
 
+def test_a_run_that_is_done_says_so_and_does_nothing(config, capsys):
+  config.train.steps = 4
+  folder = train(config)
+  capsys.readouterr()
+  assert train(config) == folder
+  said = capsys.readouterr()
+  assert "all train.steps=4 are done" in said.out and "compiled" not in said.err
+
+
+def test_a_fine_tune_that_trains_everything_stands_alone(config, tmp_path):
+  config.train.steps = 4
+  base = train(config)
+  config.init_from, config.train.cmvn = str(base), ""
+  config.workdir = str(tmp_path / "tuned")
+  folder = train(config)
+  assert checkpoint.describe(folder).base is None
+  base.rename(tmp_path / "gone")
+  config.init_from, config.train.cmvn, config.train.steps = "", "estimate", 6
+  assert train(config).name == "step_00000006"
+
+
+def test_an_utterance_that_cannot_be_used_is_counted_once(config):
+  config.train.steps = 12  # four epochs
+  config.characters = "012345678"
+  config.model.llm.vocab = 11
+  train(config)
+  rows = (Path(config.workdir) / "skipped.jsonl").read_text().splitlines()
+  assert rows and len(rows) == len({json.loads(row)["key"] for row in rows})
+
+
 def test_a_nan_stops_the_run_and_names_the_step(config):
   config.optimizer.peak_lr = 1e30
   config.optimizer.warmup_steps = 0
@@ -148,6 +178,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
     ({"mesh": {"data": 1, "fsdp": 8}, "data": {"batch_size": 12, "window": 24}}, "multiple of 8"),
     ({"trainable": ("connector/.*",)}, "random and frozen"),
     ({"train": {"cmvn": ""}}, r"train\.cmvn=''.*'estimate'"),
+    ({"generation": {"max_new_tokens": 7}}, r"max_new_tokens=7 would cut .* 8"),
   ],
 )
 def test_bad_configs_fail_before_training_by_name(config, change, message):
