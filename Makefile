@@ -26,6 +26,7 @@ nightly: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
 
 types: $(VENV)/.dev
 	$(BIN)/mypy --no-error-summary

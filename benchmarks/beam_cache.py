@@ -104,9 +104,7 @@ def main():
     programs[name] = jax.jit(call).lower(params, inputs_BSD, valid_BS).compile()
     memory[name] = programs[name].memory_analysis().temp_size_in_bytes / 1e6
   tokens = {name: run(params, inputs_BSD, valid_BS) for name, run in programs.items()}
-  np.testing.assert_array_equal(
-    tokens["shared"].tokens_BRS, tokens["copied"].tokens_BRS[:, :1]
-  )
+  np.testing.assert_array_equal(tokens["shared"].tokens_BRS, tokens["copied"].tokens_BRS[:, :1])
   for _ in range(args.repeats):  # by turns, so that a busy machine is busy for both
     for name, run in programs.items():
       start = time.perf_counter()

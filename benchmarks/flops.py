@@ -91,8 +91,12 @@ def train_step(config: SpeechLLMConfig, *, rows: int, frames: int, prompt: int, 
   row = (
     2 * frames * sizes["encoder"]
     + encoder_scores
-    + 2 * speech * (3 * sizes["connector"] - config.connector.stack
-                    * encoder.width * config.connector.hidden_width)
+    + 2
+    * speech
+    * (
+      3 * sizes["connector"]
+      - config.connector.stack * encoder.width * config.connector.hidden_width
+    )
     + 2 * length * (2 * sizes["llm"] + 3 * sizes["lora"])
     + 3 * scores
     + 2 * answer * 2 * sizes["head"]

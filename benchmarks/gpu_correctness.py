@@ -122,9 +122,7 @@ def device_checks(dry_run: bool):
   rng = np.random.default_rng(2)
   features_BTF = rng.normal(size=(2, tokens, encoder_config.input_width)).astype(np.float32)
   valid_BT = np.arange(tokens) < np.array([[tokens], [tokens - 5]])
-  shapes = jax.eval_shape(
-    lambda: encoder.init(jax.random.key(0), features_BTF, valid_BT)["params"]
-  )
+  shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), features_BTF, valid_BT)["params"])
   llm, llm_params, inputs_BSD, valid_BS = llm_inputs(small_llm(dry_run), tokens)
   pieces = {
     "SAN-M": (encoder, random_params(shapes), features_BTF, valid_BT),
@@ -164,5 +162,8 @@ def cache_check(dry_run: bool):
     parts.append(hidden)
     start = end
   difference = np.abs(np.concatenate(parts, axis=1) - np.asarray(full_BSD))[valid_BS]
-  return check("cached decoding against one pass, float32",
-               difference.max() / np.asarray(full_BSD)[valid_BS].std(), CACHE_TOLERANCE)
+  return check(
+    "cached decoding against one pass, float32",
+    difference.max() / np.asarray(full_BSD)[valid_BS].std(),
+    CACHE_TOLERANCE,
+  )

@@ -99,9 +99,7 @@ def forward(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
   finite = bool(jnp.isfinite(program(params, inputs_BSD)).all())
   if not finite:
     raise FloatingPointError("forward: logits are not finite")
-  seconds = median_seconds(
-    lambda: program(params, inputs_BSD).block_until_ready(), sizes.repeats
-  )
+  seconds = median_seconds(lambda: program(params, inputs_BSD).block_until_ready(), sizes.repeats)
   return {"seconds": seconds, "memory_gb": memory, "compile_seconds": compile_seconds}
 
 
@@ -168,9 +166,7 @@ def decode(params, config, sizes: Sizes) -> dict[str, Any]:
     return jax.lax.while_loop(lambda carry: carry[2] < sizes.new, body, first)[1]
 
   program, compile_seconds, memory = compiled(greedy, params, prompt_BSD)
-  seconds = median_seconds(
-    lambda: program(params, prompt_BSD).block_until_ready(), sizes.repeats
-  )
+  seconds = median_seconds(lambda: program(params, prompt_BSD).block_until_ready(), sizes.repeats)
   return {
     "seconds": seconds,
     "memory_gb": memory,

@@ -10,8 +10,10 @@ def failures(report: dict) -> list[str]:
   """What a run should have reached and did not."""
   found = []
   if not report["loss_last"] <= report["loss_first"] / 2:
-    found.append(f"the loss went from {report['loss_first']:.3f} to {report['loss_last']:.3f},"
-                 " not down by half")
+    found.append(
+      f"the loss went from {report['loss_first']:.3f} to {report['loss_last']:.3f},"
+      " not down by half"
+    )
   if any(u["hypothesis"] is None for u in report["utterances"]):
     found.append("some test utterances have no transcript")
   if not any(u["hypothesis"] for u in report["utterances"]):

@@ -57,8 +57,12 @@ def _add_transcribe(commands):
   parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
   parser.add_argument("--task", default=None, help="default: the only one, else asr")
   parser.add_argument("--json", type=Path, help="also write the results here")
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
-                      help="default: float32 on CPU, else bfloat16")
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default=None,
+    help="default: float32 on CPU, else bfloat16",
+  )
   parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
   parser.add_argument("--seed", type=int, default=0, help="of sampling, if the model samples")
   group = parser.add_argument_group("decoding; defaults come from the checkpoint")

@@ -49,9 +49,7 @@ def encoder_modules(config: SpeechLLMConfig):
 
 
 def connector_module(config: SpeechLLMConfig):
-  return CONNECTORS[type(config.connector)](
-    config.connector, config.decoder.width, config.compute
-  )
+  return CONNECTORS[type(config.connector)](config.connector, config.decoder.width, config.compute)
 
 
 def decoder_module(config: SpeechLLMConfig) -> LLM:

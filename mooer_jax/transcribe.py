@@ -87,9 +87,9 @@ def load_model(
 class Transcriber:
   """A checkpoint, ready to listen.
 
-      transcriber = mooer_jax.Transcriber.from_checkpoint("out/demo/train")
-      [result] = transcriber.transcribe(["clip.wav"])
-      print(result.text)
+  transcriber = mooer_jax.Transcriber.from_checkpoint("out/demo/train")
+  [result] = transcriber.transcribe(["clip.wav"])
+  print(result.text)
   """
 
   def __init__(
@@ -176,9 +176,7 @@ class Transcriber:
       rows = min(batch_size, 1 << (len(chunk) - 1).bit_length())  # few shapes, little padding
       batch = self._batch([clips[i] for i in chunk], prompt, rows)
       chunk_key = jax.random.fold_in(key, number)
-      generated = jax.device_get(
-        generate(self.params, batch, self.config, options, key=chunk_key)
-      )
+      generated = jax.device_get(generate(self.params, batch, self.config, options, key=chunk_key))
       for row, i in enumerate(chunk):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]].tolist()
         text = self.tokenizer.decode(tokens)

@@ -171,8 +171,9 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     if layer.keys() != layers[0].keys():
       odd = sorted(layer.keys() ^ layers[0].keys())
       raise ValueError(f"{STACK}_{n} and {STACK}_0 do not hold the same paths: {odd[0]}")
-  stacked[STACK] = unflatten({path: _stack([layer[path] for layer in layers], path)
-                              for path in layers[0]})
+  stacked[STACK] = unflatten(
+    {path: _stack([layer[path] for layer in layers], path) for path in layers[0]}
+  )
   return stacked
 
 
@@ -216,8 +217,11 @@ def _compile(patterns: Iterable[str]) -> list[re.Pattern]:
 
 def _unused(pattern: str, flat: Mapping[str, Any]) -> str:
   partly = [path for path in flat if re.search(pattern, path)]
-  hint = (f"it matches part of {partly[0]!r}; patterns must match the whole path"
-          if partly else f"the tops of the tree are {sorted({p.split('/')[0] for p in flat})}")
+  hint = (
+    f"it matches part of {partly[0]!r}; patterns must match the whole path"
+    if partly
+    else f"the tops of the tree are {sorted({p.split('/')[0] for p in flat})}"
+  )
   return f"pattern {pattern!r} decides no path of the tree; {hint}"
 
 

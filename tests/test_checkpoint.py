@@ -6,12 +6,9 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -19,44 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.checkpoint import CheckpointError, SaveError
+from tests.checkpoints_of import CONFIG, GENERATION, assert_same, params, save
 
 RNG = np.random.default_rng(0)
-CONFIG = {"decoder": {"width": 8}, "text": "转写"}
-GENERATION = {"prompt": "Transcribe speech to text. ", "beams": 4}
-
-
-def params(seed=0):
-  rng = np.random.default_rng(seed)
-
-  def block():
-    return {
-      "q": {"kernel": rng.normal(size=(8, 16)).astype(ml_dtypes.bfloat16),
-            "lora_a": rng.normal(size=(8, 2)).astype(np.float32)},
-      "codes": rng.integers(-128, 127, size=(4, 4)).astype(np.int8),
-    }
-
-  return {
-    "frontend": {"sanm": {"shift": rng.normal(size=6).astype(np.float32)}},
-    "decoder": {"layers_0": block(), "layers_1": block()},
-    "scalar": np.float32(rng.normal()),
-  }
-
-
-def write_tokenizer(folder):
-  (folder / "tokenizer.json").write_text("{}")
-
-
-def save(folder, tensors, **options):
-  defaults = {"config_json": CONFIG, "tokenizer": write_tokenizer, "generation": GENERATION}
-  return checkpoint.save(folder, params=tensors, **{**defaults, **options})
-
-
-def assert_same(a, b):
-  a, b = tree.flatten(a), tree.flatten(b)
-  assert a.keys() == b.keys()
-  for path in a:
-    assert a[path].dtype == b[path].dtype, path
-    np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +39,11 @@ def test_load_gives_back_what_was_saved(saved):
 
 def test_a_folder_holds_the_documented_files_and_no_more(saved):
   assert sorted(p.name for p in saved.iterdir()) == [
-    "checkpoint.json", "config.json", "generation.json", "tokenizer", "weights",
+    "checkpoint.json",
+    "config.json",
+    "generation.json",
+    "tokenizer",
+    "weights",
   ]
   assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
@@ -108,14 +74,14 @@ def test_dtype_casts_floats_but_neither_integers_nor_cmvn(saved):
 
 
 def test_sharded_save_and_restore(tmp_path):
-  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"),
-                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
   def place(spec):
     return NamedSharding(mesh, spec)
 
-  by_rows = jax.device_put(params()["decoder"]["layers_0"]["q"]["kernel"],
-                           place(P("fsdp", "tensor")))
+  by_rows = jax.device_put(
+    params()["decoder"]["layers_0"]["q"]["kernel"], place(P("fsdp", "tensor"))
+  )
   tensors = params()
   tensors["decoder"]["layers_0"]["q"]["kernel"] = by_rows
   folder = save(tmp_path / "sharded", tensors)
@@ -280,7 +246,10 @@ def test_latest_and_keep_last(tmp_path):
   removed = checkpoint.keep_last(tmp_path, 2)
   assert [p.name for p in removed] == ["step_00000002"]
   assert sorted(p.name for p in tmp_path.iterdir()) == [
-    "plots", "step_00000009", "step_00000010", "step_00000011",
+    "plots",
+    "step_00000009",
+    "step_00000010",
+    "step_00000011",
   ]
   with pytest.raises(ValueError, match="count=0"):
     checkpoint.keep_last(tmp_path, 0)
@@ -294,102 +263,6 @@ def test_find_takes_a_checkpoint_or_the_folder_of_a_run(saved, tmp_path):
     checkpoint.find(tmp_path / "nowhere")
   step = save(checkpoint.step_folder(tmp_path, 3), params())
   assert checkpoint.find(tmp_path) == step
-
-
-# A fine-tune holds its own leaves and points to its base.
-
-
-@pytest.fixture
-def tuned(saved, tmp_path):
-  base = tmp_path / "base"
-  subprocess.run(["cp", "-r", saved, base], check=True)
-  trainable, _ = tree.partition(params(1), (".*/lora_a",))
-  return save(tmp_path / "tuned", trainable, base=base)
-
-
-def test_a_fine_tune_joins_its_leaves_with_those_of_its_base(tuned):
-  loaded = checkpoint.load(tuned)
-  trainable, _ = tree.partition(params(1), (".*/lora_a",))
-  _, frozen = tree.partition(params(), (".*/lora_a",))
-  assert_same(loaded.params, tree.merge(trainable, frozen))
-  assert loaded.base == tuned.parent / "base"
-  assert set(loaded.trained) == tree.flatten(trainable).keys()
-  assert not (tuned / "weights").exists()
-  again = save(tuned.parent / "again", {"scalar": np.float32(7)}, base=tuned)
-  assert_same(checkpoint.load(again).params,
-              {**tree.merge(trainable, frozen), "scalar": np.float32(7)})
-
-
-def test_a_base_that_moved_or_changed_is_named(tuned, tmp_path):
-  base = tuned.parent / "base"
-  base.rename(tmp_path / "moved")
-  with pytest.raises(FileNotFoundError, match="fine-tune of .*base.* pass base=FOLDER"):
-    checkpoint.load(tuned)
-  assert checkpoint.load(tuned, base=tmp_path / "moved").params
-  save(base, params(5))
-  with pytest.raises(CheckpointError, match="trained on other weights"):
-    checkpoint.load(tuned)
-
-
-# The state of training, of any structure.
-
-
-class Moments(NamedTuple):
-  count: Any
-  mu: Any
-  empty: tuple = ()
-
-
-@flax.struct.dataclass
-class State:
-  step: Any
-  trainable: Any
-  moments: Any
-
-
-def state(seed=0):
-  trainable, _ = tree.partition(params(seed), (".*/lora_a",))
-  key = jax.random.key_data(jax.random.key(seed))
-  mu = jax.tree.map(jnp.asarray, trainable)
-  return State(jnp.int32(7), mu, (Moments(key, mu), ()))
-
-
-def test_train_state_comes_back_bit_for_bit_with_the_data_position(tmp_path):
-  position = {"shard": 3, "window": [1, 2], "epoch": {"n": 4}}
-  folder = save(tmp_path / "c", params(), train_state=state(), data_state=position)
-  restored, data_state = checkpoint.load_train_state(folder, jax.eval_shape(state))
-  assert jax.tree.structure(restored) == jax.tree.structure(state())
-  jax.tree.map(np.testing.assert_array_equal, restored, state())
-  assert [a.dtype for a in jax.tree.leaves(restored)] == [
-    a.dtype for a in jax.tree.leaves(state())
-  ]
-  assert data_state == position
-  assert_same(checkpoint.load(folder).params, params())
-
-
-def test_train_state_of_another_run_is_refused_by_path(tmp_path, saved):
-  folder = save(tmp_path / "c", params(), train_state=state(), data_state={})
-  with pytest.raises(CheckpointError, match="moments/0/count is only in the checkpoint"):
-    checkpoint.load_train_state(folder, state().replace(moments=()))
-  with pytest.raises(CheckpointError, match=r"step is saved as \[\[\], 'int32'\], this run has"):
-    checkpoint.load_train_state(folder, state().replace(step=jnp.float32(0)))
-  with pytest.raises(CheckpointError, match="holds no train_state"):
-    checkpoint.load_train_state(saved, state())
-  (folder / "train_state" / "data_0.json").unlink()
-  with pytest.raises(CheckpointError, match="another number of processes"):
-    checkpoint.load_train_state(folder, state())
-
-
-def test_train_state_is_restored_onto_its_shardings(tmp_path):
-  mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-  tensor = {"w": jnp.arange(32.0).reshape(8, 4)}
-  folder = save(tmp_path / "c", params(), train_state=tensor)
-  target = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32,
-                                      sharding=NamedSharding(mesh, P("fsdp")))}
-  restored, data_state = checkpoint.load_train_state(folder, target)
-  assert restored["w"].addressable_shards[0].data.shape == (1, 4)
-  np.testing.assert_array_equal(restored["w"], tensor["w"])
-  assert data_state == {}
 
 
 def test_importing_the_module_does_not_import_orbax(plain_env):

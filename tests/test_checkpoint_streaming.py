@@ -24,9 +24,9 @@ def arrays():
 
 
 def lazy(flat, read=lambda path, array: array):
-  return tree.unflatten({
-    path: Lazy(x.shape, x.dtype, lambda path=path, x=x: read(path, x)) for path, x in flat.items()
-  })
+  return tree.unflatten(
+    {path: Lazy(x.shape, x.dtype, lambda path=path, x=x: read(path, x)) for path, x in flat.items()}
+  )
 
 
 def save(folder, params, **options):
@@ -112,9 +112,7 @@ def test_single_leaves_are_read_from_the_checkpoint_and_its_base(tmp_path):
   about = checkpoint.describe(tuned)
   found = checkpoint.read_leaves(about, ["frontend/scale", "decoder/layers_3/kernel"])
   assert not found["frontend/scale"].any()
-  np.testing.assert_array_equal(
-    found["decoder/layers_3/kernel"], flat["decoder/layers_3/kernel"]
-  )
+  np.testing.assert_array_equal(found["decoder/layers_3/kernel"], flat["decoder/layers_3/kernel"])
   assert len(found) == 2
 
 

@@ -228,9 +228,7 @@ def test_lora_scale_reaches_the_llm(params):
 def test_init_gives_one_model_in_two_layouts():
   key = jax.random.key(0)
   shapes = {
-    scan: jax.eval_shape(
-      lambda k, c=CONFIG.with_compute(scan=scan): speech_llm.init(k, c), key
-    )
+    scan: jax.eval_shape(lambda k, c=CONFIG.with_compute(scan=scan): speech_llm.init(k, c), key)
     for scan in (False, True)
   }
   assert tree.stack_layers(shapes[False]) == shapes[True]

@@ -185,5 +185,3 @@ def test_the_command_fails_with_one_line(folder, tmp_path, plain_env):
     )
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
-
-

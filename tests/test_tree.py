@@ -60,7 +60,9 @@ def test_partition_loses_no_leaf(make):
   whole = params(make=make)
   trainable, frozen = tree.partition(whole, ("connector/.*", ".*/layers_1/.*"))
   assert sorted(tree.flatten(trainable)) == [
-    "connector/linear1/kernel", "decoder/layers_1/mlp/up/kernel", "decoder/layers_1/norm/scale",
+    "connector/linear1/kernel",
+    "decoder/layers_1/mlp/up/kernel",
+    "decoder/layers_1/norm/scale",
   ]
   assert not tree.flatten(trainable).keys() & tree.flatten(frozen).keys()
   assert_same(tree.merge(trainable, frozen), whole)

@@ -11,9 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 
-def read_mvn(
-  path: str | os.PathLike, *, width: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
   """Reads shift and scale from a Kaldi Nnet text file.
 
   Args:

@@ -204,7 +204,8 @@ def open_folder(folder) -> tuple[Path, dict]:
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
   missing = [
-    name for name in ("config.json", "generation.json", "checkpoint.json", "tokenizer")
+    name
+    for name in ("config.json", "generation.json", "checkpoint.json", "tokenizer")
     if not (folder / name).exists()
   ]
   if missing:

@@ -85,15 +85,16 @@ def save(
         source(part / "source")
       _write_json(part / "config.json", dict(config_json))
       _write_json(part / "generation.json", dict(generation))
-      _write_json(part / "checkpoint.json", {
-        "format": FORMAT,
-        "hash": arrays.hash_files(
-          weights, "" if pointer is None else pointer["hash"], digests
-        ),
-        "base": pointer,
-        "leaves": arrays.shapes(params),
-        "train_state": None if train_state is None else arrays.shapes(state),
-      })
+      _write_json(
+        part / "checkpoint.json",
+        {
+          "format": FORMAT,
+          "hash": arrays.hash_files(weights, "" if pointer is None else pointer["hash"], digests),
+          "base": pointer,
+          "leaves": arrays.shapes(params),
+          "train_state": None if train_state is None else arrays.shapes(state),
+        },
+      )
     _barrier("written", folder)
     if first:
       _put_in_place(part, folder)

@@ -19,10 +19,10 @@ class Counts:
 
   def __add__(self, other: Counts) -> Counts:
     return Counts(
-        self.correct + other.correct,
-        self.substitutions + other.substitutions,
-        self.deletions + other.deletions,
-        self.insertions + other.insertions,
+      self.correct + other.correct,
+      self.substitutions + other.substitutions,
+      self.deletions + other.deletions,
+      self.insertions + other.insertions,
     )
 
   @property
@@ -89,10 +89,10 @@ def count(pairs: Sequence[Pair]) -> Counts:
   insertions = sum(r is None for r, _ in pairs)
   correct = sum(r == h for r, h in pairs)
   return Counts(
-      correct=correct,
-      substitutions=len(pairs) - deletions - insertions - correct,
-      deletions=deletions,
-      insertions=insertions,
+    correct=correct,
+    substitutions=len(pairs) - deletions - insertions - correct,
+    deletions=deletions,
+    insertions=insertions,
   )
 
 

@@ -1,5 +1,4 @@
-"""Reports of a score: `report.json` for programs, `report.txt` for people, a table for the screen.
-"""
+"""Reports of a score: `report.json` for programs, `report.txt` for people, a table to print."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ _KEYS_SHOWN = 20
 
 
 def write_report(
-    folder: str | Path,
-    score: Score,
-    *,
-    name: str,
-    worst: int = 10,
-    details: Mapping[str, Any] | None = None,
+  folder: str | Path,
+  score: Score,
+  *,
+  name: str,
+  worst: int = 10,
+  details: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path]:
   """Writes `report.json` and `report.txt` into a folder, which is made if needed.
 
@@ -55,40 +54,46 @@ def write_report(
 
 
 def as_dict(
-    score: Score, *, name: str, worst: int = 10, details: Mapping[str, Any] | None = None
+  score: Score, *, name: str, worst: int = 10, details: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
   """Returns the report as JSON values; a rate without reference tokens is null, not infinite."""
   return {
-      "name": name,
-      "config": dataclasses.asdict(score.config),
-      **_counts_dict(score.counts),
-      "utterances": len(score.utterances),
-      "wrong_utterances": score.wrong_utterances,
-      "missing": list(score.missing),
-      "without_reference": list(score.without_reference),
-      "notes": list(score.notes),
-      "details": dict(details or {}),
-      "worst": [{**_utterance_dict(u), "alignment": [list(pair) for pair in u.alignment()]}
-                for u in score.worst(worst)],
-      "per_utterance": [_utterance_dict(u) for u in score.utterances],
+    "name": name,
+    "config": dataclasses.asdict(score.config),
+    **_counts_dict(score.counts),
+    "utterances": len(score.utterances),
+    "wrong_utterances": score.wrong_utterances,
+    "missing": list(score.missing),
+    "without_reference": list(score.without_reference),
+    "notes": list(score.notes),
+    "details": dict(details or {}),
+    "worst": [
+      {**_utterance_dict(u), "alignment": [list(pair) for pair in u.alignment()]}
+      for u in score.worst(worst)
+    ],
+    "per_utterance": [_utterance_dict(u) for u in score.utterances],
   }
 
 
 def as_text(
-    score: Score, *, name: str, worst: int = 10, details: Mapping[str, Any] | None = None
+  score: Score, *, name: str, worst: int = 10, details: Mapping[str, Any] | None = None
 ) -> str:
   """Returns the report for people: the totals, then the worst utterances aligned."""
   c = score.counts
   lines = [
-      f"{name}: {METRICS[score.config.metric].title} {_percent(c.rate)}",
-      f"{c.errors:,} errors in {c.reference:,} tokens: {c.substitutions:,} substitutions, "
-      f"{c.deletions:,} deletions, {c.insertions:,} insertions",
-      f"{len(score.utterances):,} utterances scored, {score.wrong_utterances:,} with an error",
-      *_key_lines("without hypothesis (" + ("counted as deleted" if score.config.missing == "count"
-                                             else "left out of the figures") + ")", score.missing),
-      *_key_lines("hypotheses without reference (not scored)", score.without_reference),
-      *(f"note: {note}" for note in score.notes),
-      *(f"{key}: {value}" for key, value in (details or {}).items()),
+    f"{name}: {METRICS[score.config.metric].title} {_percent(c.rate)}",
+    f"{c.errors:,} errors in {c.reference:,} tokens: {c.substitutions:,} substitutions, "
+    f"{c.deletions:,} deletions, {c.insertions:,} insertions",
+    f"{len(score.utterances):,} utterances scored, {score.wrong_utterances:,} with an error",
+    *_key_lines(
+      "without hypothesis ("
+      + ("counted as deleted" if score.config.missing == "count" else "left out of the figures")
+      + ")",
+      score.missing,
+    ),
+    *_key_lines("hypotheses without reference (not scored)", score.without_reference),
+    *(f"note: {note}" for note in score.notes),
+    *(f"{key}: {value}" for key, value in (details or {}).items()),
   ]
   shown = score.worst(worst)
   if shown:
@@ -96,11 +101,11 @@ def as_text(
   for utterance in shown:
     c = utterance.counts
     lines += [
-        "",
-        f"{printable(utterance.key)}: {c.errors} errors in {c.reference} tokens "
-        f"(S {c.substitutions}, D {c.deletions}, I {c.insertions})"
-        + (", no hypothesis" if utterance.missing else ""),
-        *alignment_lines(utterance.alignment()),
+      "",
+      f"{printable(utterance.key)}: {c.errors} errors in {c.reference} tokens "
+      f"(S {c.substitutions}, D {c.deletions}, I {c.insertions})"
+      + (", no hypothesis" if utterance.missing else ""),
+      *alignment_lines(utterance.alignment()),
     ]
   return "\n".join(lines) + "\n"
 
@@ -115,8 +120,15 @@ def table(scores: Mapping[str, Score]):
     result.add_column(column, justify="right" if column else "left")
   for name, score in scores.items():
     c = score.counts
-    numbers = (c.reference, c.substitutions, c.deletions, c.insertions, len(score.utterances),
-               score.wrong_utterances, len(score.missing))
+    numbers = (
+      c.reference,
+      c.substitutions,
+      c.deletions,
+      c.insertions,
+      len(score.utterances),
+      score.wrong_utterances,
+      len(score.missing),
+    )
     # A plain string would be read as markup, and a name may hold brackets.
     result.add_row(rich.text.Text(name), _percent(c.rate), *(f"{n:,}" for n in numbers))
   return result
@@ -141,9 +153,13 @@ def alignment_lines(pairs: Sequence[Pair], *, width: int = _LINE_WIDTH) -> list[
 def display_width(text: str) -> int:
   """Columns that a text takes on a terminal: wide characters two, combining ones none."""
   return sum(
-      0 if unicodedata.combining(c) or unicodedata.category(c) in ("Cf", "Me", "Mn")
-      else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-      for c in text)
+    0
+    if unicodedata.combining(c) or unicodedata.category(c) in ("Cf", "Me", "Mn")
+    else 2
+    if unicodedata.east_asian_width(c) in "WF"
+    else 1
+    for c in text
+  )
 
 
 def printable(text: str) -> str:
@@ -204,10 +220,10 @@ def _utterance_dict(utterance: Utterance) -> dict[str, Any]:
 
 def _counts_dict(counts: Counts) -> dict[str, Any]:
   return {
-      "error_rate": counts.rate if math.isfinite(counts.rate) else None,
-      "reference_tokens": counts.reference,
-      "hypothesis_tokens": counts.hypothesis,
-      **dataclasses.asdict(counts),
+    "error_rate": counts.rate if math.isfinite(counts.rate) else None,
+    "reference_tokens": counts.reference,
+    "hypothesis_tokens": counts.hypothesis,
+    **dataclasses.asdict(counts),
   }
 
 

@@ -10,9 +10,9 @@ from mooer_jax.evaluation.alignment import Counts, Pair, align, count
 from mooer_jax.evaluation.tokens import METRICS, SPACE_MARK
 
 _CHOICES = {
-    "metric": tuple(METRICS),
-    "space_mark": ("auto", "keep", "blank"),
-    "missing": ("count", "skip"),
+  "metric": tuple(METRICS),
+  "space_mark": ("auto", "keep", "blank"),
+  "missing": ("count", "skip"),
 }
 
 
@@ -108,9 +108,9 @@ class Score:
 
 
 def score(
-    references: Mapping[str, str],
-    hypotheses: Mapping[str, str],
-    config: ScoreConfig = ScoreConfig(),
+  references: Mapping[str, str],
+  hypotheses: Mapping[str, str],
+  config: ScoreConfig = ScoreConfig(),
 ) -> Score:
   """Compares hypotheses with references and totals the errors over the corpus.
 
@@ -126,22 +126,28 @@ def score(
     raise ValueError("there are no references to score against")
   if not references.keys() & hypotheses.keys():
     raise ValueError(
-        f"none of {len(hypotheses)} hypotheses ({_first(hypotheses)}) has a reference; "
-        f"{len(references)} references ({_first(references)}): are they of the same set?")
+      f"none of {len(hypotheses)} hypotheses ({_first(hypotheses)}) has a reference; "
+      f"{len(references)} references ({_first(references)}): are they of the same set?"
+    )
 
   missing = tuple(key for key in references if key not in hypotheses)
   utterances = tuple(
-      Utterance(key, config.tokens(text), config.tokens(hypotheses.get(key, "")),
-                missing=key not in hypotheses)
-      for key, text in references.items()
-      if key in hypotheses or config.missing == "count")
+    Utterance(
+      key,
+      config.tokens(text),
+      config.tokens(hypotheses.get(key, "")),
+      missing=key not in hypotheses,
+    )
+    for key, text in references.items()
+    if key in hypotheses or config.missing == "count"
+  )
   return Score(
-      config=config,
-      counts=sum((u.counts for u in utterances), Counts()),
-      utterances=utterances,
-      missing=missing,
-      without_reference=tuple(key for key in hypotheses if key not in references),
-      notes=_notes(references, hypotheses, utterances, config),
+    config=config,
+    counts=sum((u.counts for u in utterances), Counts()),
+    utterances=utterances,
+    missing=missing,
+    without_reference=tuple(key for key in hypotheses if key not in references),
+    notes=_notes(references, hypotheses, utterances, config),
   )
 
 
@@ -152,8 +158,10 @@ def _notes(references, hypotheses, utterances, config):
     in_hypotheses = any(SPACE_MARK in text for text in hypotheses.values())
     if in_references != in_hypotheses:
       side = "references" if in_references else "hypotheses"
-      notes.append(f"{SPACE_MARK} stands in the {side} only, and counts as a character; with "
-                   'space_mark="blank" it is a blank')
+      notes.append(
+        f"{SPACE_MARK} stands in the {side} only, and counts as a character; with "
+        'space_mark="blank" it is a blank'
+      )
   if empty := sum(not u.reference for u in utterances):
     notes.append(f"{empty} of {len(utterances)} references have no tokens")
   return tuple(notes)

@@ -39,8 +39,10 @@ def read_text(path: str | Path) -> dict[str, str]:
     if not key:
       raise ValueError(f"{path}:{number}: the line starts with a blank, so it has no key")
     if key in texts:
-      raise ValueError(f"{path}:{number}: key {key!r} stands in line {lines[key]} already; a key "
-                       "names one utterance, so one of the two lines must go")
+      raise ValueError(
+        f"{path}:{number}: key {key!r} stands in line {lines[key]} already; a key "
+        "names one utterance, so one of the two lines must go"
+      )
     texts[key] = text.replace("\\n", "\n")
     lines[key] = number
   return texts
@@ -77,5 +79,5 @@ def _split(line: str) -> tuple[str, str]:
   found = _SEPARATOR.search(line)
   if not found:
     return line, ""
-  key, text = line[:found.start()], line[found.end():]
+  key, text = line[: found.start()], line[found.end() :]
   return key, text if found.group() == "\t" else text.strip(" \t")

@@ -91,7 +91,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "mixed": Metric("error rate, MooER's tokens", mixed_tokens, "keep"),
-    "word": Metric("word error rate", word_tokens, "blank"),
-    "character": Metric("character error rate", character_tokens, "blank"),
+  "mixed": Metric("error rate, MooER's tokens", mixed_tokens, "keep"),
+  "word": Metric("word error rate", word_tokens, "blank"),
+  "character": Metric("character error rate", character_tokens, "blank"),
 }

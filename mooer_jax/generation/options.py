@@ -71,17 +71,13 @@ class GenerationOptions:
         f"generation.repetition_penalty={self.repetition_penalty}: must be > 0; 1 does nothing"
       )
     if self.early_stopping not in (True, False, "never"):
-      raise ValueError(
-        f"generation.early_stopping={self.early_stopping!r}: True, False or 'never'"
-      )
+      raise ValueError(f"generation.early_stopping={self.early_stopping!r}: True, False or 'never'")
     biased = [token for token, _ in self.sequence_bias]
     if len(set(biased)) < len(biased) or min(biased, default=0) < 0:
       raise ValueError(
         f"generation.sequence_bias={self.sequence_bias}: (token, value) pairs, each token once"
       )
-    if self.num_return_sequences > self.num_beams and not (
-      self.do_sample and self.num_beams == 1
-    ):
+    if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
       raise ValueError(
         f"generation.num_return_sequences={self.num_return_sequences} answers cannot come out of"
         f" num_beams={self.num_beams}; raise num_beams, or draw with do_sample=True and one beam"

@@ -214,10 +214,12 @@ def bleu_of(
       f"{lacking[0]} and {len(lacking) - 1} other references have no translation: for eval.task="
       f"{options.task!r} a line of `text` is KEY<TAB>transcript\\ntranslation"
     )
-  given = {key: split_answer(options.task, text).translation or ""
-           for key, text in hypotheses.items()}
+  given = {
+    key: split_answer(options.task, text).translation or "" for key, text in hypotheses.items()
+  }
   wanted = {
-    key: text for key, text in parts.items()
+    key: text
+    for key, text in parts.items()
     if text is not None and (key in given or not options.skip_missing)
   }
   return bleu(wanted, given, tokenize=options.bleu_tokenize)

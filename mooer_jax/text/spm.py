@@ -68,15 +68,24 @@ def read_model(path: Path) -> SentencePieceModel:
 
   algorithm = setting(trainer, 3, UNIGRAM)
   if not pieces or algorithm not in (UNIGRAM, BPE):
-    raise ValueError(f"{path}: SentencePiece model of type {algorithm} with {len(pieces)} pieces; "
-                     f"read are unigram ({UNIGRAM}) and BPE ({BPE})")
+    raise ValueError(
+      f"{path}: SentencePiece model of type {algorithm} with {len(pieces)} pieces; "
+      f"read are unigram ({UNIGRAM}) and BPE ({BPE})"
+    )
   if setting(trainer, 24, 0) or not setting(normalizer, 5, 1):
-    raise ValueError(f"{path}: SentencePiece models that put blanks behind words or do not escape "
-                     "them are not supported")
+    raise ValueError(
+      f"{path}: SentencePiece models that put blanks behind words or do not escape "
+      "them are not supported"
+    )
   return SentencePieceModel(
-      pieces, algorithm, prefix_blank=bool(setting(normalizer, 3, 1)),
-      squeeze_blanks=bool(setting(normalizer, 4, 1)), charsmap=setting(normalizer, 2, b""),
-      bos=control(41, 1), eos=control(42, 2))
+    pieces,
+    algorithm,
+    prefix_blank=bool(setting(normalizer, 3, 1)),
+    squeeze_blanks=bool(setting(normalizer, 4, 1)),
+    charsmap=setting(normalizer, 2, b""),
+    bos=control(41, 1),
+    eos=control(42, 2),
+  )
 
 
 def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
@@ -101,15 +110,23 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
   unknown = [i for i, piece in enumerate(pieces) if piece.kind == UNKNOWN]
   ids = {piece.text: i for i, piece in enumerate(pieces)}
   if len(unknown) != 1 or len(ids) != len(pieces):
-    raise ValueError(f"a SentencePiece vocabulary of {len(pieces)} pieces, {len(ids)} of them "
-                     f"distinct, with {len(unknown)} unknown pieces; one is needed")
+    raise ValueError(
+      f"a SentencePiece vocabulary of {len(pieces)} pieces, {len(ids)} of them "
+      f"distinct, with {len(unknown)} unknown pieces; one is needed"
+    )
   byte_fallback = any(piece.kind == BYTE for piece in pieces)
   if model.algorithm == BPE:
-    core: Any = kinds.BPE(vocab=ids, merges=_merges(pieces, ids), unk_token=pieces[unknown[0]].text,
-                     fuse_unk=True, byte_fallback=byte_fallback)
+    core: Any = kinds.BPE(
+      vocab=ids,
+      merges=_merges(pieces, ids),
+      unk_token=pieces[unknown[0]].text,
+      fuse_unk=True,
+      byte_fallback=byte_fallback,
+    )
   else:
-    core = kinds.Unigram([(piece.text, piece.score) for piece in pieces], unknown[0],
-                         byte_fallback=byte_fallback)
+    core = kinds.Unigram(
+      [(piece.text, piece.score) for piece in pieces], unknown[0], byte_fallback=byte_fallback
+    )
   tokenizer = Tokenizer(core)
 
   steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
@@ -120,14 +137,21 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
     steps.append(normalizers.Replace(" ", BLANK))
   else:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        BLANK, prepend_scheme="first" if model.prefix_blank else "never", split=False)
+      BLANK, prepend_scheme="first" if model.prefix_blank else "never", split=False
+    )
   if steps:
     tokenizer.normalizer = normalizers.Sequence(steps)
   back = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
   tokenizer.decoder = decoders.Sequence(
-      back + ([decoders.Strip(" ", 1, 0)] if model.prefix_blank else []))
-  tokenizer.add_tokens([AddedToken(piece.text, normalized=False, special=piece.kind != USER_DEFINED)
-                        for piece in pieces if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)])
+    back + ([decoders.Strip(" ", 1, 0)] if model.prefix_blank else [])
+  )
+  tokenizer.add_tokens(
+    [
+      AddedToken(piece.text, normalized=False, special=piece.kind != USER_DEFINED)
+      for piece in pieces
+      if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+  )
   return tokenizer
 
 
@@ -138,8 +162,9 @@ def _merges(pieces: tuple[Piece, ...], ids: dict[str, int]) -> list[tuple[str, s
   for piece in pieces:
     if piece.kind == NORMAL:
       halves = ((piece.text[:i], piece.text[i:]) for i in range(1, len(piece.text)))
-      ranked += [(-piece.score, ids[a], ids[b], (a, b)) for a, b in halves
-                 if a in joinable and b in joinable]
+      ranked += [
+        (-piece.score, ids[a], ids[b], (a, b)) for a, b in halves if a in joinable and b in joinable
+      ]
   return [pair for *_, pair in sorted(ranked)]
 
 

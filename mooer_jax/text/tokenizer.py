@@ -72,22 +72,24 @@ class Tokenizer:
       model, config = _from_sentencepiece(folder, _read_config(config_file, needed=False))
     else:
       raise FileNotFoundError(
-          f"{file}: not found, nor {_SENTENCEPIECE_FILE}. Write one with transformers: "
-          "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+        f"{file}: not found, nor {_SENTENCEPIECE_FILE}. Write one with transformers: "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+      )
     _check_added_tokens(model, config, folder)
     eos = eos or _token_text(config.get("eos_token"))
     if not eos:
       raise ValueError(
-          f'{folder / _CONFIG_FILE}: no "eos_token"; set it (Qwen2: {QWEN2_EOS!r}) or pass eos=')
+        f'{folder / _CONFIG_FILE}: no "eos_token"; set it (Qwen2: {QWEN2_EOS!r}) or pass eos='
+      )
     return cls(model, config, eos)
 
   @classmethod
   def from_characters(
-      cls,
-      characters: Iterable[str],
-      specials: Sequence[str] = QWEN2_SPECIALS,
-      *,
-      eos: str = QWEN2_EOS,
+    cls,
+    characters: Iterable[str],
+    specials: Sequence[str] = QWEN2_SPECIALS,
+    *,
+    eos: str = QWEN2_EOS,
   ) -> Tokenizer:
     """Makes a small tokenizer with one token a character, for tiny models and tests.
 
@@ -111,8 +113,9 @@ class Tokenizer:
       raise ValueError(f"characters must be one character each, got {wrong[0]!r}")
     names = [*letters, *specials]
     if len(set(names)) != len(names) or "" in names:
-      raise ValueError(f"specials {tuple(specials)} must be distinct and no single character of "
-                       "the vocabulary")
+      raise ValueError(
+        f"specials {tuple(specials)} must be distinct and no single character of the vocabulary"
+      )
     if eos not in specials:
       raise ValueError(f"eos {eos!r} is not among the specials {tuple(specials)}")
     model = Model(models.WordLevel({name: i for i, name in enumerate(names)}))
@@ -167,8 +170,10 @@ class Tokenizer:
       ValueError: if the vocabulary has no such token.
     """
     if token not in self._vocabulary:
-      raise ValueError(f"token {token!r} is not in the vocabulary of {len(self._vocabulary)} "
-                       f"tokens; its special tokens are {self._specials[:8]}")
+      raise ValueError(
+        f"token {token!r} is not in the vocabulary of {len(self._vocabulary)} "
+        f"tokens; its special tokens are {self._specials[:8]}"
+      )
     return self._vocabulary[token]
 
   def save(self, folder: str | Path) -> None:
@@ -185,8 +190,10 @@ class Tokenizer:
       plain = plain.replace(special, "")
     for character in plain:
       if character not in self._vocabulary:
-        raise ValueError(f"character {character!r} (U+{ord(character):04X}) in {text[:60]!r} is "
-                         "not in this character tokenizer; make it with that character as well")
+        raise ValueError(
+          f"character {character!r} (U+{ord(character):04X}) in {text[:60]!r} is "
+          "not in this character tokenizer; make it with that character as well"
+        )
 
 
 def _from_sentencepiece(folder: Path, config: dict):
@@ -201,18 +208,25 @@ def _from_sentencepiece(folder: Path, config: dict):
     model = spm.build_tokenizer(pieces, legacy=config.get("legacy") is not False)
   except ValueError as error:
     raise ValueError(f"{file}: {error}") from error
-  added = {int(index): (token, False)
-           for token, index in _read_config(folder / _ADDED_FILE, needed=False).items()}
+  added = {
+    int(index): (token, False)
+    for token, index in _read_config(folder / _ADDED_FILE, needed=False).items()
+  }
   for index, entry in config.get("added_tokens_decoder", {}).items():
     added[int(index)] = (_token_text(entry), isinstance(entry, dict) and bool(entry.get("special")))
   for index, (token, special) in sorted(added.items()):
     model.add_tokens([AddedToken(token, normalized=False, special=special)])
     if model.token_to_id(token) != index:
-      raise ValueError(f"{folder}: the added token {token!r} should get the id {index}, but comes "
-                       f"to {model.token_to_id(token)} after the {len(pieces.pieces)} pieces of "
-                       f"{_SENTENCEPIECE_FILE}")
-  own = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": pieces.bos,
-         "eos_token": pieces.eos}
+      raise ValueError(
+        f"{folder}: the added token {token!r} should get the id {index}, but comes "
+        f"to {model.token_to_id(token)} after the {len(pieces.pieces)} pieces of "
+        f"{_SENTENCEPIECE_FILE}"
+      )
+  own = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": pieces.bos,
+    "eos_token": pieces.eos,
+  }
   return model, {**own, **config}
 
 
@@ -220,8 +234,9 @@ def _read_config(file: Path, *, needed: bool) -> dict:
   if not file.is_file():
     if needed:
       raise FileNotFoundError(
-          f"{file}: not found, so the token that ends an answer is unknown; add the file or pass "
-          f"eos= (Qwen2: {QWEN2_EOS!r})")
+        f"{file}: not found, so the token that ends an answer is unknown; add the file or pass "
+        f"eos= (Qwen2: {QWEN2_EOS!r})"
+      )
     return {}
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -241,5 +256,6 @@ def _check_added_tokens(model, config: dict, folder: Path) -> None:
     token = _token_text(entry)
     if model.token_to_id(token) != int(index):
       raise ValueError(
-          f"{folder}: {_CONFIG_FILE} gives {token!r} the id {index}, {_TOKENIZER_FILE} "
-          f"{model.token_to_id(token)}; save the folder again with transformers")
+        f"{folder}: {_CONFIG_FILE} gives {token!r} the id {index}, {_TOKENIZER_FILE} "
+        f"{model.token_to_id(token)}; save the folder again with transformers"
+      )

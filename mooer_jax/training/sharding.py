@@ -120,15 +120,15 @@ def param_shardings(
     ValueError: if a path has no rule, a rule of the caller's decides no path, or an axis of a leaf
       does not divide by the mesh axes that split it (nothing is replicated instead).
   """
-  specs = tree.first_match(
-    (*rules, *RULES), params, optional=[pattern for pattern, _ in RULES]
-  )
+  specs = tree.first_match((*rules, *RULES), params, optional=[pattern for pattern, _ in RULES])
   leaves = tree.flatten(params)
   least = FSDP_MIN_SIZE if fsdp_min_size is None else fsdp_min_size
-  return tree.unflatten({
-    path: NamedSharding(mesh, _fit(mesh, path, leaves[path].shape, spec, least))
-    for path, spec in tree.flatten(specs).items()
-  })
+  return tree.unflatten(
+    {
+      path: NamedSharding(mesh, _fit(mesh, path, leaves[path].shape, spec, least))
+      for path, spec in tree.flatten(specs).items()
+    }
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -145,7 +145,7 @@ def _fit(mesh, path, shape, spec, fsdp_min_size) -> P:
   """Aligns a spec with the trailing axes of a shape; drops fsdp from small leaves."""
   if len(spec) > len(shape):
     raise ValueError(f"{path}: shape {shape} has fewer axes than its rule {spec}")
-  trailing = shape[len(shape) - len(spec):]
+  trailing = shape[len(shape) - len(spec) :]
   small = math.prod(trailing) < fsdp_min_size
   fitted = []
   for size, names in zip(trailing, spec, strict=True):

@@ -130,9 +130,7 @@ def check_finite(metrics) -> None:
     NotFiniteError: with the step number.
   """
   if not metrics["finite"]:
-    raise NotFiniteError(
-      int(metrics["step"]), float(metrics["loss"]), float(metrics["grad_norm"])
-    )
+    raise NotFiniteError(int(metrics["step"]), float(metrics["loss"]), float(metrics["grad_norm"]))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

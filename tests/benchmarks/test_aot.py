@@ -137,8 +137,14 @@ def test_the_tool_compiles_for_a_tpu(repo_root, tmp_path, plain_env):
   config.write_text(SMALL_CONFIG.format(full=str(repo_root / "configs" / "mooer_7b.py")), "utf-8")
   process = subprocess.run(
     [
-      sys.executable, "-m", "benchmarks.aot", f"--config={config}", "--topology=v5e:2x2",
-      "--json", str(out), "--config.data.window=32",
+      sys.executable,
+      "-m",
+      "benchmarks.aot",
+      f"--config={config}",
+      "--topology=v5e:2x2",
+      "--json",
+      str(out),
+      "--config.data.window=32",
     ],
     env={key: value for key, value in plain_env.items() if key != "JAX_COMPILATION_CACHE_DIR"},
     cwd=repo_root,
@@ -191,8 +197,13 @@ def test_the_7b_config_fits_sixteen_chips(repo_root, tmp_path, plain_env):
   out = tmp_path / "aot.json"
   process = subprocess.run(
     [
-      sys.executable, "-m", "benchmarks.aot", "--config=configs/mooer_7b.py",
-      "--topology=v5e:4x4", "--json", str(out),
+      sys.executable,
+      "-m",
+      "benchmarks.aot",
+      "--config=configs/mooer_7b.py",
+      "--topology=v5e:4x4",
+      "--json",
+      str(out),
     ],
     env={key: value for key, value in plain_env.items() if key != "JAX_COMPILATION_CACHE_DIR"},
     cwd=repo_root,

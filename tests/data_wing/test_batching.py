@@ -65,7 +65,6 @@ def test_encoders_must_share_a_sample_rate(tokenizer):
     Reader((MOOER, other), tokenizer, 0.2, 2.0, 9, True)
 
 
-
 @pytest.mark.parametrize(
   ("values", "words"),
   [

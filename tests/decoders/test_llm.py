@@ -114,9 +114,7 @@ def test_a_row_of_holes_stays_finite_also_backwards():
   assert not grads[1][1].any() and not grads[1][2, 0].any() and grads[1][0].any()
 
 
-@pytest.mark.parametrize(
-  "scan, remat", [(True, "dots"), (True, "full"), (False, "full")]
-)
+@pytest.mark.parametrize("scan, remat", [(True, "dots"), (True, "full"), (False, "full")])
 def test_scan_and_remat_change_neither_output_nor_gradient(scan, remat):
   value, (grads, _) = gradient(*make(scan=scan, remat=remat), VALID_BS)
   grads = tree.unstack_layers(grads) if scan else grads

@@ -81,9 +81,7 @@ def test_a_row_of_padding_stays_finite_also_backwards():
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize(
-  "scan, remat", [(True, "none"), (True, "dots"), (True, "full")]
-)
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (True, "dots"), (True, "full")])
 def test_scan_and_remat_change_neither_output_nor_gradient(scan, remat):
   value, grads = gradient(*make(scan=scan, remat=remat), ALL_VALID)
   grads = tree.unstack_layers(grads) if scan else grads
@@ -104,8 +102,7 @@ def test_dropout_acts_with_a_key_only():
   expected = run(plain, params, features, frames_B)
   np.testing.assert_array_equal(run(encoder, params, features, frames_B), expected)
   one, again, two = (
-    run(encoder, params, features, frames_B, rngs={"dropout": jax.random.key(n)})
-    for n in (1, 1, 2)
+    run(encoder, params, features, frames_B, rngs={"dropout": jax.random.key(n)}) for n in (1, 1, 2)
   )
   np.testing.assert_array_equal(one, again)
   assert not np.allclose(one, expected) and not np.allclose(one, two)

@@ -12,7 +12,9 @@ def _errors(reference, hypothesis):
   return count(align(reference, hypothesis)).errors
 
 
-@pytest.mark.parametrize("reference, hypothesis, correct, substituted, deleted, inserted", [
+@pytest.mark.parametrize(
+  "reference, hypothesis, correct, substituted, deleted, inserted",
+  [
     ("", "", 0, 0, 0, 0),
     ("abc", "abc", 3, 0, 0, 0),
     ("abc", "", 0, 0, 3, 0),
@@ -22,7 +24,8 @@ def _errors(reference, hypothesis):
     ("acd", "abcd", 3, 0, 0, 1),
     ("kitten", "sitting", 4, 2, 0, 1),
     ("今天天气好", "今天气很好", 4, 0, 1, 1),
-])
+  ],
+)
 def test_hand_worked(reference, hypothesis, correct, substituted, deleted, inserted):
   assert count(align(reference, hypothesis)) == Counts(correct, substituted, deleted, inserted)
 

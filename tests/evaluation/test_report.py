@@ -27,7 +27,9 @@ def result():
 
 
 def test_text_report(result):
-  assert as_text(result, name="demo") == """\
+  assert (
+    as_text(result, name="demo")
+    == """\
 demo: error rate, MooER's tokens 45.45 %
 5 errors in 11 tokens: 1 substitutions, 3 deletions, 1 insertions
 4 utterances scored, 3 with an error
@@ -51,13 +53,14 @@ REF: ONE
 HYP: TWO
      S
 """
+  )
 
 
 def test_files_say_the_same(result, tmp_path):
   json_path, text_path = write_report(
-      tmp_path / "new", result, name="demo", worst=1, details={"steps": 7})
-  assert text_path.read_text("utf-8") == as_text(
-      result, name="demo", worst=1, details={"steps": 7})
+    tmp_path / "new", result, name="demo", worst=1, details={"steps": 7}
+  )
+  assert text_path.read_text("utf-8") == as_text(result, name="demo", worst=1, details={"steps": 7})
   content = json.loads(json_path.read_text("utf-8"))
   assert content == as_dict(result, name="demo", worst=1, details={"steps": 7})
   assert content["error_rate"] == 5 / 11
@@ -97,8 +100,10 @@ def test_details_that_json_cannot_hold_leave_no_report(result, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@given(st.lists(st.text("ab好ﾊＡ\x1b\u0301", min_size=1, max_size=4), max_size=30),
-       st.lists(st.text("ab好ﾊＡ\x1b\u0301", min_size=1, max_size=4), max_size=30))
+@given(
+  st.lists(st.text("ab好ﾊＡ\x1b\u0301", min_size=1, max_size=4), max_size=30),
+  st.lists(st.text("ab好ﾊＡ\x1b\u0301", min_size=1, max_size=4), max_size=30),
+)
 def test_rows_stay_in_step_and_within_the_width(reference, hypothesis):
   pairs = align(reference, hypothesis)
   lines = alignment_lines(pairs, width=40)
@@ -129,8 +134,10 @@ def _starts(line):
   return columns
 
 
-@pytest.mark.parametrize("text, width", [
-    ("abc", 3), ("你好", 4), ("Ａ１", 4), ("ﾊ", 1), ("é", 1), ("e\u0301", 1), ("▁a", 2), ("", 0)])
+@pytest.mark.parametrize(
+  "text, width",
+  [("abc", 3), ("你好", 4), ("Ａ１", 4), ("ﾊ", 1), ("é", 1), ("e\u0301", 1), ("▁a", 2), ("", 0)],
+)
 def test_display_width(text, width):
   assert display_width(text) == width
 

@@ -7,8 +7,9 @@ from mooer_jax.evaluation.alignment import Counts
 from mooer_jax.evaluation.score import ScoreConfig, score
 
 words = st.lists(st.sampled_from(["one", "Two", "three", "四", "五六"]), min_size=1, max_size=8)
-sentences = st.lists(st.tuples(words, words).map(lambda p: tuple(" ".join(w) for w in p)),
-                     min_size=1, max_size=5)
+sentences = st.lists(
+  st.tuples(words, words).map(lambda p: tuple(" ".join(w) for w in p)), min_size=1, max_size=5
+)
 
 
 def _as_sets(pairs):
@@ -47,14 +48,14 @@ def _han_apart(text):
 
 def test_mixed_corpus_by_hand():
   references = {
-      "a": "今天是Monday，开会。",  # 今 天 是 MONDAY 开 会
-      "b": "<noise>hello▁world",  # HELLO ▁WORLD
-      "c": "好的",  # 好 的
+    "a": "今天是Monday，开会。",  # 今 天 是 MONDAY 开 会
+    "b": "<noise>hello▁world",  # HELLO ▁WORLD
+    "c": "好的",  # 好 的
   }
   hypotheses = {
-      "a": "今天monday 开回会",  # 是 deleted, 回 inserted
-      "b": "HELLO▁WORD",  # ▁WORLD substituted
-      "c": "好，的！",  # correct
+    "a": "今天monday 开回会",  # 是 deleted, 回 inserted
+    "b": "HELLO▁WORD",  # ▁WORLD substituted
+    "c": "好，的！",  # correct
   }
   result = score(references, hypotheses)
   assert result.counts == Counts(correct=8, substitutions=1, deletions=1, insertions=1)
@@ -125,19 +126,23 @@ def test_worst_come_first_and_right_ones_never():
   assert [u.key for u in result.worst(2)] == ["s", "u"]
 
 
-@pytest.mark.parametrize("references, hypotheses, message", [
+@pytest.mark.parametrize(
+  "references, hypotheses, message",
+  [
     ({}, {"a": "x"}, "no references"),
     ({"a": "x"}, {"b": "x"}, "first key 'b'.*first key 'a'"),
     ({"a": "x"}, {}, "none of 0 hypotheses"),
-])
+  ],
+)
 def test_sets_that_do_not_belong_together(references, hypotheses, message):
   with pytest.raises(ValueError, match=message):
     score(references, hypotheses)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"metric": "cer"}, {"space_mark": "drop"}, {"missing": "ignore"}])
+@pytest.mark.parametrize(
+  "wrong", [{"metric": "cer"}, {"space_mark": "drop"}, {"missing": "ignore"}]
+)
 def test_config_names_the_allowed_values(wrong):
-  (name, value), = wrong.items()
+  ((name, value),) = wrong.items()
   with pytest.raises(ValueError, match=f"{name}='{value}': must be one of"):
     ScoreConfig(**wrong)

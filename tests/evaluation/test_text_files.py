@@ -28,14 +28,23 @@ def test_reading_takes_blanks_as_separator_and_windows_line_ends(tmp_path):
   path = tmp_path / "text"
   path.write_bytes("\ufeffa one two\r\n\r\nb\t three \nc   four \nd\ne\t\nf \tfive\n".encode())
   assert read_text(path) == {
-      "a": "one two", "b": " three ", "c": "four", "d": "", "e": "", "f": "five"}
+    "a": "one two",
+    "b": " three ",
+    "c": "four",
+    "d": "",
+    "e": "",
+    "f": "five",
+  }
 
 
-@pytest.mark.parametrize("content, message", [
+@pytest.mark.parametrize(
+  "content, message",
+  [
     (b"a x\nb y\na z\n", "text:3: key 'a' stands in line 1"),
     (b"a x\n b y\n", "text:2: the line starts with a blank"),
     (b"a x\nb \xff\n", "text:2: not UTF-8"),
-])
+  ],
+)
 def test_broken_files_are_named_with_their_line(tmp_path, content, message):
   path = tmp_path / "text"
   path.write_bytes(content)

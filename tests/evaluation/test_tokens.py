@@ -5,50 +5,50 @@ from mooer_jax.evaluation.tokens import character_tokens, mixed_tokens, word_tok
 
 # Worked by hand from the rules in the docstring of `mixed_tokens`.
 MIXED = [
-    ("", []),
-    (" \t\r\n\u3000\u00a0", []),
-    ("你好世界", ["你", "好", "世", "界"]),
-    ("hello world", ["hello", "world"]),
-    ("今天monday开会", ["今", "天", "monday", "开", "会"]),
-    ("iphone15手机", ["iphone15", "手", "机"]),
-    # Marks go where a token would start, and stay within a run.
-    ("你好，世界。", ["你", "好", "世", "界"]),
-    ("hello, world!", ["hello,", "world!"]),
-    (", hello ,world ?!", ["hello", "world"]),
-    ("《红楼梦》「好」『不』：，；？！、︰", ["红", "楼", "梦", "好", "不"]),
-    ("don't stop.", ["don't", "stop."]),
-    ("3.5% - 10", ["3.5%", "-", "10"]),
-    (". ; :", [".", ";", ":"]),
-    # A mark beyond ASCII ends a run and is then dropped.
-    ("hello，world", ["hello", "world"]),
-    # A character beyond ASCII that is no Lo letter opens a run, ASCII after it belongs to it.
-    ("café", ["caf", "é"]),
-    ("élan vital", ["élan", "vital"]),
-    ("ＡＢc", ["Ａ", "Ｂc"]),
-    ("２０２４年", ["２", "０", "２", "４", "年"]),
-    ("HELLO▁WORLD", ["HELLO", "▁WORLD"]),
-    ("“你好”", ["“", "你", "好", "”"]),
-    ("😀ok", ["😀ok"]),
-    # Other Lo letters: kana, Thai (its vowel signs are Mn), Hangul; the kana length mark is Lm.
-    ("ひらがな", ["ひ", "ら", "が", "な"]),
-    ("コーヒー", ["コ", "ー", "ヒ", "ー"]),
-    ("ーa", ["ーa"]),
-    ("한국", ["한", "국"]),
-    ("กี่", ["ก", "ี", "่"]),
-    # Tags are dropped, and with them what they enclose.
-    ("<noise>你好<unk>", ["你", "好"]),
-    ("<unk><noise>ok", ["ok"]),
-    ("<unk>,ok", ["ok"]),
-    ("ok<unk>ay <noise", ["okay"]),
-    ("<a b>", ["b>"]),
-    ("<你>", ["你", ">"]),
-    ("a > b", ["a", ">", "b"]),
-    ("<>x", ["x"]),
-    ("<<a>b", ["b"]),
-    # Unassigned code points go at a start, and end a run like all beyond ASCII.
-    ("\u0378ab\u0378cd", ["ab", "cd"]),
-    # Only blank, tab and line ends end a run within ASCII.
-    ("a\x0bb \x0bc", ["a\x0bb", "\x0bc"]),
+  ("", []),
+  (" \t\r\n\u3000\u00a0", []),
+  ("你好世界", ["你", "好", "世", "界"]),
+  ("hello world", ["hello", "world"]),
+  ("今天monday开会", ["今", "天", "monday", "开", "会"]),
+  ("iphone15手机", ["iphone15", "手", "机"]),
+  # Marks go where a token would start, and stay within a run.
+  ("你好，世界。", ["你", "好", "世", "界"]),
+  ("hello, world!", ["hello,", "world!"]),
+  (", hello ,world ?!", ["hello", "world"]),
+  ("《红楼梦》「好」『不』：，；？！、︰", ["红", "楼", "梦", "好", "不"]),
+  ("don't stop.", ["don't", "stop."]),
+  ("3.5% - 10", ["3.5%", "-", "10"]),
+  (". ; :", [".", ";", ":"]),
+  # A mark beyond ASCII ends a run and is then dropped.
+  ("hello，world", ["hello", "world"]),
+  # A character beyond ASCII that is no Lo letter opens a run, ASCII after it belongs to it.
+  ("café", ["caf", "é"]),
+  ("élan vital", ["élan", "vital"]),
+  ("ＡＢc", ["Ａ", "Ｂc"]),
+  ("２０２４年", ["２", "０", "２", "４", "年"]),
+  ("HELLO▁WORLD", ["HELLO", "▁WORLD"]),
+  ("“你好”", ["“", "你", "好", "”"]),
+  ("😀ok", ["😀ok"]),
+  # Other Lo letters: kana, Thai (its vowel signs are Mn), Hangul; the kana length mark is Lm.
+  ("ひらがな", ["ひ", "ら", "が", "な"]),
+  ("コーヒー", ["コ", "ー", "ヒ", "ー"]),
+  ("ーa", ["ーa"]),
+  ("한국", ["한", "국"]),
+  ("กี่", ["ก", "ี", "่"]),
+  # Tags are dropped, and with them what they enclose.
+  ("<noise>你好<unk>", ["你", "好"]),
+  ("<unk><noise>ok", ["ok"]),
+  ("<unk>,ok", ["ok"]),
+  ("ok<unk>ay <noise", ["okay"]),
+  ("<a b>", ["b>"]),
+  ("<你>", ["你", ">"]),
+  ("a > b", ["a", ">", "b"]),
+  ("<>x", ["x"]),
+  ("<<a>b", ["b"]),
+  # Unassigned code points go at a start, and end a run like all beyond ASCII.
+  ("\u0378ab\u0378cd", ["ab", "cd"]),
+  # Only blank, tab and line ends end a run within ASCII.
+  ("a\x0bb \x0bc", ["a\x0bb", "\x0bc"]),
 ]
 
 

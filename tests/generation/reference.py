@@ -76,9 +76,7 @@ def arguments(options: GenerationOptions) -> dict:
   if options.sequence_bias:
     given["sequence_bias"] = {(token,): value for token, value in options.sequence_bias}
   if options.num_beams > 1:
-    given |= dict(
-      length_penalty=options.length_penalty, early_stopping=options.early_stopping
-    )
+    given |= dict(length_penalty=options.length_penalty, early_stopping=options.early_stopping)
   if options.do_sample:
     given |= dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
   return given
@@ -101,9 +99,7 @@ def answers(model, options: GenerationOptions, inputs_embeds, attention_mask, **
   if options.num_beams > 1:
     scores = found.sequences_scores.tolist()
   else:
-    gained = model.compute_transition_scores(
-      found.sequences, found.scores, normalize_logits=True
-    )
+    gained = model.compute_transition_scores(found.sequences, found.scores, normalize_logits=True)
     scores = [
       row[: len(t)].sum().item() / len(t) ** options.length_penalty
       for row, t in zip(gained, tokens, strict=True)

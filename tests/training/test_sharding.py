@@ -34,27 +34,47 @@ def mooer(layers=2, d=512, m=1024, kv=128, v=4096, rank=64, tied=False):
 
   def sanm(inputs):
     return {
-      "norm1": {"scale": S(inputs), "bias": S(inputs)}, "norm2": norm,
-      "attention": {"qkv": dense(inputs, 1536, True), "out": dense(512, 512, True),
-                    "fsmn": {"kernel": S(11, 512)}},
+      "norm1": {"scale": S(inputs), "bias": S(inputs)},
+      "norm2": norm,
+      "attention": {
+        "qkv": dense(inputs, 1536, True),
+        "out": dense(512, 512, True),
+        "fsmn": {"kernel": S(11, 512)},
+      },
       "feed_forward": {"up": dense(512, 2048, True), "down": dense(2048, 512, True)},
     }
 
   block = {
-    "input_norm": {"scale": S(d)}, "mlp_norm": {"scale": S(d)},
-    "attention": {"q": dense(d, d, True, rank), "k": dense(d, kv, True, rank),
-                  "v": dense(d, kv, True, rank), "o": dense(d, d, False, rank)},
-    "mlp": {"gate": dense(d, m, False, rank), "up": dense(d, m, False, rank),
-            "down": dense(m, d, False, rank)},
+    "input_norm": {"scale": S(d)},
+    "mlp_norm": {"scale": S(d)},
+    "attention": {
+      "q": dense(d, d, True, rank),
+      "k": dense(d, kv, True, rank),
+      "v": dense(d, kv, True, rank),
+      "o": dense(d, d, False, rank),
+    },
+    "mlp": {
+      "gate": dense(d, m, False, rank),
+      "up": dense(d, m, False, rank),
+      "down": dense(m, d, False, rank),
+    },
   }
-  decoder = {"embed": {"embedding": S(v, d)}, "final_norm": {"scale": S(d)},
-             **{f"layers_{n}": block for n in range(layers)}}
+  decoder = {
+    "embed": {"embedding": S(v, d)},
+    "final_norm": {"scale": S(d)},
+    **{f"layers_{n}": block for n in range(layers)},
+  }
   if not tied:
     decoder["head"] = dense(d, v)
   return {
     "frontend": {"sanm": {"shift": S(560), "scale": S(560)}},
-    "encoders": {"sanm": {"first_layer": sanm(560), "after_norm": norm,
-                          **{f"layers_{n}": sanm(512) for n in range(layers)}}},
+    "encoders": {
+      "sanm": {
+        "first_layer": sanm(560),
+        "after_norm": norm,
+        **{f"layers_{n}": sanm(512) for n in range(layers)},
+      }
+    },
     "connector": {"linear1": dense(1024, 2048, True), "linear2": dense(2048, d, True)},
     "decoder": decoder,
   }
@@ -88,8 +108,11 @@ def test_make_mesh_refuses_sizes_that_do_not_use_every_device(sizes):
 @pytest.mark.parametrize("scan", [True, False])
 def test_the_table_has_a_rule_for_every_leaf_of_mooer_7b_and_no_rule_too_many(mesh, scan):
   sizes = {
-    "encoders": ("sanm_large",), "connector": "linear", "decoder": "qwen2_7b",
-    "llm": {"lora_rank": 64, "layers": 2}, "sanm": {"layers": 3},
+    "encoders": ("sanm_large",),
+    "connector": "linear",
+    "decoder": "qwen2_7b",
+    "llm": {"lora_rank": 64, "layers": 2},
+    "sanm": {"layers": 3},
   }
   config = model_config(sizes, {"scan": scan})
   params = jax.eval_shape(lambda: speech_llm.init(jax.random.key(0), config))
@@ -171,8 +194,9 @@ def test_a_new_part_needs_a_rule_and_a_rule_needs_a_part(mesh):
 def test_arrays_take_their_shardings_and_the_batch_is_split_by_rows(mesh):
   kernel = jax.device_put(
     np.zeros((512, 1024), np.float32),
-    param_shardings(mesh, {"decoder": {"layers_0": {"mlp": {"up": dense(512, 1024)}}}})
-    ["decoder"]["layers_0"]["mlp"]["up"]["kernel"],
+    param_shardings(mesh, {"decoder": {"layers_0": {"mlp": {"up": dense(512, 1024)}}}})["decoder"][
+      "layers_0"
+    ]["mlp"]["up"]["kernel"],
   )
   assert kernel.addressable_shards[0].data.shape == (256, 512)
   rows = jax.device_put(np.zeros((8, 3)), batch_sharding(mesh))

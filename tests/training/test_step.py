@@ -54,7 +54,9 @@ def toy_loss(trainable, frozen, batch, key, dropout=0.0):
   tokens = jnp.sum(valid_BS)
   correct = jnp.sum((jnp.argmax(logp_BV, -1)[:, None] == answer_BS) & valid_BS)
   return loss_sum / tokens, {
-    "loss_sum": loss_sum, "tokens": tokens, "correct": correct,
+    "loss_sum": loss_sum,
+    "tokens": tokens,
+    "correct": correct,
     "rows": jnp.int32(valid_BS.shape[0]),
   }
 
@@ -94,7 +96,8 @@ def test_accumulation_equals_one_big_batch():
     # element by a share of the learning rate (1e-2): hence atol.
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-      parts.trainable, whole.trainable,
+      parts.trainable,
+      whole.trainable,
     )
 
 
@@ -171,7 +174,9 @@ def test_dropout_differs_by_step_and_micro_batch_and_repeats_on_resume():
   def keys(trainable, frozen, batch, key):
     return 0.0, {
       "loss_sum": 0.0 * jnp.sum(trainable["connector"]["linear1"]["bias"]),
-      "tokens": jnp.int32(1), "correct": jnp.int32(0), "draw": jax.random.uniform(key),
+      "tokens": jnp.int32(1),
+      "correct": jnp.int32(0),
+      "draw": jax.random.uniform(key),
     }
 
   draws = []
