@@ -65,11 +65,6 @@ class Run:
         f"train.steps={run.train.steps} goes on after optimizer.total_steps="
         f"{run.optimizer.total_steps}, where the learning rate is 0; set both alike"
       )
-    if not init_from and not run.train.cmvn:
-      raise ValueError(
-        "train.cmvn='' takes the CMVN of init_from, but there is none; set train.cmvn='estimate' or"
-        " the path of an am.mvn"
-      )
     if init_from and run.train.cmvn:
       raise ValueError(
         f"train.cmvn={run.train.cmvn!r}, but the encoder of init_from was trained with its own"

@@ -46,6 +46,11 @@ def train(config: ConfigDict) -> Path:
   _check_rows(run, mesh)
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
+  if start_from is None and not run.train.cmvn:
+    raise ValueError(
+      "train.cmvn='' takes the CMVN of init_from, but there is none; set train.cmvn='estimate' or"
+      " the path of an am.mvn"
+    )
   base = _base_of(resumed, run.init_from) if resumed else run.init_from
   if resumed:
     print(f"goes on from {resumed}")
