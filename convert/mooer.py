@@ -29,6 +29,7 @@ TASK_PROMPTS = {
 }
 ENCODER_FOLDER, ENCODER_FILE = "paraformer_encoder", "paraformer-encoder.pth"
 ADAPTER_FILE, LORA_FOLDER = "adapter_project.pt", "lora_weights"
+SAVED_LORA_FOLDER = "new_llm"  # as the original's training program calls it
 # An encoder that was trained along is saved with the adapter, under this name.
 TUNED_ENCODER = "encoder.model."
 
@@ -90,11 +91,13 @@ def open_release(
   """
   encoder_file = folder / ENCODER_FOLDER / ENCODER_FILE
   adapter_file = folder / task / ADAPTER_FILE
-  lora_folder = folder / task / LORA_FOLDER
+  lora_folder = find_lora(folder / task)
   for path in (encoder_file, adapter_file, *([lora_folder] if with_lora else [])):
     if not path.exists():
       hint = "; pass --no-lora for a model without" if path == lora_folder else ""
       problems.add(f"{path}: not found{hint}")
+  if with_lora and lora_folder.name == LORA_FOLDER and (folder / task / SAVED_LORA_FOLDER).is_dir():
+    problems.add(f"{folder / task}: {LORA_FOLDER} and {SAVED_LORA_FOLDER} in it; leave one of them")
   llm_folder = llm or find_llm(folder, problems)
   if problems.found or llm_folder is None:
     return None
@@ -131,6 +134,7 @@ def open_release(
     "task": task,
     "llm": llm_folder.name,
     "encoder_prefix": heard.prefix,
+    "lora_merged": added is not None and merge_lora,
     "tuned_encoder": sorted(adapter.tuned_encoder),
   }
   replaced = [f"{ENCODER_FILE}: {path} ({ADAPTER_FILE} has it)" for path in adapter.tuned_encoder]
@@ -164,15 +168,9 @@ class Adapter:
 def _open_adapter(
   source: Source, heard: SANMConfig, width: int, problems: Problems
 ) -> Adapter | None:
-  config = _connector_config(source, heard.width, problems)
+  config = connector_config(source, heard.width, problems)
   if config is None:
     return None
-  shapes = {
-    "connector/linear1/kernel": (config.stack * heard.width, config.hidden_width),
-    "connector/linear1/bias": (config.hidden_width,),
-    "connector/linear2/kernel": (config.hidden_width, width),
-    "connector/linear2/bias": (width,),
-  }
   rules = encoder.table(TUNED_ENCODER)
   tuned = [name for name in source.tensors if name.startswith(TUNED_ENCODER)]
   paths = [found[0] for name in tuned if (found := rules.to_jax(name))]
@@ -180,6 +178,7 @@ def _open_adapter(
   expected = {path: known[path] for path in paths if path in known}
   encoder_leaves = map_in(source, rules, expected, problems, names=tuned).leaves
   rest = [name for name in source.tensors if not name.startswith(TUNED_ENCODER)]
+  shapes = connector_shapes(config, heard, width)
   leaves = map_in(source, ADAPTER, shapes, problems, names=rest).leaves
   return Adapter(config, leaves | encoder_leaves, tuple(expected), source.ignored)
 
@@ -196,7 +195,20 @@ def find_llm(folder: Path, problems: Problems) -> Path | None:
   return None
 
 
-def _connector_config(source: Source, width: int, problems: Problems) -> LinearConfig | None:
+def find_lora(folder: Path) -> Path:
+  """Where the LoRA of a task's folder lies: lora_weights/, or new_llm/ as training wrote it."""
+  saved = folder / SAVED_LORA_FOLDER
+  return saved if saved.is_dir() and not (folder / LORA_FOLDER).exists() else folder / LORA_FOLDER
+
+
+def connector_config(source: Source, width: int, problems: Problems) -> LinearConfig | None:
+  """Reads the sizes off the tensors; None, with the reason, if that fails.
+
+  Args:
+    source: with the adapter's tensors.
+    width: of the encoder's frames.
+    problems: gets the reason.
+  """
   name = "encoder_projector.linear1.weight"
   if name not in source.tensors or len(source.tensors[name].shape) != 2:
     problems.add(f"{source.path}: {name} is missing or no matrix")
@@ -206,6 +218,16 @@ def _connector_config(source: Source, width: int, problems: Problems) -> LinearC
     problems.add(f"{name} takes {joined} values, which are no whole frames of {width}")
     return None
   return LinearConfig(stack=joined // width, hidden_width=hidden)
+
+
+def connector_shapes(config: LinearConfig, heard: SANMConfig, width: int) -> dict[str, tuple]:
+  """connector/… -> shape, between an encoder and an LLM of this width."""
+  return {
+    "connector/linear1/kernel": (config.stack * heard.width, config.hidden_width),
+    "connector/linear1/bias": (config.hidden_width,),
+    "connector/linear2/kernel": (config.hidden_width, width),
+    "connector/linear2/bias": (width,),
+  }
 
 
 def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:

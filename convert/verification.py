@@ -170,7 +170,7 @@ def _mooer(
   before_S, after_S = (tokenizer.encode(text) for text in prompt)
   if before_S:
     raise ConversionError(f"template {config.template!r}: MooER's speech comes first")
-  adapted = src / task / mooer.LORA_FOLDER
+  adapted = mooer.find_lora(src / task)
   model = torch_side.language_model(llm, adapted if adapted.is_dir() else None)
   theirs |= torch_side.answer(
     model,
