@@ -60,11 +60,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   exporting.add_argument("--overwrite", action="store_true")
   exporting.set_defaults(run=_export)
 
-  verifying = commands.add_parser("verify", help="the original and a checkpoint on one clip")
+  verifying = commands.add_parser("verify", help="the original and a checkpoint on the same clips")
   verifying.add_argument("kind", choices=_KINDS)
   verifying.add_argument("src", type=Path, metavar="SRC", help="what was imported")
   verifying.add_argument("checkpoint", type=Path, metavar="CKPT")
-  verifying.add_argument("--audio", type=Path, help="a recording (mooer, paraformer)")
+  verifying.add_argument(
+    "--audio", type=Path, nargs="+", default=(), help="recordings (mooer, paraformer)"
+  )
   verifying.add_argument("--llm", type=Path, help="the LLM's folder (peft; mooer if elsewhere)")
   verifying.add_argument("--max-new-tokens", type=int, default=40)
   verifying.set_defaults(run=_verify)
