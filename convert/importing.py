@@ -118,9 +118,8 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
   kept: tuple[Path, ...] = ()
   if described.is_file():
     heads, kept = encoder.check_funasr(_read_yaml(described), problems), (described,)
-  opened = encoder.open_encoder(
-    open_source(file), src / encoder.CMVN_FILE, problems, heads=heads
-  )
+  source = open_source(file)
+  opened = encoder.open_encoder(source, src / encoder.CMVN_FILE, problems, heads=heads)
   problems.check(str(src))
   assert opened is not None
   save_checkpoint(
@@ -135,7 +134,7 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
     kept={"encoder": kept},
     overwrite=options.overwrite,
   )
-  return Report(out, opened.leaves, opened.ignored)
+  return Report(out, opened.leaves, opened.ignored, source.notes)
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:

@@ -101,17 +101,14 @@ def open_release(
   llm_folder = llm or find_llm(folder, problems)
   if problems.found or llm_folder is None:
     return None
-  heard = encoder.open_encoder(
-    open_source(encoder_file), encoder_file.with_name(encoder.CMVN_FILE), problems
-  )
+  files = open_source(encoder_file), open_source(adapter_file)
+  heard = encoder.open_encoder(files[0], encoder_file.with_name(encoder.CMVN_FILE), problems)
   model = language_model.open_model(llm_folder, problems)
   added = lora.open_folder(lora_folder, problems) if with_lora else None
   # Each part is looked at as far as the others allow, so that one error tells everything.
   adapter = None
   if heard is not None and model is not None:
-    adapter = _open_adapter(
-      open_source(adapter_file), heard.config, model.config.width, problems
-    )
+    adapter = _open_adapter(files[1], heard.config, model.config.width, problems)
   lora_leaves: dict[str, Lazy] = {}
   if model is not None and added is not None:
     lora_leaves = lora.map_lora(added, added.added_to(model.config), problems).leaves
@@ -137,6 +134,13 @@ def open_release(
     "lora_merged": added is not None and merge_lora,
     "tuned_encoder": sorted(adapter.tuned_encoder),
   }
+  notes = [*model.notes, *(note for file in files for note in file.notes)]
+  unread: tuple[str, ...] = ()
+  if added is not None:
+    notes += added.source.notes
+    unread = added.source.ignored
+  elif lora_folder.is_dir():
+    notes.append(f"{lora_folder.name} is not read (--no-lora)")
   replaced = [f"{ENCODER_FILE}: {path} ({ADAPTER_FILE} has it)" for path in adapter.tuned_encoder]
   return Release(
     config=SpeechLLMConfig(
@@ -150,8 +154,8 @@ def open_release(
     style=style,
     tokenizer=model.tokenizer,
     kept=kept,
-    ignored=(*heard.ignored, *model.ignored, *adapter.ignored, *replaced),
-    notes=model.notes,
+    ignored=(*heard.ignored, *model.ignored, *adapter.ignored, *unread, *replaced),
+    notes=tuple(notes),
   )
 
 
