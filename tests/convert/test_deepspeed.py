@@ -135,6 +135,26 @@ def test_an_llm_that_was_trained_itself(released, tmp_path):
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
 
 
+def test_a_tied_head_in_the_folder_is_the_embedding(released, tmp_path):
+  source, _, modules = released
+  tied = llm("qwen2", vocab_size=modules["llm"].config.vocab_size, tie_word_embeddings=True)
+  shutil.copytree(source, tmp_path / "release")
+  tied.save_pretrained(tmp_path / "release" / "Qwen2-tiny")
+  options = Options(task="asr", lora=False)
+  import_checkpoint("mooer", tmp_path / "release", tmp_path / "base", options)
+  modules = {**modules, "adapter": adapter(40, seed=5)}
+  modules["llm"] = llm("qwen2", vocab_size=tied.config.vocab_size, tie_word_embeddings=True, seed=9)
+  params = {n: t for n, t in trained(modules).items() if "lora" not in n} | frozen_llm(modules)
+  options = Options(base=tmp_path / "base")
+  folder = write(tmp_path / "ds", params)
+  report = import_checkpoint("deepspeed", folder, tmp_path / "ours", options)
+  assert set(report.ignored) == {BUFFER, "llm.lm_head.weight"}
+  assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
+  params["llm.lm_head.weight"] = params["llm.lm_head.weight"] + 1
+  with pytest.raises(ConversionError, match="llm.lm_head.weight .* is unmapped"):
+    import_checkpoint("deepspeed", write(tmp_path / "odd", params), tmp_path / "out", options)
+
+
 def test_everything_that_does_not_fit_is_named(released, tmp_path):
   source, base, modules = released
   params = trained(tuned(modules))
