@@ -13,7 +13,7 @@ from mooer_jax.config import part_from_json, part_to_json, to_json
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
-from . import encoder, language_model, lora, mooer
+from . import deepspeed, encoder, language_model, lora, mooer
 from .engine import map_in
 from .errors import Problems
 from .folders import copier, save_checkpoint
@@ -25,11 +25,12 @@ class Options:
   """What the command line says beyond kind, source and target.
 
   Attributes:
-    task: mooer: which of the release's models.
+    task: mooer: which of the release's models; deepspeed: what it was trained for.
     llm: mooer: folder of the LLM, if it is not inside SRC.
     lora: mooer: False for a release without lora_weights/.
     merge_lora: mooer: add the LoRA to the LLM's weights.
-    base: peft: checkpoint of the model that the LoRA belongs to.
+    base: peft: checkpoint of the model that the LoRA belongs to; deepspeed: of the release.
+    lora_config: deepspeed: adapter_config.json of training, or its folder.
     overwrite: replace what is there.
   """
 
@@ -38,6 +39,7 @@ class Options:
   lora: bool = True
   merge_lora: bool = False
   base: Path | None = None
+  lora_config: Path | None = None
   overwrite: bool = False
 
 
@@ -116,9 +118,8 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
   kept: tuple[Path, ...] = ()
   if described.is_file():
     heads, kept = encoder.check_funasr(_read_yaml(described), problems), (described,)
-  opened = encoder.open_encoder(
-    open_source(file), src / encoder.CMVN_FILE, problems, heads=heads
-  )
+  source = open_source(file)
+  opened = encoder.open_encoder(source, src / encoder.CMVN_FILE, problems, heads=heads)
   problems.check(str(src))
   assert opened is not None
   save_checkpoint(
@@ -133,7 +134,7 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
     kept={"encoder": kept},
     overwrite=options.overwrite,
   )
-  return Report(out, opened.leaves, opened.ignored)
+  return Report(out, opened.leaves, opened.ignored, source.notes)
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
@@ -185,14 +186,48 @@ def _peft(src: Path, out: Path, options: Options) -> Report:
   return Report(out, leaves, opened.source.ignored, opened.source.notes)
 
 
+def _deepspeed(src: Path, out: Path, options: Options) -> Report:
+  if options.base is None:
+    raise ValueError("deepspeed needs the imported release that training began with: --base CKPT")
+  task = None if options.task is None else _known(options.task)
+  about = describe(find(options.base))
+  problems = Problems()
+  opened = deepspeed.open_training(
+    src, about, problems, lora_config=options.lora_config, task=task
+  )
+  problems.check(str(src))
+  assert opened is not None
+  kept = {}
+  if options.lora_config is not None:
+    kept["lora"] = (deepspeed.config_file(options.lora_config),)
+  save_checkpoint(
+    out,
+    opened.leaves,
+    config=to_json(opened.config),
+    kind="deepspeed",
+    style=opened.style,
+    tokenizer=copier(sorted(about.tokenizer.iterdir())),
+    kept=kept,
+    generation=about.generation,
+    base=about.folder,
+    overwrite=options.overwrite,
+  )
+  return Report(out, opened.leaves, opened.ignored, opened.notes)
+
+
+def _known(task: str | None) -> str:
+  if task not in mooer.TASK_PROMPTS:
+    raise ValueError(f"--task {task}: choose one of {', '.join(mooer.TASK_PROMPTS)}")
+  return task
+
+
 def _mooer(src: Path, out: Path, options: Options) -> Report:
-  if options.task not in mooer.TASK_PROMPTS:
-    raise ValueError(f"--task {options.task}: choose one of {', '.join(mooer.TASK_PROMPTS)}")
+  task = _known(options.task)
   problems = Problems()
   opened = mooer.open_release(
     src,
     problems,
-    task=options.task,
+    task=task,
     llm=options.llm,
     with_lora=options.lora,
     merge_lora=options.merge_lora,
@@ -227,6 +262,7 @@ KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {
   "llama": _language_model("llama"),
   "peft": _peft,
   "paraformer": _paraformer,
+  "deepspeed": _deepspeed,
 }
 _TAKEN = {
   "mooer": ("task", "llm", "lora", "merge_lora"),
@@ -234,4 +270,5 @@ _TAKEN = {
   "llama": (),
   "peft": ("base",),
   "paraformer": (),
+  "deepspeed": ("base", "lora_config", "task"),
 }

@@ -13,6 +13,9 @@ from .errors import Problems
 from .folders import read_json
 from .readers import Source, open_source
 
+# How MooER's training program begins the names of what it trains.
+_TRAINING = ("encoder_projector.", "llm.")
+
 
 def inspect(path: Path, *, names: bool = True) -> None:
   """Prints names, shapes and dtypes, totals, and the kind that `import` would take it for.
@@ -74,6 +77,8 @@ def _rows(source: Source, root: Path) -> list[tuple[str, tuple, str, str]]:
 
 def guess_kind(source: Source, path: Path) -> str | None:
   """The kind whose table knows the tensors' names, or None."""
+  if path.is_dir() and any(name.startswith(_TRAINING) for name in source.tensors):
+    return "deepspeed"
   if any(".lora_A." in name for name in source.tensors):
     return "peft"
   if encoder.find_prefix(source) is not None:

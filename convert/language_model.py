@@ -140,7 +140,7 @@ def from_source(
   head_present = config.tied and HEAD in source.tensors
   if head_present:
     ignored.append(HEAD.replace(".", r"\."))
-    if EMBEDDING in source.tensors and not _equal(source, EMBEDDING, HEAD):
+    if EMBEDDING in source.tensors and not equal(source, EMBEDDING, HEAD):
       problems.add(
         f"{HEAD} differs from {EMBEDDING} although tie_word_embeddings is true; set it to false "
         "if the head is meant"
@@ -157,7 +157,8 @@ def from_source(
   )
 
 
-def _equal(source: Source, a: str, b: str) -> bool:
+def equal(source: Source, a: str, b: str) -> bool:
+  """Whether two tensors are the same in shape, dtype and values."""
   of_a, of_b = source.tensors[a], source.tensors[b]
   if (of_a.shape, of_a.dtype) != (of_b.shape, of_b.dtype):
     return False

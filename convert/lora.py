@@ -59,6 +59,7 @@ class Lora:
     targets: what it changes in a layer, in the order of LORA_TARGETS.
     source: the tensors.
     adapter: the word between `lora_A` and `weight` in their names, or "".
+    prefix: what stands before peft's own names, such as "llm." where the LLM is part of a model.
   """
 
   rank: int
@@ -68,7 +69,7 @@ class Lora:
   targets: tuple[str, ...]
   source: Source
   adapter: str
-  folder: Path
+  prefix: str = ""
 
   @property
   def scale(self) -> float:
@@ -86,7 +87,7 @@ class Lora:
 
   @property
   def table(self) -> Table:
-    return table(self.adapter)
+    return table(self.adapter, self.prefix)
 
   def to_json(self) -> dict[str, Any]:
     """Content of config.json for a LoRA without a model."""
@@ -99,7 +100,7 @@ class Lora:
     return {"adapter": self.adapter, "file": file}
 
 
-def table(adapter: str = "") -> Table:
+def table(adapter: str = "", prefix: str = "") -> Table:
   """The rules for names with (`default`) or without the adapter's name in them."""
   infix = f".{adapter}" if adapter else ""
   rules = []
@@ -110,7 +111,7 @@ def table(adapter: str = "") -> Table:
     for letter in "AB":
       rules.append(
         Rule(
-          f"base_model.model.model.layers.{{n}}.{block}.{{x:{words}}}_proj.lora_{letter}{infix}"
+          f"{prefix}base_model.model.model.layers.{{n}}.{block}.{{x:{words}}}_proj.lora_{letter}{infix}"
           ".weight",
           f"decoder/layers_{{n}}/{ours}/{{x}}/lora_{letter.lower()}",
           TRANSPOSE,
@@ -137,37 +138,51 @@ def open_folder(folder: Path, problems: Problems) -> Lora | None:
   if not (folder / CONFIG_FILE).is_file():
     problems.add(f"{folder}: no {CONFIG_FILE}; give the folder that peft's save_pretrained wrote")
     return None
-  options = read_json(folder / CONFIG_FILE)
+  options = read_options(folder / CONFIG_FILE, problems)
+  return None if options is None else from_source(open_source(folder), options, problems)
+
+
+def read_options(file: Path, problems: Problems) -> dict[str, Any] | None:
+  """Reads an adapter_config.json; None, with the reasons, if it cannot be expressed."""
+  options = read_json(file)
   before = len(problems.found)
   _refuse(options, problems)
   rank, alpha = options.get("r"), options.get("lora_alpha")
   numbers = type(rank) is int and rank > 0 and isinstance(alpha, int | float)
   if not numbers:
     problems.add(f"r={rank!r}, lora_alpha={alpha!r}: a positive whole number and a number needed")
-  if len(problems.found) > before:
-    return None
-  assert isinstance(rank, int) and isinstance(alpha, int | float)
-  source = open_source(folder)
+  return None if len(problems.found) > before else options
+
+
+def from_source(
+  source: Source, options: Mapping[str, Any], problems: Problems, *, prefix: str = ""
+) -> Lora | None:
+  """Finds the LoRA in a set of tensors.
+
+  Args:
+    source: the tensors; others may be among them.
+    options: content of an adapter_config.json that `read_options` took.
+    problems: gets the reason if there is not exactly one adapter.
+    prefix: what stands before peft's own names.
+  """
   adapters = {name.split(".lora_A.")[1].removesuffix("weight").strip(".")
               for name in source.tensors if ".lora_A." in name}
   if len(adapters) != 1:
-    problems.add(
-      f"{folder}: {len(adapters)} adapters in one file ({', '.join(sorted(adapters))}); exactly one"
-      " can be converted"
-    )
+    names = ", ".join(sorted(adapters))
+    problems.add(f"{source.path}: {len(adapters)} adapters in one file ({names}); must be one")
     return None
   [adapter] = adapters
   found = {mapped[0].split("/")[-2] for name in source.tensors
-           if (mapped := table(adapter).to_jax(name))}
+           if (mapped := table(adapter, prefix).to_jax(name))}
   return Lora(
-    rank=rank,
-    alpha=float(alpha),
+    rank=options["r"],
+    alpha=float(options["lora_alpha"]),
     dropout=float(options.get("lora_dropout") or 0.0),
     rslora=bool(options.get("use_rslora")),
     targets=tuple(name for name in LORA_TARGETS if name in found),
     source=source,
     adapter=adapter,
-    folder=folder,
+    prefix=prefix,
   )
 
 
@@ -307,6 +322,10 @@ def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str,
     same = original.get("r") == config.lora_rank and math.isclose(
       original.get("lora_alpha", 0) * root, config.lora_alpha
     )
+    named = original.get("target_modules")
+    if isinstance(named, list):  # else a pattern
+      ends = {name.rsplit(".", 1)[-1].removesuffix("_proj") for name in named}
+      same = same and ends >= set(config.lora_targets)
     if same:
       return dict(original)
   alpha = config.lora_alpha

@@ -38,14 +38,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
   importing = commands.add_parser("import", help="PyTorch files to a checkpoint")
-  importing.add_argument("kind", choices=_KINDS)
+  importing.add_argument("kind", choices=(*_KINDS, "deepspeed"))
   importing.add_argument("src", type=Path, metavar="SRC", help="folder or file of weights")
   importing.add_argument("out", type=Path, metavar="OUT", help="checkpoint folder to make")
-  importing.add_argument("--task", help="mooer: asr, ast or asr_ast_mtl")
+  importing.add_argument("--task", help="mooer, deepspeed: asr, ast or asr_ast_mtl")
   importing.add_argument("--llm", type=Path, help="mooer: the LLM's folder, if not inside SRC")
   importing.add_argument("--merge-lora", action="store_true", help="mooer: add LoRA to the LLM")
   importing.add_argument("--no-lora", action="store_true", help="mooer: there is no LoRA")
-  importing.add_argument("--base", type=Path, help="peft: checkpoint that the LoRA belongs to")
+  importing.add_argument("--base", type=Path, help="peft, deepspeed: checkpoint it was trained on")
+  importing.add_argument(
+    "--lora-config", type=Path, help="deepspeed: adapter_config.json of training, or its folder"
+  )
   importing.add_argument("--overwrite", action="store_true")
   importing.set_defaults(run=_import)
 
@@ -57,11 +60,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   exporting.add_argument("--overwrite", action="store_true")
   exporting.set_defaults(run=_export)
 
-  verifying = commands.add_parser("verify", help="the original and a checkpoint on one clip")
+  verifying = commands.add_parser("verify", help="the original and a checkpoint on the same clips")
   verifying.add_argument("kind", choices=_KINDS)
   verifying.add_argument("src", type=Path, metavar="SRC", help="what was imported")
   verifying.add_argument("checkpoint", type=Path, metavar="CKPT")
-  verifying.add_argument("--audio", type=Path, help="a recording (mooer, paraformer)")
+  verifying.add_argument(
+    "--audio", type=Path, nargs="+", default=(), help="recordings (mooer, paraformer)"
+  )
   verifying.add_argument("--llm", type=Path, help="the LLM's folder (peft; mooer if elsewhere)")
   verifying.add_argument("--max-new-tokens", type=int, default=40)
   verifying.set_defaults(run=_verify)
@@ -90,6 +95,7 @@ def _import(args) -> int:
     lora=not args.no_lora,
     merge_lora=args.merge_lora,
     base=args.base,
+    lora_config=args.lora_config,
     overwrite=args.overwrite,
   )
   report = import_checkpoint(args.kind, args.src, args.out, options)

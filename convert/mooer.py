@@ -29,6 +29,7 @@ TASK_PROMPTS = {
 }
 ENCODER_FOLDER, ENCODER_FILE = "paraformer_encoder", "paraformer-encoder.pth"
 ADAPTER_FILE, LORA_FOLDER = "adapter_project.pt", "lora_weights"
+SAVED_LORA_FOLDER = "new_llm"  # as the original's training program calls it
 # An encoder that was trained along is saved with the adapter, under this name.
 TUNED_ENCODER = "encoder.model."
 
@@ -90,25 +91,24 @@ def open_release(
   """
   encoder_file = folder / ENCODER_FOLDER / ENCODER_FILE
   adapter_file = folder / task / ADAPTER_FILE
-  lora_folder = folder / task / LORA_FOLDER
+  lora_folder = find_lora(folder / task)
   for path in (encoder_file, adapter_file, *([lora_folder] if with_lora else [])):
     if not path.exists():
       hint = "; pass --no-lora for a model without" if path == lora_folder else ""
       problems.add(f"{path}: not found{hint}")
+  if with_lora and lora_folder.name == LORA_FOLDER and (folder / task / SAVED_LORA_FOLDER).is_dir():
+    problems.add(f"{folder / task}: {LORA_FOLDER} and {SAVED_LORA_FOLDER} in it; leave one of them")
   llm_folder = llm or find_llm(folder, problems)
   if problems.found or llm_folder is None:
     return None
-  heard = encoder.open_encoder(
-    open_source(encoder_file), encoder_file.with_name(encoder.CMVN_FILE), problems
-  )
+  files = open_source(encoder_file), open_source(adapter_file)
+  heard = encoder.open_encoder(files[0], encoder_file.with_name(encoder.CMVN_FILE), problems)
   model = language_model.open_model(llm_folder, problems)
   added = lora.open_folder(lora_folder, problems) if with_lora else None
   # Each part is looked at as far as the others allow, so that one error tells everything.
   adapter = None
   if heard is not None and model is not None:
-    adapter = _open_adapter(
-      open_source(adapter_file), heard.config, model.config.width, problems
-    )
+    adapter = _open_adapter(files[1], heard.config, model.config.width, problems)
   lora_leaves: dict[str, Lazy] = {}
   if model is not None and added is not None:
     lora_leaves = lora.map_lora(added, added.added_to(model.config), problems).leaves
@@ -131,8 +131,16 @@ def open_release(
     "task": task,
     "llm": llm_folder.name,
     "encoder_prefix": heard.prefix,
+    "lora_merged": added is not None and merge_lora,
     "tuned_encoder": sorted(adapter.tuned_encoder),
   }
+  notes = [*model.notes, *(note for file in files for note in file.notes)]
+  unread: tuple[str, ...] = ()
+  if added is not None:
+    notes += added.source.notes
+    unread = added.source.ignored
+  elif lora_folder.is_dir():
+    notes.append(f"{lora_folder.name} is not read (--no-lora)")
   replaced = [f"{ENCODER_FILE}: {path} ({ADAPTER_FILE} has it)" for path in adapter.tuned_encoder]
   return Release(
     config=SpeechLLMConfig(
@@ -146,8 +154,8 @@ def open_release(
     style=style,
     tokenizer=model.tokenizer,
     kept=kept,
-    ignored=(*heard.ignored, *model.ignored, *adapter.ignored, *replaced),
-    notes=model.notes,
+    ignored=(*heard.ignored, *model.ignored, *adapter.ignored, *unread, *replaced),
+    notes=tuple(notes),
   )
 
 
@@ -164,15 +172,9 @@ class Adapter:
 def _open_adapter(
   source: Source, heard: SANMConfig, width: int, problems: Problems
 ) -> Adapter | None:
-  config = _connector_config(source, heard.width, problems)
+  config = connector_config(source, heard.width, problems)
   if config is None:
     return None
-  shapes = {
-    "connector/linear1/kernel": (config.stack * heard.width, config.hidden_width),
-    "connector/linear1/bias": (config.hidden_width,),
-    "connector/linear2/kernel": (config.hidden_width, width),
-    "connector/linear2/bias": (width,),
-  }
   rules = encoder.table(TUNED_ENCODER)
   tuned = [name for name in source.tensors if name.startswith(TUNED_ENCODER)]
   paths = [found[0] for name in tuned if (found := rules.to_jax(name))]
@@ -180,6 +182,7 @@ def _open_adapter(
   expected = {path: known[path] for path in paths if path in known}
   encoder_leaves = map_in(source, rules, expected, problems, names=tuned).leaves
   rest = [name for name in source.tensors if not name.startswith(TUNED_ENCODER)]
+  shapes = connector_shapes(config, heard, width)
   leaves = map_in(source, ADAPTER, shapes, problems, names=rest).leaves
   return Adapter(config, leaves | encoder_leaves, tuple(expected), source.ignored)
 
@@ -196,7 +199,20 @@ def find_llm(folder: Path, problems: Problems) -> Path | None:
   return None
 
 
-def _connector_config(source: Source, width: int, problems: Problems) -> LinearConfig | None:
+def find_lora(folder: Path) -> Path:
+  """Where the LoRA of a task's folder lies: lora_weights/, or new_llm/ as training wrote it."""
+  saved = folder / SAVED_LORA_FOLDER
+  return saved if saved.is_dir() and not (folder / LORA_FOLDER).exists() else folder / LORA_FOLDER
+
+
+def connector_config(source: Source, width: int, problems: Problems) -> LinearConfig | None:
+  """Reads the sizes off the tensors; None, with the reason, if that fails.
+
+  Args:
+    source: with the adapter's tensors.
+    width: of the encoder's frames.
+    problems: gets the reason.
+  """
   name = "encoder_projector.linear1.weight"
   if name not in source.tensors or len(source.tensors[name].shape) != 2:
     problems.add(f"{source.path}: {name} is missing or no matrix")
@@ -206,6 +222,16 @@ def _connector_config(source: Source, width: int, problems: Problems) -> LinearC
     problems.add(f"{name} takes {joined} values, which are no whole frames of {width}")
     return None
   return LinearConfig(stack=joined // width, hidden_width=hidden)
+
+
+def connector_shapes(config: LinearConfig, heard: SANMConfig, width: int) -> dict[str, tuple]:
+  """connector/… -> shape, between an encoder and an LLM of this width."""
+  return {
+    "connector/linear1/kernel": (config.stack * heard.width, config.hidden_width),
+    "connector/linear1/bias": (config.hidden_width,),
+    "connector/linear2/kernel": (config.hidden_width, width),
+    "connector/linear2/bias": (width,),
+  }
 
 
 def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:

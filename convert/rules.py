@@ -28,6 +28,7 @@ class Table:
   """Rules, in both directions; each name and each path has at most one counterpart."""
 
   def __init__(self, rules: Sequence[Rule]):
+    self.rules = tuple(rules)
     self._rules = []
     for rule in rules:
       fields = {m[1]: m[2] or "number" for m in _FIELD.finditer(rule.torch)}

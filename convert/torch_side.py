@@ -17,20 +17,24 @@ Stages = dict[str, np.ndarray]
 
 
 def hear(
-  weights: Path, cmvn: Path, config: SANMConfig, frontend: FrontendConfig, waveform_N: np.ndarray
-) -> Stages:
-  """funasr's front end and encoder: "features" after CMVN [T, F], "encoder" [T, D]."""
+  weights: Path,
+  cmvn: Path,
+  config: SANMConfig,
+  frontend: FrontendConfig,
+  waveforms: Sequence[np.ndarray],
+) -> list[Stages]:
+  """funasr's front end and encoder: of each clip "features" after CMVN [T, F], "encoder" [T, D]."""
   from funasr.frontends.wav_frontend import WavFrontend
   from funasr.models.sanm.encoder import SANMEncoder
 
-  features_BTF, frames_B = WavFrontend(
+  listen = WavFrontend(
     cmvn_file=str(cmvn),
     fs=frontend.fbank.sample_rate_hz,
     n_mels=frontend.fbank.bins,
     lfr_m=frontend.lfr_window,
     lfr_n=frontend.lfr_stride,
     dither=0.0,
-  )(torch.tensor(waveform_N)[None], torch.tensor([len(waveform_N)]))
+  )
   module = SANMEncoder(
     input_size=config.input_width,
     output_size=config.width,
@@ -47,9 +51,15 @@ def hear(
   known = module.state_dict().keys()
   named = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
   module.load_state_dict({name: t.float() for name, t in named.items() if name in known})
-  with torch.no_grad():
-    frames_BTD = module(features_BTF, frames_B)[0]
-  return {"features": features_BTF[0].numpy(), "encoder": frames_BTD[0].numpy()}
+  heard = []
+  for waveform_N in waveforms:
+    with torch.no_grad():
+      features_BTF, frames_B = listen(
+        torch.tensor(waveform_N)[None], torch.tensor([len(waveform_N)])
+      )
+      frames_BTD = module(features_BTF, frames_B)[0]
+    heard.append({"features": features_BTF[0].numpy(), "encoder": frames_BTD[0].numpy()})
+  return heard
 
 
 def _state(path: Path) -> dict[str, torch.Tensor]:
@@ -72,7 +82,9 @@ def language_model(folder: Path, lora: Path | None = None) -> Any:
   """transformers' model in float32, with peft's LoRA around it where there is one."""
   from transformers import AutoModelForCausalLM
 
-  module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  named = {"gguf_file": folder.name} if folder.is_file() else {}
+  source = folder.parent if named else folder
+  module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **named)
   if lora is not None:
     from peft import PeftModel
 

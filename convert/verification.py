@@ -1,6 +1,7 @@
-"""`convert verify KIND SRC CKPT`: both sides on a real clip, stage by stage."""
+"""`convert verify KIND SRC CKPT`: both sides on real clips, stage by stage."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,17 @@ def verify(
   src: Path,
   folder: Path,
   *,
-  audio: Path | None = None,
+  audio: Sequence[Path] = (),
   llm: Path | None = None,
   max_new_tokens: int = 40,
 ) -> Verdict:
-  """Runs the original and the checkpoint on the same input, in float32.
+  """Runs the original, clip by clip, and the checkpoint, all in one batch, in float32.
 
   Args:
     kind: as of `import`.
     src: what was imported.
     folder: the checkpoint.
-    audio: clip for mooer and paraformer.
+    audio: clips for mooer and paraformer.
     llm: folder of the LLM: for mooer if it is not in SRC, for peft the model it was trained on.
     max_new_tokens: length of the answer that is compared.
 
@@ -91,34 +92,48 @@ def verify(
     ConversionError, ValueError: if something that is needed is missing.
   """
   about = checkpoint.load(folder, dtype="float32")
-  if kind in ("mooer", "paraformer") and audio is None:
+  if kind in ("mooer", "paraformer") and not audio:
     raise ConversionError(f"verify {kind} needs a clip: --audio FILE")
   if kind == "peft" and llm is None:
     raise ConversionError("verify peft needs the model it was trained on: --llm FOLDER")
   if kind == "paraformer":
-    return _paraformer(about, src, audio)  # type: ignore[arg-type]
+    return _paraformer(about, src, audio)
   if kind == "mooer":
-    return _mooer(about, src, audio, llm, max_new_tokens)  # type: ignore[arg-type]
+    return _mooer(about, src, audio, llm, max_new_tokens)
   model = torch_side.language_model(llm or src, src if kind == "peft" else None)
   return _language_model(about, model, max_new_tokens)
 
 
-def _paraformer(about: Checkpoint, src: Path, audio: Path) -> Verdict:
+def _paraformer(about: Checkpoint, src: Path, audio: Sequence[Path]) -> Verdict:
   config = part_from_json(about.config["encoders"][0], "encoders[0]")
   frontend = build(FrontendConfig, about.config["frontends"][0], "frontends[0]")
-  waveform_N = load_audio(audio, sample_rate_hz=frontend.fbank.sample_rate_hz)
-  theirs = torch_side.hear(src / "model.pt", src / CMVN_FILE, config, frontend, waveform_N)
-  normed_TF = _normed(about.params, features(waveform_N, frontend))
-  valid_BT = jnp.ones((1, len(normed_TF)), bool)
+  waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
+  theirs = torch_side.hear(src / "model.pt", src / CMVN_FILE, config, frontend, waveforms)
+  raw_BTF, frames_B = _padded([features(waveform_N, frontend) for waveform_N in waveforms])
+  valid_BT = np.arange(raw_BTF.shape[1]) < frames_B[:, None]
+  normed_BTF = _normed(about.params, raw_BTF)
   params = {"params": about.params["encoders"]["sanm"]}
-  frames_BTD, _ = jax.jit(SANMEncoder(config).apply)(params, normed_TF[None], valid_BT)
-  ours = {"features": normed_TF, "encoder": frames_BTD[0]}
-  return Verdict(_errors(ours, theirs), None, [])
+  frames_BTD, _ = jax.jit(SANMEncoder(config).apply)(params, normed_BTF, valid_BT)
+  ours = {"features": normed_BTF[valid_BT], "encoder": frames_BTD[valid_BT]}
+  return Verdict(_errors(ours, _joined(theirs)), None, [])
 
 
-def _normed(params, features_TF) -> jax.Array:
+def _padded(rows: Sequence[np.ndarray], fill: float = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Arrays of other lengths in one, filled up at the end, and their lengths."""
+  lengths = np.array([len(row) for row in rows], np.int32)
+  out = np.full((len(rows), lengths.max(), *rows[0].shape[1:]), fill, rows[0].dtype)
+  for line, row in zip(out, rows):
+    line[: len(row)] = row
+  return out, lengths
+
+
+def _joined(clips: Sequence[Stages]) -> Stages:
+  return {stage: np.concatenate([clip[stage] for clip in clips]) for stage in clips[0]}
+
+
+def _normed(params, features_BTF) -> jax.Array:
   cmvn = params["frontend"]["sanm"]
-  return (features_TF + cmvn["shift"]) * cmvn["scale"]
+  return (features_BTF + cmvn["shift"]) * cmvn["scale"]
 
 
 def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
@@ -149,12 +164,12 @@ def _decoder_logits(params, config: LLMConfig, compute: Compute, tokens_S) -> np
 
 
 def _mooer(
-  about: Checkpoint, src: Path, audio: Path, llm: Path | None, max_new_tokens: int
+  about: Checkpoint, src: Path, audio: Sequence[Path], llm: Path | None, max_new_tokens: int
 ) -> Verdict:
   config = from_json(about.config)
   task = style_of(about, "mooer").get("task", config.prompts[0][0])
   frontend, sanm = config.frontends[0], config.encoders[0]
-  waveform_N = load_audio(audio, sample_rate_hz=frontend.fbank.sample_rate_hz)
+  waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
   problems = Problems()
   llm = llm or mooer.find_llm(src, problems)
   problems.check(str(src))
@@ -162,47 +177,55 @@ def _mooer(
 
   folder = src / mooer.ENCODER_FOLDER
   weights = folder / mooer.ENCODER_FILE
-  theirs = torch_side.hear(weights, folder / CMVN_FILE, sanm, frontend, waveform_N)
+  clips = torch_side.hear(weights, folder / CMVN_FILE, sanm, frontend, waveforms)
   adapter = src / task / mooer.ADAPTER_FILE
-  theirs |= torch_side.adapt(adapter, theirs["encoder"], config.connector.stack)
   tokenizer = Tokenizer.from_folder(about.tokenizer)
   prompt = fill_template(config.template, task_prompt(config.prompts[0][0], dict(config.prompts)))
   before_S, after_S = (tokenizer.encode(text) for text in prompt)
   if before_S:
     raise ConversionError(f"template {config.template!r}: MooER's speech comes first")
-  adapted = src / task / mooer.LORA_FOLDER
+  adapted = mooer.find_lora(src / task)
   model = torch_side.language_model(llm, adapted if adapted.is_dir() else None)
-  theirs |= torch_side.answer(
-    model,
-    after_S,
-    speech_SD=theirs["adapter"],
-    eos_id=tokenizer.eos_id,
-    max_new_tokens=max_new_tokens,
-  )
+  for clip in clips:
+    clip |= torch_side.adapt(adapter, clip["encoder"], config.connector.stack)
+    clip |= torch_side.answer(
+      model,
+      after_S,
+      speech_SD=clip["adapter"],
+      eos_id=tokenizer.eos_id,
+      max_new_tokens=max_new_tokens,
+    )
   del model
 
-  raw_TF = features(waveform_N, frontend)
+  raw_BTF, frames_B = _padded([features(waveform_N, frontend) for waveform_N in waveforms])
+  answer_BS, _ = _padded([clip["tokens"].astype(np.int32) for clip in clips], fill=-1)
   batch = speech_llm.Batch(
-    features=(raw_TF[None],),
-    frames=(np.array([len(raw_TF)], np.int32),),
-    before_BS=np.zeros((1, 0), np.int32),
-    after_BS=np.array([after_S], np.int32),
-    answer_BS=theirs["tokens"][None].astype(np.int32),
+    features=(raw_BTF,),
+    frames=(frames_B,),
+    before_BS=np.zeros((len(clips), 0), np.int32),
+    after_BS=np.tile(np.array(after_S, np.int32), (len(clips), 1)),
+    answer_BS=answer_BS,
   )
-  ours = jax.jit(lambda params: _speech_stages(params, batch, config))(about.params)
+  stages = jax.jit(lambda params: _speech_stages(params, batch, config))(about.params)
+  ours = {name: x[np.asarray(valid)] for name, (x, valid) in stages.items()}
 
   def logits(params, compute: Compute) -> np.ndarray:
     run = jax.jit(lambda p: speech_llm.answer_logits(p, batch, config.replace(compute=compute)))
-    return np.asarray(run(params)[0])
+    return np.asarray(run(params))[answer_BS >= 0]
 
-  return _judged(about.params, ours, theirs, logits)
+  return _judged(about.params, ours, _joined(clips), logits)
 
 
 def _speech_stages(params, batch, config: SpeechLLMConfig) -> dict[str, Any]:
+  """Each stage as (values, which of them are no padding)."""
   frames_BTD, valid_BT = speech_llm.encode(params, batch, config)
-  speech_BSD, _ = speech_llm.connect(params, frames_BTD, valid_BT, config)
-  normed_TF = _normed(params, batch.features[0][0])
-  return {"features": normed_TF, "encoder": frames_BTD[0], "adapter": speech_BSD[0]}
+  speech_BSD, valid_BS = speech_llm.connect(params, frames_BTD, valid_BT, config)
+  normed_BTF = _normed(params, batch.features[0])
+  return {
+    "features": (normed_BTF, valid_BT),
+    "encoder": (frames_BTD, valid_BT),
+    "adapter": (speech_BSD, valid_BS),
+  }
 
 
 def _judged(params, ours: dict[str, Any], theirs: Stages, logits) -> Verdict:
@@ -211,8 +234,8 @@ def _judged(params, ours: dict[str, Any], theirs: Stages, logits) -> Verdict:
   same = int((exact_AV.argmax(-1) == theirs["tokens"]).sum())
   accuracy = []
   for name, stored, computed in DTYPES:
-    rounded = tree.unflatten({
-      path: leaf if path.startswith("frontend/") else leaf.astype(stored)
+    rounded = tree.unflatten({  # as `checkpoint.load` does it
+      path: leaf if leaf.ndim < 2 else leaf.astype(stored)
       for path, leaf in tree.flatten(params).items()
     })
     accuracy.append(_accuracy(name, exact_AV, logits(rounded, Compute(dtype=computed))))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convert.readers import ReadError, open_source
+from tests.convert.readers.zero_folders import groups_of, write_zero
 
 STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -22,72 +23,11 @@ def _model(seed=0):
   return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
 
 
-def _groups(params):
-  """Two groups, as with and without weight decay."""
-  decayed = {n: p for n, p in params.items() if p.ndim > 1}
-  return [decayed, {n: p for n, p in params.items() if n not in decayed}]
-
-
-def _pad(flat, multiple):
-  return torch.cat([flat, torch.zeros(-len(flat) % multiple)])
-
-
-def _slices(stage, groups, ranks, rank):
-  """What the optimizer of one rank keeps of each group."""
-  found = []
-  for group in groups:
-    if stage < 3:
-      joined = _pad(torch.cat([p.reshape(-1) for p in group.values()]), 2 * ranks)
-      found.append(joined.chunk(ranks)[rank].clone())
-    else:
-      shares = [_pad(p.reshape(-1), ranks).chunk(ranks)[rank] for p in group.values()]
-      found.append(torch.cat(shares))
-  return found
-
-
-def _optimizer_state(stage, groups, ranks, rank, extra):
-  key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-  flat = _slices(stage, groups, ranks, rank)
-  return {"optimizer_state_dict": {
-    "zero_stage": extra.get("stage", stage), key: flat,
-    "partition_count": ranks if stage == 3 else [ranks] * len(groups),
-    "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros_like(flat[0])}}},
-    **extra.get("optimizer", {})}, "ds_version": "0.14.2"}
-
-
-def _write(folder, stage, ranks, params, *, frozen=None, extra=None, tag="global_step20"):
-  """Writes a checkpoint folder; `extra` adds to the files or replaces what is right."""
-  groups, extra, frozen = _groups(params), extra or {}, frozen or {}
-  at = folder / tag
-  at.mkdir(parents=True)
-  (folder / "latest").write_text(tag)
-  for rank in range(ranks):
-    prefix = "bf16_" if stage == 2 else ""
-    torch.save(_optimizer_state(stage, groups, ranks, rank, extra),
-               at / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-  for rank in range(ranks if stage == 3 else 1):
-    module = {n: torch.empty(0) if stage == 3 else p.bfloat16() for n, p in params.items()}
-    module["rotary.inv_freq"] = torch.arange(4.0)
-    model = {
-      "module": module, "buffer_names": ["rotary.inv_freq"],
-      "param_shapes": [{n: p.shape for n, p in group.items()} for group in groups],
-      "optimizer": None, "lr_scheduler": {"last_batch_iteration": 19}, "global_steps": 20,
-      "dp_world_size": ranks, "mp_world_size": 1, "ds_version": "0.14.2",
-      "frozen_param_shapes": {n: p.shape for n, p in frozen.items()} or None,
-      "frozen_param_fragments": {
-        n: p if stage < 3 else torch.cat([p.reshape(-1), p.new_zeros(-p.numel() % ranks)]).chunk(
-          ranks)[rank].clone() for n, p in frozen.items()} or None,
-      **extra.get("model", {})}
-    name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
-    torch.save(model, at / f"{name}_model_states.pt")
-  return folder
-
-
 @STAGES
 @RANKS
 def test_weights_come_back_whole_and_in_float32(tmp_path, stage, ranks):
   params = _model()
-  source = open_source(_write(tmp_path, stage, ranks, params))
+  source = open_source(write_zero(tmp_path, stage, ranks, params))
   assert set(source.tensors) == {*params, "rotary.inv_freq"} and source.exact
   for name, value in params.items():
     assert source.tensors[name].shape == tuple(value.shape)
@@ -101,7 +41,7 @@ def test_weights_come_back_whole_and_in_float32(tmp_path, stage, ranks):
 @STAGES
 def test_frozen_weights_keep_their_dtype(tmp_path, stage):
   frozen = {"llm.weight": torch.randn(5, 3).bfloat16(), "llm.bias": torch.randn(4).half()}
-  source = open_source(_write(tmp_path, stage, 2, _model(), frozen=frozen))
+  source = open_source(write_zero(tmp_path, stage, 2, _model(), frozen=frozen))
   for name, value in frozen.items():
     found = source.read(name)
     assert found.shape == tuple(value.shape) and found.itemsize == 2
@@ -113,7 +53,7 @@ def test_a_second_name_reads_the_same_weight_and_other_entries_are_listed(tmp_pa
   module = {n: p.bfloat16() for n, p in params.items()}
   module.update({"head.weight": module["embed.weight"], "lost.weight": torch.ones(2)})
   model = {"module": module, "buffer_names": [], "shared_params": {"head.weight": "embed.weight"}}
-  source = open_source(_write(tmp_path, 2, 2, params, extra={"model": model}))
+  source = open_source(write_zero(tmp_path, 2, 2, params, extra={"model": model}))
   np.testing.assert_array_equal(source.read("head.weight"), params["embed.weight"].numpy())
   assert source.ignored == ("module.lost.weight",)
 
@@ -149,7 +89,7 @@ def test_objects_of_deepspeed_do_not_need_it(tmp_path, deepspeed_classes, monkey
   extra = {"stage": deepspeed_classes["ZeroStageEnum"](stage),
            "optimizer": {"loss_scaler": scaler, "param_slice_mappings": [{"a": fragment}]}}
   params = _model()
-  _write(tmp_path, stage, 2, params, extra=extra)
+  write_zero(tmp_path, stage, 2, params, extra=extra)
   for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
     monkeypatch.delitem(sys.modules, name)
   source = open_source(tmp_path)
@@ -160,7 +100,7 @@ def test_objects_of_deepspeed_do_not_need_it(tmp_path, deepspeed_classes, monkey
 
 def test_other_classes_are_named_with_the_remedy(tmp_path, deepspeed_classes):
   extra = {"model": {"ds_config": deepspeed_classes["DeepSpeedConfig"]()}}
-  _write(tmp_path, 2, 2, _model(), extra=extra)
+  write_zero(tmp_path, 2, 2, _model(), extra=extra)
   with pytest.raises(ReadError, match=r"model_states\.pt: needs deepspeed.runtime.config"
                                       r"\.DeepSpeedConfig to be .*zero_to_fp32\.py"):
     open_source(tmp_path)
@@ -176,7 +116,7 @@ class _Runs:
 
 def test_a_malicious_rank_is_not_run(tmp_path):
   extra = {"optimizer": {"loss_scaler": _Runs(tmp_path / "ran")}}
-  _write(tmp_path, 2, 1, _model(), extra=extra)
+  write_zero(tmp_path, 2, 1, _model(), extra=extra)
   with pytest.raises(ReadError, match="needs (posix|nt).system"):
     open_source(tmp_path)
   assert not (tmp_path / "ran").exists()
@@ -184,7 +124,7 @@ def test_a_malicious_rank_is_not_run(tmp_path):
 
 def test_the_model_file_of_stage_2_can_be_read_by_itself(tmp_path):
   params = _model()
-  _write(tmp_path, 2, 2, params)
+  write_zero(tmp_path, 2, 2, params)
   source = open_source(tmp_path / "global_step20" / "mp_rank_00_model_states.pt")
   assert source.part == "module"
   assert source.read("scale").itemsize == 2
@@ -217,12 +157,12 @@ RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
   (_latest("global_step30"), "names 'global_step30', which is no ZeRO checkpoint"),
 ])
 def test_folders_that_are_not_whole(tmp_path, spoil, message):
-  spoil(_write(tmp_path, 3, 3, _model()))
+  spoil(write_zero(tmp_path, 3, 3, _model()))
   with pytest.raises(ReadError, match=message):
     open_source(tmp_path)
 
 
-SHAPES = [{n: p.shape for n, p in group.items()} for group in _groups(_model())]
+SHAPES = [{n: p.shape for n, p in group.items()} for group in groups_of(_model())]
 
 
 @STAGES
@@ -247,7 +187,7 @@ SHAPES = [{n: p.shape for n, p in group.items()} for group in _groups(_model())]
    "not a list of flat float32"),
 ])
 def test_files_that_contradict_each_other(tmp_path, stage, extra, message):
-  _write(tmp_path, stage, 2, _model(), extra=extra)
+  write_zero(tmp_path, stage, 2, _model(), extra=extra)
   with pytest.raises(ReadError, match=message):
     open_source(tmp_path)
 
@@ -255,7 +195,7 @@ def test_files_that_contradict_each_other(tmp_path, stage, extra, message):
 def test_a_nan_is_named(tmp_path):
   params = _model()
   params["big.weight"][10, 12] = math.nan
-  source = open_source(_write(tmp_path, 2, 3, params))
+  source = open_source(write_zero(tmp_path, 2, 3, params))
   source.read("embed.weight")
   with pytest.raises(ReadError, match="'big.weight' has 1 of 143"):
     source.read("big.weight")

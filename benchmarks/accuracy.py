@@ -1,0 +1,98 @@
+"""What bfloat16 costs a MooER of real width: `convert verify` on a release made for it.
+
+    python -m benchmarks.accuracy --llm SmolLM2-135M-Instruct.Q4_1.gguf --dir out/accuracy *.wav
+
+SAN-M has Paraformer-large's sizes and random weights, the adapter too; its output is scaled to
+the spread of the LLM's embeddings, as a trained one's is about. The LLM's weights are what --llm
+holds. CMVN is that of the clips.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convert.exporting import export_checkpoint
+from convert.importing import Options, import_checkpoint
+from convert.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
+from convert.verification import print_verdict, verify
+from mooer_jax.audio.cmvn import write_mvn
+from mooer_jax.audio.decode import load_audio
+from mooer_jax.audio.frontend import FrontendConfig, features
+from mooer_jax.checkpoint import load
+from mooer_jax.config import part_from_json
+from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.encoders.sanm import SANMConfig
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("audio", nargs="+", type=Path)
+  parser.add_argument("--llm", required=True, type=Path, help="LLaMA folder or GGUF file")
+  parser.add_argument("--dir", required=True, type=Path, help="for release and checkpoints, 2 GB")
+  parser.add_argument("--max-new-tokens", type=int, default=20)
+  args = parser.parse_args()
+  overwrite = Options(overwrite=True)
+  import_checkpoint("llama", args.llm, args.dir / "llm", overwrite)
+  release = args.dir / "release"
+  release.mkdir(exist_ok=True)
+  export_checkpoint("llama", args.dir / "llm", release / "llm", overwrite=True)
+  _write_encoder(release / ENCODER_FOLDER, args.audio)
+  (release / "asr").mkdir(exist_ok=True)
+  torch.save(_adapter(args.dir / "llm"), release / "asr" / ADAPTER_FILE)
+  options = Options(task="asr", lora=False, overwrite=True)
+  import_checkpoint("mooer", release, args.dir / "mooer", options)
+  print_verdict(verify(
+    "mooer",
+    release,
+    args.dir / "mooer",
+    audio=args.audio,
+    max_new_tokens=args.max_new_tokens,
+  ))  # fmt: skip
+
+
+def _write_encoder(folder: Path, audio: list[Path]) -> None:
+  from funasr.models.sanm.encoder import SANMEncoder
+
+  folder.mkdir(exist_ok=True)
+  config = SANMConfig()
+  torch.manual_seed(0)
+  module = SANMEncoder(
+    input_size=config.input_width,
+    output_size=config.width,
+    attention_heads=config.heads,
+    linear_units=config.mlp_width,
+    num_blocks=config.layers,
+    input_layer="pe",
+    normalize_before=True,
+    kernel_size=config.memory_kernel,
+    sanm_shfit=0,
+    selfattention_layer_type="sanm",
+  )
+  torch.save(module.state_dict(), folder / ENCODER_FILE)
+  frontend = FrontendConfig()
+  heard_TF = np.concatenate([
+    features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz), frontend)
+    for file in audio
+  ])
+  write_mvn(folder / "am.mvn", -heard_TF.mean(0), 1 / heard_TF.std(0))
+
+
+def _adapter(llm: Path) -> dict[str, torch.Tensor]:
+  about = load(llm, dtype="float32")
+  width = part_from_json(about.config["decoder"], "decoder").width
+  spread = float(np.asarray(about.params["decoder"]["embed"]["embedding"]).std())
+  joined, hidden = LinearConfig().stack * SANMConfig.width, LinearConfig.hidden_width
+  torch.manual_seed(1)
+  # He's scale keeps a normed input at a spread of about 1 up to the last layer.
+  return {
+    "encoder_projector.linear1.weight": torch.randn(hidden, joined) * (2 / joined) ** 0.5,
+    "encoder_projector.linear1.bias": torch.zeros(hidden),
+    "encoder_projector.linear2.weight": torch.randn(width, hidden) * spread / hidden**0.5,
+    "encoder_projector.linear2.bias": torch.zeros(width),
+  }
+
+
+if __name__ == "__main__":
+  main()
