@@ -72,10 +72,12 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
   )
   torch.save(module.state_dict(), folder / ENCODER_FILE)
   frontend = FrontendConfig()
-  heard_TF = np.concatenate([
-    features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz), frontend)
-    for file in audio
-  ])
+  heard_TF = np.concatenate(
+    [
+      features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz), frontend)
+      for file in audio
+    ]
+  )
   write_mvn(folder / "am.mvn", -heard_TF.mean(0), 1 / heard_TF.std(0))
 
 

@@ -187,8 +187,11 @@ def _check_merged(
   source: Source, about: Checkpoint, added: lora.Lora | None, problems: Problems
 ) -> None:
   """An LLM that was trained itself had its LoRA merged before; the base's must not come on top."""
-  plain = [name for name in source.tensors
-           if name.startswith(LLM) and LLM_TABLE.to_jax(name) and not name.startswith(WRAPPED)]
+  plain = [
+    name
+    for name in source.tensors
+    if name.startswith(LLM) and LLM_TABLE.to_jax(name) and not name.startswith(WRAPPED)
+  ]
   if plain and added is None and lora.paths(about):
     problems.add(
       f"{plain[0]}: the LLM itself was trained, without LoRA, but --base {about.folder} has one;"

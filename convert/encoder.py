@@ -139,9 +139,7 @@ def sanm_config(
       return None
   wide, input_width = tensors[needed["qkv"][0]].shape
   start = f"{prefix}encoders."
-  numbers = {
-    name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)
-  }
+  numbers = {name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)}
   try:
     return SANMConfig(
       input_width=input_width,

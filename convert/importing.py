@@ -81,7 +81,8 @@ def import_checkpoint(kind: str, src: Path, out: Path, options: Options = Option
   if out.exists() and not options.overwrite:
     raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
   unused = [
-    name for name, value in vars(options).items()
+    name
+    for name, value in vars(options).items()
     if value != getattr(Options, name) and name not in (*_TAKEN[kind], "overwrite")
   ]
   if unused:
@@ -192,9 +193,7 @@ def _deepspeed(src: Path, out: Path, options: Options) -> Report:
   task = None if options.task is None else _known(options.task)
   about = describe(find(options.base))
   problems = Problems()
-  opened = deepspeed.open_training(
-    src, about, problems, lora_config=options.lora_config, task=task
-  )
+  opened = deepspeed.open_training(src, about, problems, lora_config=options.lora_config, task=task)
   problems.check(str(src))
   assert opened is not None
   kept = {}

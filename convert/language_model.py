@@ -204,9 +204,7 @@ def export(
   return write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)
 
 
-def export_folder(
-  about: Checkpoint, config: LLMConfig, folder: Path, *, shard_bytes: int
-) -> None:
+def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_bytes: int) -> None:
   """Writes the whole Hugging Face folder: `export`, the tokenizer and what else was kept."""
   export(
     about,

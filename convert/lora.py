@@ -165,15 +165,21 @@ def from_source(
     problems: gets the reason if there is not exactly one adapter.
     prefix: what stands before peft's own names.
   """
-  adapters = {name.split(".lora_A.")[1].removesuffix("weight").strip(".")
-              for name in source.tensors if ".lora_A." in name}
+  adapters = {
+    name.split(".lora_A.")[1].removesuffix("weight").strip(".")
+    for name in source.tensors
+    if ".lora_A." in name
+  }
   if len(adapters) != 1:
     names = ", ".join(sorted(adapters))
     problems.add(f"{source.path}: {len(adapters)} adapters in one file ({names}); must be one")
     return None
   [adapter] = adapters
-  found = {mapped[0].split("/")[-2] for name in source.tensors
-           if (mapped := table(adapter, prefix).to_jax(name))}
+  found = {
+    mapped[0].split("/")[-2]
+    for name in source.tensors
+    if (mapped := table(adapter, prefix).to_jax(name))
+  }
   return Lora(
     rank=options["r"],
     alpha=float(options["lora_alpha"]),
@@ -339,5 +345,3 @@ def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str,
     **described,
     "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
   }
-
-

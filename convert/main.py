@@ -101,8 +101,10 @@ def _import(args) -> int:
   report = import_checkpoint(args.kind, args.src, args.out, options)
   count = sum(math.prod(leaf.shape) for leaf in report.leaves.values())
   dtypes = sorted({leaf.dtype.name for leaf in report.leaves.values()})
-  print(f"{report.folder}: {len(report.leaves)} leaves, {count / 1e6:.2f} M parameters,"
-        f" {', '.join(dtypes)}")
+  print(
+    f"{report.folder}: {len(report.leaves)} leaves, {count / 1e6:.2f} M parameters,"
+    f" {', '.join(dtypes)}"
+  )
   if report.ignored:
     more = len(report.ignored) - _SHOWN
     shown = ", ".join(report.ignored[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -189,9 +189,9 @@ def _open_adapter(
 
 def find_llm(folder: Path, problems: Problems) -> Path | None:
   """The one folder in a release that holds a config.json; None, with the reason, if not one."""
-  found = sorted({
-    path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json")
-  })
+  found = sorted(
+    {path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json")}
+  )
   if len(found) == 1:
     return found[0]
   what = "no folder with a config.json" if not found else f"several: {', '.join(map(str, found))}"
@@ -255,9 +255,7 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
   problems = Problems()
   paths = [path for path in tree.flatten(about.params) if path.startswith("connector/")]
   tensors: list[Outgoing] = map_out(about, ADAPTER, paths, problems)
-  tensors += map_out(
-    about, encoder.table(TUNED_ENCODER), style.get("tuned_encoder", ()), problems
-  )
+  tensors += map_out(about, encoder.table(TUNED_ENCODER), style.get("tuned_encoder", ()), problems)
   problems.check(str(about.folder))
   write_torch(task_folder / ADAPTER_FILE, tensors, read_out(about, tensors))
   if config.decoder.lora_rank:
@@ -272,5 +270,3 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
   llm_folder = folder / style.get("llm", "llm")
   llm_folder.mkdir()
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
-
-

@@ -234,10 +234,12 @@ def _judged(params, ours: dict[str, Any], theirs: Stages, logits) -> Verdict:
   same = int((exact_AV.argmax(-1) == theirs["tokens"]).sum())
   accuracy = []
   for name, stored, computed in DTYPES:
-    rounded = tree.unflatten({  # as `checkpoint.load` does it
-      path: leaf if leaf.ndim < 2 else leaf.astype(stored)
-      for path, leaf in tree.flatten(params).items()
-    })
+    rounded = tree.unflatten(
+      {  # as `checkpoint.load` does it
+        path: leaf if leaf.ndim < 2 else leaf.astype(stored)
+        for path, leaf in tree.flatten(params).items()
+      }
+    )
     accuracy.append(_accuracy(name, exact_AV, logits(rounded, Compute(dtype=computed))))
   return Verdict(_errors(ours, theirs), (same, len(exact_AV)), accuracy)
 

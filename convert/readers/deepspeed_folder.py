@@ -25,8 +25,11 @@ from .torch_file import TorchFile, describe, to_numpy
 _REMEDY = "run the zero_to_fp32.py that DeepSpeed put beside it and read the file which that writes"
 _SLICE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt", re.ASCII)
 _STATE = "optimizer_state_dict"
-_GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups",
-           3: "fp32_flat_groups"}
+_GROUPS = {
+  1: "single_partition_of_fp32_groups",
+  2: "single_partition_of_fp32_groups",
+  3: "fp32_flat_groups",
+}
 
 
 class _Slice(NamedTuple):
@@ -69,8 +72,9 @@ def _open_zero(path: Path, folder: Path) -> Source:
     raise ReadError(f"{ranks[0].path}: ZeRO stage {stage!r}; read are 1, 2 and 3")
   counts = [state.get("partition_count") for state in states]
   if any((max(c) if isinstance(c, list) and c else c) != len(ranks) for c in counts):
-    raise ReadError(f"{folder}: {len(ranks)} files of ranks, which were saved by {counts[0]}; copy "
-                    "the others too")
+    raise ReadError(
+      f"{folder}: {len(ranks)} files of ranks, which were saved by {counts[0]}; copy the others too"
+    )
   groups = [_flat_groups(file, state, _GROUPS[stage]) for file, state in zip(ranks, states)]
   models = _model_files(folder, len(ranks) if stage == 3 else 1)
   content = models[0].content()
@@ -78,8 +82,10 @@ def _open_zero(path: Path, folder: Path) -> Source:
   if not isinstance(shapes, list) or not all(isinstance(group, dict) for group in shapes):
     raise ReadError(f"{models[0].path}: no param_shapes, so the names of the weights are unknown")
   cut = _cut_each if stage == 3 else _cut_joined
-  entries = [_joined(models[0], name, shape, slices)
-             for name, shape, slices in cut(folder, ranks, groups, shapes)]
+  entries = [
+    _joined(models[0], name, shape, slices)
+    for name, shape, slices in cut(folder, ranks, groups, shapes)
+  ]
   entries += _frozen(models, stage)
   entries += _buffers(models[0])
   names = {tensor.name for tensor, _ in entries}
@@ -87,8 +93,9 @@ def _open_zero(path: Path, folder: Path) -> Source:
   names |= {tensor.name for tensor, _ in entries}
   module = content.get("module")
   left = [f"module.{name}" for name in (module or {}) if name not in names]
-  notes = [f"{folder.name}: ZeRO stage {int(stage)} of {len(ranks)} ranks, trained weights in "
-           "float32"]
+  notes = [
+    f"{folder.name}: ZeRO stage {int(stage)} of {len(ranks)} ranks, trained weights in float32"
+  ]
   return Source(path, entries, notes=notes, ignored=left)
 
 
@@ -99,9 +106,11 @@ def _tagged_folder(path: Path) -> Path:
   if not tag or Path(tag).name != tag or "\\" in tag or tag == "..":
     raise ReadError(f"{path / 'latest'}: names {tag[:80]!r}, which is no folder beside it")
   if not (path / tag).is_dir() or not any((path / tag).glob("*_optim_states.pt")):
-    raise ReadError(f"{path / 'latest'}: names {tag!r}, which is no ZeRO checkpoint (no "
-                    "*_optim_states.pt in it); of one trained without ZeRO, give the file "
-                    "mp_rank_00_model_states.pt")
+    raise ReadError(
+      f"{path / 'latest'}: names {tag!r}, which is no ZeRO checkpoint (no "
+      "*_optim_states.pt in it); of one trained without ZeRO, give the file "
+      "mp_rank_00_model_states.pt"
+    )
   return path / tag
 
 
@@ -110,8 +119,10 @@ def _rank_files(folder: Path) -> list[TorchFile]:
   for file in folder.glob("*_optim_states.pt"):
     match = _SLICE.fullmatch(file.name)
     if not match or int(match[2]) or int(match[1]) in ranks:
-      raise ReadError(f"{file}: not of a plain ZeRO checkpoint (tensor and expert parallelism are "
-                      f"not supported); {_REMEDY}")
+      raise ReadError(
+        f"{file}: not of a plain ZeRO checkpoint (tensor and expert parallelism are "
+        f"not supported); {_REMEDY}"
+      )
     ranks[int(match[1])] = file
   if missing := sorted(set(range(max(ranks) + 1)) - set(ranks)):
     raise ReadError(f"{folder}: the file of rank {missing[0]} is missing; copy it too")
@@ -121,7 +132,8 @@ def _rank_files(folder: Path) -> list[TorchFile]:
 def _model_files(folder: Path, count: int) -> list[TorchFile]:
   names = ["mp_rank_00_model_states.pt"] if count == 1 else []
   paths = [folder / name for name in names if (folder / name).is_file()] or [
-    folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(count)]
+    folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(count)
+  ]
   for path in paths:
     if not path.is_file():
       raise ReadError(f"{path}: missing; it tells the names of the weights, copy it too")
@@ -176,8 +188,9 @@ def _cut_joined(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterato
     # The end is padded to a multiple of twice the ranks, in ways that differ between releases.
     align = 2 * len(ranks)
     if not position <= sum(sizes) or -(-position // align) != -(-sum(sizes) // align):
-      raise ReadError(f"{folder}: the names of group {i} tell of {position} values, its files hold "
-                      f"{sum(sizes)}")
+      raise ReadError(
+        f"{folder}: the names of group {i} tell of {position} values, its files hold {sum(sizes)}"
+      )
 
 
 def _cut_each(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
@@ -200,8 +213,10 @@ def _cut_each(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
       yield name, shape, slices
       position += share
   if any(of_rank[-1] != position for of_rank in ends):
-    raise ReadError(f"{folder}: the names tell of {position} values a rank, the files hold "
-                    f"{sorted({of_rank[-1] for of_rank in ends})}")
+    raise ReadError(
+      f"{folder}: the names tell of {position} values a rank, the files hold "
+      f"{sorted({of_rank[-1] for of_rank in ends})}"
+    )
 
 
 def _joined(

@@ -18,8 +18,20 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # llama.cpp turns pairs of rows of LLaMA's q and k into its own order of rotation; not Qwen2's.
 _PERMUTED = ("llama",)
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
-_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-              "IQ4_NL", "IQ4_XS")
+_QUANTIZED = (
+  "Q4_0",
+  "Q4_1",
+  "Q5_0",
+  "Q5_1",
+  "Q8_0",
+  "Q2_K",
+  "Q3_K",
+  "Q4_K",
+  "Q5_K",
+  "Q6_K",
+  "IQ4_NL",
+  "IQ4_XS",
+)
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {
   "attn_norm": "input_layernorm",
@@ -35,9 +47,17 @@ _INNER = {
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
 # Metadata under the architecture's name that `gguf_config` uses, or that change nothing.
 _KNOWN_KEYS = (
-  "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
-  "attention.head_count", "attention.head_count_kv", "attention.key_length",
-  "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+  "vocab_size",
+  "context_length",
+  "embedding_length",
+  "block_count",
+  "feed_forward_length",
+  "attention.head_count",
+  "attention.head_count_kv",
+  "attention.key_length",
+  "attention.value_length",
+  "attention.layer_norm_rms_epsilon",
+  "rope.dimension_count",
   "rope.freq_base",
 )
 
@@ -59,21 +79,31 @@ def open_gguf(path: Path) -> Source:
     name = _hf_name(path, tensor.name)
     heads = _permuted_heads(config, name)
     if heads and (not tensor.shape or tensor.shape[0] % (2 * heads)):
-      raise ReadError(f"{path}: tensor {tensor.name!r} of shape {list(tensor.shape)} cannot be cut "
-                      f"into {heads} heads")
+      raise ReadError(
+        f"{path}: tensor {tensor.name!r} of shape {list(tensor.shape)} cannot be cut "
+        f"into {heads} heads"
+      )
     if tensor.kind in _PLAIN:
       dtype = _PLAIN[tensor.kind]
     elif tensor.kind in _QUANTIZED:
       dtype = np.dtype(np.float32)
       quantized[tensor.kind] += 1
     else:
-      raise ReadError(f"{path}: tensor {tensor.name!r} has the type {tensor.kind}; read are "
-                      f"{', '.join((*_PLAIN, *_QUANTIZED))}")
+      raise ReadError(
+        f"{path}: tensor {tensor.name!r} has the type {tensor.kind}; read are "
+        f"{', '.join((*_PLAIN, *_QUANTIZED))}"
+      )
     described = Tensor(name, tensor.shape, dtype, path)
     entries.append((described, partial(_read, tensor, described, heads)))
   kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(quantized.items()))
-  notes = [f"{path.name}: {kinds} tensors of {len(entries)} are expanded to float32; this is one "
-           "way, the quantized file cannot be written back"] if quantized else []
+  notes = (
+    [
+      f"{path.name}: {kinds} tensors of {len(entries)} are expanded to float32; this is one "
+      "way, the quantized file cannot be written back"
+    ]
+    if quantized
+    else []
+  )
   return Source(path, entries, notes=notes, exact=not quantized)
 
 
@@ -111,8 +141,9 @@ def _config(header: GGUFHeader) -> dict[str, Any]:
   head_width = whole("attention.key_length", width // heads)
   for key in ("attention.value_length", "rope.dimension_count"):
     if whole(key, head_width) != head_width:
-      raise ReadError(f"{path}: {arch}.{key} is {whole(key)}, which must be the width of a head, "
-                      f"{head_width}")
+      raise ReadError(
+        f"{path}: {arch}.{key} is {whole(key)}, which must be the width of a head, {head_width}"
+      )
   config = {
     "architectures": [ARCHITECTURES[arch]],
     "model_type": arch,
@@ -143,12 +174,16 @@ def _refuse_unknown_settings(header: GGUFHeader, arch: str):
   known = {f"{arch}.{key}" for key in _KNOWN_KEYS}
   if scaling == "none":
     known.add(f"{arch}.rope.scaling.type")
-  unknown = [key for key, value in header.metadata.items()
-             if key.startswith(f"{arch}.") and key not in known and value not in (0, False, "")]
+  unknown = [
+    key
+    for key, value in header.metadata.items()
+    if key.startswith(f"{arch}.") and key not in known and value not in (0, False, "")
+  ]
   unknown += [t.name for t in header.tensors if t.name.startswith("rope_")]
   if unknown:
-    raise ReadError(f"{header.path}: settings of {arch} that are not supported: "
-                    f"{', '.join(unknown[:8])}")
+    raise ReadError(
+      f"{header.path}: settings of {arch} that are not supported: {', '.join(unknown[:8])}"
+    )
 
 
 def _hf_name(path: Path, name: str) -> str:

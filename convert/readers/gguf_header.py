@@ -13,8 +13,19 @@ from typing import Any
 from .source import ReadError
 
 _VERSIONS = (2, 3)
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
-            12: "d"}
+_SCALARS = {
+  0: "B",
+  1: "b",
+  2: "H",
+  3: "h",
+  4: "I",
+  5: "i",
+  6: "f",
+  7: "?",
+  10: "Q",
+  11: "q",
+  12: "d",
+}
 _STRING, _ARRAY = 8, 9
 _MAX_NESTED = 4
 _MAX_DIMS = 4  # GGML has no more
@@ -68,8 +79,9 @@ def read_header(path: Path) -> GGUFHeader:
     try:
       header = _parse(path, _Cursor(data))
     except struct.error as error:
-      raise ReadError(f"{path}: cut short within its header ({size} bytes); copy it again"
-                      ) from error
+      raise ReadError(
+        f"{path}: cut short within its header ({size} bytes); copy it again"
+      ) from error
     except UnicodeDecodeError as error:
       raise ReadError(f"{path}: a name or text in it is not UTF-8: {error}") from error
   _check_spans(header, size)
@@ -127,8 +139,10 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
       raise ReadError(f"{path}: the metadata have {key!r} twice")
     metadata[key] = _value(path, cursor, cursor.one("I"))
   if metadata.get("split.count", 1) not in (0, 1):
-    raise ReadError(f"{path}: one of {metadata['split.count']} parts; join them first with "
-                    "llama.cpp's `llama-gguf-split --merge`")
+    raise ReadError(
+      f"{path}: one of {metadata['split.count']} parts; join them first with "
+      "llama.cpp's `llama-gguf-split --merge`"
+    )
   alignment = metadata.get("general.alignment", _ALIGNMENT)
   if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
     raise ReadError(f"{path}: general.alignment is {alignment!r}, not a power of two")
@@ -175,5 +189,7 @@ def _check_spans(header: GGUFHeader, size: int):
       raise ReadError(f"{where} overlaps the one before it")
     position = max(position, tensor.offset + tensor.nbytes)
     if position > size:
-      raise ReadError(f"{where} should end at byte {position}, the file ends at {size}; it is cut "
-                      "short, copy it again")
+      raise ReadError(
+        f"{where} should end at byte {position}, the file ends at {size}; it is cut "
+        "short, copy it again"
+      )

@@ -13,8 +13,10 @@ from .source import ReadError
 _LETTER_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How the models' own tokenizers cut text before any merge: one digit at a time, or up to three.
-_PATTERNS = {"qwen2": _LETTER_WORDS + r"\p{N}" + _REST,
-             "llama-bpe": _LETTER_WORDS + r"\p{N}{1,3}" + _REST}
+_PATTERNS = {
+  "qwen2": _LETTER_WORDS + r"\p{N}" + _REST,
+  "llama-bpe": _LETTER_WORDS + r"\p{N}{1,3}" + _REST,
+}
 _PRE_TOKENIZERS = (*_PATTERNS, "smollm", "gpt-2")
 _NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -36,8 +38,9 @@ def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
   tokens = _texts(header, "tokenizer.ggml.tokens")
   kinds = header.get("tokenizer.ggml.token_type", list, [spm.NORMAL] * len(tokens))
   if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-    raise ReadError(f"{path}: {len(tokens)} tokens ({len(set(tokens))} distinct), {len(kinds)} "
-                    "token types")
+    raise ReadError(
+      f"{path}: {len(tokens)} tokens ({len(set(tokens))} distinct), {len(kinds)} token types"
+    )
   try:
     make = _byte_level if kind == "gpt2" else _sentencepiece
     tokenizer = make(header, tokens, kinds)
@@ -54,14 +57,19 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
 
   name = header.get("tokenizer.ggml.pre", str)
   if name not in _PRE_TOKENIZERS:
-    raise ReadError(f"{header.path}: its text is cut as {name!r} before the merges; known are "
-                    f"{', '.join(_PRE_TOKENIZERS)}")
+    raise ReadError(
+      f"{header.path}: its text is cut as {name!r} before the merges; known are "
+      f"{', '.join(_PRE_TOKENIZERS)}"
+    )
   pairs = _texts(header, "tokenizer.ggml.merges")
   if odd := [pair for pair in pairs if pair.count(" ") != 1]:
     raise ReadError(f"{header.path}: the merge {odd[0]!r} is not of two tokens")
   merges = [(first, second) for first, _, second in (pair.partition(" ") for pair in pairs)]
-  vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds))
-                if not (kind == spm.UNUSED and token == f"[PAD{i}]")}  # fills up the embedding
+  vocabulary = {
+    token: i
+    for i, (token, kind) in enumerate(zip(tokens, kinds))
+    if not (kind == spm.UNUSED and token == f"[PAD{i}]")
+  }  # fills up the embedding
   # LLaMA 3's whole words are tokens even where no chain of merges leads to them.
   tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
   blank = header.get("tokenizer.ggml.add_space_prefix", bool, False)
@@ -73,13 +81,16 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   elif name == "smollm":
     first = [pre.Digits(individual_digits=True)]
   tokenizer.pre_tokenizer = pre.Sequence(
-    [*first, pre.ByteLevel(add_prefix_space=blank, use_regex=name not in _PATTERNS)])
+    [*first, pre.ByteLevel(add_prefix_space=blank, use_regex=name not in _PATTERNS)]
+  )
   tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_tokens([
-    AddedToken(token, normalized=False, special=kind != spm.USER_DEFINED)
-    for token, kind in zip(tokens, kinds)
-    if kind in (spm.UNKNOWN, spm.CONTROL, spm.USER_DEFINED)
-  ])
+  tokenizer.add_tokens(
+    [
+      AddedToken(token, normalized=False, special=kind != spm.USER_DEFINED)
+      for token, kind in zip(tokens, kinds)
+      if kind in (spm.UNKNOWN, spm.CONTROL, spm.USER_DEFINED)
+    ]
+  )
   return tokenizer
 
 
@@ -87,16 +98,20 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   scores = header.get("tokenizer.ggml.scores", list)
   if len(scores) != len(tokens):
     raise ReadError(f"{header.path}: {len(tokens)} tokens, {len(scores)} scores")
-  return spm.build_tokenizer(spm.SentencePieceModel(
-    tuple(map(spm.Piece, tokens, scores, kinds)),
-    prefix_blank=header.get("tokenizer.ggml.add_space_prefix", bool, True),
-    squeeze_blanks=header.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
-  ))
+  return spm.build_tokenizer(
+    spm.SentencePieceModel(
+      tuple(map(spm.Piece, tokens, scores, kinds)),
+      prefix_blank=header.get("tokenizer.ggml.add_space_prefix", bool, True),
+      squeeze_blanks=header.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
+    )
+  )
 
 
 def _config(header: GGUFHeader, tokens: list[str]) -> dict[str, Any]:
-  config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast",
-                            "clean_up_tokenization_spaces": False}
+  config: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+  }
   for name, spelt in _NAMED_TOKENS.items():
     key = f"tokenizer.ggml.{spelt}_token_id"
     if key in header.metadata:

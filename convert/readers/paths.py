@@ -76,8 +76,10 @@ def _open_folder(path: Path, part: str | None) -> Source:
   if files:
     names = ", ".join(file.name for file in files[:8])
     raise ReadError(f"{path}: {len(files)} weight files and no index: {names}; give one of them")
-  raise ReadError(f"{path}: no weights in it; looked for {', '.join(_USUAL)} or one file "
-                  f"ending in {', '.join(_EXTENSIONS)}")
+  raise ReadError(
+    f"{path}: no weights in it; looked for {', '.join(_USUAL)} or one file "
+    f"ending in {', '.join(_EXTENSIONS)}"
+  )
 
 
 def _open_index(path: Path, part: str | None) -> Source:
@@ -87,16 +89,21 @@ def _open_index(path: Path, part: str | None) -> Source:
   for name, shard in weight_map.items():
     plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
     if not plain or Path(shard).suffix not in _EXTENSIONS:
-      raise ReadError(f"{path}: tensor {name!r} is said to be in {shard!r}; shards must be weight "
-                      "files beside the index")
+      raise ReadError(
+        f"{path}: tensor {name!r} is said to be in {shard!r}; shards must be weight "
+        "files beside the index"
+      )
   shards = list(dict.fromkeys(weight_map.values()))
   if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
-    raise ReadError(f"{path}: {len(missing)} of {len(shards)} shards are missing: "
-                    f"{', '.join(missing[:8])}; download them")
+    raise ReadError(
+      f"{path}: {len(missing)} of {len(shards)} shards are missing: "
+      f"{', '.join(missing[:8])}; download them"
+    )
   source = join_sources(path, [_open_file(path.parent / shard, part) for shard in shards])
   found = {name: tensor.file.name for name, tensor in source.tensors.items()}
   wrong = [
-    f"{name!r} should be in {shard}" for name, shard in weight_map.items()
+    f"{name!r} should be in {shard}"
+    for name, shard in weight_map.items()
     if found.get(name) != shard
   ] + [f"{name!r} of {found[name]} is not in the index" for name in found.keys() - weight_map]
   if wrong:

@@ -105,8 +105,10 @@ def _check_entry(path: Path, name: str, entry) -> tuple[Tensor, tuple[int, int]]
     raise ReadError(f"{where} has dtype {entry['dtype']!r}; read are {', '.join(_DTYPES)}")
   shape, offsets = entry["shape"], entry["data_offsets"]
   if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-    raise ReadError(f"{where} has shape {shape!r} and data_offsets {offsets!r}; these must be "
-                    "lists of whole numbers, none negative, and two offsets")
+    raise ReadError(
+      f"{where} has shape {shape!r} and data_offsets {offsets!r}; these must be "
+      "lists of whole numbers, none negative, and two offsets"
+    )
   shape = check_shape(where, shape, dtype)
   begin, end = offsets
   if end - begin != math.prod(shape) * dtype.itemsize:

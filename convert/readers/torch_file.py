@@ -22,8 +22,9 @@ KNOWN_PARTS = ("state_dict", "model_state_dict", "model", "module", "generator",
 _NOT_WEIGHTS = ("optimizer", "optimizer_state_dict", "optim", "scheduler", "lr_scheduler", "scaler")
 # Magic number, protocol, machine, content, keys of the storages.
 _PICKLES_IN_OLD_FILE = 5
-_SAVE_AGAIN = ("load it where it was made and save its state dict alone: "
-               "torch.save(model.state_dict(), ...)")
+_SAVE_AGAIN = (
+  "load it where it was made and save its state dict alone: torch.save(model.state_dict(), ...)"
+)
 _ZIP_START = b"PK\x03\x04"
 _RENEW_AFTER_BYTES = 256 << 20
 _DTYPES = {
@@ -106,8 +107,10 @@ class TorchFile:
   def _check_storages(self):
     """A storage longer than its record would be filled with bytes of the next ones."""
     storages = [
-      leaf.untyped_storage() for _, leaf in _leaves(self._content)
-      if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
+      leaf.untyped_storage()
+      for _, leaf in _leaves(self._content)
+      if isinstance(leaf, torch.Tensor)
+      and leaf.layout == torch.strided
       and leaf.device.type == "cpu"
     ]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
@@ -144,8 +147,10 @@ def describe(path: Path, name: str, tensor: torch.Tensor) -> Tensor:
   """What the file says about a tensor, once it is known to be a plain one."""
   where = f"{path}: tensor {name!r}"
   if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-    raise ReadError(f"{where} is {tensor.layout}, {tensor.dtype}, on {tensor.device}; only plain "
-                    "dense tensors are read")
+    raise ReadError(
+      f"{where} is {tensor.layout}, {tensor.dtype}, on {tensor.device}; only plain "
+      "dense tensors are read"
+    )
   if tensor.dtype not in _DTYPES:
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
     raise ReadError(f"{where} has dtype {tensor.dtype}; read are {allowed}")
@@ -230,8 +235,13 @@ def _find_part(path: Path, content, part: str | None) -> tuple[str, ...]:
     children = _children(content)
     if any(isinstance(child, torch.Tensor) for child in children.values()):
       break
-    holding = [key for key, child in children.items() if isinstance(child, dict) and any(
-      isinstance(leaf, torch.Tensor) for _, leaf in _leaves(child)) and key not in _NOT_WEIGHTS]
+    holding = [
+      key
+      for key, child in children.items()
+      if isinstance(child, dict)
+      and any(isinstance(leaf, torch.Tensor) for _, leaf in _leaves(child))
+      and key not in _NOT_WEIGHTS
+    ]
     known = [key for key in holding if key in KNOWN_PARTS]
     choices = known or holding
     if len(choices) > 1:

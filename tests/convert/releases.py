@@ -64,11 +64,17 @@ def release(folder: Path, *, task="asr", tuned_encoder=False, dtype=torch.float3
   if tuned_encoder:
     heard = encoder(seed=1)
     trained |= {
-      f"encoder.model.{name}": t for name, t in heard.state_dict().items()
+      f"encoder.model.{name}": t
+      for name, t in heard.state_dict().items()
       if re.match(r"encoders\.0\.|after_norm", name)
     }
-    state.update({k.removeprefix("encoder.model."): t for k, t in trained.items()
-                  if k.startswith("encoder.model.")})
+    state.update(
+      {
+        k.removeprefix("encoder.model."): t
+        for k, t in trained.items()
+        if k.startswith("encoder.model.")
+      }
+    )
     heard.load_state_dict({k: t for k, t in state.items() if not k.startswith("decoder.")})
   torch.save(trained, folder / task / "adapter_project.pt")
   return {"encoder": heard, "adapter": joined, "llm": module}

@@ -117,8 +117,9 @@ def test_an_adapter_alone_keeps_the_lora_of_the_base(released, tmp_path):
   source, base, modules = released
   modules = {**modules, "adapter": adapter(40, seed=5)}
   params = {n: t for n, t in trained(modules).items() if "llm." not in n}
-  import_checkpoint("deepspeed", write(tmp_path / "ds", params), tmp_path / "ours",
-                    Options(base=base))
+  import_checkpoint(
+    "deepspeed", write(tmp_path / "ds", params), tmp_path / "ours", Options(base=base)
+  )
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
 
 
@@ -159,8 +160,11 @@ def test_everything_that_does_not_fit_is_named(released, tmp_path):
   source, base, modules = released
   params = trained(tuned(modules))
   del params["llm.base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"]
-  params |= {"visual.proj.weight": torch.zeros(2, 2), "encoder.model.encoders.7.norm1.bias":
-             torch.zeros(32), "encoder_projector.linear3.bias": torch.zeros(2)}
+  params |= {
+    "visual.proj.weight": torch.zeros(2, 2),
+    "encoder.model.encoders.7.norm1.bias": torch.zeros(32),
+    "encoder_projector.linear3.bias": torch.zeros(2),
+  }
   options = Options(base=base, lora_config=source / "asr" / "lora_weights")
   with pytest.raises(ConversionError) as caught:
     import_checkpoint("deepspeed", write(tmp_path / "ds", params), tmp_path / "out", options)
@@ -174,10 +178,13 @@ def test_everything_that_does_not_fit_is_named(released, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change, message", [
-  (dict(merge_lora=True), "import the base without --merge-lora"),
-  (dict(), "has a LoRA on decoder/layers_0/attention/k/lora_a .*--no-lora"),
-])
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(merge_lora=True), "import the base without --merge-lora"),
+    (dict(), "has a LoRA on decoder/layers_0/attention/k/lora_a .*--no-lora"),
+  ],
+)
 def test_the_wrong_base_is_refused(released, tmp_path, change, message):
   source, _, modules = released
   import_checkpoint("mooer", source, tmp_path / "base", Options(task="asr", **change))

@@ -56,9 +56,7 @@ def assert_same_tensors(a, b):
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard", ["10GB", "30KB"])
-def test_logits_are_those_of_transformers_and_the_export_is_the_source(
-  tmp_path, kind, tied, shard
-):
+def test_logits_are_those_of_transformers_and_the_export_is_the_source(tmp_path, kind, tied, shard):
   module, source = saved_llm(tmp_path / "hf", kind, tie_word_embeddings=tied, shard=shard)
   assert (source / "model.safetensors").exists() == (shard == "10GB")
   report = import_checkpoint(kind, source, tmp_path / "ours")

@@ -77,7 +77,10 @@ def test_a_lora_without_its_base_comes_back(base, tmp_path):
   import_checkpoint("peft", folder, tmp_path / "alone")
   about = checkpoint.describe(tmp_path / "alone")
   assert about.config["lora"] == {
-    "rank": 3, "alpha": 7.0, "dropout": 0.0, "targets": ["q", "v", "down"],
+    "rank": 3,
+    "alpha": 7.0,
+    "dropout": 0.0,
+    "targets": ["q", "v", "down"],
   }
   export_checkpoint("peft", tmp_path / "alone", tmp_path / "back")
   assert_same_tensors(folder, tmp_path / "back")

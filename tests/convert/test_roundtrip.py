@@ -28,9 +28,7 @@ TABLES = {
   "lora": (lora.table("default"), lora.shapes(LLM)),
   "encoder": (encoder.table("encoder."), encoder.shapes(SANM)),
 }
-TABLES["llm"] = (
-  TABLES["llm"][0], {p: s for p, s in TABLES["llm"][1].items() if "lora" not in p}
-)
+TABLES["llm"] = (TABLES["llm"][0], {p: s for p, s in TABLES["llm"][1].items() if "lora" not in p})
 
 
 @st.composite

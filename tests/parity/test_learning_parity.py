@@ -119,6 +119,8 @@ def test_ten_adam_updates_equal_torch_and_peft(zero_b):
     adam.step()
   after, _ = theirs.params()
   assert_close(trainable, after, f"parameters after {STEPS} updates")
-  moved = [tree.unflatten({k: v - start[k] for k, v in tree.flatten(x).items()})
-           for x in (trainable, after)]
+  moved = [
+    tree.unflatten({k: v - start[k] for k, v in tree.flatten(x).items()})
+    for x in (trainable, after)
+  ]
   assert_close(*moved, f"the sum of {STEPS} updates")

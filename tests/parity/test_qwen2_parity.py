@@ -49,9 +49,7 @@ def run_both(theirs, params, config, *, scan=False, lora_scale=None):
   @jax.jit
   def ours(params):
     embedded_BSD = model.apply({"params": params}, tokens_BS, method=LLM.embed_tokens)
-    hidden_BSD, _ = model.apply(
-      {"params": params}, embedded_BSD, valid_BS, lora_scale=lora_scale
-    )
+    hidden_BSD, _ = model.apply({"params": params}, embedded_BSD, valid_BS, lora_scale=lora_scale)
     return hidden_BSD, model.apply({"params": params}, hidden_BSD, method=LLM.logits)
 
   params = jax.tree.map(jnp.asarray, params)
@@ -84,9 +82,7 @@ def test_equals_transformers_at_real_widths(name, tied, scan):
   assert max(errors) <= TOLERANCE * LAYERS**0.5
 
 
-@pytest.mark.parametrize(
-  "targets, scan", [(LLMConfig().lora_targets, True), (("q", "v"), False)]
-)
+@pytest.mark.parametrize("targets, scan", [(LLMConfig().lora_targets, True), (("q", "v"), False)])
 def test_lora_equals_peft(targets, scan):
   config = small("qwen2_0.5b", lora_rank=64, lora_targets=targets)
   plain = torch_models.qwen2(config)

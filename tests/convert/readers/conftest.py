@@ -66,7 +66,10 @@ def same_bits():
     for name, expected in arrays.items():
       found, described = source.read(name), source.tensors[name]
       assert (described.name, described.shape, described.dtype) == (
-        name, expected.shape, expected.dtype)
+        name,
+        expected.shape,
+        expected.dtype,
+      )
       assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
       assert found.tobytes() == expected.tobytes(), name
       assert found.flags.owndata or found.base is not None
@@ -81,7 +84,8 @@ def to_torch():
   def convert(arrays):
     return {
       name: torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-      if array.dtype == ml_dtypes.bfloat16 else torch.from_numpy(np.array(array))
+      if array.dtype == ml_dtypes.bfloat16
+      else torch.from_numpy(np.array(array))
       for name, array in arrays.items()
     }
 

@@ -18,8 +18,14 @@ RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 
 def _model(seed=0):
   generator = torch.Generator().manual_seed(seed)
-  sizes = {"embed.weight": (7, 5), "norm.weight": (5,), "norm.bias": (5,), "proj.weight": (3, 5),
-           "big.weight": (11, 13), "scale": (1,)}
+  sizes = {
+    "embed.weight": (7, 5),
+    "norm.weight": (5,),
+    "norm.bias": (5,),
+    "proj.weight": (3, 5),
+    "big.weight": (11, 13),
+    "scale": (1,),
+  }
   return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
 
 
@@ -62,8 +68,12 @@ def test_a_second_name_reads_the_same_weight_and_other_entries_are_listed(tmp_pa
 def deepspeed_classes(monkeypatch):
   """Classes under DeepSpeed's names, as a training program has them; gone while files are read."""
   made = {}
-  for path in ("runtime.fp16.loss_scaler.LossScaler", "utils.tensor_fragment.fragment_address",
-               "runtime.zero.config.ZeroStageEnum", "runtime.config.DeepSpeedConfig"):
+  for path in (
+    "runtime.fp16.loss_scaler.LossScaler",
+    "utils.tensor_fragment.fragment_address",
+    "runtime.zero.config.ZeroStageEnum",
+    "runtime.config.DeepSpeedConfig",
+  ):
     module, name = f"deepspeed.{path}".rsplit(".", 1)
     bases = (int,) if name == "ZeroStageEnum" else ()
     body = {"__module__": module, "__qualname__": name}
@@ -86,8 +96,10 @@ def test_objects_of_deepspeed_do_not_need_it(tmp_path, deepspeed_classes, monkey
   scaler.cur_scale = 65536.0
   fragment = deepspeed_classes["fragment_address"]()
   fragment.numel, fragment.start = 4, 0
-  extra = {"stage": deepspeed_classes["ZeroStageEnum"](stage),
-           "optimizer": {"loss_scaler": scaler, "param_slice_mappings": [{"a": fragment}]}}
+  extra = {
+    "stage": deepspeed_classes["ZeroStageEnum"](stage),
+    "optimizer": {"loss_scaler": scaler, "param_slice_mappings": [{"a": fragment}]},
+  }
   params = _model()
   write_zero(tmp_path, stage, 2, params, extra=extra)
   for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
@@ -101,8 +113,11 @@ def test_objects_of_deepspeed_do_not_need_it(tmp_path, deepspeed_classes, monkey
 def test_other_classes_are_named_with_the_remedy(tmp_path, deepspeed_classes):
   extra = {"model": {"ds_config": deepspeed_classes["DeepSpeedConfig"]()}}
   write_zero(tmp_path, 2, 2, _model(), extra=extra)
-  with pytest.raises(ReadError, match=r"model_states\.pt: needs deepspeed.runtime.config"
-                                      r"\.DeepSpeedConfig to be .*zero_to_fp32\.py"):
+  with pytest.raises(
+    ReadError,
+    match=r"model_states\.pt: needs deepspeed.runtime.config"
+    r"\.DeepSpeedConfig to be .*zero_to_fp32\.py",
+  ):
     open_source(tmp_path)
 
 
@@ -145,17 +160,23 @@ def _rename(old, new):
 RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
-@pytest.mark.parametrize("spoil, message", [
-  (_remove(RANK_1), "rank 1 is missing"),
-  (_remove("zero_pp_rank_2_mp_rank_00_optim_states.pt"), "2 files of ranks, which were saved by 3"),
-  (_remove("zero_pp_rank_0_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
-  (_remove("zero_pp_rank_2_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
-  (_rename(RANK_1, "zero_pp_rank_1_mp_rank_01_optim_states.pt"), "tensor and expert parallelism"),
-  (_rename(RANK_1, "expp_rank_1_mp_rank_00_optim_states.pt"), "tensor and expert parallelism"),
-  (_latest("../../elsewhere"), "latest: names '../../elsewhere', which is no folder beside it"),
-  (_latest(""), "no folder beside it"),
-  (_latest("global_step30"), "names 'global_step30', which is no ZeRO checkpoint"),
-])
+@pytest.mark.parametrize(
+  "spoil, message",
+  [
+    (_remove(RANK_1), "rank 1 is missing"),
+    (
+      _remove("zero_pp_rank_2_mp_rank_00_optim_states.pt"),
+      "2 files of ranks, which were saved by 3",
+    ),
+    (_remove("zero_pp_rank_0_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
+    (_remove("zero_pp_rank_2_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
+    (_rename(RANK_1, "zero_pp_rank_1_mp_rank_01_optim_states.pt"), "tensor and expert parallelism"),
+    (_rename(RANK_1, "expp_rank_1_mp_rank_00_optim_states.pt"), "tensor and expert parallelism"),
+    (_latest("../../elsewhere"), "latest: names '../../elsewhere', which is no folder beside it"),
+    (_latest(""), "no folder beside it"),
+    (_latest("global_step30"), "names 'global_step30', which is no ZeRO checkpoint"),
+  ],
+)
 def test_folders_that_are_not_whole(tmp_path, spoil, message):
   spoil(write_zero(tmp_path, 3, 3, _model()))
   with pytest.raises(ReadError, match=message):
@@ -166,26 +187,44 @@ SHAPES = [{n: p.shape for n, p in group.items()} for group in groups_of(_model()
 
 
 @STAGES
-@pytest.mark.parametrize("extra, message", [
-  ({"model": {"param_shapes": [{**SHAPES[0], "more": torch.Size([500])}, SHAPES[1]]}},
-   "tell of .* hold"),
-  ({"model": {"param_shapes": [{"embed.weight": torch.Size([7, 5])}, SHAPES[1]]}},
-   "tell of .* hold"),
-  ({"model": {"param_shapes": [{**SHAPES[0], "more": (-3, 5)}, SHAPES[1]]}}, "'more' .*shape"),
-  ({"model": {"param_shapes": [{**SHAPES[0], "more": "x"}, SHAPES[1]]}},
-   "'more' has the shape 'x'"),
-  ({"model": {"param_shapes": None}}, "no param_shapes"),
-  ({"model": {"module": None}}, "no dict 'module'"),
-  ({"model": {"buffer_names": 3}}, "not laid out as DeepSpeed does"),
-  ({"model": {"frozen_param_shapes": {"f": torch.Size([3])}}}, "frozen_param_fragments|'f'"),
-  ({"model": {"frozen_param_shapes": {"f": torch.Size([9])},
-              "frozen_param_fragments": {"f": torch.ones(2)}}}, "'f' of shape .9. has"),
-  ({"stage": 4}, "ZeRO stage 4"),
-  ({"stage": "x"}, "ZeRO stage 'x'"),
-  ({"optimizer": {"partition_count": 7}}, "saved by 7"),
-  ({"optimizer": {"single_partition_of_fp32_groups": 3, "fp32_flat_groups": [torch.ones(2, 2)]}},
-   "not a list of flat float32"),
-])
+@pytest.mark.parametrize(
+  "extra, message",
+  [
+    (
+      {"model": {"param_shapes": [{**SHAPES[0], "more": torch.Size([500])}, SHAPES[1]]}},
+      "tell of .* hold",
+    ),
+    (
+      {"model": {"param_shapes": [{"embed.weight": torch.Size([7, 5])}, SHAPES[1]]}},
+      "tell of .* hold",
+    ),
+    ({"model": {"param_shapes": [{**SHAPES[0], "more": (-3, 5)}, SHAPES[1]]}}, "'more' .*shape"),
+    (
+      {"model": {"param_shapes": [{**SHAPES[0], "more": "x"}, SHAPES[1]]}},
+      "'more' has the shape 'x'",
+    ),
+    ({"model": {"param_shapes": None}}, "no param_shapes"),
+    ({"model": {"module": None}}, "no dict 'module'"),
+    ({"model": {"buffer_names": 3}}, "not laid out as DeepSpeed does"),
+    ({"model": {"frozen_param_shapes": {"f": torch.Size([3])}}}, "frozen_param_fragments|'f'"),
+    (
+      {
+        "model": {
+          "frozen_param_shapes": {"f": torch.Size([9])},
+          "frozen_param_fragments": {"f": torch.ones(2)},
+        }
+      },
+      "'f' of shape .9. has",
+    ),
+    ({"stage": 4}, "ZeRO stage 4"),
+    ({"stage": "x"}, "ZeRO stage 'x'"),
+    ({"optimizer": {"partition_count": 7}}, "saved by 7"),
+    (
+      {"optimizer": {"single_partition_of_fp32_groups": 3, "fp32_flat_groups": [torch.ones(2, 2)]}},
+      "not a list of flat float32",
+    ),
+  ],
+)
 def test_files_that_contradict_each_other(tmp_path, stage, extra, message):
   write_zero(tmp_path, stage, 2, _model(), extra=extra)
   with pytest.raises(ReadError, match=message):

@@ -12,15 +12,34 @@ import torch
 
 from convert.readers import ReadError, gguf_config, open_source
 
-SIZES = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-             rope_theta=50000.0, rms_norm_eps=1e-5, attn_implementation="eager")
-NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-         "post_attention_layernorm": "ffn_norm"}
-OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight":
-         "output_norm.weight", "lm_head.weight": "output.weight"}
+SIZES = dict(
+  vocab_size=64,
+  hidden_size=64,
+  intermediate_size=96,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=128,
+  rope_theta=50000.0,
+  rms_norm_eps=1e-5,
+  attn_implementation="eager",
+)
+NAMES = {
+  "self_attn.q_proj": "attn_q",
+  "self_attn.k_proj": "attn_k",
+  "self_attn.v_proj": "attn_v",
+  "self_attn.o_proj": "attn_output",
+  "mlp.gate_proj": "ffn_gate",
+  "mlp.up_proj": "ffn_up",
+  "mlp.down_proj": "ffn_down",
+  "input_layernorm": "attn_norm",
+  "post_attention_layernorm": "ffn_norm",
+}
+OUTER = {
+  "model.embed_tokens.weight": "token_embd.weight",
+  "model.norm.weight": "output_norm.weight",
+  "lm_head.weight": "output.weight",
+}
 
 
 def _gguf_name(name):
@@ -83,14 +102,23 @@ def _write(path, arch, state, *, kind_of=lambda name: gguf.GGMLQuantizationType.
   return path
 
 
-@pytest.mark.parametrize("arch, changes", [
-  ("llama", {}), ("llama", {"attention_bias": True}), ("llama", {"tie_word_embeddings": True}),
-  ("qwen2", {}), ("qwen2", {"tie_word_embeddings": True}),
-])
+@pytest.mark.parametrize(
+  "arch, changes",
+  [
+    ("llama", {}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+  ],
+)
 def test_the_model_comes_back_bit_for_bit(tmp_path, arch, changes):
   model = _model(arch, **changes)
-  state = {n: v for n, v in model.state_dict().items()
-           if not (changes.get("tie_word_embeddings") and n == "lm_head.weight")}
+  state = {
+    n: v
+    for n, v in model.state_dict().items()
+    if not (changes.get("tie_word_embeddings") and n == "lm_head.weight")
+  }
   if changes.get("attention_bias"):  # llama.cpp knows no bias on o
     state = {n: v for n, v in state.items() if "o_proj.bias" not in n}
   path = _write(tmp_path / "a.gguf", arch, state)
@@ -130,13 +158,14 @@ def test_values_are_those_that_transformers_reads(tmp_path, arch, kind):
   kind_of = {".down_proj.weight": "F32"}  # 96 columns do fit, but keep a mix of types
 
   def choose(name):
-    return gguf.GGMLQuantizationType[kind_of.get(name[name.find(".down_"):], kind)]
+    return gguf.GGMLQuantizationType[kind_of.get(name[name.find(".down_") :], kind)]
 
   state = _model(arch).state_dict()
   _write(tmp_path / "a.gguf", arch, state, kind_of=choose)
   source = open_source(tmp_path / "a.gguf")
   reference = AutoModelForCausalLM.from_pretrained(
-    tmp_path, gguf_file="a.gguf", dtype=torch.float32).state_dict()
+    tmp_path, gguf_file="a.gguf", dtype=torch.float32
+  ).state_dict()
   plain = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind)
   assert source.exact is (plain is not None)
   assert bool(source.notes) is not source.exact
@@ -169,8 +198,16 @@ def test_further_types_are_expanded_by_gguf_itself(tmp_path, kind):
 
 
 def _settings(writer, **changes):
-  values = dict(context_length=128, embedding_length=64, block_count=2, feed_forward_length=96,
-                head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, **changes)
+  values = dict(
+    context_length=128,
+    embedding_length=64,
+    block_count=2,
+    feed_forward_length=96,
+    head_count=4,
+    head_count_kv=2,
+    layer_norm_rms_eps=1e-5,
+    **changes,
+  )
   for name, value in values.items():
     if value is not None:
       getattr(writer, f"add_{name}")(value)
@@ -195,21 +232,29 @@ def _small(path, *, arch="llama", tensors=None, spoil=None):
   return path
 
 
-@pytest.mark.parametrize("arguments, message", [
-  (dict(arch="mamba"), "architecture 'mamba'; read are llama, qwen2"),
-  (dict(tensors={"blk.0.ffn_gate_inp.weight": np.ones((2, 2), np.float32)}),
-   "'blk.0.ffn_gate_inp.weight' belongs to no"),
-  (dict(tensors={"blk.0.attn_q.weight": np.ones((12, 64), np.float32)}), "into 4 heads"),
-  (dict(tensors={"output_norm.weight": np.ones(64, np.float64)}), "has the type F64"),
-  (dict(tensors={"rope_freqs.weight": np.ones(8, np.float32)}), "not supported: rope_freqs.weight"),
-  (dict(spoil=lambda w: w.add_expert_count(8)), "not supported: llama.expert_count"),
-  (dict(spoil=lambda w: w.add_sliding_window(512)), "llama.attention.sliding_window"),
-  (dict(spoil=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)), "scaling.type"),
-  (dict(spoil=lambda w: w.add_rope_dimension_count(8)), "rope.dimension_count is 8"),
-  (dict(spoil=lambda w: w.add_string("llama.rope.freq_base", "x")), "freq_base' is a str"),
-  (dict(spoil=lambda w: w.add_uint16("split.count", 3)), "one of 3 parts"),
-  (dict(spoil=lambda w: w.add_uint32("general.alignment", 24)), "alignment is 24"),
-])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (dict(arch="mamba"), "architecture 'mamba'; read are llama, qwen2"),
+    (
+      dict(tensors={"blk.0.ffn_gate_inp.weight": np.ones((2, 2), np.float32)}),
+      "'blk.0.ffn_gate_inp.weight' belongs to no",
+    ),
+    (dict(tensors={"blk.0.attn_q.weight": np.ones((12, 64), np.float32)}), "into 4 heads"),
+    (dict(tensors={"output_norm.weight": np.ones(64, np.float64)}), "has the type F64"),
+    (
+      dict(tensors={"rope_freqs.weight": np.ones(8, np.float32)}),
+      "not supported: rope_freqs.weight",
+    ),
+    (dict(spoil=lambda w: w.add_expert_count(8)), "not supported: llama.expert_count"),
+    (dict(spoil=lambda w: w.add_sliding_window(512)), "llama.attention.sliding_window"),
+    (dict(spoil=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)), "scaling.type"),
+    (dict(spoil=lambda w: w.add_rope_dimension_count(8)), "rope.dimension_count is 8"),
+    (dict(spoil=lambda w: w.add_string("llama.rope.freq_base", "x")), "freq_base' is a str"),
+    (dict(spoil=lambda w: w.add_uint16("split.count", 3)), "one of 3 parts"),
+    (dict(spoil=lambda w: w.add_uint32("general.alignment", 24)), "alignment is 24"),
+  ],
+)
 def test_what_is_not_supported_is_named(tmp_path, arguments, message):
   with pytest.raises(ReadError, match=rf"a\.gguf: .*{message}"):
     open_source(_small(tmp_path / "a.gguf", **arguments))
@@ -248,7 +293,9 @@ def test_a_count_that_lies_ends_at_the_end_of_the_file(tmp_path):
     head + struct.pack("<QQQ", 0, 1, 1 << 62) + b"k",
     head + struct.pack("<QQ", 0, 1) + entry + struct.pack("<IIQ", 9, 6, 1 << 61),
     head + struct.pack("<QQ", 0, 1) + entry + struct.pack("<IIQ", 9, 8, 1 << 61) + b"\0" * 64,
-    head, b"GGUF", b"G",
+    head,
+    b"GGUF",
+    b"G",
   ):
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(ReadError, match=r"a\.gguf: "):
@@ -268,16 +315,21 @@ def test_data_that_end_early_or_overlap(tmp_path):
   # Name, number of dimensions, one dimension, type, then the offset.
   at = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4
   assert struct.unpack_from("<Q", whole, at) == (8 * 64 * 4,)
-  for offset, message in [(32, "overlaps"), (33, "multiple of the alignment 32"),
-                          (1 << 62, "should end at byte")]:
+  for offset, message in [
+    (32, "overlaps"),
+    (33, "multiple of the alignment 32"),
+    (1 << 62, "should end at byte"),
+  ]:
     (tmp_path / "a.gguf").write_bytes(whole[:at] + struct.pack("<Q", offset) + whole[at + 8 :])
     with pytest.raises(ReadError, match=f"'output_norm.weight' .*{message}"):
       open_source(tmp_path / "a.gguf")
 
 
 def test_damaged_bytes_never_raise_anything_else(tmp_path):
-  tensors = {"output_norm.weight": np.ones(64, np.float32),
-             "blk.0.attn_q.weight": np.ones((64, 64), np.float16)}
+  tensors = {
+    "output_norm.weight": np.ones(64, np.float32),
+    "blk.0.attn_q.weight": np.ones((64, 64), np.float16),
+  }
   whole = _small(tmp_path / "whole.gguf", tensors=tensors).read_bytes()
   header = whole.index(b"output_norm.weight") + 40
   rng, refused = random.Random(11), 0
@@ -287,7 +339,7 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path):
       for _ in range(rng.randint(1, 3)):
         damaged[rng.randrange(header)] = rng.randrange(256)
     else:
-      del damaged[rng.randrange(len(damaged)):]
+      del damaged[rng.randrange(len(damaged)) :]
     path = tmp_path / "bad.gguf"
     path.write_bytes(damaged)
     try:

@@ -12,8 +12,10 @@ from convert.readers import ReadError, open_source
 def _write_sharded(folder, tensors, write_safetensors, *, change=None):
   """Two shards and their index; `change(weight_map)` may spoil it."""
   names = list(tensors)
-  shards = {"model-00001-of-00002.safetensors": names[:3],
-            "model-00002-of-00002.safetensors": names[3:]}
+  shards = {
+    "model-00001-of-00002.safetensors": names[:3],
+    "model-00002-of-00002.safetensors": names[3:],
+  }
   weight_map = {}
   for shard, held in shards.items():
     write_safetensors(folder / shard, {name: tensors[name] for name in held})
@@ -47,8 +49,15 @@ def test_shards_of_torch(tmp_path, tensors, to_torch, same_bits):
 def test_shards_that_transformers_writes(tmp_path):
   from transformers import Qwen2Config, Qwen2ForCausalLM
 
-  config = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+  config = Qwen2Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+  )
   model = Qwen2ForCausalLM(config).to(torch.bfloat16)
   model.save_pretrained(tmp_path, max_shard_size="12KB")
   source = open_source(tmp_path)
@@ -56,36 +65,59 @@ def test_shards_that_transformers_writes(tmp_path):
   state = model.state_dict()
   assert set(source.tensors) == set(state)
   for name, value in state.items():
-    np.testing.assert_array_equal(
-      source.read(name).view(np.int16), value.view(torch.int16).numpy())
+    np.testing.assert_array_equal(source.read(name).view(np.int16), value.view(torch.int16).numpy())
 
 
-@pytest.mark.parametrize("change, message", [
-  (lambda m: {**m, "lm_head.weight": "model-00003-of-00003.safetensors"},
-   "1 of 3 shards are missing: model-00003-of-00003.safetensors"),
-  (lambda m: {**m, "lm_head.weight": "model-00001-of-00002.safetensors"},
-   "'lm_head.weight' should be in model-00001"),
-  (lambda m: {**m, "mask": "model-00001-of-00002.safetensors"}, "'mask' should be in model-00001"),
-  (lambda m: {n: s for n, s in m.items() if n != "mask"}, "'mask' of .* is not in the index"),
-  (lambda m: {**m, "mask": "../../x.safetensors"}, "'mask' is said to be in '../../x.safetensors'"),
-  (lambda m: {**m, "mask": "/etc/x.safetensors"}, "beside the index"),
-  (lambda m: {**m, "mask": "sub/x.safetensors"}, "beside the index"),
-  (lambda m: {**m, "mask": "..\\x.safetensors"}, "beside the index"),
-  (lambda m: {**m, "mask": "..", }, "beside the index"),
-  (lambda m: {**m, "mask": "passwd"}, "beside the index"),
-  (lambda m: {**m, "mask": 3}, "beside the index"),
-  (lambda m: {}, "no weight_map"),
-  (lambda m: list(m), "no weight_map"),
-])
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      lambda m: {**m, "lm_head.weight": "model-00003-of-00003.safetensors"},
+      "1 of 3 shards are missing: model-00003-of-00003.safetensors",
+    ),
+    (
+      lambda m: {**m, "lm_head.weight": "model-00001-of-00002.safetensors"},
+      "'lm_head.weight' should be in model-00001",
+    ),
+    (
+      lambda m: {**m, "mask": "model-00001-of-00002.safetensors"},
+      "'mask' should be in model-00001",
+    ),
+    (lambda m: {n: s for n, s in m.items() if n != "mask"}, "'mask' of .* is not in the index"),
+    (
+      lambda m: {**m, "mask": "../../x.safetensors"},
+      "'mask' is said to be in '../../x.safetensors'",
+    ),
+    (lambda m: {**m, "mask": "/etc/x.safetensors"}, "beside the index"),
+    (lambda m: {**m, "mask": "sub/x.safetensors"}, "beside the index"),
+    (lambda m: {**m, "mask": "..\\x.safetensors"}, "beside the index"),
+    (
+      lambda m: {
+        **m,
+        "mask": "..",
+      },
+      "beside the index",
+    ),
+    (lambda m: {**m, "mask": "passwd"}, "beside the index"),
+    (lambda m: {**m, "mask": 3}, "beside the index"),
+    (lambda m: {}, "no weight_map"),
+    (lambda m: list(m), "no weight_map"),
+  ],
+)
 def test_an_index_that_is_wrong(tmp_path, tensors, write_safetensors, change, message):
   _write_sharded(tmp_path, tensors, write_safetensors, change=change)
   with pytest.raises(ReadError, match=rf"index\.json: .*{message}"):
     open_source(tmp_path)
 
 
-@pytest.mark.parametrize("text, message", [
-  ("{", "not JSON"), ("[]", "object"), ('{"weight_map": {"a": "x", "a": "y"}}', "'a' .* twice"),
-])
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("{", "not JSON"),
+    ("[]", "object"),
+    ('{"weight_map": {"a": "x", "a": "y"}}', "'a' .* twice"),
+  ],
+)
 def test_an_index_that_is_no_index(tmp_path, text, message):
   (tmp_path / "model.safetensors.index.json").write_text(text)
   with pytest.raises(ReadError, match=message):
@@ -100,8 +132,9 @@ def test_a_tensor_in_two_shards(tmp_path, tensors, write_safetensors):
     open_source(tmp_path)
 
 
-def test_the_usual_file_is_taken_and_the_other_named(tmp_path, tensors, to_torch, same_bits,
-                                                     write_safetensors):
+def test_the_usual_file_is_taken_and_the_other_named(
+  tmp_path, tensors, to_torch, same_bits, write_safetensors
+):
   torch.save({"other": torch.ones(2)}, tmp_path / "pytorch_model.bin")
   torch.save({"lr": 1}, tmp_path / "training_args.bin")
   write_safetensors(tmp_path / "model.safetensors", tensors)

@@ -23,8 +23,10 @@ def test_reads_what_the_package_writes(tmp_path, tensors, to_torch, same_bits):
 
 
 def test_bits_that_no_number_has_are_kept(tmp_path, write_safetensors):
-  tensors = {"a": np.array([-0.0, 1e-45, 3.4e38], np.float32),
-             "b": np.array([0x8000, 0x0001, 0x7F7F], np.uint16).view(ml_dtypes.bfloat16)}
+  tensors = {
+    "a": np.array([-0.0, 1e-45, 3.4e38], np.float32),
+    "b": np.array([0x8000, 0x0001, 0x7F7F], np.uint16).view(ml_dtypes.bfloat16),
+  }
   source = open_source(write_safetensors(tmp_path / "a.safetensors", tensors))
   for name, array in tensors.items():
     assert source.read(name).tobytes() == array.tobytes()
@@ -67,47 +69,57 @@ def _change(name, key, value):
   def header(entries):
     entries[name][key] = value(entries[name][key]) if callable(value) else value
     return entries
+
   return header
 
 
-@pytest.mark.parametrize("header, message", [
-  (_change("proj.weight", "shape", [4, 4]), "'proj.weight' of shape.*takes 32 bytes.*span 24"),
-  (_change("proj.weight", "shape", [4, -3]), "'proj.weight'.*none negative"),
-  (_change("proj.weight", "shape", [True, 12]), "'proj.weight'.*whole numbers"),
-  (_change("proj.weight", "shape", [4.0, 3]), "'proj.weight'.*whole numbers"),
-  (_change("none", "shape", [0, 1 << 61, 1 << 61]), "'none'.*impossible shape"),
-  (_change("none", "shape", [0] * 40), "'none'.*impossible shape"),
-  (_change("proj.weight", "dtype", "F32"), "'proj.weight'.*takes 48 bytes"),
-  (_change("proj.weight", "dtype", "F8_E4M3"), "'proj.weight' has dtype 'F8_E4M3'"),
-  (_change("proj.weight", "dtype", ["F16"]), "'proj.weight' has dtype"),
-  (_change("proj.weight", "data_offsets", lambda o: [o[0] - 2, o[1] - 2]), "overlaps"),
-  (_change("proj.weight", "data_offsets", lambda o: [o[0] + 8, o[1] + 8]), "leaves a gap"),
-  (_change("proj.weight", "data_offsets", [-24, 0]), "'proj.weight'.*none negative"),
-  (_change("proj.weight", "data_offsets", [1 << 70, (1 << 70) + 24]), "leaves a gap"),
-  (_change("proj.weight", "data_offsets", [0, 24, 24]), "two offsets"),
-  (lambda entries: {**entries, "proj.weight": None}, "'proj.weight' needs dtype"),
-  (lambda entries: {**entries, "__metadata__": {"a": 1}}, "__metadata__"),
-  (lambda entries: [entries], "must be a JSON object"),
-  (lambda entries: b'{"a": {"x": 1, "x": 2}}', "'x' stands in it twice"),
-  (lambda entries: json.dumps(entries)[:-1].encode() + b',"none":{}}', "'none' stands in it twice"),
-  (b"{]", "not JSON"),
-  (b"\xff\xfe{}", "not JSON"),
-  (b"[" * 50_000, "not JSON"),
-  (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
-])
+@pytest.mark.parametrize(
+  "header, message",
+  [
+    (_change("proj.weight", "shape", [4, 4]), "'proj.weight' of shape.*takes 32 bytes.*span 24"),
+    (_change("proj.weight", "shape", [4, -3]), "'proj.weight'.*none negative"),
+    (_change("proj.weight", "shape", [True, 12]), "'proj.weight'.*whole numbers"),
+    (_change("proj.weight", "shape", [4.0, 3]), "'proj.weight'.*whole numbers"),
+    (_change("none", "shape", [0, 1 << 61, 1 << 61]), "'none'.*impossible shape"),
+    (_change("none", "shape", [0] * 40), "'none'.*impossible shape"),
+    (_change("proj.weight", "dtype", "F32"), "'proj.weight'.*takes 48 bytes"),
+    (_change("proj.weight", "dtype", "F8_E4M3"), "'proj.weight' has dtype 'F8_E4M3'"),
+    (_change("proj.weight", "dtype", ["F16"]), "'proj.weight' has dtype"),
+    (_change("proj.weight", "data_offsets", lambda o: [o[0] - 2, o[1] - 2]), "overlaps"),
+    (_change("proj.weight", "data_offsets", lambda o: [o[0] + 8, o[1] + 8]), "leaves a gap"),
+    (_change("proj.weight", "data_offsets", [-24, 0]), "'proj.weight'.*none negative"),
+    (_change("proj.weight", "data_offsets", [1 << 70, (1 << 70) + 24]), "leaves a gap"),
+    (_change("proj.weight", "data_offsets", [0, 24, 24]), "two offsets"),
+    (lambda entries: {**entries, "proj.weight": None}, "'proj.weight' needs dtype"),
+    (lambda entries: {**entries, "__metadata__": {"a": 1}}, "__metadata__"),
+    (lambda entries: [entries], "must be a JSON object"),
+    (lambda entries: b'{"a": {"x": 1, "x": 2}}', "'x' stands in it twice"),
+    (
+      lambda entries: json.dumps(entries)[:-1].encode() + b',"none":{}}',
+      "'none' stands in it twice",
+    ),
+    (b"{]", "not JSON"),
+    (b"\xff\xfe{}", "not JSON"),
+    (b"[" * 50_000, "not JSON"),
+    (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
+  ],
+)
 def test_a_header_that_lies(tmp_path, tensors, write_safetensors, header, message):
   path = write_safetensors(tmp_path / "bad.safetensors", tensors, header=header)
   with pytest.raises(ReadError, match=rf"bad\.safetensors: .*{message}"):
     open_source(path)
 
 
-@pytest.mark.parametrize("content, message", [
-  (b"", "0 bytes"),
-  (b"\x02", "cut short"),
-  ((1 << 62).to_bytes(8, "little") + b"{}", "cut short"),
-  ((101_000_000).to_bytes(8, "little") + b"{}", "cut short"),
-  ((0).to_bytes(8, "little") + b"{}", "cut short"),
-])
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"", "0 bytes"),
+    (b"\x02", "cut short"),
+    ((1 << 62).to_bytes(8, "little") + b"{}", "cut short"),
+    ((101_000_000).to_bytes(8, "little") + b"{}", "cut short"),
+    ((0).to_bytes(8, "little") + b"{}", "cut short"),
+  ],
+)
 def test_a_length_that_lies(tmp_path, content, message):
   (tmp_path / "bad.safetensors").write_bytes(content)
   with pytest.raises(ReadError, match=message):
@@ -158,7 +170,7 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path, tensors, write_safete
       for _ in range(rng.randint(1, 3)):
         damaged[rng.randrange(header)] = rng.randrange(256)
     else:
-      del damaged[rng.randrange(len(damaged)):]
+      del damaged[rng.randrange(len(damaged)) :]
     path = tmp_path / "bad.safetensors"
     path.write_bytes(damaged)
     try:

@@ -16,11 +16,32 @@ from convert.readers import gguf_config, gguf_tokenizer, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-WORDS = ["", " ", "\n", "\t x", "Hello, world!", "  two  blanks  ", "it's o'clock", "你好，世界",
-         "今天天气很好", "e\u0301", "😀👩‍👩‍👧", "ไทย", "हिन्दी", "العربية", "<|im_end", PROMPT,
-         "DON'T don't I'LL", "def f(x):\n  return x ** y\n", "x_y__z!!...\n\n\n", "\x00\x1b"]
-TEXTS = WORDS + [f"{word} {letter * (i % 7 + 1)} {word}" for i, (word, letter) in enumerate(
-  zip(WORDS * 2, string.ascii_letters))]
+WORDS = [
+  "",
+  " ",
+  "\n",
+  "\t x",
+  "Hello, world!",
+  "  two  blanks  ",
+  "it's o'clock",
+  "你好，世界",
+  "今天天气很好",
+  "e\u0301",
+  "😀👩‍👩‍👧",
+  "ไทย",
+  "हिन्दी",
+  "العربية",
+  "<|im_end",
+  PROMPT,
+  "DON'T don't I'LL",
+  "def f(x):\n  return x ** y\n",
+  "x_y__z!!...\n\n\n",
+  "\x00\x1b",
+]
+TEXTS = WORDS + [
+  f"{word} {letter * (i % 7 + 1)} {word}"
+  for i, (word, letter) in enumerate(zip(WORDS * 2, string.ascii_letters))
+]
 DIGITS = ["12345", " 1999 o'clock", "  112  ", "３½²", "a1b22 c333\n\n4444"]
 
 
@@ -40,7 +61,8 @@ def reference(file):
   from transformers import AutoModelForCausalLM
 
   return AutoModelForCausalLM.from_pretrained(
-    file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    file.parent, gguf_file=file.name, dtype=torch.float32
+  ).eval()
 
 
 def test_every_tensor_has_the_values_that_transformers_reads(file, reference):
@@ -77,7 +99,8 @@ def test_a_model_made_of_what_is_read_answers_the_same(file, reference):
   source, (tokenizer, _) = open_source(file), gguf_tokenizer(file)
   model = LlamaForCausalLM(LlamaConfig(**gguf_config(file))).eval()
   missing, unexpected = model.load_state_dict(
-    {name: torch.from_numpy(source.read(name)) for name in source.tensors}, strict=False)
+    {name: torch.from_numpy(source.read(name)) for name in source.tensors}, strict=False
+  )
   assert set(missing) <= {"lm_head.weight"} and not unexpected
   model.tie_weights()
   ids = torch.tensor([tokenizer.encode(PROMPT).ids])

@@ -43,8 +43,14 @@ def test_reads_every_dtype_bit_for_bit(tmp_path, tensors, to_torch, same_bits, n
 
 def test_views_parameters_and_tied_storages_read_as_they_look(tmp_path):
   base = torch.arange(24.0).reshape(4, 6)
-  content = OrderedDict(t=base.t(), part=base[1:3, ::2], tied=base, again=base,
-                        p=torch.nn.Parameter(base.bfloat16()), wide=torch.ones(1).expand(5))
+  content = OrderedDict(
+    t=base.t(),
+    part=base[1:3, ::2],
+    tied=base,
+    again=base,
+    p=torch.nn.Parameter(base.bfloat16()),
+    wide=torch.ones(1).expand(5),
+  )
   source = open_source(_save(content, tmp_path / "a.pt"))
   for name, value in content.items():
     expected = value.detach()
@@ -57,7 +63,8 @@ def test_the_map_is_renewed_and_reads_the_same(tmp_path, tensors, to_torch, same
   loads = []
   load = torch_file.load_weights_only
   monkeypatch.setattr(
-    torch_file, "load_weights_only", lambda *a, **k: loads.append(1) or load(*a, **k))
+    torch_file, "load_weights_only", lambda *a, **k: loads.append(1) or load(*a, **k)
+  )
   same_bits(open_source(_save(to_torch(tensors), tmp_path / "a.pt")), tensors)
   assert len(loads) > 2
 
@@ -65,16 +72,23 @@ def test_the_map_is_renewed_and_reads_the_same(tmp_path, tensors, to_torch, same
 W = torch.ones(2)
 
 
-@pytest.mark.parametrize("content, part, names, ignored", [
-  ({"a": {"b": W}, "c": W}, "", ["a.b", "c"], []),
-  ({"state_dict": {"x": W}, "epoch": 3}, "state_dict", ["x"], ["epoch"]),
-  ({"model": {"x": W}, "optimizer": {"state": {0: {"m": W}}}}, "model", ["x"], ["optimizer"]),
-  ({"generator": {"x": W}}, "generator", ["x"], []),
-  ({"whatever": {"x": W, "n": 5}}, "whatever", ["x"], ["whatever.n (int)"]),
-  ({"model": {"state_dict": {"x": W}, "n": 1}, "ema": {"x": W}}, "model.state_dict", ["x"],
-   ["ema", "model.n"]),
-  ({"x": W, "lr": 0.1, 3: [W]}, "", ["x"], ["lr (float)", "3 (list)"]),
-])
+@pytest.mark.parametrize(
+  "content, part, names, ignored",
+  [
+    ({"a": {"b": W}, "c": W}, "", ["a.b", "c"], []),
+    ({"state_dict": {"x": W}, "epoch": 3}, "state_dict", ["x"], ["epoch"]),
+    ({"model": {"x": W}, "optimizer": {"state": {0: {"m": W}}}}, "model", ["x"], ["optimizer"]),
+    ({"generator": {"x": W}}, "generator", ["x"], []),
+    ({"whatever": {"x": W, "n": 5}}, "whatever", ["x"], ["whatever.n (int)"]),
+    (
+      {"model": {"state_dict": {"x": W}, "n": 1}, "ema": {"x": W}},
+      "model.state_dict",
+      ["x"],
+      ["ema", "model.n"],
+    ),
+    ({"x": W, "lr": 0.1, 3: [W]}, "", ["x"], ["lr (float)", "3 (list)"]),
+  ],
+)
 def test_the_part_with_weights_is_found_and_told(tmp_path, content, part, names, ignored):
   source = open_source(_save(content, tmp_path / "a.pt"))
   assert source.part == part and list(source.tensors) == names
@@ -95,19 +109,22 @@ def test_parts_that_compete_must_be_named(tmp_path):
     open_source(path, "ema")
 
 
-@pytest.mark.parametrize("content, message", [
-  ({}, "no tensors"),
-  ({"epoch": 3}, "no tensors.*'epoch' .int"),
-  (W, "Tensor, not a dict"),
-  ([W], "list, not a dict"),
-  ({"a.b": W, "a": {"b": W}}, "'a.b' is there twice"),
-  ({"w": W.to(torch.float8_e4m3fn)}, "'w' has dtype torch.float8_e4m3fn"),
-  ({"w": W.to(torch.complex64)}, "'w' has dtype torch.complex64"),
-  ({"w": torch.ones(3, 3).to_sparse()}, "'w' is torch.sparse_coo"),
-  ({"fc.weight": torch.ones(2, 2, dtype=torch.int8)}, "'fc.weight' is a weight of dtype int8"),
-  ({"w": torch.ones(1).expand(1 << 40)}, "'w' of shape .* is larger than the file"),
-  ({"w": torch.ones(2, device="meta")}, "'w' is .* on meta"),
-])
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ({}, "no tensors"),
+    ({"epoch": 3}, "no tensors.*'epoch' .int"),
+    (W, "Tensor, not a dict"),
+    ([W], "list, not a dict"),
+    ({"a.b": W, "a": {"b": W}}, "'a.b' is there twice"),
+    ({"w": W.to(torch.float8_e4m3fn)}, "'w' has dtype torch.float8_e4m3fn"),
+    ({"w": W.to(torch.complex64)}, "'w' has dtype torch.complex64"),
+    ({"w": torch.ones(3, 3).to_sparse()}, "'w' is torch.sparse_coo"),
+    ({"fc.weight": torch.ones(2, 2, dtype=torch.int8)}, "'fc.weight' is a weight of dtype int8"),
+    ({"w": torch.ones(1).expand(1 << 40)}, "'w' of shape .* is larger than the file"),
+    ({"w": torch.ones(2, device="meta")}, "'w' is .* on meta"),
+  ],
+)
 def test_what_is_no_plain_dict_of_weights(tmp_path, content, message):
   with pytest.raises(ReadError, match=f"a[.]pt: .*{message}"):
     open_source(_save(content, tmp_path / "a.pt"))
@@ -210,7 +227,7 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path, tensors, to_torch, ne
       for _ in range(rng.randint(1, 4)):
         damaged[rng.randrange(len(whole))] = rng.randrange(256)
     else:
-      del damaged[rng.randrange(len(damaged)):]
+      del damaged[rng.randrange(len(damaged)) :]
     path = tmp_path / "bad.pt"
     path.write_bytes(damaged)
     try:

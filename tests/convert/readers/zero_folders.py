@@ -29,11 +29,16 @@ def _slices(stage, groups, ranks, rank):
 def _optimizer_state(stage, groups, ranks, rank, extra):
   key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
   flat = _slices(stage, groups, ranks, rank)
-  return {"optimizer_state_dict": {
-    "zero_stage": extra.get("stage", stage), key: flat,
-    "partition_count": ranks if stage == 3 else [ranks] * len(groups),
-    "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros_like(flat[0])}}},
-    **extra.get("optimizer", {})}, "ds_version": "0.14.2"}
+  return {
+    "optimizer_state_dict": {
+      "zero_stage": extra.get("stage", stage),
+      key: flat,
+      "partition_count": ranks if stage == 3 else [ranks] * len(groups),
+      "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros_like(flat[0])}}},
+      **extra.get("optimizer", {}),
+    },
+    "ds_version": "0.14.2",
+  }
 
 
 def write_zero(folder, stage, ranks, params, *, frozen=None, extra=None, buffer="rotary.inv_freq"):
@@ -45,21 +50,33 @@ def write_zero(folder, stage, ranks, params, *, frozen=None, extra=None, buffer=
   (folder / "latest").write_text(tag)
   for rank in range(ranks):
     prefix = "bf16_" if stage == 2 else ""
-    torch.save(_optimizer_state(stage, groups, ranks, rank, extra),
-               at / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    torch.save(
+      _optimizer_state(stage, groups, ranks, rank, extra),
+      at / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+    )
   for rank in range(ranks if stage == 3 else 1):
     module = {n: torch.empty(0) if stage == 3 else p.bfloat16() for n, p in params.items()}
     module[buffer] = torch.arange(4.0)
     model = {
-      "module": module, "buffer_names": [buffer],
+      "module": module,
+      "buffer_names": [buffer],
       "param_shapes": [{n: p.shape for n, p in group.items()} for group in groups],
-      "optimizer": None, "lr_scheduler": {"last_batch_iteration": 19}, "global_steps": 20,
-      "dp_world_size": ranks, "mp_world_size": 1, "ds_version": "0.14.2",
+      "optimizer": None,
+      "lr_scheduler": {"last_batch_iteration": 19},
+      "global_steps": 20,
+      "dp_world_size": ranks,
+      "mp_world_size": 1,
+      "ds_version": "0.14.2",
       "frozen_param_shapes": {n: p.shape for n, p in frozen.items()} or None,
       "frozen_param_fragments": {
-        n: p if stage < 3 else torch.cat([p.reshape(-1), p.new_zeros(-p.numel() % ranks)]).chunk(
-          ranks)[rank].clone() for n, p in frozen.items()} or None,
-      **extra.get("model", {})}
+        n: p
+        if stage < 3
+        else torch.cat([p.reshape(-1), p.new_zeros(-p.numel() % ranks)]).chunk(ranks)[rank].clone()
+        for n, p in frozen.items()
+      }
+      or None,
+      **extra.get("model", {}),
+    }
     name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
     torch.save(model, at / f"{name}_model_states.pt")
   return folder
