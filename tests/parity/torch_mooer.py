@@ -33,20 +33,24 @@ def read(path: Path) -> np.ndarray:
   return samples_N if rate_hz == 16000 else soxr.resample(samples_N, rate_hz, 16000, quality="HQ")
 
 
-def stacked(waveform_N: np.ndarray) -> torch.Tensor:
-  """Kaldi's filter bank in funasr's stacks of 7 every 6: [T, 560]."""
-  from funasr.frontends.wav_frontend import apply_lfr
-
+def kaldi_fbank(samples_N: np.ndarray) -> np.ndarray:
+  """Kaldi's filter bank as MooER asks for it: [T, 80] from samples of 16 bits' size."""
   options = knf.FbankOptions()
   options.frame_opts.dither = 0.0
   options.frame_opts.window_type = "hamming"
   options.mel_opts.num_bins = 80
   options.energy_floor = 0.0
   fbank = knf.OnlineFbank(options)
-  fbank.accept_waveform(16000, (waveform_N * 32768).tolist())
+  fbank.accept_waveform(16000, samples_N.tolist())
   fbank.input_finished()
-  frames = [fbank.get_frame(i) for i in range(fbank.num_frames_ready)]
-  return apply_lfr(torch.tensor(np.stack(frames)), 7, 6)
+  return np.stack([fbank.get_frame(i) for i in range(fbank.num_frames_ready)])
+
+
+def stacked(waveform_N: np.ndarray) -> torch.Tensor:
+  """Its frames in funasr's stacks of 7 every 6: [T, 560]."""
+  from funasr.frontends.wav_frontend import apply_lfr
+
+  return apply_lfr(torch.tensor(kaldi_fbank(waveform_N * 32768)), 7, 6)
 
 
 @dataclasses.dataclass(frozen=True)
