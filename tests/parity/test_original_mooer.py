@@ -7,6 +7,7 @@ float32 on the CPU. What stands in for something else:
 - torchaudio: `load` by soundfile, `compliance.kaldi.fbank` by kaldi-native-fbank; no resampling,
   for the clips are given at 16 kHz;
 - `asr_config.ModelConfig`: the width of our small LLM, float32;
+- `AutoModelForCausalLM.from_pretrained`: without `use_cache=None`, which transformers 5 refuses;
 - `MooerModel.generate` and the tokenizer's `batch_decode` also note what they return.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import AutoModelForCausalLM
 
 from convert.main import main as convert
 from mooer_jax import Transcriber
@@ -137,7 +139,14 @@ def run_original(source, release, task, arguments, monkeypatch):
       tokenizer.batch_decode = noting_batch_decode
       return model, tokenizer
 
+    class AutoModel:
+      @staticmethod
+      def from_pretrained(path, *, use_cache, torch_dtype):
+        assert use_cache is None
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+
     patch.setattr(asr_config, "ModelConfig", Config)
+    patch.setattr(mooer_model, "AutoModelForCausalLM", AutoModel)
     patch.setattr(mooer_model.MooerModel, "generate", noting_generate)
     patch.setattr(mooer_model, "init_model", noting_init_model)
     paths = {
