@@ -80,25 +80,23 @@ def sides(tmp_path_factory, clips):
 
 @pytest.fixture(scope="module", params=["committed", "real"])
 def recordings(request, clips, tmp_path_factory) -> list[Path]:
-  """Paths: the committed clips, or wav at 8 kHz, mp3, and digits in a row of 3 to 5 s."""
+  """Paths: the committed clips, or wav at 8 kHz, mp3, and digits in a row of 3 s."""
   if request.param == "committed":
     return [clip.path for clip in clips]
   folder = request.getfixturevalue("shared_data")
   digits = sorted((folder / "fsdd").iterdir())
-  rows = []
-  for seed in range(3):
-    chosen = np.random.default_rng(seed).choice(len(digits), 7 + 2 * seed, replace=False)
-    samples = [soundfile.read(digits[i], dtype="float32")[0] for i in chosen]
-    rows.append(tmp_path_factory.mktemp("rows") / "row.wav")
-    soundfile.write(rows[-1], np.concatenate(samples), 8000)
-  return [*digits[7::400], *sorted((folder / "cmn-words").iterdir())[5::300], *rows]
+  chosen = np.random.default_rng(0).choice(len(digits), 7, replace=False)
+  row = tmp_path_factory.mktemp("row") / "row.wav"
+  samples = [soundfile.read(digits[i], dtype="float32")[0] for i in chosen]
+  soundfile.write(row, np.concatenate(samples), 8000)
+  return [*digits[7::400], *sorted((folder / "cmn-words").iterdir())[5::300], row]
 
 
 def test_the_tokens_are_those_of_pytorch(sides, recordings):
   cases, wrong, excused = 0, [], []
   for task in ("asr", "ast"):
     for beams in BEAMS:
-      for batch_size in (1, 8):
+      for batch_size in (1, 16):
         found = sides.mismatches(
           sides.ours(task), task, recordings, beams=beams, batch_size=batch_size
         )
