@@ -32,6 +32,7 @@ from tests.parity.full_release import EOS, LLM, LLM_WIDTH, write_release
 
 pytestmark = [
   pytest.mark.nightly,
+  pytest.mark.timeout(3600),  # compiling 50 layers for each shape
   pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
 ]
 CLIPS = 24

@@ -20,6 +20,7 @@ from tests.parity.full_release import LLM, TASKS, write_release
 
 pytestmark = [
   pytest.mark.nightly,
+  pytest.mark.timeout(3600),  # compiling 50 layers for each shape
   pytest.mark.filterwarnings("ignore:Passing"),  # that penalties skip the prompt: meant
 ]
 BEAMS = (1, 4)
