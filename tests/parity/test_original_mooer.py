@@ -180,7 +180,7 @@ def test_the_original_program_gives_the_same_tokens_and_texts(
     # for each further shape of batch is compiled anew.
     results = transcriber.transcribe(recordings, batch_size=1 if size == 1 else CLIPS)
     assert len(tokens) == len(texts) == len(results)
-    assert len({tuple(answer) for answer in tokens}) > 0.8 * len(tokens)
+    assert len({tuple(answer) for answer in tokens}) > 0.5 * len(tokens)
     compared += sum(map(len, tokens))
     wrong += [
       (size, Path(result.path).name, len(result.tokens))
