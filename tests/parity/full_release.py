@@ -1,0 +1,87 @@
+"""A MooER release with its full-size encoder, its tokenizer and a small LLM; random weights."""
+
+from pathlib import Path
+
+import torch
+
+from mooer_jax.audio.cmvn import write_mvn
+from mooer_jax.encoders.sanm import SANMConfig
+from tests.convert.folders_of import vary, with_lora
+from tests.parity import torch_models
+from tests.text.qwen import write_qwen2_folder
+
+TASKS = ("asr", "ast", "asr_ast_mtl")
+TOKENS, EOS, LINE_BREAK = 151646, 151645, 198  # of Qwen2's tokenizer
+LLM_WIDTH = 128
+LLM = "Qwen2-0.1B-Instruct"
+
+
+def write_release(folder: Path, features: list[torch.Tensor]) -> Path:
+  """Writes a release whose answers follow the audio, vary, and end early or at the limit.
+
+  Args:
+    folder: to make.
+    features: [T, 560] each, without CMVN, which is estimated from them.
+  """
+  (folder / "paraformer_encoder").mkdir(parents=True)
+  encoder = torch_models.sanm(SANMConfig())
+  torch.save(encoder.state_dict(), folder / "paraformer_encoder" / "paraformer-encoder.pth")
+  everything_TF = torch.cat(features)
+  spread_F, mean_F = torch.std_mean(everything_TF, dim=0)
+  write_mvn(
+    folder / "paraformer_encoder" / "am.mvn", (-mean_F).numpy(), spread_F.reciprocal().numpy()
+  )
+  write_qwen2_folder(folder / LLM)
+  llm = language_model()
+  llm.save_pretrained(folder / LLM)
+  for seed, task in enumerate(TASKS, start=1):
+    (folder / task).mkdir()
+    torch.save(adapter(seed), folder / task / "adapter_project.pt")
+    targets = ("q", "k", "v", "o", "gate", "up", "down")
+    tuned = with_lora(language_model(), seed=seed, rank=64, alpha=16, targets=targets)
+    tuned.save_pretrained(folder / task / "lora_weights")
+  return folder
+
+
+def language_model():
+  """Qwen2 whose logits spread by about 3, and more for eos and the line break, so they occur."""
+  from transformers import Qwen2Config, Qwen2ForCausalLM
+
+  torch.manual_seed(0)
+  config = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=LLM_WIDTH,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    tie_word_embeddings=False,
+    bos_token_id=151643,
+    eos_token_id=EOS,
+  )
+  module = Qwen2ForCausalLM(config)
+  with torch.no_grad():
+    for name, parameter in module.named_parameters():
+      if "embed" in name:
+        parameter.normal_(0, 1)
+      elif parameter.ndim > 1:
+        parameter.normal_(0, (3 if "lm_head" in name else 1.5) * parameter.shape[1] ** -0.5)
+    module.lm_head.weight[TOKENS:] = 0  # the tokenizer knows no such tokens
+    module.lm_head.weight[EOS] *= 2.2
+    module.lm_head.weight[LINE_BREAK] *= 2.2
+  return vary(module)
+
+
+def adapter(seed: int) -> dict[str, torch.Tensor]:
+  """Content of adapter_project.pt."""
+  torch.manual_seed(seed)
+  layers = {
+    "linear1": torch.nn.Linear(1024, 2048),
+    "linear2": torch.nn.Linear(2048, LLM_WIDTH),
+  }
+  with torch.no_grad():
+    for layer in layers.values():
+      layer.weight.normal_(0, 1.5 * layer.weight.shape[1] ** -0.5)
+  state = vary(torch.nn.ModuleDict(layers), seed).state_dict()
+  return {f"encoder_projector.{name}": tensor for name, tensor in state.items()}
