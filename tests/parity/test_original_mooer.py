@@ -191,8 +191,6 @@ def test_the_original_program_gives_the_same_tokens_and_texts(
   shutil.rmtree(ours)
   assert not wrong
 
-  single = run_original(
-    original, release, task, [f"--wav_path={recordings[0]}"], monkeypatch
-  )
+  single = run_original(original, release, task, [f"--wav_path={recordings[0]}"], monkeypatch)
   [first] = transcriber.transcribe(recordings[:1])
   assert single == ([first.tokens], [first.text])

@@ -102,7 +102,8 @@ class TorchMooer:
   def adapt(self, x_TD: torch.Tensor) -> torch.Tensor:
     w1, b1, w2, b2 = (
       self.adapter[f"encoder_projector.linear{i}.{name}"]
-      for i in (1, 2) for name in ("weight", "bias")
+      for i in (1, 2)
+      for name in ("weight", "bias")
     )
     return torch.relu(x_TD.reshape(-1, 1024) @ w1.T + b1) @ w2.T + b2
 
