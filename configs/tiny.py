@@ -2,7 +2,7 @@
 
 Command:   make demo    (or: python train.py --config=configs/tiny.py)
 Hardware:  2 CPU cores
-Time:      6 minutes of training (347 s measured on an idle machine)
+Time:      6 minutes of training (340 s measured on an idle machine)
 Expected:  CER 4.5 % on 300 strings in 15 voices that were never trained on
 """
 
