@@ -10,7 +10,7 @@ from mooer_jax.decoders.llm import LLMConfig
 
 from . import encoder, language_model, lora, mooer
 from .errors import ConversionError
-from .folders import beside, kept_files, kept_json, style_of
+from .folders import beside, keep_apart, kept_files, kept_json, style_of
 
 SHARD_BYTES = 5 * 10**9
 
@@ -39,6 +39,7 @@ def export_checkpoint(
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r}: choose one of {sorted(KINDS)}")
   about = describe(find(checkpoint))
+  keep_apart(out, (about.folder, about.base))
   with beside(out, overwrite=overwrite) as folder:
     KINDS[kind](about, folder, shard_bytes)
   return out

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy, SaveError, save
+from mooer_jax.checkpoint import Checkpoint, Lazy, SaveError, put_in_place, save
 
 from .errors import ConversionError
 from .readers import ReadError
@@ -46,11 +46,18 @@ def beside(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
   part.mkdir(parents=True)
   try:
     yield part
-    if out.exists():
-      shutil.rmtree(out)
-    part.rename(out)
+    put_in_place(part, out)
   finally:
     shutil.rmtree(part, ignore_errors=True)
+
+
+def keep_apart(out: Path, sources: Iterable[Path | None]) -> None:
+  """Raises ValueError if replacing `out` would remove what is read."""
+  out = out.resolve()
+  for source in filter(None, sources):
+    read = source.resolve()
+    if out in (read, *read.parents):
+      raise ValueError(f"{out} would replace {read}, which is read; choose another folder")
 
 
 def copier(files: Iterable[Path]) -> Callable[[Path], None]:

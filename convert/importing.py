@@ -16,7 +16,7 @@ from mooer_jax.text.tokenizer import Tokenizer
 from . import deepspeed, encoder, language_model, lora, mooer
 from .engine import map_in
 from .errors import Problems
-from .folders import copier, save_checkpoint
+from .folders import copier, keep_apart, save_checkpoint
 from .readers import open_source
 
 
@@ -78,6 +78,7 @@ def import_checkpoint(kind: str, src: Path, out: Path, options: Options = Option
     raise ValueError(f"kind={kind!r}: choose one of {sorted(KINDS)}")
   if not src.exists():
     raise FileNotFoundError(f"{src}: no such file or folder")
+  keep_apart(out, (src, options.llm, options.base, options.lora_config))
   if out.exists() and not options.overwrite:
     raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
   unused = [

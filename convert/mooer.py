@@ -129,7 +129,7 @@ def open_release(
     kept["lora"] = (lora_folder / lora.CONFIG_FILE,)
   style["mooer"] = {
     "task": task,
-    "llm": llm_folder.name,
+    "llm": _llm_name(llm_folder),
     "encoder_prefix": heard.prefix,
     "lora_merged": added is not None and merge_lora,
     "tuned_encoder": sorted(adapter.tuned_encoder),
@@ -270,3 +270,10 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
   llm_folder = folder / style.get("llm", "llm")
   llm_folder.mkdir()
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
+
+
+def _llm_name(folder: Path) -> str:
+  """What the LLM's folder is called when the release is written again."""
+  name = folder.resolve().name
+  taken = (*TASK_PROMPTS, ENCODER_FOLDER)
+  return "llm" if folder.is_file() or name in taken else name

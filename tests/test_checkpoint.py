@@ -169,7 +169,7 @@ def full_disk(*_, **__):
   raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["arrays.write", "_write_json", "_put_in_place", "tokenizer"])
+@pytest.mark.parametrize("where", ["arrays.write", "_write_json", "put_in_place", "tokenizer"])
 def test_a_failure_while_saving_spares_what_was_there(tmp_path, monkeypatch, where):
   folder = save(tmp_path / "c", params())
   options = {}

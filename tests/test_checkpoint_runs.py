@@ -113,3 +113,10 @@ def test_train_state_is_restored_onto_its_shardings(tmp_path):
   assert restored["w"].addressable_shards[0].data.shape == (1, 4)
   np.testing.assert_array_equal(restored["w"], tensor["w"])
   assert data_state == {}
+
+
+def test_a_fine_tune_cannot_replace_its_own_base(tmp_path):
+  base = save(tmp_path / "base", params())
+  with pytest.raises(ValueError, match="would replace its own base"):
+    save(base, params(), base=base, overwrite=True)
+  assert_same(checkpoint.load(base).params, params())

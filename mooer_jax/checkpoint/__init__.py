@@ -24,7 +24,7 @@ from mooer_jax.checkpoint.reading import (
   verify,
 )
 from mooer_jax.checkpoint.steps import find, keep_last, latest, step_folder, step_of
-from mooer_jax.checkpoint.writing import save
+from mooer_jax.checkpoint.writing import put_in_place, save
 
 __all__ = [
   "Checkpoint",
@@ -37,6 +37,7 @@ __all__ = [
   "latest",
   "load",
   "load_train_state",
+  "put_in_place",
   "read_leaves",
   "save",
   "step_folder",

@@ -34,13 +34,14 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     args = args or [ocp.SaveArgs()] * len(values)
     writing: list = []
     written: Sequence = ()
+    hashed: list = []
     group: list = []
     held = 0
 
     async def flush():
       nonlocal writing, written, group, held
       _wait(writing)
-      hashing.submit(self._hash, written)
+      hashed.append(hashing.submit(self._hash, written))
       arrays, group_infos, group_args = zip(*group)
       writing = await super(_LazyHandler, self).serialize(arrays, group_infos, group_args)
       written = group_infos
@@ -57,6 +58,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
       held += leaf.nbytes
     if group:
       await flush()
+    _wait(hashed)
     return writing
 
   def _hash(self, infos) -> None:

@@ -49,7 +49,7 @@ def save(
 
   Raises:
     FileExistsError: if the folder exists and overwrite is False.
-    ValueError: if params are stacked.
+    ValueError: if params are stacked, or the folder is that of the base.
     SaveError: if anything fails on the way (disk full, no permission); an older checkpoint of this
       name and all others stay as they were, and nothing half-written stays behind.
   """
@@ -60,6 +60,8 @@ def save(
   stacked = [path for path in leaves if tree.STACK in path.split("/")]
   if stacked:
     raise ValueError(f"{stacked[0]} is stacked; a checkpoint is per layer (tree.unstack_layers)")
+  if base is not None and Path(base).resolve().is_relative_to(folder.resolve()):
+    raise ValueError(f"{folder} would replace its own base {base}; choose another folder")
   pointer = None if base is None else _pointer(Path(base).absolute(), folder)
   first = jax.process_index() == 0
   part = folder.with_name(f".tmp-{folder.name}")
@@ -97,7 +99,7 @@ def save(
       )
     _barrier("written", folder)
     if first:
-      _put_in_place(part, folder)
+      put_in_place(part, folder)
     _barrier("end", folder)
   except Exception as error:
     raise SaveError(
@@ -115,7 +117,8 @@ def _pointer(base: Path, folder: Path) -> dict:
   return {"path": str(base), "relative": relative, "hash": open_folder(base)[1]["hash"]}
 
 
-def _put_in_place(part: Path, folder: Path) -> None:
+def put_in_place(part: Path, folder: Path) -> None:
+  """Renames a folder that is complete; one that has the name already goes only after that."""
   old = folder.with_name(f".old-{folder.name}")
   if not folder.exists():
     part.rename(folder)

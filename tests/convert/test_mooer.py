@@ -136,6 +136,18 @@ def test_the_llm_may_lie_elsewhere(released, tmp_path):
   import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", options)
 
 
+def test_what_is_read_is_never_replaced(released, tmp_path):
+  source, _ = released
+  ckpt = tmp_path / "ckpt"
+  import_checkpoint("mooer", source, ckpt, Options(task="asr"))
+  with pytest.raises(ValueError, match="would replace"):
+    import_checkpoint("mooer", source, source, Options(task="asr", overwrite=True))
+  for out in (ckpt, tmp_path):
+    with pytest.raises(ValueError, match="would replace"):
+      export_checkpoint("mooer", ckpt, out, overwrite=True)
+  assert checkpoint.load(ckpt).params and (source / "asr").is_dir()
+
+
 def test_everything_wrong_is_told_at_once_and_nothing_is_left(released, tmp_path):
   folder = tmp_path / "release"
   shutil.copytree(released[0], folder)
