@@ -16,6 +16,7 @@ import torch
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
+from convert.torch_side import sanm_encoder
 from convert.verification import print_verdict, verify
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.audio.decode import load_audio
@@ -53,23 +54,10 @@ def main():
 
 
 def _write_encoder(folder: Path, audio: list[Path]) -> None:
-  from funasr.models.sanm.encoder import SANMEncoder
-
   folder.mkdir(exist_ok=True)
   config = SANMConfig()
   torch.manual_seed(0)
-  module = SANMEncoder(
-    input_size=config.input_width,
-    output_size=config.width,
-    attention_heads=config.heads,
-    linear_units=config.mlp_width,
-    num_blocks=config.layers,
-    input_layer="pe",
-    normalize_before=True,
-    kernel_size=config.memory_kernel,
-    sanm_shfit=0,
-    selfattention_layer_type="sanm",
-  )
+  module = sanm_encoder(config)
   torch.save(module.state_dict(), folder / ENCODER_FILE)
   frontend = FrontendConfig()
   heard_TF = np.concatenate(

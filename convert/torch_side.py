@@ -16,26 +16,11 @@ from mooer_jax.encoders.sanm import SANMConfig
 Stages = dict[str, np.ndarray]
 
 
-def hear(
-  weights: Path,
-  cmvn: Path,
-  config: SANMConfig,
-  frontend: FrontendConfig,
-  waveforms: Sequence[np.ndarray],
-) -> list[Stages]:
-  """funasr's front end and encoder: of each clip "features" after CMVN [T, F], "encoder" [T, D]."""
-  from funasr.frontends.wav_frontend import WavFrontend
+def sanm_encoder(config: SANMConfig):
+  """funasr's encoder of the same sizes, with random weights."""
   from funasr.models.sanm.encoder import SANMEncoder
 
-  listen = WavFrontend(
-    cmvn_file=str(cmvn),
-    fs=frontend.fbank.sample_rate_hz,
-    n_mels=frontend.fbank.bins,
-    lfr_m=frontend.lfr_window,
-    lfr_n=frontend.lfr_stride,
-    dither=0.0,
-  )
-  module = SANMEncoder(
+  return SANMEncoder(
     input_size=config.input_width,
     output_size=config.width,
     attention_heads=config.heads,
@@ -46,7 +31,28 @@ def hear(
     kernel_size=config.memory_kernel,
     sanm_shfit=0,
     selfattention_layer_type="sanm",
-  ).eval()
+  )
+
+
+def hear(
+  weights: Path,
+  cmvn: Path,
+  config: SANMConfig,
+  frontend: FrontendConfig,
+  waveforms: Sequence[np.ndarray],
+) -> list[Stages]:
+  """funasr's front end and encoder: of each clip "features" after CMVN [T, F], "encoder" [T, D]."""
+  from funasr.frontends.wav_frontend import WavFrontend
+
+  listen = WavFrontend(
+    cmvn_file=str(cmvn),
+    fs=frontend.fbank.sample_rate_hz,
+    n_mels=frontend.fbank.bins,
+    lfr_m=frontend.lfr_window,
+    lfr_n=frontend.lfr_stride,
+    dither=0.0,
+  )
+  module = sanm_encoder(config).eval()
   state = _state(weights)
   known = module.state_dict().keys()
   named = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
