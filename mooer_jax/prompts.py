@@ -1,6 +1,11 @@
 """What the model is asked, where the speech stands in it, and what its answer holds."""
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from mooer_jax.text.tokenizer import Tokenizer
 
 TASKS = {
   "asr": "Transcribe speech to text. ",
@@ -10,31 +15,60 @@ TASKS = {
   "s2s_chat": "Answer my question with speech. ",
 }
 
-_CHATML = (
-  "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-  "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-)
-SPEECH = "<|speech|>"
-TEMPLATES = {"mooer": SPEECH + _CHATML, "bare": SPEECH + "{prompt}"}
+SPEECH = "<SpeechHere>"
+QUESTION = "{}"  # stands in a prompt for the question of an utterance
+_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+_CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+# {prompt} is what the user asks. MooER's has the speech before all text; elsewhere the prompt
+# itself says where.
+TEMPLATES = {
+  "mooer": SPEECH + _SYSTEM + _CHATML,
+  "vicuna": "USER: {prompt}\nASSISTANT:",
+  "qwen2": _SYSTEM + _CHATML,
+  "chatml": _CHATML,
+  "bare": SPEECH + "{prompt}",
+  "none": "{prompt}",
+}
 
 
-def fill_template(template: str, prompt: str) -> tuple[str, str]:
+def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, str]:
   """Returns the text before and the text after the speech.
 
   Args:
     template: a name in TEMPLATES.
     prompt: what stands for {prompt}; MooER's own end with a blank.
+    question: what stands for `{}` in the prompt.
 
   Raises:
-    ValueError: for an unknown template.
+    ValueError: for an unknown template; if the speech stands nowhere or twice; if the prompt has
+      a place for a question and there is none.
   """
   if template not in TEMPLATES:
     raise ValueError(f"template={template!r}: choose one of {sorted(TEMPLATES)}")
-  before, after = TEMPLATES[template].split(SPEECH)
-  return before.replace("{prompt}", prompt), after.replace("{prompt}", prompt)
+  if QUESTION in prompt and not question:
+    raise ValueError(f"the prompt {prompt!r} takes a question, and there is none")
+  if SPEECH in question:
+    raise ValueError(f"the question {question!r} holds {SPEECH}, which belongs in the prompt")
+  around = TEMPLATES[template]
+  times = around.count(SPEECH) + prompt.count(SPEECH)
+  if times != 1:
+    where = "" if SPEECH not in around else f", which template {template!r} puts there itself"
+    raise ValueError(
+      f"the prompt {prompt!r} holds {SPEECH} {prompt.count(SPEECH)} times{where}; the speech"
+      " stands in exactly one place"
+    )
+  filled = around.replace("{prompt}", prompt)
+  before, after = filled.split(SPEECH)
+  return before.replace(QUESTION, question), after.replace(QUESTION, question)
 
 
-def task_prompt(task: str, prompts: dict[str, str] | None = None) -> str:
+def encode_prompt(tokenizer: Tokenizer, prompt: tuple[str, str]) -> tuple[list[int], list[int]]:
+  """Tokens before and after the speech, cut apart; BOS leads where the tokenizer has one."""
+  before, after = prompt
+  return [*tokenizer.bos_ids, *tokenizer.encode(before)], tokenizer.encode(after)
+
+
+def task_prompt(task: str, prompts: Mapping[str, str] | None = None) -> str:
   """The prompt of a task, from a checkpoint's own table or MooER's.
 
   Raises:
@@ -44,6 +78,31 @@ def task_prompt(task: str, prompts: dict[str, str] | None = None) -> str:
   if task not in prompts:
     raise ValueError(f"task={task!r}: this model knows {sorted(prompts)}")
   return prompts[task]
+
+
+def read_prompts(path: str | Path) -> dict[str, tuple[str, ...]]:
+  """Reads a file of prompts: {task: prompt} or {task: [prompts]}, as SALMONN's.
+
+  Raises:
+    FileNotFoundError: if there is none.
+    ValueError: if it is no such JSON, or a task has no prompt.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file of prompts")
+  try:
+    table = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON: {error}") from error
+  if not isinstance(table, dict) or not table:
+    raise ValueError(f"{path}: holds no tasks; needed is {{task: prompt}} or {{task: [prompts]}}")
+  prompts = {}
+  for task, entry in table.items():
+    listed: Sequence = [entry] if isinstance(entry, str) else entry
+    if not isinstance(listed, list) or not listed or not all(isinstance(p, str) for p in listed):
+      raise ValueError(f"{path}: task {task!r} has {entry!r}; needed is a prompt or a list of them")
+    prompts[task] = tuple(listed)
+  return prompts
 
 
 class Answer(NamedTuple):

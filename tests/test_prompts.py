@@ -1,6 +1,15 @@
 import pytest
 
-from mooer_jax.prompts import TASKS, TEMPLATES, fill_template, split_answer, task_prompt
+from mooer_jax.prompts import (
+  SPEECH,
+  TASKS,
+  TEMPLATES,
+  encode_prompt,
+  fill_template,
+  read_prompts,
+  split_answer,
+  task_prompt,
+)
 
 
 def test_mooer_puts_the_speech_first():
@@ -15,13 +24,62 @@ def test_mooer_puts_the_speech_first():
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("prompt", ["", "braces { } and {prompt}", "two\nlines "])
 def test_a_prompt_comes_through_unchanged(template, prompt):
+  if SPEECH not in TEMPLATES[template]:
+    prompt = f"<Speech>{SPEECH}</Speech>{prompt}"
   before, after = fill_template(template, prompt)
-  assert prompt in before + after and "<|speech|>" not in before + after
+  assert prompt.replace(SPEECH, "|") in f"{before}|{after}" and SPEECH not in before + after
 
 
-def test_a_prompt_may_even_name_the_speech():
-  _, after = fill_template("mooer", "What is <|speech|>? ")
-  assert "What is <|speech|>? " in after
+def test_salmonns_prompt_says_where_the_speech_stands():
+  prompt = "<Speech><SpeechHere></Speech> Describe the speaker."
+  before, after = fill_template("vicuna", prompt)
+  assert before == "USER: <Speech>"
+  assert after == "</Speech> Describe the speaker.\nASSISTANT:"
+  before, after = fill_template("none", "Listen:\n<SpeechHere>\nWhat was said?")
+  assert (before, after) == ("Listen:\n", "\nWhat was said?")
+
+
+@pytest.mark.parametrize(
+  ("template", "prompt", "times"),
+  [("vicuna", "Listen.", 0), ("none", SPEECH * 2, 2), ("mooer", f"Hear {SPEECH}.", 1)],
+)
+def test_the_speech_stands_in_exactly_one_place(template, prompt, times):
+  with pytest.raises(ValueError, match=f"holds {SPEECH} {times} times.*exactly one place"):
+    fill_template(template, prompt)
+
+
+def test_a_question_goes_into_the_prompt():
+  prompt = f"{SPEECH} {{}}"
+  assert fill_template("none", prompt, "Who {speaks}?") == ("", " Who {speaks}?")
+  with pytest.raises(ValueError, match="takes a question"):
+    fill_template("none", prompt)
+  with pytest.raises(ValueError, match="belongs in the prompt"):
+    fill_template("none", prompt, f"Where is {SPEECH}?")
+
+
+class _Words:
+  """A tokenizer of blanks."""
+
+  bos_ids = (7,)
+
+  def encode(self, text):
+    return [len(word) for word in text.split()]
+
+
+def test_bos_leads_and_both_sides_are_cut_apart():
+  assert encode_prompt(_Words(), ("a bb", "ccc")) == ([7, 1, 2], [3])
+
+
+def test_prompt_files_hold_one_or_several(tmp_path):
+  file = tmp_path / "prompts.json"
+  file.write_text('{"asr": ["Write it.", "What is said?"], "ast": "Translate it."}')
+  assert read_prompts(file) == {"asr": ("Write it.", "What is said?"), "ast": ("Translate it.",)}
+  for text, match in (("{", "not JSON"), ("[]", "no tasks"), ('{"asr": []}', "'asr'")):
+    file.write_text(text)
+    with pytest.raises(ValueError, match=match):
+      read_prompts(file)
+  with pytest.raises(FileNotFoundError, match="no such file of prompts"):
+    read_prompts(tmp_path / "none.json")
 
 
 def test_tasks_are_mooers():

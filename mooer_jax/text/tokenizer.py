@@ -129,6 +129,19 @@ class Tokenizer:
     """The greatest id plus one; an embedding needs at least so many rows (it may have more)."""
     return self._vocab_size
 
+  @property
+  def bos_ids(self) -> list[int]:
+    """What leads every text: [the BOS of LLaMA], or nothing in Qwen2.
+
+    `add_bos_token` of the config says so; without it, the tokenizer's own post-processor.
+    """
+    bos = _token_text(self._config.get("bos_token"))
+    added = self._config.get("add_bos_token")
+    if added is None:
+      bos_id = None if bos is None else self._vocabulary.get(bos)
+      return [i for i in self._model.encode("", add_special_tokens=True).ids if i == bos_id]
+    return [self.token_id(bos)] if added and bos else []
+
   def vocabulary(self) -> dict[str, int]:
     """Token to id, the special ones included."""
     return dict(self._vocabulary)
@@ -226,6 +239,7 @@ def _from_sentencepiece(folder: Path, config: dict):
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": pieces.bos,
     "eos_token": pieces.eos,
+    "add_bos_token": True,  # as transformers' LlamaTokenizer
   }
   return model, {**own, **config}
 
