@@ -1,24 +1,37 @@
 """Configurations: ConfigDict in, frozen dataclasses out; named sizes; the model's JSON form."""
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-from mooer_jax.audio.frontend import FrontendConfig
+import numpy as np
+
+from mooer_jax.audio.decode import Channel
+from mooer_jax.audio.frontend import Frontend, FrontendConfig
 from mooer_jax.audio.frontend import width as frontend_width
 from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.connectors.qformer import QFORMER_SIZES, QFormerConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import TASKS, TEMPLATES
+from mooer_jax.sections import build, unknown_key
 
-T = TypeVar("T")
-
-ENCODERS = {"sanm_large": SANMConfig()}
-CONNECTORS = {"linear": LinearConfig()}
+Encoder = SANMConfig
+Connector = LinearConfig | QFormerConfig
+ENCODERS: dict[str, Encoder] = {"sanm_large": SANMConfig()}
+CONNECTORS: dict[str, Connector] = {"linear": LinearConfig(), **QFORMER_SIZES}
+_LLAMA = LLMConfig(
+  vocab=32000,
+  width=4096,
+  layers=32,
+  heads=32,
+  kv_heads=32,
+  mlp_width=11008,
+  rope_theta=1e4,
+  norm_eps=1e-5,
+  qkv_bias=False,
+)
 DECODERS = {
   "qwen2_7b": LLMConfig(),
   "qwen2_1.5b": LLMConfig(
@@ -34,8 +47,26 @@ DECODERS = {
     mlp_width=4864,
     tied=True,
   ),
+  "vicuna_7b": _LLAMA,  # v1.5
+  "vicuna_13b": dataclasses.replace(  # v1.1
+    _LLAMA, width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824, norm_eps=1e-6
+  ),
+  "smollm2_135m": LLMConfig(
+    vocab=49152,
+    width=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_width=64,
+    mlp_width=1536,
+    rope_theta=1e5,
+    norm_eps=1e-5,
+    qkv_bias=False,
+    tied=True,
+  ),
 }
-_KINDS = {c.kind: c for c in (SANMConfig, LinearConfig, LLMConfig)}
+_KINDS = {c.kind: c for c in (SANMConfig, LinearConfig, QFormerConfig, LLMConfig)}
+_FRONTENDS: dict[str, type[Frontend]] = {c.kind: c for c in (FrontendConfig,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +74,35 @@ class SpeechLLMConfig:
   """What the model is (travels with the checkpoint) and how it is run (`compute`, does not).
 
   Attributes:
+    encoders: of different kinds; their frames stand side by side, on the channel axis.
+    encoder_norm: whether each encoder's frames pass a LayerNorm of their own (SALMONN).
     frontends: how each encoder's features are made, in the order of encoders.
     template: a name in prompts.TEMPLATES; where the speech stands in the prompt.
     max_audio_s: longest clip that the model takes, seconds.
-    prompts: (task, prompt) pairs that the model was trained on.
+    min_audio_s: silence follows shorter clips up to this length, seconds (SALMONN: 1).
+    channel: what is heard of a clip with several: their "mean", or the "first" (SALMONN).
+    prompts: (task, prompt) pairs; what the model is asked unless it is told otherwise.
   """
 
-  encoders: tuple[SANMConfig, ...] = (SANMConfig(),)
-  connector: LinearConfig = LinearConfig()
+  encoders: tuple[Encoder, ...] = (SANMConfig(),)
+  connector: Connector = LinearConfig()
   decoder: LLMConfig = LLMConfig()
-  frontends: tuple[FrontendConfig, ...] = (FrontendConfig(),)
+  frontends: tuple[Frontend, ...] = (FrontendConfig(),)
+  encoder_norm: bool = False
   template: str = "mooer"
   max_audio_s: float = 30.0
+  min_audio_s: float = 0.0
+  channel: Channel = "mean"
   prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())
   compute: Compute = Compute()
 
   def __post_init__(self):
-    if len(self.encoders) != 1:
-      raise ValueError(f"model.encoders has {len(self.encoders)} entries; this version takes one")
+    kinds = [encoder.kind for encoder in self.encoders]
+    if not kinds or len(set(kinds)) < len(kinds):
+      raise ValueError(f"model.encoders={kinds}: give one or more, each of a kind of its own")
+    rates = {frontend.sample_rate_hz for frontend in self.frontends}
+    if len(rates) > 1:
+      raise ValueError(f"the encoders' features want sample rates {sorted(rates)}; needed is one")
     for encoder, frontend in zip(self.encoders, self.frontends, strict=True):
       if encoder.input_width != frontend_width(frontend):
         raise ValueError(
@@ -69,6 +111,11 @@ class SpeechLLMConfig:
         )
     if self.template not in TEMPLATES:
       raise ValueError(f"model.template={self.template!r}: choose one of {sorted(TEMPLATES)}")
+
+  def filled_up(self, waveform_N: np.ndarray) -> np.ndarray:
+    """A clip with silence behind it up to min_audio_s."""
+    missing = round(self.min_audio_s * self.frontends[0].sample_rate_hz) - len(waveform_N)
+    return np.pad(waveform_N, (0, missing)) if missing > 0 else waveform_N
 
   def replace(self, **changes) -> "SpeechLLMConfig":
     return dataclasses.replace(self, **changes)
@@ -81,18 +128,19 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   """Reads the `model` and `compute` sections of a config into a SpeechLLMConfig.
 
   `model.encoders`, `.connector` and `.decoder` are named sizes; sections named after a kind
-  (`model.sanm`, `model.linear`, `model.llm`, `model.frontend`) override single values of them.
+  (`model.sanm`, `model.linear`, `model.llm`) override single values of them, and those in
+  `model.frontends`, named after the encoder, of its features.
 
   Raises:
     ValueError: for an unknown name or key, a wrong type, or sizes that do not fit together.
   """
   fields = dict(model)
-  sections = {name: fields.pop(name, {}) for name in (*_KINDS, "frontend")}
+  sections = {name: fields.pop(name, {}) for name in (*_KINDS, "frontends")}
   parts = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
   known = [name for name in parts if name not in ("frontends", "compute")]
   for key in fields:
     if key not in known:
-      raise ValueError(_unknown_key(f"model.{key}", [*known, *sections]))
+      raise ValueError(unknown_key(f"model.{key}", [*known, *sections]))
   for key in ("encoders", "connector", "decoder"):
     if key not in fields:
       raise ValueError(f"model.{key} is missing: name a size")
@@ -102,12 +150,22 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   fields["encoders"] = tuple(_named(ENCODERS, n, "model.encoders", sections) for n in names)
   fields["connector"] = _named(CONNECTORS, fields["connector"], "model.connector", sections)
   fields["decoder"] = _named(DECODERS, fields["decoder"], "model.decoder", sections)
-  frontend = build(FrontendConfig, sections["frontend"], "model.frontend")
-  fields["frontends"] = (frontend,) * len(names)
+  for kind in sections["frontends"]:
+    if kind not in (allowed := [encoder.kind for encoder in fields["encoders"]]):
+      raise ValueError(unknown_key(f"model.frontends.{kind}", allowed))
+  fields["frontends"] = tuple(
+    build(type(base), sections["frontends"].get(e.kind, {}), f"model.frontends.{e.kind}", base)
+    for e, base in ((e, default_frontend(e)) for e in fields["encoders"])
+  )
   fields["compute"] = build(Compute, compute or {}, "compute")
   if "prompts" in fields:
     fields["prompts"] = tuple(dict(fields["prompts"]).items())
   return build(SpeechLLMConfig, fields, "model")
+
+
+def default_frontend(encoder: Encoder) -> Frontend:
+  """The features that an encoder was made for."""
+  return FrontendConfig()
 
 
 def _named(table, name, where, sections):
@@ -117,73 +175,8 @@ def _named(table, name, where, sections):
   return build(type(base), sections[base.kind], f"model.{base.kind}", base)
 
 
-def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = None) -> T:
-  """Makes a frozen dataclass from a config section, checking every key and type.
-
-  Args:
-    cls: the dataclass.
-    section: ConfigDict or dict; nested sections fill nested dataclasses.
-    name: dotted name of the section, for error messages.
-    base: where the values come from that the section does not name; default: cls's defaults.
-
-  Raises:
-    ValueError: for an unknown key (with the closest match), a wrong type, or whatever cls refuses.
-  """
-  hints = typing.get_type_hints(cls)
-  allowed = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-  values = {}
-  for key, value in section.items():
-    if key not in allowed:
-      raise ValueError(_unknown_key(f"{name}.{key}", allowed))
-    current = getattr(cls if base is None else base, key, None)  # cls: the default value
-    values[key] = _convert(hints[key], value, f"{name}.{key}", current)
-  if base is not None:
-    return dataclasses.replace(base, **values)  # type: ignore[type-var]
-  try:
-    return cls(**values)
-  except TypeError as error:
-    raise ValueError(f"{name}: {error}") from error
-
-
-def _unknown_key(key, allowed):
-  close = difflib.get_close_matches(key.rsplit(".", 1)[-1], allowed, 1)
-  hint = f"; did you mean {close[0]!r}?" if close else ""
-  return f"unknown config key {key!r}{hint} Allowed: {', '.join(allowed)}"
-
-
-def _convert(hint, value, name, current=None):
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if dataclasses.is_dataclass(hint):
-    if isinstance(value, hint):
-      return value
-    if hasattr(value, "items"):  # a ConfigDict is no Mapping
-      return build(hint, value, name, current)
-  elif origin in (typing.Union, types.UnionType):
-    if value is None and type(None) in args:
-      return None
-    for arg in (a for a in args if a is not type(None)):
-      try:
-        return _convert(arg, value, name)
-      except ValueError:
-        continue
-  elif origin is Literal:
-    if value in args:
-      return value
-  elif origin is tuple and isinstance(value, (list, tuple)):
-    items = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
-    if len(items) == len(value):
-      return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(items, value)))
-  elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-    return float(value)
-  elif isinstance(hint, type) and isinstance(value, hint):
-    if hint is bool or not isinstance(value, bool):  # True is an int to Python
-      return value
-  expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-  raise ValueError(f"{name}={value!r} ({type(value).__name__}): expected {expected}")
-
-
-def part_to_json(part: SANMConfig | LinearConfig | LLMConfig) -> dict[str, Any]:
-  """An encoder, connector or decoder as it stands in config.json."""
+def part_to_json(part: Encoder | Connector | LLMConfig | Frontend) -> dict[str, Any]:
+  """An encoder, its features, a connector or decoder as it stands in config.json."""
   return {**dataclasses.asdict(part), "kind": part.kind}
 
 
@@ -193,18 +186,28 @@ def part_from_json(section: Mapping[str, Any], name: str) -> Any:
   Raises:
     ValueError: for an unknown kind, an unknown key or a wrong type.
   """
+  return _from_kind(_KINDS, section, name)
+
+
+def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
+  """Inverse of part_to_json for what makes an encoder's features; raises as part_from_json."""
+  return _from_kind(_FRONTENDS, section, name)
+
+
+def _from_kind(kinds: Mapping[str, type], section: Mapping[str, Any], name: str) -> Any:
   section = dict(section)
   kind = section.pop("kind", None)
-  if kind not in _KINDS:
-    raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(_KINDS)}")
-  return build(_KINDS[kind], section, name)
+  if kind not in kinds:
+    raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(kinds)}")
+  return build(kinds[kind], section, name)
 
 
 def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
   """The model's part of a checkpoint's config.json; `compute` stays out."""
   fields = dataclasses.asdict(dataclasses.replace(config, compute=Compute()))
   del fields["compute"]
-  fields["encoders"] = tuple(part_to_json(part) for part in config.encoders)
+  for name in ("encoders", "frontends"):
+    fields[name] = tuple(part_to_json(part) for part in getattr(config, name))
   fields["connector"] = part_to_json(config.connector)
   fields["decoder"] = part_to_json(config.decoder)
   fields["prompts"] = dict(config.prompts)
@@ -218,7 +221,7 @@ def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> Spee
     ValueError: for a part of unknown kind, an unknown key or a wrong type.
   """
   fields = dict(fields)
-  for name in ("encoders", "connector", "decoder", "prompts"):
+  for name in ("encoders", "frontends", "connector", "decoder", "prompts"):
     if name not in fields:
       raise ValueError(
         f"config.json has no {name!r}: it is of a part of a speech LLM ({', '.join(fields)}), or"
@@ -226,6 +229,9 @@ def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> Spee
       )
   fields["encoders"] = tuple(
     part_from_json(section, f"encoders[{i}]") for i, section in enumerate(fields["encoders"])
+  )
+  fields["frontends"] = tuple(
+    frontend_from_json(section, f"frontends[{i}]") for i, section in enumerate(fields["frontends"])
   )
   for name in ("connector", "decoder"):
     fields[name] = part_from_json(fields[name], name)

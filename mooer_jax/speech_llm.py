@@ -5,21 +5,29 @@
 Every function takes the whole parameter tree and the config; there is no state.
 """
 
+import bisect
+import functools
+from collections.abc import Mapping
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax.audio.frontend import features_jax
+from mooer_jax.audio.frontend import features_jax, num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig, LinearConnector
+from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.decoders.kv_cache import KVCache
 from mooer_jax.decoders.llm import LLM, Placement
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
+from mooer_jax.nn.norms import LayerNorm
 
 Array = jax.Array | np.ndarray  # batches are made in NumPy
 ENCODERS = {SANMConfig: SANMEncoder}
-CONNECTORS = {LinearConfig: LinearConnector}
+_FRAMES = 16  # that `init` traces with, or more
+CONNECTORS = {LinearConfig: LinearConnector, QFormerConfig: WindowedQFormer}
 
 
 @flax.struct.dataclass
@@ -34,6 +42,7 @@ class Batch:
     after_BS: int32, prompt tokens after the speech, padded the same way.
     answer_BS: int32, answer and eos; below 0 is padding, on the right. A row of padding only has
       0 frames and no answer.
+    task_B: int32, which of config.prompts a row answers, -1 for padding; None where nobody asks.
   """
 
   features: tuple[Array, ...]
@@ -41,6 +50,7 @@ class Batch:
   before_BS: Array
   after_BS: Array
   answer_BS: Array
+  task_B: Array | None = None
 
 
 def encoder_modules(config: SpeechLLMConfig):
@@ -52,6 +62,23 @@ def connector_module(config: SpeechLLMConfig):
   return CONNECTORS[type(config.connector)](config.connector, config.decoder.width, config.compute)
 
 
+def num_speech_tokens(samples: int, config: SpeechLLMConfig) -> int:
+  """Speech tokens that a clip of so many samples becomes; 0 for a clip that is too short."""
+  frames = [
+    encoder.num_outputs(steps)
+    for encoder, frontend in zip(config.encoders, config.frontends, strict=True)
+    if (steps := num_frames(samples, frontend))
+  ]
+  return config.connector.num_tokens(max(frames)) if len(frames) == len(config.encoders) else 0
+
+
+def shortest_s(config: SpeechLLMConfig) -> float:
+  """Length of the shortest clip that the model hears anything of, seconds."""
+  rate_hz = config.frontends[0].sample_rate_hz
+  samples = range(int(config.max_audio_s * rate_hz) + 1)
+  return bisect.bisect_left(samples, 1, key=lambda n: num_speech_tokens(n, config)) / rate_hz
+
+
 def decoder_module(config: SpeechLLMConfig) -> LLM:
   return LLM(config.decoder, config.compute)
 
@@ -61,40 +88,82 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
 
   CMVN starts as the identity; `audio.cmvn` reads or estimates the real one.
   """
-  key_encoder, key_connector, key_decoder = jax.random.split(key, 3)
-  frames_BTD = jnp.zeros((1, 2, 0))
-  encoders, frontends = {}, {}
-  for name, module in encoder_modules(config).items():
+  key_encoders, key_connector, key_decoder = jax.random.split(key, 3)
+  params: dict = {"frontend": {}, "encoders": {}}
+  frames = _FRAMES
+  while not config.connector.num_tokens(
+    max(encoder.num_outputs(frames) for encoder in config.encoders)
+  ):
+    frames *= 2  # few frames are quick to trace
+  streams = {}
+  for (name, module), frontend in zip(
+    encoder_modules(config).items(), config.frontends, strict=True
+  ):
     width = module.config.input_width
-    x_BTF, valid_BT = jnp.zeros((1, 8, width)), jnp.ones((1, 8), bool)
-    (frames_BTD, _), variables = module.init_with_output(key_encoder, x_BTF, valid_BT)
-    encoders[name] = variables["params"]
-    frontends[name] = {"shift": jnp.zeros(width), "scale": jnp.ones(width)}
+    x_BTF, valid_BT = jnp.zeros((1, frames, width)), jnp.ones((1, frames), bool)
+    streams[name], variables = module.init_with_output(key_encoders, x_BTF, valid_BT)
+    params["encoders"][name] = variables["params"]
+    if frontend.normalised:
+      params["frontend"][name] = {"shift": jnp.zeros(width), "scale": jnp.ones(width)}
+  if config.encoder_norm:
+    params["encoder_norms"] = {
+      name: {"scale": jnp.ones(x_BTD.shape[-1]), "bias": jnp.zeros(x_BTD.shape[-1])}
+      for name, (x_BTD, _) in streams.items()
+    }
   (speech_BSD, speech_valid_BS), variables = connector_module(config).init_with_output(
-    key_connector, frames_BTD, valid_BT
+    key_connector, *join(params, streams, config)
   )
+  params["connector"] = variables["params"]
   decoder = decoder_module(config).init(
     key_decoder, speech_BSD, speech_valid_BS, method=LLM.everything
   )
-  return {
-    "frontend": frontends,
-    "encoders": encoders,
-    "connector": variables["params"],
-    "decoder": decoder["params"],
-  }
+  return {**params, "decoder": decoder["params"]}
 
 
 def encode(params: dict, batch: Batch, config: SpeechLLMConfig, rngs: dict | None = None):
-  """Normalises features and runs the encoder: ([B, T, D], valid [B, T])."""
-  (name, module), *_ = encoder_modules(config).items()
-  features, frames_B = jnp.asarray(batch.features[0]), jnp.asarray(batch.frames[0])
-  if features.ndim == 2:
-    features, frames_B = features_jax(features, frames_B, config.frontends[0])
-  cmvn = params["frontend"][name]
-  normed_BTF = (features + cmvn["shift"]) * cmvn["scale"]
-  valid_BT = jnp.arange(features.shape[1])[None] < frames_B[:, None]
-  normed_BTF = jnp.where(valid_BT[..., None], normed_BTF, 0)
-  return module.apply({"params": params["encoders"][name]}, normed_BTF, valid_BT, rngs=rngs)
+  """Normalises features, runs the encoders and joins their frames: ([B, T, D], valid [B, T])."""
+  streams = {}
+  for number, (name, module) in enumerate(encoder_modules(config).items()):
+    features, frames_B = jnp.asarray(batch.features[number]), jnp.asarray(batch.frames[number])
+    if features.ndim == 2:
+      features, frames_B = features_jax(features, frames_B, config.frontends[number])
+    valid_BT = jnp.arange(features.shape[1])[None] < frames_B[:, None]
+    if config.frontends[number].normalised:
+      cmvn = params["frontend"][name]
+      features = (features + cmvn["shift"]) * cmvn["scale"]
+    features = jnp.where(valid_BT[..., None], features, 0)
+    variables = {"params": params["encoders"][name]}
+    streams[name] = module.apply(variables, features, valid_BT, rngs=rngs)
+  return join(params, streams, config)
+
+
+def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
+  """Puts the frames of all encoders side by side: ([B, T, sum of D], valid [B, T]).
+
+  Each stream passes its LayerNorm if the model has them; the shorter ones end in zeros. A frame is
+  valid where any encoder heard something.
+
+  Args:
+    params: of the whole model.
+    streams: name of the encoder -> (frames [B, T, D], valid [B, T]).
+    config: the model.
+  """
+  if config.encoder_norm:
+    norms = params["encoder_norms"]
+    streams = {
+      name: (LayerNorm().apply({"params": norms[name]}, x_BTD), valid_BT)
+      for name, (x_BTD, valid_BT) in streams.items()
+    }
+  if len(streams) == 1:
+    return next(iter(streams.values()))
+  longest = max(valid_BT.shape[1] for _, valid_BT in streams.values())
+  frames, valid = [], []
+  for x_BTD, valid_BT in streams.values():
+    missing = longest - valid_BT.shape[1]
+    x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
+    frames.append(jnp.pad(x_BTD, ((0, 0), (0, missing), (0, 0))))
+    valid.append(jnp.pad(valid_BT, ((0, 0), (0, missing))))
+  return jnp.concatenate(frames, axis=-1), functools.reduce(jnp.logical_or, valid)
 
 
 def connect(params: dict, frames_BTD: jax.Array, valid_BT: jax.Array, config: SpeechLLMConfig):
@@ -198,7 +267,8 @@ def loss(
   Args: as of `answer_logits`.
 
   Returns:
-    (mean loss, sums to aggregate over batches: "loss_sum" in nats, "tokens", "correct").
+    (mean loss, sums to aggregate over batches: "loss_sum" in nats, "tokens", "correct"; with
+      batch.task_B also "task_sums" [tasks, 3], the same three for each of config.prompts).
   """
   logits_BAV = answer_logits(
     params, batch, config, lora_scale=lora_scale, dropout_key=dropout_key, rows=rows
@@ -208,9 +278,16 @@ def loss(
   picked_BA = jnp.take_along_axis(logits_BAV, jnp.maximum(target_BA, 0)[..., None], axis=-1)[..., 0]
   nats_BA = jax.nn.logsumexp(logits_BAV, axis=-1) - picked_BA
   correct_BA = (logits_BAV.argmax(-1) == target_BA) & counted_BA
+  nats_BA = jnp.where(counted_BA, nats_BA, 0)
   sums = {
-    "loss_sum": jnp.where(counted_BA, nats_BA, 0).sum(),
+    "loss_sum": nats_BA.sum(),
     "tokens": counted_BA.sum(),
     "correct": correct_BA.sum(),
   }
+  if batch.task_B is not None:
+    of_task_NB = batch.task_B == jnp.arange(len(config.prompts))[:, None]
+    columns_3B = jnp.stack(
+      [x_BA.astype(jnp.float32).sum(1) for x_BA in (nats_BA, counted_BA, correct_BA)]
+    )
+    sums["task_sums"] = jnp.where(of_task_NB[:, None], columns_3B, 0).sum(-1)
   return sums["loss_sum"] / jnp.maximum(sums["tokens"], 1), sums

@@ -30,7 +30,7 @@ def test_sections_override_single_values():
       sanm=dict(input_width=280, layers=2),
       linear=dict(stack=4),
       llm=dict(lora_targets=["q", "v"], rope_theta=10_000),
-      frontend=dict(fbank=dict(bins=40)),
+      frontends=dict(sanm=dict(fbank=dict(bins=40))),
       prompts=dict(asr="Write it down. "),
       max_audio_s=20,
     )
@@ -44,7 +44,7 @@ def test_sections_override_single_values():
 
 
 def test_plain_dicts_and_locked_configdicts_read_alike():
-  section = mooer(llm=dict(lora_rank=8), frontend=dict(lfr_stride=5))
+  section = mooer(llm=dict(lora_rank=8), frontends=dict(sanm=dict(lfr_stride=5)))
   assert model_config(section.lock()) == model_config(section.to_dict())
 
 
@@ -53,7 +53,8 @@ def test_plain_dicts_and_locked_configdicts_read_alike():
   [
     (dict(decodr="qwen2_7b"), "'model.decodr'; did you mean 'decoder'"),
     (dict(llm=dict(lora_rnk=8)), "'model.llm.lora_rnk'; did you mean 'lora_rank'"),
-    (dict(frontend=dict(fbank=dict(bin=8))), "'model.frontend.fbank.bin'; did you mean 'bins'"),
+    (dict(frontends=dict(sanm=dict(fbank=dict(bin=8)))), "'model.frontends.sanm.fbank.bin'; did"),
+    (dict(frontends=dict(samn=dict())), "'model.frontends.samn'; did you mean 'sanm'"),
     (dict(llm=dict(lora_rank="8")), r"model.llm.lora_rank='8' \(str\): expected int"),
     (dict(llm=dict(lora_rank=8.0)), r"model.llm.lora_rank=8.0 \(float\): expected int"),
     (dict(llm=dict(lora_rank=True)), "model.llm.lora_rank=True"),
@@ -74,8 +75,9 @@ def test_plain_dicts_and_locked_configdicts_read_alike():
     (dict(decoder="qwen2_70b"), "model.decoder='qwen2_70b': choose one of .*'qwen2_7b'"),
     (dict(connector=["linear"]), "model.connector=.*choose one of"),
     (dict(encoders="sanm_large"), r"a tuple of names, such as \('sanm_large',\)"),
-    (dict(encoders=()), "model.encoders has 0 entries"),
-    (dict(encoders=("sanm_large",) * 2), "model.encoders has 2 entries"),
+    (dict(channel="left"), "model.channel='left'"),
+    (dict(encoders=()), r"model.encoders=\[\]: give one or more"),
+    (dict(encoders=("sanm_large",) * 2), "model.encoders=.*each of a kind of its own"),
     (dict(template="chat"), "model.template='chat': choose one of .*'mooer'"),
     (dict(max_audio_s="30"), "model.max_audio_s='30'"),
     (dict(prompts=dict(asr=3)), "model.prompts.*=3"),

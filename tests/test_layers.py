@@ -8,7 +8,7 @@ import pytest
 FLOORS = {
   5: ("run", "transcribe", "cli", "serve"),
   4: ("generation", "data", "training", "evaluation"),
-  3: ("speech_llm", "prompts", "config", "checkpoint"),
+  3: ("speech_llm", "prompts", "config", "sections", "checkpoint"),
   2: ("encoders", "connectors", "decoders", "vocoders"),
   1: ("nn",),
   0: ("audio", "kernels", "text", "tree"),

@@ -4,9 +4,11 @@ import io
 import os
 import pathlib
 import re
+from typing import Literal
 
 import numpy as np
 
+Channel = Literal["mean", "first"]
 CAUSES = ("undecodable", "empty", "not finite", "too short", "silent")
 
 # libsndfile reports a damaged WAV only in its log: "data : 32000 (should be 7956)".
@@ -46,7 +48,11 @@ class AudioError(ValueError):
 
 
 def load_audio(
-  source: str | os.PathLike | bytes, *, sample_rate_hz: int = 16000, name: str | None = None
+  source: str | os.PathLike | bytes,
+  *,
+  sample_rate_hz: int = 16000,
+  channel: Channel = "mean",
+  name: str | None = None,
 ) -> np.ndarray:
   """Decodes a clip to mono at the wanted rate.
 
@@ -54,10 +60,11 @@ def load_audio(
     source: path of a file, or the bytes of one; wav, flac, ogg, opus, mp3 and whatever else
       libsndfile reads, and m4a, wma, webm, mp4, mkv with the optional package `av`.
     sample_rate_hz: rate of the result; a clip at another rate is resampled by soxr, quality HQ.
+    channel: what is heard of several: their "mean", or the "first" alone.
     name: what errors call the clip; by default the path, or the number of bytes.
 
   Returns:
-    float32 [samples], the mean of all channels, full scale = 1. Nothing is clipped: lossy codecs
+    float32 [samples], full scale = 1. Nothing is clipped: lossy codecs
     and the resampler may exceed 1 a little.
 
   Raises:
@@ -66,7 +73,7 @@ def load_audio(
   """
   name = name or _name(source)
   samples_NC, rate_hz = decode(source, name=name)
-  if samples_NC.shape[1] == 1:
+  if samples_NC.shape[1] == 1 or channel == "first":
     samples_N = np.ascontiguousarray(samples_NC[:, 0])
   else:
     samples_N = samples_NC.mean(axis=1, dtype=np.float32)

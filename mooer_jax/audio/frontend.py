@@ -4,6 +4,7 @@ Normalisation (CMVN) is not here: it is the encoder's first step.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ class FrontendConfig:
     lfr_stride: frames from one step to the next.
   """
 
+  kind: ClassVar[str] = "fbank"
+  normalised: ClassVar[bool] = True  # by CMVN, which stands among the model's parameters
   fbank: FbankConfig = FbankConfig()
   lfr_window: int = 7
   lfr_stride: int = 6
@@ -33,6 +36,13 @@ class FrontendConfig:
         f"frontend lfr_window={self.lfr_window}, lfr_stride={self.lfr_stride}; "
         "needed 1 <= stride <= window, or frames would be lost"
       )
+
+  @property
+  def sample_rate_hz(self) -> int:
+    return self.fbank.sample_rate_hz
+
+
+Frontend = FrontendConfig
 
 
 def width(config: FrontendConfig = FrontendConfig()) -> int:

@@ -23,6 +23,10 @@ class LinearConfig:
       if getattr(self, name) < 1:
         raise ValueError(f"linear.{name}={getattr(self, name)} must be positive")
 
+  def num_tokens(self, frames: int) -> int:
+    """Speech tokens that so many encoder frames become."""
+    return frames // self.stack
+
 
 class LinearConnector(nn.Module):
   """Joins `stack` frames, then linear, ReLU, linear: [B, T, D] to [B, T // stack, output_width].

@@ -41,6 +41,10 @@ class SANMConfig:
     if self.layers < 2:
       raise ValueError(f"sanm.layers={self.layers}: at least 2, the first one and one more")
 
+  def num_outputs(self, frames: int) -> int:
+    """Encoder frames that so many feature frames become."""
+    return frames
+
 
 @jax.custom_vjp
 def convolve(x_BTD: jax.Array, kernel_KD: jax.Array) -> jax.Array:
