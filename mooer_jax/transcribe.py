@@ -15,13 +15,14 @@ from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
-from mooer_jax.prompts import fill_template, split_answer, task_prompt
-from mooer_jax.speech_llm import Batch
+from mooer_jax.prompts import encode_prompt, fill_template, split_answer, task_prompt
+from mooer_jax.speech_llm import Batch, num_speech_tokens
 from mooer_jax.text.tokenizer import Tokenizer
 
 _BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
 _SMALLEST_BUCKET = 32
 SILENCE = 1e-4  # peak below -80 dBFS
+FREE = "prompt"  # what results call the task where only a prompt is given
 LOUDEST = 4.0  # resampling may overshoot 1; 16-bit integers as floats are far above
 
 
@@ -104,7 +105,8 @@ class Transcriber:
     self.config = config.with_compute(scan=False)
     self.tokenizer = tokenizer
     self.options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
-    self.buckets = _buckets(self._num_frames(config.max_audio_s))
+    longest = round(config.max_audio_s * self._rate_hz)
+    self.buckets = [_buckets(num_frames(longest, frontend)) for frontend in config.frontends]
 
   @classmethod
   def from_checkpoint(
@@ -129,6 +131,8 @@ class Transcriber:
     audio: Sequence[str | os.PathLike | np.ndarray],
     *,
     task: str | None = None,
+    prompt: str | None = None,
+    template: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
@@ -139,6 +143,9 @@ class Transcriber:
     Args:
       audio: paths, or float arrays [samples] at the model's sample rate in [-1, 1].
       task: one of the model's tasks; default: its only one, else "asr".
+      prompt: what the model is asked, instead of the task's own prompt; `task` then only says
+        how the answer is read.
+      template: a name in prompts.TEMPLATES instead of the model's.
       batch_size: clips decoded together; it changes no result, unless the answers are sampled.
       seed: of sampling, where the checkpoint's options say so.
       progress: show a progress bar.
@@ -147,7 +154,8 @@ class Transcriber:
     Raises:
       FileNotFoundError: for a missing file.
       ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name, before
-        anything is decoded; for an unknown task.
+        anything is decoded; for an unknown task or template, or a prompt without its one place
+        for the speech.
     """
     from rich.progress import track
 
@@ -158,7 +166,10 @@ class Transcriber:
     prompts = dict(self.config.prompts)
     if task is None:
       task = next(iter(prompts)) if len(prompts) == 1 else "asr"
-    prompt = fill_template(self.config.template, task_prompt(task, prompts))
+      task = task if prompt is None else FREE
+    if prompt is None:
+      prompt = task_prompt(task, prompts)
+    filled = fill_template(template or self.config.template, prompt)
     options = build(
       GenerationOptions, {**dataclasses.asdict(self.options), **generation}, "generation"
     )
@@ -174,7 +185,7 @@ class Transcriber:
     key = jax.random.key(seed)
     for number, chunk in enumerate(track(chunks, "transcribing", disable=not progress)):
       rows = min(batch_size, 1 << (len(chunk) - 1).bit_length())  # few shapes, little padding
-      batch = self._batch([clips[i] for i in chunk], prompt, rows)
+      batch = self._batch([clips[i] for i in chunk], filled, rows)
       chunk_key = jax.random.fold_in(key, number)
       generated = jax.device_get(generate(self.params, batch, self.config, options, key=chunk_key))
       for row, i in enumerate(chunk):
@@ -195,10 +206,7 @@ class Transcriber:
 
   @property
   def _rate_hz(self) -> int:
-    return self.config.frontends[0].fbank.sample_rate_hz
-
-  def _num_frames(self, seconds: float) -> int:
-    return num_frames(round(seconds * self._rate_hz), self.config.frontends[0])
+    return self.config.frontends[0].sample_rate_hz
 
   def _load_all(self, audio) -> list[np.ndarray]:
     clips, errors = [], []
@@ -235,9 +243,9 @@ class Transcriber:
       )
     else:
       name = os.fspath(clip)
-      waveform_N = load_audio(clip, sample_rate_hz=self._rate_hz)
+      waveform_N = load_audio(clip, sample_rate_hz=self._rate_hz, channel=self.config.channel)
     seconds = len(waveform_N) / self._rate_hz
-    if self._num_frames(seconds) < self.config.connector.stack:
+    if not num_speech_tokens(len(self.config.filled_up(waveform_N)), self.config):
       raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech", "too short")
     if np.abs(waveform_N).max() < SILENCE:
       raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
@@ -249,21 +257,22 @@ class Transcriber:
     return waveform_N
 
   def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
-    frontend = self.config.frontends[0]
-    made = [features(clip, frontend) for clip in clips]
-    longest = max(len(x_TF) for x_TF in made)
-    length = next(bucket for bucket in self.buckets if bucket >= longest)
-    features_BTF = np.zeros((rows, length, made[0].shape[1]), np.float32)
-    frames_B = np.zeros(rows, np.int32)
-    for row, x_TF in enumerate(made):
-      features_BTF[row, : len(x_TF)] = x_TF
-      frames_B[row] = len(x_TF)
-    before, after = (np.asarray(self.tokenizer.encode(text), np.int32) for text in prompt)
+    padded, frames = [], []
+    for frontend, buckets in zip(self.config.frontends, self.buckets, strict=True):
+      made = [features(self.config.filled_up(clip), frontend) for clip in clips]
+      longest = max(len(x_TF) for x_TF in made)
+      length = next(bucket for bucket in buckets if bucket >= longest)
+      padded.append(np.zeros((rows, length, made[0].shape[1]), np.float32))
+      frames.append(np.zeros(rows, np.int32))
+      for row, x_TF in enumerate(made):
+        padded[-1][row, : len(x_TF)] = x_TF
+        frames[-1][row] = len(x_TF)
+    before_S, after_S = encode_prompt(self.tokenizer, prompt)
     return Batch(
-      features=(features_BTF,),
-      frames=(frames_B,),
-      before_BS=np.tile(before, (rows, 1)),
-      after_BS=np.tile(after, (rows, 1)),
+      features=tuple(padded),
+      frames=tuple(frames),
+      before_BS=np.tile(np.asarray(before_S, np.int32), (rows, 1)),
+      after_BS=np.tile(np.asarray(after_S, np.int32), (rows, 1)),
       answer_BS=np.full((rows, 1), -1, np.int32),
     )
 

@@ -6,12 +6,13 @@ import flax.struct
 import jax
 import numpy as np
 
-from mooer_jax.audio.frontend import FrontendConfig, num_frames, width
+from mooer_jax.audio.frontend import Frontend, num_frames, width
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.asking import Asker
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.shards import Skip
 from mooer_jax.speech_llm import Batch
-from mooer_jax.text.tokenizer import Tokenizer
 
 
 @flax.struct.dataclass
@@ -22,6 +23,7 @@ class HostBatch:
     batch: arrays of B rows; rows beyond len(keys) are padding.
     keys: of the utterances, row by row.
     texts: their transcripts.
+    tasks: what was asked of each.
     audio_s: seconds of audio in it.
     skipped: what was left out since the batches before, each utterance once.
   """
@@ -29,6 +31,7 @@ class HostBatch:
   batch: Batch
   keys: tuple[str, ...] = flax.struct.field(pytree_node=False)
   texts: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
   audio_s: float = flax.struct.field(pytree_node=False)
   skipped: tuple[Skip, ...] = flax.struct.field(pytree_node=False)
 
@@ -36,36 +39,33 @@ class HostBatch:
 class Batcher:
   """Pads examples to the smallest bucket that holds them all."""
 
-  def __init__(
-    self,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    prompt: tuple[str, str],
-    frontends: Sequence[FrontendConfig],
-  ):
-    """Tokenizes the prompt and works out the padded lengths.
+  def __init__(self, config: DataConfig, model: SpeechLLMConfig, asker: Asker):
+    """Works out the padded lengths.
 
     Args:
-      config: batch size and buckets.
-      tokenizer: of the language model.
-      prompt: text before and text after the speech.
-      frontends: one for each encoder; config.buckets are lengths of the first one's features.
+      config: batch size and buckets, which are lengths of the first encoder's features.
+      model: what features its encoders take.
+      asker: knows the lengths of prompts.
 
     Raises:
       ValueError: if the longest bucket does not hold a clip of config.max_s.
     """
-    rate_hz = frontends[0].fbank.sample_rate_hz
-    longest = num_frames(int(config.max_s * rate_hz), frontends[0])
+    frontends = model.frontends
+    longest_s = max(config.max_s, model.min_audio_s)
+    longest = num_frames(int(longest_s * frontends[0].sample_rate_hz), frontends[0])
     if longest > config.buckets[-1]:
       raise ValueError(
-        f"data.max_s={config.max_s} makes {longest} frames, more than the longest of data.buckets="
+        f"data.max_s={longest_s} makes {longest} frames, more than the longest of data.buckets="
         f"{config.buckets}; add {longest} or lower data.max_s"
       )
     self._rows = config.batch_size
     self._widths = [width(f) for f in frontends]
     self._lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
     self._answer_lengths = config.answer_buckets
-    self._before_S, self._after_S = (np.asarray(tokenizer.encode(t), np.int32) for t in prompt)
+    self._asker = asker
+    # One task needs no sums of its own.
+    self._task_ids = {task: i for i, (task, _) in enumerate(model.prompts)}
+    self._mixed = not config.task
 
   def shapes(self) -> list[Batch]:
     """All shapes that a batch can have, as `ShapeDtypeStruct`s, the largest first."""
@@ -80,9 +80,10 @@ class Batcher:
           for length, channels in zip(lengths, self._widths, strict=True)
         ),
         frames=tuple(ints() for _ in lengths),
-        before_BS=ints(len(self._before_S)),
-        after_BS=ints(len(self._after_S)),
+        before_BS=ints(self._asker.before),
+        after_BS=ints(self._asker.after),
         answer_BS=ints(answer_length),
+        task_B=ints() if self._mixed else None,
       )
       for lengths in reversed(self._lengths)
       for answer_length in reversed(self._answer_lengths)
@@ -106,28 +107,36 @@ class Batcher:
     )
     frames = tuple(np.zeros(self._rows, np.int32) for _ in lengths)
     answer_BS = np.full((self._rows, answer_length), -1, np.int32)
+    before_BS = np.full((self._rows, self._asker.before), -1, np.int32)
+    after_BS = np.full((self._rows, self._asker.after), -1, np.int32)
+    task_B = np.full(self._rows, -1, np.int32)
     for row, example in enumerate(examples):
       for x_BTF, frames_B, made in zip(features, frames, example.features, strict=True):
         x_BTF[row, : len(made)] = made
         frames_B[row] = len(made)
       answer_BS[row, : len(example.answer_S)] = example.answer_S
+      before_BS[row, self._asker.before - len(example.before_S) :] = example.before_S
+      after_BS[row, self._asker.after - len(example.after_S) :] = example.after_S
+      task_B[row] = self._task_ids[example.task]
     batch = Batch(
       features=features,
       frames=frames,
-      before_BS=np.tile(self._before_S, (self._rows, 1)),
-      after_BS=np.tile(self._after_S, (self._rows, 1)),
+      before_BS=before_BS,
+      after_BS=after_BS,
       answer_BS=answer_BS,
+      task_B=task_B if self._mixed else None,
     )
     return HostBatch(
       batch=batch,
       keys=tuple(e.key for e in examples),
       texts=tuple(e.text for e in examples),
+      tasks=tuple(e.task for e in examples),
       audio_s=float(sum(e.seconds for e in examples)),
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
     )
 
 
-def _lengths(bucket: int, frontends: Sequence[FrontendConfig]) -> tuple[int, ...]:
+def _lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...]:
   """Frames of each frontend for the longest clip whose first features are `bucket` long."""
   if len(frontends) == 1:
     return (bucket,)

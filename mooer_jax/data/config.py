@@ -9,14 +9,23 @@ class DataConfig:
   """Where the utterances come from and how they become batches.
 
   Attributes:
-    shards: path of a `data.list`, one tar a line; relative tars are sought beside the list.
-    task: which of the model's prompts the utterances are trained on.
+    shards: path of a `data.list`, one tar a line; relative tars are sought beside the list. Or a
+      SALMONN annotation file (`.json`).
+    task: which of the model's prompts the utterances are trained on; "" takes each utterance's own
+      task, which the annotation or a `.json` in the shard names.
+    task_weights: with task="", how often an utterance of a task is read in an epoch, on average; 1
+      for tasks that are not named.
+    prompts: file of prompts, {task: [prompts]}, from which one is drawn for each reading; "": the
+      model's own, one for each task.
+    prompt_tokens: length in tokens that both sides of a prompt are padded to; needed where prompts
+      take questions, 0: the length of the longest prompt.
     batch_size: utterances a batch, for one process (host).
     buckets: lengths in encoder input steps (MooER: 60 ms each) that a batch is padded to,
       ascending; the longest must hold a clip of max_s.
     answer_buckets: lengths in tokens, eos included, that answers are padded to, ascending.
     min_s: shorter clips are skipped and counted, seconds (MooER: 0.2).
     max_s: longer clips are skipped and counted, seconds (MooER: 20).
+    cut_longer: take the first max_s of longer clips instead, as SALMONN does.
     window: utterances that are shuffled and sorted by length at a time, a multiple of batch_size.
       Memory is about 37 kB for each second of audio in it, and that for each worker.
     seed: of the order of shards and of batches.
@@ -29,11 +38,15 @@ class DataConfig:
 
   shards: str
   task: str = "asr"
+  task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+  prompts: str = ""
+  prompt_tokens: int = 0
   batch_size: int = 8
   buckets: tuple[int, ...] = (50, 100, 167, 250, 334)
   answer_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
   min_s: float = 0.2
   max_s: float = 20.0
+  cut_longer: bool = False
   window: int = 2048
   seed: int = 0
   workers: int = 0
@@ -56,5 +69,15 @@ class DataConfig:
       )
     if not 0 <= self.min_s < self.max_s:
       raise ValueError(f"data.min_s={self.min_s} and data.max_s={self.max_s}: want 0 <= min < max")
+    if self.prompt_tokens < 0:
+      raise ValueError(f"data.prompt_tokens={self.prompt_tokens}: must be at least 0")
+    if self.task and self.task_weights:
+      raise ValueError(
+        f"data.task_weights={self.task_weights}, but all utterances are of data.task={self.task!r};"
+        " set data.task=''"
+      )
+    for task, weight in self.task_weights.items():
+      if not 0 <= weight < float("inf"):
+        raise ValueError(f"data.task_weights.{task}={weight}: must be at least 0")
     if not 0 <= self.max_bad_share <= 1:
       raise ValueError(f"data.max_bad_share={self.max_bad_share}: must lie between 0 and 1")

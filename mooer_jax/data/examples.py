@@ -5,12 +5,16 @@ import dataclasses
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError, load_audio
-from mooer_jax.audio.frontend import FrontendConfig, features
+from mooer_jax.audio.frontend import features
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.asking import Asker
+from mooer_jax.data.config import DataConfig
 from mooer_jax.data.kaldi import SPACE
 from mooer_jax.data.shards import RawUtterance, Skip
 from mooer_jax.text.tokenizer import Tokenizer
 
 _AUDIO_CAUSES = {"empty": "empty audio"}
+PAUSE_S = 0.1  # between the clips of one utterance, as SALMONN has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Example:
 
   Attributes:
     features: for each encoder float32 [T, F], before CMVN.
+    task: what the model is asked, in the words before_S and after_S, int32 tokens.
     answer_S: int32, tokens of the transcript and eos.
     seconds: of audio.
     epoch: of the stream it was read in.
@@ -28,6 +33,9 @@ class Example:
   key: str
   text: str
   features: tuple[np.ndarray, ...]
+  task: str
+  before_S: np.ndarray
+  after_S: np.ndarray
   answer_S: np.ndarray
   seconds: float
   epoch: int = 0
@@ -39,29 +47,22 @@ class Reader:
   """Decodes utterances and applies the limits.
 
   Attributes:
+    config: limits of length.
+    tokenizer: of the language model.
+    model: what features its encoders take.
+    asker: gives each utterance its prompt.
     needs_answer: whether an utterance without a usable answer is skipped (training) or kept with
       no answer tokens (evaluation, where its text is only a reference).
-    max_answer: tokens, eos included.
   """
 
-  frontends: tuple[FrontendConfig, ...]
+  config: DataConfig
   tokenizer: Tokenizer
-  min_s: float
-  max_s: float
-  max_answer: int
+  model: SpeechLLMConfig
+  asker: Asker
   needs_answer: bool
 
-  def __post_init__(self):
-    rates = {f.fbank.sample_rate_hz for f in self.frontends}
-    if len(rates) != 1:
-      raise ValueError(f"frontends want sample rates {sorted(rates)}; they must share one")
-
-  @property
-  def sample_rate_hz(self) -> int:
-    return self.frontends[0].fbank.sample_rate_hz
-
-  def __call__(self, raw: RawUtterance) -> Example | Skip:
-    """Returns the example, or why there is none."""
+  def __call__(self, raw: RawUtterance, draw: int = 0) -> Example | Skip:
+    """Returns the example, or why there is none; `draw` is as of `Asker`."""
 
     text = ""
 
@@ -72,22 +73,37 @@ class Reader:
       text = raw.text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
       return skip("transcript not UTF-8", str(error))
+    asked = self.asker(raw, draw)
+    if isinstance(asked, Skip):
+      return dataclasses.replace(asked, text=text)
     answer, problem = self._answer(text)
     if problem and self.needs_answer:
       return skip(*problem)
+    limits = self.config
     try:
-      waveform_N = load_audio(
-        raw.audio, sample_rate_hz=self.sample_rate_hz, name=f"{raw.key}.{raw.suffix}"
-      )
-      seconds = len(waveform_N) / self.sample_rate_hz
-      if seconds < self.min_s:
-        return skip("too short", f"{seconds:.3f} s < data.min_s={self.min_s}")
-      if seconds > self.max_s:
-        return skip("too long", f"{seconds:.1f} s > data.max_s={self.max_s}")
-      made = tuple(features(waveform_N, frontend) for frontend in self.frontends)
+      waveform_N, seconds = self._waveform(raw)
+      if seconds < limits.min_s:
+        return skip("too short", f"{seconds:.3f} s < data.min_s={limits.min_s}")
+      if seconds > limits.max_s:
+        return skip("too long", f"{seconds:.1f} s > data.max_s={limits.max_s}")
+      made = tuple(features(waveform_N, frontend) for frontend in self.model.frontends)
     except AudioError as error:
       return skip(_AUDIO_CAUSES.get(error.cause, error.cause), str(error))
-    return Example(raw.key, text, made, answer, seconds)
+    return Example(raw.key, text, made, *asked, answer, seconds)
+
+  def _waveform(self, raw: RawUtterance) -> tuple[np.ndarray, float]:
+    """All clips of an utterance, joined, and how long they are, seconds."""
+    rate_hz, name = self.model.frontends[0].sample_rate_hz, f"{raw.key}.{raw.suffix}"
+    pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
+    parts = []
+    for clip in (raw.audio, *raw.more):
+      waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=self.model.channel, name=name)
+      parts += [pause, waveform_N] if parts else [waveform_N]
+    joined_N = np.concatenate(parts)
+    if self.config.cut_longer:
+      joined_N = joined_N[: round(self.config.max_s * rate_hz)]
+    seconds = len(joined_N) / rate_hz
+    return self.model.filled_up(joined_N), seconds
 
   def _answer(self, text):
     none = np.zeros(0, np.int32)
@@ -97,9 +113,10 @@ class Reader:
       tokens = [*self.tokenizer.encode(text.replace(SPACE, " ")), self.tokenizer.eos_id]
     except ValueError as error:
       return none, ("unknown character", str(error))
-    if len(tokens) > self.max_answer:
+    longest = self.config.answer_buckets[-1]
+    if len(tokens) > longest:
       return none, (
         "answer too long",
-        f"{len(tokens)} tokens > data.answer_buckets[-1]={self.max_answer}",
+        f"{len(tokens)} tokens > data.answer_buckets[-1]={longest}",
       )
     return np.asarray(tokens, np.int32), None

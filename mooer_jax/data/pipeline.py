@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import grain
 from absl import flags
 
-from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data import annotation
+from mooer_jax.data.asking import Asker
 from mooer_jax.data.batching import Batcher, HostBatch
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Reader
@@ -23,8 +24,7 @@ from mooer_jax.text.tokenizer import Tokenizer
 def train_batches(
   config: DataConfig,
   tokenizer: Tokenizer,
-  prompt: tuple[str, str],
-  frontends: Sequence[FrontendConfig],
+  model: SpeechLLMConfig,
   *,
   process_index: int = 0,
   process_count: int = 1,
@@ -37,8 +37,7 @@ def train_batches(
   Args:
     config: see DataConfig.
     tokenizer: of the language model.
-    prompt: text before and text after the speech.
-    frontends: one for each encoder.
+    model: its features, template and prompts.
     process_index: which of the processes (hosts) this is.
     process_count: each process reads every process_count-th shard.
 
@@ -47,9 +46,11 @@ def train_batches(
     close() on the iterator to end its workers or thread.
 
   Raises:
-    FileNotFoundError, ValueError: for a bad list, too few shards, or buckets too short.
+    FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, or tasks
+      that the model has no prompt for.
   """
-  shards = read_list(config.shards)
+  asker = Asker(config, tokenizer, model)
+  shards = _list(config, asker)
   streams = process_count * max(1, config.workers)
   if len(shards) < streams:
     raise ValueError(
@@ -60,8 +61,8 @@ def train_batches(
   batches = _TrainBatches(
     config,
     shards[process_index::process_count],
-    _reader(config, tokenizer, frontends, needs_answer=True),
-    Batcher(config, tokenizer, prompt, frontends),
+    Reader(config, tokenizer, model, asker, needs_answer=True),
+    Batcher(config, model, asker),
   )
   return _Described(
     _ahead(batches, config, config.workers),
@@ -72,8 +73,7 @@ def train_batches(
 def eval_batches(
   config: DataConfig,
   tokenizer: Tokenizer,
-  prompt: tuple[str, str],
-  frontends: Sequence[FrontendConfig],
+  model: SpeechLLMConfig,
   *,
   process_index: int = 0,
   process_count: int = 1,
@@ -85,7 +85,8 @@ def eval_batches(
 
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
-  shards = read_list(config.shards)
+  asker = Asker(config, tokenizer, model)
+  shards = _list(config, asker)
   if len(shards) < process_count:
     raise ValueError(
       f"{config.shards}: {len(shards)} shards for {process_count} processes; pack again with fewer"
@@ -94,8 +95,8 @@ def eval_batches(
   batches = _EvalBatches(
     config,
     shards[process_index::process_count],
-    _reader(config, tokenizer, frontends, needs_answer=False),
-    Batcher(config, tokenizer, prompt, frontends),
+    Reader(config, tokenizer, model, asker, needs_answer=False),
+    Batcher(config, model, asker),
   )
   return _Described(
     _ahead(batches, config, min(1, config.workers)),
@@ -103,15 +104,19 @@ def eval_batches(
   )
 
 
-def _reader(config, tokenizer, frontends, *, needs_answer) -> Reader:
-  return Reader(
-    frontends=tuple(frontends),
-    tokenizer=tokenizer,
-    min_s=config.min_s,
-    max_s=config.max_s,
-    max_answer=config.answer_buckets[-1],
-    needs_answer=needs_answer,
-  )
+def _list(config: DataConfig, asker: Asker) -> list[str]:
+  """Shards, or parts of an annotation file, whose tasks are looked at before any is read."""
+  if not config.shards.endswith(".json"):
+    return read_list(config.shards)
+  named = annotation.tasks(config.shards)
+  if not config.task and (unknown := sorted(named - set(asker.tasks))):
+    raise ValueError(
+      f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(asker.tasks)}: add"
+      " them to model.prompts"
+    )
+  if strange := sorted(set(config.task_weights) - named):
+    raise ValueError(f"data.task_weights names {strange}, but {config.shards} has {sorted(named)}")
+  return annotation.pieces(config.shards)
 
 
 def _ahead(batches, config, workers) -> grain.IterDataset:
@@ -138,7 +143,10 @@ def _start_worker(index, count):
 
 def _description(config, shards, process_index, process_count) -> dict[str, Any]:
   """What must be the same for a saved state to mean the same batches."""
-  names = ("batch_size", "window", "seed", "workers", "min_s", "max_s", "buckets", "answer_buckets")
+  names = (
+    "batch_size", "window", "seed", "workers", "min_s", "max_s", "cut_longer", "buckets",
+    "answer_buckets", "task", "task_weights", "prompts",
+  )  # fmt: skip
   settings = {f"data.{name}": getattr(config, name) for name in names}
   files = "\n".join(os.path.basename(shard) for shard in shards)
   return {
@@ -169,6 +177,7 @@ class _Batches(grain.IterDataset):
       seed=seed,
       max_bad_share=self.config.max_bad_share,
       tolerance=self.config.tolerance,
+      task_weights=None if seed is None else self.config.task_weights,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import tarfile
 import zlib
 from collections.abc import Generator
@@ -15,6 +16,11 @@ CAUSES = (
   "no transcript",
   "transcript not UTF-8",
   "empty transcript",
+  "bad task",  # the .json beside the audio cannot be read
+  "unknown task",  # the model has no prompt for it
+  "no question",
+  "bad question",
+  "prompt too long",
   "unknown character",  # the tokenizer has no token for it
   "answer too long",
   "empty audio",
@@ -46,13 +52,25 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class RawUtterance:
-  """An utterance as it lies in a shard: encoded audio and UTF-8 transcript."""
+  """An utterance as it lies in a shard.
+
+  Attributes:
+    suffix: of the audio, such as "wav".
+    audio: encoded.
+    text: UTF-8 transcript, or what else is to be answered.
+    task: what it is an answer to; empty where the shard does not tell.
+    question: that stands in the prompt of some tasks.
+    more: encoded audio of further clips, which follow the first after a pause.
+  """
 
   key: str
   shard: str
   suffix: str
   audio: bytes
   text: bytes
+  task: str = ""
+  question: str = ""
+  more: tuple[bytes, ...] = ()
 
 
 def read_list(path: str | Path) -> list[str]:
@@ -126,7 +144,8 @@ def read_shard(path: str) -> Generator[RawUtterance | Skip]:
           key, parts = None, {}
           yield _whole(done, found, path, seen)
         key = stem
-        parts[slot] = (suffix, _content(tar, member) if slot in ("txt", "audio") else b"")
+        read = slot in ("txt", "audio", "json")
+        parts[slot] = (suffix, _content(tar, member) if read else b"")
       if key is not None:
         done, found = (key, parts)
         key, parts = None, {}
@@ -153,7 +172,17 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
   if "txt" not in parts:
     return Skip("no transcript", key, shard, f"only .{parts['audio'][0]}")
   suffix, audio = parts["audio"]
-  return RawUtterance(key, shard, suffix, audio, parts["txt"][1])
+  about = {}
+  if "json" in parts:
+    try:
+      about = json.loads(parts["json"][1])
+      if not all(isinstance(about.get(name, ""), str) for name in ("task", "Q")):
+        raise ValueError("task and Q must be strings")
+    except (ValueError, AttributeError) as error:
+      return Skip("bad task", key, shard, f"{key}.json: {error}")
+  return RawUtterance(
+    key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
+  )
 
 
 def _check_end(file, offset):

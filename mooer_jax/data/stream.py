@@ -3,12 +3,18 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 
+from mooer_jax.data import annotation
+from mooer_jax.data.asking import copies
 from mooer_jax.data.examples import Example, Reader
 from mooer_jax.data.shards import RawUtterance, Skip, read_shard
+
+
+def _read(name: str) -> Generator[RawUtterance | Skip]:
+  return annotation.read_piece(name) if annotation.is_piece(name) else read_shard(name)
 
 
 class BadDataError(ValueError):
@@ -30,6 +36,7 @@ class UtteranceStream:
     seed: int | None,
     max_bad_share: float,
     tolerance: int,
+    task_weights: Mapping[str, float] | None = None,
   ):
     """Starts at the first utterance.
 
@@ -41,19 +48,22 @@ class UtteranceStream:
       max_bad_share: largest share of skipped utterances, and of damaged shards in an epoch, since
         nobody knows how many utterances a damaged shard has lost.
       tolerance: utterances read before that is applied to them; for shards it is two, or all.
+      task_weights: how often an utterance of a task is read in an epoch; default: once.
     """
     self._shards = list(shards)
     self._reader = reader
     self._seed = seed
     self._max_bad_share = max_bad_share
     self._tolerance = tolerance
-    start = {"epoch": 0, "shard": 0, "entry": 0, "read": 0, "usable": 0}
+    self._task_weights = task_weights or {}
+    start = {"epoch": 0, "shard": 0, "entry": 0, "copy": 0, "read": 0, "usable": 0}
     self.seek({**start, "skipped": {}, "damaged": []})
 
   def seek(self, position: dict):
     """Goes to what `position()` returned."""
     self._epoch, self._shard = position["epoch"], position["shard"]
-    self._entry = position["entry"]
+    self._entry, self._copy = position["entry"], position.get("copy", 0)
+    self._raw: RawUtterance | Skip | None = None
     self._read, self._usable = position["read"], position["usable"]
     self._counts = collections.Counter(position["skipped"])
     self._damaged = list(position["damaged"])  # indices of shards, in this epoch
@@ -64,7 +74,7 @@ class UtteranceStream:
     self._keys: set[str] = set()
     if self._seed is None:
       for index in self._order[: self._shard]:
-        self._keys.update(e.key for e in read_shard(self._shards[index]) if e.key)
+        self._keys.update(e.key for e in _read(self._shards[index]) if e.key)
 
   def position(self) -> dict:
     """Where the next utterance (with the skips before it) starts."""
@@ -75,6 +85,7 @@ class UtteranceStream:
       "epoch": self._epoch,
       "shard": self._shard,
       "entry": self._entry,
+      "copy": self._copy,
       "read": self._read,
       "usable": self._usable,
       "skipped": dict(self._counts),
@@ -120,16 +131,23 @@ class UtteranceStream:
         self._end_epoch()
       if self._entries is None:
         self._entries = self._open()
-      entry = next(self._entries, None)
+      if self._raw is None:
+        self._raw = next(self._entries, None)
+      entry, copy = self._raw, self._copy
       if entry is None:
         self._shard, self._entry, self._entries = self._shard + 1, 0, None
         self._check_shards()
         continue
-      self._entry += 1
+      if copy + 1 < self._copies(entry):
+        self._copy += 1
+      else:
+        self._entry, self._copy, self._raw = self._entry + 1, 0, None
+      if copy >= self._copies(entry):
+        continue  # its task's weight is below 1
       self._read += 1
       if isinstance(entry, Skip) and entry.cause == "bad shard":
         self._damaged.append(self._order[self._shard])
-      made = self._make(entry)
+      made = self._make(entry, copy)
       if isinstance(made, Example):
         self._usable += 1
         skipped, self._pending = tuple(self._pending), []
@@ -138,16 +156,24 @@ class UtteranceStream:
       self._counts[made.cause] += 1
       self._check_share(self._tolerance)
 
-  def _make(self, entry: RawUtterance | Skip) -> Example | Skip:
+  def _copies(self, entry: RawUtterance | Skip) -> int:
+    if isinstance(entry, Skip) or not self._task_weights:
+      return 1
+    return copies(entry.task, self._task_weights, self._epoch, entry.key)
+
+  def _make(self, entry: RawUtterance | Skip, copy: int) -> Example | Skip:
     if self._seed is None and entry.key:
       if entry.key in self._keys:
         return Skip("duplicate key", entry.key, entry.shard)
       self._keys.add(entry.key)
-    return entry if isinstance(entry, Skip) else self._reader(entry)
+    if isinstance(entry, Skip):
+      return entry
+    # Evaluation reads once and asks the same whenever it runs.
+    return self._reader(entry, 0 if self._seed is None else 1000 * self._epoch + copy)
 
   def _open(self) -> Generator[RawUtterance | Skip]:
     """Opens the current shard behind the entries that were taken already."""
-    entries = read_shard(self._shards[self._order[self._shard]])
+    entries = _read(self._shards[self._order[self._shard]])
     for passed in itertools.islice(entries, self._entry):
       if self._seed is None:
         self._keys.add(passed.key)

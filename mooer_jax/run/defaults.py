@@ -11,6 +11,7 @@ from mooer_jax.run.setup import TrainConfig
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
 
+_MISSING = dataclasses.MISSING
 _SECTIONS = {
   "compute": Compute,
   "data": DataConfig,
@@ -37,8 +38,9 @@ def default_config() -> ConfigDict:
   config.generation = ConfigDict()
   for name, cls in _SECTIONS.items():
     config[name] = {
-      field.name: field.default
+      field.name: field.default if field.default is not _MISSING else field.default_factory()  # type: ignore[misc]
       for field in dataclasses.fields(cls)
-      if field.default is not dataclasses.MISSING and f"{name}.{field.name}" not in _NOT_SET
+      if (field.default, field.default_factory) != (_MISSING, _MISSING)
+      and f"{name}.{field.name}" not in _NOT_SET
     }
   return config

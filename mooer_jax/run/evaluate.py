@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mooer_jax import checkpoint
-from mooer_jax.audio.frontend import num_frames, shortest_s
+from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import eval_batches
@@ -25,7 +25,8 @@ from mooer_jax.evaluation.translation import Bleu, bleu
 from mooer_jax.generation import generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import split_answer
-from mooer_jax.run.setup import prepare_process, prompt_for, section
+from mooer_jax.run.setup import prepare_process, section
+from mooer_jax.speech_llm import shortest_s
 from mooer_jax.transcribe import load_model
 
 _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
@@ -156,7 +157,8 @@ def decode_set(
       f"eval.max_s={longest_s:g} is longer than the model takes ({model.max_audio_s:g} s)"
     )
   frontend = model.frontends[0]
-  longest = num_frames(int(longest_s * frontend.fbank.sample_rate_hz), frontend)
+  longest_s = max(longest_s, model.min_audio_s)
+  longest = num_frames(int(longest_s * frontend.sample_rate_hz), frontend)
   buckets = section(config, "data", DataConfig).buckets
   data = section(
     config,
@@ -165,14 +167,17 @@ def decode_set(
     shards=options.shards,
     batch_size=options.batch_size,
     window=options.batch_size,
-    min_s=shortest_s(model.connector.stack, model.frontends[0]),
+    min_s=0.0 if model.min_audio_s else shortest_s(model),
+    task=options.task,
+    task_weights={},
+    prompts="",
     max_bad_share=1.0,
     max_s=longest_s,
     **({"buckets": (*buckets, longest)} if longest > buckets[-1] else {}),
   )
   key = jax.random.key(config.get("seed", 0))
   decoded = Decoded({}, {}, [])
-  batches = eval_batches(data, tokenizer, prompt_for(model, options.task), model.frontends)
+  batches = eval_batches(data, tokenizer, model)
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("decoding", total=None)
     for number, host_batch in enumerate(batches):

@@ -78,21 +78,43 @@ def _check_same_model(saved: SpeechLLMConfig, wanted: SpeechLLMConfig, folder: P
     raise ValueError(f"{folder} holds another model than the config describes: {said}")
 
 
-def measure_cmvn(run: Run, dataset, frontends: dict) -> dict:
-  """Shift and scale of the features: read from a file, or measured on the first batches."""
+def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
+  """Shift and scale of the features: read from a file, or measured on the first batches.
+
+  Args:
+    run: the config.
+    dataset: the batches of training.
+    cmvn: what the params have, by encoder; says where the result lies.
+
+  Raises:
+    ValueError: if train.cmvn names a file and not just one encoder's features are normalised.
+  """
+  encoders = [encoder.kind for encoder in run.model.encoders]
+  found = {}
   if run.train.cmvn != "estimate":
-    shift_F, scale_F = read_mvn(run.train.cmvn, width=width(run.model.frontends[0]))
+    if len(cmvn) != 1:
+      raise ValueError(
+        f"train.cmvn={run.train.cmvn!r} is one file, but the features of {len(cmvn)} encoders"
+        f" ({', '.join(cmvn)}) are normalised; set train.cmvn='estimate'"
+      )
+    (name,) = cmvn
+    features = run.model.frontends[encoders.index(name)]
+    found[name] = read_mvn(run.train.cmvn, width=width(features))
   else:
-    with contextlib.closing(iter(dataset)) as batches:
-      first = itertools.islice(batches, CMVN_BATCHES)
-      shift_F, scale_F = estimate(clip for host_batch in first for clip in _clips(host_batch.batch))
-  (name,) = frontends
-  values = {"shift": np.asarray(shift_F), "scale": np.asarray(scale_F)}
-  return {name: jax.device_put(values, jax.tree.map(lambda x: x.sharding, frontends[name]))}
+    for name in cmvn:
+      number = encoders.index(name)
+      with contextlib.closing(iter(dataset)) as batches:
+        first = itertools.islice(batches, CMVN_BATCHES)
+        found[name] = estimate(clip for host in first for clip in _clips(host.batch, number))
+  values = {
+    name: {"shift": np.asarray(shift_F), "scale": np.asarray(scale_F)}
+    for name, (shift_F, scale_F) in found.items()
+  }
+  return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
 
 
-def _clips(batch):
-  for x_TF, frames in zip(batch.features[0], batch.frames[0], strict=True):
+def _clips(batch, number: int):
+  for x_TF, frames in zip(batch.features[number], batch.frames[number], strict=True):
     yield x_TF[:frames]
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Monitor:
   """Records every step, prints every `log_every`; draws the loss curve when the run ends."""
 
-  def __init__(self, workdir: Path, first: int, steps: int, log_every: int):
+  def __init__(
+    self, workdir: Path, first: int, steps: int, log_every: int, tasks: Sequence[str] = ()
+  ):
     """Takes the updates already done and in all; keeps the metrics of the former."""
-    self._workdir, self._log_every = workdir, log_every
+    self._workdir, self._log_every, self._tasks = workdir, log_every, tuple(tasks)
     self._console = Console(stderr=True)
     self._progress = Progress(
       TextColumn("training"),
@@ -34,6 +37,7 @@ class Monitor:
     self._bar = self._progress.add_task("", total=steps, completed=first, line="compiling")
     self._first, self._steps = first, steps
     self._since = (time.perf_counter(), 0, 0.0)
+    self._task_sums = np.zeros((len(self._tasks), 3))  # since the last line
 
     workdir.mkdir(parents=True, exist_ok=True)
     self._metrics, self._skips = workdir / "metrics.jsonl", workdir / "skipped.jsonl"
@@ -55,7 +59,12 @@ class Monitor:
 
   def record(self, metrics: dict[str, jax.Array], host_batch):
     """Takes one step's metrics and the batch that it was made of."""
-    row = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    values = jax.device_get(metrics)
+    sums = values.pop("task_sums", None)
+    row = {name: value.item() for name, value in values.items()}
+    if sums is not None:
+      self._task_sums += sums
+      row["tasks"] = self._by_task(sums)
     row["audio_s"] = host_batch.audio_s
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
@@ -72,13 +81,24 @@ class Monitor:
     if step % self._log_every == 0 or step == self._steps:
       self._log(step, row)
 
+  def _by_task(self, sums) -> dict[str, dict[str, float]]:
+    """Loss per token and token accuracy of each task that came."""
+    return {
+      task: {"loss": loss / tokens, "accuracy": correct / tokens, "tokens": tokens}
+      for task, (loss, tokens, correct) in zip(self._tasks, sums.tolist(), strict=True)
+      if tokens
+    }
+
   def _log(self, step, row):
     start, steps, audio_s = self._since
     elapsed = time.perf_counter() - start
     self._since = time.perf_counter(), 0, 0.0
     rates = {"steps_per_s": steps / elapsed, "audio_s_per_s": audio_s / elapsed}
-    for name, value in {**row, **rates}.items():
-      if name not in ("step", "finite"):
+    tasks = self._by_task(self._task_sums)
+    self._task_sums[:] = 0
+    by_task = {f"{name}/{task}": of[name] for task, of in tasks.items() for name in of}
+    for name, value in {**row, **rates, **by_task}.items():
+      if name not in ("step", "finite", "tasks"):
         self._tensorboard.add_scalar(f"train/{name}", value, step)
     line = (
       f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}"
@@ -86,6 +106,9 @@ class Monitor:
     )
     if self._skipped:
       line += f"  skipped {len(self._skipped)}"
+    if tasks:
+      said = (f"{task} {of['loss']:.3f}/{of['accuracy']:.3f}" for task, of in tasks.items())
+      self.message(f"step {step}  loss/accuracy by task: {'  '.join(said)}")
     self._progress.update(self._bar, completed=step, line=line)
     if not self._console.is_terminal:
       self.message(f"step {step}/{self._steps}  {line}")

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from mooer_jax.config import SpeechLLMConfig, build, model_config
-from mooer_jax.prompts import fill_template, task_prompt
 from mooer_jax.text.tokenizer import Tokenizer
 
 
@@ -101,11 +100,6 @@ def check_vocabulary(tokenizer: Tokenizer, model: SpeechLLMConfig):
       f"the tokenizer has {tokenizer.vocab_size} tokens but llm.vocab={model.decoder.vocab};"
       " set model.llm.vocab to at least that"
     )
-
-
-def prompt_for(model: SpeechLLMConfig, task: str) -> tuple[str, str]:
-  """Text before and after the speech for one of the model's tasks."""
-  return fill_template(model.template, task_prompt(task, dict(model.prompts)))
 
 
 def prepare_process():

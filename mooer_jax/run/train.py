@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
+from mooer_jax.data.asking import Asker
 from mooer_jax.data.batching import Batcher
 from mooer_jax.data.pipeline import train_batches
 from mooer_jax.run.config import Run
@@ -18,7 +19,6 @@ from mooer_jax.run.program import CompiledStep, jitted_step
 from mooer_jax.run.setup import (
   check_vocabulary,
   prepare_process,
-  prompt_for,
   read_tokenizer,
 )
 from mooer_jax.text.tokenizer import Tokenizer
@@ -46,7 +46,8 @@ def train(config: ConfigDict) -> Path:
   _check_rows(run, mesh)
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
-  if start_from is None and not run.train.cmvn:
+  measured = any(frontend.normalised for frontend in run.model.frontends)
+  if start_from is None and measured and not run.train.cmvn:
     raise ValueError(
       "train.cmvn='' takes the CMVN of init_from, but there is none; set train.cmvn='estimate' or"
       " the path of an am.mvn"
@@ -60,8 +61,7 @@ def train(config: ConfigDict) -> Path:
   tokenizer = read_tokenizer(config, start_from)
   check_vocabulary(tokenizer, run.model)
 
-  prompt = prompt_for(run.model, run.data.task)
-  dataset = train_batches(run.data, tokenizer, prompt, run.model.frontends)
+  dataset = train_batches(run.data, tokenizer, run.model)
   params = initial_params(
     run, mesh, start_from, exactly=bool(resumed), base=base if resumed else None
   )
@@ -90,13 +90,15 @@ def train(config: ConfigDict) -> Path:
   stop = StopRequest()
   folder = resumed
   pending = None
-  monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every)
+  tasks = [task for task, _ in run.model.prompts]
+  monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every, tasks)
   with contextlib.closing(batches), monitor, stop:
     monitor.message(
       f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
-    shapes = Batcher(run.data, tokenizer, prompt, run.model.frontends).shapes()
+    asker = Asker(run.data, tokenizer, run.model)
+    shapes = Batcher(run.data, run.model, asker).shapes()
     train_step = CompiledStep(jitted, state, frozen, shapes, monitor.message)
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)

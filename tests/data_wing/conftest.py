@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -97,4 +97,4 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model_side(tokenizer):
   """What the pipeline needs to know of the model."""
-  return tokenizer, ("", "ASK <|im_end|>"), (FrontendConfig(),)
+  return tokenizer, SpeechLLMConfig(template="bare", prompts=(("asr", "ASK <|im_end|>"),))

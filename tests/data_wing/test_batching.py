@@ -1,10 +1,13 @@
 """Padding: to the smallest bucket that fits, for one or several encoders."""
 
+import types
+
 import numpy as np
 import pytest
 
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig, features, num_frames
+from mooer_jax.data.asking import Asker
 from mooer_jax.data.batching import Batcher
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
@@ -18,14 +21,18 @@ def _example(key, samples, frontends, answer=3):
   waveform_N = np.random.default_rng(samples).uniform(-0.3, 0.3, samples).astype(np.float32)
   made = tuple(features(waveform_N, frontend) for frontend in frontends)
   skipped = (Skip("too short", f"before {key}", "a.tar"),)
-  return Example(key, key, made, np.arange(answer, dtype=np.int32), samples / 16000, 0, skipped)
+  tokens = [np.arange(size, dtype=np.int32) for size in (1, 5, answer)]
+  return Example(key, key, made, "asr", *tokens, samples / 16000, 0, skipped)
 
 
 def _batcher(tokenizer, frontends):
   config = DataConfig(
     "", batch_size=3, window=3, buckets=(9, 20, 34), answer_buckets=(4, 9), max_s=2
   )
-  return Batcher(config, tokenizer, ("B", "AFTER"), frontends)
+  model = types.SimpleNamespace(  # of encoders that there are none of
+    frontends=frontends, prompts=(("asr", "B<SpeechHere>AFTER"),), template="none", min_audio_s=0.0
+  )
+  return Batcher(config, model, Asker(config, tokenizer, model))
 
 
 def test_the_smallest_bucket_that_holds_all(tokenizer):
@@ -57,14 +64,6 @@ def test_two_encoders_each_get_a_length_that_holds_their_features(tokenizer, sam
   assert [x.shape[1] for x in host.batch.features] in ([9, 14], [20, 30], [34, 51])
 
 
-def test_encoders_must_share_a_sample_rate(tokenizer):
-  from mooer_jax.data.examples import Reader
-
-  other = FrontendConfig(fbank=FbankConfig(sample_rate_hz=8000))
-  with pytest.raises(ValueError, match=r"sample rates \[8000, 16000\]; they must share one"):
-    Reader((MOOER, other), tokenizer, 0.2, 2.0, 9, True)
-
-
 @pytest.mark.parametrize(
   ("values", "words"),
   [
@@ -75,6 +74,9 @@ def test_encoders_must_share_a_sample_rate(tokenizer):
     ({"min_s": 3.0, "max_s": 2.0}, r"data\.min_s=3\.0 and data\.max_s=2\.0"),
     ({"max_bad_share": 1.5}, r"data\.max_bad_share=1\.5"),
     ({"workers": -1}, r"data\.workers=-1"),
+    ({"prompt_tokens": -1}, r"data\.prompt_tokens=-1"),
+    ({"task_weights": {"asr": 2.0}}, r"data\.task_weights=.*set data\.task=''"),
+    ({"task": "", "task_weights": {"asr": -1.0}}, r"data\.task_weights\.asr=-1"),
   ],
 )
 def test_a_bad_config_is_refused_by_name(values, words):

@@ -1,0 +1,91 @@
+"""SALMONN's annotation files: paths, texts, tasks and questions in one JSON."""
+
+import functools
+import json
+import re
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from mooer_jax.data.shards import RawUtterance, Skip
+
+_AT_A_TIME = 64  # entries that are shuffled as one shard
+
+
+@functools.lru_cache(maxsize=4)
+def read_annotation(path: str) -> list[dict[str, Any]]:
+  """The entries of `{"annotation": [{"path", "text", "task", "Q", "expand_wav"}, …]}`.
+
+  Paths are taken from the file's folder unless they are absolute.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is no such JSON, or an entry lacks its path or text, by number.
+  """
+  file = Path(path)
+  if not file.is_file():
+    raise FileNotFoundError(f"{path}: no such annotation file")
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON: {error}") from error
+  entries = content.get("annotation") if isinstance(content, dict) else None
+  if not isinstance(entries, list) or not entries:
+    raise ValueError(f'{path}: holds no entries; needed is {{"annotation": [{{"path": …}}, …]}}')
+  for number, entry in enumerate(entries):
+    where = f"{path}: annotation[{number}]"
+    if not isinstance(entry, dict):
+      raise ValueError(f"{where} is {entry!r}, not an object")
+    for name in ("path", "text"):
+      if not isinstance(entry.get(name), str):
+        raise ValueError(f"{where} has {name}={entry.get(name)!r}; a string is needed")
+    for name in ("task", "Q"):
+      if not isinstance(entry.get(name, ""), str):
+        raise ValueError(f"{where} has {name}={entry[name]!r}; a string is needed")
+    more = entry.get("expand_wav", [])
+    if not isinstance(more, list) or not all(isinstance(other, str) for other in more):
+      raise ValueError(f"{where} has expand_wav={more!r}; a list of paths is needed")
+  return entries
+
+
+def tasks(path: str) -> set[str]:
+  """Tasks that the entries name."""
+  return {entry["task"] for entry in read_annotation(path) if entry.get("task")}
+
+
+def pieces(path: str) -> list[str]:
+  """Names of the parts that are read like shards: `FILE.json#START`."""
+  return [f"{path}#{start}" for start in range(0, len(read_annotation(path)), _AT_A_TIME)]
+
+
+def is_piece(name: str) -> bool:
+  return ".json#" in name
+
+
+def read_piece(name: str) -> Generator[RawUtterance | Skip]:
+  """Yields the utterances of a part, in order, each either whole or as a Skip."""
+  path, _, start = name.rpartition("#")
+  first = int(start)
+  for number, entry in enumerate(read_annotation(path)[first : first + _AT_A_TIME], first):
+    stem = re.sub(r"\s+", "_", Path(entry["path"]).stem)
+    yield _read(f"{number:07d}-{stem}", name, Path(path).parent, entry)
+
+
+def _read(key: str, shard: str, folder: Path, entry: dict[str, Any]) -> RawUtterance | Skip:
+  try:
+    first, *more = (
+      (folder / p).read_bytes() for p in (entry["path"], *entry.get("expand_wav", []))
+    )
+  except OSError as error:
+    detail = f"{error.filename}: {error.strerror or error}"
+    return Skip("no audio", key, shard, detail, entry["text"])
+  return RawUtterance(
+    key,
+    shard,
+    Path(entry["path"]).suffix[1:].lower(),
+    first,
+    entry["text"].encode(),
+    task=entry.get("task", ""),
+    question=entry.get("Q", ""),
+    more=tuple(more),
+  )

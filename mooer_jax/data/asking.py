@@ -1,0 +1,106 @@
+"""What the model is asked about an utterance."""
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.shards import RawUtterance, Skip
+from mooer_jax.prompts import QUESTION, encode_prompt, fill_template, read_prompts, task_prompt
+from mooer_jax.text.tokenizer import Tokenizer
+
+
+class Asker:
+  """Chooses a prompt for each utterance and cuts it into tokens.
+
+  Attributes:
+    tasks: all that may come, in the order of the model's prompts.
+    before, after: tokens that the two sides of the speech are padded to.
+  """
+
+  def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):
+    """Cuts every prompt that takes no question once.
+
+    Args:
+      config: task, file of prompts, tokens for questions.
+      tokenizer: of the language model.
+      model: its template and prompts.
+
+    Raises:
+      ValueError: for a task without a prompt, a prompt without its one place for the speech, or
+        prompts with questions where config.prompt_tokens is 0.
+      FileNotFoundError: if the file of prompts does not exist.
+    """
+    own = dict(model.prompts)
+    drawn = read_prompts(config.prompts) if config.prompts else {}
+    if config.task:
+      task_prompt(config.task, own)  # or the error says what the model knows
+    self.tasks = (config.task,) if config.task else tuple(own)
+    self._fixed = config.task
+    self._tokenizer, self._template, self._seed = tokenizer, model.template, config.seed
+    self._prompts = {task: drawn.get(task, (own[task],)) for task in self.tasks}
+    self._cut: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for prompt in {prompt for prompts in self._prompts.values() for prompt in prompts}:
+      if QUESTION not in prompt:
+        self._cut[prompt] = self._encode(prompt, "")
+      elif not config.prompt_tokens:
+        raise ValueError(
+          f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
+          " prompts are padded to"
+        )
+      else:
+        fill_template(model.template, prompt, "?")  # or the error comes at the first utterance
+    self.before = max((len(before_S) for before_S, _ in self._cut.values()), default=0)
+    self.after = max((len(after_S) for _, after_S in self._cut.values()), default=0)
+    if config.prompt_tokens:
+      if max(self.before, self.after) > config.prompt_tokens:
+        raise ValueError(
+          f"data.prompt_tokens={config.prompt_tokens}, but a prompt without a question has"
+          f" {max(self.before, self.after)}"
+        )
+      self.before = self.after = config.prompt_tokens
+
+  def __call__(self, raw: RawUtterance, draw: int) -> tuple[str, np.ndarray, np.ndarray] | Skip:
+    """Returns (task, int32 tokens before the speech, after it), or why there are none.
+
+    Args:
+      raw: the utterance.
+      draw: number of the reading; with the key it decides which of several prompts is taken.
+    """
+    task = self._fixed or raw.task
+    if task not in self._prompts:
+      known = ", ".join(self.tasks)
+      found = repr(task) if task else "no task"
+      return Skip("unknown task", raw.key, raw.shard, f"{found}; the model has {known}")
+    prompts = self._prompts[task]
+    number = zlib.crc32(f"{self._seed} {draw} {raw.key}".encode()) % len(prompts)
+    prompt = prompts[number]
+    if prompt in self._cut:
+      return (task, *self._cut[prompt])
+    if not raw.question:
+      return Skip("no question", raw.key, raw.shard, f"the prompt of {task!r} takes one")
+    try:
+      before_S, after_S = self._encode(prompt, raw.question)
+    except ValueError as error:
+      return Skip("bad question", raw.key, raw.shard, str(error))
+    if len(before_S) > self.before or len(after_S) > self.after:
+      longest = max(len(before_S), len(after_S))
+      return Skip(
+        "prompt too long", raw.key, raw.shard, f"{longest} tokens > data.prompt_tokens={self.after}"
+      )
+    return task, before_S, after_S
+
+  def _encode(self, prompt: str, question: str) -> tuple[np.ndarray, np.ndarray]:
+    filled = fill_template(self._template, prompt, question)
+    before, after = encode_prompt(self._tokenizer, filled)
+    return np.asarray(before, np.int32), np.asarray(after, np.int32)
+
+
+def copies(task: str, weights: Mapping[str, float], draw: int, key: str) -> int:
+  """How often an utterance of a task is read in an epoch: its weight, rounded at random."""
+  weight = weights.get(task, 1.0)
+  whole = int(weight)
+  share = zlib.crc32(f"copies {draw} {key}".encode()) / 2**32
+  return whole + (share < weight - whole)
