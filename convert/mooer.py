@@ -16,6 +16,7 @@ from . import encoder, language_model, lora
 from .engine import Outgoing, map_in, map_out, read_out
 from .errors import Problems
 from .folders import kept_json, style_of
+from .readback import check_same
 from .readers import Source, open_source
 from .rules import Rule, Table
 from .torch_out import write_torch
@@ -243,11 +244,12 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
     shard_bytes: size that a file of the LLM does not exceed unless one tensor does.
 
   Raises:
-    ConversionError, ValueError: if the checkpoint holds something that has no place there.
+    ConversionError, ValueError: if the checkpoint holds something that has no place there, or that
+      who reads the release would take for something else.
   """
   config = from_json(about.config)
   style = style_of(about, "mooer")
-  task = style.get("task", config.prompts[0][0])
+  task = released_task(about, config)
   encoder_folder, task_folder = folder / ENCODER_FOLDER, folder / task
   encoder_folder.mkdir()
   task_folder.mkdir()
@@ -270,6 +272,50 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
   llm_folder = folder / style.get("llm", "llm")
   llm_folder.mkdir()
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
+  # Heads, features, limits: whatever no file tells is seen by reading them again.
+  problems = Problems()
+  again = open_release(folder, problems, task=task, with_lora=bool(config.decoder.lora_rank))
+  if again is not None:
+    check_same(config, again.config, problems)
+  problems.check(str(about.folder))
+
+
+def released_task(about: Checkpoint, config: SpeechLLMConfig) -> str:
+  """The task of a model that a release can carry: one, asked with MooER's own words.
+
+  Raises:
+    ConversionError: if the model has other prompts, another template or another limit.
+  """
+  problems = Problems()
+  where = f"{about.folder / 'config.json'}"
+  known = " or ".join(f"{{{task!r}: {prompt!r}}}" for task, prompt in TASK_PROMPTS.items())
+  tasks = [pair[0] for pair in config.prompts]
+  if len(tasks) > 1:
+    problems.add(
+      f"prompts: a release is for one task, this model was trained for {', '.join(tasks)}; leave"
+      f" the one that is meant in 'prompts' of {where}, and export once for each"
+    )
+  for task, prompt in config.prompts:
+    if TASK_PROMPTS.get(task) != prompt:
+      problems.add(
+        f"prompts: {{{task!r}: {prompt!r}}} is none that a release knows, which are {known}; train"
+        " with one of them (config.model.prompts)"
+      )
+  if not tasks:
+    problems.add(f"prompts: none; train with {known} (config.model.prompts)")
+  if config.template != SpeechLLMConfig.template:
+    problems.add(
+      f"template={config.template!r}: releases are asked in {SpeechLLMConfig.template!r}; train"
+      " with that (config.model.template)"
+    )
+  if config.max_audio_s != SpeechLLMConfig.max_audio_s:
+    problems.add(
+      f"max_audio_s={config.max_audio_s:g}: a release tells no limit, and is taken for"
+      f" {SpeechLLMConfig.max_audio_s:g} s; train with that (config.model.max_audio_s), or set it"
+      f" in {where} if the model is good for it"
+    )
+  problems.check(f"{about.folder} cannot be a release")
+  return tasks[0]
 
 
 def _llm_name(folder: Path) -> str:
