@@ -16,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip
 def tie_free(rng, options):
   """Tables on which transformers' answer is no matter of rounding.
 
-  Those on which it answers otherwise when the logits move by 1e-5 hold two candidates that are equal
-  but for rounding; they are drawn again, before our side is looked at.
+  Those on which it answers otherwise when the logits move by 1e-5 hold two candidates that are
+  equal but for rounding; they are drawn again, before our side is looked at.
 
   Returns (table, transformers' tokens, its scores, how many were drawn again).
   """
