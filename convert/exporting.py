@@ -7,7 +7,7 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import encoder, language_model, lora, mooer
+from . import encoder, language_model, lora, mooer_out
 from .errors import ConversionError
 from .folders import beside, keep_apart, kept_json, style_of
 
@@ -86,7 +86,7 @@ def _paraformer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
 
 
 def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  mooer.export(about, folder, shard_bytes=shard_bytes)
+  mooer_out.export(about, folder, shard_bytes=shard_bytes)
 
 
 KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {
