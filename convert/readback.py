@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from mooer_jax.config import SpeechLLMConfig, differences
 from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
@@ -29,7 +30,7 @@ def _essence(config: SpeechLLMConfig) -> SpeechLLMConfig:
     targets = tuple(name for name in LORA_TARGETS if name in decoder.lora_targets)
     decoder = dataclasses.replace(decoder, lora_targets=targets)
   else:
-    none = {
+    none: dict[str, Any] = {
       field.name: field.default
       for field in dataclasses.fields(LLMConfig)
       if field.name.startswith("lora_")
