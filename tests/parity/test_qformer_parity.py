@@ -1,0 +1,64 @@
+"""The windowed Q-Former against its published structure and against transformers' BLIP-2."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from mooer_jax import tree
+from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
+from mooer_jax.nn.compute import Compute
+from tests.parity import torch_qformer
+from tests.parity.torch_models import error
+
+TOLERANCE = 1e-4  # of the deviation, the bound of the project
+SMALL = dict(width=48, heads=4, mlp_width=80, window=7, queries=3, layers=3)
+
+
+def largest_error(kind, config, *, frames=60, input_width=2048, output_width=96, scan=False):
+  theirs = torch_qformer.make(kind, config, input_width, output_width)
+  params = torch_qformer.params(theirs.state_dict())
+  params = tree.stack_layers(params) if scan else params
+  rng = np.random.default_rng(0)
+  frames_BTD = rng.normal(size=(2, frames, input_width)).astype(np.float32)
+  ours = WindowedQFormer(config, output_width, Compute(scan=scan))
+  tokens_BSD, valid_BS = jax.jit(ours.apply)(
+    {"params": params}, frames_BTD, np.ones((2, frames), bool)
+  )
+  assert valid_BS.all()
+  worst = error(tokens_BSD, torch_qformer.tokens(theirs, frames_BTD, config))
+  print(f"{kind.__name__}: error {worst:.1e} standard deviations")
+  return worst
+
+
+@pytest.mark.parametrize("kind", [torch_qformer.Rebuilt, torch_qformer.Blip2])
+@pytest.mark.parametrize("scan", [False, True])
+def test_equals_at_the_real_sizes(kind, scan):
+  assert largest_error(kind, QFormerConfig(), scan=scan) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [torch_qformer.Rebuilt, torch_qformer.Blip2])
+@pytest.mark.parametrize("edge", ["drop", "pad"])
+@pytest.mark.parametrize("stride, frames", [(7, 30), (5, 30), (1, 12), (7, 28)])
+def test_equals_with_several_queries_strides_and_edges(kind, edge, stride, frames):
+  config = QFormerConfig(**SMALL, stride=stride, edge=edge)
+  assert largest_error(kind, config, frames=frames, input_width=32) <= TOLERANCE
+
+
+def test_the_epsilon_and_the_activation_are_told_apart():
+  """What the tolerance is worth: a Q-Former with another epsilon or GELU is not equal."""
+  config = QFormerConfig(**SMALL, stride=7)
+  theirs = torch_qformer.make(torch_qformer.Rebuilt, config, 32, 96)
+  frames_BTD = np.random.default_rng(0).normal(size=(2, 30, 32)).astype(np.float32)
+  exact = torch_qformer.tokens(theirs, frames_BTD, config)
+  for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.LayerNorm)):
+    norm.eps = 1e-3
+  assert error(torch_qformer.tokens(theirs, frames_BTD, config), exact) > TOLERANCE
+  for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.LayerNorm)):
+    norm.eps = config.norm_eps
+  gelu = torch.nn.functional.gelu
+  torch.nn.functional.gelu = lambda x: gelu(x, approximate="tanh")
+  try:
+    assert error(torch_qformer.tokens(theirs, frames_BTD, config), exact) > TOLERANCE
+  finally:
+    torch.nn.functional.gelu = gelu
