@@ -1,6 +1,6 @@
 """SALMONN's window-level Q-Former and its projection, as they stand in salmonn_v1.pth."""
 
-import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -70,14 +70,15 @@ def shapes(config: QFormerConfig, input_width: int, output_width: int) -> dict[s
 
 
 def qformer_config(
-  source: Source, problems: Problems, *, untold: QFormerConfig = QFormerConfig()
+  source: Source, problems: Problems, *, heads: int = QFormerConfig.heads, **untold: Any
 ) -> QFormerConfig | None:
   """Reads the sizes off the tensors: queries, width, layers, feed-forward.
 
   Args:
     source: with the Q-Former's tensors.
     problems: gets what is missing or does not fit.
-    untold: where the values come from of which tensors keep no trace: heads, window, stride, edge.
+    heads: of the attention; the tensors do not tell.
+    untold: further fields of QFormerConfig of which they keep no trace: window, stride, edge.
 
   Returns:
     None, with the reason in `problems`, if a tensor that is needed for it is missing.
@@ -94,12 +95,13 @@ def qformer_config(
   numbers = {n.removeprefix(_LAYERS).split(".")[0] for n in tensors if n.startswith(_LAYERS)}
   _, queries, width = tensors[QUERIES].shape
   try:
-    return dataclasses.replace(
-      untold,
+    return QFormerConfig(
+      heads=heads,
       queries=queries,
       width=width,
       layers=1 + max(int(n) for n in numbers if n.isdigit()),
       mlp_width=tensors[up].shape[0],
+      **untold,
     )
   except ValueError as error:
     problems.add(str(error))

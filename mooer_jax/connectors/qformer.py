@@ -83,7 +83,7 @@ def shortest_frames(config: QFormerConfig) -> int:
 
 
 def cut_windows(frames_BTD: jax.Array, config: QFormerConfig) -> jax.Array:
-  """Windows [B, W, L, D] of frames [B, T, D]; the last is filled with zeros where the edge is padded.
+  """Windows [B, W, L, D] of frames [B, T, D]; a padded edge is filled with zeros.
 
   Raises:
     ValueError: if T frames give no window.

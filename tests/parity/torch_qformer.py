@@ -132,8 +132,4 @@ def tokens(module, frames_BTD, c: QFormerConfig):
     frames = F.pad(frames, (0, 0, 0, missing))
   windows_BWLD = frames.unfold(1, c.window, c.stride).transpose(2, 3)
   with torch.no_grad():
-    return module(windows_BWLD.flatten(0, 1)).reshape(len(frames), -1, module_width(module))
-
-
-def module_width(module) -> int:
-  return module.speech_llama_proj.out_features
+    return module(windows_BWLD.flatten(0, 1)).unflatten(0, (len(frames), -1)).flatten(1, 2)
