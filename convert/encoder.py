@@ -10,20 +10,24 @@ import numpy as np
 
 from mooer_jax import tree
 from mooer_jax.audio.cmvn import read_mvn, write_mvn
-from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
+from mooer_jax.config import SpeechLLMConfig, build, part_from_json
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.nn.compute import Compute
 
+from . import funasr_config
 from .engine import leaf_shapes, map_in, map_out, read_out, under
 from .errors import Problems
-from .readers import Source
+from .folders import copier, kept_files
+from .readback import check_same
+from .readers import Source, open_source
 from .rules import Rule, Table
 from .torch_out import write_torch
 from .transforms import DEPTHWISE, TRANSPOSE
 
 CMVN_FILE = "am.mvn"
+FUNASR_FILE = "model.pt"
 PREFIXES = ("", "encoder.", "encoder.model.")
 _LAYER = (
   ("norm{x:1|2}.weight", "norm{x}/scale"),
@@ -84,7 +88,7 @@ class Encoder:
 
 
 def open_encoder(
-  source: Source, cmvn: Path, problems: Problems, *, heads: int = SANMConfig.heads
+  source: Source, cmvn: Path, problems: Problems, *, conf: Mapping[str, Any] | None = None
 ) -> Encoder | None:
   """Maps a SAN-M encoder and its CMVN; whatever else stands in the file is ignored, by name.
 
@@ -92,7 +96,7 @@ def open_encoder(
     source: the file.
     cmvn: path of its am.mvn.
     problems: gets what does not fit.
-    heads: of the attention; the tensors do not tell.
+    conf: content of FunASR's config.yaml; without, what the tensors do not tell is Paraformer's.
 
   Returns:
     Encoder, or None if there is none in the file.
@@ -101,17 +105,23 @@ def open_encoder(
   if prefix is None:
     problems.add(f"{source.path}: no SAN-M encoder (encoders0.0.…) in it")
     return None
-  config = sanm_config(source, prefix, problems, heads=heads)
+  conf = conf or {}
+  config = sanm_config(source, prefix, problems, heads=funasr_config.heads(conf))
   if config is None:
     return None
   rules = table(prefix)
   names = [name for name in source.tensors if rules.to_jax(name) is not None]
   mapped = map_in(source, rules, shapes(config), problems, names=names)
+  leaves = {**mapped.leaves, **cmvn_leaves(cmvn, config.input_width, problems)}
   chosen = set(names)
+  frontend = funasr_config.frontend(conf, config.input_width, problems)
+  if frontend is None:
+    return None
+  funasr_config.check(conf, config, frontend, problems)
   return Encoder(
     config=config,
-    frontend=frontend_config(config.input_width, problems),
-    leaves={**mapped.leaves, **cmvn_leaves(cmvn, config.input_width, problems)},
+    frontend=frontend,
+    leaves=leaves,
     prefix=prefix,
     ignored=(*(name for name in source.tensors if name not in chosen), *source.ignored),
   )
@@ -141,26 +151,18 @@ def sanm_config(
   start = f"{prefix}encoders."
   numbers = {name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)}
   try:
-    return SANMConfig(
-      input_width=input_width,
-      width=wide // 3,
-      layers=1 + 1 + max((int(n) for n in numbers if n.isdigit()), default=-1),
-      heads=heads,
-      mlp_width=tensors[needed["up"][0]].shape[0],
-      memory_kernel=tensors[needed["fsmn"][0]].shape[2],
-    )
+    sizes = {
+      "input_width": input_width,
+      "width": wide // 3,
+      "layers": 1 + 1 + max((int(n) for n in numbers if n.isdigit()), default=-1),
+      "heads": heads,
+      "mlp_width": tensors[needed["up"][0]].shape[0],
+      "memory_kernel": tensors[needed["fsmn"][0]].shape[2],
+    }
+    return build(SANMConfig, sizes, "sanm")
   except ValueError as error:
     problems.add(str(error))
     return None
-
-
-def frontend_config(input_width: int, problems: Problems) -> FrontendConfig:
-  """The features that an encoder of such an input takes: 7 frames of as many bins as it has."""
-  window = FrontendConfig.lfr_window
-  if input_width % window:
-    problems.add(f"the encoder's input is {input_width} wide, which is not {window} frames")
-    return FrontendConfig()
-  return FrontendConfig(fbank=FbankConfig(bins=input_width // window))
 
 
 def cmvn_leaves(path: Path, width: int, problems: Problems) -> dict[str, Lazy]:
@@ -201,35 +203,28 @@ def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:
   write_mvn(file.with_name(CMVN_FILE), *cmvn.values())
 
 
-def check_funasr(conf: Mapping[str, Any], problems: Problems) -> int:
-  """Reads the number of heads off a FunASR config.yaml, and refuses what we compute otherwise."""
-  encoder = conf.get("encoder_conf") or {}
-  if conf.get("encoder") not in ("SANMEncoder", None):
-    problems.add(f"encoder={conf['encoder']!r}: only SANMEncoder can be converted")
-  wanted = {
-    "input_layer": "pe",
-    "normalize_before": True,
-    "sanm_shfit": 0,
-    "selfattention_layer_type": "sanm",
-    "pos_enc_class": "SinusoidalPositionEncoder",
-  }
-  _only(encoder, wanted, "encoder_conf", problems)
-  frontend = conf.get("frontend_conf") or {}
-  default = FrontendConfig()
-  wanted = {
-    "fs": default.fbank.sample_rate_hz,
-    "window": default.fbank.window,
-    "frame_length": 25,
-    "frame_shift": 10,
-    "lfr_m": default.lfr_window,
-    "lfr_n": default.lfr_stride,
-  }
-  _only(frontend, wanted, "frontend_conf", problems)
-  return encoder.get("attention_heads", SANMConfig.heads)
+def export_folder(about: Checkpoint, folder: Path, *, prefix: str = "") -> None:
+  """Writes FunASR's files of the encoder: `export`, and a config.yaml that tells the rest.
 
+  The config.yaml of the import comes back as it was if it still tells of this encoder.
 
-def _only(conf: Mapping, wanted: Mapping, name: str, problems: Problems) -> None:
-  """Adds every value that is there and is another than the one that we compute with."""
-  for key, value in wanted.items():
-    if conf.get(key, value) != value:
-      problems.add(f"{name}.{key}={conf[key]!r}: only {value!r} can be expressed")
+  Raises:
+    ConversionError: if there is no SAN-M encoder, or it has what the files cannot say.
+  """
+  export(about, folder / FUNASR_FILE, prefix=prefix)
+  config = part_from_json(about.config["encoders"][0], "encoders[0]")
+  features = build(FrontendConfig, about.config["frontends"][0], "frontends[0]")
+  described = folder / funasr_config.FILE
+  copier(kept_files(about, "encoder"))(folder)
+  if not (
+    described.is_file() and funasr_config.same(funasr_config.read_yaml(described), config, features)
+  ):
+    funasr_config.write_yaml(described, funasr_config.describe(config, features))
+  problems = Problems()
+  source, conf = open_source(folder / FUNASR_FILE), funasr_config.read_yaml(described)
+  read = open_encoder(source, folder / CMVN_FILE, problems, conf=conf)
+  if read is not None:
+    meant = SpeechLLMConfig(encoders=(config,), frontends=(features,))
+    again = SpeechLLMConfig(encoders=(read.config,), frontends=(read.frontend,))
+    check_same(meant, again, problems)
+  problems.check(str(about.folder))

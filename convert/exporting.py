@@ -1,6 +1,5 @@
 """`convert export KIND CKPT OUT`: a checkpoint becomes files of PyTorch."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +7,9 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import encoder, language_model, lora, mooer
+from . import encoder, language_model, lora, mooer_out
 from .errors import ConversionError
-from .folders import beside, keep_apart, kept_files, kept_json, style_of
+from .folders import beside, keep_apart, kept_json, style_of
 
 SHARD_BYTES = 5 * 10**9
 
@@ -83,13 +82,11 @@ def _peft(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
 
 def _paraformer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   prefix = style_of(about, "paraformer").get("prefix", "encoder.")
-  encoder.export(about, folder / "model.pt", prefix=prefix)
-  for file in kept_files(about, "encoder"):
-    shutil.copyfile(file, folder / file.name)
+  encoder.export_folder(about, folder, prefix=prefix)
 
 
 def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  mooer.export(about, folder, shard_bytes=shard_bytes)
+  mooer_out.export(about, folder, shard_bytes=shard_bytes)
 
 
 KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {

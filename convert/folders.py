@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,25 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def beside(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
   """Gives a folder to write into that becomes `out` if the block succeeds, else is removed.
 
+  It lies beside `out` under a name of its own, so that runs at the same time keep apart.
+
   Raises:
-    FileExistsError: if `out` exists and overwrite is False.
+    FileExistsError: if `out` exists, before or after the block, and overwrite is False.
   """
   out = out.absolute()
-  if out.exists() and not overwrite:
-    raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
-  part = out.with_name(f".tmp-{out.name}")
-  shutil.rmtree(part, ignore_errors=True)
-  part.mkdir(parents=True)
-  try:
+
+  def check():
+    if out.exists() and not overwrite:
+      raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+
+  check()
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.parent) as own:
+    part = Path(own) / out.name  # a plain folder; `own` itself is closed to others
+    part.mkdir()
     yield part
+    check()
     put_in_place(part, out)
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
 
 
 def keep_apart(out: Path, sources: Iterable[Path | None]) -> None:

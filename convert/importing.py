@@ -2,18 +2,15 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mooer_jax.checkpoint import Lazy, describe, find
 from mooer_jax.config import part_from_json, part_to_json, to_json
-from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
-from . import deepspeed, encoder, language_model, lora, mooer
+from . import deepspeed, encoder, funasr_config, language_model, lora, mooer
 from .engine import map_in
 from .errors import Problems
 from .folders import copier, keep_apart, save_checkpoint
@@ -114,14 +111,11 @@ def _language_model(kind: str) -> Callable[[Path, Path, Options], Report]:
 
 def _paraformer(src: Path, out: Path, options: Options) -> Report:
   problems = Problems()
-  file = src / "model.pt"
-  described = src / "config.yaml"
-  heads = SANMConfig.heads
-  kept: tuple[Path, ...] = ()
-  if described.is_file():
-    heads, kept = encoder.check_funasr(_read_yaml(described), problems), (described,)
-  source = open_source(file)
-  opened = encoder.open_encoder(source, src / encoder.CMVN_FILE, problems, heads=heads)
+  described = src / funasr_config.FILE
+  kept = (described,) if described.is_file() else ()
+  conf = funasr_config.read_yaml(described) if kept else {}
+  source = open_source(src / encoder.FUNASR_FILE)
+  opened = encoder.open_encoder(source, src / encoder.CMVN_FILE, problems, conf=conf)
   problems.check(str(src))
   assert opened is not None
   save_checkpoint(
@@ -136,17 +130,7 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
     kept={"encoder": kept},
     overwrite=options.overwrite,
   )
-  return Report(out, opened.leaves, opened.ignored, source.notes)
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-  try:
-    value = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not readable as YAML: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: must hold a mapping, got {type(value).__name__}")
-  return value
+  return Report(out, opened.leaves, opened.ignored, (*source.notes, *funasr_config.notes(conf)))
 
 
 def _peft(src: Path, out: Path, options: Options) -> Report:

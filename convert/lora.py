@@ -1,6 +1,7 @@
 """LoRA folders of the package peft: in, out, and merged into the weights they were trained on."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ from mooer_jax.checkpoint import Checkpoint, Lazy
 from mooer_jax.config import build
 from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
 
+from . import language_model
 from .engine import Mapped, map_in, map_out, read_out
-from .errors import Problems
+from .errors import ConversionError, Problems
 from .folders import read_json, write_json
 from .readers import Source, open_source
 from .rules import Rule, Table
@@ -175,11 +177,8 @@ def from_source(
     problems.add(f"{source.path}: {len(adapters)} adapters in one file ({names}); must be one")
     return None
   [adapter] = adapters
-  found = {
-    mapped[0].split("/")[-2]
-    for name in source.tensors
-    if (mapped := table(adapter, prefix).to_jax(name))
-  }
+  rules = table(adapter, prefix)
+  found = {mapped[0].split("/")[-2] for name in source.tensors if (mapped := rules.to_jax(name))}
   return Lora(
     rank=options["r"],
     alpha=float(options["lora_alpha"]),
@@ -255,25 +254,34 @@ def shapes_alone(lora: Lora) -> dict[str, tuple[int, ...]]:
 def merge(
   leaves: Mapping[str, Lazy], lora_leaves: Mapping[str, Lazy], scale: float
 ) -> dict[str, Lazy]:
-  """Adds scale * A B to the kernels, in float32, and rounds once to the kernel's dtype."""
+  """Adds scale * A B to the kernels, in float32, and rounds once to the kernel's dtype.
+
+  A leaf raises ConversionError when it is read, if a value is then too large for its dtype.
+  """
   merged = dict(leaves)
   for path, a in lora_leaves.items():
     if not path.endswith("/lora_a"):
       continue
     at = path.removesuffix("/lora_a")
     kernel, b = leaves[f"{at}/kernel"], lora_leaves[f"{at}/lora_b"]
-    merged[f"{at}/kernel"] = Lazy(kernel.shape, kernel.dtype, _merger(kernel, a, b, scale))
+    read = functools.partial(_merged, f"{at}/kernel", kernel, a, b, scale)
+    merged[f"{at}/kernel"] = Lazy(kernel.shape, kernel.dtype, read)
   return merged
 
 
-def _merger(kernel: Lazy, a: Lazy, b: Lazy, scale: float):
-  def read() -> np.ndarray:
+def _merged(path: str, kernel: Lazy, a: Lazy, b: Lazy, scale: float) -> np.ndarray:
+  with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
     delta = a.read().astype(np.float32) @ b.read().astype(np.float32)
     delta *= np.float32(scale)
     delta += kernel.read().astype(np.float32)
-    return delta.astype(kernel.dtype)
-
-  return read
+    found = delta.astype(kernel.dtype)
+  if bad := found.size - int(np.count_nonzero(np.isfinite(found))):
+    name, _ = language_model.TABLE.to_torch(path) or (path, None)
+    raise ConversionError(
+      f"{name}: with its LoRA added, {bad} of {found.size} values are too large for"
+      f" {kernel.dtype.name}; keep the LoRA apart (without --merge-lora)"
+    )
+  return found
 
 
 def paths(about: Checkpoint) -> list[str]:
@@ -328,6 +336,7 @@ def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str,
     same = original.get("r") == config.lora_rank and math.isclose(
       original.get("lora_alpha", 0) * root, config.lora_alpha
     )
+    same = same and float(original.get("lora_dropout") or 0.0) == config.lora_dropout
     named = original.get("target_modules")
     if isinstance(named, list):  # else a pattern
       ends = {name.rsplit(".", 1)[-1].removesuffix("_proj") for name in named}

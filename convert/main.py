@@ -10,7 +10,6 @@ from absl import logging
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 _KINDS = ("mooer", "qwen2", "llama", "peft", "paraformer")
-_SHOWN = 20
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
@@ -106,9 +105,7 @@ def _import(args) -> int:
     f" {', '.join(dtypes)}"
   )
   if report.ignored:
-    more = len(report.ignored) - _SHOWN
-    shown = ", ".join(report.ignored[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    print(f"ignored, {len(report.ignored)} in all: {shown}")
+    print(f"ignored, {len(report.ignored)} in all:", *report.ignored, sep="\n  ")
   for note in report.notes:
     print(note)
   return 0

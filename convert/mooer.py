@@ -1,24 +1,21 @@
-"""MooER's release folders, in the published layout: in and out."""
+"""MooER's release folders, in the published layout: opened for an import (out: mooer_out.py)."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy
-from mooer_jax.config import SpeechLLMConfig, from_json
+from mooer_jax.checkpoint import Lazy
+from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.prompts import task_prompt
 
 from . import encoder, language_model, lora
-from .engine import Outgoing, map_in, map_out, read_out
+from .engine import map_in
 from .errors import Problems
-from .folders import kept_json, style_of
 from .readers import Source, open_source
 from .rules import Rule, Table
-from .torch_out import write_torch
 from .transforms import TRANSPOSE
 
 # Which prompt each of the released models is asked with; the multitask one answers it in two lines.
@@ -232,44 +229,6 @@ def connector_shapes(config: LinearConfig, heard: SANMConfig, width: int) -> dic
     "connector/linear2/kernel": (config.hidden_width, width),
     "connector/linear2/bias": (width,),
   }
-
-
-def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
-  """Writes a checkpoint as a release folder.
-
-  Args:
-    about: of a speech LLM with SAN-M and a linear adapter.
-    folder: to write into; it exists.
-    shard_bytes: size that a file of the LLM does not exceed unless one tensor does.
-
-  Raises:
-    ConversionError, ValueError: if the checkpoint holds something that has no place there.
-  """
-  config = from_json(about.config)
-  style = style_of(about, "mooer")
-  task = style.get("task", config.prompts[0][0])
-  encoder_folder, task_folder = folder / ENCODER_FOLDER, folder / task
-  encoder_folder.mkdir()
-  task_folder.mkdir()
-  encoder.export(about, encoder_folder / ENCODER_FILE, prefix=style.get("encoder_prefix", ""))
-  problems = Problems()
-  paths = [path for path in tree.flatten(about.params) if path.startswith("connector/")]
-  tensors: list[Outgoing] = map_out(about, ADAPTER, paths, problems)
-  tensors += map_out(about, encoder.table(TUNED_ENCODER), style.get("tuned_encoder", ()), problems)
-  problems.check(str(about.folder))
-  write_torch(task_folder / ADAPTER_FILE, tensors, read_out(about, tensors))
-  if config.decoder.lora_rank:
-    (task_folder / LORA_FOLDER).mkdir()
-    lora.export(
-      about,
-      config.decoder,
-      task_folder / LORA_FOLDER,
-      style=style_of(about, "peft"),
-      original=kept_json(about, "lora", lora.CONFIG_FILE),
-    )
-  llm_folder = folder / style.get("llm", "llm")
-  llm_folder.mkdir()
-  language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
 
 
 def _llm_name(folder: Path) -> str:

@@ -1,8 +1,9 @@
 """Tables that say which PyTorch tensor is which leaf of ours, read in both directions."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .transforms import IDENTITY, Transform
 
@@ -25,7 +26,15 @@ class Rule:
 
 
 class Table:
-  """Rules, in both directions; each name and each path has at most one counterpart."""
+  """Rules, in both directions.
+
+  A name has at most one path, since no two rules may take it. Several names may have the same path
+  (a wrapper renames weights); it is then written under the name of the first of these rules.
+
+  Raises:
+    ValueError: for a rule whose sides have other fields, and for two rules that take one name
+      (seen by their words, with 0 for each number).
+  """
 
   def __init__(self, rules: Sequence[Rule]):
     self.rules = tuple(rules)
@@ -38,6 +47,11 @@ class Table:
       self._rules.append(
         (_regex(rule.torch, fields), _plain(rule.torch), _regex(rule.jax, fields), rule)
       )
+    for rule in rules:
+      for name in _examples(rule.torch):
+        takers = [other.torch for torch, _, _, other in self._rules if torch.fullmatch(name)]
+        if len(takers) != 1:
+          raise ValueError(f"{name!r} is taken by {len(takers)} rules: {' and '.join(takers)}")
 
   def to_jax(self, name: str) -> tuple[str, Transform] | None:
     """(path, transform) of a tensor, or None if no rule takes its name."""
@@ -52,6 +66,13 @@ class Table:
       if match := jax.fullmatch(path):
         return plain.format(**match.groupdict()), rule.transform
     return None
+
+
+def _examples(template: str) -> Iterator[str]:
+  """Names that a rule takes: with each of its words, and 0 for every number."""
+  choices = [[(m[1], word) for word in (m[2] or "0").split("|")] for m in _FIELD.finditer(template)]
+  for fields in itertools.product(*choices):
+    yield _plain(template).format(**dict(fields))
 
 
 def _plain(template: str) -> str:

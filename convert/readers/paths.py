@@ -14,14 +14,13 @@ from .torch_file import open_torch
 _TORCH = (".bin", ".pt", ".pth")
 _EXTENSIONS = (".safetensors", *_TORCH, ".gguf")
 # In this order, as transformers does; a folder often has the same weights in two formats.
-_USUAL = (
+_MODEL = (
   "model.safetensors",
   "model.safetensors.index.json",
-  "adapter_model.safetensors",
   "pytorch_model.bin",
   "pytorch_model.bin.index.json",
-  "adapter_model.bin",
 )
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def open_source(path: str | Path, part: str | None = None) -> Source:
@@ -61,8 +60,15 @@ def _open_file(path: Path, part: str | None) -> Source:
 
 
 def _open_folder(path: Path, part: str | None) -> Source:
-  usual = [path / name for name in _USUAL if (path / name).is_file()]
-  if usual:
+  model, adapter = (
+    [path / name for name in names if (path / name).is_file()] for names in (_MODEL, _ADAPTER)
+  )
+  if model and adapter:
+    raise ReadError(
+      f"{path}: a model ({model[0].name}) and a LoRA ({adapter[0].name}) in one folder; move one"
+      " of them, with its config, to a folder of its own"
+    )
+  if usual := model or adapter:
     source = open_source(usual[0], part)
     notes = [f"{usual[0].name} is read, {other.name} is not" for other in usual[1:]]
     return join_sources(path, [source], notes)
@@ -77,7 +83,7 @@ def _open_folder(path: Path, part: str | None) -> Source:
     names = ", ".join(file.name for file in files[:8])
     raise ReadError(f"{path}: {len(files)} weight files and no index: {names}; give one of them")
   raise ReadError(
-    f"{path}: no weights in it; looked for {', '.join(_USUAL)} or one file "
+    f"{path}: no weights in it; looked for {', '.join((*_MODEL, *_ADAPTER))} or one file "
     f"ending in {', '.join(_EXTENSIONS)}"
   )
 

@@ -17,6 +17,7 @@ def attention(
   causal: bool = False,
   first_query: jax.Array | int = 0,
   sees_BTS: jax.Array | None = None,
+  weight_scale_BHTS: jax.Array | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
   """Scaled dot-product attention with grouped key-value heads; softmax in float32.
@@ -30,6 +31,7 @@ def attention(
     first_query: key index of query 0; with a KV cache, the number of slots already filled.
     sees_BTS: bool, True where query t may see key s, for orders that `causal` cannot say; both,
       and `valid_BS`, must hold.
+    weight_scale_BHTS: what the weights are multiplied with after the softmax, as dropout does.
     implementation: "xla" (plain reference), "cudnn" (GPU, bfloat16), or "auto": "xla" until a
       benchmark on the backend says otherwise.
 
@@ -51,11 +53,13 @@ def attention(
   if sees_BTS is not None:
     mask_BTS = mask_BTS & sees_BTS
   if implementation == "cudnn":
+    if weight_scale_BHTS is not None:
+      raise ValueError("attention='cudnn' drops no weights: use attention='xla' or no dropout")
     return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
-  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
+  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, weight_scale_BHTS)
 
 
-def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS):
+def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, weight_scale_BHTS):
   B, T, H, C = q_BTHC.shape
   K = k_BSKC.shape[2]
   q_BTKGC = (q_BTHC * C**-0.5).reshape(B, T, K, H // K, C)
@@ -69,6 +73,8 @@ def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS):
   mask_B11TS = mask_BTS[:, None, None]
   scores_BKGTS = jnp.where(mask_B11TS, scores_BKGTS, jnp.finfo(jnp.float32).min)
   weights_BKGTS = jnp.where(mask_B11TS, jax.nn.softmax(scores_BKGTS, axis=-1), 0.0)
+  if weight_scale_BHTS is not None:
+    weights_BKGTS = weights_BKGTS * weight_scale_BHTS.reshape(weights_BKGTS.shape)
   out_BTKGC = jnp.einsum(
     "BKGTS,BSKC->BTKGC",
     weights_BKGTS.astype(v_BSKC.dtype),

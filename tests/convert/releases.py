@@ -1,10 +1,13 @@
 """A small MooER release in the published layout, from funasr, transformers and peft."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.text.tokenizer import Tokenizer
@@ -78,3 +81,51 @@ def release(folder: Path, *, task="asr", tuned_encoder=False, dtype=torch.float3
     heard.load_state_dict({k: t for k, t in state.items() if not k.startswith("decoder.")})
   torch.save(trained, folder / task / "adapter_project.pt")
   return {"encoder": heard, "adapter": joined, "llm": module}
+
+
+def funasr_folder(folder: Path, *, heads=SANM.heads, others=None, **changes):
+  """A folder as FunASR's: the whole model in model.pt, of which the encoder is a part.
+
+  Args:
+    folder: to make.
+    heads: of the encoder.
+    others: tensors in model.pt beside the encoder's.
+    changes: sections of config.yaml -> values that replace the usual ones; None takes one out.
+
+  Returns:
+    (encoder, (shift, scale)).
+  """
+  folder.mkdir()
+  module = torch_models.sanm(dataclasses.replace(SANM, heads=heads), 0)
+  state = {f"encoder.{name}": tensor for name, tensor in module.state_dict().items()}
+  others = {"decoder.after_norm.weight": torch.ones(3)} if others is None else others
+  torch.save({**state, **others}, folder / "model.pt")
+  cmvn = write_cmvn(folder / "am.mvn")
+  usual = {
+    "model": "Paraformer",
+    "encoder": "SANMEncoder",
+    "encoder_conf": {
+      "attention_heads": heads,
+      "input_layer": "pe",
+      "sanm_shfit": 0,
+      "num_blocks": SANM.layers,
+      "dropout_rate": 0.1,
+    },
+    "frontend_conf": {"fs": 16000, "window": "hamming", "n_mels": 8, "lfr_m": 7, "lfr_n": 6},
+  }
+  conf = {}
+  for name, section in usual.items():
+    change = changes.pop(name, {})
+    merged = {**section, **change} if isinstance(section, dict) else change or section
+    if isinstance(merged, dict):
+      merged = {key: value for key, value in merged.items() if value is not None}
+    conf[name] = merged
+  (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+  return module, cmvn
+
+
+def changed(folder: Path, change):
+  """Changes a checkpoint's config.json by a function of its content."""
+  config = json.loads((folder / "config.json").read_text())
+  change(config)
+  (folder / "config.json").write_text(json.dumps(config))

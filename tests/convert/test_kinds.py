@@ -1,4 +1,4 @@
-"""What each config says, Paraformer and GGUF in and out, and the command line."""
+"""What each config says, and the command line."""
 
 import json
 
@@ -7,18 +7,12 @@ import pytest
 import torch
 
 from convert.errors import ConversionError, Problems
-from convert.exporting import export_checkpoint
 from convert.hf_config import hf_config, llm_config
-from convert.importing import import_checkpoint
 from convert.main import main
-from mooer_jax import checkpoint
-from mooer_jax.config import DECODERS, part_from_json
-from mooer_jax.encoders.sanm import SANMEncoder
+from mooer_jax.config import DECODERS
 from tests.convert.folders_of import SIZES, saved_llm
-from tests.convert.releases import encoder, release, write_cmvn
+from tests.convert.releases import funasr_folder, release
 from tests.convert.test_language_model import assert_same_tensors
-from tests.parity import torch_models
-from tests.tiny import SANM
 
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **SIZES}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
@@ -86,54 +80,6 @@ def test_old_and_new_spelling_of_rope():
   assert llm_config(old, Problems()).rope_theta == 5e5
 
 
-def funasr_folder(folder, **changes):
-  """A folder as FunASR's: the whole model in model.pt, of which the encoder is a part."""
-  import yaml
-
-  folder.mkdir()
-  module = encoder()
-  state = {f"encoder.{name}": tensor for name, tensor in module.state_dict().items()}
-  torch.save({**state, "decoder.after_norm.weight": torch.ones(3)}, folder / "model.pt")
-  cmvn = write_cmvn(folder / "am.mvn")
-  conf = {
-    "encoder": "SANMEncoder",
-    "encoder_conf": {"attention_heads": 4, "input_layer": "pe", "sanm_shfit": 0, **changes},
-    "frontend_conf": {"fs": 16000, "window": "hamming", "lfr_m": 7, "lfr_n": 6},
-  }
-  (folder / "config.yaml").write_text(yaml.safe_dump(conf))
-  return module, cmvn
-
-
-def test_paraformer(tmp_path):
-  module, cmvn = funasr_folder(tmp_path / "funasr")
-  report = import_checkpoint("paraformer", tmp_path / "funasr", tmp_path / "ours")
-  assert report.ignored == ("decoder.after_norm.weight",)
-  loaded = checkpoint.load(tmp_path / "ours")
-  config = part_from_json(loaded.config["encoders"][0], "encoders[0]")
-  assert config == SANM
-  np.testing.assert_allclose(loaded.params["frontend"]["sanm"]["shift"], cmvn[0], rtol=1e-6)
-  x_BTF = np.random.default_rng(0).normal(size=(1, 9, SANM.input_width)).astype(np.float32)
-  params = {"params": loaded.params["encoders"]["sanm"]}
-  ours, _ = SANMEncoder(config).apply(params, x_BTF, np.ones((1, 9), bool))
-  with torch.no_grad():
-    theirs = module(torch.tensor(x_BTF), torch.tensor([9]))[0]
-  assert torch_models.error(ours, theirs) <= 1e-4  # float32 rounding through three layers
-
-  export_checkpoint("paraformer", tmp_path / "ours", tmp_path / "back")
-  before = torch.load(tmp_path / "funasr" / "model.pt")
-  after = torch.load(tmp_path / "back" / "model.pt")
-  assert before.keys() - after.keys() == {"decoder.after_norm.weight"}
-  assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
-  assert import_checkpoint("paraformer", tmp_path / "back", tmp_path / "again").ignored == ()
-
-
-@pytest.mark.parametrize("change", [{"sanm_shfit": 5}, {"input_layer": "conv2d"}])
-def test_another_paraformer_is_refused_by_name(tmp_path, change):
-  funasr_folder(tmp_path / "funasr", **change)
-  with pytest.raises(ConversionError, match=f"encoder_conf.{next(iter(change))}"):
-    import_checkpoint("paraformer", tmp_path / "funasr", tmp_path / "ours")
-
-
 def test_the_command_line_goes_there_and_back(tmp_path, capsys):
   _, source = saved_llm(tmp_path / "hf", "qwen2")
   ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
@@ -147,6 +93,15 @@ def test_the_command_line_goes_there_and_back(tmp_path, capsys):
   assert main(["inspect", "--short", ours]) == 0
   shown = capsys.readouterr().out
   assert "kind: checkpoint of mooer_jax" in shown and "decoder/" not in shown
+
+
+def test_every_ignored_name_is_printed(tmp_path, capsys):
+  others = {f"decoder.{n}.weight": torch.zeros(1) for n in range(50)}
+  funasr_folder(tmp_path / "funasr", others=others)
+  assert main(["import", "paraformer", str(tmp_path / "funasr"), str(tmp_path / "ours")]) == 0
+  said = capsys.readouterr().out.splitlines()
+  at = said.index("ignored, 50 in all:")
+  assert said[at + 1 : at + 51] == [f"  {name}" for name in others]
 
 
 def test_inspect_guesses_the_kinds(tmp_path, capsys):

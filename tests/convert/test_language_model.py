@@ -163,7 +163,7 @@ def test_a_value_that_is_not_finite_leaves_nothing_behind(tmp_path):
     state["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
 
   folder = as_binary(source, tmp_path / "bad", spoil)
-  with pytest.raises(ReadError, match="layers.1.mlp.up_proj.weight.* NaN"):
+  with pytest.raises(ReadError, match=r"/bad/.*\.bin: tensor .*layers.1.mlp.up_proj.weight.* NaN"):
     import_checkpoint("qwen2", folder, tmp_path / "out")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "hf"]
 

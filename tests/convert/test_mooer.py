@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from convert.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
+from convert.readers import ReadError
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import from_json
 from tests.convert.folders_of import vary
@@ -174,6 +176,44 @@ def test_everything_wrong_is_told_at_once_and_nothing_is_left(released, tmp_path
   ):
     assert part in str(caught.value), part
   assert [path.name for path in tmp_path.iterdir()] == ["release"]
+
+
+@pytest.mark.parametrize(
+  "file, name",
+  [
+    ("paraformer_encoder/paraformer-encoder.pth", "encoders.1.norm1.bias"),
+    ("asr/adapter_project.pt", "encoder_projector.linear2.weight"),
+  ],
+)
+def test_a_value_that_is_not_finite_is_told_by_file_and_tensor(released, tmp_path, file, name):
+  shutil.copytree(released[0], tmp_path / "release")
+  state = torch.load(tmp_path / "release" / file)
+  state[name].view(-1)[0] = torch.inf
+  torch.save(state, tmp_path / "release" / file)
+  with pytest.raises(ReadError, match=f"{file}: tensor '{name}' has 1 of .* NaN or infinite"):
+    import_checkpoint("mooer", tmp_path / "release", tmp_path / "out", Options(task="asr"))
+  assert [path.name for path in tmp_path.iterdir()] == ["release"]
+
+
+@pytest.mark.parametrize("dtype, too_large", [(torch.float16, True), (torch.float32, False)])
+def test_a_merge_that_is_too_large_for_the_weights_is_told(tmp_path, dtype, too_large):
+  """float16 ends at 65504; each of LoRA's own values is far below."""
+  folder = tmp_path / "release"
+  release(folder, dtype=dtype)
+  state = load_file(folder / "asr" / "lora_weights" / "adapter_model.safetensors")
+  for letter, value in (("A", 300.0), ("B", 300.0)):
+    name = f"base_model.model.model.layers.1.mlp.up_proj.lora_{letter}.weight"
+    state[name] = torch.full_like(state[name], value)
+  save_file(state, folder / "asr" / "lora_weights" / "adapter_model.safetensors")
+  options = Options(task="asr", merge_lora=True)
+  if not too_large:
+    import_checkpoint("mooer", folder, tmp_path / "out", options)
+    return
+  message = r"^model.layers.1.mlp.up_proj.weight: .* 2240 of 2240 .* too large for float16; keep"
+  with pytest.raises(ConversionError, match=message):
+    import_checkpoint("mooer", folder, tmp_path / "out", options)
+  assert [path.name for path in tmp_path.iterdir()] == ["release"]
+  import_checkpoint("mooer", folder, tmp_path / "out", Options(task="asr"))  # apart
 
 
 def test_a_run_that_went_on_from_a_release_is_exported_as_one(released, tmp_path):

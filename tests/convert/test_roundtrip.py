@@ -132,6 +132,14 @@ def test_two_names_of_one_leaf_are_a_duplicate():
   assert problems.found == ["f: b.3 is a duplicate: a.3 is x/3 as well"]
 
 
+@pytest.mark.parametrize("other", ["a.{n}.{x:v|w}", "a.0.w", "a.{m}.w", "a.{n}.{x:w|z}"], ids=str)
+def test_two_rules_for_one_name_are_refused(other):
+  fields = {"a.{n}.{x:v|w}": "y/{n}/{x}", "a.0.w": "y", "a.{m}.w": "y/{m}"}
+  with pytest.raises(ValueError, match="'a.0.w' is taken by 2 rules"):
+    Table((Rule("a.{n}.{x:u|w}", "x/{n}/{x}"), Rule(other, fields.get(other, "y/{n}/{x}"))))
+  Table((Rule("a.{n}.{x:u|w}", "x/{n}/{x}"), Rule("a.{n}.{x:v|z}", "x/{n}/{x}")))
+
+
 @pytest.mark.parametrize("name", sorted(TABLES))
 def test_a_table_covers_its_model_in_both_directions(name):
   table, shapes = TABLES[name]

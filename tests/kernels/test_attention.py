@@ -68,6 +68,23 @@ def test_a_mask_adds_to_validity_and_order():
     np.testing.assert_allclose(out, numpy_attention(q, k, v, seen_BTS), atol=2e-6)
 
 
+def test_weights_are_multiplied_after_the_softmax():
+  q, k, v = random_qkv()
+  valid_BS, scale_BHTS = np.ones((2, 7), bool), np.zeros((2, 6, 5, 7), np.float32)
+  call = functools.partial(attention, q, k, v, valid_BS=valid_BS)
+  np.testing.assert_array_equal(call(weight_scale_BHTS=scale_BHTS + 2), 2 * call())
+  scale_BHTS[1, 4, 2] = 3  # head 4 of 6 reads key-value head 2 of 3
+  out = np.array(call(weight_scale_BHTS=scale_BHTS))
+  np.testing.assert_allclose(out[1, 2, 4], 3 * call()[1, 2, 4], rtol=1e-6)
+  out[1, 2, 4] = 0
+  assert not out.any()
+  # Each key's share alone: together they are the whole.
+  shares = [call(weight_scale_BHTS=np.broadcast_to(one, (2, 6, 5, 7))) for one in np.eye(7)]
+  np.testing.assert_allclose(sum(shares), call(), atol=2e-6)
+  with pytest.raises(ValueError, match="'cudnn' drops no weights.*attention='xla'"):
+    call(weight_scale_BHTS=scale_BHTS, implementation="cudnn")
+
+
 def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients():
   q, k, v = random_qkv()
   valid_BS = np.array([[False] * 7, [False] + [True] * 6])  # causal: query 0 of row 1 sees none

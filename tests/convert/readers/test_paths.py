@@ -143,6 +143,15 @@ def test_the_usual_file_is_taken_and_the_other_named(
   assert source.notes == ("model.safetensors is read, pytorch_model.bin is not",)
 
 
+@pytest.mark.parametrize("model", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("adapter", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_model_and_a_lora_in_one_folder(tmp_path, model, adapter):
+  for name in (model, adapter):
+    (tmp_path / name).touch()
+  with pytest.raises(ReadError, match=rf"model \({model}\) and a LoRA \({adapter}\) in one"):
+    open_source(tmp_path)
+
+
 def test_a_folder_with_one_file(tmp_path, tensors, to_torch, same_bits):
   torch.save(to_torch(tensors), tmp_path / "paraformer-encoder.pth")
   (tmp_path / "am.mvn").write_text("")
