@@ -12,7 +12,7 @@ from mooer_jax import tree
 from mooer_jax.audio.cmvn import read_mvn, write_mvn
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
-from mooer_jax.config import SpeechLLMConfig, build, part_from_json
+from mooer_jax.config import SpeechLLMConfig, build, frontend_from_json, part_from_json
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.nn.compute import Compute
 
@@ -213,7 +213,7 @@ def export_folder(about: Checkpoint, folder: Path, *, prefix: str = "") -> None:
   """
   export(about, folder / FUNASR_FILE, prefix=prefix)
   config = part_from_json(about.config["encoders"][0], "encoders[0]")
-  features = build(FrontendConfig, about.config["frontends"][0], "frontends[0]")
+  features = frontend_from_json(about.config["frontends"][0], "frontends[0]")
   described = folder / funasr_config.FILE
   copier(kept_files(about, "encoder"))(folder)
   if not (

@@ -7,7 +7,7 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import encoder, language_model, lora, mooer_out
+from . import encoder, language_model, lora, mooer_out, whisper, whisper_names
 from .errors import ConversionError
 from .folders import beside, keep_apart, kept_json, style_of
 
@@ -85,6 +85,15 @@ def _paraformer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   encoder.export_folder(about, folder, prefix=prefix)
 
 
+def _whisper(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
+  sections = [s for s in about.config.get("encoders", ()) if s.get("kind") == "whisper"]
+  if not sections:
+    raise ConversionError(f"{about.folder}: no Whisper encoder in it")
+  config = part_from_json(sections[0], "encoders")
+  prefix = style_of(about, "whisper").get("prefix", whisper_names.PREFIX)
+  whisper.export(about, config, folder, prefix=prefix, shard_bytes=shard_bytes)
+
+
 def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   mooer_out.export(about, folder, shard_bytes=shard_bytes)
 
@@ -95,4 +104,5 @@ KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {
   "llama": _language_model("llama"),
   "peft": _peft,
   "paraformer": _paraformer,
+  "whisper": _whisper,
 }

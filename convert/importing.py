@@ -10,7 +10,7 @@ from mooer_jax.checkpoint import Lazy, describe, find
 from mooer_jax.config import part_from_json, part_to_json, to_json
 from mooer_jax.text.tokenizer import Tokenizer
 
-from . import deepspeed, encoder, funasr_config, language_model, lora, mooer
+from . import deepspeed, encoder, funasr_config, language_model, lora, mooer, whisper
 from .engine import map_in
 from .errors import Problems
 from .folders import copier, keep_apart, save_checkpoint
@@ -123,7 +123,7 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
     opened.leaves,
     config={
       "encoders": [part_to_json(opened.config)],
-      "frontends": [dataclasses.asdict(opened.frontend)],
+      "frontends": [part_to_json(opened.frontend)],
     },
     kind="paraformer",
     style={"paraformer": {"prefix": opened.prefix}},
@@ -240,12 +240,30 @@ def _eos_id(write_tokenizer: Callable[[Path], Any]) -> int:
     return Tokenizer.from_folder(folder).eos_id
 
 
+def _whisper(src: Path, out: Path, options: Options) -> Report:
+  problems = Problems()
+  opened = whisper.open_encoder(src, problems)
+  problems.check(str(src))
+  assert opened is not None
+  save_checkpoint(
+    out,
+    opened.leaves,
+    config={"encoders": [part_to_json(opened.config)], "frontends": [part_to_json(opened.frontend)]},
+    kind="whisper",
+    style={"whisper": opened.style},
+    kept={"whisper": opened.kept},
+    overwrite=options.overwrite,
+  )
+  return Report(out, opened.leaves, opened.ignored, opened.notes)
+
+
 KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {
   "mooer": _mooer,
   "qwen2": _language_model("qwen2"),
   "llama": _language_model("llama"),
   "peft": _peft,
   "paraformer": _paraformer,
+  "whisper": _whisper,
   "deepspeed": _deepspeed,
 }
 _TAKEN = {
@@ -254,5 +272,6 @@ _TAKEN = {
   "llama": (),
   "peft": ("base",),
   "paraformer": (),
+  "whisper": (),
   "deepspeed": ("base", "lora_config", "task"),
 }

@@ -51,6 +51,11 @@ DEPTHWISE = Transform(
   lambda x_KD: x_KD.T[:, None],
 )
 
+# nn.Conv1d keeps [out, in, taps], our kernels are [taps, in, out].
+CONVOLUTION = Transform(
+  3, 3, lambda s: s[::-1], lambda s: s[::-1], np.transpose, np.transpose
+)  # fmt: skip
+
 _BLOCK = 1024
 
 

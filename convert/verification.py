@@ -11,9 +11,9 @@ import numpy as np
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import FrontendConfig, features
+from mooer_jax.audio.frontend import features
 from mooer_jax.checkpoint import Checkpoint
-from mooer_jax.config import SpeechLLMConfig, build, from_json, part_from_json
+from mooer_jax.config import SpeechLLMConfig, from_json, frontend_from_json, part_from_json
 from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.encoders.sanm import SANMEncoder
 from mooer_jax.nn.compute import Compute
@@ -106,7 +106,7 @@ def verify(
 
 def _paraformer(about: Checkpoint, src: Path, audio: Sequence[Path]) -> Verdict:
   config = part_from_json(about.config["encoders"][0], "encoders[0]")
-  frontend = build(FrontendConfig, about.config["frontends"][0], "frontends[0]")
+  frontend = frontend_from_json(about.config["frontends"][0], "frontends[0]")
   waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
   theirs = torch_side.hear(src / "model.pt", src / CMVN_FILE, config, frontend, waveforms)
   raw_BTF, frames_B = _padded([features(waveform_N, frontend) for waveform_N in waveforms])

@@ -7,19 +7,21 @@ from typing import Any
 import numpy as np
 
 from mooer_jax.audio.decode import Channel
-from mooer_jax.audio.frontend import Frontend, FrontendConfig
+from mooer_jax.audio.frontend import Frontend, FrontendConfig, num_frames
 from mooer_jax.audio.frontend import width as frontend_width
+from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.connectors.qformer import QFORMER_SIZES, QFormerConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import TASKS, TEMPLATES
 from mooer_jax.sections import build, unknown_key
 
-Encoder = SANMConfig
+Encoder = SANMConfig | WhisperConfig
 Connector = LinearConfig | QFormerConfig
-ENCODERS: dict[str, Encoder] = {"sanm_large": SANMConfig()}
+ENCODERS: dict[str, Encoder] = {"sanm_large": SANMConfig(), **WHISPER_SIZES}
 CONNECTORS: dict[str, Connector] = {"linear": LinearConfig(), **QFORMER_SIZES}
 _LLAMA = LLMConfig(
   vocab=32000,
@@ -65,8 +67,9 @@ DECODERS = {
     tied=True,
   ),
 }
-_KINDS = {c.kind: c for c in (SANMConfig, LinearConfig, QFormerConfig, LLMConfig)}
-_FRONTENDS: dict[str, type[Frontend]] = {c.kind: c for c in (FrontendConfig,)}
+_PARTS = (SANMConfig, WhisperConfig, LinearConfig, QFormerConfig, LLMConfig)
+_KINDS = {c.kind: c for c in _PARTS}
+_FRONTENDS: dict[str, type[Frontend]] = {c.kind: c for c in (FrontendConfig, LogMelConfig)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,12 @@ class SpeechLLMConfig:
         raise ValueError(
           f"{encoder.kind}.input_width={encoder.input_width}, but its features are"
           f" {frontend_width(frontend)} wide; set both alike"
+        )
+      longest = num_frames(int(self.max_audio_s * frontend.sample_rate_hz), frontend)
+      if encoder.max_frames is not None and longest > encoder.max_frames:
+        raise ValueError(
+          f"model.max_audio_s={self.max_audio_s:g} makes {longest} frames, but {encoder.kind} takes"
+          f" {encoder.max_frames}; lower max_audio_s"
         )
     if self.template not in TEMPLATES:
       raise ValueError(f"model.template={self.template!r}: choose one of {sorted(TEMPLATES)}")
@@ -165,6 +174,8 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
 
 def default_frontend(encoder: Encoder) -> Frontend:
   """The features that an encoder was made for."""
+  if isinstance(encoder, WhisperConfig):
+    return LogMelConfig(bins=encoder.input_width)
   return FrontendConfig()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .ctranslate2_file import is_ctranslate2, open_ctranslate2
 from .deepspeed_folder import is_deepspeed, open_deepspeed
 from .gguf_file import open_gguf
 from .json_file import read_object
@@ -27,8 +28,9 @@ def open_source(path: str | Path, part: str | None = None) -> Source:
   """Opens weights of any format that is read here; tensors come later, one by one.
 
   Args:
-    path: a .safetensors, .bin, .pt, .pth or .gguf file, an index of shards (.index.json), or a
-      folder with an index, with one such file, or with a DeepSpeed training checkpoint.
+    path: a .safetensors, .bin (of torch or CTranslate2), .pt, .pth or .gguf file, an index of
+      shards (.index.json), or a folder with an index, with one such file, or with a DeepSpeed
+      training checkpoint.
     part: of torch files, the dict to take (see `open_torch`); None finds it.
 
   Raises:
@@ -52,10 +54,13 @@ def _open_file(path: Path, part: str | None) -> Source:
     raise ReadError(f"{path}: unknown extension {path.suffix!r}; read are {', '.join(_EXTENSIONS)}")
   if path.stat().st_size == 0:
     raise ReadError(f"{path}: empty, 0 bytes; copy it again")
-  if path.suffix in _TORCH:
+  ctranslate2 = path.suffix == ".bin" and is_ctranslate2(path)
+  if path.suffix in _TORCH and not ctranslate2:
     return open_torch(path, part)
   if part:
     raise ReadError(f"{path}: only torch files have parts, got part={part!r}")
+  if ctranslate2:
+    return open_ctranslate2(path)
   return open_gguf(path) if path.suffix == ".gguf" else open_safetensors(path)
 
 

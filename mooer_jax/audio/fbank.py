@@ -198,7 +198,7 @@ def fbank_jax(waveform_BN: jax.Array, samples_B: jax.Array, config: FbankConfig 
   if not frames:
     return jnp.zeros((waveform_BN.shape[0], 0, config.bins), jnp.float32), frames_B
 
-  frames_BTL = _cut_frames(waveform_BN.astype(jnp.float32) * FULL_SCALE, frames, length, hop)
+  frames_BTL = cut_frames(waveform_BN.astype(jnp.float32) * FULL_SCALE, frames, length, hop)
   valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
   # Here too, not at the end alone: a NaN in the padding would pass the last mask in the gradient.
   frames_BTL = jnp.where(valid_BT1, frames_BTL, 0)
@@ -254,7 +254,7 @@ def _matrices(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return tuple(m.astype(np.float32) for m in (matrix_LK, coarse_LK, matrix_LK - coarse_LK))
 
 
-def _cut_frames(waveform_BN, frames: int, length: int, hop: int):
+def cut_frames(waveform_BN, frames: int, length: int, hop: int):
   """[B, N] to [B, T, L] by slices of whole hops, for accelerators gather slowly."""
   hops_per_frame = -(-length // hop)
   hops = frames - 1 + hops_per_frame

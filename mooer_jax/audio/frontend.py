@@ -1,4 +1,4 @@
-"""Waveform to encoder features: Kaldi fbank, then low frame rate.
+"""Waveform to encoder features: Kaldi fbank and low frame rate, or Whisper's log-mel.
 
 Normalisation (CMVN) is not here: it is the encoder's first step.
 """
@@ -9,9 +9,10 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from mooer_jax.audio import lfr
+from mooer_jax.audio import lfr, logmel
 from mooer_jax.audio.decode import AudioError
 from mooer_jax.audio.fbank import FbankConfig, fbank, fbank_jax, num_fbank_frames
+from mooer_jax.audio.logmel import LogMelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +43,26 @@ class FrontendConfig:
     return self.fbank.sample_rate_hz
 
 
-Frontend = FrontendConfig
+Frontend = FrontendConfig | LogMelConfig
 
 
-def width(config: FrontendConfig = FrontendConfig()) -> int:
+def width(config: Frontend = FrontendConfig()) -> int:
   """Values in one step."""
+  if isinstance(config, LogMelConfig):
+    return logmel.width(config)
   return config.fbank.bins * config.lfr_window
 
 
-def num_frames(samples: int, config: FrontendConfig = FrontendConfig()) -> int:
+def num_frames(samples: int, config: Frontend = FrontendConfig()) -> int:
   """Steps that `features` makes of so many samples; 0 where it refuses the clip as too short."""
+  if isinstance(config, LogMelConfig):
+    return logmel.num_frames(samples, config)
   return lfr.num_stacks(num_fbank_frames(samples, config.fbank), config.lfr_stride)
-
-
-def shortest_s(steps: int, config: FrontendConfig = FrontendConfig()) -> float:
-  """Length of the shortest clip that makes so many steps, seconds."""
-  frames = (steps - 1) * config.lfr_stride + 1
-  return (config.fbank.frame_ms + (frames - 1) * config.fbank.hop_ms) / 1000
 
 
 def features(
   waveform_N: np.ndarray,
-  config: FrontendConfig = FrontendConfig(),
+  config: Frontend = FrontendConfig(),
   *,
   name: str = "waveform",
 ) -> np.ndarray:
@@ -71,7 +70,7 @@ def features(
 
   Args:
     waveform_N: float [N], full scale = 1, at the config's sample rate.
-    config: FrontendConfig.
+    config: FrontendConfig or LogMelConfig.
     name: what errors call the clip.
 
   Returns:
@@ -79,8 +78,10 @@ def features(
 
   Raises:
     AudioError: cause "too short", if not one fbank frame fits (MooER: 400 samples).
-    ValueError: if the waveform is not one axis of floats.
+    ValueError: if the waveform is not one axis of floats, or too long for log-mel.
   """
+  if isinstance(config, LogMelConfig):
+    return logmel.features(waveform_N, config, name=name)
   fbank_TF = fbank(waveform_N, config.fbank)
   if not len(fbank_TF):
     raise AudioError(
@@ -92,19 +93,21 @@ def features(
 
 
 def features_jax(
-  waveform_BN: jax.Array, samples_B: jax.Array, config: FrontendConfig = FrontendConfig()
+  waveform_BN: jax.Array, samples_B: jax.Array, config: Frontend = FrontendConfig()
 ) -> tuple[jax.Array, jax.Array]:
   """Features of a padded batch in JAX, before normalisation; for use inside `jit`.
 
   Args:
     waveform_BN: float32 [B, N], full scale = 1; what stands behind a row's samples does not matter.
     samples_B: int32 [B], valid samples of each row, at most N.
-    config: FrontendConfig.
+    config: FrontendConfig or LogMelConfig.
 
   Returns:
     features_BTF: float32 [B, num_frames(N), width(config)]; 0 behind a row's steps.
     steps_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
   """
+  if isinstance(config, LogMelConfig):
+    return logmel.features_jax(waveform_BN, samples_B, config)
   fbank_BTF, frames_B = fbank_jax(waveform_BN, samples_B, config.fbank)
   return lfr.stack_frames_jax(
     fbank_BTF, frames_B, window=config.lfr_window, stride=config.lfr_stride

@@ -60,6 +60,10 @@ class QFormerConfig:
     if not 0 <= self.dropout < 1:
       raise ValueError(f"qformer.dropout={self.dropout} must be at least 0 and below 1")
 
+  def num_tokens(self, frames: int) -> int:
+    """Speech tokens that so many encoder frames become."""
+    return num_tokens(frames, self)
+
 
 QFORMER_SIZES = {"qformer": QFormerConfig()}
 

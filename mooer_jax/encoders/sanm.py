@@ -19,6 +19,7 @@ class SANMConfig:
   """Sizes of the encoder; the defaults are Paraformer-large, 157.98 M parameters."""
 
   kind: ClassVar[str] = "sanm"
+  max_frames: ClassVar[int | None] = None  # any number
   input_width: int = 560
   width: int = 512
   layers: int = 50

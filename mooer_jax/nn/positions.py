@@ -5,19 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sinusoids(length: int, depth: int) -> np.ndarray:
-  """Paraformer's position table: positions from 1, sines in the first half, cosines in the second.
+def sinusoids(length: int, depth: int, *, first: int = 1) -> np.ndarray:
+  """Position table: sines in the first half, cosines in the second.
 
   Args:
     length: number of positions T.
     depth: width of the table, even.
+    first: position of row 0: Paraformer counts from 1, Whisper from 0.
 
   Returns:
     float32 [T, depth]; the timescales are 10000^(-i / (depth/2 - 1)).
   """
   half = depth // 2
   rates = 10000.0 ** (-np.arange(half) / (half - 1))
-  angles = np.arange(1, length + 1)[:, None] * rates[None]
+  angles = np.arange(first, first + length)[:, None] * rates[None]
   return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
 
 

@@ -9,24 +9,29 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from convert import encoder, language_model, lora
+from convert import encoder, language_model, lora, whisper, whisper_names
 from convert.engine import Outgoing, map_in, map_out, read_out
 from convert.errors import ConversionError, Problems
 from convert.folders import save_checkpoint
 from convert.readers import Tensor, open_source
 from convert.rules import Rule, Table
 from convert.safetensors_out import write_shards
-from convert.transforms import DEPTHWISE, IDENTITY, TRANSPOSE, row_blocks, transposed
+from convert.transforms import CONVOLUTION, DEPTHWISE, IDENTITY, TRANSPOSE, row_blocks, transposed
 from mooer_jax import checkpoint
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.whisper import WhisperConfig
 from tests.tiny import LLM_CONFIG, SANM
 
 DTYPES = [np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)]
 LLM = LLMConfig(**{**vars(LLM_CONFIG), "layers": 12, "vocab": 9, "width": 8, "mlp_width": 6})
+WHISPER = WhisperConfig(
+  input_width=5, width=8, layers=12, heads=2, mlp_width=6, positions=9, context=9
+)
 TABLES = {
   "llm": (language_model.TABLE, language_model.shapes(LLM)),
   "lora": (lora.table("default"), lora.shapes(LLM)),
   "encoder": (encoder.table("encoder."), encoder.shapes(SANM)),
+  "whisper": (whisper_names.table(), whisper.shapes(WHISPER)),
 }
 TABLES["llm"] = (TABLES["llm"][0], {p: s for p, s in TABLES["llm"][1].items() if "lora" not in p})
 
@@ -159,7 +164,8 @@ def test_the_fields_of_a_rule_must_agree():
 
 
 @pytest.mark.parametrize("transform, shape", [(IDENTITY, (3, 1, 4)), (TRANSPOSE, (300, 7)),
-                                              (DEPTHWISE, (6, 1, 5))])  # fmt: skip
+                                              (DEPTHWISE, (6, 1, 5)),
+                                              (CONVOLUTION, (6, 4, 3))])  # fmt: skip
 def test_a_transform_undoes_itself(transform, shape):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   there = transform.to_jax(x)

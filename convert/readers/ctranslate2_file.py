@@ -1,0 +1,143 @@
+"""CTranslate2's model.bin, as faster-whisper has it, under the names that stand in it."""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .safetensors_file import read_span
+from .source import BFLOAT16, ReadError, Source, Tensor, check_shape
+
+_VERSION = 6
+_LARGEST_VERSION = 255  # what could be one; files of torch.save begin otherwise
+_MAX_DIMS = 8
+_DTYPES = {
+  0: np.dtype(np.float32),
+  1: np.dtype(np.int8),
+  2: np.dtype(np.int16),
+  3: np.dtype(np.int32),
+  4: np.dtype(np.float16),
+  5: BFLOAT16,
+}
+
+
+def is_ctranslate2(path: Path) -> bool:
+  """Whether a .bin file begins as CTranslate2's do, with a small version, not as torch's."""
+  with path.open("rb") as file:
+    start = file.read(4)
+  return len(start) == 4 and 0 < int.from_bytes(start, "little") <= _LARGEST_VERSION
+
+
+def open_ctranslate2(path: Path) -> Source:
+  """Opens a file of CTranslate2's binary format 6; tensors have its names, such as `encoder/conv1`.
+
+  Names that are said to be another tensor's are among `ignored`.
+
+  Raises:
+    ReadError: if the file is of another version, cut short, at odds with itself, or quantized.
+
+  Source: the header and a record for each tensor, as CTranslate2's ModelSpec writes them.
+  """
+  with path.open("rb") as file:
+    return _parse(path, _Cursor(path, file))
+
+
+def _parse(path: Path, cursor: _Cursor) -> Source:
+  version = cursor.one("I")
+  if version != _VERSION:
+    raise ReadError(
+      f"{path}: CTranslate2 format {version}, read is {_VERSION}; convert the model again with a "
+      "newer CTranslate2"
+    )
+  spec, revision = cursor.text(), cursor.one("I")
+  entries = []
+  for _ in range(cursor.one("I")):
+    tensor, offset = _read_entry(path, cursor)
+    entries.append((tensor, partial(read_span, tensor, offset)))
+  names = {tensor.name for tensor, _ in entries}
+  aliases = []
+  for _ in range(cursor.one("I")):
+    alias, name = cursor.text(), cursor.text()
+    if name not in names or alias in names:
+      raise ReadError(f"{path}: {alias!r} is said to be {name!r}; one must be there, one not")
+    aliases.append(f"{alias} (the same as {name})")
+  if cursor.position != cursor.size:
+    raise ReadError(
+      f"{path}: {cursor.size - cursor.position} bytes stand behind its end; copy it again"
+    )
+  return Source(path, entries, ignored=aliases, notes=[f"{path.name}: {spec}, revision {revision}"])
+
+
+def _read_entry(path: Path, cursor: _Cursor) -> tuple[Tensor, int]:
+  name = cursor.text()
+  where = f"{path}: tensor {name!r}"
+  rank = cursor.one("B")
+  if rank > _MAX_DIMS:
+    raise ReadError(f"{where} has {rank} dimensions, more than {_MAX_DIMS}")
+  shape = cursor.take("I", rank)
+  number, nbytes = cursor.one("B"), cursor.one("I")
+  if number not in _DTYPES:
+    raise ReadError(f"{where} has the unknown type {number}")
+  dtype = _DTYPES[number]
+  tensor = Tensor(name, check_shape(where, shape, dtype), dtype, path)
+  if tensor.nbytes != nbytes:
+    raise ReadError(
+      f"{where} of shape {list(shape)} and dtype {dtype} takes {tensor.nbytes} bytes, the file "
+      f"tells of {nbytes}"
+    )
+  if dtype.kind == "i" and math.prod(shape) > 1 and name.endswith("weight"):
+    raise ReadError(
+      f"{where} is a weight of dtype {dtype}, so the file is quantized, which is not supported; "
+      "use the float16 or float32 release"
+    )
+  return tensor, cursor.skip(nbytes, where)
+
+
+class _Cursor:
+  """Takes values from the front of a file and passes over what is not to be read."""
+
+  def __init__(self, path: Path, file: BinaryIO):
+    self.path, self.size, self.position = path, path.stat().st_size, 0
+    self._file = file
+
+  def take(self, code: str, count: int = 1) -> tuple:
+    data = self._bytes(struct.calcsize(f"<{count}{code}"))
+    return struct.unpack(f"<{count}{code}", data)
+
+  def one(self, code: str) -> Any:
+    return self.take(code)[0]
+
+  def text(self) -> str:
+    """A string of C behind its length, which counts the zero at its end."""
+    data = self._bytes(self.one("H"))
+    try:
+      text = data[:-1].decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise ReadError(f"{self.path}: a name in it is not UTF-8: {error}") from error
+    if data[-1:] != b"\0" or not text.isprintable() or not text:
+      raise ReadError(f"{self.path}: {data[:40]!r} stands where a name should be; copy it again")
+    return text
+
+  def skip(self, nbytes: int, where: str) -> int:
+    """Passes over so many bytes; returns where they begin."""
+    start = self.position
+    if nbytes > self.size - start:
+      raise ReadError(
+        f"{where} should end at byte {start + nbytes}, the file ends at {self.size}; it is cut "
+        "short, copy it again"
+      )
+    self.position = start + nbytes
+    self._file.seek(self.position)
+    return start
+
+  def _bytes(self, count: int) -> bytes:
+    data = self._file.read(count)
+    if len(data) < count:
+      raise ReadError(f"{self.path}: cut short at byte {self.size}; copy it again")
+    self.position += count
+    return data

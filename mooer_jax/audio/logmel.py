@@ -1,0 +1,251 @@
+"""Whisper's log-mel features: NumPy for data workers, JAX for inside a compiled step.
+
+Whisper takes clips padded with digital silence to 30 s. The features here are those of the frames
+that touch the clip itself; all others of the padded clip have one value, `max(-1.5, m - 2)` with m
+the clip's largest feature, which the encoder fills in.
+
+Axes here: N samples, T frames, L samples of one frame, F mel bins, K frequencies of the DFT (real
+and imaginary parts, where both stand in one array).
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax.audio.decode import AudioError
+from mooer_jax.audio.fbank import cut_frames
+
+# Powers below this, digital silence among them, count as this.
+FLOOR = 1e-10
+# Nothing is told apart that lies further below the clip's loudest value, in powers of ten.
+RANGE = 8.0
+# Frames worked on at a time; see fbank.py.
+_BLOCK = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class LogMelConfig:
+  """Whisper's features: Hann windows of 25 ms around every 10 ms, Slaney's mel bins.
+
+  Attributes:
+    bins: mel bins F: 80, large-v3 128.
+    sample_rate_hz: rate of the waveform.
+    frame_ms: length of a frame.
+    hop_ms: from one frame to the next.
+    chunk_s: the longest clip, which is what the encoder pads to.
+  """
+
+  kind: ClassVar[str] = "logmel"
+  normalised: ClassVar[bool] = False  # there is no CMVN
+  bins: int = 80
+  sample_rate_hz: int = 16000
+  frame_ms: float = 25
+  hop_ms: float = 10
+  chunk_s: float = 30.0
+
+  def __post_init__(self):
+    for name in ("bins", "sample_rate_hz"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"logmel {name} is {getattr(self, name)}; it must be at least 1")
+    if self.frame_length < 2 or self.frame_length % 2 or self.hop_length < 1:
+      raise ValueError(
+        f"logmel frame_ms={self.frame_ms}, hop_ms={self.hop_ms} are {self.frame_length} and "
+        f"{self.hop_length} samples at {self.sample_rate_hz} Hz; an even number and at least 1 are "
+        "needed"
+      )
+    if self.chunk_samples < self.frame_length + self.hop_length:
+      raise ValueError(
+        f"logmel chunk_s={self.chunk_s} is {self.chunk_samples} samples; at least a frame and a "
+        f"hop are needed, {self.frame_length + self.hop_length}"
+      )
+
+  @property
+  def frame_length(self) -> int:
+    """Samples in a frame."""
+    return int(self.sample_rate_hz * self.frame_ms / 1000)
+
+  @property
+  def hop_length(self) -> int:
+    """Samples from one frame to the next."""
+    return int(self.sample_rate_hz * self.hop_ms / 1000)
+
+  @property
+  def chunk_samples(self) -> int:
+    """Samples of the longest clip."""
+    return round(self.chunk_s * self.sample_rate_hz)
+
+  @property
+  def chunk_frames(self) -> int:
+    """Frames of the longest clip."""
+    return self.chunk_samples // self.hop_length
+
+
+def width(config: LogMelConfig = LogMelConfig()) -> int:
+  """Values in one frame."""
+  return config.bins
+
+
+def num_frames(samples: int, config: LogMelConfig = LogMelConfig()) -> int:
+  """Frames that `features` makes of so many samples; 0 for none.
+
+  For clips longer than chunk_s, which it refuses, the number goes on growing, so that whoever looks
+  for the longest clip of so many frames finds it.
+  """
+  if not samples:
+    return 0
+  touched = -(-(samples + config.frame_length // 2) // config.hop_length)
+  return min(touched, config.chunk_frames) if samples <= config.chunk_samples else touched
+
+
+def features(
+  waveform_N: np.ndarray,
+  config: LogMelConfig = LogMelConfig(),
+  *,
+  name: str = "waveform",
+) -> np.ndarray:
+  """Features of one clip in NumPy.
+
+  Args:
+    waveform_N: float [N], full scale = 1, at the config's sample rate.
+    config: LogMelConfig.
+    name: what errors call the clip.
+
+  Returns:
+    float32 [num_frames(N), bins].
+
+  Raises:
+    AudioError: cause "empty", if there is no sample.
+    ValueError: if the clip is longer than chunk_s, or is not one axis of floats.
+
+  Source: OpenAI's Whisper, as transformers' WhisperFeatureExtractor computes it.
+  """
+  import scipy.fft  # several times as fast as numpy.fft
+
+  waveform_N = np.asarray(waveform_N)
+  if waveform_N.ndim != 1 or not np.issubdtype(waveform_N.dtype, np.floating):
+    raise ValueError(
+      f"{name} is {waveform_N.dtype} {list(waveform_N.shape)}; log-mel takes mono floats [N] with "
+      "full scale 1 (divide 16-bit integers by 32768, average channels)"
+    )
+  if not len(waveform_N):
+    raise AudioError(f"{name}: no samples", "empty")
+  if len(waveform_N) > config.chunk_samples:
+    raise ValueError(
+      f"{name}: {len(waveform_N) / config.sample_rate_hz:.2f} s, but Whisper takes at most "
+      f"{config.chunk_s:g} s at a time; cut the clip into chunks first"
+    )
+  window_L, mel_KF = constants(config)
+  length, hop = config.frame_length, config.hop_length
+  frames = num_frames(len(waveform_N), config)
+  left, inside, right = _padding(frames, config)
+  padded_N = np.zeros(inside)
+  padded_N[: len(waveform_N)] = waveform_N
+  padded_N = np.pad(padded_N, (left, right), mode="reflect")
+  framed_TL = np.lib.stride_tricks.sliding_window_view(padded_N, length)[::hop]
+  log_TF = np.empty((frames, config.bins), np.float32)
+  for start in range(0, frames, _BLOCK):
+    spectrum_TK = scipy.fft.rfft(framed_TL[start : start + _BLOCK] * window_L)
+    power_TK = spectrum_TK.real**2 + spectrum_TK.imag**2
+    log_TF[start : start + _BLOCK] = np.log10(np.maximum(power_TK @ mel_KF, FLOOR))
+  return (np.maximum(log_TF, log_TF.max() - np.float32(RANGE)) + 4) / 4
+
+
+def features_jax(
+  waveform_BN: jax.Array, samples_B: jax.Array, config: LogMelConfig = LogMelConfig()
+) -> tuple[jax.Array, jax.Array]:
+  """Features of a padded batch in JAX; for use inside `jit`.
+
+  Args:
+    waveform_BN: float32 [B, N], full scale = 1; what stands behind a row's samples does not matter.
+    samples_B: int32 [B], valid samples of each row, at most N.
+    config: LogMelConfig.
+
+  Returns:
+    features_BTF: float32 [B, T, bins] with T = num_frames(N), at most those of chunk_s; 0 behind a
+      row's frames.
+    frames_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
+  """
+  samples_B = jnp.asarray(samples_B, jnp.int32)
+  samples_B = jnp.where(samples_B > config.chunk_samples, 0, samples_B)
+  waveform_BN = waveform_BN[:, : config.chunk_samples].astype(jnp.float32)
+  batch, longest = waveform_BN.shape
+  touched_B = -(-(samples_B + config.frame_length // 2) // config.hop_length)
+  frames_B = jnp.where(samples_B > 0, jnp.minimum(touched_B, config.chunk_frames), 0)
+  frames = num_frames(longest, config)
+  if not frames:
+    return jnp.zeros((batch, 0, config.bins), jnp.float32), frames_B
+
+  waveform_BN = jnp.where(jnp.arange(longest) < samples_B[:, None], waveform_BN, 0)
+  left, inside, right = _padding(frames, config)
+  waveform_BN = jnp.pad(waveform_BN, ((0, 0), (0, inside - longest)))
+  waveform_BN = jnp.pad(waveform_BN, ((0, 0), (left, right)), mode="reflect")
+  frames_BTL = cut_frames(waveform_BN, frames, config.frame_length, config.hop_length)
+  matrix_LK, of_ones_K = _windowed_dft(config)
+  # A recording's offset may be loud where the sound is not, and float32 would round to its size.
+  mean_BT1 = frames_BTL.mean(-1, keepdims=True)
+  spectrum_BTK = _matmul(frames_BTL - mean_BT1, matrix_LK) + mean_BT1 * of_ones_K
+  real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
+  mel_KF = constants(config)[1].astype(np.float32)
+  power_BTF = _matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
+  log_BTF = jnp.log10(jnp.maximum(power_BTF, FLOOR))
+  valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
+  largest_B11 = log_BTF.max((1, 2), keepdims=True, where=valid_BT1, initial=np.log10(FLOOR))
+  features_BTF = (jnp.maximum(log_BTF, largest_B11 - RANGE) + 4) / 4
+  return jnp.where(valid_BT1, features_BTF, 0), frames_B
+
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _padding(frames: int, config: LogMelConfig) -> tuple[int, int, int]:
+  """Samples mirrored on the left, samples of clip and silence, samples mirrored on the right.
+
+  The chunk is mirrored at both its ends; only the last frame of a full one sees the right end.
+  """
+  half = config.frame_length // 2
+  needed = (frames - 1) * config.hop_length + half
+  inside = min(needed, config.chunk_samples)
+  return half, inside, needed - inside
+
+
+@functools.cache
+def constants(config: LogMelConfig) -> tuple[np.ndarray, np.ndarray]:
+  """The window [L] and the mel filter bank [K, F], both in float64.
+
+  Source: Slaney's Auditory Toolbox: 15 mel per 1000 Hz, and from there on 27 mel per factor 6.4;
+  triangles are straight in Hz and have the same area.
+  """
+  window_L = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.frame_length) / config.frame_length)
+  hz_K1 = np.fft.rfftfreq(config.frame_length, 1 / config.sample_rate_hz)[:, None]
+  highest_mel = _mel(config.sample_rate_hz / 2)
+  edges_hz = _hz(np.linspace(0, highest_mel, config.bins + 2))
+  left_F, centre_F, right_F = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
+  rising_KF = (hz_K1 - left_F) / (centre_F - left_F)
+  falling_KF = (right_F - hz_K1) / (right_F - centre_F)
+  triangles_KF = np.maximum(0, np.minimum(rising_KF, falling_KF))
+  return window_L, triangles_KF * (2 / (right_F - left_F))
+
+
+def _mel(hz: float) -> float:
+  return hz * 0.015 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4)
+
+
+def _hz(mel: np.ndarray) -> np.ndarray:
+  return np.where(mel < 15, mel / 0.015, 1000 * 6.4 ** ((mel - 15) / 27))
+
+
+@functools.cache
+def _windowed_dft(config: LogMelConfig) -> tuple[np.ndarray, np.ndarray]:
+  """Frame to spectrum, real parts beside imaginary: float32 [L, 2 K], and what ones become, [2 K].
+
+  Of ones the Hann window leaves frequencies 0 and 1 alone, and those exactly.
+  """
+  length = config.frame_length
+  turns_LK = np.outer(np.arange(length), np.arange(length // 2 + 1)) / length
+  angle_LK = 2 * np.pi * (turns_LK % 1)
+  dft_LK = constants(config)[0][:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
+  return dft_LK.astype(np.float32), np.round(dft_LK.sum(0), 6).astype(np.float32)

@@ -1,0 +1,199 @@
+"""Log-mel features: those of transformers, NumPy equals JAX, and lengths known before the work."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import WhisperFeatureExtractor
+
+from mooer_jax.audio.decode import AudioError, load_audio
+from mooer_jax.audio.logmel import (
+  LogMelConfig,
+  constants,
+  features,
+  features_jax,
+  num_frames,
+  width,
+)
+
+# The project's bound against transformers, whose float32 alone is off by up to 9e-5 here (quiet
+# noise on a loud offset); NumPy's float64 is within 2e-7 of transformers' own float64.
+BOUND = 1e-4
+LONGEST = 4000
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def batch_features(waveform_BN, samples_B, config=LogMelConfig()):
+  return features_jax(waveform_BN, samples_B, config)
+
+
+def jax_alone(waveform_N, config=LogMelConfig()):
+  features_BTF, frames_B = batch_features(waveform_N[None], np.array([len(waveform_N)]), config)
+  assert frames_B[0] == features_BTF.shape[1]
+  return np.asarray(features_BTF[0])
+
+
+def noise(samples, seed=0):
+  return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
+
+
+def filled(features_TF, frames=3000):
+  """The features of the clip padded with silence, from those of the clip alone."""
+  silence = max(-1.5, features_TF.max() - 2)
+  out = np.full((frames, features_TF.shape[1]), silence, np.float32)
+  out[: len(features_TF)] = features_TF
+  return out
+
+
+CLIPS = {
+  "noise": noise(20000),
+  "one sample": np.ones(1, np.float32),
+  "two samples": np.array([0.3, -0.3], np.float32),
+  "200 samples": noise(200),
+  "201 samples": noise(201),
+  "silence": np.zeros(5000, np.float32),
+  "silence, then a click": np.eye(1, 9000, 8999, dtype=np.float32)[0],
+  "below the floor": noise(8000) * np.float32(1e-6),
+  "a tone": np.sin(np.arange(32000) * (2 * np.pi / 16)).astype(np.float32),
+  "an offset": 0.5 + noise(32000) * np.float32(0.01),
+  "30 s": noise(480000),
+  "one less than 30 s": noise(479999),
+  "29.99 s": noise(479840),
+}
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+@pytest.mark.parametrize("name", sorted(CLIPS))
+def test_they_are_those_of_transformers(name, bins):
+  config, extractor = LogMelConfig(bins=bins), WhisperFeatureExtractor(feature_size=bins)
+  check(CLIPS[name], config, extractor)
+
+
+def check(waveform_N, config, extractor):
+  theirs_TF = extractor(waveform_N, sampling_rate=16000, return_tensors="np").input_features[0].T
+  ours_TF = features(waveform_N, config)
+  assert ours_TF.shape == (num_frames(len(waveform_N), config), width(config))
+  assert ours_TF.dtype == np.float32
+  np.testing.assert_allclose(filled(ours_TF), theirs_TF, atol=BOUND, rtol=0)
+  from_jax_TF = jax_alone(waveform_N, config)
+  np.testing.assert_allclose(filled(from_jax_TF), theirs_TF, atol=BOUND, rtol=0)
+  # All that was left out is one value: not a frame of sound is missing.
+  assert len(np.unique(theirs_TF[len(ours_TF) :])) <= 1
+
+
+def test_they_are_those_of_transformers_on_real_speech(shared_data):
+  names = sorted((shared_data / "fsdd").iterdir())[::700]
+  names += sorted((shared_data / "cmn-words").iterdir())[5::700]
+  config, extractor = LogMelConfig(), WhisperFeatureExtractor()
+  for name in names:
+    check(load_audio(name), config, extractor)
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+def test_numpy_is_transformers_float64(bins):
+  extractor = WhisperFeatureExtractor(feature_size=bins)
+  window_L, mel_KF = constants(LogMelConfig(bins=bins))
+  np.testing.assert_allclose(mel_KF, extractor.mel_filters, atol=1e-14, rtol=0)
+  assert len(window_L) == 400
+  for waveform_N in (CLIPS["an offset"], CLIPS["noise"]):
+    padded_N = np.pad(waveform_N, (0, 480000 - len(waveform_N)))
+    theirs_TF = extractor._np_extract_fbank_features([padded_N], "cpu")[0].T
+    ours_TF = features(waveform_N, LogMelConfig(bins=bins))
+    np.testing.assert_allclose(filled(ours_TF), theirs_TF, atol=2e-7, rtol=0)
+
+
+def test_a_shorter_chunk_is_a_shorter_chunk_of_transformers():
+  extractor = WhisperFeatureExtractor(chunk_length=1)
+  for samples in (16000, 15999, 15900, 3000):
+    theirs_TF = extractor(noise(samples), sampling_rate=16000, return_tensors="np")
+    ours_TF = features(noise(samples), LogMelConfig(chunk_s=1))
+    theirs_TF = theirs_TF.input_features[0].T
+    np.testing.assert_allclose(filled(ours_TF, 100), theirs_TF, atol=BOUND, rtol=0)
+
+
+# Beside random lengths, those around the edge of a frame (160 k - 200) and of the mirror.
+lengths = st.one_of(
+  st.integers(0, LONGEST),
+  st.builds(lambda k, d: 160 * k - 200 + d, st.integers(2, 26), st.sampled_from([-1, 0, 1])),
+  st.integers(198, 202),
+)
+
+
+@settings(max_examples=25)
+@given(st.lists(lengths, min_size=4, max_size=4), st.integers(0, 1000))
+def test_numpy_equals_jax_row_by_row(counts, seed):
+  waveform_BN = np.full((4, LONGEST), np.nan, np.float32)
+  for number, (row, count) in enumerate(zip(waveform_BN, counts)):
+    row[:count] = noise(count, seed + number)
+  features_BTF, frames_B = map(np.asarray, batch_features(waveform_BN, np.array(counts)))
+  assert features_BTF.shape == (4, num_frames(LONGEST), 80)
+  for row, frames, waveform_N, count in zip(features_BTF, frames_B, waveform_BN, counts):
+    assert frames == num_frames(count)
+    if frames:
+      # Float32's DFT of noise, whose bins lie within 4 powers of ten.
+      np.testing.assert_allclose(row[:frames], features(waveform_N[:count]), atol=1e-5)
+    assert not row[frames:].any()
+
+
+def test_the_padding_passes_no_gradient():
+  waveform_BN = np.full((1, 3000), np.nan, np.float32)
+  waveform_BN[:, :2000] = noise(2000)
+  gradient = jax.jit(jax.grad(lambda x_BN: features_jax(x_BN, np.array([2000]))[0].sum()))(
+    waveform_BN
+  )
+  assert np.isfinite(gradient).all() and not np.asarray(gradient)[:, 2000:].any()
+
+
+@given(st.integers(1, 500_000))
+def test_lengths_are_known_before_the_work(samples):
+  config = LogMelConfig()
+  frames = num_frames(samples)
+  assert frames >= num_frames(samples - 1)
+  if samples <= 480000:
+    shortest = max((frames - 1) * 160 - 199, 1)  # whose last sample the last frame just touches
+    assert shortest <= samples and num_frames(shortest) == frames
+    assert num_frames(shortest - 1) < frames
+  # A search for the longest clip of so many frames ends at the chunk's end.
+  assert (frames > config.chunk_frames) == (samples > config.chunk_samples)
+
+
+def test_a_clip_that_is_too_long_is_refused_by_name():
+  with pytest.raises(ValueError, match=r"talk-7: 30\.00 s, .* at most 30 s .* chunks"):
+    features(noise(480001), name="talk-7")
+  config = LogMelConfig(chunk_s=0.2)
+  waveform_BN = np.stack([noise(3300), noise(3300)])
+  features_BTF, frames_B = batch_features(waveform_BN, np.array([3300, 3200]), config)
+  np.testing.assert_array_equal(frames_B, [0, 20])
+  assert features_BTF.shape == (2, 20, 80) and not np.asarray(features_BTF[0]).any()
+  np.testing.assert_allclose(features_BTF[1], features(noise(3300)[:3200], config), atol=1e-5)
+
+
+def test_an_empty_clip_is_refused_by_name():
+  with pytest.raises(AudioError, match="talk-7: no samples") as caught:
+    features(np.zeros(0, np.float32), name="talk-7")
+  assert caught.value.cause == "empty"
+  features_BTF, frames_B = batch_features(np.zeros((2, 0), np.float32), np.zeros(2, int))
+  assert features_BTF.shape == (2, 0, 80) and not np.asarray(frames_B).any()
+
+
+@pytest.mark.parametrize("waveform", [np.zeros((2, 9), np.float32), np.zeros(9, np.int16)])
+def test_what_is_no_waveform_is_refused(waveform):
+  with pytest.raises(ValueError, match="talk-7 is .* takes mono floats"):
+    features(waveform, name="talk-7")
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"bins": 0}, "logmel bins is 0"),
+    ({"frame_ms": 0.1}, "frame_ms=0.1"),
+    ({"hop_ms": 0}, "hop_ms=0"),
+    ({"chunk_s": 0.01}, "chunk_s=0.01 is 160 samples"),
+  ],
+)
+def test_impossible_settings_are_refused_by_name(values, message):
+  with pytest.raises(ValueError, match=message):
+    LogMelConfig(**values)

@@ -1,0 +1,275 @@
+"""Whisper's encoder: transformers' output, silence for padding, and no trace of the batch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mooer_jax import tree
+from mooer_jax.audio.logmel import LogMelConfig, features
+from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
+from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.positions import sinusoids
+from tests import tiny
+from tests.parity import torch_models
+
+SMALL = WhisperConfig(
+  input_width=8, width=32, layers=3, heads=4, mlp_width=48, positions=20, context=12, trim=True
+)
+FRAMES_B = [22, 7, 1]
+
+
+def make(config=SMALL, **compute):
+  """An encoder, random params in its layout, features [3, 22, F]."""
+  rng = np.random.default_rng(0)
+  x_BTF = rng.normal(size=(3, 22, config.input_width)).astype(np.float32)
+  shapes = jax.eval_shape(WhisperEncoder(config).init, jax.random.key(0), x_BTF, x_BTF[..., 0] > 9)
+  params = tiny.random_params(shapes["params"])
+  encoder = WhisperEncoder(config, Compute(**compute))
+  return encoder, tree.stack_layers(params) if encoder.compute.scan else params, x_BTF
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(encoder, params, x_BTF, valid_BT, **kwargs):
+  return encoder.apply({"params": params}, x_BTF, valid_BT, **kwargs)
+
+
+def run(encoder, params, x_BTF, frames_B, **kwargs):
+  """(outputs, how many of each row are valid)."""
+  valid_BT = np.arange(x_BTF.shape[1]) < np.asarray(frames_B)[:, None]
+  out, valid = map(np.asarray, apply(encoder, params, x_BTF, valid_BT, **kwargs))
+  assert out.shape[:2] == valid.shape == (len(x_BTF), encoder.config.context)
+  lengths = valid.sum(1)
+  np.testing.assert_array_equal(valid, np.arange(valid.shape[1]) < lengths[:, None])
+  return out, lengths
+
+
+def original(config, seed=0):
+  """transformers' encoder with norms and biases that are not ones and zeros."""
+  from transformers import WhisperConfig as TheirConfig
+  from transformers.models.whisper.modeling_whisper import WhisperEncoder as Theirs
+
+  torch.manual_seed(seed)
+  described = TheirConfig(
+    num_mel_bins=config.input_width,
+    d_model=config.width,
+    encoder_layers=config.layers,
+    encoder_attention_heads=config.heads,
+    encoder_ffn_dim=config.mlp_width,
+    max_source_positions=config.positions,
+  )
+  module = torch_models.vary_vectors(Theirs(described), seed)
+  with torch.no_grad():
+    for name, parameter in module.named_parameters():
+      if name.endswith("weight") and parameter.ndim == 2 and "embed" not in name:
+        parameter.normal_(0, parameter.shape[1] ** -0.5)  # so that attention is not uniform
+  return module
+
+
+def params_of(module):
+  """The parameter tree of transformers' encoder, through the converter's table."""
+  from convert.whisper_names import table
+
+  rules, leaves = table(""), {}
+  for name, tensor in module.state_dict().items():
+    path, transform = rules.to_jax(name)
+    leaves[path.removeprefix("encoders/whisper/")] = transform.to_jax(tensor.numpy())
+  return tree.unflatten(leaves)
+
+
+def shapes(config, *, scan=True):
+  inputs = (
+    jax.ShapeDtypeStruct((1, 8, config.input_width), jnp.float32),
+    jax.ShapeDtypeStruct((1, 8), bool),
+  )
+  encoder = WhisperEncoder(config, Compute(scan=scan))
+  params = jax.eval_shape(encoder.init, jax.random.key(0), *inputs)["params"]
+  return params, jax.eval_shape(encoder.apply, {"params": params}, *inputs)
+
+
+def test_stacked_layers_are_the_same_parameters():
+  config = WHISPER_SIZES["whisper_tiny"]
+  stacked, (out, valid) = shapes(config)
+  assert tree.stack_layers(shapes(config, scan=False)[0]) == stacked
+  assert out.shape == (1, 1500, 384) and valid.shape == (1, 1500)
+
+
+def test_the_sizes_have_the_parameters_of_the_releases():
+  from transformers import WhisperConfig as TheirConfig
+  from transformers.models.whisper.modeling_whisper import WhisperEncoder as Theirs
+
+  counts = {
+    name: sum(leaf.size for leaf in jax.tree.leaves(shapes(config)[0]))
+    for name, config in WHISPER_SIZES.items()
+  }
+  assert counts["whisper_tiny"] == 8_208_384 and counts["whisper_large_v3"] == 636_968_960
+  for name, c in WHISPER_SIZES.items():
+    described = TheirConfig(
+      num_mel_bins=c.input_width,
+      d_model=c.width,
+      encoder_layers=c.layers,
+      encoder_attention_heads=c.heads,
+      encoder_ffn_dim=c.mlp_width,
+    )
+    with torch.device("meta"):
+      assert sum(p.numel() for p in Theirs(described).parameters()) == counts[name], name
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    dataclasses.replace(SMALL, context=20),
+    dataclasses.replace(SMALL, input_width=5, positions=30, context=30, heads=2, layers=1),
+  ],
+)
+def test_outputs_are_those_of_transformers(config):
+  module = original(config)
+  rng = np.random.default_rng(1)
+  x_BTF = rng.normal(size=(2, 2 * config.context, config.input_width)).astype(np.float32)
+  ours, _ = run(WhisperEncoder(config), params_of(module), x_BTF, [x_BTF.shape[1]] * 2)
+  with torch.no_grad():
+    theirs = module(torch.tensor(x_BTF).transpose(1, 2)).last_hidden_state
+  assert torch_models.error(ours, theirs) <= 1e-4  # float32 rounding
+
+
+@pytest.mark.slow
+def test_outputs_of_tiny_are_those_of_transformers_on_speech(clips):
+  from transformers import WhisperFeatureExtractor
+
+  from mooer_jax.audio.decode import load_audio
+
+  config = WHISPER_SIZES["whisper_tiny"]
+  module = original(config)
+  waveform_N = load_audio(clips[0].path)
+  x_TF = features(waveform_N, LogMelConfig())
+  ours, lengths = run(WhisperEncoder(config), params_of(module), x_TF[None], [len(x_TF)])
+  assert lengths == [1500]
+  heard = WhisperFeatureExtractor()(waveform_N, sampling_rate=16000, return_tensors="pt")
+  with torch.no_grad():
+    theirs = module(heard.input_features).last_hidden_state
+  assert torch_models.error(ours, theirs) <= 1e-4
+
+
+def test_the_positions_start_as_transformers_do():
+  from transformers.models.whisper.modeling_whisper import sinusoids as theirs
+
+  # Theirs is float32 throughout: angles up to 1500 are rounded to 1e-4.
+  np.testing.assert_allclose(sinusoids(1500, 384, first=0), theirs(1500, 384), atol=2e-4)
+
+
+def test_padding_and_batch_size_change_nothing():
+  encoder, params, x_BTF = make()
+  together, lengths = run(encoder, params, x_BTF, FRAMES_B)
+  np.testing.assert_array_equal(lengths, [11, 4, 1])
+  for n, frames in enumerate(FRAMES_B):
+    alone, _ = run(encoder, params, x_BTF[n : n + 1, :frames], [frames])
+    # Sums of up to 48 terms run in another order when shapes change.
+    np.testing.assert_allclose(together[n], alone[0], atol=2e-5)
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+  encoder, params, x_BTF = make()
+  before, _ = run(encoder, params, x_BTF, FRAMES_B)
+  x_BTF[1, 7:], x_BTF[2, 1:] = np.nan, 1e4
+  after, _ = run(encoder, params, x_BTF, FRAMES_B)
+  np.testing.assert_array_equal(before, after)
+
+
+def test_the_padding_is_the_clips_silence():
+  encoder, params, x_BTF = make()
+  for largest, silence in ((1.2, -0.8), (0.1, -1.5), (-1.5, -1.5)):
+    x_BTF = np.minimum(x_BTF, largest)
+    x_BTF[:, 0, 0] = largest
+    padded = np.full((3, 24, 8), silence, np.float32)
+    padded[:, :7] = x_BTF[:, :7]
+    whole, _ = run(encoder, params, padded, [24] * 3)
+    short, _ = run(encoder, params, x_BTF, [7] * 3)
+    np.testing.assert_allclose(short, whole, atol=2e-5)
+
+
+def test_without_trimming_all_of_the_context_is_valid():
+  trimmed, params, x_BTF = make()
+  encoder = WhisperEncoder(dataclasses.replace(SMALL, trim=False))
+  out, lengths = run(encoder, params, x_BTF, [22, 7, 0])
+  np.testing.assert_array_equal(lengths, [12, 12, 0])  # a row of padding has none
+  same, lengths = run(trimmed, params, x_BTF, [22, 7, 0])
+  np.testing.assert_array_equal(lengths, [11, 4, 0])
+  np.testing.assert_array_equal(out, same)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(encoder, params, x_BTF, valid_BT):
+  def loss(params, x_BTF):
+    return jnp.sin(encoder.apply({"params": params}, x_BTF, valid_BT)[0]).mean()
+
+  return jax.value_and_grad(loss, (0, 1))(params, x_BTF)
+
+
+def test_a_row_of_padding_stays_finite_also_backwards():
+  value, grads = gradient(*make(), np.arange(22) < np.array([[0], [22], [1]]))
+  assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (True, "dots"), (True, "full")])
+def test_scan_and_remat_change_neither_output_nor_gradient(scan, remat):
+  valid_BT = np.arange(22) < np.array([[22], [7], [1]])
+  value, (grads, _) = gradient(*make(scan=scan, remat=remat), valid_BT)
+  grads = tree.unstack_layers(grads)
+  expected_value, (expected, _) = gradient(*make(), valid_BT)
+  np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+  # Fusions differ, so float32 rounding does, relative to the largest term of a sum.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())),
+    grads,
+    expected,
+  )
+
+
+def test_dropout_acts_with_a_key_only():
+  encoder, params, x_BTF = make(dataclasses.replace(SMALL, dropout=0.2))
+  plain, _, _ = make()
+  expected, _ = run(plain, params, x_BTF, FRAMES_B)
+  np.testing.assert_array_equal(run(encoder, params, x_BTF, FRAMES_B)[0], expected)
+  one, again, two = (
+    run(encoder, params, x_BTF, FRAMES_B, rngs={"dropout": jax.random.key(n)})[0] for n in (1, 1, 2)
+  )
+  np.testing.assert_array_equal(one, again)
+  assert not np.allclose(one, expected) and not np.allclose(one, two)
+
+
+def test_bfloat16_is_close_and_takes_bfloat16_params():
+  encoder, params, x_BTF = make()
+  expected, _ = run(encoder, params, x_BTF, FRAMES_B)
+  rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+  out, _ = run(WhisperEncoder(SMALL, Compute(dtype="bfloat16")), rounded, x_BTF, FRAMES_B)
+  assert out.dtype == jnp.bfloat16
+  error = np.abs(out.astype(np.float32) - expected)
+  # 8 bits of mantissa through 3 layers; outputs are of size 1.
+  assert error.mean() < 0.05 and error.max() < 0.3
+
+
+def test_features_that_do_not_fit_are_refused_by_name():
+  encoder, params, x_BTF = make()
+  with pytest.raises(ValueError, match="width 8, got 7"):
+    run(encoder, params, x_BTF[..., :-1], FRAMES_B)
+  with pytest.raises(ValueError, match=r"25 frames .* whisper.context=12 holds 24.*at most 20"):
+    run(encoder, params, np.zeros((1, 25, 8), np.float32), [25])
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"width": 382}, "whisper.width=382 .* whisper.heads=6"),
+    ({"width": 381, "heads": 3}, "whisper.width=381 must be even"),
+    ({"layers": 0}, "whisper.layers=0"),
+    ({"context": 1501}, "whisper.context=1501 .* whisper.positions=1500"),
+    ({"context": 0}, "whisper.context=0"),
+  ],
+)
+def test_impossible_sizes_are_refused_by_name(values, message):
+  with pytest.raises(ValueError, match=message):
+    WhisperConfig(**values)
