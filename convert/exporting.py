@@ -7,7 +7,7 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import encoder, language_model, lora, mooer_out
+from . import beats, encoder, language_model, lora, mooer_out
 from .errors import ConversionError
 from .folders import beside, keep_apart, kept_json, style_of
 
@@ -85,6 +85,10 @@ def _paraformer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   encoder.export_folder(about, folder, prefix=prefix)
 
 
+def _beats(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
+  beats.export(about, folder / beats.FILE)
+
+
 def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   mooer_out.export(about, folder, shard_bytes=shard_bytes)
 
@@ -95,4 +99,5 @@ KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {
   "llama": _language_model("llama"),
   "peft": _peft,
   "paraformer": _paraformer,
+  "beats": _beats,
 }

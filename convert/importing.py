@@ -10,7 +10,7 @@ from mooer_jax.checkpoint import Lazy, describe, find
 from mooer_jax.config import part_from_json, part_to_json, to_json
 from mooer_jax.text.tokenizer import Tokenizer
 
-from . import deepspeed, encoder, funasr_config, language_model, lora, mooer
+from . import beats, deepspeed, encoder, funasr_config, language_model, lora, mooer
 from .engine import map_in
 from .errors import Problems
 from .folders import copier, keep_apart, save_checkpoint
@@ -133,6 +133,25 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
   return Report(out, opened.leaves, opened.ignored, (*source.notes, *funasr_config.notes(conf)))
 
 
+def _beats(src: Path, out: Path, options: Options) -> Report:
+  problems = Problems()
+  opened = beats.open_beats(src, problems)
+  problems.check(str(src))
+  assert opened is not None
+  save_checkpoint(
+    out,
+    opened.leaves,
+    config={
+      "encoders": [part_to_json(opened.config)],
+      "frontends": [dataclasses.asdict(opened.frontend)],
+    },
+    kind="beats",
+    style={"beats": opened.style},
+    overwrite=options.overwrite,
+  )
+  return Report(out, opened.leaves, opened.ignored, opened.notes)
+
+
 def _peft(src: Path, out: Path, options: Options) -> Report:
   problems = Problems()
   opened = lora.open_folder(src, problems)
@@ -246,6 +265,7 @@ KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {
   "llama": _language_model("llama"),
   "peft": _peft,
   "paraformer": _paraformer,
+  "beats": _beats,
   "deepspeed": _deepspeed,
 }
 _TAKEN = {
@@ -254,5 +274,6 @@ _TAKEN = {
   "llama": (),
   "peft": ("base",),
   "paraformer": (),
+  "beats": (),
   "deepspeed": ("base", "lora_config", "task"),
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 from absl import logging
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
-_KINDS = ("mooer", "qwen2", "llama", "peft", "paraformer")
+_VERIFIED = ("mooer", "qwen2", "llama", "peft", "paraformer")
+_KINDS = (*_VERIFIED, "beats")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
@@ -60,7 +61,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   exporting.set_defaults(run=_export)
 
   verifying = commands.add_parser("verify", help="the original and a checkpoint on the same clips")
-  verifying.add_argument("kind", choices=_KINDS)
+  verifying.add_argument("kind", choices=_VERIFIED)
   verifying.add_argument("src", type=Path, metavar="SRC", help="what was imported")
   verifying.add_argument("checkpoint", type=Path, metavar="CKPT")
   verifying.add_argument(

@@ -51,6 +51,9 @@ DEPTHWISE = Transform(
   lambda x_KD: x_KD.T[:, None],
 )
 
+# A grouped nn.Conv1d keeps [out, in of a group, taps], our kernel is [taps, in of a group, out].
+TAPS = Transform(3, 3, lambda s: s[::-1], lambda s: s[::-1], np.transpose, np.transpose)
+
 _BLOCK = 1024
 
 

@@ -11,6 +11,7 @@ from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.audio.frontend import width as frontend_width
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import TASKS, TEMPLATES
@@ -35,7 +36,7 @@ DECODERS = {
     tied=True,
   ),
 }
-_KINDS = {c.kind: c for c in (SANMConfig, LinearConfig, LLMConfig)}
+_KINDS = {c.kind: c for c in (SANMConfig, BEATsConfig, LinearConfig, LLMConfig)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _convert(hint, value, name, current=None):
   raise ValueError(f"{name}={value!r} ({type(value).__name__}): expected {expected}")
 
 
-def part_to_json(part: SANMConfig | LinearConfig | LLMConfig) -> dict[str, Any]:
+def part_to_json(part: SANMConfig | BEATsConfig | LinearConfig | LLMConfig) -> dict[str, Any]:
   """An encoder, connector or decoder as it stands in config.json."""
   return {**dataclasses.asdict(part), "kind": part.kind}
 

@@ -48,6 +48,7 @@ ALLOWED_SKIPS = (
   r"no SmolLM2: ",
   r"no clone of MooER: ",
   r"no clone of SALMONN: ",
+  r"no speechbrain: ",
 )
 
 
