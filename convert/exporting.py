@@ -7,7 +7,7 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import encoder, language_model, lora, mooer_out, whisper, whisper_names
+from . import beats, encoder, language_model, lora, mooer_out, whisper, whisper_names
 from .errors import ConversionError
 from .folders import beside, keep_apart, kept_json, style_of
 
@@ -94,6 +94,10 @@ def _whisper(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   whisper.export(about, config, folder, prefix=prefix, shard_bytes=shard_bytes)
 
 
+def _beats(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
+  beats.export(about, folder / beats.FILE)
+
+
 def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   mooer_out.export(about, folder, shard_bytes=shard_bytes)
 
@@ -105,4 +109,5 @@ KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {
   "peft": _peft,
   "paraformer": _paraformer,
   "whisper": _whisper,
+  "beats": _beats,
 }

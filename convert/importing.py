@@ -10,7 +10,7 @@ from mooer_jax.checkpoint import Lazy, describe, find
 from mooer_jax.config import part_from_json, part_to_json, to_json
 from mooer_jax.text.tokenizer import Tokenizer
 
-from . import deepspeed, encoder, funasr_config, language_model, lora, mooer, whisper
+from . import beats, deepspeed, encoder, funasr_config, language_model, lora, mooer, whisper
 from .engine import map_in
 from .errors import Problems
 from .folders import copier, keep_apart, save_checkpoint
@@ -133,6 +133,25 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
   return Report(out, opened.leaves, opened.ignored, (*source.notes, *funasr_config.notes(conf)))
 
 
+def _beats(src: Path, out: Path, options: Options) -> Report:
+  problems = Problems()
+  opened = beats.open_beats(src, problems)
+  problems.check(str(src))
+  assert opened is not None
+  save_checkpoint(
+    out,
+    opened.leaves,
+    config={
+      "encoders": [part_to_json(opened.config)],
+      "frontends": [part_to_json(opened.frontend)],
+    },
+    kind="beats",
+    style={"beats": opened.style},
+    overwrite=options.overwrite,
+  )
+  return Report(out, opened.leaves, opened.ignored, opened.notes)
+
+
 def _peft(src: Path, out: Path, options: Options) -> Report:
   problems = Problems()
   opened = lora.open_folder(src, problems)
@@ -248,7 +267,10 @@ def _whisper(src: Path, out: Path, options: Options) -> Report:
   save_checkpoint(
     out,
     opened.leaves,
-    config={"encoders": [part_to_json(opened.config)], "frontends": [part_to_json(opened.frontend)]},
+    config={
+      "encoders": [part_to_json(opened.config)],
+      "frontends": [part_to_json(opened.frontend)],
+    },
     kind="whisper",
     style={"whisper": opened.style},
     kept={"whisper": opened.kept},
@@ -264,6 +286,7 @@ KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {
   "peft": _peft,
   "paraformer": _paraformer,
   "whisper": _whisper,
+  "beats": _beats,
   "deepspeed": _deepspeed,
 }
 _TAKEN = {
@@ -273,5 +296,6 @@ _TAKEN = {
   "peft": ("base",),
   "paraformer": (),
   "whisper": (),
+  "beats": (),
   "deepspeed": ("base", "lora_config", "task"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from mooer_jax import tree
 from mooer_jax.checkpoint import describe, find
 
-from . import encoder, language_model, lora, mooer, whisper_names
+from . import beats, encoder, language_model, lora, mooer, whisper_names
 from .errors import Problems
 from .folders import read_json
 from .readers import Source, open_source
@@ -85,6 +85,10 @@ def guess_kind(source: Source, path: Path) -> str | None:
     return "paraformer"
   if whisper_names.find_format(source) is not None:
     return "whisper"
+  if any(
+    name.startswith("patch_embedding.") and beats.TABLE.to_jax(name) for name in source.tensors
+  ):
+    return "beats"
   if any(mooer.ADAPTER.to_jax(name) for name in source.tensors):
     return "mooer (its adapter alone)"
   if any(language_model.TABLE.to_jax(name) for name in source.tensors):

@@ -9,8 +9,8 @@ from pathlib import Path
 from absl import logging
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
-_KINDS = ("mooer", "qwen2", "llama", "peft", "paraformer", "whisper")
-_VERIFIED = tuple(kind for kind in _KINDS if kind != "whisper")
+_VERIFIED = ("mooer", "qwen2", "llama", "peft", "paraformer")
+_KINDS = (*_VERIFIED, "whisper", "beats")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:

@@ -51,7 +51,7 @@ DEPTHWISE = Transform(
   lambda x_KD: x_KD.T[:, None],
 )
 
-# nn.Conv1d keeps [out, in, taps], our kernels are [taps, in, out].
+# nn.Conv1d keeps [out, in, taps], our kernels are [taps, in, out]; in is that of a group.
 CONVOLUTION = Transform(
   3, 3, lambda s: s[::-1], lambda s: s[::-1], np.transpose, np.transpose
 )  # fmt: skip

@@ -13,15 +13,16 @@ from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.connectors.qformer import QFORMER_SIZES, QFormerConfig
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATS_SIZES, BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import TASKS, TEMPLATES
 from mooer_jax.sections import build, unknown_key
 
-Encoder = SANMConfig | WhisperConfig
+Encoder = SANMConfig | WhisperConfig | BEATsConfig
 Connector = LinearConfig | QFormerConfig
-ENCODERS: dict[str, Encoder] = {"sanm_large": SANMConfig(), **WHISPER_SIZES}
+ENCODERS: dict[str, Encoder] = {"sanm_large": SANMConfig(), **WHISPER_SIZES, **BEATS_SIZES}
 CONNECTORS: dict[str, Connector] = {"linear": LinearConfig(), **QFORMER_SIZES}
 _LLAMA = LLMConfig(
   vocab=32000,
@@ -67,7 +68,7 @@ DECODERS = {
     tied=True,
   ),
 }
-_PARTS = (SANMConfig, WhisperConfig, LinearConfig, QFormerConfig, LLMConfig)
+_PARTS = (SANMConfig, WhisperConfig, BEATsConfig, LinearConfig, QFormerConfig, LLMConfig)
 _KINDS = {c.kind: c for c in _PARTS}
 _FRONTENDS: dict[str, type[Frontend]] = {c.kind: c for c in (FrontendConfig, LogMelConfig)}
 
@@ -176,6 +177,8 @@ def default_frontend(encoder: Encoder) -> Frontend:
   """The features that an encoder was made for."""
   if isinstance(encoder, WhisperConfig):
     return LogMelConfig(bins=encoder.input_width)
+  if isinstance(encoder, BEATsConfig):
+    return BEATS_FRONTEND
   return FrontendConfig()
 
 

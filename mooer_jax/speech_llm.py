@@ -21,11 +21,13 @@ from mooer_jax.connectors.linear import LinearConfig, LinearConnector
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.decoders.kv_cache import KVCache
 from mooer_jax.decoders.llm import LLM, Placement
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
+from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
 from mooer_jax.nn.norms import LayerNorm
 
 Array = jax.Array | np.ndarray  # batches are made in NumPy
-ENCODERS = {SANMConfig: SANMEncoder}
+ENCODERS = {SANMConfig: SANMEncoder, WhisperConfig: WhisperEncoder, BEATsConfig: BEATsEncoder}
 _FRAMES = 16  # that `init` traces with, or more
 CONNECTORS = {LinearConfig: LinearConnector, QFormerConfig: WindowedQFormer}
 
@@ -166,10 +168,16 @@ def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
   return jnp.concatenate(frames, axis=-1), functools.reduce(jnp.logical_or, valid)
 
 
-def connect(params: dict, frames_BTD: jax.Array, valid_BT: jax.Array, config: SpeechLLMConfig):
+def connect(
+  params: dict,
+  frames_BTD: jax.Array,
+  valid_BT: jax.Array,
+  config: SpeechLLMConfig,
+  rngs: dict | None = None,
+):
   """Encoder frames to speech tokens: ([B, S, D of the LLM], valid [B, S])."""
   module = connector_module(config)
-  return module.apply({"params": params["connector"]}, frames_BTD, valid_BT)
+  return module.apply({"params": params["connector"]}, frames_BTD, valid_BT, rngs=rngs)
 
 
 def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMConfig):
@@ -222,7 +230,7 @@ def logits(params: dict, hidden_BSD: jax.Array, config: SpeechLLMConfig) -> jax.
 def prompt(params: dict, batch: Batch, config: SpeechLLMConfig, rngs: dict | None = None):
   """Everything up to the answer, as the LLM reads it: ([B, S, D], valid [B, S])."""
   frames_BTD, valid_BT = encode(params, batch, config, rngs)
-  speech_BSD, speech_valid_BS = connect(params, frames_BTD, valid_BT, config)
+  speech_BSD, speech_valid_BS = connect(params, frames_BTD, valid_BT, config, rngs)
   return splice(params, batch, speech_BSD, speech_valid_BS, config)
 
 

@@ -49,6 +49,7 @@ ALLOWED_SKIPS = (
   r"no Whisper tiny.en: ",
   r"no clone of MooER: ",
   r"no clone of SALMONN: ",
+  r"no speechbrain: ",
 )
 
 

@@ -17,6 +17,7 @@ def attention(
   causal: bool = False,
   first_query: jax.Array | int = 0,
   sees_BTS: jax.Array | None = None,
+  bias_BHTS: jax.Array | None = None,
   weight_scale_BHTS: jax.Array | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
@@ -31,6 +32,7 @@ def attention(
     first_query: key index of query 0; with a KV cache, the number of slots already filled.
     sees_BTS: bool, True where query t may see key s, for orders that `causal` cannot say; both,
       and `valid_BS`, must hold.
+    bias_BHTS: float32, added to the scaled scores before the softmax; H as of the queries.
     weight_scale_BHTS: what the weights are multiplied with after the softmax, as dropout does.
     implementation: "xla" (plain reference), "cudnn" (GPU, bfloat16), or "auto": "xla" until a
       benchmark on the backend says otherwise.
@@ -39,7 +41,8 @@ def attention(
     [B, T, H, C] in q's dtype; a query that sees no key gives zeros.
 
   Raises:
-    ValueError: for an unknown implementation, one that cannot run here, or H not divisible by K.
+    ValueError: for an unknown implementation, one that cannot run here or takes no bias, or H not
+      divisible by K.
   """
   heads, kv_heads = q_BTHC.shape[2], k_BSKC.shape[2]
   if heads % kv_heads:
@@ -53,13 +56,15 @@ def attention(
   if sees_BTS is not None:
     mask_BTS = mask_BTS & sees_BTS
   if implementation == "cudnn":
+    if bias_BHTS is not None:
+      raise ValueError("attention='cudnn' takes no bias on the scores. Use attention='xla'")
     if weight_scale_BHTS is not None:
       raise ValueError("attention='cudnn' drops no weights: use attention='xla' or no dropout")
     return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
-  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, weight_scale_BHTS)
+  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS, weight_scale_BHTS)
 
 
-def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, weight_scale_BHTS):
+def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS, weight_scale_BHTS):
   B, T, H, C = q_BTHC.shape
   K = k_BSKC.shape[2]
   q_BTKGC = (q_BTHC * C**-0.5).reshape(B, T, K, H // K, C)
@@ -70,6 +75,8 @@ def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, weight_scale_BHTS):
     precision=precision(q_BTHC.dtype),
     preferred_element_type=jnp.float32,
   )
+  if bias_BHTS is not None:
+    scores_BKGTS += bias_BHTS.reshape(scores_BKGTS.shape)
   mask_B11TS = mask_BTS[:, None, None]
   scores_BKGTS = jnp.where(mask_B11TS, scores_BKGTS, jnp.finfo(jnp.float32).min)
   weights_BKGTS = jnp.where(mask_B11TS, jax.nn.softmax(scores_BKGTS, axis=-1), 0.0)

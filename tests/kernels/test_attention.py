@@ -15,7 +15,7 @@ def random_qkv(B=2, T=5, S=7, H=6, K=3, C=8, dtype=np.float32):
   return q_BTHC, k_BSKC, v_BSKC
 
 
-def numpy_attention(q_BTHC, k_BSKC, v_BSKC, sees_BTS):
+def numpy_attention(q_BTHC, k_BSKC, v_BSKC, sees_BTS, bias_BHTS=None):
   """Softmax attention written as loops in float64."""
   q_BTHC, k_BSKC, v_BSKC = (np.asarray(x, np.float64) for x in (q_BTHC, k_BSKC, v_BSKC))
   B, T, H, C = q_BTHC.shape
@@ -26,6 +26,8 @@ def numpy_attention(q_BTHC, k_BSKC, v_BSKC, sees_BTS):
     if not keys.size:
       continue
     scores = k_BSKC[b, keys, h // group] @ q_BTHC[b, t, h] / np.sqrt(C)
+    if bias_BHTS is not None:
+      scores = scores + bias_BHTS[b, h, t, keys]
     weights = np.exp(scores - scores.max())
     out_BTHC[b, t, h] = weights / weights.sum() @ v_BSKC[b, keys, h // group]
   return out_BTHC
@@ -56,6 +58,18 @@ def test_first_query_may_be_traced():
   call = functools.partial(attention, q, k, v, valid_BS=valid_BS, causal=True)
   expected = numpy_attention(q, k, v, np.repeat(causal_mask(5, 7, 1)[None], 2, 0))
   np.testing.assert_allclose(jax.jit(call)(first_query=1), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (6, 3)])
+def test_a_bias_is_added_to_the_scaled_scores_of_each_query_head(H, K):
+  q, k, v = random_qkv(H=H, K=K)
+  valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
+  bias_BHTS = np.random.default_rng(1).normal(size=(2, H, 5, 7)).astype(np.float32)
+  out = attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS)
+  sees_BTS = np.repeat(valid_BS[:, None], 5, 1)
+  np.testing.assert_allclose(out, numpy_attention(q, k, v, sees_BTS, bias_BHTS), atol=2e-6)
+  with pytest.raises(ValueError, match="'cudnn' takes no bias.*attention='xla'"):
+    attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS, implementation="cudnn")
 
 
 def test_a_mask_adds_to_validity_and_order():

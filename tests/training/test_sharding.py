@@ -105,22 +105,37 @@ def test_make_mesh_refuses_sizes_that_do_not_use_every_device(sizes):
     make_mesh(**sizes)
 
 
+MOOER_7B = {
+  "encoders": ("sanm_large",),
+  "connector": "linear",
+  "decoder": "qwen2_7b",
+  "llm": {"lora_rank": 64, "layers": 2},
+  "sanm": {"layers": 3},
+}
+SALMONN_7B = {
+  "encoders": ("whisper_large", "beats_iter3"),
+  "encoder_norm": True,
+  "connector": "qformer",
+  "decoder": "vicuna_7b",
+  "llm": {"lora_rank": 8, "layers": 2},
+  "whisper": {"layers": 2},
+  "beats": {"layers": 2},
+  "template": "vicuna",
+}
+
+
 @pytest.mark.parametrize("scan", [True, False])
-def test_the_table_has_a_rule_for_every_leaf_of_mooer_7b_and_no_rule_too_many(mesh, scan):
-  sizes = {
-    "encoders": ("sanm_large",),
-    "connector": "linear",
-    "decoder": "qwen2_7b",
-    "llm": {"lora_rank": 64, "layers": 2},
-    "sanm": {"layers": 3},
-  }
-  config = model_config(sizes, {"scan": scan})
-  params = jax.eval_shape(lambda: speech_llm.init(jax.random.key(0), config))
-  tree.first_match(RULES, params)  # an unused rule would be a mistyped one
-  for leaf, sharding in zip(
-    jax.tree.leaves(params), jax.tree.leaves(param_shardings(mesh, params)), strict=True
-  ):
-    assert sharding.shard_shape(leaf.shape)
+def test_the_table_has_a_rule_for_every_leaf_and_no_rule_too_many(mesh, scan):
+  paths = {}
+  for sizes in (MOOER_7B, SALMONN_7B):
+    config = model_config(sizes, {"scan": scan})
+    params = jax.eval_shape(lambda c=config: speech_llm.init(jax.random.key(0), c))
+    for leaf, sharding in zip(
+      jax.tree.leaves(params), jax.tree.leaves(param_shardings(mesh, params)), strict=True
+    ):
+      assert sharding.shard_shape(leaf.shape)
+    paths |= tree.flatten(params)
+  tree.first_match(RULES, tree.unflatten(paths))  # an unused rule would be a mistyped one
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,0 +1,298 @@
+"""BEATs, an encoder of general audio: patches of a spectrogram through a post-norm transformer."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax import kernels
+from mooer_jax.audio.fbank import FbankConfig
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.kernels.precision import precision
+from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
+from mooer_jax.nn.dense import Dense
+from mooer_jax.nn.norms import LayerNorm
+
+# Sums of as many outputs of a linear layer make the two gates of a query.
+_GATE_TERMS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class BEATsConfig:
+  """Sizes of the encoder; the defaults are BEATs iter3, 90.31 M parameters.
+
+  Attributes:
+    input_width: mel bins of a frame.
+    width, layers, heads, mlp_width: of the transformer.
+    patch: frames and bins of a patch, which is square.
+    patch_width: width of a patch before it is projected to `width` (not at all if they are equal).
+    conv_pos, conv_pos_groups: taps and groups of the convolution that tells positions.
+    buckets: rows of the relative position bias, half of them for each direction.
+    max_distance: distance in patches from which on all share the last bucket.
+    norm_eps: added to the variance.
+    dropout: on the sum of patches and positions, and on what each layer adds.
+  """
+
+  kind: ClassVar[str] = "beats"
+  max_frames: ClassVar[int | None] = None  # any number
+  input_width: int = 128
+  width: int = 768
+  layers: int = 12
+  heads: int = 12
+  mlp_width: int = 3072
+  patch: int = 16
+  patch_width: int = 512
+  conv_pos: int = 128
+  conv_pos_groups: int = 16
+  buckets: int = 320
+  max_distance: int = 800
+  norm_eps: float = 1e-5
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type is int and value < 1:
+        raise ValueError(f"beats.{field.name}={value} must be positive")
+    for name, divisor in (
+      ("width", "heads"),
+      ("width", "conv_pos_groups"),
+      ("input_width", "patch"),
+    ):
+      if getattr(self, name) % getattr(self, divisor):
+        raise ValueError(
+          f"beats.{name}={getattr(self, name)} does not divide into"
+          f" beats.{divisor}={getattr(self, divisor)}"
+        )
+    if self.buckets % 2 or self.buckets < 4:
+      raise ValueError(f"beats.buckets={self.buckets} must be even and at least 4")
+    if self.max_distance <= self.buckets // 4:
+      raise ValueError(
+        f"beats.max_distance={self.max_distance} must exceed the {self.buckets // 4} distances that"
+        " have a bucket each (a quarter of beats.buckets)"
+      )
+
+  @property
+  def bands(self) -> int:
+    """Patches that stand above each other in the spectrogram: tokens for `patch` frames."""
+    return self.input_width // self.patch
+
+  def num_outputs(self, frames: int) -> int:
+    """Encoder frames that so many feature frames become."""
+    return frames // self.patch * self.bands
+
+
+# One step is one frame of fbank; its CMVN is two numbers, which the converter writes.
+BEATS_FRONTEND = FrontendConfig(
+  fbank=FbankConfig(bins=128, window="povey"), lfr_window=1, lfr_stride=1
+)
+BEATS_SIZES = {"beats_iter3": BEATsConfig()}
+
+
+def distance_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndarray:
+  """Row of the bias table for each distance key - query.
+
+  Small distances have a bucket each, larger ones share buckets that grow with the logarithm.
+
+  Args:
+    length: number of positions T.
+    buckets: rows of the table; the second half is for keys behind the query.
+    max_distance: from it on, and from a little before, all fall into the last bucket.
+
+  Returns:
+    int32 [2T - 1], for the distances -(T - 1) … T - 1.
+
+  Source: T5 (Raffel et al., 2020), in float32 as there, for the logarithm is cut to whole numbers.
+  """
+  distance = np.arange(1 - length, length)
+  half = buckets // 2
+  exact = half // 2
+  size = np.abs(distance)
+  ratio = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact))
+  steps = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+  far = np.minimum(exact + steps.astype(np.int32), half - 1)
+  return (half * (distance > 0) + np.where(size < exact, size, far)).astype(np.int32)
+
+
+def _gelu(x):
+  return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+class RelativeBias(nn.Module):
+  """The table of relative position biases that all layers share: float32 [H, T, T]."""
+
+  config: BEATsConfig
+
+  @nn.compact
+  def __call__(self, length: int) -> jax.Array:
+    c = self.config
+    table = self.param("embedding", nn.initializers.normal(0.02), (c.buckets, c.heads))
+    rows = distance_buckets(length, buckets=c.buckets, max_distance=c.max_distance)
+    by_distance = jnp.take(table.astype(jnp.float32), rows, axis=0)
+    places = jnp.arange(length)
+    bias_TSH = jnp.take(by_distance, places[None] - places[:, None] + length - 1, axis=0)
+    return jnp.moveaxis(bias_TSH, -1, 0)
+
+
+class PositionConv(nn.Module):
+  """Positions from a wide grouped convolution over the tokens, GELU behind it.
+
+  The kernel is normalised: at each tap, over all channels together, to the length that `scale`
+  gives (weight normalisation). Both are kept, so that they go back to PyTorch as they came.
+  """
+
+  config: BEATsConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    taps, groups, width = self.config.conv_pos, self.config.conv_pos_groups, x_BTD.shape[-1]
+    start = nn.initializers.normal(2 * (taps * width) ** -0.5)
+    kernel_KCD = self.param("kernel", start, (taps, width // groups, width)).astype(jnp.float32)
+    norm_K = jnp.sqrt(jnp.sum(jnp.square(kernel_KCD), axis=(1, 2)))
+    scale_K = self.param("scale", lambda key, shape: norm_K, (taps,)).astype(jnp.float32)
+    bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(x_BTD.dtype)
+    out_BTD = jax.lax.conv_general_dilated(
+      x_BTD,
+      (kernel_KCD * (scale_K / norm_K)[:, None, None]).astype(x_BTD.dtype),
+      window_strides=(1,),
+      # An even kernel would give one step more; the original drops it at the end.
+      padding=[(taps // 2, (taps - 1) // 2)],
+      dimension_numbers=("NWC", "WIO", "NWC"),
+      feature_group_count=groups,
+      precision=precision(x_BTD.dtype),
+    )
+    return _gelu(out_BTD + bias_D)
+
+
+class Gate(nn.Module):
+  """How much of the position bias each query takes: float32 [B, T, H].
+
+  Source: WavLM's gated relative position bias (Chen et al., 2022), equations 3 to 5.
+  """
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, q_BTHC: jax.Array) -> jax.Array:
+    scale_H = self.param("scale", nn.initializers.ones, (q_BTHC.shape[2],)).astype(jnp.float32)
+    terms = Dense(2 * _GATE_TERMS, use_bias=True, dtype=self.dtype, name="linear")(q_BTHC)
+    sums = terms.astype(jnp.float32).reshape(*q_BTHC.shape[:3], 2, _GATE_TERMS).sum(-1)
+    update_BTH, reset_BTH = jnp.moveaxis(jax.nn.sigmoid(sums), -1, 0)
+    return update_BTH * (reset_BTH * scale_H - 1) + 2
+
+
+class BEATsAttention(nn.Module):
+  """Multi-head self-attention over the valid tokens with a gated relative position bias."""
+
+  config: BEATsConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, bias_HTS: jax.Array) -> jax.Array:
+    c, dtype = self.config, self.compute.jnp_dtype
+    split = (*x_BTD.shape[:2], c.heads, c.width // c.heads)
+    q_BTHC, k_BTHC, v_BTHC = (
+      Dense(c.width, use_bias=True, dtype=dtype, name=name)(x_BTD).reshape(split) for name in "qkv"
+    )
+    gate_BHT = jnp.swapaxes(Gate(dtype, name="gate")(q_BTHC), 1, 2)
+    out_BTHC = kernels.attention(
+      q_BTHC,
+      k_BTHC,
+      v_BTHC,
+      valid_BS=valid_BT,
+      bias_BHTS=gate_BHT[..., None] * bias_HTS,
+      implementation=self.compute.attention,
+    )
+    out_BTD = out_BTHC.reshape(x_BTD.shape)
+    return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD)
+
+
+class BEATsLayer(nn.Module):
+  """Attention and feed-forward, each normalised after a residual that counts more than it adds.
+
+  Source: DeepNorm (Wang et al., 2022), for an encoder: the residual times (2 N)^(1/4).
+  """
+
+  config: BEATsConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, context: tuple[jax.Array, jax.Array], cache: None = None):
+    c, dtype = self.config, self.compute.jnp_dtype
+    valid_BT, bias_HTS = context
+    weight = (2 * c.layers) ** 0.25
+    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    out_BTD = BEATsAttention(c, self.compute, name="attention")(x_BTD, valid_BT, bias_HTS)
+    x_BTD = LayerNorm(c.norm_eps, name="attention_norm")(x_BTD * weight + dropout(out_BTD))
+    hidden = _gelu(Dense(c.mlp_width, use_bias=True, dtype=dtype, name="up")(x_BTD))
+    out_BTD = Dense(c.width, use_bias=True, dtype=dtype, name="down")(hidden)
+    return LayerNorm(c.norm_eps, name="mlp_norm")(x_BTD * weight + dropout(out_BTD)), cache
+
+
+class BEATsEncoder(nn.Module):
+  """Normalised filter bank energies in, `bands` (8) tokens for each 16 frames out.
+
+  `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width],
+  Kaldi's 128 bins with the Povey window after (x - 15.41663) / (2 * 6.55582), and bool valid_BT. It
+  returns (tokens [B, S, width], valid_BS) with S = T // patch * bands: all bands of a step, from
+  low to high, then the next step. A patch is valid if all its frames are, so what stands in the
+  last frames that do not fill a patch is not heard. What stands at an invalid token is undefined
+  but finite. Dropout acts only when a "dropout" RNG is given.
+
+  A clip gives the same alone and in any batch: here nothing stands behind its end but the
+  convolution's zeros, where the original keeps what a batch's padding makes.
+
+  Raises ValueError for features of another width or fewer than `patch` frames in the batch.
+
+  Source: BEATs (Chen et al., 2023).
+  """
+
+  config: BEATsConfig = BEATsConfig()
+  compute: Compute = Compute()
+
+  def setup(self):
+    c, dtype = self.config, self.compute.jnp_dtype
+    self.patch = Dense(c.patch_width, dtype=dtype)
+    self.patch_norm = LayerNorm(c.norm_eps)
+    if c.patch_width != c.width:
+      self.patch_out = Dense(c.width, use_bias=True, dtype=dtype)
+    self.position = PositionConv(c)
+    self.input_norm = LayerNorm(c.norm_eps)
+    self.dropout = nn.Dropout(c.dropout)
+    self.relative_bias = RelativeBias(c)
+    self.layers = repeat_layer(BEATsLayer, c.layers, self.compute)(c, self.compute)
+
+  def __call__(self, features_BTF: jax.Array, valid_BT: jax.Array):
+    c = self.config
+    patches_BSP, valid_BS = _cut_patches(features_BTF, valid_BT, c)
+    x_BSD = self.patch_norm(self.patch(patches_BSP))
+    if c.patch_width != c.width:
+      x_BSD = self.patch_out(x_BSD)
+    x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
+    x_BSD = self.input_norm(x_BSD + self.position(x_BSD))
+    x_BSD = self.dropout(x_BSD, deterministic=not (c.dropout and self.has_rng("dropout")))
+    context = valid_BS, self.relative_bias(x_BSD.shape[1])
+    x_BSD, _ = run_layers(self.layers, x_BSD, context)
+    return x_BSD, valid_BS
+
+
+def _cut_patches(features_BTF, valid_BT, c: BEATsConfig):
+  """[B, T, F] as [B, S, patch * patch], frame by frame within a patch, and which are valid."""
+  B, T, F = features_BTF.shape
+  if F != c.input_width:
+    raise ValueError(f"beats takes features of width {c.input_width}, got {F}")
+  steps = T // c.patch
+  if not steps:
+    raise ValueError(
+      f"beats takes at least {c.patch} frames, got T={T}; pad the batch (a clip shorter than"
+      f" {c.patch} frames then has no valid token)"
+    )
+  whole = steps * c.patch
+  patches = features_BTF[:, :whole].reshape(B, steps, c.patch, c.bands, c.patch)
+  patches_BSP = jnp.swapaxes(patches, 2, 3).reshape(B, steps * c.bands, c.patch**2)
+  valid_steps = valid_BT[:, :whole].reshape(B, steps, c.patch).all(-1)
+  return patches_BSP, jnp.repeat(valid_steps, c.bands, axis=1)
