@@ -12,9 +12,8 @@ from convert.importing import import_checkpoint
 from convert.main import main
 from convert.readers import ReadError
 from mooer_jax import checkpoint
-from mooer_jax.audio.frontend import FrontendConfig
-from mooer_jax.config import build, part_from_json
-from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
+from mooer_jax.config import frontend_from_json, part_from_json
+from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder
 from tests.parity import torch_beats, torch_models
 
 # As the original is: its features are 128 wide.
@@ -82,7 +81,7 @@ def test_what_comes_in_computes_as_torch_does(tmp_path):
   loaded = checkpoint.load(tmp_path / "ours")
   config = part_from_json(loaded.config["encoders"][0], "encoders[0]")
   assert config == SMALL
-  assert build(FrontendConfig, loaded.config["frontends"][0], "frontends[0]") == beats.FRONTEND
+  assert frontend_from_json(loaded.config["frontends"][0], "frontends[0]") == BEATS_FRONTEND
   cmvn = loaded.params["frontend"]["beats"]
   raw_BTF = np.random.default_rng(0).normal(12, 6, (1, 50, 128)).astype(np.float32)
   features_BTF = (raw_BTF + cmvn["shift"]) * cmvn["scale"]

@@ -11,8 +11,8 @@ from convert.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from mooer_jax import checkpoint
-from mooer_jax.audio.frontend import FrontendConfig, features
-from mooer_jax.config import build, part_from_json
+from mooer_jax.audio.frontend import features
+from mooer_jax.config import frontend_from_json, part_from_json
 from mooer_jax.encoders.sanm import SANMEncoder
 from tests.convert.releases import changed, funasr_folder
 from tests.parity import torch_models
@@ -22,7 +22,7 @@ from tests.tiny import SANM
 def configs(folder):
   """(encoder, features) of a checkpoint."""
   config = checkpoint.describe(folder).config
-  frontend = build(FrontendConfig, config["frontends"][0], "frontends[0]")
+  frontend = frontend_from_json(config["frontends"][0], "frontends[0]")
   return part_from_json(config["encoders"][0], "encoders[0]"), frontend
 
 
