@@ -1,5 +1,6 @@
 """`convert verify KIND SRC CKPT`: both sides on real clips, stage by stage."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,33 +140,29 @@ def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
     prompt_S, eos_id = tokenizer.encode(TEXT), tokenizer.eos_id
   theirs = torch_side.answer(model, prompt_S, eos_id=eos_id, max_new_tokens=max_new_tokens)
   options = _greedy(eos_id, max_new_tokens)
+  answer_BS = _answer_alone(about.params, jnp.array([prompt_S]), config, options)
+  same = same_tokens(_answers(answer_BS), [theirs["tokens"].tolist()])
+  given_BS = jnp.array([[*prompt_S, *theirs["tokens"][:-1]]])
 
-  def generated(params):
-    inputs_BSD = speech_llm.embed(params, jnp.array([prompt_S]), config)
-    valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
-    return generate_from(params, inputs_BSD, valid_BS, config, options).tokens_BS
+  def logits(params: dict, compute: Compute) -> np.ndarray:
+    logits_BSV = _logits_alone(params, given_BS, config.replace(compute=compute))
+    return np.asarray(logits_BSV)[0, len(prompt_S) - 1 :]
 
-  given_S = np.array([*prompt_S, *theirs["tokens"][:-1]])
-  same = same_tokens(_answers(jax.jit(generated)(about.params)), [theirs["tokens"].tolist()])
-  logits = _decoder_logits(config, given_S, first=len(prompt_S) - 1)
   return _judged(about.params, {}, theirs, same, logits)
 
 
-def _decoder_logits(config: SpeechLLMConfig, tokens_S: np.ndarray, *, first: int) -> Logits:
-  """A function that gives the logits from the place `first` on, as an LLM alone computes them."""
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def _answer_alone(params, tokens_BS, config: SpeechLLMConfig, options: GenerationOptions):
+  inputs_BSD = speech_llm.embed(params, tokens_BS, config)
+  valid_BS = jnp.ones(tokens_BS.shape, bool)
+  return generate_from(params, inputs_BSD, valid_BS, config, options).tokens_BS
 
-  def run(params: dict, compute: Compute) -> np.ndarray:
-    computed = config.replace(compute=compute)
 
-    def logits(params):
-      inputs_BSD = speech_llm.embed(params, jnp.array(tokens_S)[None], computed)
-      valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
-      hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, valid_BS, computed)
-      return speech_llm.logits(params, hidden_BSD[:, first:], computed)
-
-    return np.asarray(jax.jit(logits)(params)[0])
-
-  return run
+@functools.partial(jax.jit, static_argnames="config")
+def _logits_alone(params, tokens_BS, config: SpeechLLMConfig):
+  inputs_BSD = speech_llm.embed(params, tokens_BS, config)
+  hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, jnp.ones(tokens_BS.shape, bool), config)
+  return speech_llm.logits(params, hidden_BSD, config)
 
 
 def _greedy(eos_id: int | None, max_new_tokens: int) -> GenerationOptions:
@@ -220,15 +217,15 @@ def _mooer(
     after_BS=np.tile(np.array(after_S, np.int32), (len(clips), 1)),
     answer_BS=answer_BS,
   )
-  stages = jax.jit(lambda params: _speech_stages(params, batch, config))(about.params)
+  stages = _speech_stages(about.params, batch, config)
   ours = {name: x[np.asarray(valid)] for name, (x, valid) in stages.items()}
   options = _greedy(tokenizer.eos_id, max_new_tokens)
   answers = _answers(generate(about.params, batch, config, options).tokens_BS)
   same = same_tokens(answers, [clip["tokens"].tolist() for clip in clips])
 
   def logits(params, compute: Compute) -> np.ndarray:
-    run = jax.jit(lambda p: speech_llm.answer_logits(p, batch, config.replace(compute=compute)))
-    return np.asarray(run(params))[answer_BS >= 0]
+    logits_BAV = _answer_logits(params, batch, config.replace(compute=compute))
+    return np.asarray(logits_BAV)[answer_BS >= 0]
 
   return _judged(about.params, ours, _joined(clips), same, logits, notes)
 
@@ -264,6 +261,10 @@ def _lora(
   return None, []
 
 
+_answer_logits = jax.jit(speech_llm.answer_logits, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="config")
 def _speech_stages(params, batch, config: SpeechLLMConfig) -> dict[str, Any]:
   """Each stage as (values, which of them are no padding)."""
   frames_BTD, valid_BT = speech_llm.encode(params, batch, config)
