@@ -17,7 +17,8 @@ from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
 from convert.torch_side import sanm_encoder
-from convert.verification import print_verdict, verify
+from convert.verdict import print_verdict
+from convert.verification import verify
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import FrontendConfig, features

@@ -19,6 +19,7 @@ def export_checkpoint(
   checkpoint: Path,
   out: Path,
   *,
+  base: Path | None = None,
   shard_bytes: int = SHARD_BYTES,
   overwrite: bool = False,
 ) -> Path:
@@ -28,6 +29,7 @@ def export_checkpoint(
     kind: a name in KINDS.
     checkpoint: a checkpoint's folder or that of a run, imported before or trained here.
     out: the folder to make; it is complete when it is there.
+    base: where the base of a fine-tune lies, if it moved.
     shard_bytes: size that a file of an LLM does not exceed unless one tensor does.
     overwrite: replace what is there.
 
@@ -37,7 +39,7 @@ def export_checkpoint(
   """
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r}: choose one of {sorted(KINDS)}")
-  about = describe(find(checkpoint))
+  about = describe(find(checkpoint), base=None if base is None else find(base))
   keep_apart(out, (about.folder, about.base))
   with beside(out, overwrite=overwrite) as folder:
     KINDS[kind](about, folder, shard_bytes)

@@ -11,6 +11,7 @@ from absl import logging
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 _VERIFIED = ("mooer", "qwen2", "llama", "peft", "paraformer")
 _KINDS = (*_VERIFIED, "whisper", "beats")
+_MOVED = "where the checkpoint lies that this one was trained from, if it moved"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
@@ -56,18 +57,27 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   exporting.add_argument("kind", choices=_KINDS)
   exporting.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint or run folder")
   exporting.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+  exporting.add_argument("--base", type=Path, help=_MOVED)
   exporting.add_argument("--shard-size", type=_size, default="5GB", help="default: 5GB")
   exporting.add_argument("--overwrite", action="store_true")
   exporting.set_defaults(run=_export)
 
-  verifying = commands.add_parser("verify", help="the original and a checkpoint on the same clips")
-  verifying.add_argument("kind", choices=_VERIFIED)
+  verifying = commands.add_parser(
+    "verify",
+    help="the original and a checkpoint on the same clips",
+    description="Runs the original and a checkpoint in float32 and prints the largest error of"
+    " every stage and whether both generate the same tokens. Exit status: 0 if every stage is"
+    " within the bound that is printed beside it and all tokens are the same, 1 if not, 2 if they"
+    " could not be run.",
+  )
+  verifying.add_argument("kind", choices=(*_VERIFIED, "deepspeed"))
   verifying.add_argument("src", type=Path, metavar="SRC", help="what was imported")
-  verifying.add_argument("checkpoint", type=Path, metavar="CKPT")
+  verifying.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint or run folder")
   verifying.add_argument(
     "--audio", type=Path, nargs="+", default=(), help="recordings (mooer, paraformer)"
   )
   verifying.add_argument("--llm", type=Path, help="the LLM's folder (peft; mooer if elsewhere)")
+  verifying.add_argument("--base", type=Path, help=_MOVED)
   verifying.add_argument("--max-new-tokens", type=int, default=40)
   verifying.set_defaults(run=_verify)
 
@@ -116,23 +126,31 @@ def _export(args) -> int:
   from .exporting import export_checkpoint
 
   print(export_checkpoint(
-    args.kind, args.checkpoint, args.out, shard_bytes=args.shard_size, overwrite=args.overwrite
+    args.kind,
+    args.checkpoint,
+    args.out,
+    base=args.base,
+    shard_bytes=args.shard_size,
+    overwrite=args.overwrite,
   ))  # fmt: skip
   return 0
 
 
 def _verify(args) -> int:
-  from .verification import print_verdict, verify
+  from .verdict import print_verdict
+  from .verification import verify
 
-  print_verdict(verify(
+  verdict = verify(
     args.kind,
     args.src,
     args.checkpoint,
     audio=args.audio,
     llm=args.llm,
+    base=args.base,
     max_new_tokens=args.max_new_tokens,
-  ))  # fmt: skip
-  return 0
+  )
+  print_verdict(verdict)
+  return 1 if verdict.failed else 0
 
 
 def _inspect(args) -> int:

@@ -1,8 +1,10 @@
 """The original models in PyTorch, run from their own files by their own packages.
 
-For `convert verify`: nothing here goes through our tables, so that a mistake in them shows.
+For `convert verify`: nothing here goes through our tables, so that a mistake in them shows. Files
+are opened by our readers where the originals would not find what is nested in them.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,11 @@ import torch
 
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.encoders.sanm import SANMConfig
+
+from .encoder import find_prefix
+from .errors import ConversionError
+from .mooer import TUNED_ENCODER
+from .readers import Source, open_source
 
 Stages = dict[str, np.ndarray]
 
@@ -40,8 +47,19 @@ def hear(
   config: SANMConfig,
   frontend: FrontendConfig,
   waveforms: Sequence[np.ndarray],
+  *,
+  tuned: Path | None = None,
 ) -> list[Stages]:
-  """funasr's front end and encoder: of each clip "features" after CMVN [T, F], "encoder" [T, D]."""
+  """funasr's front end and encoder: of each clip "features" after CMVN [T, F], "encoder" [T, D].
+
+  Args:
+    weights: file with the encoder.
+    cmvn: am.mvn.
+    config, frontend: sizes, as the original's are.
+    waveforms: clips [N].
+    tuned: MooER's adapter file; the encoder's tensors in it, if it was trained along, go over those
+      in `weights`, as the original loads one file after the other.
+  """
   from funasr.frontends.wav_frontend import WavFrontend
 
   listen = WavFrontend(
@@ -53,10 +71,14 @@ def hear(
     dither=0.0,
   )
   module = sanm_encoder(config).eval()
-  state = _state(weights)
+  source = open_source(weights)
+  state = _state(source, find_prefix(source) or "")
+  if tuned is not None:
+    state |= _state(open_source(tuned), TUNED_ENCODER)
   known = module.state_dict().keys()
-  named = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
-  module.load_state_dict({name: t.float() for name, t in named.items() if name in known})
+  if missing := sorted(known - state.keys()):
+    raise ConversionError(f"{weights}: {missing[0]} is missing ({len(missing)} such tensors)")
+  module.load_state_dict({name: tensor for name, tensor in state.items() if name in known})
   heard = []
   for waveform_N in waveforms:
     with torch.no_grad():
@@ -68,34 +90,67 @@ def hear(
   return heard
 
 
-def _state(path: Path) -> dict[str, torch.Tensor]:
-  state = torch.load(path, map_location="cpu", weights_only=True)
-  return state.get("state_dict", state) if isinstance(state.get("state_dict"), dict) else state
+def _state(source: Source, prefix: str = "") -> dict[str, torch.Tensor]:
+  """float32 tensors by what their names have behind the prefix."""
+  return {
+    name.removeprefix(prefix): torch.from_numpy(source.read(name).astype(np.float32))
+    for name in source.tensors
+    if name.startswith(prefix)
+  }
 
 
-def adapt(adapter: Path, frames_TD: np.ndarray, stack: int) -> Stages:
-  """MooER's adapter in two lines: "adapter" [S, D of the LLM]."""
-  weight = {name: tensor.float() for name, tensor in _state(adapter).items()}
-  whole = len(frames_TD) // stack * stack
-  x = torch.tensor(frames_TD[:whole]).reshape(whole // stack, -1)
+def adapt(adapter: Path, clips: Sequence[Stages], stack: int) -> list[Stages]:
+  """MooER's adapter in two lines: each clip with "adapter" [S, D of the LLM] besides."""
+  weight = _state(open_source(adapter), "encoder_projector.")
   linear = torch.nn.functional.linear
-  at = "encoder_projector.linear"
-  x = torch.relu(linear(x, weight[f"{at}1.weight"], weight[f"{at}1.bias"]))
-  return {"adapter": linear(x, weight[f"{at}2.weight"], weight[f"{at}2.bias"]).numpy()}
+  adapted = []
+  for clip in clips:
+    frames_TD = clip["encoder"]
+    whole = len(frames_TD) // stack * stack
+    x = torch.tensor(frames_TD[:whole]).reshape(whole // stack, -1)
+    x = torch.relu(linear(x, weight["linear1.weight"], weight["linear1.bias"]))
+    x = linear(x, weight["linear2.weight"], weight["linear2.bias"])
+    adapted.append({**clip, "adapter": x.numpy()})
+  return adapted
 
 
 def language_model(folder: Path, lora: Path | None = None) -> Any:
-  """transformers' model in float32, with peft's LoRA around it where there is one."""
-  from transformers import AutoModelForCausalLM
+  """transformers' model in float32, with peft's LoRA around it where there is one.
 
+  Raises:
+    ConversionError: if transformers or peft does not find a tensor where it looks for it.
+  """
+  from transformers import AutoModelForCausalLM, GenerationConfig
+
+  loader: Any = AutoModelForCausalLM
   named = {"gguf_file": folder.name} if folder.is_file() else {}
   source = folder.parent if named else folder
-  module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **named)
-  if lora is not None:
-    from peft import PeftModel
+  module, found = loader.from_pretrained(
+    source, dtype=torch.float32, output_loading_info=True, **named
+  )
+  if missing := sorted(found["missing_keys"]):
+    raise ConversionError(
+      f"{folder}: transformers does not find {missing[0]} ({len(missing)} such tensors), so there"
+      " is nothing to compare with; save the model with its save_pretrained"
+    )
+  module.generation_config = GenerationConfig()  # the folder's own may sample or penalise
+  return (module if lora is None else _with_lora(module, lora)).eval()
 
-    return PeftModel.from_pretrained(module, str(lora)).eval()
-  return module.eval()
+
+def _with_lora(module, folder: Path) -> Any:
+  from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+  wrapped = get_peft_model(module, PeftConfig.from_pretrained(str(folder)))
+  # Some files have the adapter's name in each tensor's; peft puts it there itself.
+  state = {
+    re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): tensor
+    for name, tensor in _state(open_source(folder)).items()
+  }
+  loaded: Any = set_peft_model_state_dict(wrapped, state)
+  odd = [name for name in loaded.missing_keys if ".lora_" in name] + loaded.unexpected_keys
+  if odd:
+    raise ConversionError(f"{folder}: peft does not find, or not know, {odd[0]} ({len(odd)} such)")
+  return wrapped
 
 
 def answer(
@@ -125,7 +180,6 @@ def answer(
     if speech_SD is not None:
       inputs_BSD = torch.cat([torch.tensor(speech_SD)[None], inputs_BSD], dim=1)
     everywhere_BS = torch.ones(inputs_BSD.shape[:2], dtype=torch.long)
-    module.generation_config = GenerationConfig()  # the folder's own may sample or penalise
     tokens_BA = module.generate(
       inputs_embeds=inputs_BSD, attention_mask=everywhere_BS, generation_config=options
     )

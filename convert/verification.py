@@ -1,7 +1,7 @@
 """`convert verify KIND SRC CKPT`: both sides on real clips, stage by stage."""
 
-import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import SpeechLLMConfig, from_json, frontend_from_json, part_from_json
-from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.encoders.sanm import SANMEncoder
+from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation.generate import generate, generate_from
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import fill_template, task_prompt
 from mooer_jax.text.tokenizer import Tokenizer
@@ -25,48 +26,23 @@ from .encoder import CMVN_FILE
 from .errors import ConversionError, Problems
 from .folders import style_of
 from .torch_side import Stages
+from .verdict import Verdict, accuracy, same_tokens, stage_errors
 
-STAGES = ("features", "encoder", "adapter", "logits")
 TEXT = "Transcribe speech to text. "
 # What a checkpoint is run with: (name, dtype of the weights, dtype of the computation).
 DTYPES = (
   ("bfloat16 weights", "bfloat16", "float32"),
   ("bfloat16 compute", "bfloat16", "bfloat16"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Error:
-  """How far apart both sides are at a stage: the largest difference, and in spreads of theirs."""
-
-  stage: str
-  largest: float
-  relative: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
-  """What a dtype costs against float32: KL divergence of the logits in nats, and same tokens."""
-
-  name: str
-  mean_kl: float
-  largest_kl: float
-  agreement: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-  """What `verify` found.
-
-  Attributes:
-    errors: a row for each stage.
-    agreement: (tokens that are the same, tokens), None without an LLM.
-    accuracy: a row for each dtype.
-  """
-
-  errors: list[Error]
-  agreement: tuple[int, int] | None
-  accuracy: list[Accuracy]
+# What the kinds need that a checkpoint may not have.
+_PARTS = {
+  "mooer": ("encoders", "connector", "decoder"),
+  "paraformer": ("encoders",),
+  "qwen2": ("decoder",),
+  "llama": ("decoder",),
+  "peft": ("decoder",),
+}
+Logits = Callable[[dict, Compute], np.ndarray]
 
 
 def verify(
@@ -76,26 +52,46 @@ def verify(
   *,
   audio: Sequence[Path] = (),
   llm: Path | None = None,
+  base: Path | None = None,
   max_new_tokens: int = 40,
 ) -> Verdict:
   """Runs the original, clip by clip, and the checkpoint, all in one batch, in float32.
 
+  Up to the logits, which both sides compute with the original's answer given, numbers are compared;
+  then the answers that each side generates by itself, greedily.
+
   Args:
     kind: as of `import`.
     src: what was imported.
-    folder: the checkpoint.
+    folder: the checkpoint, or the folder of a run, whose newest is taken.
     audio: clips for mooer and paraformer.
     llm: folder of the LLM: for mooer if it is not in SRC, for peft the model it was trained on.
-    max_new_tokens: length of the answer that is compared.
+    base: where the base of a fine-tune lies, if it moved.
+    max_new_tokens: length of the answers that are compared, at most.
 
   Raises:
     ConversionError, ValueError: if something that is needed is missing.
   """
-  about = checkpoint.load(folder, dtype="float32")
+  if kind == "deepspeed":
+    raise ConversionError(
+      "verify cannot run deepspeed, whose folder is no whole model; import it, export that with the"
+      " kind mooer, and verify mooer with the exported folder"
+    )
+  if kind not in _PARTS:
+    raise ValueError(f"kind={kind!r}: choose one of {sorted(_PARTS)}")
   if kind in ("mooer", "paraformer") and not audio:
     raise ConversionError(f"verify {kind} needs a clip: --audio FILE")
   if kind == "peft" and llm is None:
     raise ConversionError("verify peft needs the model it was trained on: --llm FOLDER")
+  found = checkpoint.find(folder)
+  base = None if base is None else checkpoint.find(base)
+  config = checkpoint.describe(found, base=base).config
+  if missing := [part for part in _PARTS[kind] if part not in config]:
+    hint = "; import it with --base CKPT" if kind == "peft" else ""
+    raise ConversionError(
+      f"{found} has no {missing[0]} to verify as {kind}; it holds {', '.join(config)}{hint}"
+    )
+  about = checkpoint.load(found, dtype="float32", base=base)
   if kind == "paraformer":
     return _paraformer(about, src, audio)
   if kind == "mooer":
@@ -115,7 +111,7 @@ def _paraformer(about: Checkpoint, src: Path, audio: Sequence[Path]) -> Verdict:
   params = {"params": about.params["encoders"]["sanm"]}
   frames_BTD, _ = jax.jit(SANMEncoder(config).apply)(params, normed_BTF, valid_BT)
   ours = {"features": normed_BTF[valid_BT], "encoder": frames_BTD[valid_BT]}
-  return Verdict(_errors(ours, _joined(theirs)), None, [])
+  return Verdict(stage_errors(ours, _joined(theirs)))
 
 
 def _padded(rows: Sequence[np.ndarray], fill: float = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -137,37 +133,54 @@ def _normed(params, features_BTF) -> jax.Array:
 
 
 def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
-  config = part_from_json(about.config["decoder"], "decoder")
-  prompt_S, eos_id = list(range(min(16, config.vocab))), None
+  config = SpeechLLMConfig(decoder=part_from_json(about.config["decoder"], "decoder"))
+  prompt_S, eos_id = list(range(min(16, config.decoder.vocab))), None
   if (about.tokenizer / "tokenizer_config.json").is_file():
     tokenizer = Tokenizer.from_folder(about.tokenizer)
     prompt_S, eos_id = tokenizer.encode(TEXT), tokenizer.eos_id
   theirs = torch_side.answer(model, prompt_S, eos_id=eos_id, max_new_tokens=max_new_tokens)
-  given_S = np.array([*prompt_S, *theirs["tokens"][:-1]])
+  options = _greedy(eos_id, max_new_tokens)
+  answer_BS = _answer_alone(about.params, jnp.array([prompt_S]), config, options)
+  same = same_tokens(_answers(answer_BS), [theirs["tokens"].tolist()])
+  given_BS = jnp.array([[*prompt_S, *theirs["tokens"][:-1]]])
 
-  def logits(params, compute: Compute) -> np.ndarray:
-    return _decoder_logits(params["decoder"], config, compute, given_S)[len(prompt_S) - 1 :]
+  def logits(params: dict, compute: Compute) -> np.ndarray:
+    logits_BSV = _logits_alone(params, given_BS, config.replace(compute=compute))
+    return np.asarray(logits_BSV)[0, len(prompt_S) - 1 :]
 
-  return _judged(about.params, {}, theirs, logits)
+  return _judged(about.params, {}, theirs, same, logits)
 
 
-def _decoder_logits(params, config: LLMConfig, compute: Compute, tokens_S) -> np.ndarray:
-  module, tokens_BS = LLM(config, compute), jnp.asarray(tokens_S)[None]
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def _answer_alone(params, tokens_BS, config: SpeechLLMConfig, options: GenerationOptions):
+  inputs_BSD = speech_llm.embed(params, tokens_BS, config)
+  valid_BS = jnp.ones(tokens_BS.shape, bool)
+  return generate_from(params, inputs_BSD, valid_BS, config, options).tokens_BS
 
-  def logits(params):
-    variables = {"params": params}
-    inputs_BSD = module.apply(variables, tokens_BS, method=LLM.embed_tokens)
-    hidden_BSD, _ = module.apply(variables, inputs_BSD, jnp.ones(tokens_BS.shape, bool))
-    return module.apply(variables, hidden_BSD, method=LLM.logits)
 
-  return np.asarray(jax.jit(logits)(params)[0])
+@functools.partial(jax.jit, static_argnames="config")
+def _logits_alone(params, tokens_BS, config: SpeechLLMConfig):
+  inputs_BSD = speech_llm.embed(params, tokens_BS, config)
+  hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, jnp.ones(tokens_BS.shape, bool), config)
+  return speech_llm.logits(params, hidden_BSD, config)
+
+
+def _greedy(eos_id: int | None, max_new_tokens: int) -> GenerationOptions:
+  """As the original is asked: nothing is biased or penalised."""
+  eos_ids = () if eos_id is None else (eos_id,)
+  return GenerationOptions(max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+
+
+def _answers(tokens_BS) -> list[list[int]]:
+  return [[int(token) for token in row_S if token >= 0] for row_S in np.asarray(tokens_BS)]
 
 
 def _mooer(
   about: Checkpoint, src: Path, audio: Sequence[Path], llm: Path | None, max_new_tokens: int
 ) -> Verdict:
   config = from_json(about.config)
-  task = style_of(about, "mooer").get("task", config.prompts[0][0])
+  task = _task(config, src)
+  lora, notes = _lora(about, config, src / task)
   frontend, sanm = config.frontends[0], config.encoders[0]
   waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
   problems = Problems()
@@ -175,19 +188,17 @@ def _mooer(
   problems.check(str(src))
   assert llm is not None
 
-  folder = src / mooer.ENCODER_FOLDER
+  folder, adapter = src / mooer.ENCODER_FOLDER, src / task / mooer.ADAPTER_FILE
   weights = folder / mooer.ENCODER_FILE
-  clips = torch_side.hear(weights, folder / CMVN_FILE, sanm, frontend, waveforms)
-  adapter = src / task / mooer.ADAPTER_FILE
   tokenizer = Tokenizer.from_folder(about.tokenizer)
-  prompt = fill_template(config.template, task_prompt(config.prompts[0][0], dict(config.prompts)))
+  prompt = fill_template(config.template, task_prompt(task, dict(config.prompts)))
   before_S, after_S = (tokenizer.encode(text) for text in prompt)
   if before_S:
     raise ConversionError(f"template {config.template!r}: MooER's speech comes first")
-  adapted = mooer.find_lora(src / task)
-  model = torch_side.language_model(llm, adapted if adapted.is_dir() else None)
+  clips = torch_side.hear(weights, folder / CMVN_FILE, sanm, frontend, waveforms, tuned=adapter)
+  clips = torch_side.adapt(adapter, clips, config.connector.stack)
+  model = torch_side.language_model(llm, lora)
   for clip in clips:
-    clip |= torch_side.adapt(adapter, clip["encoder"], config.connector.stack)
     clip |= torch_side.answer(
       model,
       after_S,
@@ -206,16 +217,54 @@ def _mooer(
     after_BS=np.tile(np.array(after_S, np.int32), (len(clips), 1)),
     answer_BS=answer_BS,
   )
-  stages = jax.jit(lambda params: _speech_stages(params, batch, config))(about.params)
+  stages = _speech_stages(about.params, batch, config)
   ours = {name: x[np.asarray(valid)] for name, (x, valid) in stages.items()}
+  options = _greedy(tokenizer.eos_id, max_new_tokens)
+  answers = _answers(generate(about.params, batch, config, options).tokens_BS)
+  same = same_tokens(answers, [clip["tokens"].tolist() for clip in clips])
 
   def logits(params, compute: Compute) -> np.ndarray:
-    run = jax.jit(lambda p: speech_llm.answer_logits(p, batch, config.replace(compute=compute)))
-    return np.asarray(run(params))[answer_BS >= 0]
+    logits_BAV = _answer_logits(params, batch, config.replace(compute=compute))
+    return np.asarray(logits_BAV)[answer_BS >= 0]
 
-  return _judged(about.params, ours, _joined(clips), logits)
+  return _judged(about.params, ours, _joined(clips), same, logits, notes)
 
 
+def _task(config: SpeechLLMConfig, src: Path) -> str:
+  """The task of the checkpoint that the release has a folder of."""
+  tasks = [task for task, _ in config.prompts]
+  there = [task for task in tasks if (src / task / mooer.ADAPTER_FILE).is_file()]
+  if len(there) != 1:
+    named = ", ".join(there or tasks)
+    what = "several folders" if there else f"no folder with {mooer.ADAPTER_FILE}"
+    raise ConversionError(
+      f"{src}: {what} for what the checkpoint is asked ({named}); one must be there"
+    )
+  return there[0]
+
+
+def _lora(
+  about: Checkpoint, config: SpeechLLMConfig, folder: Path
+) -> tuple[Path | None, list[str]]:
+  """(LoRA of a task's folder if it is in the checkpoint, apart or merged, else None; notes).
+
+  Raises:
+    ConversionError: if the checkpoint has one and the folder has not.
+  """
+  found = mooer.find_lora(folder)
+  if found.is_dir():
+    if config.decoder.lora_rank or style_of(about, "mooer").get("lora_merged"):
+      return found, []
+    return None, [f"{found} is not used: the checkpoint was made without it (--no-lora)"]
+  if config.decoder.lora_rank:
+    raise ConversionError(f"{found}: not found, but the checkpoint has a LoRA")
+  return None, []
+
+
+_answer_logits = jax.jit(speech_llm.answer_logits, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="config")
 def _speech_stages(params, batch, config: SpeechLLMConfig) -> dict[str, Any]:
   """Each stage as (values, which of them are no padding)."""
   frames_BTD, valid_BT = speech_llm.encode(params, batch, config)
@@ -228,11 +277,17 @@ def _speech_stages(params, batch, config: SpeechLLMConfig) -> dict[str, Any]:
   }
 
 
-def _judged(params, ours: dict[str, Any], theirs: Stages, logits) -> Verdict:
+def _judged(
+  params,
+  ours: dict[str, Any],
+  theirs: Stages,
+  same: tuple[int, int],
+  logits: Logits,
+  notes: Sequence[str] = (),
+) -> Verdict:
   exact_AV = logits(params, Compute())
-  ours["logits"] = exact_AV
-  same = int((exact_AV.argmax(-1) == theirs["tokens"]).sum())
-  accuracy = []
+  errors = stage_errors({**ours, "logits": exact_AV}, theirs)
+  rows = []
   for name, stored, computed in DTYPES:
     rounded = tree.unflatten(
       {  # as `checkpoint.load` does it
@@ -240,37 +295,5 @@ def _judged(params, ours: dict[str, Any], theirs: Stages, logits) -> Verdict:
         for path, leaf in tree.flatten(params).items()
       }
     )
-    accuracy.append(_accuracy(name, exact_AV, logits(rounded, Compute(dtype=computed))))
-  return Verdict(_errors(ours, theirs), (same, len(exact_AV)), accuracy)
-
-
-def _errors(ours: dict[str, Any], theirs: Stages) -> list[Error]:
-  rows = []
-  for stage in (stage for stage in STAGES if stage in ours):
-    array, other = ours[stage], theirs[stage]
-    if np.shape(array) != other.shape:
-      raise ConversionError(f"{stage}: ours is {np.shape(array)}, theirs {other.shape}")
-    largest = float(np.abs(np.asarray(array) - other).max())
-    rows.append(Error(stage, largest, largest / float(other.std())))
-  return rows
-
-
-def _accuracy(name: str, exact_AV: np.ndarray, other_AV: np.ndarray) -> Accuracy:
-  log_p, log_q = (jax.nn.log_softmax(x.astype(np.float64)) for x in (exact_AV, other_AV))
-  kl_A = np.asarray((jnp.exp(log_p) * (log_p - log_q)).sum(-1))
-  same_A = exact_AV.argmax(-1) == other_AV.argmax(-1)
-  return Accuracy(name, float(kl_A.mean()), float(kl_A.max()), float(same_A.mean()))
-
-
-def print_verdict(verdict: Verdict) -> None:
-  """Prints the tables of `verify`."""
-  print(f"{'stage':12}{'largest error':>16}{'in spreads':>14}")
-  for row in verdict.errors:
-    print(f"{row.stage:12}{row.largest:16.2e}{row.relative:14.2e}")
-  if verdict.agreement is not None:
-    same, tokens = verdict.agreement
-    print(f"{'tokens':12}{f'{same} of {tokens} the same':>30}")
-  if verdict.accuracy:
-    print(f"\n{'against float32':18}{'mean KL':>10}{'largest KL':>12}{'same tokens':>13}")
-    for line in verdict.accuracy:
-      print(f"{line.name:18}{line.mean_kl:10.1e}{line.largest_kl:12.1e}{line.agreement:12.1%}")
+    rows.append(accuracy(name, exact_AV, logits(rounded, Compute(dtype=computed))))
+  return Verdict(errors, same, rows, list(notes))

@@ -1,55 +1,199 @@
-"""`verify` finds both sides equal, and sees a weight that is not."""
+"""`verify` finds both sides equal, and fails by name of the stage where a weight is not."""
+
+import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from convert import verification
+from convert.errors import ConversionError
 from convert.importing import Options, import_checkpoint
 from convert.main import main
+from convert.verdict import BOUNDS, Error, Verdict, accuracy, same_tokens
 from convert.verification import verify
 from mooer_jax import checkpoint, tree
-from tests.convert.folders_of import saved_llm
+from tests.convert.folders_of import llm, saved_llm, with_lora
 from tests.convert.releases import release
 from tests.convert.test_kinds import funasr_folder
 
-
-def assert_close(verdict, stages):
-  assert [row.stage for row in verdict.errors] == stages
-  for row in verdict.errors:
-    # Rounding of float32; in the features, of logarithms of small energies.
-    assert row.relative <= 1e-3, row
+STAGES = ["features", "encoder", "adapter", "logits"]
 
 
-def test_a_release_and_its_checkpoint_agree_on_a_clip(tmp_path, clips, capsys):
-  release(tmp_path / "release")
-  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", Options(task="asr"))
-  args = dict(audio=[clip.path for clip in clips[:3]], max_new_tokens=7)
-  verdict = verify("mooer", tmp_path / "release", tmp_path / "ours", **args)
-  assert_close(verdict, ["features", "encoder", "adapter", "logits"])
-  assert verdict.agreement == (21, 21)
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+  """(release, its checkpoint)."""
+  folder = tmp_path_factory.mktemp("verify")
+  release(folder / "release")
+  import_checkpoint("mooer", folder / "release", folder / "ours", Options(task="asr"))
+  return folder / "release", folder / "ours"
+
+
+@pytest.fixture
+def source(sides, tmp_path):
+  """A copy of the release, to be altered."""
+  return shutil.copytree(sides[0], tmp_path / "altered")
+
+
+@pytest.fixture
+def run(clips, capsys):
+  """Runs `verify mooer` on two clips: (exit status, what it printed)."""
+
+  def command(src, folder, *more):
+    audio = [str(clip.path) for clip in clips[:2]]
+    arguments = [str(src), str(folder), "--audio", *audio, "--max-new-tokens", "4", *more]
+    capsys.readouterr()
+    status = main(["verify", "mooer", *arguments])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+  return command
+
+
+def fine_tune(out, base, change, **config):
+  """A checkpoint that differs from its base in one leaf."""
+  about = checkpoint.load(base)
+  [(path, value)] = change.items()
+  leaf = np.asarray(tree.flatten(about.params)[path])
+  return checkpoint.save(
+    out,
+    params=tree.unflatten({path: leaf + np.asarray(value, leaf.dtype)}),
+    config_json={**about.config, **config},
+    tokenizer=lambda folder: shutil.copytree(about.tokenizer, folder, dirs_exist_ok=True),
+    generation=about.generation,
+    base=base,
+  )
+
+
+def rewrite(file, change):
+  """Saves a torch file again as `change` makes it."""
+  torch.save(change(torch.load(file)), file)
+
+
+def nudged(name):
+  def change(state):
+    return {**state, name: state[name] + 0.05 * torch.randn(state[name].shape)}
+
+  return change
+
+
+def test_a_release_and_its_checkpoint_agree_on_clips(sides, clips):
+  audio = [clip.path for clip in clips[:2]]
+  verdict = verify("mooer", *sides, audio=audio, max_new_tokens=4)
+  assert [row.stage for row in verdict.errors] == STAGES
+  assert verdict.failed == [] and verdict.agreement == (8, 8)
   assert all(0 < row.mean_kl <= row.largest_kl < 0.1 for row in verdict.accuracy)
 
-  loaded = checkpoint.load(tmp_path / "ours")
-  flat = tree.flatten(loaded.params)
-  path = "connector/linear2/bias"
-  wrong = {path: np.asarray(flat[path]) + 0.5}
-  checkpoint.save(
-    tmp_path / "wrong",
-    params=tree.unflatten(wrong),
-    config_json=loaded.config,
-    tokenizer=loaded.tokenizer,
-    generation=loaded.generation,
-    base=tmp_path / "ours",
-  )
-  verdict = verify("mooer", tmp_path / "release", tmp_path / "wrong", **args)
-  bad = {row.stage: row.largest for row in verdict.errors}
-  assert bad["encoder"] < 1e-3 and bad["adapter"] > 0.4
 
-  assert main([
-    "verify", "mooer", str(tmp_path / "release"), str(tmp_path / "ours"),
-    "--audio", str(clips[0].path), "--max-new-tokens", "3",
-  ]) == 0  # fmt: skip
-  shown = capsys.readouterr().out
-  assert "3 of 3 the same" in shown and "bfloat16 compute" in shown
+def test_the_command_says_so_for_a_run_folder_too(sides, run, tmp_path):
+  shutil.copytree(sides[1], tmp_path / "run" / "step_00000007")
+  status, printed = run(sides[0], tmp_path / "run")
+  assert status == 0 and "passed" in printed and "FAILED" not in printed
+  assert "8 of 8 the same" in printed and "bfloat16 compute" in printed
+
+
+@pytest.mark.parametrize(
+  "path, value, stage",
+  [
+    ("frontend/sanm/shift", 0.5, "features"),
+    ("decoder/layers_1/mlp/down/lora_b", 0.01, "logits"),
+  ],
+)
+def test_an_altered_leaf_of_the_checkpoint_fails_from_its_stage_on(
+  sides, run, tmp_path, path, value, stage
+):
+  fine_tune(tmp_path / "wrong", sides[1], {path: value})
+  status, printed = run(sides[0], tmp_path / "wrong")
+  failed = printed.split("FAILED, over the bound: ")[1].split("\n")[0].split(", ")
+  assert status == 1 and failed[:1] == [stage]
+  assert [row for row in failed if row != "tokens"] == STAGES[STAGES.index(stage) :]
+
+
+@pytest.mark.parametrize(
+  "file, name, stage",
+  [
+    ("paraformer_encoder/paraformer-encoder.pth", "encoders.1.norm2.bias", "encoder"),
+    ("asr/adapter_project.pt", "encoder_projector.linear1.bias", "adapter"),
+  ],
+)
+def test_an_altered_tensor_of_the_source_fails(sides, source, run, file, name, stage):
+  rewrite(source / file, nudged(name))
+  status, printed = run(source, sides[1])
+  assert status == 1 and f"FAILED, over the bound: {stage}, " in printed
+
+
+def test_tokens_are_those_that_each_side_generates(sides, clips, monkeypatch):
+  """Right logits do not make up for another answer."""
+  short = np.array([[9, -1, -1, -1]] * 2)
+  monkeypatch.setattr(verification, "generate", lambda *_: SimpleNamespace(tokens_BS=short))
+  audio = [clip.path for clip in clips[:2]]
+  verdict = verify("mooer", *sides, audio=audio, max_new_tokens=4)
+  assert verdict.failed == ["tokens"] and verdict.agreement in [(n, 8) for n in range(3)]
+
+
+def test_an_encoder_that_was_trained_along_is_heard_with(run, tmp_path):
+  release(tmp_path / "release", tuned_encoder=True)
+  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", Options(task="asr"))
+  assert run(tmp_path / "release", tmp_path / "ours")[0] == 0
+  plain = lambda state: {k: v for k, v in state.items() if "encoder.model." not in k}  # noqa: E731
+  rewrite(tmp_path / "release" / "asr" / "adapter_project.pt", plain)
+  status, printed = run(tmp_path / "release", tmp_path / "ours")
+  assert status == 1 and "bound: encoder, " in printed
+
+
+@pytest.mark.parametrize("option", ["lora", "merge_lora"])
+def test_the_original_has_the_lora_that_the_checkpoint_has(sides, run, tmp_path, option):
+  choice = {"lora": False} if option == "lora" else {"merge_lora": True}
+  import_checkpoint("mooer", sides[0], tmp_path / "ours", Options(task="asr", **choice))
+  status, printed = run(sides[0], tmp_path / "ours")
+  assert status == 0 and ("--no-lora" in printed) == (option == "lora")
+
+
+def test_a_lora_that_is_gone_is_missed(sides, source, run):
+  shutil.rmtree(source / "asr" / "lora_weights")
+  status, printed = run(source, sides[1])
+  assert status == 2 and "lora_weights: not found" in printed
+
+
+def test_nested_files_are_read_as_the_import_reads_them(source, run, tmp_path):
+  inside = lambda state: {f"encoder.model.{name}": t for name, t in state.items()}  # noqa: E731
+  rewrite(
+    source / "paraformer_encoder" / "paraformer-encoder.pth",
+    lambda state: {"state_dict": inside(state), "epoch": 3},
+  )
+  rewrite(
+    source / "asr" / "adapter_project.pt",
+    lambda state: {"model": {name: t.bfloat16() for name, t in state.items()}},
+  )
+  import_checkpoint("mooer", source, tmp_path / "ours", Options(task="asr"))
+  assert run(source, tmp_path / "ours")[0] == 0
+
+
+def test_the_task_is_that_of_the_checkpoint(sides, source, run, tmp_path):
+  prompts = {"ast": "Translate speech to english text. "}
+  fine_tune(tmp_path / "ast", sides[1], {"connector/linear1/bias": 0}, prompts=prompts)
+  status, printed = run(sides[0], tmp_path / "ast")
+  assert status == 2 and "(ast); one must be there" in printed
+  shutil.copytree(source / "asr", source / "ast")
+  rewrite(source / "asr" / "adapter_project.pt", nudged("encoder_projector.linear1.bias"))
+  assert run(source, tmp_path / "ast")[0] == 0
+
+
+def test_a_base_that_moved_is_named(sides, run, tmp_path, capsys):
+  base = shutil.copytree(sides[1], tmp_path / "base")
+  tuned = str(fine_tune(tmp_path / "tuned", base, {"connector/linear2/bias": 0.5}))
+  moved = str(base.rename(tmp_path / "moved"))
+  back = tmp_path / "back"
+  for arguments in (["export", "mooer", tuned, str(back)], ["verify", "llama", "none", tuned]):
+    assert main(arguments) == 2
+    assert "--base" in capsys.readouterr().err
+  assert main(["export", "mooer", tuned, str(back), "--base", moved]) == 0
+  status, printed = run(back, tuned, "--base", moved)
+  assert status == 0 and "passed" in printed
+  status, printed = run(sides[0], tuned, "--base", moved)
+  assert status == 1 and "bound: adapter, " in printed
 
 
 def test_an_encoder_and_a_language_model_alone(tmp_path, clips):
@@ -57,17 +201,101 @@ def test_an_encoder_and_a_language_model_alone(tmp_path, clips):
   import_checkpoint("paraformer", tmp_path / "funasr", tmp_path / "encoder")
   files = [clip.path for clip in clips[:2]]
   verdict = verify("paraformer", tmp_path / "funasr", tmp_path / "encoder", audio=files)
-  assert_close(verdict, ["features", "encoder"])
+  assert [row.stage for row in verdict.errors] == ["features", "encoder"]
+  assert verdict.failed == [] and verdict.agreement is None
+  rewrite(tmp_path / "funasr" / "model.pt", nudged("encoder.after_norm.bias"))
+  verdict = verify("paraformer", tmp_path / "funasr", tmp_path / "encoder", audio=files)
+  assert verdict.failed == ["encoder"]
+
   saved_llm(tmp_path / "hf", "llama")
   import_checkpoint("llama", tmp_path / "hf", tmp_path / "llm")
   verdict = verify("llama", tmp_path / "hf", tmp_path / "llm", max_new_tokens=5)
-  assert_close(verdict, ["logits"])
-  assert verdict.agreement == (5, 5)
+  assert [row.stage for row in verdict.errors] == ["logits"]
+  assert verdict.failed == [] and verdict.agreement == (5, 5)
 
 
-@pytest.mark.parametrize("kind, word", [("mooer", "--audio"), ("peft", "--llm")])
-def test_what_is_needed_is_named(tmp_path, kind, word, capsys):
+@pytest.mark.parametrize("dotted", [False, True], ids=["plain", "default-in-names"])
+def test_a_lora_of_peft(tmp_path, dotted):
+  base, _ = saved_llm(tmp_path / "hf", "qwen2")
+  import_checkpoint("qwen2", tmp_path / "hf", tmp_path / "base")
+  with_lora(base, rank=5, alpha=3, use_rslora=True).save_pretrained(tmp_path / "lora")
+  file = tmp_path / "lora" / "adapter_model.safetensors"
+  if dotted:
+    from safetensors.torch import load_file
+
+    state = {n.replace(".weight", ".default.weight"): t for n, t in load_file(file).items()}
+    torch.save(state, tmp_path / "lora" / "adapter_model.bin")
+    file.unlink()
+  import_checkpoint("peft", tmp_path / "lora", tmp_path / "ours", Options(base=tmp_path / "base"))
+  args = dict(llm=tmp_path / "hf", max_new_tokens=5)
+  verdict = verify("peft", tmp_path / "lora", tmp_path / "ours", **args)
+  assert verdict.failed == [] and verdict.agreement == (5, 5)
+  described = tmp_path / "lora" / "adapter_config.json"
+  described.write_text(json.dumps({**json.loads(described.read_text()), "lora_alpha": 4}))
+  assert "logits" in verify("peft", tmp_path / "lora", tmp_path / "ours", **args).failed
+
+
+def test_a_model_that_transformers_does_not_find_is_no_measure(tmp_path):
   saved_llm(tmp_path / "hf", "llama")
   import_checkpoint("llama", tmp_path / "hf", tmp_path / "llm")
-  assert main(["verify", kind, str(tmp_path / "hf"), str(tmp_path / "llm")]) == 2
-  assert word in capsys.readouterr().err
+  (tmp_path / "hf" / "model.safetensors").unlink()
+  nested = {"state_dict": llm("llama").state_dict()}
+  torch.save(nested, tmp_path / "hf" / "pytorch_model.bin")
+  with pytest.raises(ConversionError, match="transformers does not find lm_head.weight"):
+    verify("llama", tmp_path / "hf", tmp_path / "llm")
+
+
+@pytest.mark.parametrize(
+  "kind, words",
+  [
+    ("mooer", "--audio"),
+    ("peft", "--llm"),
+    ("deepspeed", "export that with the kind mooer"),
+    ("paraformer --audio a.wav", "has no encoders"),
+  ],
+)
+def test_what_is_needed_is_named(tmp_path, kind, words, capsys):
+  saved_llm(tmp_path / "hf", "llama")
+  import_checkpoint("llama", tmp_path / "hf", tmp_path / "llm")
+  kind, *more = kind.split()
+  assert main(["verify", kind, str(tmp_path / "hf"), str(tmp_path / "llm"), *more]) == 2
+  assert words in capsys.readouterr().err
+
+
+def test_a_lora_without_its_base_cannot_be_verified(tmp_path):
+  base, _ = saved_llm(tmp_path / "hf", "qwen2")
+  with_lora(base).save_pretrained(tmp_path / "lora")
+  import_checkpoint("peft", tmp_path / "lora", tmp_path / "ours")
+  with pytest.raises(ConversionError, match="no decoder .* import it with --base"):
+    verify("peft", tmp_path / "lora", tmp_path / "ours", llm=tmp_path / "hf")
+
+
+def test_only_what_is_within_its_bound_is_held():
+  for stage, bound in BOUNDS.items():
+    absolute = stage == "features"
+    for size, held in ((bound, True), (1.01 * bound, False), (float("nan"), False)):
+      row = Error(stage, size if absolute else 9.0, 9.0 if absolute else size)
+      assert row.held == held
+      assert Verdict([row]).failed == ([] if held else [stage])
+  assert Verdict([], (3, 4)).failed == ["tokens"] and Verdict([], (4, 4)).failed == []
+
+
+def test_tokens_that_one_side_lacks_differ():
+  assert same_tokens([[1, 2, 3], [4]], [[1, 2, 3], [4]]) == (4, 4)
+  assert same_tokens([[1, 2], [4]], [[1, 2, 3], [5]]) == (2, 4)
+  assert same_tokens([[2, 3]], [[1, 2, 3]]) == (0, 3)
+
+
+def test_small_divergences_are_computed_in_float64():
+  """Of logits x and x + e, KL is half the variance of e under x's softmax, up to e's cube."""
+  rng = np.random.default_rng(0)
+  x_AV = (3 * rng.normal(size=(4, 50))).astype(np.float32)
+  y_AV = (x_AV + 1e-4 * rng.normal(size=x_AV.shape)).astype(np.float32)
+  e_AV = y_AV.astype(np.float64) - x_AV
+  p_AV = np.exp(x_AV.astype(np.float64))
+  p_AV /= p_AV.sum(-1, keepdims=True)
+  variance_A = (p_AV * e_AV**2).sum(-1) - (p_AV * e_AV).sum(-1) ** 2
+  found = accuracy("here", x_AV, y_AV)
+  np.testing.assert_allclose(found.mean_kl, variance_A.mean() / 2, rtol=1e-3)
+  np.testing.assert_allclose(found.largest_kl, variance_A.max() / 2, rtol=1e-3)
+  assert found.agreement == 1
