@@ -1,0 +1,96 @@
+"""What an answer of a speech LLM says: its words, the class it names, its keywords."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from mooer_jax.evaluation.alignment import align, count
+
+# Marks that GigaSpeech writes into its transcripts.
+_TAGS = re.compile(r"<(?:COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT|SIL|NOISE|MUSIC|OTHER)>")
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_SEPARATOR = re.compile(r"[,;\n•]")
+_NUMBERING = re.compile(r"^\s*(?:\(?\d+[.)]|[-*])\s*")
+_LABEL = re.compile(r"^[^:,;\n]*\bkey ?words?\b[^:,;\n]*:", re.IGNORECASE)
+_AND = re.compile(r"^\s*and\s+", re.IGNORECASE)
+
+
+def words(text: str) -> list[str]:
+  """Cuts an English text into words: lower case, no punctuation, apostrophes within words stay.
+
+  A hyphen parts two words; Unicode NFKC; GigaSpeech's tags (`<COMMA>`, `<SIL>`, …) go. Numbers and
+  spellings stay as they are written.
+
+  Source: our choice. The SALMONN paper does not say how its transcripts were normalised.
+  """
+  plain = unicodedata.normalize("NFKC", _TAGS.sub(" ", text)).replace("’", "'")
+  return _WORD.findall(plain.lower())
+
+
+def named_class(answer: str, forms: Mapping[str, Sequence[str]]) -> str | None:
+  """The class that an answer begins with, else the only one that it names; None where neither.
+
+  Args:
+    answer: a word or a sentence.
+    forms: by class the words that name it, in lower case.
+  """
+  class_of = {form: name for name, given in forms.items() for form in given}
+  said = words(answer)
+  if said and said[0] in class_of:
+    return class_of[said[0]]
+  named = {class_of[word] for word in said if word in class_of}
+  return named.pop() if len(named) == 1 else None
+
+
+def keywords(text: str) -> list[str]:
+  """The keywords of a list, normalised by `words`, each once and in order.
+
+  Commas, semicolons, bullets and line breaks part them; a heading (`Keywords:`), numbering and a
+  leading `and` go.
+  """
+  listed = (
+    _AND.sub("", _NUMBERING.sub("", part)) for part in _SEPARATOR.split(_LABEL.sub("", text))
+  )
+  normal = (" ".join(words(part)) for part in listed)
+  return list(dict.fromkeys(keyword for keyword in normal if keyword))
+
+
+def keyword_accuracy(answer: str, reference: str, *, asked: int = 3) -> float:
+  """Share of the keywords asked for that the answer gives and the reference has, 0 to 1.
+
+  The first `asked` keywords of the answer count; too few of them count as wrong ones. Of a
+  reference with fewer keywords only as many are asked.
+
+  Raises:
+    ValueError: if the reference has no keyword.
+
+  Source: our choice. The paper says accuracy; SALMONN's code asks for exactly three keywords and
+  does not score them.
+  """
+  wanted = keywords(reference)
+  if not wanted:
+    raise ValueError(f"the reference {reference!r} has no keywords; give them with commas between")
+  given = keywords(answer)[:asked]
+  return len(set(given) & set(wanted)) / min(asked, len(wanted))
+
+
+def contains(answer: str, phrase: str) -> bool:
+  """Whether the words of a phrase stand in an answer, one after the other."""
+  said, wanted = words(answer), words(phrase)
+  starts = range(len(said) - len(wanted) + 1)
+  return bool(wanted) and any(said[i : i + len(wanted)] == wanted for i in starts)
+
+
+def is_transcript(answer: str, transcript: str) -> bool:
+  """Whether an answer merely writes down the speech: at most half of its words differ.
+
+  The words are `words`; "differ" is the word error rate of the answer against the transcript.
+  """
+  return count(align(words(transcript), words(answer))).rate <= 0.5
+
+
+def distinct_words(answer: str) -> int:
+  """Number of different words in an answer, SALMONN's diversity of a story (paper, section 4.3)."""
+  return len(set(words(answer)))

@@ -1,0 +1,194 @@
+"""Runs SALMONN's 15 tasks: decodes what annotation files are there, scores, prints one table."""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mooer_jax.evaluation import suite_report
+from mooer_jax.evaluation.outside_scores import judgement_sheet, read_judgements, read_scores
+from mooer_jax.evaluation.salmonn_suite import ROWS, score_task
+from mooer_jax.evaluation.task_scorers import Extras, Row, Scored
+from mooer_jax.evaluation.text_files import read_text, replace_file, write_text
+
+_GIVEN = (".scores.json", ".judgements.json")
+_OURS = ("suite.json",)
+_WIDTH = 160
+
+
+def run_suite(
+  annotations: str | Path,
+  out: str | Path,
+  decode: Callable[[Path], Mapping[str, str]],
+  *,
+  identity: str = "",
+) -> dict[str, Scored | str]:
+  """Decodes and scores every task whose annotation file is there, and prints the table.
+
+  Annotation files, each `{"annotation": [{"path", "text", "task", "Q"}, …]}`, are sought by name:
+  librispeech_test_clean.json, librispeech_test_other.json, gigaspeech_test.json,
+  covost2_en_zh.json, audiocaps.json, librispeech_phones.json (phones with blanks between),
+  iemocap.json (neutral, happy, sad, angry), musiccaps.json, librimix.json (both transcripts, in the
+  order that counts), voxceleb1.json (yes, no; the second clip in `expand_wav`), covost2_en_de.json,
+  covost2_en_ja.json, inspec.json (keywords with commas between), wikiqa.json, slurp.json (`Q` the
+  slot, `text` its value), audiocaps_story.json, sac.json. For wikiqa and slurp a further field
+  `transcript` in every entry tells answers that merely transcribe.
+
+  Leaves in `out`: suite.json and suite.txt, after each task; hypotheses/NAME.text; the forms
+  to_judge/NAME.json. Reads from `out`, since they belong to one model's answers:
+  NAME.scores.json and NAME.judgements.json (see `evaluation.outside_scores`). A second run decodes
+  only tasks that have no hypotheses yet, and scores all.
+
+  Args:
+    annotations: folder of the annotation files; other .json files in it are named in the output.
+    out: folder to write to.
+    decode: answers by key (`entry_key`) for an annotation file; clips that cannot be read are left
+      out.
+    identity: what the answers depend on, such as the checkpoint and the decoding options; answers
+      of another one are not mixed with these.
+
+  Returns:
+    By name of the annotation file without .json: the result, or why it was not run.
+
+  Raises:
+    FileNotFoundError: if there is no such folder.
+    ValueError: if none of the files is there; if a file is not of its kind; if `out` holds answers
+      of another identity or annotation, or scores without their answers.
+  """
+  annotations, out = Path(annotations), Path(out)
+  if not annotations.is_dir():
+    raise FileNotFoundError(f"{annotations}: no such folder of annotation files")
+  there = [row for row in ROWS if (annotations / row.file).is_file()]
+  if not there:
+    names = ", ".join(row.file for row in ROWS)
+    raise ValueError(f"{annotations}: holds none of the suite's annotation files: {names}")
+  unknown = _unknown(annotations, out)
+  # Everything is read and checked before hours of decoding.
+  entries = {row.stem: _checked_entries(annotations / row.file, row) for row in there}
+  sources = {row.stem: _source(annotations / row.file, identity) for row in there}
+  for row in there:
+    _check_left(out, row, sources[row.stem])
+    _extras(out, row)
+
+  results: dict[str, Scored | str] = {
+    row.stem: "not run yet" if row in there else f"no {row.file}" for row in ROWS
+  }
+  for row in there:
+    hypotheses = _hypotheses(out, row, annotations, sources[row.stem], decode)
+    _check_keys(hypotheses, entries[row.stem], row)
+    if row.judged:
+      sheet = judgement_sheet(entries[row.stem], hypotheses, row.judged)
+      _write_json(out / "to_judge" / row.file, sheet)
+    results[row.stem] = score_task(row, entries[row.stem], hypotheses, _extras(out, row))
+    _report(out, results, unknown, identity)
+  print((out / "suite.txt").read_text("utf-8"), end="")
+  return results
+
+
+def entry_key(number: int, entry: Mapping[str, Any]) -> str:
+  """The key of an annotation entry: its number in the file and its clip's name."""
+  return f"{number:07d}-" + re.sub(r"\s+", "_", Path(entry["path"]).stem)
+
+
+def _checked_entries(path: Path, row: Row) -> dict[str, dict[str, Any]]:
+  """Entries by key; scoring the references themselves shows whether they can be scored."""
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON: {error}") from error
+  listed = content.get("annotation") if isinstance(content, dict) else None
+  if not isinstance(listed, list) or not listed:
+    raise ValueError(f'{path}: holds no entries; needed is {{"annotation": [{{"path": …}}, …]}}')
+  for number, entry in enumerate(listed):
+    fields = entry if isinstance(entry, dict) else {}
+    if not all(isinstance(fields.get(name), str) for name in ("path", "text")):
+      raise ValueError(f"{path}: annotation[{number}] is {entry!r}; it needs a path and a text")
+  entries = {entry_key(number, entry): entry for number, entry in enumerate(listed)}
+  score_task(row, entries, {key: entry["text"] for key, entry in entries.items()})
+  return entries
+
+
+def _source(path: Path, identity: str) -> dict[str, str]:
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  return {"annotation_sha256": digest, "identity": identity}
+
+
+def _check_left(out: Path, row: Row, source: dict[str, str]) -> None:
+  """Refuses what an earlier run left of other answers."""
+  record = out / "hypotheses" / row.file
+  text = record.with_suffix(".text")
+  if record.is_file() and text.is_file():
+    left = json.loads(record.read_text("utf-8"))
+    if left != source:
+      raise ValueError(
+        f"{text}: these answers are of {left}, not {source}; remove the file, or choose another"
+        " folder"
+      )
+    return
+  for ending in _GIVEN:
+    if (given := out / f"{row.stem}{ending}").is_file():
+      raise ValueError(f"{given}: belongs to answers that are no longer there; remove the file")
+
+
+def _hypotheses(out, row, annotations, source, decode) -> dict[str, str]:
+  record = out / "hypotheses" / row.file
+  text = record.with_suffix(".text")
+  if not (record.is_file() and text.is_file()):
+    write_text(text, decode(annotations / row.file))
+    _write_json(record, source)  # last: it says that the answers are complete
+  return read_text(text)
+
+
+def _check_keys(hypotheses, entries, row) -> None:
+  if foreign := [key for key in hypotheses if key not in entries]:
+    raise ValueError(
+      f"{row.file}: {len(foreign)} answers belong to no entry, first {foreign[0]!r}; entries have"
+      f" keys such as {next(iter(entries))!r}"
+    )
+
+
+def _extras(out: Path, row: Row) -> Extras:
+  scores, judgements = (out / f"{row.stem}{ending}" for ending in _GIVEN)
+  return Extras(
+    read_scores(scores, row.metrics) if row.outside and scores.is_file() else None,
+    read_judgements(judgements) if row.judged and judgements.is_file() else None,
+  )
+
+
+def _unknown(annotations: Path, out: Path) -> list[str]:
+  """Names of .json files that nothing here reads, a hint beside misplaced ones."""
+  known = {row.file for row in ROWS}
+  given = {f"{row.stem}.scores.json" for row in ROWS if row.outside}
+  given |= {f"{row.stem}.judgements.json" for row in ROWS if row.judged}
+  found = []
+  for path in sorted(annotations.glob("*.json")):
+    if path.name not in known and annotations.resolve() != out.resolve():
+      found.append(f"{path}" + (f" (belongs in {out})" if path.name in given else ""))
+  for path in sorted(out.glob("*.json")):
+    ours = {*_OURS, *given, *(known if annotations.resolve() == out.resolve() else ())}
+    if path.name not in ours:
+      found.append(str(path))
+  return found
+
+
+def _report(out: Path, results: dict[str, Scored | str], unknown: list[str], identity: str):
+  content = {
+    "identity": identity,
+    "unknown_files": unknown,
+    "tasks": suite_report.as_dict(ROWS, results),
+  }
+  _write_json(out / "suite.json", content)
+  text = io.StringIO()
+  Console(file=text, width=_WIDTH).print(suite_report.table(ROWS, results))
+  lines = suite_report.notes(ROWS, results) + [f"not read: {name}" for name in unknown]
+  replace_file(out / "suite.txt", text.getvalue() + "".join(f"{line}\n" for line in lines))
+
+
+def _write_json(path: Path, content: Any) -> None:
+  text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+  replace_file(path, text + "\n")
