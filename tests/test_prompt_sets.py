@@ -1,0 +1,47 @@
+"""The prompt files in configs/prompts."""
+
+import json
+
+import pytest
+
+SPEECH = "<Speech><SpeechHere></Speech>"
+# Tasks whose prompt takes the question, or the name of the slot, of an utterance.
+WITH_QUESTION = {"QA", "inference_QA", "gender_QA", "slot_filling"}
+# SALMONN's training tasks, by their names in its annotation files.
+TRAINED = {
+  "asr",
+  "translation_ec",
+  "audiocaption",
+  "phone_recognition",
+  "emotion_recognition",
+  "music_description",
+  "speech_separation",
+  "speaker_verification",
+  "gender_recognition",
+  "QA",
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(repo_root):
+  return json.loads((repo_root / "configs/prompts/salmonn.json").read_text("utf-8"))
+
+
+def test_all_training_tasks_are_there(prompts):
+  assert prompts.keys() >= TRAINED
+
+
+def test_every_task_has_several_prompts_with_the_speech_once(prompts):
+  for task, listed in prompts.items():
+    assert 4 <= len(listed) <= 8, task
+    assert len(set(listed)) == len(listed), task
+    for prompt in listed:
+      assert prompt.count(SPEECH) == prompt.count("<Speech") - 1 == 1, prompt
+      assert prompt == prompt.strip() and prompt != SPEECH, prompt
+
+
+def test_a_question_stands_where_one_is_given_and_only_there(prompts):
+  for task, listed in prompts.items():
+    for prompt in listed:
+      assert prompt.count("{}") == (task in WITH_QUESTION), prompt
+      assert "{" not in prompt.replace("{}", ""), prompt
