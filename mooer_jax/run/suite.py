@@ -72,19 +72,22 @@ def run_suite(
   entries = {row.stem: _checked_entries(annotations / row.file, row) for row in there}
   sources = {row.stem: _source(annotations / row.file, identity) for row in there}
   for row in there:
-    _check_left(out, row, sources[row.stem])
+    _hypotheses(out, row, sources[row.stem])
     _extras(out, row)
 
   results: dict[str, Scored | str] = {
     row.stem: "not run yet" if row in there else f"no {row.file}" for row in ROWS
   }
   for row in there:
-    hypotheses = _hypotheses(out, row, annotations, sources[row.stem], decode)
-    _check_keys(hypotheses, entries[row.stem], row)
+    decoded = _hypotheses(out, row, sources[row.stem])
+    if decoded is None:
+      answers = decode(annotations / row.file)
+      _check_keys(answers, entries[row.stem], row)
+      decoded = _keep(out, row, sources[row.stem], answers)
     if row.judged:
-      sheet = judgement_sheet(entries[row.stem], hypotheses, row.judged)
+      sheet = judgement_sheet(entries[row.stem], decoded, row.judged)
       _write_json(out / "to_judge" / row.file, sheet)
-    results[row.stem] = score_task(row, entries[row.stem], hypotheses, _extras(out, row))
+    results[row.stem] = score_task(row, entries[row.stem], decoded, _extras(out, row))
     _report(out, results, unknown, identity)
   print((out / "suite.txt").read_text("utf-8"), end="")
   return results
@@ -118,29 +121,29 @@ def _source(path: Path, identity: str) -> dict[str, str]:
   return {"annotation_sha256": digest, "identity": identity}
 
 
-def _check_left(out: Path, row: Row, source: dict[str, str]) -> None:
-  """Refuses what an earlier run left of other answers."""
+def _hypotheses(out: Path, row: Row, source: Mapping[str, str]) -> dict[str, str] | None:
+  """The answers that an earlier run left, None if there are none; others' are refused."""
   record = out / "hypotheses" / row.file
   text = record.with_suffix(".text")
   if record.is_file() and text.is_file():
-    left = json.loads(record.read_text("utf-8"))
-    if left != source:
+    if (left := json.loads(record.read_text("utf-8"))) != source:
       raise ValueError(
         f"{text}: these answers are of {left}, not {source}; remove the file, or choose another"
         " folder"
       )
-    return
+    return read_text(text)
   for ending in _GIVEN:
     if (given := out / f"{row.stem}{ending}").is_file():
       raise ValueError(f"{given}: belongs to answers that are no longer there; remove the file")
+  return None
 
 
-def _hypotheses(out, row, annotations, source, decode) -> dict[str, str]:
+def _keep(out, row, source, answers) -> dict[str, str]:
   record = out / "hypotheses" / row.file
   text = record.with_suffix(".text")
-  if not (record.is_file() and text.is_file()):
-    write_text(text, decode(annotations / row.file))
-    _write_json(record, source)  # last: it says that the answers are complete
+  record.unlink(missing_ok=True)  # it says that the answers are complete, so it comes last
+  write_text(text, answers)
+  _write_json(record, source)
   return read_text(text)
 
 
