@@ -1,8 +1,8 @@
 """The prompt files in configs/prompts."""
 
-import json
-
 import pytest
+
+from mooer_jax.prompts import fill_template, read_prompts
 
 SPEECH = "<Speech><SpeechHere></Speech>"
 # Tasks whose prompt takes the question, or the name of the slot, of an utterance.
@@ -24,7 +24,7 @@ TRAINED = {
 
 @pytest.fixture(scope="module")
 def prompts(repo_root):
-  return json.loads((repo_root / "configs/prompts/salmonn.json").read_text("utf-8"))
+  return read_prompts(repo_root / "configs/prompts/salmonn.json")
 
 
 def test_all_training_tasks_are_there(prompts):
@@ -45,3 +45,12 @@ def test_a_question_stands_where_one_is_given_and_only_there(prompts):
     for prompt in listed:
       assert prompt.count("{}") == (task in WITH_QUESTION), prompt
       assert "{" not in prompt.replace("{}", ""), prompt
+
+
+@pytest.mark.parametrize("question", ["name of the artist", ""])
+def test_the_templates_take_every_prompt(prompts, question):
+  for task, listed in prompts.items():
+    for prompt in listed:
+      if question or task not in WITH_QUESTION:
+        before, after = fill_template("vicuna", prompt, question)
+        assert before.endswith("<Speech>") and after.startswith("</Speech>")

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mooer_jax.data.annotation import read_annotation
 from mooer_jax.evaluation import suite_report
 from mooer_jax.evaluation.outside_scores import judgement_sheet, read_judgements, read_scores
 from mooer_jax.evaluation.salmonn_suite import ROWS, score_task
@@ -94,23 +95,13 @@ def run_suite(
 
 
 def entry_key(number: int, entry: Mapping[str, Any]) -> str:
-  """The key of an annotation entry: its number in the file and its clip's name."""
+  """The key of an annotation entry, as the data pipeline has it: its number and clip's name."""
   return f"{number:07d}-" + re.sub(r"\s+", "_", Path(entry["path"]).stem)
 
 
 def _checked_entries(path: Path, row: Row) -> dict[str, dict[str, Any]]:
   """Entries by key; scoring the references themselves shows whether they can be scored."""
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON: {error}") from error
-  listed = content.get("annotation") if isinstance(content, dict) else None
-  if not isinstance(listed, list) or not listed:
-    raise ValueError(f'{path}: holds no entries; needed is {{"annotation": [{{"path": …}}, …]}}')
-  for number, entry in enumerate(listed):
-    fields = entry if isinstance(entry, dict) else {}
-    if not all(isinstance(fields.get(name), str) for name in ("path", "text")):
-      raise ValueError(f"{path}: annotation[{number}] is {entry!r}; it needs a path and a text")
+  listed = read_annotation(str(path))
   entries = {entry_key(number, entry): entry for number, entry in enumerate(listed)}
   score_task(row, entries, {key: entry["text"] for key, entry in entries.items()})
   return entries

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mooer_jax.data import annotation
 from mooer_jax.evaluation.salmonn_suite import ROWS
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.run.suite import entry_key, run_suite
@@ -141,7 +142,7 @@ def test_a_misplaced_or_misnamed_file_is_named(folder, tmp_path):
     ("sac.json", "{", "not JSON"),
     ("sac.json", "[]", "holds no entries"),
     ("sac.json", '{"annotation": []}', "holds no entries"),
-    ("sac.json", '{"annotation": [{"path": "a.wav"}]}', r"annotation\[0\].*a path and a text"),
+    ("sac.json", '{"annotation": [{"path": "a.wav"}]}', r"annotation\[0\] has text=None"),
     ("sac.json", '{"annotation": ["a.wav"]}', r"annotation\[0\]"),
     ("iemocap.json", '{"annotation": [{"path": "a.wav", "text": "bored"}]}', "'bored'"),
     ("other.json", "{}", "none of the suite's annotation files: librispeech_test_clean.json, "),
@@ -164,6 +165,16 @@ def test_folders_and_keys_that_do_not_fit_are_named(folder, tmp_path):
   with pytest.raises(ValueError, match="iemocap.json: 1 answers belong to no entry, first 'me'"):
     run_suite(folder, tmp_path / "out", lambda path: {"me": "sad"})
   assert not (tmp_path / "out/hypotheses").exists()  # the next run decodes again
+
+
+def test_keys_are_those_of_the_data_pipeline(folder):
+  _write(folder, "sac.json", *"abc")
+  (folder / "a clip").mkdir()
+  for i in range(3):
+    (folder / f"a clip/{i} x.wav").write_bytes(b"RIFF")
+  path = str(folder / "sac.json")
+  read = [u.key for piece in annotation.pieces(path) for u in annotation.read_piece(piece)]
+  assert read == [entry_key(n, e) for n, e in enumerate(annotation.read_annotation(path))]
 
 
 def test_the_docstring_lists_the_files():
