@@ -23,7 +23,7 @@ def words(text: str) -> list[str]:
   A hyphen parts two words; Unicode NFKC; GigaSpeech's tags (`<COMMA>`, `<SIL>`, …) go. Numbers and
   spellings stay as they are written.
 
-  Source: our choice. The SALMONN paper does not say how its transcripts were normalised.
+  Source: our choice; SALMONN's public code does not score, so its normalisation is not known.
   """
   plain = unicodedata.normalize("NFKC", _TAGS.sub(" ", text)).replace("’", "'")
   return _WORD.findall(plain.lower())
@@ -92,5 +92,5 @@ def is_transcript(answer: str, transcript: str) -> bool:
 
 
 def distinct_words(answer: str) -> int:
-  """Number of different words in an answer, SALMONN's diversity of a story (paper, section 4.3)."""
+  """Number of different words in an answer, SALMONN's diversity of a story."""
   return len(set(words(answer)))
