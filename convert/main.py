@@ -81,6 +81,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   verifying.add_argument("--max-new-tokens", type=int, default=40)
   verifying.set_defaults(run=_verify)
 
+  joining = commands.add_parser("join", help="encoders and an LLM in one checkpoint, to train on")
+  joining.add_argument("out", type=Path, metavar="OUT", help="checkpoint folder to make")
+  joining.add_argument("parts", type=Path, nargs="+", metavar="PART", help="imported parts")
+  joining.add_argument("--overwrite", action="store_true")
+  joining.set_defaults(run=_join)
+
   inspecting = commands.add_parser("inspect", help="what is in a file or folder")
   inspecting.add_argument("path", type=Path, metavar="PATH")
   inspecting.add_argument("--short", action="store_true", help="totals only")
@@ -133,6 +139,15 @@ def _export(args) -> int:
     shard_bytes=args.shard_size,
     overwrite=args.overwrite,
   ))  # fmt: skip
+  return 0
+
+
+def _join(args) -> int:
+  from .joining import join
+
+  leaves = join(args.out, args.parts, overwrite=args.overwrite)
+  count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+  print(f"{args.out}: {len(leaves)} leaves, {count / 1e6:.2f} M parameters")
   return 0
 
 

@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe, pack, convert."""
+"""The command `mooer-jax`: transcribe (or ask), pack, convert."""
 
 import argparse
 import importlib
@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+
+from mooer_jax.prompts import SPEECH, TEMPLATES
 
 _GENERATION = {
   "num_beams": (int, "answers followed side by side"),
@@ -51,11 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_transcribe(commands):
-  parser = commands.add_parser("transcribe", help="audio files to text")
+  parser = commands.add_parser("transcribe", aliases=["ask"], help="audio files to text")
   parser.add_argument("audio", nargs="+", help="wav, flac, ogg, opus, mp3; with [data] m4a, wma")
   parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
   parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
   parser.add_argument("--task", default=None, help="default: the only one, else asr")
+  parser.add_argument(
+    "--prompt",
+    help=f"what to ask instead of the task's prompt; {SPEECH} in it is where the speech stands, \\n"
+    " a line break",
+  )
+  parser.add_argument(
+    "--template",
+    choices=sorted(TEMPLATES),
+    help="chat format around the prompt; none: as it stands; default: the checkpoint's",
+  )
   parser.add_argument("--json", type=Path, help="also write the results here")
   parser.add_argument(
     "--dtype",
@@ -86,6 +98,8 @@ def _transcribe(args) -> int:
   results = transcriber.transcribe(
     args.audio,
     task=args.task,
+    prompt=None if args.prompt is None else args.prompt.replace("\\n", "\n"),
+    template=args.template,
     batch_size=args.batch_size,
     seed=args.seed,
     progress=sys.stderr.isatty() and len(args.audio) > 1,

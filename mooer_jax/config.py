@@ -176,7 +176,9 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
 def default_frontend(encoder: Encoder) -> Frontend:
   """The features that an encoder was made for."""
   if isinstance(encoder, WhisperConfig):
-    return LogMelConfig(bins=encoder.input_width)
+    frontend = LogMelConfig(bins=encoder.input_width)
+    samples = encoder.max_frames * frontend.hop_length
+    return dataclasses.replace(frontend, chunk_s=samples / frontend.sample_rate_hz)
   if isinstance(encoder, BEATsConfig):
     return BEATS_FRONTEND
   return FrontendConfig()
@@ -255,7 +257,12 @@ def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> Spee
 
 def differences(a: SpeechLLMConfig, b: SpeechLLMConfig) -> dict[str, tuple[Any, Any]]:
   """What two models differ in: {path in config.json: (a's value, b's value)}."""
-  of_a, of_b = (_leaves(to_json(config)) for config in (a, b))
+  return json_differences(to_json(a), to_json(b))
+
+
+def json_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """What two config.json differ in: {path: (a's value, b's value)}."""
+  of_a, of_b = _leaves(a), _leaves(b)
   paths = sorted({*of_a, *of_b})
   return {p: (of_a.get(p), of_b.get(p)) for p in paths if of_a.get(p) != of_b.get(p)}
 

@@ -45,6 +45,7 @@ class Batch:
     answer_BS: int32, answer and eos; below 0 is padding, on the right. A row of padding only has
       0 frames and no answer.
     task_B: int32, which of config.prompts a row answers, -1 for padding; None where nobody asks.
+    encoded: whether `features` are the encoders' frames [B, T, D] already, from a cache.
   """
 
   features: tuple[Array, ...]
@@ -53,6 +54,7 @@ class Batch:
   after_BS: Array
   answer_BS: Array
   task_B: Array | None = None
+  encoded: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def encoder_modules(config: SpeechLLMConfig):
@@ -124,19 +126,27 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
 
 def encode(params: dict, batch: Batch, config: SpeechLLMConfig, rngs: dict | None = None):
   """Normalises features, runs the encoders and joins their frames: ([B, T, D], valid [B, T])."""
+  return join(params, encode_each(params, batch, config, rngs), config)
+
+
+def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, rngs: dict | None = None):
+  """Each encoder's frames by its name: {name: ([B, T, D], valid [B, T])}."""
   streams = {}
   for number, (name, module) in enumerate(encoder_modules(config).items()):
     features, frames_B = jnp.asarray(batch.features[number]), jnp.asarray(batch.frames[number])
     if features.ndim == 2:
       features, frames_B = features_jax(features, frames_B, config.frontends[number])
     valid_BT = jnp.arange(features.shape[1])[None] < frames_B[:, None]
+    if batch.encoded:
+      streams[name] = features.astype(config.compute.jnp_dtype), valid_BT
+      continue
     if config.frontends[number].normalised:
       cmvn = params["frontend"][name]
       features = (features + cmvn["shift"]) * cmvn["scale"]
     features = jnp.where(valid_BT[..., None], features, 0)
     variables = {"params": params["encoders"][name]}
     streams[name] = module.apply(variables, features, valid_BT, rngs=rngs)
-  return join(params, streams, config)
+  return streams
 
 
 def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):

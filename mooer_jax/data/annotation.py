@@ -12,7 +12,6 @@ from mooer_jax.data.shards import RawUtterance, Skip
 _AT_A_TIME = 64  # entries that are shuffled as one shard
 
 
-@functools.lru_cache(maxsize=4)
 def read_annotation(path: str) -> list[dict[str, Any]]:
   """The entries of `{"annotation": [{"path", "text", "task", "Q", "expand_wav"}, …]}`.
 
@@ -25,8 +24,14 @@ def read_annotation(path: str) -> list[dict[str, Any]]:
   file = Path(path)
   if not file.is_file():
     raise FileNotFoundError(f"{path}: no such annotation file")
+  return _entries(str(path), file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
+  del written_ns  # a file that was written again is read again
   try:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{path}: not JSON: {error}") from error
   entries = content.get("annotation") if isinstance(content, dict) else None

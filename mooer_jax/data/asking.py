@@ -8,7 +8,14 @@ import numpy as np
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.shards import RawUtterance, Skip
-from mooer_jax.prompts import QUESTION, encode_prompt, fill_template, read_prompts, task_prompt
+from mooer_jax.prompts import (
+  QUESTION,
+  SPEECH,
+  encode_prompt,
+  fill_template,
+  read_prompts,
+  task_prompt,
+)
 from mooer_jax.text.tokenizer import Tokenizer
 
 
@@ -38,29 +45,25 @@ class Asker:
     if config.task:
       task_prompt(config.task, own)  # or the error says what the model knows
     self.tasks = (config.task,) if config.task else tuple(own)
-    self._fixed = config.task
+    self._fixed, self._longest = config.task, config.prompt_tokens
     self._tokenizer, self._template, self._seed = tokenizer, model.template, config.seed
     self._prompts = {task: drawn.get(task, (own[task],)) for task in self.tasks}
     self._cut: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    self.before = self.after = 0
     for prompt in {prompt for prompts in self._prompts.values() for prompt in prompts}:
-      if QUESTION not in prompt:
-        self._cut[prompt] = self._encode(prompt, "")
+      asks = QUESTION in prompt
+      before_S, after_S = self._encode(prompt, "?" if asks else "")
+      if not asks:
+        self._cut[prompt] = before_S, after_S
       elif not config.prompt_tokens:
         raise ValueError(
           f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
-          " prompts are padded to"
+          " prompts with one are padded to"
         )
-      else:
-        fill_template(model.template, prompt, "?")  # or the error comes at the first utterance
-    self.before = max((len(before_S) for before_S, _ in self._cut.values()), default=0)
-    self.after = max((len(after_S) for _, after_S in self._cut.values()), default=0)
-    if config.prompt_tokens:
-      if max(self.before, self.after) > config.prompt_tokens:
-        raise ValueError(
-          f"data.prompt_tokens={config.prompt_tokens}, but a prompt without a question has"
-          f" {max(self.before, self.after)}"
-        )
-      self.before = self.after = config.prompt_tokens
+      asks_before = QUESTION in prompt.partition(SPEECH)[0]
+      sizes = (len(before_S), asks and asks_before), (len(after_S), asks and not asks_before)
+      before, after = (max(n, config.prompt_tokens) if padded else n for n, padded in sizes)
+      self.before, self.after = max(self.before, before), max(self.after, after)
 
   def __call__(self, raw: RawUtterance, draw: int) -> tuple[str, np.ndarray, np.ndarray] | Skip:
     """Returns (task, int32 tokens before the speech, after it), or why there are none.
@@ -87,9 +90,8 @@ class Asker:
       return Skip("bad question", raw.key, raw.shard, str(error))
     if len(before_S) > self.before or len(after_S) > self.after:
       longest = max(len(before_S), len(after_S))
-      return Skip(
-        "prompt too long", raw.key, raw.shard, f"{longest} tokens > data.prompt_tokens={self.after}"
-      )
+      found = f"{longest} tokens > data.prompt_tokens={self._longest}"
+      return Skip("prompt too long", raw.key, raw.shard, found)
     return task, before_S, after_S
 
   def _encode(self, prompt: str, question: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 from mooer_jax.audio.frontend import Frontend, num_frames, width
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.asking import Asker
+from mooer_jax.data.cache import DTYPE
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.shards import Skip
@@ -24,7 +25,8 @@ class HostBatch:
     keys: of the utterances, row by row.
     texts: their transcripts.
     tasks: what was asked of each.
-    audio_s: seconds of audio in it.
+    digests: of their audio, where a cache is read or made.
+    seconds: of their audio.
     skipped: what was left out since the batches before, each utterance once.
   """
 
@@ -32,20 +34,29 @@ class HostBatch:
   keys: tuple[str, ...] = flax.struct.field(pytree_node=False)
   texts: tuple[str, ...] = flax.struct.field(pytree_node=False)
   tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  audio_s: float = flax.struct.field(pytree_node=False)
+  digests: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  seconds: tuple[float, ...] = flax.struct.field(pytree_node=False)
   skipped: tuple[Skip, ...] = flax.struct.field(pytree_node=False)
+
+  @property
+  def audio_s(self) -> float:
+    """Seconds of audio in it."""
+    return sum(self.seconds)
 
 
 class Batcher:
   """Pads examples to the smallest bucket that holds them all."""
 
-  def __init__(self, config: DataConfig, model: SpeechLLMConfig, asker: Asker):
+  def __init__(
+    self, config: DataConfig, model: SpeechLLMConfig, asker: Asker, *, encoded: bool = False
+  ):
     """Works out the padded lengths.
 
     Args:
       config: batch size and buckets, which are lengths of the first encoder's features.
       model: what features its encoders take.
       asker: knows the lengths of prompts.
+      encoded: whether examples hold encoder frames instead of features.
 
     Raises:
       ValueError: if the longest bucket does not hold a clip of config.max_s.
@@ -61,6 +72,14 @@ class Batcher:
     self._rows = config.batch_size
     self._widths = [width(f) for f in frontends]
     self._lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
+    self._encoded, self._dtype = encoded, np.float32
+    if encoded:
+      self._widths = [encoder.width for encoder in model.encoders]
+      self._lengths = [
+        tuple(e.num_outputs(n) for e, n in zip(model.encoders, lengths, strict=True))
+        for lengths in self._lengths
+      ]
+      self._dtype = DTYPE
     self._answer_lengths = config.answer_buckets
     self._asker = asker
     # One task needs no sums of its own.
@@ -76,7 +95,7 @@ class Batcher:
     return [
       Batch(
         features=tuple(
-          jax.ShapeDtypeStruct((self._rows, length, channels), np.float32)  # type: ignore[misc]
+          jax.ShapeDtypeStruct((self._rows, length, channels), self._dtype)  # type: ignore[misc]
           for length, channels in zip(lengths, self._widths, strict=True)
         ),
         frames=tuple(ints() for _ in lengths),
@@ -84,6 +103,7 @@ class Batcher:
         after_BS=ints(self._asker.after),
         answer_BS=ints(answer_length),
         task_B=ints() if self._mixed else None,
+        encoded=self._encoded,
       )
       for lengths in reversed(self._lengths)
       for answer_length in reversed(self._answer_lengths)
@@ -102,7 +122,7 @@ class Batcher:
     most_answer = max(len(e.answer_S) for e in examples)
     answer_length = next(length for length in self._answer_lengths if most_answer <= length)
     features = tuple(
-      np.zeros((self._rows, length, channels), np.float32)
+      np.zeros((self._rows, length, channels), self._dtype)
       for length, channels in zip(lengths, self._widths, strict=True)
     )
     frames = tuple(np.zeros(self._rows, np.int32) for _ in lengths)
@@ -125,13 +145,15 @@ class Batcher:
       after_BS=after_BS,
       answer_BS=answer_BS,
       task_B=task_B if self._mixed else None,
+      encoded=self._encoded,
     )
     return HostBatch(
       batch=batch,
       keys=tuple(e.key for e in examples),
       texts=tuple(e.text for e in examples),
       tasks=tuple(e.task for e in examples),
-      audio_s=float(sum(e.seconds for e in examples)),
+      digests=tuple(e.digest for e in examples),
+      seconds=tuple(e.seconds for e in examples),
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
     )
 

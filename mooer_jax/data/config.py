@@ -17,8 +17,8 @@ class DataConfig:
       for tasks that are not named.
     prompts: file of prompts, {task: [prompts]}, from which one is drawn for each reading; "": the
       model's own, one for each task.
-    prompt_tokens: length in tokens that both sides of a prompt are padded to; needed where prompts
-      take questions, 0: the length of the longest prompt.
+    prompt_tokens: length in tokens that the side of a prompt with the question is padded to; needed
+      where prompts take questions.
     batch_size: utterances a batch, for one process (host).
     buckets: lengths in encoder input steps (MooER: 60 ms each) that a batch is padded to,
       ascending; the longest must hold a clip of max_s.
@@ -29,6 +29,8 @@ class DataConfig:
     window: utterances that are shuffled and sorted by length at a time, a multiple of batch_size.
       Memory is about 37 kB for each second of audio in it, and that for each worker.
     seed: of the order of shards and of batches.
+    cache_features: folder for the frames of frozen encoders, which are computed once, before
+      training; "": in every step. A second of audio takes 20 to 130 kB (float16).
     workers: worker processes that decode; each owns whole shards. 0: a thread of this process.
     prefetch: batches made ahead, for each worker.
     max_bad_share: the run stops once more than this share of the utterances read was skipped, or
@@ -49,6 +51,7 @@ class DataConfig:
   cut_longer: bool = False
   window: int = 2048
   seed: int = 0
+  cache_features: str = ""
   workers: int = 0
   prefetch: int = 4
   max_bad_share: float = 0.5

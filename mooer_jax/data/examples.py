@@ -8,6 +8,7 @@ from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.asking import Asker
+from mooer_jax.data.cache import EncodedCache, digest
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.kaldi import SPACE
 from mooer_jax.data.shards import RawUtterance, Skip
@@ -22,10 +23,11 @@ class Example:
   """An utterance ready to be put into a batch.
 
   Attributes:
-    features: for each encoder float32 [T, F], before CMVN.
+    features: for each encoder float32 [T, F], before CMVN; or its output frames, from a cache.
     task: what the model is asked, in the words before_S and after_S, int32 tokens.
     answer_S: int32, tokens of the transcript and eos.
     seconds: of audio.
+    digest: of the audio, where a cache is read or made.
     epoch: of the stream it was read in.
     skipped: what was left out between the utterance before and this one.
   """
@@ -38,6 +40,7 @@ class Example:
   after_S: np.ndarray
   answer_S: np.ndarray
   seconds: float
+  digest: str = ""
   epoch: int = 0
   skipped: tuple[Skip, ...] = ()
 
@@ -53,6 +56,7 @@ class Reader:
     asker: gives each utterance its prompt.
     needs_answer: whether an utterance without a usable answer is skipped (training) or kept with
       no answer tokens (evaluation, where its text is only a reference).
+    cache: of the encoders' frames, which then stand in for the features.
   """
 
   config: DataConfig
@@ -60,6 +64,7 @@ class Reader:
   model: SpeechLLMConfig
   asker: Asker
   needs_answer: bool
+  cache: EncodedCache | None = None
 
   def __call__(self, raw: RawUtterance, draw: int = 0) -> Example | Skip:
     """Returns the example, or why there is none; `draw` is as of `Asker`."""
@@ -80,6 +85,10 @@ class Reader:
     if problem and self.needs_answer:
       return skip(*problem)
     limits = self.config
+    name = "" if self.cache is None else digest(raw)
+    if self.cache is not None and name in self.cache:
+      frames, seconds = self.cache.read(name)
+      return Example(raw.key, text, frames, *asked, answer, seconds, name)
     try:
       waveform_N, seconds = self._waveform(raw)
       if seconds < limits.min_s:
@@ -89,6 +98,8 @@ class Reader:
       made = tuple(features(waveform_N, frontend) for frontend in self.model.frontends)
     except AudioError as error:
       return skip(_AUDIO_CAUSES.get(error.cause, error.cause), str(error))
+    if self.cache is not None:
+      return skip("not cached", f"changed since {self.cache.folder} was made")
     return Example(raw.key, text, made, *asked, answer, seconds)
 
   def _waveform(self, raw: RawUtterance) -> tuple[np.ndarray, float]:
@@ -120,3 +131,26 @@ class Reader:
         f"{len(tokens)} tokens > data.answer_buckets[-1]={longest}",
       )
     return np.asarray(tokens, np.int32), None
+
+
+@dataclasses.dataclass(frozen=True)
+class UncachedReader:
+  """Reads each clip once whose frames a cache lacks; to fill it.
+
+  Attributes:
+    reader: makes the examples.
+    seen: digests of what the cache has; those of what is read are added.
+  """
+
+  reader: Reader
+  seen: set[str]
+
+  def __call__(self, raw: RawUtterance, draw: int = 0) -> Example | Skip:
+    name = digest(raw)
+    if name in self.seen:
+      return Skip("cached", raw.key, raw.shard)
+    made = self.reader(raw, draw)
+    if isinstance(made, Skip):
+      return made
+    self.seen.add(name)
+    return dataclasses.replace(made, digest=name)

@@ -1,5 +1,6 @@
 """Endless training batches and one-pass evaluation batches, as Grain datasets."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -13,8 +14,9 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data import annotation
 from mooer_jax.data.asking import Asker
 from mooer_jax.data.batching import Batcher, HostBatch
+from mooer_jax.data.cache import EncodedCache
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.examples import Reader
+from mooer_jax.data.examples import Reader, UncachedReader
 from mooer_jax.data.iterators import EvalIterator, TrainIterator
 from mooer_jax.data.shards import read_list
 from mooer_jax.data.stream import UtteranceStream
@@ -26,6 +28,7 @@ def train_batches(
   tokenizer: Tokenizer,
   model: SpeechLLMConfig,
   *,
+  cache: EncodedCache | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.IterDataset:
@@ -38,6 +41,7 @@ def train_batches(
     config: see DataConfig.
     tokenizer: of the language model.
     model: its features, template and prompts.
+    cache: with the encoders' frames of all clips, see `uncached_batches`.
     process_index: which of the processes (hosts) this is.
     process_count: each process reads every process_count-th shard.
 
@@ -61,8 +65,8 @@ def train_batches(
   batches = _TrainBatches(
     config,
     shards[process_index::process_count],
-    Reader(config, tokenizer, model, asker, needs_answer=True),
-    Batcher(config, model, asker),
+    Reader(config, tokenizer, model, asker, needs_answer=True, cache=cache),
+    Batcher(config, model, asker, encoded=cache is not None),
   )
   return _Described(
     _ahead(batches, config, config.workers),
@@ -102,6 +106,35 @@ def eval_batches(
     _ahead(batches, config, min(1, config.workers)),
     _description(config, shards, process_index, process_count),
   )
+
+
+def uncached_batches(
+  config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig, known: set[str]
+) -> grain.IterDataset:
+  """One pass over the clips that a cache lacks, whatever task they are of, each of them once.
+
+  Args:
+    config, tokenizer, model: as of `train_batches`.
+    known: digests of the clips that it has; those that are read are added.
+  """
+  asker = Asker(config, tokenizer, model)
+  reader = UncachedReader(Reader(config, tokenizer, model, asker, needs_answer=False), known)
+  config = dataclasses.replace(config, max_bad_share=1.0)
+  batches = _EvalBatches(config, _list(config, asker), reader, Batcher(config, model, asker))
+  return _ahead(batches, config, 0)
+
+
+def dataset_name(config: DataConfig) -> str:
+  """What tells the shards of one data set from those of another."""
+  files = "\n".join(
+    f"{path} {os.path.getsize(path.partition('#')[0])} {os.path.getmtime(path.partition('#')[0])}"
+    for path in (
+      annotation.pieces(config.shards)
+      if config.shards.endswith(".json")
+      else read_list(config.shards)
+    )
+  )
+  return f"{zlib.crc32(files.encode()):08x} {config.task} {config.min_s} {config.max_s}"
 
 
 def _list(config: DataConfig, asker: Asker) -> list[str]:
@@ -160,7 +193,9 @@ def _description(config, shards, process_index, process_count) -> dict[str, Any]
 class _Batches(grain.IterDataset):
   """What both kinds of batches are made from; Grain slices it between workers."""
 
-  def __init__(self, config: DataConfig, shards: list[str], reader: Reader, batcher: Batcher):
+  def __init__(
+    self, config: DataConfig, shards: list[str], reader: Reader | UncachedReader, batcher: Batcher
+  ):
     super().__init__()
     self.config, self.shards = config, shards
     self.reader, self.batcher = reader, batcher

@@ -28,6 +28,8 @@ CAUSES = (
   "not finite",
   "too short",
   "too long",
+  "not cached",  # audio that changed after its encoder frames were kept
+  "cached",  # only while a cache is made
 )
 
 

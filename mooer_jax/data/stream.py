@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
 
 from mooer_jax.data import annotation
 from mooer_jax.data.asking import copies
-from mooer_jax.data.examples import Example, Reader
+from mooer_jax.data.examples import Example
 from mooer_jax.data.shards import RawUtterance, Skip, read_shard
 
 
@@ -31,7 +31,7 @@ class UtteranceStream:
   def __init__(
     self,
     shards: Sequence[str],
-    reader: Reader,
+    reader: Callable[[RawUtterance, int], Example | Skip],
     *,
     seed: int | None,
     max_bad_share: float,

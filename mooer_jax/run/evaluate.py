@@ -18,6 +18,9 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import eval_batches
 from mooer_jax.data.shards import Skip
 from mooer_jax.evaluation import report
+from mooer_jax.evaluation.by_task import score_by_task
+from mooer_jax.evaluation.by_task import table as task_table
+from mooer_jax.evaluation.by_task import write as write_by_task
 from mooer_jax.evaluation.score import Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.tokens import METRICS
@@ -40,7 +43,7 @@ class EvalConfig:
     shards: `data.list` of the test set.
     references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
       MooER's test sets, else the transcripts in the shards.
-    task: the prompt.
+    task: the prompt; "": each utterance's own task, and each is scored by itself.
     batch_size: utterances decoded together.
     out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
       of the folder of the test set.
@@ -50,6 +53,7 @@ class EvalConfig:
     skip_missing: leave utterances without a hypothesis out, as MooER's script does.
     max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
       decoded.
+    lora_scale: of LoRA, -1 for that of training.
     bleu_tokenize: sacrebleu's tokenizer where the task translates, by the target language: "13a",
       "zh", "char", …
   """
@@ -63,6 +67,7 @@ class EvalConfig:
   space_mark: str = "blank"
   skip_missing: bool = False
   max_s: float = 0.0
+  lora_scale: float = -1.0
   bleu_tokenize: str = "13a"
 
 
@@ -98,6 +103,7 @@ def evaluate(
   if references is None:
     lost = {s.key: s.text for s in decoded.skipped if s.text}
     references = {**lost, **decoded.transcripts}
+  by_task = score_by_task(decoded.tasks, references, decoded.hypotheses) if decoded.tasks else {}
   translated = bleu_of(options, references, decoded.hypotheses)
   missing = "skip" if options.skip_missing else "count"
   scores = {
@@ -119,6 +125,9 @@ def evaluate(
   }
   report.write_report(out, scores[options.metric], name=options.shards, details=details)
   console = Console()
+  if by_task:
+    write_by_task(out / "tasks.json", by_task)
+    console.print(task_table(by_task))
   console.print(report.table({_SHORT[metric]: s for metric, s in scores.items()}))
   if translated:
     console.print(f"{translated.details}\n{translated.signature}", markup=False, soft_wrap=True)
@@ -138,6 +147,7 @@ class Decoded:
 
   hypotheses: dict[str, str]
   transcripts: dict[str, str]
+  tasks: dict[str, str]  # where each utterance has its own
   skipped: list[Skip]
   audio_s: float = 0.0
   cut: int = 0  # answers that max_new_tokens cut off
@@ -171,25 +181,29 @@ def decode_set(
     task=options.task,
     task_weights={},
     prompts="",
+    cache_features="",
     max_bad_share=1.0,
     max_s=longest_s,
     **({"buckets": (*buckets, longest)} if longest > buckets[-1] else {}),
   )
+  lora_scale = None if options.lora_scale < 0 else options.lora_scale
   key = jax.random.key(config.get("seed", 0))
-  decoded = Decoded({}, {}, [])
+  decoded = Decoded({}, {}, {}, [])
   batches = eval_batches(data, tokenizer, model)
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("decoding", total=None)
     for number, host_batch in enumerate(batches):
       batch_key = jax.random.fold_in(key, number)
       generated = jax.device_get(
-        generate(params, host_batch.batch, model, generation, key=batch_key)
+        generate(params, host_batch.batch, model, generation, key=batch_key, lora_scale=lora_scale)
       )
       for row, name in enumerate(host_batch.keys):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]]
         decoded.cut += not generated.finished_B[row]
         decoded.hypotheses[name] = tokenizer.decode(tokens)
         decoded.transcripts[name] = host_batch.texts[row]
+        if not options.task:
+          decoded.tasks[name] = host_batch.tasks[row]
       decoded.skipped += host_batch.skipped
       decoded.audio_s += host_batch.audio_s
       done = len(decoded.hypotheses)

@@ -11,7 +11,15 @@ import numpy as np
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
 from mooer_jax.audio.frontend import width
-from mooer_jax.config import SpeechLLMConfig, differences, from_json
+from mooer_jax.config import (
+  SpeechLLMConfig,
+  from_json,
+  frontend_from_json,
+  json_differences,
+  part_from_json,
+  part_to_json,
+  to_json,
+)
 from mooer_jax.run.config import Run
 from mooer_jax.run.program import stored
 from mooer_jax.training.sharding import param_shardings
@@ -43,7 +51,7 @@ def initial_params(
   have: dict = {}
   if start_from is not None:
     saved = checkpoint.describe(start_from, base=base)
-    _check_same_model(from_json(saved.config), run.model, start_from, exactly)
+    _check_same_model(saved.config, run.model, start_from, exactly)
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
     stacked = jax.eval_shape(tree.stack_layers, loaded)
@@ -68,14 +76,32 @@ def initial_params(
   return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
 
 
-def _check_same_model(saved: SpeechLLMConfig, wanted: SpeechLLMConfig, folder: Path, exactly):
-  free = "" if exactly else r"(prompts|template|max_audio_s).*|.*dropout"
-  if not exactly and not saved.decoder.lora_rank:
+def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactly):
+  """Compares config.json with the config; that of joined parts only says what they are."""
+  free = "" if exactly else r"(prompts|template|max_audio_s|frontends/\d+/chunk_s).*|.*dropout"
+  if not exactly:
+    free += r"|encoders/\d+/(context|trim)"
+  if not exactly and not saved.get("decoder", {}).get("lora_rank"):
     free += r"|decoder/lora_.*"
-  different = {p: v for p, v in differences(saved, wanted).items() if not re.fullmatch(free, p)}
+  described = to_json(wanted)
+  if "connector" not in saved:
+    described = {name: described[name] for name in saved if name in described}
+    saved = {**saved, "encoders": [_again(part_from_json, e) for e in saved.get("encoders", ())]}
+    saved |= {"frontends": [_again(frontend_from_json, f) for f in saved.get("frontends", ())]}
+    saved |= {"decoder": _again(part_from_json, saved["decoder"])} if "decoder" in saved else {}
+  else:
+    saved = to_json(from_json(saved))
+  different = {
+    p: v for p, v in json_differences(saved, described).items() if not re.fullmatch(free, p)
+  }
   if different:
     said = "; ".join(f"{p} is {a!r}, the config says {b!r}" for p, (a, b) in different.items())
     raise ValueError(f"{folder} holds another model than the config describes: {said}")
+
+
+def _again(read, section: dict) -> dict:
+  """A section with all keys that this version has."""
+  return part_to_json(read(section, "config.json"))
 
 
 def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:

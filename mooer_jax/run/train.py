@@ -13,6 +13,7 @@ from mooer_jax.data.asking import Asker
 from mooer_jax.data.batching import Batcher
 from mooer_jax.data.pipeline import train_batches
 from mooer_jax.run.config import Run
+from mooer_jax.run.feature_cache import fill_cache
 from mooer_jax.run.initial import initial_params, initial_state, measure_cmvn
 from mooer_jax.run.monitor import Monitor, StopRequest
 from mooer_jax.run.program import CompiledStep, jitted_step
@@ -61,10 +62,11 @@ def train(config: ConfigDict) -> Path:
   tokenizer = read_tokenizer(config, start_from)
   check_vocabulary(tokenizer, run.model)
 
-  dataset = train_batches(run.data, tokenizer, run.model)
   params = initial_params(
     run, mesh, start_from, exactly=bool(resumed), base=base if resumed else None
   )
+  cache = fill_cache(run, params, tokenizer, mesh) if run.data.cache_features else None
+  dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
     params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
   tx = make_optimizer(run.optimizer)
@@ -98,7 +100,7 @@ def train(config: ConfigDict) -> Path:
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
     asker = Asker(run.data, tokenizer, run.model)
-    shapes = Batcher(run.data, run.model, asker).shapes()
+    shapes = Batcher(run.data, run.model, asker, encoded=cache is not None).shapes()
     train_step = CompiledStep(jitted, state, frozen, shapes, monitor.message)
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)

@@ -1,0 +1,76 @@
+"""`convert join OUT PART …`: encoders and an LLM in one checkpoint, for training to begin with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mooer_jax import tree
+from mooer_jax.checkpoint import Checkpoint, Lazy, describe, find, read_leaves
+
+from .errors import ConversionError
+from .folders import SOURCE_FILE, copier, keep_apart, read_json, save_checkpoint
+
+
+def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[str, Lazy]:
+  """Copies the leaves of several checkpoints into one, tensor by tensor.
+
+  What lies between the encoders and the LLM is not there yet; training makes it.
+
+  Args:
+    out: the checkpoint to make.
+    parts: checkpoints of encoders, in the order that their frames shall stand in, and of one LLM.
+    overwrite: replace what is there.
+
+  Returns:
+    path -> leaf of all that was written.
+
+  Raises:
+    FileNotFoundError, FileExistsError: for a part and the target.
+    ConversionError: if two parts hold the same thing, or one is no such part.
+  """
+  opened = [describe(find(part)) for part in parts]
+  keep_apart(out, [path for about in opened for path in (about.folder, about.base)])
+  if out.exists() and not overwrite:
+    raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+  config: dict[str, Any] = {"encoders": [], "frontends": []}
+  leaves: dict[str, Lazy] = {}
+  style: dict[str, Any] = {}
+  kept: dict[str, tuple[Path, ...]] = {}
+  tokenizer: list[Path] = []
+  for about in opened:
+    unknown = sorted(set(about.config) - {"encoders", "frontends", "decoder"})
+    if unknown:
+      raise ConversionError(
+        f"{about.folder} is no encoder and no LLM alone: it has {', '.join(unknown)}"
+      )
+    for path in tree.flatten(about.params):
+      if path in leaves:
+        raise ConversionError(f"{about.folder} has {path}, as another part has")
+      leaves[path] = _lazy(about, path)
+    config["encoders"] += about.config.get("encoders", [])
+    config["frontends"] += about.config.get("frontends", [])
+    if "decoder" in about.config:
+      config["decoder"] = about.config["decoder"]
+      tokenizer = sorted(about.tokenizer.iterdir())
+    for folder in about.sources:
+      style |= read_json(folder / SOURCE_FILE)["style"]
+      kept |= {p.name: tuple(sorted(p.iterdir())) for p in sorted(folder.iterdir()) if p.is_dir()}
+  if "decoder" not in config or not config["encoders"]:
+    found = "no LLM" if config["encoders"] else "no encoder"
+    raise ConversionError(f"{found} among {', '.join(map(str, parts))}; needed are both")
+  save_checkpoint(
+    out,
+    leaves,
+    config=config,
+    kind="join",
+    style=style,
+    tokenizer=copier(tokenizer),
+    kept=kept,
+    overwrite=overwrite,
+  )
+  return leaves
+
+
+def _lazy(about: Checkpoint, path: str) -> Lazy:
+  leaf = tree.flatten(about.params)[path]
+  return Lazy(leaf.shape, leaf.dtype, lambda: read_leaves(about, [path])[path])

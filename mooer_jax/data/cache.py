@@ -1,0 +1,124 @@
+"""Frames of frozen encoders on disk, so that an epoch does not pay for the encoders again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mooer_jax.data.shards import RawUtterance
+
+DTYPE = np.float16
+_INDEX, _DONE = "index.jsonl", "complete"
+
+
+def digest(raw: RawUtterance) -> str:
+  """What identifies the audio of an utterance, in whatever shard it lies."""
+  made = hashlib.blake2b(digest_size=16)
+  for part in (raw.audio, *raw.more):
+    made.update(len(part).to_bytes(8, "little") + part)
+  return made.hexdigest()
+
+
+class EncodedCache:
+  """A folder with a file of frames for each encoder, and an index of clips.
+
+  Writing appends, so an interrupted run goes on; a torn end is cut off when it is opened to write.
+  It can be pickled, so data workers may hold it.
+  """
+
+  def __init__(self, folder: str | Path, widths: Mapping[str, int]):
+    """Opens a folder to read; it need not exist.
+
+    Args:
+      folder: of these encoders alone.
+      widths: name of the encoder -> values of a frame.
+    """
+    self.folder, self.widths = Path(folder), dict(widths)
+    self._clips: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {}
+    self._ends = (0,) * len(self.widths)
+    index = self.folder / _INDEX
+    if index.is_file():
+      for line in index.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+          self._add(*json.loads(line))
+    self._frames: list[np.ndarray] | None = None
+
+  def __reduce__(self):
+    return EncodedCache, (self.folder, self.widths)
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._clips
+
+  def __len__(self) -> int:
+    return len(self._clips)
+
+  def names(self) -> list[str]:
+    """Digests of the clips."""
+    return list(self._clips)
+
+  def read(self, name: str) -> tuple[tuple[np.ndarray, ...], float]:
+    """Of a clip, by its digest: float16 [T, D] for each encoder, and its length in seconds."""
+    if self._frames is None:
+      self._frames = [
+        np.memmap(self._file(encoder), DTYPE, "r").reshape(-1, width)
+        for encoder, width in self.widths.items()
+      ]
+    starts, lengths, seconds = self._clips[name]
+    parts = zip(self._frames, starts, lengths, strict=True)
+    return tuple(frames_TD[start : start + n] for frames_TD, start, n in parts), seconds
+
+  def write(self, clips: Sequence[tuple[str, Sequence[np.ndarray], float]]) -> None:
+    """Appends (digest, frames [T, D] of each encoder, seconds) of clips that are not there.
+
+    Raises:
+      ValueError: if a value is not finite in float16.
+    """
+    self._cut_torn_ends()
+    lines = []
+    for number, encoder in enumerate(self.widths):
+      with self._file(encoder).open("ab") as file:
+        for _, frames, _ in clips:
+          x_TD = np.asarray(frames[number], np.float32)
+          if not (np.abs(x_TD) <= np.finfo(DTYPE).max).all():
+            raise ValueError(
+              f"the {encoder} encoder gives values that float16 does not hold (largest"
+              f" {np.abs(x_TD).max()}); train without data.cache_features"
+            )
+          file.write(x_TD.astype(DTYPE).tobytes())
+    for name, frames, seconds in clips:
+      lengths = [len(x_TD) for x_TD in frames]
+      lines.append((name, self._ends, lengths, seconds))
+      self._add(*lines[-1])
+    with (self.folder / _INDEX).open("a", encoding="utf-8") as index:
+      index.writelines(json.dumps(line) + "\n" for line in lines)
+    self._frames = None
+
+  def complete(self, dataset: str) -> bool:
+    """Whether all clips of a data set (whatever names it) were looked at."""
+    done = self.folder / _DONE
+    return done.is_file() and dataset in done.read_text(encoding="utf-8").split("\n")
+
+  def mark_complete(self, dataset: str) -> None:
+    self.folder.mkdir(parents=True, exist_ok=True)
+    with (self.folder / _DONE).open("a", encoding="utf-8") as file:
+      file.write(dataset + "\n")
+
+  def _file(self, encoder: str) -> Path:
+    return self.folder / f"{encoder}.float16"
+
+  def _add(self, name: str, starts: Sequence[int], lengths: Sequence[int], seconds: float):
+    self._clips[name] = tuple(starts), tuple(lengths), seconds
+    self._ends = tuple(start + n for start, n in zip(starts, lengths, strict=True))
+
+  def _cut_torn_ends(self):
+    self.folder.mkdir(parents=True, exist_ok=True)
+    for (encoder, width), end in zip(self.widths.items(), self._ends, strict=True):
+      with self._file(encoder).open("ab") as file:
+        if file.tell() != (size := end * width * np.dtype(DTYPE).itemsize):
+          os.truncate(self._file(encoder), size)
+    index = self.folder / _INDEX
+    if index.is_file() and not (text := index.read_bytes()).endswith(b"\n") and text:
+      os.truncate(index, text.rfind(b"\n") + 1)

@@ -1,0 +1,73 @@
+"""Answers to several tasks, scored each by itself: what is right, and what is an answer at all."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from mooer_jax.evaluation.answers import words
+from mooer_jax.evaluation.score import ScoreConfig, score
+
+FEW = 25  # different references up to which a task is taken for a choice among them
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+  """How the answers to one task are.
+
+  Attributes:
+    count: utterances.
+    wer: errors in 100 words of the references, lower case and without punctuation.
+    accuracy: share of the answers that are the reference, word for word.
+    following: share of the answers that are one of those that the task's references have, right
+      or wrong; None where the references are too many to be a choice.
+  """
+
+  count: int
+  wer: float | None
+  accuracy: float
+  following: float | None
+
+
+def score_by_task(
+  tasks: Mapping[str, str], references: Mapping[str, str], hypotheses: Mapping[str, str]
+) -> dict[str, TaskScore]:
+  """Scores the answers of each task; an utterance without an answer counts as an empty one.
+
+  Args:
+    tasks: task by key.
+    references: text by key.
+    hypotheses: answer by key.
+  """
+  scores = {}
+  for task in dict.fromkeys(tasks.values()):
+    wanted = {key: " ".join(words(references[key])) for key, of in tasks.items() if of == task}
+    given = {key: " ".join(words(hypotheses.get(key, ""))) for key in wanted}
+    rate = score(wanted, given, ScoreConfig(metric="word", space_mark="blank")).rate
+    choices = set(wanted.values())
+    scores[task] = TaskScore(
+      count=len(wanted),
+      wer=100 * rate,
+      accuracy=sum(given[key] == text for key, text in wanted.items()) / len(wanted),
+      following=sum(text in choices for text in given.values()) / len(given)
+      if len(choices) <= FEW
+      else None,
+    )
+  return scores
+
+
+def table(scores: Mapping[str, TaskScore]) -> Table:
+  """A row for each task."""
+  made = Table("task", "utterances", "WER %", "accuracy %", "follows %")
+  for task, s in scores.items():
+    follows = "" if s.following is None else f"{100 * s.following:.1f}"
+    made.add_row(task, str(s.count), f"{s.wer:.2f}", f"{100 * s.accuracy:.1f}", follows)
+  return made
+
+
+def write(path: Path, scores: Mapping[str, TaskScore]) -> None:
+  """Writes them as JSON."""
+  rows = {task: dataclasses.asdict(s) for task, s in scores.items()}
+  path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

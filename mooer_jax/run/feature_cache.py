@@ -1,0 +1,84 @@
+"""The frames of frozen encoders, computed once before training."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from mooer_jax import checkpoint, speech_llm, tree
+from mooer_jax.config import to_json
+from mooer_jax.data.cache import EncodedCache
+from mooer_jax.data.pipeline import dataset_name, uncached_batches
+from mooer_jax.data.stream import BadDataError
+from mooer_jax.run.config import Run
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.training.sharding import batch_sharding
+
+
+def fill_cache(run: Run, params: dict, tokenizer: Tokenizer, mesh) -> EncodedCache:
+  """Runs the encoders over all clips of the data set whose frames are not there.
+
+  What is cached belongs to these encoders, their weights and the limits of length: with others, a
+  folder of its own is filled. An interrupted pass goes on where it stopped.
+
+  Args:
+    run: with data.cache_features.
+    params: of the whole model, on the mesh.
+    tokenizer: of the language model.
+    mesh: where the encoders run.
+
+  Raises:
+    ValueError: if an encoder is trained, or there is no checkpoint that it comes from.
+  """
+  trained, _ = tree.partition(params, run.trainable)
+  if moving := [p for p in tree.flatten(trained) if p.startswith(("encoders/", "frontend/"))]:
+    raise ValueError(
+      f"data.cache_features keeps what frozen encoders give, but {moving[0]} is trained; leave the"
+      " encoders out of config.trainable, or unset data.cache_features"
+    )
+  if run.init_from is None:
+    raise ValueError("data.cache_features needs the trained encoders of init_from")
+  model = run.model
+  widths = {encoder.kind: encoder.width for encoder in model.encoders}
+  cache = EncodedCache(Path(run.data.cache_features) / _stamp(run), widths)
+  name = dataset_name(run.data)
+  if cache.complete(name):
+    return cache
+  one_pass = dataclasses.replace(run.data, task_weights={}, prompts="", window=run.data.batch_size)
+  batches = uncached_batches(one_pass, tokenizer, model, {*cache.names()})
+  encode = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, model))
+  needed = {part: params.get(part, {}) for part in ("frontend", "encoders")}
+  with Progress(console=Console(stderr=True)) as progress:
+    bar = progress.add_task("encoding", total=None)
+    try:
+      for host in batches:
+        batch = jax.device_put(dataclasses.replace(host.batch, task_B=None), batch_sharding(mesh))
+        streams = jax.device_get(encode(needed, batch))
+        cache.write([
+          (digest, [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in streams.values()], seconds)
+          for row, (digest, seconds) in enumerate(zip(host.digests, host.seconds, strict=True))
+        ])  # fmt: skip
+        progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
+    except BadDataError:
+      if not len(cache):
+        raise
+      # nothing was left to do
+  cache.mark_complete(name)
+  return cache
+
+
+def _stamp(run: Run) -> str:
+  """Names what the frames follow from, besides the audio."""
+  assert run.init_from is not None
+  described = to_json(run.model)
+  names = ("encoders", "frontends", "min_audio_s", "channel")
+  of = {name: described[name] for name in names}
+  of["weights"] = checkpoint.describe(run.init_from).hash
+  of["cut"] = run.data.max_s if run.data.cut_longer else 0
+  of["dtype"] = run.model.compute.dtype
+  text = json.dumps(of, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
