@@ -142,7 +142,7 @@ def _digits(rng, casting, index, *, test, max_digits) -> Clip:
 def _speakers(rng, casting, index, *, test, max_digits) -> Clip:
   """Three or four turns whatever the number of people, so that turns do not tell it."""
   people = casting.draw_people(1 + index % 3)
-  order = [*people, *people, *people][: rng.integers(3, 5)]
+  order = (people * 4)[: rng.integers(3, 5)]
   rng.shuffle(order)
   turns = []
   for speaker in order:

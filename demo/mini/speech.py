@@ -92,6 +92,7 @@ def _record(speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def lanes_of(clips: list[Clip]) -> list[list[Clip]]:
   """The clips in lanes, those of the slow voices first."""
+
   def rank(clip: Clip):
     slow = any(turn.speaker.engine == "joe" for turn in clip.turns)
     # By voice, because changing it costs as much as a short sentence.

@@ -69,7 +69,7 @@ class Speaker:
 
   @property
   def sex(self) -> str | None:
-    """"female", "male", or None where the voice's definition does not say."""
+    """ "female", "male", or None where the voice's definition does not say."""
     if self.variant in FEMALE_VARIANTS:
       return "female"
     return "male" if self.variant in MALE_VARIANTS else NEURAL.get(self.voice)
