@@ -114,6 +114,14 @@ class Espeak:
       raise RuntimeError(f"{text!r} with {manner}: espeak-ng returned no speech (code {code})")
     return np.concatenate(self._chunks)
 
+  def restart_noise(self):
+    """Makes what is said next independent of other libraries in the process.
+
+    The klatt voices take their noise from the C library's generator, which all share.
+    """
+    ctypes.CDLL(None).srand(1)
+    self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
+
   def phonemes(self, text: str, voice: str) -> str:
     """Returns how a voice would say a text, in the International Phonetic Alphabet.
 

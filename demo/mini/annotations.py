@@ -1,4 +1,4 @@
-"""Clips and SALMONN's annotation files, written so that an interruption leaves nothing half done."""
+"""Clips and SALMONN's annotation files; an interruption leaves nothing half written."""
 
 import json
 import os

@@ -187,7 +187,7 @@ def problems_of(test: bool) -> dict[int, list[str]]:
   for a in range(21):
     for b in range(21):
       for sign, result in (("plus", a + b), ("minus", a - b), ("times", a * b)):
-        if max(a, b) > 10 and (sign != "minus" or b > 10) or not 0 <= result <= 20:
+        if (max(a, b) > 10 and (sign != "minus" or b > 10)) or not 0 <= result <= 20:
           continue
         pair = (a, b) if sign == "minus" else (min(a, b), max(a, b))
         if (zlib.crc32(f"{sign} {pair}".encode()) % 5 == 0) == test:

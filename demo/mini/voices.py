@@ -92,8 +92,8 @@ class Casting:
       self._groups.append((neural, [v for v in everyone if v in variants]))
     stated = {*FEMALE_VARIANTS, *MALE_VARIANTS}
     self._groups.append((None, [v for v in everyone if v not in stated]))
-    for _, variants in self._groups:
-      rng.shuffle(variants)
+    for _, order in self._groups:
+      rng.shuffle(order)
     self._turns = [0, 0, 0]
 
   def draw(self) -> Speaker:
@@ -167,6 +167,7 @@ def without_edges(speech: np.ndarray) -> np.ndarray:
 
 def _say_espeak(speaker: Speaker, text: str, speed: float) -> tuple[np.ndarray, int]:
   engine = synthesizer()
+  engine.restart_noise()
   if speaker.variant in RANDOM_VARIANTS:
     engine.define(speaker.variant, random_voice(speaker.variant))
   wpm = min(round(WORDS_PER_MINUTE * speed), 450)
