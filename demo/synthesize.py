@@ -108,7 +108,7 @@ def plan(config: SpeechConfig, split: str) -> list[Utterance]:
   rng = np.random.default_rng([config.seed, int(test)])
   utterances = []
   for index in range(count):
-    digits = _draw_digits(rng, config.max_digits, held_out=test)
+    digits = draw_digits(rng, config.max_digits, held_out=test)
     manner = Manner(
       # Voices take turns, so that each speaks equally often.
       voice=f"{ACCENTS[rng.integers(len(ACCENTS))]}+{variants[index % len(variants)]}",
@@ -149,7 +149,8 @@ def random_voice(name: str) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _draw_digits(rng, max_digits: int, *, held_out: bool) -> str:
+def draw_digits(rng, max_digits: int, *, held_out: bool) -> str:
+  """Draws a string of 1 (held out: 2) to `max_digits` digits, each length equally often."""
   length = int(rng.integers(2 if held_out else 1, max_digits + 1))
   while True:
     digits = "".join(map(str, rng.integers(0, 10, length)))

