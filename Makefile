@@ -3,6 +3,7 @@ PYTHON ?= python3
 # Extra arguments for pip, such as an index that has the CPU build of torch.
 PIP_ARGS ?=
 DEMO_ARGS ?=
+MINI_ARGS ?=
 PYTEST_ARGS ?=
 # Two workers: each takes about 2 GB.
 WORKERS ?= 2
@@ -13,10 +14,13 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 # constraints.txt was made on Python 3.11; newer Pythons resolve the ranges of pyproject.toml.
 CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo test lint types format nightly clean distclean
+.PHONY: demo mini-salmonn test lint types format nightly clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo.digits $(DEMO_ARGS)
+
+mini-salmonn: $(VENV)/.mini
+	$(BIN)/python -m demo.mini.recipe $(MINI_ARGS)
 
 test: $(VENV)/.dev lint types
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m "not nightly" $(PYTEST_ARGS)

@@ -82,7 +82,7 @@ def open_training(
   if missing := [part for part in ("encoders", "connector", "decoder") if part not in about.config]:
     raise ConversionError(f"--base {about.folder} has no {missing[0]}; give an imported release")
   config = from_json(about.config)
-  heard = config.encoders[0]
+  heard, _ = encoder.sanm_of(about)
   source = open_source(folder)
   below = {path: tuple(leaf.shape) for path, leaf in tree.flatten(about.params).items()}
   expected: dict[str, tuple[int, ...]] = {}

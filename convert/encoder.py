@@ -18,7 +18,7 @@ from mooer_jax.nn.compute import Compute
 
 from . import funasr_config
 from .engine import leaf_shapes, map_in, map_out, read_out, under
-from .errors import Problems
+from .errors import ConversionError, Problems
 from .folders import copier, kept_files
 from .readback import check_same
 from .readers import Source, open_source
@@ -203,6 +203,21 @@ def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:
   write_mvn(file.with_name(CMVN_FILE), *cmvn.values())
 
 
+def sanm_of(about: Checkpoint) -> tuple[SANMConfig, FrontendConfig]:
+  """The sizes and the features of a checkpoint's SAN-M.
+
+  Raises:
+    ConversionError: if it has none.
+  """
+  for number, section in enumerate(about.config.get("encoders", ())):
+    if section.get("kind") == SANMConfig.kind:
+      config = part_from_json(section, f"encoders[{number}]")
+      features = frontend_from_json(about.config["frontends"][number], f"frontends[{number}]")
+      if isinstance(features, FrontendConfig):
+        return config, features
+  raise ConversionError(f"{about.folder}: no SAN-M encoder in it")
+
+
 def export_folder(about: Checkpoint, folder: Path, *, prefix: str = "") -> None:
   """Writes FunASR's files of the encoder: `export`, and a config.yaml that tells the rest.
 
@@ -211,9 +226,8 @@ def export_folder(about: Checkpoint, folder: Path, *, prefix: str = "") -> None:
   Raises:
     ConversionError: if there is no SAN-M encoder, or it has what the files cannot say.
   """
+  config, features = sanm_of(about)
   export(about, folder / FUNASR_FILE, prefix=prefix)
-  config = part_from_json(about.config["encoders"][0], "encoders[0]")
-  features = frontend_from_json(about.config["frontends"][0], "frontends[0]")
   described = folder / funasr_config.FILE
   copier(kept_files(about, "encoder"))(folder)
   if not (

@@ -13,7 +13,8 @@ from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.checkpoint import Checkpoint
-from mooer_jax.config import SpeechLLMConfig, from_json, frontend_from_json, part_from_json
+from mooer_jax.config import SpeechLLMConfig, from_json, part_from_json
+from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.encoders.sanm import SANMEncoder
 from mooer_jax.generation import GenerationOptions
 from mooer_jax.generation.generate import generate, generate_from
@@ -22,7 +23,7 @@ from mooer_jax.prompts import fill_template, task_prompt
 from mooer_jax.text.tokenizer import Tokenizer
 
 from . import mooer, torch_side
-from .encoder import CMVN_FILE
+from .encoder import CMVN_FILE, sanm_of
 from .errors import ConversionError, Problems
 from .folders import style_of
 from .torch_side import Stages
@@ -101,8 +102,7 @@ def verify(
 
 
 def _paraformer(about: Checkpoint, src: Path, audio: Sequence[Path]) -> Verdict:
-  config = part_from_json(about.config["encoders"][0], "encoders[0]")
-  frontend = frontend_from_json(about.config["frontends"][0], "frontends[0]")
+  config, frontend = sanm_of(about)
   waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
   theirs = torch_side.hear(src / "model.pt", src / CMVN_FILE, config, frontend, waveforms)
   raw_BTF, frames_B = _padded([features(waveform_N, frontend) for waveform_N in waveforms])
@@ -181,7 +181,9 @@ def _mooer(
   config = from_json(about.config)
   task = _task(config, src)
   lora, notes = _lora(about, config, src / task)
-  frontend, sanm = config.frontends[0], config.encoders[0]
+  sanm, frontend = sanm_of(about)
+  if not isinstance(config.connector, LinearConfig):
+    raise ConversionError(f"{about.folder}: its connector is {config.connector.kind}, not MooER's")
   waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
   problems = Problems()
   llm = llm or mooer.find_llm(src, problems)

@@ -72,14 +72,13 @@ class Batcher:
     self._rows = config.batch_size
     self._widths = [width(f) for f in frontends]
     self._lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
-    self._encoded, self._dtype = encoded, np.float32
+    self._encoded = encoded
     if encoded:
       self._widths = [encoder.width for encoder in model.encoders]
       self._lengths = [
         tuple(e.num_outputs(n) for e, n in zip(model.encoders, lengths, strict=True))
         for lengths in self._lengths
       ]
-      self._dtype = DTYPE
     self._answer_lengths = config.answer_buckets
     self._asker = asker
     # One task needs no sums of its own.
@@ -95,7 +94,9 @@ class Batcher:
     return [
       Batch(
         features=tuple(
-          jax.ShapeDtypeStruct((self._rows, length, channels), self._dtype)  # type: ignore[misc]
+          jax.ShapeDtypeStruct(
+            (self._rows, length, channels), DTYPE if self._encoded else np.float32
+          )  # type: ignore[misc]
           for length, channels in zip(lengths, self._widths, strict=True)
         ),
         frames=tuple(ints() for _ in lengths),
@@ -122,7 +123,7 @@ class Batcher:
     most_answer = max(len(e.answer_S) for e in examples)
     answer_length = next(length for length in self._answer_lengths if most_answer <= length)
     features = tuple(
-      np.zeros((self._rows, length, channels), self._dtype)
+      np.zeros((self._rows, length, channels), DTYPE if self._encoded else np.float32)
       for length, channels in zip(lengths, self._widths, strict=True)
     )
     frames = tuple(np.zeros(self._rows, np.int32) for _ in lengths)

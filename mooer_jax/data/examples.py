@@ -106,7 +106,7 @@ class Reader:
     """All clips of an utterance, joined, and how long they are, seconds."""
     rate_hz, name = self.model.frontends[0].sample_rate_hz, f"{raw.key}.{raw.suffix}"
     pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
-    parts = []
+    parts: list[np.ndarray] = []
     for clip in (raw.audio, *raw.more):
       waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=self.model.channel, name=name)
       parts += [pause, waveform_N] if parts else [waveform_N]

