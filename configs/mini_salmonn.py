@@ -39,8 +39,11 @@ def get_config():
   config.data.prompt_tokens = 24
   config.data.batch_size = 16
   config.data.window = 1024
-  config.data.buckets = (500, 1000)  # log-mel frames of 10 ms
-  config.data.answer_buckets = (12, 24)
+  config.data.task_weights = dict(
+    asr=2.0, count=0.3, translate=0.4, keyword=0.3, sex=0.3, speakers=1.0, arithmetic=1.0
+  )
+  config.data.buckets = (250, 500, 1000)  # log-mel frames of 10 ms
+  config.data.answer_buckets = (24,)
   config.data.min_s = 0.1
   config.data.max_s = 10.0
   config.data.cache_features = "out/mini/cache"
@@ -49,12 +52,12 @@ def get_config():
   config.optimizer.warmup = "linear"
   config.optimizer.warmup_steps = 100
   config.optimizer.decay = "cosine"
-  config.optimizer.total_steps = 1500
+  config.optimizer.total_steps = 1200
   config.optimizer.grad_clip = 1.0
 
-  config.train.steps = 1500
+  config.train.steps = 1200
   config.train.log_every = 20
-  config.train.save_every = 250
+  config.train.save_every = 200
   config.train.keep = 2
 
   config.generation.max_new_tokens = 32

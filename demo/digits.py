@@ -27,7 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Sources of the first step, and those of the library that training never reaches: with them known,
 # a change elsewhere does not redo minutes of work.
 SYNTHESIZER = ("espeak", "synthesize")
-AFTER_TRAINING = ("cli.py", "transcribe.py", "run/evaluate.py")
+AFTER_TRAINING = (
+  "cli.py",
+  "transcribe.py",
+  "run/decoding.py",
+  "run/evaluate.py",
+  "run/probe.py",
+  "run/suite.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)

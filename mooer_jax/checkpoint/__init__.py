@@ -23,7 +23,7 @@ from mooer_jax.checkpoint.reading import (
   read_leaves,
   verify,
 )
-from mooer_jax.checkpoint.steps import find, keep_last, latest, step_folder, step_of
+from mooer_jax.checkpoint.steps import all_steps, find, keep_last, latest, step_folder, step_of
 from mooer_jax.checkpoint.writing import put_in_place, save
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
   "CheckpointError",
   "Lazy",
   "SaveError",
+  "all_steps",
   "describe",
   "find",
   "keep_last",

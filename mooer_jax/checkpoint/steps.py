@@ -19,6 +19,11 @@ def latest(workdir: str | Path) -> Path | None:
   return max(_steps(workdir), default=None, key=step_of)
 
 
+def all_steps(workdir: str | Path) -> list[Path]:
+  """All complete checkpoints in a run's folder, the oldest first."""
+  return sorted(_steps(workdir), key=step_of)
+
+
 def find(path: str | Path) -> Path:
   """The checkpoint that a user means: the folder itself, or the newest one of a run's folder.
 

@@ -63,7 +63,8 @@ class Run:
     if run.optimizer.decay != "constant" and run.train.steps > run.optimizer.total_steps:
       raise ValueError(
         f"train.steps={run.train.steps} goes on after optimizer.total_steps="
-        f"{run.optimizer.total_steps}, where the learning rate is 0; set both alike"
+        f"{run.optimizer.total_steps}, where the learning rate is"
+        f" {run.optimizer.end_lr:g}; set both alike"
       )
     if init_from and run.train.cmvn:
       raise ValueError(

@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 
 from mooer_jax.data.config import DataConfig
 from mooer_jax.nn.compute import Compute
-from mooer_jax.run.evaluate import EvalConfig
+from mooer_jax.run.activation import ActivationConfig
+from mooer_jax.run.decoding import EvalConfig
 from mooer_jax.run.setup import TrainConfig
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
@@ -18,6 +19,7 @@ _SECTIONS = {
   "train": TrainConfig,
   "mesh": MeshConfig,
   "eval": EvalConfig,
+  "activation": ActivationConfig,
 }
 # Decided elsewhere: by training or decoding, by the config's one seed.
 _NOT_SET = ("compute.scan", "data.seed")

@@ -41,7 +41,7 @@ class TrainConfig:
 
 
 SECTIONS = {
-  "model", "compute", "data", "optimizer", "train", "mesh", "generation", "eval",
+  "model", "compute", "data", "optimizer", "train", "mesh", "generation", "eval", "activation",
   "seed", "workdir", "init_from", "trainable",
   "tokenizer", "characters", "specials", "eos",
 }  # fmt: skip

@@ -12,6 +12,7 @@ from mooer_jax.config import to_json
 from mooer_jax.data.asking import Asker
 from mooer_jax.data.batching import Batcher
 from mooer_jax.data.pipeline import train_batches
+from mooer_jax.run.activation import with_own_answers
 from mooer_jax.run.config import Run
 from mooer_jax.run.feature_cache import fill_cache
 from mooer_jax.run.initial import initial_params, initial_state, measure_cmvn
@@ -42,6 +43,7 @@ def train(config: ConfigDict) -> Path:
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
+  config = with_own_answers(config)
   run = Run.read(config)
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   _check_rows(run, mesh)

@@ -18,8 +18,10 @@ class OptimizerConfig:
     peak_lr: learning rate at the end of the warm-up.
     warmup_steps: updates of warm-up.
     warmup: "log" (peak * ln(step) / ln(warmup_steps)) or "linear".
-    decay: "linear" or "cosine" to 0 at total_steps, or "constant".
-    total_steps: updates until the learning rate is 0.
+    decay: "linear" or "cosine" to end_lr at total_steps, "cosine_from_start" (SALMONN), "constant".
+    total_steps: updates until the learning rate is end_lr.
+    start_lr: where a linear warm-up begins.
+    end_lr: where the decay ends.
     betas: decay rates of Adam's first and second moment.
     eps: added to the root of the second moment.
     weight_decay: decoupled (AdamW); not applied to norms and biases. 0 is plain Adam.
@@ -31,6 +33,8 @@ class OptimizerConfig:
   warmup: str = "log"
   decay: str = "linear"
   total_steps: int = 1_000_000
+  start_lr: float = 0.0
+  end_lr: float = 0.0
   betas: tuple[float, float] = (0.9, 0.999)
   eps: float = 1e-8
   weight_decay: float = 0.0
@@ -53,6 +57,8 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     total_steps=config.total_steps,
     warmup=config.warmup,
     decay=config.decay,
+    start_lr=config.start_lr,
+    end_lr=config.end_lr,
   )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-import mooer_jax.run.evaluate
+import mooer_jax.run.decoding
 from mooer_jax.data.shards import read_list
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.run.evaluate import evaluate
@@ -67,7 +67,7 @@ def test_translations_are_scored_with_sacrebleu_and_transcripts_beside_them(
 def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monkeypatch):
   config.train.steps = 2
   folder = train(config)
-  monkeypatch.setattr(mooer_jax.run.evaluate, "generate", None)  # decoding would fail otherwise
+  monkeypatch.setattr(mooer_jax.run.decoding, "generate", None)  # decoding would fail otherwise
   config.eval.references = str(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match=r"eval\.references=.*nowhere"):
     evaluate(config, config.workdir)

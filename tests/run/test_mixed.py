@@ -8,15 +8,20 @@ import pytest
 
 from convert.joining import join
 from mooer_jax import checkpoint, speech_llm
+from mooer_jax.audio.decode import load_audio
+from mooer_jax.audio.frontend import features
 from mooer_jax.config import part_to_json
+from mooer_jax.prompts import encode_prompt, fill_template
+from mooer_jax.run.decoding import load
 from mooer_jax.run.defaults import default_config
 from mooer_jax.run.evaluate import evaluate
+from mooer_jax.run.probe import lora_sweep, perplexity
 from mooer_jax.run.setup import read_model
 from mooer_jax.run.train import train
 from mooer_jax.text.tokenizer import Tokenizer
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 ?\n"
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 ?\n<>/SH"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,16 @@ def _without_none(node):
   return {key: _without_none(value) for key, value in node.items() if value is not None}
 
 
+@pytest.fixture(scope="module")
+def trained(settings, base):
+  """A run of two checkpoints."""
+  folder, config = settings
+  config = config.copy_and_resolve_references()
+  config.workdir, config.data.cache_features = str(folder / "trained"), ""
+  config.train.steps, config.train.save_every = 2, 1
+  return train(config)
+
+
 def _metrics(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -133,6 +148,87 @@ def test_cached_frames_train_alike_and_each_task_is_scored(settings, base, tmp_p
   scores = json.loads((tmp_path / "scored/tasks.json").read_text())
   assert {task: s["count"] for task, s in scores.items()} == {"asr": 6, "keyword": 6}
   assert "keyword" in capsys.readouterr().out
+
+
+def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_path, capsys):
+  _, config = settings
+  config = config.copy_and_resolve_references()
+  config.eval.out = str(tmp_path / "probe")
+  run = trained.parent
+  rows = perplexity(config, str(run), instructions=["asr"], scales=[0.0, 8.0])
+  assert {(r.step, r.scale) for r in rows} == {(s, x) for s in (1, 2) for x in (0.0, 8.0)}
+  assert {r.instruction for r in rows} == {"(none)", "asr"}
+  assert {r.task for r in rows} == {"asr", "keyword"} and all(r.perplexity > 1 for r in rows)
+  changed = {(r.step, r.instruction, r.task): r.perplexity for r in rows if r.scale == 8.0}
+  plain = {(r.step, r.instruction, r.task): r.perplexity for r in rows if r.scale == 0.0}
+  assert all(changed[key] != plain[key] for key in plain)
+  # The task's own prompt at the trained scale: the loss that training sees.
+  assert (tmp_path / "probe/perplexity.png").stat().st_size > 5000
+
+  points = lora_sweep(config, str(run), scales=[0.0, 8.0])
+  assert {(p.scale, p.task, p.count) for p in points} == {
+    (scale, task, 6) for scale in (0.0, 8.0) for task in ("asr", "keyword")
+  }
+  assert (tmp_path / "probe/lora_sweep.png").stat().st_size > 5000
+  assert "(none)" in capsys.readouterr().out
+
+
+def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path):
+  """Summed by hand, clip by clip, from the logits of one utterance at a time."""
+  folder, config = settings
+  config = config.copy_and_resolve_references()
+  config.eval.out = str(tmp_path / "probe")
+  rows = perplexity(config, str(trained), instructions=["asr"])
+  params, model, tokenizer, _ = load(config, trained)
+  found = next(r for r in rows if (r.instruction, r.task) == ("asr", "asr"))
+  nats = tokens = 0.0
+  for entry in json.loads((folder / "train.json").read_text())["annotation"]:
+    if entry["task"] != "asr":
+      continue
+    x_TF = features(load_audio(entry["path"]), model.frontends[0])
+    prompt = fill_template(model.template, dict(model.prompts)["asr"])
+    before, after = encode_prompt(tokenizer, prompt)
+    answer = [*tokenizer.encode(entry["text"]), tokenizer.eos_id]
+    batch = speech_llm.Batch(
+      features=(x_TF[None],),
+      frames=(np.array([len(x_TF)]),),
+      before_BS=np.array([before]),
+      after_BS=np.array([after]),
+      answer_BS=np.array([answer]),
+    )
+    logits_AV = np.asarray(speech_llm.answer_logits(params, batch, model)[0], np.float64)
+    log_p_AV = logits_AV - np.log(np.exp(logits_AV).sum(-1, keepdims=True))
+    nats -= log_p_AV[np.arange(len(answer)), answer].sum()
+    tokens += len(answer)
+  assert found.tokens == tokens
+  # answer_logits without lora_scale is the trained one
+  np.testing.assert_allclose(found.perplexity, np.exp(nats / tokens), rtol=1e-4)
+
+
+def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
+  settings, trained, tmp_path, monkeypatch
+):
+  folder, config = settings
+  config = config.copy_and_resolve_references()
+  config.workdir, config.init_from = str(tmp_path / "tuned"), str(trained)
+  config.activation.shards = str(folder / "train.json")
+  config.activation.task, config.activation.clips = "asr", 4
+  config.data.cache_features = ""
+  config.train.steps = 1
+  config.optimizer.warmup_steps = 0
+  with monkeypatch.context() as patch:  # a model that learned nothing has nothing to say
+    patch.setattr(Tokenizer, "decode", lambda self, ids: "a tale")
+    train(config)
+  made = tmp_path / "tuned/activation.json"
+  answers = json.loads(made.read_text())["annotation"]
+  assert [(entry["text"], entry["task"]) for entry in answers] == [("a tale", "asr")] * 4
+  assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a tale") + 8
+
+  answers[0]["text"] = "edited"
+  made.write_text(json.dumps({"annotation": answers}))
+  config.train.steps = 2
+  assert checkpoint.step_of(train(config)) == 2
+  assert json.loads(made.read_text())["annotation"][0]["text"] == "edited"
 
 
 def test_a_trained_encoder_cannot_be_cached(settings, base, tmp_path):

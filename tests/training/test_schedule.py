@@ -1,6 +1,7 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from mooer_jax.training.schedule import make_schedule
@@ -65,3 +66,18 @@ def test_a_traced_step_gives_the_same_rate():
 def test_impossible_schedules_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     schedule(**changes)
+
+
+def test_salmonns_schedule():
+  """Its scheduler: linear from 1e-6 to 3e-5, then a cosine to 1e-5 that counts from step 0."""
+  schedule = make_schedule(
+    peak_lr=3e-5, warmup_steps=3000, total_steps=90_000, warmup="linear",
+    decay="cosine_from_start", start_lr=1e-6, end_lr=1e-5,
+  )  # fmt: skip
+  for step in (0, 1, 1500, 2999):
+    np.testing.assert_allclose(schedule(step), 1e-6 + (3e-5 - 1e-6) * step / 3000, rtol=1e-5)
+  for step in (3000, 3001, 45_000, 89_999, 90_000):
+    cosine = 0.5 * (1 + math.cos(math.pi * step / 90_000))
+    np.testing.assert_allclose(schedule(step), 1e-5 + (3e-5 - 1e-5) * cosine, rtol=1e-5)
+  with pytest.raises(ValueError, match="end_lr=0.001 must lie"):
+    make_schedule(peak_lr=1e-4, warmup_steps=1, total_steps=9, end_lr=1e-3)

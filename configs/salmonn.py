@@ -1,0 +1,76 @@
+"""SALMONN's training stages, at 7B and 13B; the argument says which: SIZE,STAGE.
+
+Command:   python -m convert join out/salmonn/base CKPT/whisper CKPT/beats CKPT/vicuna
+           python train.py --config=configs/salmonn.py:7b,1 --config.init_from=out/salmonn/base
+           --config.data.shards=stage1.json
+           python train.py --config=configs/salmonn.py:7b,2
+           --config.init_from=out/salmonn_7b_1/step_00090000 --config.data.shards=stage2.json
+Stages:    1, pre-training: speech recognition and audio captioning. 2, instruction tuning: the 12
+           tasks, about 4,400 hours. 3, activation tuning: configs/salmonn_activation.py.
+Hardware:  16 TPU v5e or more, or 8 GPUs of 80 GB; not trained yet
+Time:      not measured
+Expected:  the published figures (README's table of the 15 tasks), not reproduced yet
+"""
+
+from mooer_jax.prompts import read_prompts
+from mooer_jax.run.defaults import default_config
+
+PROMPTS = "configs/prompts/salmonn.json"
+SIZES = {"7b": "vicuna_7b", "13b": "vicuna_13b"}
+ITERATIONS = 3000  # of what SALMONN calls an epoch
+
+
+def get_config(chosen: str = "7b,1"):
+  size, _, stage = chosen.partition(",")
+  if size not in SIZES or stage not in ("1", "2"):
+    raise ValueError(f"configs/salmonn.py:{chosen}: write 7b or 13b, a comma, and 1 or 2")
+  config = default_config()
+  config.workdir = f"out/salmonn_{size}_{stage}"
+  config.trainable = ("encoder_norms/.*", "connector/.*", "decoder/.*/lora_[ab]")
+
+  config.model.encoders = ("whisper_large", "beats_iter3")
+  config.model.encoder_norm = True
+  config.model.connector = "qformer"
+  config.model.decoder = SIZES[size]
+  config.model.template = "vicuna"
+  config.model.prompts = {task: texts[0] for task, texts in read_prompts(PROMPTS).items()}
+  config.model.max_audio_s = 30.0
+  config.model.min_audio_s = 1.0
+  config.model.channel = "first"
+  config.model.qformer = dict(window=17, stride=17, queries=1, edge="drop", dropout=0.1)
+  config.model.llm = dict(lora_rank=8, lora_alpha=32.0, lora_dropout=0.1, lora_targets=("q", "v"))
+
+  config.compute.dtype = "bfloat16"
+  config.compute.remat = "full"
+
+  config.data.shards = ""
+  config.data.task = ""  # each utterance's own
+  config.data.prompts = PROMPTS
+  config.data.prompt_tokens = 128
+  config.data.batch_size = 64  # SALMONN: 8 a GPU
+  config.data.window = 2048
+  config.data.buckets = (3000,)  # log-mel frames: Whisper always hears 30 s
+  config.data.answer_buckets = (64, 300)
+  config.data.min_s = 0.1
+  config.data.max_s = 30.0
+  config.data.cut_longer = True
+  config.data.workers = 8
+
+  config.optimizer.peak_lr = 3e-5
+  config.optimizer.start_lr = 1e-6
+  config.optimizer.end_lr = 1e-5
+  config.optimizer.warmup = "linear"
+  config.optimizer.warmup_steps = ITERATIONS
+  config.optimizer.decay = "cosine_from_start"
+  config.optimizer.total_steps = 30 * ITERATIONS
+  config.optimizer.weight_decay = 0.05
+
+  config.train.steps = 30 * ITERATIONS
+  config.train.save_every = ITERATIONS
+
+  config.mesh.data, config.mesh.fsdp = 1, -1
+  config.generation.num_beams = 4
+  config.generation.max_new_tokens = 300
+  config.eval.shards = ""
+  config.eval.task = ""
+  return config

@@ -1,0 +1,34 @@
+"""SALMONN's third stage: activation tuning, on 12 answers of its own at a discounted LoRA scale.
+
+Command:   python train.py --config=configs/salmonn_activation.py:7b
+           --config.init_from=out/salmonn_7b_2/step_00090000 --config.activation.shards=stories.json
+           python eval.py --config=configs/salmonn_activation.py:7b --mode=perplexity
+           --checkpoint=out/salmonn_7b_3 --instructions=audio_story_telling
+           --config.eval.shards=probe.json
+Hardware:  one GPU of 80 GB, or 8 TPU v5e
+Time:      not measured
+Expected:  the published change of the 15 tasks (README's table), not reproduced yet
+"""
+
+from configs import salmonn
+
+
+def get_config(size: str = "7b"):
+  config = salmonn.get_config(f"{size},2")
+  config.workdir = f"out/salmonn_{size}_3"
+  config.activation.task = "audio_story_telling"
+  config.activation.lora_scale = 2.0  # half of the trained one
+  config.activation.clips = 12
+
+  config.data.prompts = ""
+  config.data.task_weights = {}
+  config.data.batch_size, config.data.window = 1, 1
+  config.data.workers = 0
+  config.optimizer.warmup_steps = 0
+  config.optimizer.decay = "constant"
+  config.optimizer.peak_lr = 3e-5
+  config.train.steps = 12
+  config.train.log_every = config.train.save_every = 1
+  config.train.keep = 12  # for the perplexities of every step
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, -1
+  return config

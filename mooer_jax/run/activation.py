@@ -1,0 +1,116 @@
+"""Activation tuning: a model is trained on answers that it gave itself at a discounted LoRA scale.
+
+With the LoRA scale lowered, a model that is bound to its training tasks answers diverse
+instructions again; a few updates on a few such answers, at the full scale, let it do so there too.
+
+Source: SALMONN (Tang et al., 2023), sections 3.2 and 5.4.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mooer_jax import checkpoint
+from mooer_jax.data.annotation import read_annotation
+from mooer_jax.run.decoding import EvalConfig, decode_set, load
+from mooer_jax.run.setup import section
+
+ANSWERS = "activation.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationConfig:
+  """What the model is asked at the discounted scale.
+
+  Attributes:
+    shards: annotation file (.json) of the clips; "": no activation tuning.
+    task: which of the model's prompts; it should allow for long and diverse answers.
+    lora_scale: while answering.
+    clips: so many of the first ones (SALMONN: 12).
+  """
+
+  shards: str = ""
+  task: str = ""
+  lora_scale: float = 0.0
+  clips: int = 12
+
+  def __post_init__(self):
+    if self.shards and not self.shards.endswith(".json"):
+      raise ValueError(f"activation.shards={self.shards!r}: an annotation file (.json) is needed")
+    if self.shards and not self.task:
+      raise ValueError("activation.task is missing: name the task whose prompt is asked")
+    if self.clips < 1 or self.lora_scale < 0:
+      raise ValueError(
+        f"activation.clips={self.clips} must be at least 1, activation.lora_scale={self.lora_scale}"
+        " at least 0"
+      )
+
+
+def with_own_answers(config: ConfigDict) -> ConfigDict:
+  """The config of a run that trains on the answers, which are made if they are not there.
+
+  They stand in the run's folder, in `activation.json`, and may be read and edited by a person: what
+  is there is taken as it is.
+
+  Args:
+    config: with section `activation`; without activation.shards it comes back as it is.
+
+  Raises:
+    FileNotFoundError, ValueError: for a bad checkpoint or annotation; if no answer has any text.
+  """
+  wanted = section(config, "activation", ActivationConfig)
+  if not wanted.shards:
+    return config
+  answers = Path(config["workdir"]) / ANSWERS
+  if not answers.is_file():
+    if not config.get("init_from"):
+      raise ValueError("activation tuning begins with a trained model: set init_from")
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    entries = _answers(config, wanted)
+    beside = answers.with_suffix(".tmp")
+    text = json.dumps({"annotation": entries}, ensure_ascii=False, indent=2)
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(answers)
+    print(f"answers at LoRA scale {wanted.lora_scale:g}: {answers}; edit them and train again")
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.data.shards = str(answers)
+    config.data.task = wanted.task
+  return config
+
+
+def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[str, str]]:
+  folder = Path(wanted.shards).parent
+  chosen = [
+    {**entry, "path": str((folder / entry["path"]).absolute()), "text": entry["text"] or " "}
+    for entry in read_annotation(wanted.shards)[: wanted.clips]
+  ]
+  for entry in chosen:
+    entry["expand_wav"] = [str((folder / p).absolute()) for p in entry.get("expand_wav", [])]
+  clips = Path(config["workdir"]) / "activation_clips.json"
+  clips.write_text(json.dumps({"annotation": chosen}, ensure_ascii=False), encoding="utf-8")
+  options = dataclasses.replace(
+    section(config, "eval", EvalConfig, shards=str(clips)),
+    task=wanted.task,
+    lora_scale=wanted.lora_scale,
+  )
+  decoded = decode_set(config, options, load(config, checkpoint.find(config["init_from"])))
+  entries = []
+  for key, text in decoded.hypotheses.items():
+    of = chosen[int(key.partition("-")[0])]
+    kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}
+    if text.strip():
+      entries.append({**kept, "text": text.strip(), "task": wanted.task})
+    else:
+      print(f"{of['path']}: an empty answer, left out")
+  for skip in decoded.skipped:
+    print(f"{skip.key}: {skip.cause} {skip.detail}, left out")
+  if not entries:
+    raise ValueError(
+      f"no answer at activation.lora_scale={wanted.lora_scale} has any text; try another scale"
+    )
+  return entries

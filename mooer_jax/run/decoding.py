@@ -1,0 +1,147 @@
+"""Decoding a test set, and what it is read with."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from mooer_jax.audio.frontend import num_frames
+from mooer_jax.config import SpeechLLMConfig, build
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.pipeline import eval_batches
+from mooer_jax.data.shards import Skip
+from mooer_jax.generation import GenerationOptions, generate
+from mooer_jax.nn.compute import Compute
+from mooer_jax.run.setup import section
+from mooer_jax.speech_llm import shortest_s
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.transcribe import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What is decoded and how it is scored; batch buckets are those of `data`, and one for max_s.
+
+  Attributes:
+    shards: `data.list` of the test set.
+    references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
+      MooER's test sets, else the transcripts in the shards.
+    task: the prompt; "": each utterance's own task, and each is scored by itself.
+    batch_size: utterances decoded together.
+    out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
+      of the folder of the test set.
+    metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
+    space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
+      "keep", as MooER's script does.
+    skip_missing: leave utterances without a hypothesis out, as MooER's script does.
+    max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
+      decoded.
+    lora_scale: of LoRA, -1 for that of training.
+    bleu_tokenize: sacrebleu's tokenizer where the task translates, by the target language: "13a",
+      "zh", "char", …
+  """
+
+  shards: str
+  references: str = ""
+  task: str = "asr"
+  batch_size: int = 16
+  out: str = ""
+  metric: str = "mixed"
+  space_mark: str = "blank"
+  skip_missing: bool = False
+  max_s: float = 0.0
+  lora_scale: float = -1.0
+  bleu_tokenize: str = "13a"
+
+
+def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
+  """How a test set is read: every clip that the model takes, in order.
+
+  Raises:
+    ValueError: if eval.max_s is more than the model takes.
+  """
+  longest_s = options.max_s or model.max_audio_s
+  if longest_s > model.max_audio_s:
+    raise ValueError(
+      f"eval.max_s={longest_s:g} is longer than the model takes ({model.max_audio_s:g} s)"
+    )
+  frontend = model.frontends[0]
+  longest_s = max(longest_s, model.min_audio_s)
+  longest = num_frames(int(longest_s * frontend.sample_rate_hz), frontend)
+  buckets = section(config, "data", DataConfig).buckets
+  return section(
+    config,
+    "data",
+    DataConfig,
+    shards=options.shards,
+    batch_size=options.batch_size,
+    window=options.batch_size,
+    min_s=0.0 if model.min_audio_s else shortest_s(model),
+    task=options.task,
+    task_weights={},
+    prompts="",
+    cache_features="",
+    max_bad_share=1.0,
+    max_s=longest_s,
+    **({"buckets": (*buckets, longest)} if longest > buckets[-1] else {}),
+  )
+
+
+@dataclasses.dataclass
+class Decoded:
+  """Hypotheses and transcripts by key, what could not be decoded, and the audio that could."""
+
+  hypotheses: dict[str, str]
+  transcripts: dict[str, str]
+  tasks: dict[str, str]  # where each utterance has its own
+  skipped: list[Skip]
+  audio_s: float = 0.0
+  cut: int = 0  # answers that max_new_tokens cut off
+
+
+class Loaded(NamedTuple):
+  """What `load_model` gives."""
+
+  params: dict
+  model: SpeechLLMConfig
+  tokenizer: Tokenizer
+  generation: GenerationOptions
+
+
+def load(config: Mapping[str, Any], folder: Path, base: str | None = None) -> Loaded:
+  """Loads a checkpoint to run as the sections `compute` and `generation` of a config say."""
+  compute = build(Compute, {**dict(config.get("compute", {})), "scan": False}, "compute")
+  return Loaded(*load_model(folder, compute, base=base, generation=config.get("generation", {})))
+
+
+def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Decoded:
+  """Decodes every utterance of a test set that can be read, in the order of its shards."""
+  params, model, tokenizer, generation = loaded
+  data = data_of(config, options, model)
+  lora_scale = None if options.lora_scale < 0 else options.lora_scale
+  key = jax.random.key(config.get("seed", 0))
+  decoded = Decoded({}, {}, {}, [])
+  batches = eval_batches(data, tokenizer, model)
+  with Progress(console=Console(stderr=True)) as progress:
+    bar = progress.add_task("decoding", total=None)
+    for number, host_batch in enumerate(batches):
+      batch_key = jax.random.fold_in(key, number)
+      generated = jax.device_get(
+        generate(params, host_batch.batch, model, generation, key=batch_key, lora_scale=lora_scale)
+      )
+      for row, name in enumerate(host_batch.keys):
+        tokens = generated.tokens_BS[row, : generated.lengths_B[row]]
+        decoded.cut += not generated.finished_B[row]
+        decoded.hypotheses[name] = tokenizer.decode(tokens)
+        decoded.transcripts[name] = host_batch.texts[row]
+        if not options.task:
+          decoded.tasks[name] = host_batch.tasks[row]
+      decoded.skipped += host_batch.skipped
+      decoded.audio_s += host_batch.audio_s
+      done = len(decoded.hypotheses)
+      progress.update(bar, completed=done, description=f"decoded {done} utterances")
+  return decoded
