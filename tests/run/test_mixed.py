@@ -161,8 +161,7 @@ def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_pat
   assert {r.task for r in rows} == {"asr", "keyword"} and all(r.perplexity > 1 for r in rows)
   changed = {(r.step, r.instruction, r.task): r.perplexity for r in rows if r.scale == 8.0}
   plain = {(r.step, r.instruction, r.task): r.perplexity for r in rows if r.scale == 0.0}
-  assert all(changed[key] != plain[key] for key in plain)
-  # The task's own prompt at the trained scale: the loss that training sees.
+  assert all((changed[key] != plain[key]) == (key[0] == 2) for key in plain)  # B starts as zeros
   assert (tmp_path / "probe/perplexity.png").stat().st_size > 5000
 
   points = lora_sweep(config, str(run), scales=[0.0, 8.0])
@@ -217,12 +216,12 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   config.train.steps = 1
   config.optimizer.warmup_steps = 0
   with monkeypatch.context() as patch:  # a model that learned nothing has nothing to say
-    patch.setattr(Tokenizer, "decode", lambda self, ids: "a tale")
+    patch.setattr(Tokenizer, "decode", lambda self, ids: "a yes")
     train(config)
   made = tmp_path / "tuned/activation.json"
   answers = json.loads(made.read_text())["annotation"]
-  assert [(entry["text"], entry["task"]) for entry in answers] == [("a tale", "asr")] * 4
-  assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a tale") + 8
+  assert [(entry["text"], entry["task"]) for entry in answers] == [("a yes", "asr")] * 4
+  assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a yes") + 8
 
   answers[0]["text"] = "edited"
   made.write_text(json.dumps({"annotation": answers}))
