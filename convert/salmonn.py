@@ -13,15 +13,22 @@ import numpy as np
 
 from mooer_jax.checkpoint import Lazy
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template
-from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.prompts import SPEECH
 
-from . import beats, deepspeed, language_model, lora, qformer, whisper, whisper_names
+from . import (
+  beats,
+  deepspeed,
+  language_model,
+  lora,
+  qformer,
+  salmonn_options,
+  whisper,
+  whisper_names,
+)
 from .engine import map_in
 from .errors import Problems
 from .mooer import Release
 from .readers import Source, open_source
-from .readers.torch_file import TorchFile
 from .rules import Rule, Table
 from .transforms import IDENTITY
 
@@ -30,19 +37,7 @@ WHISPER, BEATS, LLM = "speech_encoder.", "beats.", "llama_model."
 NORMS = {"whisper": "ln_speech", "beats": "ln_audio"}
 # What the model is asked unless a file of prompts says otherwise.
 PROMPTS = {"asr": f"<Speech>{SPEECH}</Speech> Write down what is said in the recording."}
-# The model section of the published configuration: what holds where a file does not tell.
-USUAL = {
-  "use_speech_Qformer": True,
-  "window_level_Qformer": True,
-  "second_per_window": 0.333333,
-  "second_stride": 0.333333,
-  "lora_rank": 8,
-  "lora_alpha": 32,
-  "lora_dropout": 0.1,
-  "prompt_template": "USER: {}\nASSISTANT:",
-}
-_FRAMES, _SECONDS = 1500, 30.0  # by which the original counts a window's frames, for every Whisper
-MIN_AUDIO_S, CHANNEL = 1.0, "first"  # as the original reads recordings
+MIN_AUDIO_S = 1.0  # as the original reads recordings
 DROPOUT = 0.1  # of bert-base, from whose configuration the original makes its Q-Former
 _BIAS_TABLE = r"beats\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight"
 _LLM = r"llama_model\.(base_model\.model\.)?"
@@ -66,13 +61,6 @@ def trained_table() -> Table:
   rules += whisper_names.table(WHISPER).rules
   rules += [dataclasses.replace(rule, torch=BEATS + rule.torch) for rule in beats.TABLE.rules]
   return Table((*rules, *language_model.wrapped_table(LLM).rules))
-
-
-def templates() -> dict[str, str]:
-  """{the original's prompt_template: our name of it}."""
-  return {
-    text.replace("{prompt}", "{}"): name for name, text in TEMPLATES.items() if SPEECH not in text
-  }
 
 
 def open_model(
@@ -106,7 +94,7 @@ def open_model(
   """
   source = open_source(file, part=PART)
   notes: list[str] = []
-  options = read_options(file, problems, notes)
+  options = salmonn_options.read_options(file, problems, notes)
   if (beats_path is not None) != any(name.startswith(NORMS["beats"]) for name in source.tensors):
     why = "has an ln_audio, so BEATs was used: name its file with --beats"
     problems.add(f"{file.name} {'has no ln_audio: leave out --beats' if beats_path else why}")
@@ -116,8 +104,8 @@ def open_model(
   connector = qformer.qformer_config(
     source,
     problems,
-    window=_frames(options["second_per_window"]),
-    stride=_frames(options["second_stride"]),
+    window=salmonn_options.frames_of(options["second_per_window"]),
+    stride=salmonn_options.frames_of(options["second_stride"]),
     edge="drop",
     dropout=DROPOUT,
   )
@@ -142,12 +130,10 @@ def open_model(
     if mapped and mapped[0] in below:
       tuned[mapped[0]] = name
       expected[mapped[0]] = below[mapped[0]].shape
-  copies = {
-    name: "encoders/beats/relative_bias/embedding" for name in _matching(_BIAS_TABLE, source)
-  }
+  copies = dict.fromkeys(_matching(_BIAS_TABLE, source), "encoders/beats/relative_bias/embedding")
   if decoder.tied:
     head = rf"{_LLM}{re.escape(language_model.HEAD)}"
-    copies |= {name: "decoder/embed/embedding" for name in _matching(head, source)}
+    copies |= dict.fromkeys(_matching(head, source), "decoder/embed/embedding")
   copies = {name: path for name, path in copies.items() if path in below}
   ignored = (*BUFFERS, *map(re.escape, copies))
   mapped_in = map_in(source, table, expected, problems, ignored=ignored)
@@ -155,8 +141,8 @@ def open_model(
   for name, path in copies.items():
     _check_copy(source, name, leaves[path], path, problems)
   asked = PROMPTS if prompts is None else dict(prompts)
-  template = _template(options, asked, problems)
-  _check_end(options, language_model.read_tokenizer(model.tokenizer), problems)
+  template = salmonn_options.find_template(options, asked, problems)
+  salmonn_options.check_end(options, language_model.read_tokenizer(model.tokenizer), problems)
   if problems.found:
     return None
 
@@ -187,7 +173,7 @@ def open_model(
       template=template,
       max_audio_s=float(heard.frontend.chunk_s),
       min_audio_s=MIN_AUDIO_S,
-      channel=CHANNEL,
+      channel="first",
       prompts=tuple(asked.items()),
     ),
     leaves=leaves,
@@ -202,37 +188,6 @@ def open_model(
 def decoding(eos_id: int) -> dict[str, Any]:
   """Content of generation.json."""
   return {**DECODING, "eos_ids": [eos_id]}
-
-
-def read_options(file: Path, problems: Problems, notes: list[str]) -> dict[str, Any]:
-  """The model section of the training configuration in the file, over USUAL."""
-  content = TorchFile(file).content()
-  config = content.get("config") if isinstance(content, dict) else None
-  section = config.get("model") if isinstance(config, dict) else None
-  if not isinstance(section, dict):
-    notes.append(
-      f"{file.name} does not hold its training configuration; the published one is taken"
-    )
-    return dict(USUAL)
-  options = {**USUAL, **section}
-  for name in ("use_speech_Qformer", "window_level_Qformer"):
-    if options[name] is not True:
-      problems.add(f"{name}={options[name]!r}: only True can be expressed")
-  for name, usual in USUAL.items():
-    kind = type(usual) if isinstance(usual, bool | str) else (int, float)
-    if not isinstance(options[name], kind):
-      problems.add(f"{name}={options[name]!r}: such as {usual!r} is needed")
-      options[name] = usual
-  return options
-
-
-def _frames(seconds: float) -> int:
-  return round(_FRAMES * seconds / _SECONDS)
-
-
-def seconds_of(frames: int) -> float:
-  """What the original's configuration says for a window of so many frames."""
-  return frames * _SECONDS / _FRAMES
 
 
 def _open_lora(
@@ -286,26 +241,6 @@ def _check_copy(source: Source, name: str, leaf: Lazy, path: str, problems: Prob
     problems.add(
       f"{name} is not the tensor of that name in the folders: it was trained with others"
     )
-
-
-def _template(options: Mapping[str, Any], prompts: Mapping[str, str], problems: Problems) -> str:
-  known = templates()
-  template = known.get(options["prompt_template"])
-  if template is None:
-    problems.add(f"prompt_template={options['prompt_template']!r}: known are {[*known]}")
-    return SpeechLLMConfig.template
-  for task, prompt in prompts.items():
-    try:
-      fill_template(template, prompt, question="?")
-    except ValueError as error:
-      problems.add(f"the prompt of task {task!r}: {error}")
-  return template
-
-
-def _check_end(options: Mapping[str, Any], tokenizer: Tokenizer, problems: Problems) -> None:
-  end = options.get("end_sym")
-  if end is not None and tokenizer.vocabulary().get(end) != tokenizer.eos_id:
-    problems.add(f"end_sym={end!r} is not the token that ends an answer in the LLM's tokenizer")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.prompts import TEMPLATES
 from mooer_jax.text.tokenizer import Tokenizer
 
-from . import beats, language_model, lora, salmonn, whisper, whisper_names
+from . import beats, language_model, lora, salmonn, salmonn_options, whisper, whisper_names
 from .engine import map_out, read_out
 from .errors import Problems
 from .folders import style_of, write_json
@@ -114,8 +114,8 @@ def _options(
     "use_speech_Qformer": True,
     "window_level_Qformer": True,
     "num_speech_query_token": connector.queries,
-    "second_per_window": salmonn.seconds_of(connector.window),
-    "second_stride": salmonn.seconds_of(connector.stride),
+    "second_per_window": salmonn_options.seconds_of(connector.window),
+    "second_stride": salmonn_options.seconds_of(connector.stride),
     "lora": bool(decoder.lora_rank),
     "prompt_template": TEMPLATES[config.template].replace("{prompt}", "{}"),
     "end_sym": end,
