@@ -15,7 +15,7 @@ from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.main import main
 from mooer_jax import checkpoint, tree
-from mooer_jax.config import from_json, to_json
+from mooer_jax.config import from_json
 from tests.convert.releases import changed
 from tests.parity import torch_salmonn
 from tests.text.spm_training import train
@@ -82,7 +82,7 @@ def assert_same(before, after):
 @given(
   st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans(), st.integers(0, 99)
 )
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_a_file_goes_in_and_comes_out_as_it_was(module, deaf, llm, dtype, with_beats, seed):
   source = module if with_beats else deaf
   generator = torch.Generator().manual_seed(seed)
@@ -147,15 +147,16 @@ def test_merged_lora_is_a_model_without(module, llm, tmp_path):
   assert back["config"]["model"]["lora"] is False
   options = from_back(tmp_path, prompts=tmp_path / "back" / "test_prompt.json")
   import_checkpoint("salmonn", tmp_path / "back" / "salmonn_v1.pth", tmp_path / "again", options)
-  assert checkpoint.describe(tmp_path / "again").config == to_json(config)
+  assert from_json(checkpoint.describe(tmp_path / "again").config) == config
 
 
 def test_alpha_comes_from_the_file_or_from_the_published_values_or_a_config(module, llm, tmp_path):
+  for name in "abc":
+    (tmp_path / name).mkdir()
   with pytest.raises(ConversionError, match="LoRA has rank 4, .* says 8.*--lora-config"):
-    bring(tmp_path / "a", module, llm, config=None) if (tmp_path / "a").mkdir() is None else None
+    bring(tmp_path / "a", module, llm, config=None)
   told = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.0}
   (tmp_path / "adapter_config.json").write_text(json.dumps(told))
-  (tmp_path / "b").mkdir()
   options = {"lora_config": tmp_path}
   report, about = bring(tmp_path / "b", module, llm, config=None, options=options)
   decoder = from_json(about.config).decoder
@@ -166,7 +167,6 @@ def test_alpha_comes_from_the_file_or_from_the_published_values_or_a_config(modu
     for x in "qv":
       state[LORA.format(n, x, "A")] = torch.ones(8, 40)
       state[LORA.format(n, x, "B")] = torch.ones(40, 8)
-  (tmp_path / "c").mkdir()
   _, about = bring(tmp_path / "c", module, llm, config=None, state=state)
   assert from_json(about.config).decoder.lora_scale == 4.0
 
@@ -325,6 +325,7 @@ def test_a_fine_tune_goes_out_with_its_base(module, llm, tmp_path):
     tmp_path / "tuned",
     params=tree.unflatten({path: leaf + 1 for path, leaf in trained.items()}),
     config_json=about.config,
+    generation=about.generation,
     tokenizer=lambda folder: [
       (folder / f.name).write_bytes(f.read_bytes()) for f in about.tokenizer.iterdir()
     ],

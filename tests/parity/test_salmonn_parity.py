@@ -1,4 +1,4 @@
-"""SALMONN from its files to text: frames, speech tokens, logits and answers of the PyTorch parts."""
+"""SALMONN from its files to text: frames, speech, logits and answers of the PyTorch parts."""
 
 import functools
 import json

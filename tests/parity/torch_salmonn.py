@@ -46,7 +46,7 @@ CONFIG = {  # of the file that training saves
 }
 
 
-def whisper(seed=0) -> transformers.WhisperModel:
+def whisper(seed=0, *, seconds=SECONDS) -> transformers.WhisperModel:
   torch.manual_seed(seed)
   tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
   config = transformers.WhisperConfig(
@@ -56,7 +56,7 @@ def whisper(seed=0) -> transformers.WhisperModel:
     encoder_layers=2,
     encoder_attention_heads=4,
     encoder_ffn_dim=40,
-    max_source_positions=50 * SECONDS,
+    max_source_positions=50 * seconds,
     decoder_layers=1,
     decoder_attention_heads=2,
     decoder_ffn_dim=8,
@@ -87,14 +87,18 @@ def llama(vocab: int, seed=0, **changes) -> transformers.LlamaForCausalLM:
   return vary(transformers.LlamaForCausalLM(config), seed)
 
 
-def write_llm(folder: Path, tokenizer_model: Path, *, dtype=torch.float32, **changes) -> Path:
-  """An LLM's folder with LLaMA's tokenizer.model."""
+def write_llm(folder: Path, tokenizer_model: Path, *, specials=None, **changes) -> Path:
+  """An LLM's folder with LLaMA's tokenizer.model; with `specials`, a tokenizer.json instead."""
   folder.mkdir(parents=True)
   shutil.copyfile(tokenizer_model, folder / "tokenizer.model")
   config = {"legacy": False, "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
-  vocab = transformers.LlamaTokenizer.from_pretrained(folder).vocab_size
-  llama(vocab, **changes).to(dtype).save_pretrained(folder)
+  tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)
+  if specials is not None:
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+  llama(len(tokenizer), **changes).save_pretrained(folder)
   return folder
 
 
