@@ -142,7 +142,8 @@ def open_model(
     _check_copy(source, name, leaves[path], path, problems)
   asked = PROMPTS if prompts is None else dict(prompts)
   template = salmonn_options.find_template(options, asked, problems)
-  salmonn_options.check_end(options, language_model.read_tokenizer(model.tokenizer), problems)
+  tokenizer = salmonn_options.led_by_bos(model.tokenizer)
+  salmonn_options.check_tokens(options, language_model.read_tokenizer(tokenizer), problems)
   if problems.found:
     return None
 
@@ -178,7 +179,7 @@ def open_model(
     ),
     leaves=leaves,
     style=style,
-    tokenizer=model.tokenizer,
+    tokenizer=tokenizer,
     kept={"llm": model.kept, "whisper": heard.kept},
     ignored=(*mapped_in.ignored, *source.ignored, *(n for part in parts for n in part.ignored)),
     notes=(*notes, *source.notes, *(note for part in parts for note in part.notes)),

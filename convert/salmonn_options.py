@@ -1,6 +1,6 @@
 """What SALMONN's training configuration tells of a model, and the published values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template
 from mooer_jax.text.tokenizer import Tokenizer
 
 from .errors import Problems
+from .folders import read_json, write_json
 from .readers.torch_file import TorchFile
 
 # The model section of the published configuration: what holds where a file does not tell.
@@ -81,8 +82,26 @@ def find_template(
   return template
 
 
-def check_end(options: Mapping[str, Any], tokenizer: Tokenizer, problems: Problems) -> None:
-  """Answers must end with the token that ends them here."""
+def led_by_bos(write: Callable[[Path], Any]) -> Callable[[Path], None]:
+  """What writes a tokenizer's files, with BOS before every prompt, as the original puts it there.
+
+  A tokenizer without a BOS stays without.
+  """
+
+  def write_config(folder: Path) -> None:
+    write(folder)
+    tokenizer, file = Tokenizer.from_folder(folder), folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not tokenizer.bos_ids and config.get("bos_token"):
+      write_json(file, {**config, "add_bos_token": True})
+
+  return write_config
+
+
+def check_tokens(options: Mapping[str, Any], tokenizer: Tokenizer, problems: Problems) -> None:
+  """Prompts must begin with BOS, answers end with the token that ends them here."""
+  if not tokenizer.bos_ids:
+    problems.add("the LLM's tokenizer has no BOS (bos_token), which leads every prompt of SALMONN")
   end = options.get("end_sym")
   if end is not None and tokenizer.vocabulary().get(end) != tokenizer.eos_id:
     problems.add(f"end_sym={end!r} is not the token that ends an answer in the LLM's tokenizer")

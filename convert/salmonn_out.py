@@ -73,6 +73,11 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
   )
   if again is not None:
     check_same(config, again.config, problems)
+    if not Tokenizer.from_folder(about.tokenizer).bos_ids:
+      problems.add(
+        "tokenizer: its prompts are not led by BOS, SALMONN's are; train with add_bos_token true in"
+        " tokenizer_config.json"
+      )
   problems.check(str(about.folder))
 
 

@@ -16,6 +16,7 @@ from convert.importing import Options, import_checkpoint
 from convert.main import main
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import from_json
+from mooer_jax.text.tokenizer import Tokenizer
 from tests.convert.releases import changed
 from tests.parity import torch_salmonn
 from tests.text.spm_training import train
@@ -276,6 +277,26 @@ def test_beats_must_be_there_exactly_if_it_was_used(module, deaf, llm, tmp_path)
   (tmp_path / "b").mkdir()
   with pytest.raises(ConversionError, match="has no ln_audio: leave out --beats"):
     bring(tmp_path / "b", deaf, llm, options={"beats": given})
+
+
+def test_bos_leads_whatever_the_tokenizers_files_say(module, llm, tmp_path):
+  source = torch_salmonn.write_llm(tmp_path / "llm", llm / "tokenizer.model", specials={})
+  assert Tokenizer.from_folder(source).bos_ids == []
+  _, about = bring(tmp_path, module, source)
+  tokenizer = Tokenizer.from_folder(about.tokenizer)
+  assert tokenizer.bos_ids == [1]
+  take_back(tmp_path)
+  file = about.tokenizer / "tokenizer_config.json"
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps({**config, "add_bos_token": False}))
+  with pytest.raises(ConversionError, match="not led by BOS"):
+    export_checkpoint("salmonn", tmp_path / "ours", tmp_path / "other")
+  config = json.loads((source / "tokenizer_config.json").read_text())
+  del config["bos_token"]
+  (source / "tokenizer_config.json").write_text(json.dumps(config))
+  (tmp_path / "b").mkdir()
+  with pytest.raises(ConversionError, match="no BOS"):
+    bring(tmp_path / "b", module, source)
 
 
 def test_prompts_are_those_of_a_file_and_come_back(module, llm, tmp_path):

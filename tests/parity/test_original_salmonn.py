@@ -129,7 +129,10 @@ def write_parts(folder: Path) -> dict[str, Path]:
   content = {"cfg": beats.cfg_of(torch_salmonn.BEATS), "model": heard.state_dict()}
   torch.save(content, folder / "beats.pt")
   llm = torch_salmonn.write_llm(
-    folder / "vicuna", train(folder / "tokenizer", "bpe"), specials={"pad_token": "[PAD]"}, initializer_range=0.35
+    folder / "vicuna",
+    train(folder / "tokenizer", "bpe"),
+    specials={"pad_token": "[PAD]"},
+    initializer_range=0.35,
   )
   return {"whisper": folder / "whisper", "beats": folder / "beats.pt", "llm": llm}
 
@@ -185,6 +188,7 @@ def test_the_original_gives_the_same_tokens_and_loss(
     beats_path=str(parts["beats"]) if with_beats else "",
     prompt_path=str(prompts),
     prompt_template=torch_salmonn.TEMPLATE,
+    multi_prompt=True,
     max_txt_len=300,
   )
   louder(theirs)
@@ -202,6 +206,39 @@ def test_the_original_gives_the_same_tokens_and_loss(
   listen = transformers.WhisperFeatureExtractor(feature_size=80)
   samples = [utils.prepare_one_sample(str(path), listen, cuda_enabled=False) for path in recordings]
   prompt = [torch_salmonn.TEMPLATE.format(PROMPT)]
+  # Their loss of each clip, and of several of one length in a batch.
+  waveforms = [load_audio(path, channel="first") for path in recordings[: len(TEXTS)]]
+  errors, worst = [], 0.0
+  second = [np.pad(w, (0, 16000))[:16000] for w in waveforms]
+  cases = [([w], [t]) for w, t in zip(waveforms, TEXTS)] + [(second, TEXTS)]
+  config, tokenizer = transcriber.config, transcriber.tokenizer
+  loss = jax.jit(lambda params, batch: speech_llm.loss(params, batch, config)[0])
+  logits = jax.jit(lambda params, batch: speech_llm.prompt(params, batch, config)[0])
+  for sounds, texts in cases:
+    sounds = [config.filled_up(w) for w in sounds]
+    spectrogram = listen(sounds, sampling_rate=16000, return_tensors="pt")["input_features"]
+    raw = torch.tensor(np.stack(sounds))
+    sample = {
+      "spectrogram": spectrogram,
+      "raw_wav": raw,
+      "padding_mask": torch.zeros(raw.shape, dtype=torch.bool),
+      "text": texts,
+      "task": ["asr"] * len(texts),
+    }
+    with torch.no_grad():
+      expected = theirs(sample, verbose=True)["loss"].item()
+      speech, mask = theirs.encode_speech(spectrogram, raw, sample["padding_mask"])
+      wrapped, _ = theirs.prompt_wrap(speech, mask, prompt * len(texts), multi_prompt=True)
+    answers = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    batch = batch_of(sounds, answers, config, tokenizer)
+    errors.append(abs(float(loss(transcriber.params, batch)) - expected))
+    ours = np.asarray(logits(transcriber.params, batch))[:, 1:]  # theirs adds BOS later
+    worst = max(worst, torch_models.error(ours, wrapped))
+  print(
+    f"loss {expected:.3f} nats: errors up to {max(errors):.1e}; prompts: {worst:.1e} deviations"
+  )
+  assert max(errors) <= LOSS_TOLERANCE and worst <= TOLERANCE
+
   said: list[list[int]] = []
   generate = theirs.llama_model.generate
 
@@ -226,39 +263,6 @@ def test_the_original_gives_the_same_tokens_and_loss(
     wrong = [i for i, r in enumerate(results) if r.tokens != said[i]]
     print(f"beams {beams}: {len(said)} answers, {different} different, mismatches {wrong}")
     assert not wrong
-
-  # Their loss of each clip, and of several of one length in a batch.
-  waveforms = [load_audio(path, channel="first") for path in recordings[: len(TEXTS)]]
-  errors, worst = [], 0.0
-  second = [np.pad(w, (0, 16000))[:16000] for w in waveforms]
-  cases = [([w], [t]) for w, t in zip(waveforms, TEXTS)] + [(second, TEXTS)]
-  config, tokenizer = transcriber.config, transcriber.tokenizer
-  loss = jax.jit(lambda params, batch: speech_llm.loss(params, batch, config)[0])
-  logits = jax.jit(lambda params, batch: speech_llm.prompt(params, batch, config)[0])
-  for sounds, texts in cases:
-    sounds = [config.filled_up(w) for w in sounds]
-    spectrogram = listen(sounds, sampling_rate=16000, return_tensors="pt")["input_features"]
-    raw = torch.tensor(np.stack(sounds))
-    sample = {
-      "spectrogram": spectrogram,
-      "raw_wav": raw,
-      "padding_mask": torch.zeros(raw.shape, dtype=torch.bool),
-      "text": texts,
-      "task": ["asr"] * len(texts),
-    }
-    with torch.no_grad():
-      expected = theirs(sample, verbose=True)["loss"].item()
-      speech, mask = theirs.encode_speech(spectrogram, raw, sample["padding_mask"])
-      wrapped, _ = theirs.prompt_wrap(speech, mask, prompt[0])
-    answers = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    batch = batch_of(sounds, answers, config, tokenizer)
-    errors.append(abs(float(loss(transcriber.params, batch)) - expected))
-    ours = np.asarray(logits(transcriber.params, batch))[:, 1:]  # theirs adds BOS later
-    worst = max(worst, torch_models.error(ours, wrapped))
-  print(
-    f"loss {expected:.3f} nats: errors up to {max(errors):.1e}; prompts: {worst:.1e} deviations"
-  )
-  assert max(errors) <= LOSS_TOLERANCE and worst <= TOLERANCE
 
   export_checkpoint("salmonn", tmp_path / "ours", tmp_path / "back")
   back = torch.load(tmp_path / "back" / "salmonn_v1.pth", weights_only=True)["model"]
