@@ -21,24 +21,11 @@ from .readers import Source, open_source
 from .rules import Table
 
 LLM = "llm."
-WRAPPED = "llm.base_model.model."  # as peft's get_peft_model names what it wraps
+WRAPPED = LLM + language_model.WRAPPED
 # MooER's PeftConfig. The rank shows in the shapes; the file tells nothing of the others.
 USUAL = {"peft_type": "LORA", "r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
 BUFFERS = (r"llm\.(base_model\.model\.)?model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
-
-
-def _llm_table() -> Table:
-  rules = []
-  for rule in language_model.TABLE.rules:
-    # peft moves a weight that it changes into `base_layer`.
-    moved = rule.torch.replace("_proj.", "_proj.base_layer.")
-    names = [LLM + rule.torch, WRAPPED + rule.torch]
-    names += [WRAPPED + moved] if moved != rule.torch else []
-    rules += [dataclasses.replace(rule, torch=name) for name in names]
-  return Table(rules)
-
-
-LLM_TABLE = _llm_table()
+LLM_TABLE = language_model.wrapped_table(LLM)
 
 
 @dataclasses.dataclass(frozen=True)

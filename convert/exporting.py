@@ -7,7 +7,7 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import beats, encoder, language_model, lora, mooer_out, whisper, whisper_names
+from . import beats, encoder, language_model, lora, mooer_out, salmonn_out, whisper, whisper_names
 from .errors import ConversionError
 from .folders import beside, keep_apart, kept_json, style_of
 
@@ -104,6 +104,10 @@ def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   mooer_out.export(about, folder, shard_bytes=shard_bytes)
 
 
+def _salmonn(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
+  salmonn_out.export(about, folder, shard_bytes=shard_bytes)
+
+
 KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {
   "mooer": _mooer,
   "qwen2": _language_model("qwen2"),
@@ -112,4 +116,5 @@ KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {
   "paraformer": _paraformer,
   "whisper": _whisper,
   "beats": _beats,
+  "salmonn": _salmonn,
 }

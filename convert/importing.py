@@ -1,16 +1,25 @@
 """`convert import KIND SRC OUT`: files of PyTorch become a checkpoint."""
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mooer_jax.checkpoint import Lazy, describe, find
 from mooer_jax.config import part_from_json, part_to_json, to_json
-from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.prompts import read_prompts
 
-from . import beats, deepspeed, encoder, funasr_config, language_model, lora, mooer, whisper
+from . import (
+  beats,
+  deepspeed,
+  encoder,
+  funasr_config,
+  language_model,
+  lora,
+  mooer,
+  salmonn,
+  whisper,
+)
 from .engine import map_in
 from .errors import Problems
 from .folders import copier, keep_apart, save_checkpoint
@@ -23,11 +32,14 @@ class Options:
 
   Attributes:
     task: mooer: which of the release's models; deepspeed: what it was trained for.
-    llm: mooer: folder of the LLM, if it is not inside SRC.
+    llm: salmonn: folder of the LLM; mooer: the same, if it is not inside SRC.
     lora: mooer: False for a release without lora_weights/.
-    merge_lora: mooer: add the LoRA to the LLM's weights.
+    merge_lora: mooer, salmonn: add the LoRA to the LLM's weights.
     base: peft: checkpoint of the model that the LoRA belongs to; deepspeed: of the release.
-    lora_config: deepspeed: adapter_config.json of training, or its folder.
+    lora_config: deepspeed, salmonn: adapter_config.json of training, or its folder.
+    whisper: salmonn: folder or file with Whisper's encoder.
+    beats: salmonn: file of BEATs, if the model has it.
+    prompts: salmonn: JSON of what each task is asked, one prompt for each.
     overwrite: replace what is there.
   """
 
@@ -37,6 +49,9 @@ class Options:
   merge_lora: bool = False
   base: Path | None = None
   lora_config: Path | None = None
+  whisper: Path | None = None
+  beats: Path | None = None
+  prompts: Path | None = None
   overwrite: bool = False
 
 
@@ -75,7 +90,8 @@ def import_checkpoint(kind: str, src: Path, out: Path, options: Options = Option
     raise ValueError(f"kind={kind!r}: choose one of {sorted(KINDS)}")
   if not src.exists():
     raise FileNotFoundError(f"{src}: no such file or folder")
-  keep_apart(out, (src, options.llm, options.base, options.lora_config))
+  read = (getattr(options, name) for name in _PATHS)
+  keep_apart(out, (src, *read))
   if out.exists() and not options.overwrite:
     raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
   unused = [
@@ -245,18 +261,10 @@ def _mooer(src: Path, out: Path, options: Options) -> Report:
     style=opened.style,
     tokenizer=opened.tokenizer,
     kept=opened.kept,
-    generation=mooer.decoding(_eos_id(opened.tokenizer)),
+    generation=mooer.decoding(language_model.read_tokenizer(opened.tokenizer).eos_id),
     overwrite=options.overwrite,
   )
   return Report(out, opened.leaves, opened.ignored, opened.notes)
-
-
-def _eos_id(write_tokenizer: Callable[[Path], Any]) -> int:
-  with tempfile.TemporaryDirectory() as folder:
-    write_tokenizer(Path(folder))
-    if not any(Path(folder).iterdir()):
-      raise FileNotFoundError("the LLM's folder has no tokenizer.json; download it as well")
-    return Tokenizer.from_folder(folder).eos_id
 
 
 def _whisper(src: Path, out: Path, options: Options) -> Report:
@@ -279,6 +287,42 @@ def _whisper(src: Path, out: Path, options: Options) -> Report:
   return Report(out, opened.leaves, opened.ignored, opened.notes)
 
 
+def _salmonn(src: Path, out: Path, options: Options) -> Report:
+  if options.whisper is None or options.llm is None:
+    raise ValueError("salmonn needs --whisper and --llm: its file holds only what was trained")
+  prompts = None
+  if options.prompts is not None:
+    listed = read_prompts(options.prompts)
+    if several := [task for task, texts in listed.items() if len(texts) > 1]:
+      raise ValueError(f"{options.prompts}: several prompts for {several[0]!r}; leave one of them")
+    prompts = {task: text for task, [text] in listed.items()}
+  problems = Problems()
+  opened = salmonn.open_model(
+    src,
+    problems,
+    whisper_path=options.whisper,
+    beats_path=options.beats,
+    llm=options.llm,
+    lora_config=options.lora_config,
+    merge_lora=options.merge_lora,
+    prompts=prompts,
+  )
+  problems.check(str(src))
+  assert opened is not None
+  save_checkpoint(
+    out,
+    opened.leaves,
+    config=to_json(opened.config),
+    kind="salmonn",
+    style=opened.style,
+    tokenizer=opened.tokenizer,
+    kept=opened.kept,
+    generation=salmonn.decoding(language_model.read_tokenizer(opened.tokenizer).eos_id),
+    overwrite=options.overwrite,
+  )
+  return Report(out, opened.leaves, opened.ignored, opened.notes)
+
+
 KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {
   "mooer": _mooer,
   "qwen2": _language_model("qwen2"),
@@ -288,7 +332,9 @@ KINDS: dict[str, Callable[[Path, Path, Options], Report]] = {
   "whisper": _whisper,
   "beats": _beats,
   "deepspeed": _deepspeed,
+  "salmonn": _salmonn,
 }
+_PATHS = ("llm", "base", "lora_config", "whisper", "beats", "prompts")
 _TAKEN = {
   "mooer": ("task", "llm", "lora", "merge_lora"),
   "qwen2": (),
@@ -298,4 +344,5 @@ _TAKEN = {
   "whisper": (),
   "beats": (),
   "deepspeed": ("base", "lora_config", "task"),
+  "salmonn": ("whisper", "beats", "llm", "lora_config", "merge_lora", "prompts"),
 }

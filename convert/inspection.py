@@ -8,7 +8,7 @@ from pathlib import Path
 from mooer_jax import tree
 from mooer_jax.checkpoint import describe, find
 
-from . import beats, encoder, language_model, lora, mooer, whisper_names
+from . import beats, encoder, language_model, lora, mooer, qformer, whisper_names
 from .errors import Problems
 from .folders import read_json
 from .readers import Source, open_source
@@ -79,6 +79,8 @@ def guess_kind(source: Source, path: Path) -> str | None:
   """The kind whose table knows the tensors' names, or None."""
   if path.is_dir() and any(name.startswith(_TRAINING) for name in source.tensors):
     return "deepspeed"
+  if qformer.QUERIES in source.tensors:
+    return "salmonn"
   if any(".lora_A." in name for name in source.tensors):
     return "peft"
   if encoder.find_prefix(source) is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy
 from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.nn.compute import Compute
+from mooer_jax.text.tokenizer import Tokenizer
 
 from .engine import leaf_shapes, map_in, map_out, read_out, under
 from .errors import Problems
@@ -42,6 +44,8 @@ TABLE = Table((
   Rule("model.norm.weight", "decoder/final_norm/scale"),
   Rule("lm_head.weight", "decoder/head/kernel", TRANSPOSE),
 ))  # fmt: skip
+# What peft's get_peft_model puts before the names of the model that it wraps.
+WRAPPED = "base_model.model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # A buffer that old versions of transformers saved; it follows from the config.
 BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -58,6 +62,18 @@ TOKENIZER_FILES = (
   "chat_template.json",
 )
 KEPT_FILES = ("config.json", "generation_config.json")
+
+
+def wrapped_table(prefix: str) -> Table:
+  """The rules where the LLM is part of a model, below `prefix`, with peft around it or without."""
+  rules = []
+  for rule in TABLE.rules:
+    # peft moves a weight that it changes into `base_layer`.
+    moved = rule.torch.replace("_proj.", "_proj.base_layer.")
+    names = [prefix + rule.torch, prefix + WRAPPED + rule.torch]
+    names += [prefix + WRAPPED + moved] if moved != rule.torch else []
+    rules += [dataclasses.replace(rule, torch=name) for name in names]
+  return Table(rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +173,19 @@ def from_source(
   )
 
 
+def read_tokenizer(write: Callable[[Path], Any]) -> Tokenizer:
+  """The tokenizer of a model that was opened; `write` is its `LanguageModel.tokenizer`.
+
+  Raises:
+    FileNotFoundError, ValueError: if the model's folder has none that could be read.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    write(Path(folder))
+    if not any(Path(folder).iterdir()):
+      raise FileNotFoundError("the LLM's folder has no tokenizer.json; download it as well")
+    return Tokenizer.from_folder(folder)
+
+
 def equal(source: Source, a: str, b: str) -> bool:
   """Whether two tensors are the same in shape, dtype and values."""
   of_a, of_b = source.tensors[a], source.tensors[b]
@@ -224,6 +253,4 @@ def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_b
 def _eos_id(about: Checkpoint) -> int | None:
   if not (about.tokenizer / "tokenizer.json").is_file():
     return None
-  from mooer_jax.text.tokenizer import Tokenizer
-
   return Tokenizer.from_folder(about.tokenizer).eos_id

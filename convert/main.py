@@ -10,7 +10,7 @@ from absl import logging
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 _VERIFIED = ("mooer", "qwen2", "llama", "peft", "paraformer")
-_KINDS = (*_VERIFIED, "whisper", "beats")
+_KINDS = (*_VERIFIED, "whisper", "beats", "salmonn")
 _MOVED = "where the checkpoint lies that this one was trained from, if it moved"
 
 
@@ -43,13 +43,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   importing.add_argument("src", type=Path, metavar="SRC", help="folder or file of weights")
   importing.add_argument("out", type=Path, metavar="OUT", help="checkpoint folder to make")
   importing.add_argument("--task", help="mooer, deepspeed: asr, ast or asr_ast_mtl")
-  importing.add_argument("--llm", type=Path, help="mooer: the LLM's folder, if not inside SRC")
-  importing.add_argument("--merge-lora", action="store_true", help="mooer: add LoRA to the LLM")
+  importing.add_argument("--llm", type=Path, help="LLM's folder (salmonn; mooer if elsewhere)")
+  importing.add_argument(
+    "--merge-lora", action="store_true", help="mooer, salmonn: add LoRA to LLM"
+  )
   importing.add_argument("--no-lora", action="store_true", help="mooer: there is no LoRA")
   importing.add_argument("--base", type=Path, help="peft, deepspeed: checkpoint it was trained on")
   importing.add_argument(
-    "--lora-config", type=Path, help="deepspeed: adapter_config.json of training, or its folder"
+    "--lora-config",
+    type=Path,
+    help="deepspeed, salmonn: adapter_config.json of training, or its folder",
   )
+  importing.add_argument("--whisper", type=Path, help="salmonn: folder or file of Whisper")
+  importing.add_argument("--beats", type=Path, help="salmonn: file of BEATs, if the model has it")
+  importing.add_argument("--prompts", type=Path, help="salmonn: JSON with a prompt for each task")
   importing.add_argument("--overwrite", action="store_true")
   importing.set_defaults(run=_import)
 
@@ -112,6 +119,9 @@ def _import(args) -> int:
     merge_lora=args.merge_lora,
     base=args.base,
     lora_config=args.lora_config,
+    whisper=args.whisper,
+    beats=args.beats,
+    prompts=args.prompts,
     overwrite=args.overwrite,
   )
   report = import_checkpoint(args.kind, args.src, args.out, options)

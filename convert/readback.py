@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from mooer_jax.config import SpeechLLMConfig, differences
+from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
 
 from .errors import Problems
@@ -13,7 +14,7 @@ from .errors import Problems
 def check_same(meant: SpeechLLMConfig, read: SpeechLLMConfig, problems: Problems) -> None:
   """Adds everything in which a model and its exported form, read again, are different models.
 
-  Dropout of the encoder, which only training knows, is nobody's business here.
+  Dropout of encoder and connector, which only training knows, is nobody's business here.
   """
   for path, (ours, theirs) in differences(_essence(meant), _essence(read)).items():
     numbers = isinstance(ours, float) and isinstance(theirs, float)
@@ -37,4 +38,7 @@ def _essence(config: SpeechLLMConfig) -> SpeechLLMConfig:
     }
     decoder = dataclasses.replace(decoder, **none)
   encoders = tuple(dataclasses.replace(encoder, dropout=0.0) for encoder in config.encoders)
-  return config.replace(decoder=decoder, encoders=encoders)
+  connector = config.connector
+  if isinstance(connector, QFormerConfig):
+    connector = dataclasses.replace(connector, dropout=0.0)
+  return config.replace(decoder=decoder, encoders=encoders, connector=connector)

@@ -12,7 +12,6 @@ stands in for an older transformers: its `file_utils`, three functions that move
 import importlib.util
 import os
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -20,11 +19,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import modeling_utils
 
 from convert import qformer
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
-from tests.parity import torch_qformer
+from tests.parity import old_transformers, torch_qformer
 from tests.parity.torch_models import error, vary_vectors
 
 pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -41,27 +39,12 @@ def original(monkeypatch):
   path = Path(folder) / "models" / "Qformer.py"
   assert path.is_file(), f"SALMONN_SRC={folder} is no clone of SALMONN's branch salmonn"
 
-  def unused(*args, **kwargs):
-    raise AssertionError("not needed here")
-
-  file_utils = types.ModuleType("transformers.file_utils")
-  file_utils.ModelOutput = transformers.utils.ModelOutput
-  monkeypatch.setitem(sys.modules, "transformers.file_utils", file_utils)
-  for name in ("find_pruneable_heads_and_indices", "prune_linear_layer"):
-    monkeypatch.setattr(modeling_utils, name, unused, raising=False)
-  chunking = transformers.pytorch_utils.apply_chunking_to_forward
-  monkeypatch.setattr(modeling_utils, "apply_chunking_to_forward", chunking, raising=False)
+  old_transformers.stand_in(monkeypatch)
   spec = importlib.util.spec_from_file_location("salmonn_qformer", path)
   module = importlib.util.module_from_spec(spec)
   monkeypatch.setitem(sys.modules, "salmonn_qformer", module)
   spec.loader.exec_module(module)
-
-  def invert_attention_mask(self, mask_NS):
-    return (1 - mask_NS[:, None, None].float()) * torch.finfo(torch.float32).min
-
-  module.BertModel.get_head_mask = lambda self, mask, layers: [None] * layers
-  module.BertModel.invert_attention_mask = invert_attention_mask
-  module.BertPreTrainedModel.init_weights = lambda self: self.apply(self._init_weights)
+  old_transformers.mend_qformer(module)
   return module
 
 
