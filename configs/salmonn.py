@@ -12,10 +12,9 @@ Time:      not measured
 Expected:  the published figures (README's table of the 15 tasks), not reproduced yet
 """
 
-from mooer_jax.prompts import read_prompts
+from mooer_jax.prompts import SALMONN_PROMPTS, read_prompts
 from mooer_jax.run.defaults import default_config
 
-PROMPTS = "configs/prompts/salmonn.json"
 SIZES = {"7b": "vicuna_7b", "13b": "vicuna_13b"}
 ITERATIONS = 3000  # of what SALMONN calls an epoch
 
@@ -33,7 +32,7 @@ def get_config(chosen: str = "7b,1"):
   config.model.connector = "qformer"
   config.model.decoder = SIZES[size]
   config.model.template = "vicuna"
-  config.model.prompts = {task: texts[0] for task, texts in read_prompts(PROMPTS).items()}
+  config.model.prompts = {task: texts[0] for task, texts in read_prompts(SALMONN_PROMPTS).items()}
   config.model.max_audio_s = 30.0
   config.model.min_audio_s = 1.0
   config.model.channel = "first"
@@ -45,7 +44,7 @@ def get_config(chosen: str = "7b,1"):
 
   config.data.shards = ""
   config.data.task = ""  # each utterance's own
-  config.data.prompts = PROMPTS
+  config.data.prompts = str(SALMONN_PROMPTS)
   config.data.prompt_tokens = 128
   config.data.batch_size = 64  # SALMONN: 8 a GPU
   config.data.window = 2048

@@ -13,7 +13,7 @@ import numpy as np
 
 from mooer_jax.checkpoint import Lazy
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.prompts import SPEECH
+from mooer_jax.prompts import SALMONN_PROMPTS, read_prompts
 
 from . import (
   beats,
@@ -36,7 +36,7 @@ FILE, PART = "salmonn_v1.pth", "model"
 WHISPER, BEATS, LLM = "speech_encoder.", "beats.", "llama_model."
 NORMS = {"whisper": "ln_speech", "beats": "ln_audio"}
 # What the model is asked unless a file of prompts says otherwise.
-PROMPTS = {"asr": f"<Speech>{SPEECH}</Speech> Write down what is said in the recording."}
+PROMPTS = {task: texts[0] for task, texts in read_prompts(SALMONN_PROMPTS).items()}
 MIN_AUDIO_S = 1.0  # as the original reads recordings
 DROPOUT = 0.1  # of bert-base, from whose configuration the original makes its Q-Former
 _BIAS_TABLE = r"beats\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight"

@@ -15,6 +15,8 @@ TASKS = {
   "s2s_chat": "Answer my question with speech. ",
 }
 
+# What SALMONN's tasks are asked, several prompts each; the first is for evaluation.
+SALMONN_PROMPTS = Path(__file__).with_name("salmonn_prompts.json")
 SPEECH = "<SpeechHere>"
 QUESTION = "{}"  # stands in a prompt for the question of an utterance
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -1,8 +1,8 @@
-"""The prompt files in configs/prompts."""
+"""The prompts of SALMONN's tasks."""
 
 import pytest
 
-from mooer_jax.prompts import fill_template, read_prompts
+from mooer_jax.prompts import SALMONN_PROMPTS, fill_template, read_prompts
 
 SPEECH = "<Speech><SpeechHere></Speech>"
 # Tasks whose prompt takes the question, or the name of the slot, of an utterance.
@@ -23,8 +23,8 @@ TRAINED = {
 
 
 @pytest.fixture(scope="module")
-def prompts(repo_root):
-  return read_prompts(repo_root / "configs/prompts/salmonn.json")
+def prompts():
+  return read_prompts(SALMONN_PROMPTS)
 
 
 def test_all_training_tasks_are_there(prompts):

@@ -10,6 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from mooer_jax.evaluation import task_scorers
 from mooer_jax.evaluation.salmonn_suite import ROWS, score_task
 from mooer_jax.evaluation.task_scorers import Extras
+from mooer_jax.prompts import SALMONN_PROMPTS
 
 ROW = {row.stem: row for row in ROWS}
 
@@ -36,8 +37,8 @@ def test_the_suite_is_the_published_one():
   assert ROW["sac"].following == (0.04, 0.73)
 
 
-def test_every_task_has_its_prompt(repo_root):
-  prompts = json.loads((repo_root / "configs/prompts/salmonn.json").read_text("utf-8"))
+def test_every_task_has_its_prompt():
+  prompts = json.loads(SALMONN_PROMPTS.read_text("utf-8"))
   assert {row.task for row in ROWS} <= prompts.keys()
 
 
