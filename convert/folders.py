@@ -48,22 +48,53 @@ def beside(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
       raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
 
   check()
+  if out.exists() and not out.is_dir():
+    raise FileExistsError(f"{out} is a file; choose another name")
   out.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.parent) as own:
     part = Path(own) / out.name  # a plain folder; `own` itself is closed to others
     part.mkdir()
     yield part
     check()
+    _lose_nothing(part, out)
     put_in_place(part, out)
 
 
+def _lose_nothing(part: Path, out: Path) -> None:
+  """Raises FileExistsError if `out` holds a file that is not written again."""
+  files = [
+    {f.relative_to(folder) for f in folder.rglob("*") if f.is_file()} for folder in (out, part)
+  ]
+  if lost := sorted(map(str, files[0] - files[1])):
+    raise FileExistsError(
+      f"{out} holds {len(lost)} files that this would remove, such as {lost[0]}; remove the folder"
+      " yourself or choose another"
+    )
+
+
 def keep_apart(out: Path, sources: Iterable[Path | None]) -> None:
-  """Raises ValueError if replacing `out` would remove what is read."""
+  """Raises ValueError if replacing `out` would remove what is read, or a part of it."""
   out = out.resolve()
   for source in filter(None, sources):
     read = source.resolve()
     if out in (read, *read.parents):
       raise ValueError(f"{out} would replace {read}, which is read; choose another folder")
+    if out.exists() and read in out.parents:
+      raise ValueError(
+        f"{out} would replace a part of {read}, which is read; choose another folder"
+      )
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+  """Raises FileExistsError if a checkpoint cannot be made there; only a checkpoint is replaced."""
+  if not out.exists():
+    return
+  if not overwrite:
+    raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+  if not (out / "checkpoint.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    raise FileExistsError(
+      f"{out} is no checkpoint, and --overwrite replaces nothing else; choose another folder"
+    )
 
 
 def copier(files: Iterable[Path]) -> Callable[[Path], None]:

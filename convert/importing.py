@@ -22,7 +22,7 @@ from . import (
 )
 from .engine import map_in
 from .errors import Problems
-from .folders import copier, keep_apart, save_checkpoint
+from .folders import check_target, copier, keep_apart, save_checkpoint
 from .readers import open_source
 
 
@@ -92,8 +92,7 @@ def import_checkpoint(kind: str, src: Path, out: Path, options: Options = Option
     raise FileNotFoundError(f"{src}: no such file or folder")
   read = (getattr(options, name) for name in _PATHS)
   keep_apart(out, (src, *read))
-  if out.exists() and not options.overwrite:
-    raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+  check_target(out, overwrite=options.overwrite)
   unused = [
     name
     for name, value in vars(options).items()
@@ -101,6 +100,8 @@ def import_checkpoint(kind: str, src: Path, out: Path, options: Options = Option
   ]
   if unused:
     raise ValueError(f"--{unused[0].replace('_', '-')} means nothing for the kind {kind!r}")
+  if options.merge_lora and not options.lora:
+    raise ValueError("--merge-lora and --no-lora: choose one of them")
   return KINDS[kind](src, out, options)
 
 
@@ -185,9 +186,11 @@ def _peft(src: Path, out: Path, options: Options) -> Report:
       raise ValueError(f"{about.folder} has no LLM that a LoRA could be added to")
     decoder = opened.added_to(part_from_json(about.config["decoder"], "decoder"))
     leaves = lora.map_lora(opened, decoder, problems).leaves
-    for path in lora.paths(about):
-      if path not in leaves:
-        problems.add(f"{about.folder} has a LoRA of its own, on {path} as well")
+    if own := lora.paths(about):
+      problems.add(
+        f"{about.folder} has a LoRA of its own (on {own[0]} and {len(own) - 1} more): import that"
+        " model with --no-lora, or with --merge-lora if this one was trained on the merged weights"
+      )
     config = {**about.config, "decoder": part_to_json(decoder)}
     base, generation = about.folder, about.generation
     tokenizer = copier(sorted(about.tokenizer.iterdir()))
@@ -236,7 +239,8 @@ def _deepspeed(src: Path, out: Path, options: Options) -> Report:
 
 def _known(task: str | None) -> str:
   if task not in mooer.TASK_PROMPTS:
-    raise ValueError(f"--task {task}: choose one of {', '.join(mooer.TASK_PROMPTS)}")
+    said = "no --task" if task is None else f"--task {task}"
+    raise ValueError(f"{said}: choose one of {', '.join(mooer.TASK_PROMPTS)}")
   return task
 
 

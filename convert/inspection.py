@@ -52,6 +52,13 @@ def _content(path: Path) -> tuple[list[tuple[str, tuple, str, str]], str | None,
       (name, leaf.shape, str(leaf.dtype), "") for name, leaf in tree.flatten(about.params).items()
     ]
     return rows, "checkpoint of mooer_jax", []
+  if path.is_dir() and (path / mooer.ADAPTER_FILE).is_file():
+    sources = [open_source(path / mooer.ADAPTER_FILE)]
+    if (added := mooer.find_lora(path)).is_dir():
+      sources.append(open_source(added))
+    return [row for s in sources for row in _rows(s, path)], "mooer (one task's part of it)", []
+  if path.is_dir() and (path / mooer.ENCODER_FILE).is_file():
+    return list(_rows(open_source(path / mooer.ENCODER_FILE), path)), "mooer (its encoder)", []
   if path.is_dir() and (path / mooer.ENCODER_FOLDER).is_dir():
     files = sorted(f for f in path.rglob("*") if f.name in (mooer.ENCODER_FILE, mooer.ADAPTER_FILE))
     sources = [open_source(file) for file in files]

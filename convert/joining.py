@@ -8,7 +8,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy, describe, find, read_leaves
 
 from .errors import ConversionError
-from .folders import SOURCE_FILE, copier, keep_apart, read_json, save_checkpoint
+from .folders import SOURCE_FILE, check_target, copier, keep_apart, read_json, save_checkpoint
 
 
 def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[str, Lazy]:
@@ -30,8 +30,7 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
   """
   opened = [describe(find(part)) for part in parts]
   keep_apart(out, [path for about in opened for path in (about.folder, about.base)])
-  if out.exists() and not overwrite:
-    raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+  check_target(out, overwrite=overwrite)
   config: dict[str, Any] = {"encoders": [], "frontends": []}
   leaves: dict[str, Lazy] = {}
   style: dict[str, Any] = {}

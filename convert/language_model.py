@@ -183,7 +183,10 @@ def read_tokenizer(write: Callable[[Path], Any]) -> Tokenizer:
     write(Path(folder))
     if not any(Path(folder).iterdir()):
       raise FileNotFoundError("the LLM's folder has no tokenizer.json; download it as well")
-    return Tokenizer.from_folder(folder)
+    try:
+      return Tokenizer.from_folder(folder)
+    except (ValueError, OSError) as error:
+      raise ValueError(f"the LLM's folder: {str(error).replace(f'{folder}/', '')}") from error
 
 
 def equal(source: Source, a: str, b: str) -> bool:

@@ -78,7 +78,14 @@ def load_model(
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
       that is unknown or out of range.
   """
-  loaded = checkpoint.load(checkpoint.find(path), dtype=compute.dtype, base=base)
+  folder = checkpoint.find(path)
+  about = checkpoint.describe(folder, base=base)
+  if "connector" not in about.config:
+    raise ValueError(
+      f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot answer by"
+      " itself"
+    )
+  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base)
   options = build(GenerationOptions, {**loaded.generation, **(generation or {})}, "generation")
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))

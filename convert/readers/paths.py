@@ -24,6 +24,9 @@ _MODEL = (
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+_LFS = b"version https://git-lfs"
+
+
 def open_source(path: str | Path, part: str | None = None) -> Source:
   """Opens weights of any format that is read here; tensors come later, one by one.
 
@@ -54,6 +57,9 @@ def _open_file(path: Path, part: str | None) -> Source:
     raise ReadError(f"{path}: unknown extension {path.suffix!r}; read are {', '.join(_EXTENSIONS)}")
   if path.stat().st_size == 0:
     raise ReadError(f"{path}: empty, 0 bytes; copy it again")
+  with path.open("rb") as file:
+    if file.read(len(_LFS)) == _LFS:
+      raise ReadError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` there")
   ctranslate2 = path.suffix == ".bin" and is_ctranslate2(path)
   if path.suffix in _TORCH and not ctranslate2:
     return open_torch(path, part)

@@ -61,12 +61,16 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
   folder, about = open_folder(folder)
   leaves = about["leaves"]
   origin = None
+  if about["base"] is None and base is not None:
+    raise CheckpointError(
+      f"{folder} is whole: it has no base, so base={base} (--base) means nothing"
+    )
   if about["base"] is not None:
     origin = _base(folder, about["base"]) if base is None else Path(base)
     if not origin.is_dir():
       raise FileNotFoundError(
-        f"{folder} is a fine-tune of {origin}, which is not there; if it moved, pass base=FOLDER"
-        " (--base FOLDER; to go on training, init_from)"
+        f"{folder} is a fine-tune of {origin}, which is not there; if it moved, say where it"
+        " is: --base FOLDER, in Python base=FOLDER, to go on training --config.init_from=FOLDER"
       )
     under = describe(origin)
     if under.hash != about["base"]["hash"]:

@@ -171,5 +171,7 @@ def _out_folder(options: EvalConfig, folder: Path) -> Path:
   if options.out:
     return Path(options.out)
   if checkpoint.latest(folder.parent) is None:
-    raise ValueError(f"{folder} is not in the folder of a run; say where to write with eval.out")
+    raise ValueError(
+      f"{folder} is not in the folder of a run; say where to write: --config.eval.out=DIR"
+    )
   return folder.parent / "eval" / Path(options.shards).absolute().parent.name

@@ -168,21 +168,45 @@ def test_a_value_that_is_not_finite_leaves_nothing_behind(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "hf"]
 
 
-def test_the_target_is_not_overwritten_unless_told_so(tmp_path):
+def test_overwriting_replaces_an_earlier_result_and_nothing_else(tmp_path):
   _, source = saved_llm(tmp_path / "hf", "llama")
-  (tmp_path / "out").mkdir()
-  (tmp_path / "out" / "mine").touch()
-  for run in (
-    lambda **o: import_checkpoint("llama", source, tmp_path / "out", Options(**o)),
-    lambda **o: export_checkpoint("llama", tmp_path / "ours", tmp_path / "out", **o),
-  ):
-    import_checkpoint("llama", source, tmp_path / "ours", Options(overwrite=True))
-    with pytest.raises(FileExistsError, match="out exists.* --overwrite"):
-      run()
-    assert (tmp_path / "out" / "mine").exists()
-    run(overwrite=True)
-    assert not (tmp_path / "out" / "mine").exists()
-    (tmp_path / "out" / "mine").touch()
+  ours, out = tmp_path / "ours", tmp_path / "out"
+  runs = (
+    lambda target, **o: import_checkpoint("llama", source, target, Options(**o)),
+    lambda target, **o: export_checkpoint("llama", ours, target, **o),
+  )
+  runs[0](ours)
+  for number, run in enumerate(runs):
+    target = tmp_path / f"again{number}"
+    run(target)
+    with pytest.raises(FileExistsError, match="exists.* --overwrite"):
+      run(target)
+    run(target, overwrite=True)
+  out.mkdir()
+  (out / "thesis.txt").write_text("mine")
+  for run in runs:
+    with pytest.raises(FileExistsError, match=r"no checkpoint|removed?, such as thesis\.txt"):
+      run(out, overwrite=True)
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_a_part_of_what_is_read_is_never_replaced(tmp_path):
+  _, source = saved_llm(tmp_path / "hf", "llama")
+  ours = tmp_path / "ours"
+  import_checkpoint("llama", source, ours)
+  with pytest.raises(ValueError, match="would replace a part of"):
+    export_checkpoint("llama", ours, ours / "weights", overwrite=True)
+  (source / "part").mkdir()
+  with pytest.raises(ValueError, match="would replace a part of"):
+    import_checkpoint("llama", source, source / "part", Options(overwrite=True))
+
+
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
+  _, source = saved_llm(tmp_path / "hf", "llama")
+  (file,) = source.glob("*.safetensors")
+  file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+  with pytest.raises(ReadError, match="a Git LFS pointer, .* run `git lfs pull`"):
+    import_checkpoint("llama", source, tmp_path / "out")
 
 
 def test_tokenizer_and_generation_config_travel(tmp_path):
