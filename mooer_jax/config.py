@@ -207,7 +207,8 @@ def part_from_json(section: Mapping[str, Any], name: str) -> Any:
 
 def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
   """Inverse of part_to_json for what makes an encoder's features; raises as part_from_json."""
-  return _from_kind(_FRONTENDS, section, name)
+  # Checkpoints of version 0.1 named no kind; there was only this one.
+  return _from_kind(_FRONTENDS, {"kind": FrontendConfig.kind, **section}, name)
 
 
 def _from_kind(kinds: Mapping[str, type], section: Mapping[str, Any], name: str) -> Any:

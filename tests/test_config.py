@@ -116,6 +116,14 @@ def test_json_and_back_is_the_identity():
   assert to_json(from_json(json.loads(text))) == to_json(config)
 
 
+def test_a_config_of_version_0_1_is_read_as_it_was_meant():
+  fields = json.loads(json.dumps(to_json(SpeechLLMConfig())))
+  for name in ("encoder_norm", "min_audio_s", "channel"):
+    del fields[name]
+  del fields["frontends"][0]["kind"]
+  assert from_json(fields) == SpeechLLMConfig()
+
+
 @pytest.mark.parametrize(
   "change, message",
   [

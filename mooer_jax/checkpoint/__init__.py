@@ -18,6 +18,7 @@ from mooer_jax.checkpoint.errors import CheckpointError, SaveError
 from mooer_jax.checkpoint.reading import (
   Checkpoint,
   describe,
+  has_base,
   load,
   load_train_state,
   read_leaves,
@@ -34,6 +35,7 @@ __all__ = [
   "all_steps",
   "describe",
   "find",
+  "has_base",
   "keep_last",
   "latest",
   "load",

@@ -53,6 +53,11 @@ class Checkpoint:
     return own if self.base is None else own + describe(self.base).sources
 
 
+def has_base(folder: str | Path) -> bool:
+  """Whether a checkpoint is a fine-tune, which points to its base."""
+  return open_folder(folder)[1]["base"] is not None
+
+
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
   """Opens a checkpoint without reading its weights: params are `ShapeDtypeStruct`s.
 

@@ -1,5 +1,6 @@
 """What the model is asked about an utterance."""
 
+import json
 import zlib
 from collections.abc import Mapping
 
@@ -10,13 +11,14 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.shards import RawUtterance, Skip
 from mooer_jax.prompts import (
   QUESTION,
-  SPEECH,
   encode_prompt,
   fill_template,
   read_prompts,
   task_prompt,
 )
 from mooer_jax.text.tokenizer import Tokenizer
+
+_MARK = "\0"  # stands for a question where only its place matters
 
 
 class Asker:
@@ -25,6 +27,7 @@ class Asker:
   Attributes:
     tasks: all that may come, in the order of the model's prompts.
     before, after: tokens that the two sides of the speech are padded to.
+    checksum: of the template and all prompts.
   """
 
   def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):
@@ -42,12 +45,16 @@ class Asker:
     """
     own = dict(model.prompts)
     drawn = read_prompts(config.prompts) if config.prompts else {}
+    if unknown := sorted(set(drawn) - set(own)):
+      raise ValueError(f"{config.prompts}: tasks {unknown} are not among the model's {sorted(own)}")
     if config.task:
       task_prompt(config.task, own)  # or the error says what the model knows
     self.tasks = (config.task,) if config.task else tuple(own)
     self._fixed, self._longest = config.task, config.prompt_tokens
     self._tokenizer, self._template, self._seed = tokenizer, model.template, config.seed
     self._prompts = {task: drawn.get(task, (own[task],)) for task in self.tasks}
+    said = json.dumps([model.template, self._prompts], sort_keys=True)
+    self.checksum = zlib.crc32(said.encode())
     self._cut: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     self.before = self.after = 0
     for prompt in {prompt for prompts in self._prompts.values() for prompt in prompts}:
@@ -60,9 +67,16 @@ class Asker:
           f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
           " prompts with one are padded to"
         )
-      asks_before = QUESTION in prompt.partition(SPEECH)[0]
-      sizes = (len(before_S), asks and asks_before), (len(after_S), asks and not asks_before)
-      before, after = (max(n, config.prompt_tokens) if padded else n for n, padded in sizes)
+      if not len(after_S):
+        raise ValueError(
+          f"the prompt {prompt!r} ends with the speech in template {model.template!r}; at least one"
+          " token must follow, off which the answer is read"
+        )
+      sides = fill_template(model.template, prompt, _MARK if asks else "")
+      before, after = (
+        max(len(tokens_S), config.prompt_tokens) if _MARK in side else len(tokens_S)
+        for side, tokens_S in zip(sides, (before_S, after_S), strict=True)
+      )
       self.before, self.after = max(self.before, before), max(self.after, after)
 
   def __call__(self, raw: RawUtterance, draw: int) -> tuple[str, np.ndarray, np.ndarray] | Skip:

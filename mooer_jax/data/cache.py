@@ -1,5 +1,6 @@
 """Frames of frozen encoders on disk, so that an epoch does not pay for the encoders again."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import numpy as np
 from mooer_jax.data.shards import RawUtterance
 
 DTYPE = np.float16
-_INDEX, _DONE = "index.jsonl", "complete"
+_INDEX, _DONE, _LOCK = "index.jsonl", "complete", "lock"
 
 
 def digest(raw: RawUtterance) -> str:
@@ -95,6 +96,26 @@ class EncodedCache:
     with (self.folder / _INDEX).open("a", encoding="utf-8") as index:
       index.writelines(json.dumps(line) + "\n" for line in lines)
     self._frames = None
+
+  @contextlib.contextmanager
+  def alone(self):
+    """Holds the folder for writing.
+
+    Raises:
+      ValueError: if another process does; they would write into each other's frames.
+    """
+    import fcntl
+
+    self.folder.mkdir(parents=True, exist_ok=True)
+    with (self.folder / _LOCK).open("w") as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError as error:
+        raise ValueError(
+          f"{self.folder} is being filled by another process; wait until it has, or set another"
+          " data.cache_features"
+        ) from error
+      yield
 
   def complete(self, dataset: str) -> bool:
     """Whether all clips of a data set (whatever names it) were looked at."""

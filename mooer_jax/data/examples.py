@@ -12,6 +12,7 @@ from mooer_jax.data.cache import EncodedCache, digest
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.kaldi import SPACE
 from mooer_jax.data.shards import RawUtterance, Skip
+from mooer_jax.speech_llm import num_speech_tokens
 from mooer_jax.text.tokenizer import Tokenizer
 
 _AUDIO_CAUSES = {"empty": "empty audio"}
@@ -84,23 +85,32 @@ class Reader:
     answer, problem = self._answer(text)
     if problem and self.needs_answer:
       return skip(*problem)
-    limits = self.config
     name = "" if self.cache is None else digest(raw)
     if self.cache is not None and name in self.cache:
       frames, seconds = self.cache.read(name)
+      if problem := self._beyond(seconds):
+        return skip(*problem)
       return Example(raw.key, text, frames, *asked, answer, seconds, name)
     try:
       waveform_N, seconds = self._waveform(raw)
-      if seconds < limits.min_s:
-        return skip("too short", f"{seconds:.3f} s < data.min_s={limits.min_s}")
-      if seconds > limits.max_s:
-        return skip("too long", f"{seconds:.1f} s > data.max_s={limits.max_s}")
+      if problem := self._beyond(seconds):
+        return skip(*problem)
+      if not num_speech_tokens(len(waveform_N), self.model):
+        return skip("too short", f"{seconds:.3f} s make no speech token")
       made = tuple(features(waveform_N, frontend) for frontend in self.model.frontends)
     except AudioError as error:
       return skip(_AUDIO_CAUSES.get(error.cause, error.cause), str(error))
     if self.cache is not None:
       return skip("not cached", f"changed since {self.cache.folder} was made")
     return Example(raw.key, text, made, *asked, answer, seconds)
+
+  def _beyond(self, seconds: float) -> tuple[str, str] | None:
+    """Which limit of length a clip is beyond, as (cause, detail)."""
+    if seconds < self.config.min_s:
+      return "too short", f"{seconds:.3f} s < data.min_s={self.config.min_s}"
+    if seconds > self.config.max_s:
+      return "too long", f"{seconds:.1f} s > data.max_s={self.config.max_s}"
+    return None
 
   def _waveform(self, raw: RawUtterance) -> tuple[np.ndarray, float]:
     """All clips of an utterance, joined, and how long they are, seconds."""

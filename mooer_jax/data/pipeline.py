@@ -70,7 +70,7 @@ def train_batches(
   )
   return _Described(
     _ahead(batches, config, config.workers),
-    _description(config, shards, process_index, process_count),
+    _description(config, asker, shards, process_index, process_count),
   )
 
 
@@ -104,7 +104,7 @@ def eval_batches(
   )
   return _Described(
     _ahead(batches, config, min(1, config.workers)),
-    _description(config, shards, process_index, process_count),
+    _description(config, asker, shards, process_index, process_count),
   )
 
 
@@ -142,6 +142,11 @@ def _list(config: DataConfig, asker: Asker) -> list[str]:
   if not config.shards.endswith(".json"):
     return read_list(config.shards)
   named = annotation.tasks(config.shards)
+  if config.task and (other := sorted(named - {config.task})):
+    raise ValueError(
+      f"{config.shards} has the tasks {other}, but data.task={config.task!r} would ask all alike;"
+      " set data.task='' (eval.task='') for each utterance's own"
+    )
   if not config.task and (unknown := sorted(named - set(asker.tasks))):
     raise ValueError(
       f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(asker.tasks)}: add"
@@ -174,16 +179,17 @@ def _start_worker(index, count):
     sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
-def _description(config, shards, process_index, process_count) -> dict[str, Any]:
+def _description(config, asker, shards, process_index, process_count) -> dict[str, Any]:
   """What must be the same for a saved state to mean the same batches."""
   names = (
     "batch_size", "window", "seed", "workers", "min_s", "max_s", "cut_longer", "buckets",
-    "answer_buckets", "task", "task_weights", "prompts",
+    "answer_buckets", "task", "task_weights", "prompt_tokens",
   )  # fmt: skip
   settings = {f"data.{name}": getattr(config, name) for name in names}
   files = "\n".join(os.path.basename(shard) for shard in shards)
   return {
     **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
+    "checksum of the prompts": asker.checksum,
     "shards in the list": len(shards),
     "checksum of their names": zlib.crc32(files.encode()),
     "process": [process_index, process_count],
@@ -252,7 +258,8 @@ class _DescribedIterator(grain.DatasetIterator):
     changed = [
       f"{name} was {state['of'].get(name)!r} and is {value!r}"
       for name, value in self._description.items()
-      if state["of"].get(name) != value
+      # A state of version 0.1 lacks what it did not know of yet.
+      if name in state["of"] and state["of"][name] != value
     ]
     if changed:
       raise ValueError(

@@ -34,7 +34,8 @@ class TaskScore:
 def score_by_task(
   tasks: Mapping[str, str], references: Mapping[str, str], hypotheses: Mapping[str, str]
 ) -> dict[str, TaskScore]:
-  """Scores the answers of each task; an utterance without an answer counts as an empty one.
+  """Scores the answers of each task; an utterance without an answer counts as an empty one, one
+  without a reference is left out.
 
   Args:
     tasks: task by key.
@@ -43,7 +44,13 @@ def score_by_task(
   """
   scores = {}
   for task in dict.fromkeys(tasks.values()):
-    wanted = {key: " ".join(words(references[key])) for key, of in tasks.items() if of == task}
+    wanted = {
+      key: " ".join(words(references[key]))
+      for key, of in tasks.items()
+      if of == task and key in references
+    }
+    if not wanted:
+      continue
     given = {key: " ".join(words(hypotheses.get(key, ""))) for key in wanted}
     rate = score(wanted, given, ScoreConfig(metric="word", space_mark="blank")).rate
     choices = set(wanted.values())

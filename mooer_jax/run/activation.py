@@ -31,12 +31,15 @@ class ActivationConfig:
     task: which of the model's prompts; it should allow for long and diverse answers.
     lora_scale: while answering.
     clips: so many of the first ones (SALMONN: 12).
+    review: stop when the answers are written, so that a person may edit them; the same command
+      with False then trains on them.
   """
 
   shards: str = ""
   task: str = ""
   lora_scale: float = 0.0
   clips: int = 12
+  review: bool = False
 
   def __post_init__(self):
     if self.shards and not self.shards.endswith(".json"):
@@ -50,7 +53,7 @@ class ActivationConfig:
       )
 
 
-def with_own_answers(config: ConfigDict) -> ConfigDict:
+def with_own_answers(config: ConfigDict) -> ConfigDict | None:
   """The config of a run that trains on the answers, which are made if they are not there.
 
   They stand in the run's folder, in `activation.json`, and may be read and edited by a person: what
@@ -59,8 +62,12 @@ def with_own_answers(config: ConfigDict) -> ConfigDict:
   Args:
     config: with section `activation`; without activation.shards it comes back as it is.
 
+  Returns:
+    The config; None where activation.review asks to stop first.
+
   Raises:
-    FileNotFoundError, ValueError: for a bad checkpoint or annotation; if no answer has any text.
+    FileNotFoundError, ValueError: for a bad checkpoint or annotation; if no answer has any text; if
+      answers are there that were made with other settings, or edited after training began.
   """
   wanted = section(config, "activation", ActivationConfig)
   if not wanted.shards:
@@ -72,10 +79,26 @@ def with_own_answers(config: ConfigDict) -> ConfigDict:
     answers.parent.mkdir(parents=True, exist_ok=True)
     entries = _answers(config, wanted)
     beside = answers.with_suffix(".tmp")
-    text = json.dumps({"annotation": entries}, ensure_ascii=False, indent=2)
+    content = {"made_with": _settings(config, wanted), "annotation": entries}
+    text = json.dumps(content, ensure_ascii=False, indent=2)
     beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(answers)
-    print(f"answers at LoRA scale {wanted.lora_scale:g}: {answers}; edit them and train again")
+    print(f"answers at LoRA scale {wanted.lora_scale:g}: {answers}")
+    if wanted.review:
+      print("edit them, then run the same command with --config.activation.review=False")
+      return None
+  made_with = json.loads(answers.read_text(encoding="utf-8")).get("made_with")
+  if made_with != _settings(config, wanted):
+    raise ValueError(
+      f"{answers} was made with {made_with}, the config says {_settings(config, wanted)}; use"
+      " another workdir, or remove the file"
+    )
+  latest = checkpoint.latest(config["workdir"])
+  if latest and answers.stat().st_mtime > (latest / "checkpoint.json").stat().st_mtime:
+    raise ValueError(
+      f"{answers} was edited after training on it began; train in another workdir (copy it there)"
+      " or remove the checkpoints"
+    )
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.data.shards = str(answers)
@@ -83,10 +106,15 @@ def with_own_answers(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def _settings(config: Mapping[str, Any], wanted: ActivationConfig) -> dict[str, Any]:
+  made = dataclasses.asdict(dataclasses.replace(wanted, review=False))
+  return {**made, "init_from": config.get("init_from", "")}
+
+
 def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[str, str]]:
   folder = Path(wanted.shards).parent
   chosen = [
-    {**entry, "path": str((folder / entry["path"]).absolute()), "text": entry["text"] or " "}
+    {**entry, "path": str((folder / entry["path"]).absolute()), "task": wanted.task}
     for entry in read_annotation(wanted.shards)[: wanted.clips]
   ]
   for entry in chosen:

@@ -85,6 +85,7 @@ def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConf
     task_weights={},
     prompts="",
     cache_features="",
+    cut_longer=False,  # a longer clip is reported, not cut
     max_bad_share=1.0,
     max_s=longest_s,
     **({"buckets": (*buckets, longest)} if longest > buckets[-1] else {}),

@@ -1,6 +1,7 @@
 """Decodes a test set, writes the hypotheses, scores them."""
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from mooer_jax import checkpoint
+from mooer_jax.config import to_json
 from mooer_jax.evaluation import report
 from mooer_jax.evaluation.by_task import score_by_task
 from mooer_jax.evaluation.by_task import table as task_table
@@ -117,10 +119,15 @@ def evaluate_suite(
 
   def decode(file: Path) -> dict[str, str]:
     of_file = dataclasses.replace(options, shards=str(file), task="")
-    return decode_set(config, of_file, loaded).hypotheses
+    decoded = decode_set(config, of_file, loaded)
+    for s in decoded.skipped:
+      print(f"{file.name}: not decoded: {s.key}: {s.cause} {s.detail}")
+    return decoded.hypotheses
 
   out = Path(options.out) if options.out else folder.parent / "eval" / "salmonn"
-  of = [checkpoint.describe(folder, base=base).hash, str(loaded.generation), options.lora_scale]
+  asked = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)
+  of = [checkpoint.describe(folder, base=base).hash, loaded.generation, asked]
+  of += [loaded.model.compute.dtype, options.lora_scale, options.max_s]
   return run_suite(annotations, out, decode, identity=" ".join(map(str, of)))
 
 

@@ -44,10 +44,19 @@ def fill_cache(run: Run, params: dict, tokenizer: Tokenizer, mesh) -> EncodedCac
     raise ValueError("data.cache_features needs the trained encoders of init_from")
   model = run.model
   widths = {encoder.kind: encoder.width for encoder in model.encoders}
-  cache = EncodedCache(Path(run.data.cache_features) / _stamp(run), widths)
-  name = dataset_name(run.data)
+  folder, name = Path(run.data.cache_features) / _stamp(run), dataset_name(run.data)
+  cache = EncodedCache(folder, widths)
   if cache.complete(name):
     return cache
+  with cache.alone():
+    cache = EncodedCache(folder, widths)  # another process may have written since
+    _fill(cache, run, params, tokenizer, mesh)
+    cache.mark_complete(name)
+  return cache
+
+
+def _fill(cache: EncodedCache, run: Run, params: dict, tokenizer: Tokenizer, mesh) -> None:
+  model = run.model
   one_pass = dataclasses.replace(run.data, task_weights={}, prompts="", window=run.data.batch_size)
   batches = uncached_batches(one_pass, tokenizer, model, {*cache.names()})
   encode = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, model))
@@ -67,8 +76,6 @@ def fill_cache(run: Run, params: dict, tokenizer: Tokenizer, mesh) -> EncodedCac
       if not len(cache):
         raise
       # nothing was left to do
-  cache.mark_complete(name)
-  return cache
 
 
 def _stamp(run: Run) -> str:

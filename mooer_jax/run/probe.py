@@ -11,6 +11,7 @@ Source: SALMONN (Tang et al., 2023), section 5.4 and figure 4.
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def perplexity(
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
   rows: list[Perplexity] = []
   for step, folder in track(_steps(path, base), "perplexities", console=Console(stderr=True)):
-    loaded = load(config, folder, base)
+    loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
     for instruction in (NONE, *instructions):
       rows += [
         Perplexity(str(folder), step, scale, instruction, task, math.exp(nats / tokens), tokens)
@@ -97,9 +98,16 @@ def _sums(
   model = model.replace(prompts=tuple((task, asked) for task in tasks))
   wanted = list(scales) or [model.decoder.lora_scale]
   totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
+  left_out: Counter[str] = Counter()
   for host in eval_batches(data_of(config, options, model), loaded.tokenizer, model):
+    left_out.update(skip.cause for skip in host.skipped)
+    left_out["no answer that fits data.answer_buckets"] += sum(
+      int(row_S[0] < 0) for row_S in host.batch.answer_BS[: len(host.keys)]
+    )
     for scale in wanted:
       totals[scale] += jax.device_get(_task_sums(loaded.params, host.batch, model, scale))
+  if said := ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n):
+    print(f"instruction {instruction}: utterances left out: {said}")
   return {
     scale: {
       task: (nats, int(tokens))

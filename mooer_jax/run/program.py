@@ -62,15 +62,16 @@ class CompiledStep:
       for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
         shape = futures[future]
         self._compiled[shape] = future.result()
-        message(f"compiled {number} of {len(futures)}: {shape[0]} frames, {shape[1]} answer tokens")
+        frames = " and ".join(map(str, shape[0]))
+        message(f"compiled {number} of {len(futures)}: {frames} frames, {shape[1]} answer tokens")
 
   def __call__(self, state, frozen, batch: Batch):
     """(state, metrics), as `make_train_step` says."""
     return self._compiled[_shape(batch)](state, frozen, batch)
 
 
-def _shape(batch: Batch) -> tuple[int, int]:
-  return batch.features[0].shape[1], batch.answer_BS.shape[1]
+def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
+  return tuple(x.shape[1] for x in batch.features), batch.answer_BS.shape[1]
 
 
 def stored(params: dict, trained: Iterable[str], dtype) -> dict:

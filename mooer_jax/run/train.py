@@ -43,8 +43,11 @@ def train(config: ConfigDict) -> Path:
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
-  config = with_own_answers(config)
-  run = Run.read(config)
+  Run.read(config)  # a mistake shows before anything is loaded
+  with_answers = with_own_answers(config)
+  if with_answers is None:
+    return Path(config["workdir"])
+  run = Run.read(with_answers)
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   _check_rows(run, mesh)
   resumed = checkpoint.latest(run.workdir)

@@ -183,3 +183,23 @@ def test_training_draws_from_several_prompts_and_evaluation_takes_the_models(
   counts = collections.Counter(drawn)
   assert set(counts) == {"A", "B", "C"} and min(counts.values()) > 8
   assert drawn[:12] != drawn[12:24]  # another epoch, other prompts
+
+
+def test_the_models_tasks_are_not_asked_alike_without_saying_so(annotate, letters):
+  with pytest.raises(ValueError, match=r"has the tasks \['count'\], but data.task='asr'"):
+    train_batches(annotate(entries("asr", "count"), task="asr"), letters, MODEL)
+  with pytest.raises(ValueError, match="ends with the speech in template 'none'"):
+    model = MODEL.replace(prompts=(("asr", "WRITE<SpeechHere>"),))
+    train_batches(annotate(entries("asr")), letters, model)
+
+
+def test_a_question_has_room_on_its_own_side_of_the_speech(annotate, letters):
+  listed = [{"path": "a.wav", "text": "N", "task": "qa", "Q": "WHO IS IT?"}]
+  for template, prompt, before, after in (
+    ("bare", "{}", 0, 12), ("none", "{}<SpeechHere>A", 12, 1), ("none", "B<SpeechHere>{}", 1, 12),
+  ):  # fmt: skip
+    model = MODEL.replace(template=template, prompts=(("qa", prompt),))
+    (host,) = eval_batches(annotate(listed), letters, model)
+    assert (host.batch.before_BS.shape[1], host.batch.after_BS.shape[1]) == (before, after)
+    sides = decoded(letters, host.batch.before_BS[0]) + decoded(letters, host.batch.after_BS[0])
+    assert "WHO IS IT?" in sides

@@ -22,7 +22,7 @@ def _example(key, samples, frontends, answer=3):
   made = tuple(features(waveform_N, frontend) for frontend in frontends)
   skipped = (Skip("too short", f"before {key}", "a.tar"),)
   tokens = [np.arange(size, dtype=np.int32) for size in (1, 5, answer)]
-  return Example(key, key, made, "asr", *tokens, samples / 16000, 0, skipped)
+  return Example(key, key, made, "asr", *tokens, samples / 16000, skipped=skipped)
 
 
 def _batcher(tokenizer, frontends):

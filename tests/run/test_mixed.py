@@ -223,11 +223,22 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   assert [(entry["text"], entry["task"]) for entry in answers] == [("a yes", "asr")] * 4
   assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a yes") + 8
 
-  answers[0]["text"] = "edited"
-  made.write_text(json.dumps({"annotation": answers}))
   config.train.steps = 2
-  assert checkpoint.step_of(train(config)) == 2
-  assert json.loads(made.read_text())["annotation"][0]["text"] == "edited"
+  assert checkpoint.step_of(train(config)) == 2  # goes on
+  content = json.loads(made.read_text())
+  for entry in content["annotation"]:
+    entry["text"] = "no"
+  made.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="edited after training"):
+    train(config)
+  config.workdir = str(tmp_path / "again")
+  (tmp_path / "again").mkdir()
+  (tmp_path / "again/activation.json").write_text(json.dumps(content))
+  train(config)
+  assert _metrics(tmp_path / "again")[0]["tokens"] == 8 * len("no") + 8
+  config.activation.lora_scale = 1.5
+  with pytest.raises(ValueError, match="was made with .*'lora_scale': 0.0"):
+    train(config)
 
 
 def test_a_trained_encoder_cannot_be_cached(settings, base, tmp_path):
