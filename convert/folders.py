@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy, SaveError, put_in_place, save
 
@@ -141,6 +144,10 @@ def save_checkpoint(
       (folder / name).mkdir()
       copier(files)(folder / name)
 
+  # Values that are not finite are found before anything is written; that costs a second reading.
+  console = Console(stderr=True)
+  for leaf in track(leaves.values(), "checking", console=console, disable=not console.is_terminal):
+    leaf.read()
   try:
     return save(
       out,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import convert.folders
 from convert.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
@@ -156,7 +157,8 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "hf"]
 
 
-def test_a_value_that_is_not_finite_leaves_nothing_behind(tmp_path):
+def test_a_value_that_is_not_finite_is_found_before_anything_is_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(convert.folders, "save", None)
   _, source = saved_llm(tmp_path / "hf", "qwen2")
 
   def spoil(state):
