@@ -126,7 +126,23 @@ def _language_model(kind: str) -> Callable[[Path, Path, Options], Report]:
   return run
 
 
+def _encoder_json(opened: encoder.Encoder | beats.BEATs | whisper.Encoder) -> dict[str, Any]:
+  """Content of config.json for an encoder alone."""
+  return {
+    "encoders": [part_to_json(opened.config)],
+    "frontends": [part_to_json(opened.frontend)],
+  }
+
+
 def _paraformer(src: Path, out: Path, options: Options) -> Report:
+  if not (src / encoder.FUNASR_FILE).is_file():
+    hint = ""
+    if (src / mooer.ENCODER_FILE).is_file():
+      hint = "; this is the encoder of a MooER release: import that with the kind mooer"
+    raise FileNotFoundError(
+      f"{src / encoder.FUNASR_FILE}: not found; SRC is FunASR's folder with {encoder.FUNASR_FILE}"
+      f" and {encoder.CMVN_FILE}{hint}"
+    )
   problems = Problems()
   described = src / funasr_config.FILE
   kept = (described,) if described.is_file() else ()
@@ -138,10 +154,7 @@ def _paraformer(src: Path, out: Path, options: Options) -> Report:
   save_checkpoint(
     out,
     opened.leaves,
-    config={
-      "encoders": [part_to_json(opened.config)],
-      "frontends": [part_to_json(opened.frontend)],
-    },
+    config=_encoder_json(opened),
     kind="paraformer",
     style={"paraformer": {"prefix": opened.prefix}},
     kept={"encoder": kept},
@@ -158,10 +171,7 @@ def _beats(src: Path, out: Path, options: Options) -> Report:
   save_checkpoint(
     out,
     opened.leaves,
-    config={
-      "encoders": [part_to_json(opened.config)],
-      "frontends": [part_to_json(opened.frontend)],
-    },
+    config=_encoder_json(opened),
     kind="beats",
     style={"beats": opened.style},
     overwrite=options.overwrite,
@@ -279,10 +289,7 @@ def _whisper(src: Path, out: Path, options: Options) -> Report:
   save_checkpoint(
     out,
     opened.leaves,
-    config={
-      "encoders": [part_to_json(opened.config)],
-      "frontends": [part_to_json(opened.frontend)],
-    },
+    config=_encoder_json(opened),
     kind="whisper",
     style={"whisper": opened.style},
     kept={"whisper": opened.kept},

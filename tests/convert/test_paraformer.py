@@ -150,3 +150,9 @@ def test_dither_that_we_do_not_add_is_told(tmp_path):
   funasr_folder(tmp_path / "funasr")
   notes = import_checkpoint("paraformer", tmp_path / "funasr", tmp_path / "ours").notes
   assert notes == ("config.yaml: dither=1.0: FunASR adds that noise to a clip, here there is none",)
+
+
+def test_a_folder_that_is_not_funasrs_is_told_what_it_is(tmp_path):
+  (tmp_path / "paraformer-encoder.pth").touch()
+  with pytest.raises(FileNotFoundError, match="FunASR's folder .*; this is the encoder of a MooER"):
+    import_checkpoint("paraformer", tmp_path, tmp_path / "out")
