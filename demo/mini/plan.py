@@ -21,6 +21,7 @@ NUMBERS = (
 SPANISH = dict(
   zip(WORDS, ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve"))
 )
+TRANSLATED = 4  # digits at most: a Spanish one is two or three tokens
 OPENINGS = ("what is", "how much is", "tell me")
 # Seconds: of a string of digits, and of everything else.
 DIGITS_LIMIT_S, LIMIT_S = 5.0, 10.0
@@ -131,10 +132,11 @@ def _digits(rng, casting, index, *, test, max_digits) -> Clip:
   labels = (
     Label("asr", text),
     Label("count", NUMBERS[len(words)]),
-    Label("translate", " ".join(SPANISH[word] for word in words)),
     Label("keyword", "no" if index % 2 else "yes", asked[rng.integers(len(asked))]),
     *_sex(speaker),
   )
+  if len(words) <= TRANSLATED:
+    labels += (Label("translate", " ".join(SPANISH[word] for word in words)),)
   pieces = words if rng.random() < 0.5 else (text,)
   return Clip("", (Turn(speaker, pieces),), labels, (), DIGITS_LIMIT_S)
 

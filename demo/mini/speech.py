@@ -2,9 +2,11 @@
 
     python -m demo.mini.speech --out out/mini/data [--quick]
 
-writes `train.json`, `test_voices.json` (voices and strings of digits, sums and turns that training
-never has) and `test_sentences.json` (such voices with such sentences), with their clips beside
-them. Run again after an interruption, it makes what is missing.
+writes `train.json`, `train_digits.json` (only strings of digits, to be transcribed),
+`test_voices.json` (voices and strings of digits, sums and turns that training never has),
+`test_digits.json` (of these the strings of digits, to be transcribed) and `test_sentences.json`
+(such voices with sentences that training never has), with their clips beside them. Run again after
+an interruption, it makes what is missing.
 """
 
 import argparse
@@ -119,7 +121,9 @@ def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str
   """
   pairs = [(clip, label) for clip in plan(config, split) for label in clip.labels]
   if split == "train":
-    return {"train.json": _entries(pairs, split)}
+    strings = [(c, label) for c, label in pairs if c.key.startswith("digits")]
+    digits = [pair for pair in strings if pair[1].task == "asr"]
+    return {"train.json": _entries(pairs, split), "train_digits.json": _entries(digits, split)}
   sentences = [(clip, label) for clip, label in pairs if clip.key.startswith("sentence")]
   voices = [pair for pair in pairs if pair not in sentences]
   tasks = dict.fromkeys(label.task for _, label in voices)
@@ -127,7 +131,9 @@ def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str
   for task in tasks:
     of_task = [(clip, label) for clip, label in voices if label.task == task]
     chosen += of_task if task == "asr" else balanced(of_task, config.test_entries)
+  digits = [(clip, label) for clip, label in chosen if label.task == "asr"]
   return {
+    "test_digits.json": _entries(digits, split),
     "test_voices.json": _entries(chosen, split),
     "test_sentences.json": _entries(sentences, split),
   }
