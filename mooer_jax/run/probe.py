@@ -124,8 +124,11 @@ def _task_sums(params, batch, model: SpeechLLMConfig, scale):
 
 
 def bare_prompt(model: SpeechLLMConfig) -> str:
-  """A prompt that holds the speech and no instruction."""
-  return "" if SPEECH in TEMPLATES[model.template] else f"<Speech>{SPEECH}</Speech>"
+  """A prompt of the speech and no instruction; in tags if all of the model's prompts have them."""
+  if SPEECH in TEMPLATES[model.template]:
+    return ""
+  tagged = f"<Speech>{SPEECH}</Speech>"
+  return tagged if all(tagged in prompt for _, prompt in model.prompts) else SPEECH
 
 
 def lora_sweep(

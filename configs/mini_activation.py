@@ -1,0 +1,35 @@
+"""Activation tuning of the mini SALMONN: 12 of its own stories, told at a discounted LoRA scale.
+
+Command:   make mini-salmonn MINI_ARGS=--activation    (or, after make mini-salmonn, python train.py
+           --config=configs/mini_activation.py)
+Hardware:  2 CPU cores
+Time:      not measured yet
+Expected:  docs/salmonn.md
+"""
+
+from configs import mini_salmonn
+
+
+def get_config():
+  config = mini_salmonn.get_config("tasks")
+  config.workdir = "out/mini/activation"
+  config.init_from = "out/mini/tasks"
+  config.activation.shards = "out/mini/data/activation.json"
+  config.activation.task = "story"
+  config.activation.lora_scale = 2.0  # half of the trained one
+  config.activation.clips = 12
+
+  config.data.prompts = ""
+  config.data.task_weights = {}
+  config.data.cache_features = ""
+  config.data.batch_size, config.data.window = 1, 1
+  config.data.answer_buckets = (16, 64)
+  config.generation.max_new_tokens = 64
+  config.optimizer.peak_lr = 1e-4
+  config.optimizer.warmup_steps = 0
+  config.optimizer.decay = "constant"
+  config.train.steps = 12
+  config.train.log_every = config.train.save_every = 1
+  config.train.keep = 12  # for the perplexities of every step
+  config.eval.shards = "out/mini/data/probe.json"
+  return config
