@@ -23,7 +23,7 @@ def get_config():
   config.data.task_weights = {}
   config.data.cache_features = ""
   config.data.batch_size, config.data.window = 1, 1
-  config.data.answer_buckets = (16, 64)
+  config.data.buckets, config.data.answer_buckets = (612,), (64,)
   config.generation.max_new_tokens = 64
   config.optimizer.peak_lr = 1e-4
   config.optimizer.warmup_steps = 0
