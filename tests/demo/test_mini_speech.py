@@ -190,6 +190,30 @@ def test_the_answers_are_balanced_and_the_sizes_as_promised():
   assert len(_shares(train, "arithmetic")) == 21
 
 
+def test_the_first_stage_has_all_strings_of_digits_and_nothing_else():
+  files = entries_of(SpeechConfig(), "train")
+  digits = files["train_digits.json"]
+  assert {line["task"] for line in digits} == {"asr"}
+  assert {word for line in digits for word in line["text"].split()} == {*WORDS}
+  assert [line for line in files["train.json"] if line in digits] == digits
+  assert len(digits) == SpeechConfig().digit_clips
+
+
+def test_the_probe_has_each_answer_once_on_sentences_that_training_lacks():
+  probe = entries_of(SpeechConfig(), "test")["probe.json"]
+  answers = collections.defaultdict(dict)
+  for line in probe:
+    assert line["task"] not in answers[line["path"]]
+    answers[line["path"]][line["task"]] = line["text"]
+  assert len(answers) == 20
+  for given in answers.values():
+    assert {*given} == {"asr", "story", "reply"}
+  said = {given["asr"] for given in answers.values()}
+  assert len(said) == 20 and said <= {*sentences_of(True)} and not said & {*sentences_of(False)}
+  trained = {line["task"] for line in entries_of(SpeechConfig(), "train")["train.json"]}
+  assert not trained & {"story", "reply"}
+
+
 def test_the_word_asked_for_does_not_tell_the_answer():
   train = entries_of(SpeechConfig(), "train")["train.json"]
   asked = [(line["Q"], line["text"]) for line in train if line["task"] == "keyword"]

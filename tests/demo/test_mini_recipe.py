@@ -1,0 +1,58 @@
+"""The commands of the mini SALMONN fit its configs and its data."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import mini_activation, mini_salmonn
+from demo.mini.plan import SpeechConfig
+from demo.mini.recipe import QUICK, STAGES, Recipe
+from demo.mini.speech import entries_of
+from mooer_jax.config import build
+from mooer_jax.data.config import DataConfig
+from mooer_jax.prompts import read_prompts
+
+
+def _config(stage) -> ConfigDict:
+  return mini_activation.get_config() if stage == "activation" else mini_salmonn.get_config(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_settings_of_a_stage_are_those_of_its_config_elsewhere(stage):
+  config = _config(stage)
+  for setting in Recipe(Path("out/mini")).settings(stage)[1:]:
+    name, value = setting.removeprefix("--config.").split("=")
+    where = config
+    for part in name.split("."):
+      where = where[part]
+    assert where == value, name
+
+
+def test_the_quick_recipe_stays_apart():
+  assert all("out/mini/" not in setting for setting in QUICK.settings("tasks"))
+  assert "--config.train.steps=60" in QUICK.settings("digits")
+
+
+def test_an_unknown_stage_is_refused():
+  with pytest.raises(ValueError, match="digits, tasks, real"):
+    mini_salmonn.get_config("letters")
+
+
+def test_every_task_of_the_data_has_a_prompt_and_every_weight_a_task():
+  config = _config("tasks")
+  prompts = read_prompts(mini_salmonn.PROMPTS)
+  trained = {line["task"] for line in entries_of(SpeechConfig(), "train")["train.json"]}
+  tested = {
+    line["task"] for entries in entries_of(SpeechConfig(), "test").values() for line in entries
+  }
+  assert tested == {*prompts}
+  assert {*config.data.task_weights} == trained
+  assert isinstance(build(DataConfig, dict(config.data), "data"), DataConfig)
+
+
+def test_the_weights_of_a_missing_package_are_asked_for():
+  recipe = importlib.import_module("demo.mini.recipe")
+  with pytest.raises(ModuleNotFoundError, match="make mini-salmonn"):
+    recipe.weights("no_such_package_of_weights", "model")
