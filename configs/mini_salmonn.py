@@ -40,6 +40,7 @@ def get_config(stage: str = "tasks"):
   config.model.llm = dict(lora_rank=8, lora_alpha=32.0, lora_dropout=0.1, lora_targets=("q", "v"))
 
   config.data.prompts = PROMPTS
+  config.data.prompt_tokens = 12  # of a prompt with a question
   config.data.batch_size = 16
   config.data.window = 1024
   config.data.buckets = (150, 250, 400, 612)  # log-mel frames of 10 ms
@@ -50,7 +51,6 @@ def get_config(stage: str = "tasks"):
   if stage == "tasks":
     config.data.shards = "out/mini/data/train.json"
     config.data.task = ""  # each utterance's own
-    config.data.prompt_tokens = 12  # of a prompt with a question
     config.data.task_weights = dict(
       asr=1.0, count=0.3, translate=0.6, keyword=0.4, sex=0.3, speakers=1.5, arithmetic=1.5
     )
