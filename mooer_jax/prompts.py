@@ -64,6 +64,27 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
   return before.replace(QUESTION, question), after.replace(QUESTION, question)
 
 
+def check_question(prompt: str, question: str | None, task: str):
+  """Refuses a question that is missing, empty or has no place in the prompt.
+
+  Args:
+    prompt: with or without `{}`.
+    question: what is to stand there, None where none was given.
+    task: that the prompt is for, for messages.
+
+  Raises:
+    ValueError: if prompt and question do not fit together.
+  """
+  what = f"task {task!r}, whose prompt is {prompt!r},"
+  if question is None:
+    if QUESTION in prompt:
+      raise ValueError(f"{what} takes a question: give one with --question (question=...)")
+  elif QUESTION not in prompt:
+    raise ValueError(f"{what} has no {QUESTION} for the question {question!r}; leave it out")
+  elif not question.strip():
+    raise ValueError(f"{what} takes a question, and question={question!r} is empty")
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: tuple[str, str]) -> tuple[list[int], list[int]]:
   """Tokens before and after the speech, cut apart; BOS leads where the tokenizer has one."""
   before, after = prompt

@@ -4,6 +4,7 @@ from mooer_jax.prompts import (
   SPEECH,
   TASKS,
   TEMPLATES,
+  check_question,
   encode_prompt,
   fill_template,
   read_prompts,
@@ -55,6 +56,19 @@ def test_a_question_goes_into_the_prompt():
     fill_template("none", prompt)
   with pytest.raises(ValueError, match="belongs in the prompt"):
     fill_template("none", prompt, f"Where is {SPEECH}?")
+
+
+def test_a_question_is_given_where_the_prompt_has_a_place_for_it_and_only_there():
+  check_question("Say {}.", "who", "QA")
+  check_question("Listen.", None, "asr")
+  for prompt, question, match in (
+    ("Say {}.", None, "task 'QA'.*'Say {}.'.*takes a question: .*--question"),
+    ("Say {}.", " ", "question=' ' is empty"),
+    ("Listen.", "who", "task 'QA'.*'Listen.'.*no {} for the question 'who'"),
+    ("Listen.", "", "no {} for the question ''"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      check_question(prompt, question, "QA")
 
 
 class _Words:
