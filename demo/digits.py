@@ -30,6 +30,7 @@ SYNTHESIZER = ("espeak", "synthesize")
 AFTER_TRAINING = (
   "cli.py",
   "transcribe.py",
+  "transcript.py",
   "run/decoding.py",
   "run/evaluate.py",
   "run/probe.py",

@@ -1,0 +1,69 @@
+"""What was heard in a clip, and in the pieces of a long one."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mooer_jax.text.joining import join_texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+  """What was heard in one clip.
+
+  Attributes:
+    text: the answer, special tokens removed.
+    tokens: generated ids, eos included if one came; of a clip in pieces, those of each in a row.
+    seconds: length of the audio.
+    task: what the model was asked.
+    path: of the file, None for an array.
+    score: log-probability of the answer / length ** length_penalty, as beams are ranked; of a clip
+      in pieces, the sum of theirs.
+    finished: False if max_new_tokens cut the answer off, or that of a piece.
+    transcript: what was said, where the task asks for it.
+    translation: of it, where the task asks for it.
+  """
+
+  text: str
+  tokens: list[int]
+  seconds: float
+  task: str
+  path: str | None = None
+  score: float = dataclasses.field(default=0.0, compare=False)  # rounding depends on the batch
+  finished: bool = True
+  transcript: str | None = None
+  translation: str | None = None
+
+  def to_json(self) -> dict[str, Any]:
+    return {**dataclasses.asdict(self), "seconds": round(self.seconds, 4)}
+
+
+def join_transcripts(pieces: Sequence[Transcript]) -> Transcript:
+  """The transcript of a clip from those of its pieces, in order.
+
+  Transcripts and translations are joined apart from each other; where there are both, the text is
+  one above the other, as in the answer for a piece.
+  """
+  if len(pieces) == 1:
+    return pieces[0]
+  transcript = _joined(piece.transcript for piece in pieces)
+  translation = _joined(piece.translation for piece in pieces)
+  if transcript is None or translation is None:
+    text = join_texts(piece.text for piece in pieces)
+  else:
+    text = f"{transcript}\n{translation}"
+  return dataclasses.replace(
+    pieces[0],
+    text=text,
+    tokens=[token for piece in pieces for token in piece.tokens],
+    seconds=sum(piece.seconds for piece in pieces),
+    score=sum(piece.score for piece in pieces),
+    finished=all(piece.finished for piece in pieces),
+    transcript=transcript,
+    translation=translation,
+  )
+
+
+def _joined(parts) -> str | None:
+  given = [part for part in parts if part is not None]
+  return join_texts(given) if given else None
