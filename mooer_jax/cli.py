@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mooer_jax.prompts import SPEECH, TEMPLATES
+from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
 
 _GENERATION = {
   "num_beams": (int, "answers followed side by side"),
@@ -68,6 +68,14 @@ def _add_transcribe(commands):
     choices=sorted(TEMPLATES),
     help="chat format around the prompt; none: as it stands; default: the checkpoint's",
   )
+  parser.add_argument("--question", help=f"what stands for {QUESTION} in the prompt")
+  parser.add_argument(
+    "--chunk-s",
+    type=float,
+    metavar="SECONDS",
+    help="cut longer audio at pauses into pieces of at most so many seconds, and join what is said"
+    " of them; default: audio longer than the model takes is refused",
+  )
   parser.add_argument("--json", type=Path, help="also write the results here")
   parser.add_argument(
     "--dtype",
@@ -99,17 +107,19 @@ def _transcribe(args) -> int:
     args.audio,
     task=args.task,
     prompt=None if args.prompt is None else args.prompt.replace("\\n", "\n"),
+    question=args.question,
     template=args.template,
+    chunk_s=args.chunk_s,
     batch_size=args.batch_size,
     seed=args.seed,
-    progress=sys.stderr.isatty() and len(args.audio) > 1,
+    progress=sys.stderr.isatty() and (len(args.audio) > 1 or args.chunk_s is not None),
     **{name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None},
   )
   for result in results:
     print(f"{result.path}\t{result.text}" if len(results) > 1 else result.text)
     if not result.finished:
       tokens = len(result.tokens)
-      print(f"{result.path}: cut at {tokens} tokens; see --max-new-tokens", file=sys.stderr)
+      print(f"{result.path}: cut at --max-new-tokens, after {tokens} tokens", file=sys.stderr)
   if args.json:
     rows = [result.to_json() for result in results]
     args.json.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

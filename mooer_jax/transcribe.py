@@ -12,48 +12,29 @@ import numpy as np
 from mooer_jax import checkpoint
 from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.frontend import features, num_frames
+from mooer_jax.audio.pauses import cut_at_pauses
 from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
-from mooer_jax.prompts import encode_prompt, fill_template, split_answer, task_prompt
-from mooer_jax.speech_llm import Batch, num_speech_tokens
+from mooer_jax.prompts import (
+  check_question,
+  encode_prompt,
+  fill_template,
+  split_answer,
+  task_prompt,
+)
+from mooer_jax.speech_llm import Batch, num_speech_tokens, shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.transcript import Transcript, join_transcripts
 
 _BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
 _SMALLEST_BUCKET = 32
 SILENCE = 1e-4  # peak below -80 dBFS
 FREE = "prompt"  # what results call the task where only a prompt is given
 LOUDEST = 4.0  # resampling may overshoot 1; 16-bit integers as floats are far above
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcript:
-  """What was heard in one clip.
-
-  Attributes:
-    text: the answer, special tokens removed.
-    tokens: generated ids, eos included if one came.
-    seconds: length of the audio.
-    task: what the model was asked.
-    path: of the file, None for an array.
-    score: log-probability of the answer / length ** length_penalty, as beams are ranked.
-    finished: False if max_new_tokens cut the answer off.
-    transcript: what was said, where the task asks for it.
-    translation: of it, where the task asks for it.
-  """
-
-  text: str
-  tokens: list[int]
-  seconds: float
-  task: str
-  path: str | None = None
-  score: float = dataclasses.field(default=0.0, compare=False)  # rounding depends on the batch
-  finished: bool = True
-  transcript: str | None = None
-  translation: str | None = None
-
-  def to_json(self) -> dict[str, Any]:
-    return dataclasses.asdict(self)
+# Where a long clip is cut: at the quietest 0.2 s of the last 5 s that a piece may have. Pieces of
+# less than a second would hold little more than the end of a word.
+PAUSE_S, SEARCH_S, SHORTEST_S = 0.2, 5.0, 1.0
 
 
 def load_model(
@@ -139,7 +120,9 @@ class Transcriber:
     *,
     task: str | None = None,
     prompt: str | None = None,
+    question: str | None = None,
     template: str | None = None,
+    chunk_s: float | None = None,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
@@ -152,8 +135,12 @@ class Transcriber:
       task: one of the model's tasks; default: its only one, else "asr".
       prompt: what the model is asked, instead of the task's own prompt; `task` then only says
         how the answer is read.
+      question: what stands for `{}` in the prompt; needed there, and only there.
       template: a name in prompts.TEMPLATES instead of the model's.
-      batch_size: clips decoded together; it changes no result, unless the answers are sampled.
+      chunk_s: longer clips are cut into pieces of at most this many seconds, at pauses; each piece
+        is asked the same, and the answers are joined. Silent pieces are not asked. Default: a clip
+        longer than the model takes is an error.
+      batch_size: pieces decoded together; it changes no result, unless the answers are sampled.
       seed: of sampling, where the checkpoint's options say so.
       progress: show a progress bar.
       generation: fields of `GenerationOptions` that go over the checkpoint's, such as num_beams=4.
@@ -162,10 +149,8 @@ class Transcriber:
       FileNotFoundError: for a missing file.
       ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name, before
         anything is decoded; for an unknown task or template, or a prompt without its one place
-        for the speech.
+        for the speech; for a question missing, empty or out of place; for a chunk_s out of range.
     """
-    from rich.progress import track
-
     if isinstance(audio, (str, os.PathLike, np.ndarray)):
       raise ValueError("transcribe takes a list of clips: transcribe([clip])")
     if batch_size < 1:
@@ -176,7 +161,8 @@ class Transcriber:
       task = task if prompt is None else FREE
     if prompt is None:
       prompt = task_prompt(task, prompts)
-    filled = fill_template(template or self.config.template, prompt)
+    check_question(prompt, question, task)
+    filled = fill_template(template or self.config.template, prompt, question or "")
     options = build(
       GenerationOptions, {**dataclasses.asdict(self.options), **generation}, "generation"
     )
@@ -185,41 +171,76 @@ class Transcriber:
         f"generation.num_return_sequences={options.num_return_sequences}: one answer a clip is"
         " returned here; call mooer_jax.generation.generate for more"
       )
-    clips = self._load_all(audio)
-    order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    results: dict[int, Transcript] = {}
+    lengths = None if chunk_s is None else self._piece_lengths(chunk_s)
+    clips = self._load_all(audio, lengths)
+    flat = [piece_N for pieces in clips for piece_N in pieces]
+    how = dict(batch_size=batch_size, seed=seed, progress=progress)
+    answers = iter(self._answers(flat, task, filled, options, **how))
+    results = []
+    for source, pieces in zip(audio, clips, strict=True):
+      joined = join_transcripts([next(answers) for _ in pieces])
+      path = None if isinstance(source, np.ndarray) else os.fspath(source)
+      results.append(dataclasses.replace(joined, path=path))
+    return results
+
+  def _answers(
+    self,
+    pieces: Sequence[np.ndarray],
+    task: str,
+    prompt: tuple[str, str],
+    options: GenerationOptions,
+    *,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+  ) -> list[Transcript]:
+    """Of each piece, in order; a silent one is not asked and says nothing."""
+    from rich.progress import track
+
+    def transcript(piece_N, tokens=(), **outcome):
+      text = self.tokenizer.decode(tokens)
+      seconds = len(piece_N) / self._rate_hz
+      parts = split_answer(task, text)._asdict()
+      return Transcript(text, list(tokens), seconds, task, **outcome, **parts)
+
+    answers = [transcript(piece_N) for piece_N in pieces]
+    heard = [i for i, piece_N in enumerate(pieces) if np.abs(piece_N).max() >= SILENCE]
+    heard.sort(key=lambda i: len(pieces[i]))
+    batches = [heard[i : i + batch_size] for i in range(0, len(heard), batch_size)]
     key = jax.random.key(seed)
-    for number, chunk in enumerate(track(chunks, "transcribing", disable=not progress)):
-      rows = min(batch_size, 1 << (len(chunk) - 1).bit_length())  # few shapes, little padding
-      batch = self._batch([clips[i] for i in chunk], filled, rows)
-      chunk_key = jax.random.fold_in(key, number)
-      generated = jax.device_get(generate(self.params, batch, self.config, options, key=chunk_key))
-      for row, i in enumerate(chunk):
-        tokens = generated.tokens_BS[row, : generated.lengths_B[row]].tolist()
-        text = self.tokenizer.decode(tokens)
-        clip = audio[i]
-        results[i] = Transcript(
-          text=text,
-          tokens=tokens,
-          seconds=round(len(clips[i]) / self._rate_hz, 4),
-          task=task,
-          path=None if isinstance(clip, np.ndarray) else os.fspath(clip),
+    for number, members in enumerate(track(batches, "transcribing", disable=not progress)):
+      rows = min(batch_size, 1 << (len(members) - 1).bit_length())  # few shapes, little padding
+      batch = self._batch([pieces[i] for i in members], prompt, rows)
+      batch_key = jax.random.fold_in(key, number)
+      generated = jax.device_get(generate(self.params, batch, self.config, options, key=batch_key))
+      for row, i in enumerate(members):
+        answers[i] = transcript(
+          pieces[i],
+          generated.tokens_BS[row, : generated.lengths_B[row]].tolist(),
           score=float(generated.scores_B[row]),
           finished=bool(generated.finished_B[row]),
-          **split_answer(task, text)._asdict(),
         )
-    return [results[i] for i in range(len(clips))]
+    return answers
 
   @property
   def _rate_hz(self) -> int:
     return self.config.frontends[0].sample_rate_hz
 
-  def _load_all(self, audio) -> list[np.ndarray]:
+  def _piece_lengths(self, chunk_s: float) -> tuple[int, int]:
+    """Samples that the pieces of a long clip may have: (at least, at most)."""
+    shortest, longest = max(SHORTEST_S, shortest_s(self.config)), self.config.max_audio_s
+    if not 2 * shortest <= chunk_s <= longest:
+      raise ValueError(
+        f"chunk_s={chunk_s:g}: {2 * shortest:g} to {longest:g} seconds are possible; this model"
+        f" takes at most {longest:g} s"
+      )
+    return round(shortest * self._rate_hz), int(chunk_s * self._rate_hz)
+
+  def _load_all(self, audio, lengths: tuple[int, int] | None) -> list[list[np.ndarray]]:
     clips, errors = [], []
     for index, clip in enumerate(audio):
       try:
-        clips.append(self._load(clip, index))
+        clips.append(self._load(clip, index, lengths))
       except (ValueError, OSError) as error:
         errors.append(error)
     if len(errors) == 1:
@@ -229,8 +250,8 @@ class Transcriber:
       raise ValueError(f"{len(errors)} of {len(audio)} clips cannot be heard: {said}")
     return clips
 
-  def _load(self, clip, index) -> np.ndarray:
-    """One clip as float32 [samples], checked."""
+  def _load(self, clip, index, lengths) -> list[np.ndarray]:
+    """One clip, checked, as float32 [samples]; where lengths are given, in such pieces."""
     if isinstance(clip, np.ndarray):
       name = f"audio[{index}]"
       if clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
@@ -256,12 +277,17 @@ class Transcriber:
       raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech", "too short")
     if np.abs(waveform_N).max() < SILENCE:
       raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
-    if seconds > self.config.max_audio_s:
-      raise ValueError(
-        f"{name}: {seconds:.1f} s, but this model takes at most {self.config.max_audio_s:g} s;"
-        " cut it at pauses first"
+    if lengths is not None:
+      search, window = (round(length * self._rate_hz) for length in (SEARCH_S, PAUSE_S))
+      return cut_at_pauses(
+        waveform_N, shortest=lengths[0], longest=lengths[1], search=search, window=window
       )
-    return waveform_N
+    if seconds > (limit := self.config.max_audio_s):
+      raise ValueError(
+        f"{name}: {seconds:.1f} s, but this model takes at most {limit:g} s; --chunk-s {limit:g}"
+        f" (chunk_s={limit:g}) cuts it at pauses"
+      )
+    return [waveform_N]
 
   def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
     padded, frames = [], []

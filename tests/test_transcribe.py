@@ -18,8 +18,9 @@ from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.transcript import join_transcripts
 
-PROMPTS = (("asr", "<|transcribe|>"), ("ast", "<|end|>"))
+PROMPTS = (("asr", "<|transcribe|>"), ("ast", "<|end|>"), ("asr_ast_mtl", "0"), ("QA", "{}0"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_a_workdir_stands_for_its_newest_checkpoint(folder, transcriber, clips):
     (np.zeros(16000), "silent"),
     (np.zeros(0), "empty"),
     (np.full(1, 0.5), "too short"),
-    (0.1 * np.ones(7 * 16000), r"7\.0 s.*at most 6 s"),
+    (0.1 * np.ones(7 * 16000), r"7\.0 s.*at most 6 s; --chunk-s 6 \(chunk_s=6\)"),
   ],
 )
 def test_bad_clips_are_refused_by_name(transcriber, tmp_path, samples, message):
@@ -161,6 +162,79 @@ def test_a_damaged_checkpoint_says_what_is_missing(folder, tmp_path, missing):
   shutil.rmtree(target) if target.is_dir() else target.unlink()
   with pytest.raises((ValueError, FileNotFoundError), match=missing):
     mooer_jax.Transcriber.from_checkpoint(copy)
+
+
+@pytest.fixture(scope="module")
+def long_clip(clips):
+  """18 seconds of speech, 7 of silence, speech again."""
+  spoken = np.concatenate([load_audio(clip.path) for clip in clips])
+  spoken = np.resize(spoken, 18 * 16000)
+  return np.concatenate([spoken, np.zeros(7 * 16000, np.float32), spoken[: 2 * 16000]])
+
+
+@pytest.mark.parametrize("task", ["asr", "asr_ast_mtl"])
+def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task):
+  pieces = transcriber._load(long_clip, 0, transcriber._piece_lengths(4.0))
+  np.testing.assert_array_equal(np.concatenate(pieces), long_clip)
+  assert all(16000 <= len(piece) <= 4 * 16000 for piece in pieces)
+  heard = [piece for piece in pieces if piece.any()]
+  assert len(pieces) > len(heard) > 4
+  alone = transcriber.transcribe(heard, task=task)
+  short, joined = transcriber.transcribe(
+    [clips[0].path, long_clip], task=task, chunk_s=4.0, batch_size=3
+  )
+  [unchanged] = transcriber.transcribe([clips[0].path], task=task)
+  assert short == unchanged
+  expected = join_transcripts(alone)
+  assert joined == dataclasses.replace(expected, seconds=len(long_clip) / 16000)
+  assert joined.text and joined.score == pytest.approx(expected.score, abs=1e-3)
+
+
+def test_what_chunk_s_may_be_is_said_before_any_audio_is_read(transcriber):
+  for chunk_s in (0.0, -1.0, 1.9, 6.1, float("nan"), float("inf")):
+    with pytest.raises(ValueError, match=r"chunk_s=.*2 to 6 seconds"):
+      transcriber.transcribe(["nowhere.wav"], chunk_s=chunk_s)
+
+
+@pytest.mark.parametrize("samples", [np.zeros(9 * 16000), np.full(1, 0.5)])
+def test_bad_clips_stay_bad_in_pieces(transcriber, samples):
+  with pytest.raises(ValueError, match=r"audio\[0\].*(silent|too short)"):
+    transcriber.transcribe([samples], chunk_s=6.0)
+
+
+def test_a_question_is_part_of_what_is_asked(transcriber, clips):
+  path = [clips[0].path]
+  one, other = (transcriber.transcribe(path, task="QA", question=q)[0] for q in ("1", "777"))
+  assert one.tokens != other.tokens and one.task == "QA"
+  [free] = transcriber.transcribe(path, prompt="{}0", question="1")
+  assert free.tokens == one.tokens
+  assert transcriber.transcribe(path, prompt="10")[0].tokens == one.tokens
+  for wrong, message in (
+    ({"task": "QA"}, "'QA'.*--question"),
+    ({"task": "QA", "question": ""}, "empty"),
+    ({"task": "asr", "question": "1"}, "'asr'.*leave it out"),
+    ({"prompt": "{}"}, "takes a question"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      transcriber.transcribe(path, **wrong)
+
+
+def test_the_command_takes_questions_and_long_clips(
+  folder, transcriber, long_clip, tmp_path, capsys
+):
+  path = str(tmp_path / "long.wav")
+  soundfile.write(path, long_clip, 16000, subtype="FLOAT")
+  command = ["ask", "--checkpoint", str(folder), "--task", "QA", path]
+  assert cli.main([*command, "--question", "1", "--chunk-s", "6"]) == 0
+  [expected] = transcriber.transcribe([path], task="QA", question="1", chunk_s=6.0)
+  out, err = capsys.readouterr()
+  assert out == expected.text + "\n"
+  told = [f"{path}: cut at --max-new-tokens, after {len(expected.tokens)} tokens"]
+  assert err.splitlines() == told * (not expected.finished)
+  for more, message in (([], "--question"), (["--question", "1"], "--chunk-s 6")):
+    assert cli.main([*command, *more]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_the_command_prints_and_writes_json(folder, clips, tmp_path, capsys, transcriber):
