@@ -174,11 +174,13 @@ class Transcriber:
     lengths = None if chunk_s is None else self._piece_lengths(chunk_s)
     clips = self._load_all(audio, lengths)
     flat = [piece_N for pieces in clips for piece_N in pieces]
-    how = dict(batch_size=batch_size, seed=seed, progress=progress)
-    answers = iter(self._answers(flat, task, filled, options, **how))
+    answers = self._answers(
+      flat, task, filled, options, batch_size=batch_size, seed=seed, progress=progress
+    )
     results = []
     for source, pieces in zip(audio, clips, strict=True):
-      joined = join_transcripts([next(answers) for _ in pieces])
+      joined = join_transcripts(answers[: len(pieces)])
+      answers = answers[len(pieces) :]
       path = None if isinstance(source, np.ndarray) else os.fspath(source)
       results.append(dataclasses.replace(joined, path=path))
     return results
