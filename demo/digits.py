@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.tiny import get_config
 from demo.report import failures, show
-from demo.stages import Stages, fingerprint
+from demo.stages import Stages, call, fingerprint
 from demo.synthesize import TEST_VARIANTS, SpeechConfig, plan, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,15 +179,7 @@ def _call(arguments: list[str]):
   shown = [a.removeprefix(here) for a in arguments]
   shown[0] = "python" if arguments[0] == sys.executable else Path(arguments[0]).name
   print("\n$ " + " ".join(shown), flush=True)
-  with subprocess.Popen(arguments) as process:
-    try:
-      status = process.wait()
-    except KeyboardInterrupt:
-      # The child has the same Ctrl-C and may be saving; subprocess.run would kill it at once.
-      process.wait()
-      raise
-  if status:
-    raise subprocess.CalledProcessError(status, arguments)
+  call(arguments)
 
 
 def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]) -> dict:

@@ -1,10 +1,13 @@
 """Steps that are done once: a step runs again only when what it is made from has changed."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,43 @@ def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
   for path in sorted(files):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM, which while a step runs ends it as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+  def stop(number, frame):
+    raise Terminated
+
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def call(command: Sequence[str]):
+  """Runs a command; interrupted, waits until it has ended, for it may be saving.
+
+  Raises:
+    subprocess.CalledProcessError: if it fails.
+  """
+  interrupted: KeyboardInterrupt | None = None
+  with subprocess.Popen(command) as process:
+    while process.poll() is None:
+      try:
+        process.wait()
+      except KeyboardInterrupt as error:
+        interrupted = error
+        if isinstance(error, Terminated):  # Ctrl-C goes to the child, too; this does not
+          process.terminate()
+  if interrupted:
+    raise interrupted
+  if process.returncode:
+    raise subprocess.CalledProcessError(process.returncode, command)
 
 
 class Stages:
@@ -45,7 +85,11 @@ class Stages:
       resumable: whether `work` goes on from what an interrupted run left in the folder.
 
     Returns:
-      Seconds that the step took, in this run or in the one that finished it.
+      Seconds that the step took, in this run or in the one that finished it; of a resumable step,
+      those of interrupted runs, too.
+
+    Raises:
+      Terminated: on SIGTERM, once the time spent is written down.
     """
     self._chain = fingerprint([self._chain, made_from])
     record = self._records.get(name, {})
@@ -59,7 +103,8 @@ class Stages:
     self._write(name, done=False, seconds=before)
     start = time.perf_counter()
     try:
-      work()
+      with _terminable():
+        work()
     except BaseException:
       self._write(name, done=False, seconds=before + time.perf_counter() - start)
       raise

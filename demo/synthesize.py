@@ -263,10 +263,14 @@ def write_split(
     max_tasks_per_child=1,
   ) as pool:
     futures = [pool.submit(_render_lane, lane, folder / "wav") for lane in _lanes(utterances)]
-    for future in concurrent.futures.as_completed(futures):
-      done = future.result()
-      clips, seconds = clips + len(done), seconds + sum(done)
-      yield clips, seconds
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        done = future.result()
+        clips, seconds = clips + len(done), seconds + sum(done)
+        yield clips, seconds
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
   _write_lines(folder / "wav.scp", ((u.key, folder / "wav" / f"{u.key}.wav") for u in utterances))
   _write_lines(folder / "text", ((u.key, u.digits) for u in utterances))
 

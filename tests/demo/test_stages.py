@@ -1,0 +1,81 @@
+"""A step that SIGTERM ends has its time written down, and its command ends in its own way."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from demo.stages import Stages, Terminated, call
+
+# The command says that it is there, then ends as train.py does: it saves first.
+COMMAND = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(number, frame):
+  time.sleep(0.5)
+  (folder / "saved").touch()
+  sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+RUN = """
+import pathlib, sys, time
+from demo.stages import Stages, call
+folder, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
+def work():
+  (folder / "made").mkdir(exist_ok=True)
+  if command:
+    return call(command)
+  (folder / "ready").touch()
+  time.sleep(60)
+try:
+  Stages(folder).run("step", "", work, makes=folder / "made", resumable=True)
+except KeyboardInterrupt:
+  sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("command", [[], [sys.executable, "-c", COMMAND]], ids=["work", "command"])
+def test_sigterm_counts_the_time_and_lets_the_command_save(tmp_path, plain_env, command):
+  spent = 0.0
+  for _ in range(2):  # the second run goes on from the first
+    (tmp_path / "ready").unlink(missing_ok=True)
+    (tmp_path / "saved").unlink(missing_ok=True)
+    arguments = [str(tmp_path), *command, *([str(tmp_path)] if command else [])]
+    process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], env=plain_env)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 130
+    assert (tmp_path / "saved").exists() == bool(command)
+    record = json.loads((tmp_path / "stages.json").read_text("utf-8"))["step"]
+    assert not record["done"] and record["seconds"] > spent + 0.3
+    spent = record["seconds"]
+
+
+def test_after_a_step_sigterm_does_what_it_did_before(tmp_path):
+  before = signal.getsignal(signal.SIGTERM)
+
+  def killed():
+    signal.raise_signal(signal.SIGTERM)
+
+  stages = Stages(tmp_path)
+  with pytest.raises(Terminated):
+    stages.run("step", "", killed, makes=tmp_path / "made")
+  assert signal.getsignal(signal.SIGTERM) == before
+  stages.run("step", "", lambda: None, makes=tmp_path / "made")
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_command_that_fails_says_so():
+  call([sys.executable, "-c", ""])
+  with pytest.raises(subprocess.CalledProcessError) as caught:
+    call([sys.executable, "-c", "raise SystemExit(3)"])
+  assert caught.value.returncode == 3
