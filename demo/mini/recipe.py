@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.mini.plan import SpeechConfig
-from demo.stages import Stages, fingerprint
+from demo.stages import Stages, call, fingerprint
 from mooer_jax import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +170,7 @@ def _module(name: str, *arguments):
 def _call(*command):
   words = [str(word) for word in command]
   print("$", " ".join(["python", *words[1:]]), flush=True)
-  subprocess.run(words, check=True)
+  call(words)
 
 
 def show(results: dict[str, dict], out: Path):
