@@ -13,7 +13,7 @@ from configs import mini_salmonn
 def get_config():
   config = mini_salmonn.get_config("tasks")
   config.workdir = "out/mini/activation"
-  config.init_from = "out/mini/tasks"
+  config.init_from = "out/mini/tasks/step_00000500"
   config.activation.shards = "out/mini/data/activation.json"
   config.activation.task = "story"
   config.activation.lora_scale = 2.0  # half of the trained one

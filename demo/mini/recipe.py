@@ -52,12 +52,11 @@ class Recipe:
 
   def settings(self, stage: str) -> list[str]:
     """What train.py and eval.py are given for a training stage."""
-    before, shards = STAGES[stage]
+    _, shards = STAGES[stage]
     tuning = stage == "activation"
     settings = [
       "--config=configs/mini_activation.py" if tuning else f"--config={CONFIG}:{stage}",
       f"--config.workdir={self.out / stage}",
-      f"--config.init_from={self.out / before}",
       f"--config.{'activation' if tuning else 'data'}.shards={self.out / shards}",
     ]
     if tuning:
@@ -142,7 +141,8 @@ def _tune(stages: Stages, recipe: Recipe):
 
 
 def _train(stages: Stages, recipe: Recipe, stage: str):
-  settings = recipe.settings(stage)
+  before = checkpoint.find(recipe.out / STAGES[stage][0])
+  settings = [*recipe.settings(stage), f"--config.init_from={before}"]
   files = [*ROOT.glob("configs/mini_*.py"), *ROOT.glob("configs/prompts/mini*.json")]
   stages.run(f"training, {stage}", fingerprint(settings, files),
              lambda: _call(sys.executable, "train.py", *settings),
