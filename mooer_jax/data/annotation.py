@@ -63,6 +63,16 @@ def pieces(path: str) -> list[str]:
   return [f"{path}#{start}" for start in range(0, len(read_annotation(path)), _AT_A_TIME)]
 
 
+def audio_files(path: str) -> list[Path]:
+  """The clips that the entries name, in order."""
+  folder = Path(path).parent
+  return [
+    folder / clip
+    for entry in read_annotation(path)
+    for clip in (entry["path"], *entry.get("expand_wav", []))
+  ]
+
+
 def is_piece(name: str) -> bool:
   return ".json#" in name
 

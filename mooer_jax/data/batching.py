@@ -25,7 +25,6 @@ class HostBatch:
     keys: of the utterances, row by row.
     texts: their transcripts.
     tasks: what was asked of each.
-    digests: of their audio, where a cache is read or made.
     seconds: of their audio.
     skipped: what was left out since the batches before, each utterance once.
   """
@@ -34,7 +33,6 @@ class HostBatch:
   keys: tuple[str, ...] = flax.struct.field(pytree_node=False)
   texts: tuple[str, ...] = flax.struct.field(pytree_node=False)
   tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  digests: tuple[str, ...] = flax.struct.field(pytree_node=False)
   seconds: tuple[float, ...] = flax.struct.field(pytree_node=False)
   skipped: tuple[Skip, ...] = flax.struct.field(pytree_node=False)
 
@@ -44,19 +42,23 @@ class HostBatch:
     return sum(self.seconds)
 
 
-class Batcher:
-  """Pads examples to the smallest bucket that holds them all."""
+class Padder:
+  """Pads what the encoders take to the smallest bucket that holds it all.
 
-  def __init__(
-    self, config: DataConfig, model: SpeechLLMConfig, asker: Asker, *, encoded: bool = False
-  ):
+  Attributes:
+    rows: of a batch.
+    lengths: for each bucket, the length of every encoder's features.
+    widths: of every encoder's features.
+    dtype: of them.
+  """
+
+  def __init__(self, config: DataConfig, model: SpeechLLMConfig, *, encoded: bool = False):
     """Works out the padded lengths.
 
     Args:
       config: batch size and buckets, which are lengths of the first encoder's features.
       model: what features its encoders take.
-      asker: knows the lengths of prompts.
-      encoded: whether examples hold encoder frames instead of features.
+      encoded: whether encoder frames take the place of features.
 
     Raises:
       ValueError: if the longest bucket does not hold a clip of config.max_s.
@@ -69,16 +71,49 @@ class Batcher:
         f"data.max_s={longest_s} makes {longest} frames, more than the longest of data.buckets="
         f"{config.buckets}; add {longest} or lower data.max_s"
       )
-    self._rows = config.batch_size
-    self._widths = [width(f) for f in frontends]
-    self._lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
-    self._encoded = encoded
+    self.rows = config.batch_size
+    self.dtype = DTYPE if encoded else np.float32
+    self.widths = [width(f) for f in frontends]
+    self.lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
     if encoded:
-      self._widths = [encoder.width for encoder in model.encoders]
-      self._lengths = [
+      self.widths = [encoder.width for encoder in model.encoders]
+      self.lengths = [
         tuple(e.num_outputs(n) for e, n in zip(model.encoders, lengths, strict=True))
-        for lengths in self._lengths
+        for lengths in self.lengths
       ]
+
+  def __call__(
+    self, clips: Sequence[tuple[np.ndarray, ...]]
+  ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """(Features [B, T, F], frames int32 [B]) for each encoder, of at most B clips [T, F]."""
+    assert 0 < len(clips) <= self.rows
+    most = [max(map(len, streams)) for streams in zip(*clips, strict=True)]
+    lengths = next(c for c in self.lengths if all(a <= b for a, b in zip(most, c, strict=True)))
+    features = tuple(
+      np.zeros((self.rows, length, channels), self.dtype)
+      for length, channels in zip(lengths, self.widths, strict=True)
+    )
+    frames = tuple(np.zeros(self.rows, np.int32) for _ in lengths)
+    for row, clip in enumerate(clips):
+      for x_BTF, frames_B, made in zip(features, frames, clip, strict=True):
+        x_BTF[row, : len(made)] = made
+        frames_B[row] = len(made)
+    return features, frames
+
+
+class Batcher:
+  """Puts examples together to batches."""
+
+  def __init__(
+    self, config: DataConfig, model: SpeechLLMConfig, asker: Asker, *, encoded: bool = False
+  ):
+    """Works out the padded lengths; arguments and errors as of `Padder`.
+
+    Args:
+      asker: knows the lengths of prompts.
+    """
+    self._pad = Padder(config, model, encoded=encoded)
+    self._rows, self._encoded = config.batch_size, encoded
     self._answer_lengths = config.answer_buckets
     self._asker = asker
     # One task needs no sums of its own.
@@ -94,10 +129,8 @@ class Batcher:
     return [
       Batch(
         features=tuple(
-          jax.ShapeDtypeStruct(
-            (self._rows, length, channels), DTYPE if self._encoded else np.float32
-          )  # type: ignore[misc]
-          for length, channels in zip(lengths, self._widths, strict=True)
+          jax.ShapeDtypeStruct((self._rows, length, channels), self._pad.dtype)  # type: ignore[misc]
+          for length, channels in zip(lengths, self._pad.widths, strict=True)
         ),
         frames=tuple(ints() for _ in lengths),
         before_BS=ints(self._asker.before),
@@ -106,7 +139,7 @@ class Batcher:
         task_B=ints() if self._mixed else None,
         encoded=self._encoded,
       )
-      for lengths in reversed(self._lengths)
+      for lengths in reversed(self._pad.lengths)
       for answer_length in reversed(self._answer_lengths)
     ]
 
@@ -117,24 +150,14 @@ class Batcher:
       examples: not none; their skips are handed on in order.
       left_over: skips that no example came after.
     """
-    assert 0 < len(examples) <= self._rows
-    most = [max(len(e.features[i]) for e in examples) for i in range(len(self._widths))]
-    lengths = next(c for c in self._lengths if all(a <= b for a, b in zip(most, c, strict=True)))
+    features, frames = self._pad([example.features for example in examples])
     most_answer = max(len(e.answer_S) for e in examples)
     answer_length = next(length for length in self._answer_lengths if most_answer <= length)
-    features = tuple(
-      np.zeros((self._rows, length, channels), DTYPE if self._encoded else np.float32)
-      for length, channels in zip(lengths, self._widths, strict=True)
-    )
-    frames = tuple(np.zeros(self._rows, np.int32) for _ in lengths)
     answer_BS = np.full((self._rows, answer_length), -1, np.int32)
     before_BS = np.full((self._rows, self._asker.before), -1, np.int32)
     after_BS = np.full((self._rows, self._asker.after), -1, np.int32)
     task_B = np.full(self._rows, -1, np.int32)
     for row, example in enumerate(examples):
-      for x_BTF, frames_B, made in zip(features, frames, example.features, strict=True):
-        x_BTF[row, : len(made)] = made
-        frames_B[row] = len(made)
       answer_BS[row, : len(example.answer_S)] = example.answer_S
       before_BS[row, self._asker.before - len(example.before_S) :] = example.before_S
       after_BS[row, self._asker.after - len(example.after_S) :] = example.after_S
@@ -153,7 +176,6 @@ class Batcher:
       keys=tuple(e.key for e in examples),
       texts=tuple(e.text for e in examples),
       tasks=tuple(e.task for e in examples),
-      digests=tuple(e.digest for e in examples),
       seconds=tuple(e.seconds for e in examples),
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
     )

@@ -12,6 +12,7 @@ import numpy as np
 from mooer_jax.data.shards import RawUtterance
 
 DTYPE = np.float16
+_BYTES = np.dtype(DTYPE).itemsize
 _INDEX, _DONE, _LOCK = "index.jsonl", "complete", "lock"
 
 
@@ -26,7 +27,8 @@ def digest(raw: RawUtterance) -> str:
 class EncodedCache:
   """A folder with a file of frames for each encoder, and an index of clips.
 
-  Writing appends, so an interrupted run goes on; a torn end is cut off when it is opened to write.
+  Writing appends, so an interrupted run goes on; a torn end is passed over, and cut off when more
+  is written. Who reads sees what was whole when it was opened, whatever another process appends.
   It can be pickled, so data workers may hold it.
   """
 
@@ -40,12 +42,9 @@ class EncodedCache:
     self.folder, self.widths = Path(folder), dict(widths)
     self._clips: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {}
     self._ends = (0,) * len(self.widths)
-    index = self.folder / _INDEX
-    if index.is_file():
-      for line in index.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-          self._add(*json.loads(line))
+    self._index_end = 0
     self._frames: list[np.ndarray] | None = None
+    self._whole = self._read_index()
 
   def __reduce__(self):
     return EncodedCache, (self.folder, self.widths)
@@ -60,12 +59,16 @@ class EncodedCache:
     """Digests of the clips."""
     return list(self._clips)
 
-  def read(self, name: str) -> tuple[tuple[np.ndarray, ...], float]:
+  def get(self, name: str) -> tuple[tuple[np.ndarray, ...], float] | None:
     """Of a clip, by its digest: float16 [T, D] for each encoder, and its length in seconds."""
+    if name not in self._clips:
+      return None
     if self._frames is None:
       self._frames = [
-        np.memmap(self._file(encoder), DTYPE, "r").reshape(-1, width)
-        for encoder, width in self.widths.items()
+        np.memmap(self._file(encoder), DTYPE, "r", shape=(end, width))
+        if end
+        else np.zeros((0, width), DTYPE)  # which cannot be mapped
+        for (encoder, width), end in zip(self.widths.items(), self._ends, strict=True)
       ]
     starts, lengths, seconds = self._clips[name]
     parts = zip(self._frames, starts, lengths, strict=True)
@@ -79,10 +82,11 @@ class EncodedCache:
     """
     self._cut_torn_ends()
     lines = []
-    for number, encoder in enumerate(self.widths):
+    for number, (encoder, width) in enumerate(self.widths.items()):
       with self._file(encoder).open("ab") as file:
         for _, frames, _ in clips:
           x_TD = np.asarray(frames[number], np.float32)
+          assert x_TD.shape[1] == width, (encoder, x_TD.shape)
           if not (np.abs(x_TD) <= np.finfo(DTYPE).max).all():
             raise ValueError(
               f"the {encoder} encoder gives values that float16 does not hold (largest"
@@ -93,8 +97,9 @@ class EncodedCache:
       lengths = [len(x_TD) for x_TD in frames]
       lines.append((name, self._ends, lengths, seconds))
       self._add(*lines[-1])
-    with (self.folder / _INDEX).open("a", encoding="utf-8") as index:
-      index.writelines(json.dumps(line) + "\n" for line in lines)
+    with (self.folder / _INDEX).open("ab") as index:
+      index.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+      self._index_end = index.tell()
     self._frames = None
 
   @contextlib.contextmanager
@@ -120,7 +125,8 @@ class EncodedCache:
   def complete(self, dataset: str) -> bool:
     """Whether all clips of a data set (whatever names it) were looked at."""
     done = self.folder / _DONE
-    return done.is_file() and dataset in done.read_text(encoding="utf-8").split("\n")
+    marks = done.read_text(encoding="utf-8").split("\n") if done.is_file() else []
+    return self._whole and dataset in marks
 
   def mark_complete(self, dataset: str) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +136,24 @@ class EncodedCache:
   def _file(self, encoder: str) -> Path:
     return self.folder / f"{encoder}.float16"
 
+  def _read_index(self) -> bool:
+    """Takes the clips whose frames are all there; returns whether these are all."""
+    index = self.folder / _INDEX
+    if not index.is_file():
+      return True
+    lines = index.read_bytes().splitlines(keepends=True)
+    files = [(self._file(encoder), width * _BYTES) for encoder, width in self.widths.items()]
+    there = [file.stat().st_size // of_frame if file.is_file() else 0 for file, of_frame in files]
+    for line in lines:
+      if not line.endswith(b"\n"):
+        return False
+      name, starts, lengths, seconds = json.loads(line)
+      if any(a + n > end for a, n, end in zip(starts, lengths, there, strict=True)):
+        return False
+      self._add(name, starts, lengths, seconds)
+      self._index_end += len(line)
+    return True
+
   def _add(self, name: str, starts: Sequence[int], lengths: Sequence[int], seconds: float):
     self._clips[name] = tuple(starts), tuple(lengths), seconds
     self._ends = tuple(start + n for start, n in zip(starts, lengths, strict=True))
@@ -138,8 +162,8 @@ class EncodedCache:
     self.folder.mkdir(parents=True, exist_ok=True)
     for (encoder, width), end in zip(self.widths.items(), self._ends, strict=True):
       with self._file(encoder).open("ab") as file:
-        if file.tell() != (size := end * width * np.dtype(DTYPE).itemsize):
+        if file.tell() != (size := end * width * _BYTES):
           os.truncate(self._file(encoder), size)
     index = self.folder / _INDEX
-    if index.is_file() and not (text := index.read_bytes()).endswith(b"\n") and text:
-      os.truncate(index, text.rfind(b"\n") + 1)
+    if index.is_file():
+      os.truncate(index, self._index_end)

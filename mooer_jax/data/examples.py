@@ -28,7 +28,6 @@ class Example:
     task: what the model is asked, in the words before_S and after_S, int32 tokens.
     answer_S: int32, tokens of the transcript and eos.
     seconds: of audio.
-    digest: of the audio, where a cache is read or made.
     epoch: of the stream it was read in.
     skipped: what was left out between the utterance before and this one.
   """
@@ -41,7 +40,6 @@ class Example:
   after_S: np.ndarray
   answer_S: np.ndarray
   seconds: float
-  digest: str = ""
   epoch: int = 0
   skipped: tuple[Skip, ...] = ()
 
@@ -85,46 +83,16 @@ class Reader:
     answer, problem = self._answer(text)
     if problem and self.needs_answer:
       return skip(*problem)
-    name = "" if self.cache is None else digest(raw)
-    if self.cache is not None and name in self.cache:
-      frames, seconds = self.cache.read(name)
-      if problem := self._beyond(seconds):
-        return skip(*problem)
-      return Example(raw.key, text, frames, *asked, answer, seconds, name)
-    try:
-      waveform_N, seconds = self._waveform(raw)
-      if problem := self._beyond(seconds):
-        return skip(*problem)
-      if not num_speech_tokens(len(waveform_N), self.model):
-        return skip("too short", f"{seconds:.3f} s make no speech token")
-      made = tuple(features(waveform_N, frontend) for frontend in self.model.frontends)
-    except AudioError as error:
-      return skip(_AUDIO_CAUSES.get(error.cause, error.cause), str(error))
-    if self.cache is not None:
-      return skip("not cached", f"changed since {self.cache.folder} was made")
+    kept = None if self.cache is None else self.cache.get(digest(raw))
+    heard = hear(raw, self.config, self.model) if kept is None else kept
+    if isinstance(heard, Skip):
+      return dataclasses.replace(heard, text=text)
+    if self.cache is not None and kept is None:
+      return skip("not cached", f"changed since {self.cache.folder} was filled; start anew")
+    made, seconds = heard
+    if problem := _beyond(seconds, self.config):
+      return skip(*problem)
     return Example(raw.key, text, made, *asked, answer, seconds)
-
-  def _beyond(self, seconds: float) -> tuple[str, str] | None:
-    """Which limit of length a clip is beyond, as (cause, detail)."""
-    if seconds < self.config.min_s:
-      return "too short", f"{seconds:.3f} s < data.min_s={self.config.min_s}"
-    if seconds > self.config.max_s:
-      return "too long", f"{seconds:.1f} s > data.max_s={self.config.max_s}"
-    return None
-
-  def _waveform(self, raw: RawUtterance) -> tuple[np.ndarray, float]:
-    """All clips of an utterance, joined, and how long they are, seconds."""
-    rate_hz, name = self.model.frontends[0].sample_rate_hz, f"{raw.key}.{raw.suffix}"
-    pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
-    parts: list[np.ndarray] = []
-    for clip in (raw.audio, *raw.more):
-      waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=self.model.channel, name=name)
-      parts += [pause, waveform_N] if parts else [waveform_N]
-    joined_N = np.concatenate(parts)
-    if self.config.cut_longer:
-      joined_N = joined_N[: round(self.config.max_s * rate_hz)]
-    seconds = len(joined_N) / rate_hz
-    return self.model.filled_up(joined_N), seconds
 
   def _answer(self, text):
     none = np.zeros(0, np.int32)
@@ -143,24 +111,51 @@ class Reader:
     return np.asarray(tokens, np.int32), None
 
 
-@dataclasses.dataclass(frozen=True)
-class UncachedReader:
-  """Reads each clip once whose frames a cache lacks; to fill it.
+def hear(
+  raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
+) -> tuple[tuple[np.ndarray, ...], float] | Skip:
+  """What the encoders take of an utterance, whatever is asked about it.
 
-  Attributes:
-    reader: makes the examples.
-    seen: digests of what the cache has; those of what is read are added.
+  Args:
+    raw: the utterance; its clips are joined.
+    config: limits of length.
+    model: what features its encoders take.
+
+  Returns:
+    (float32 [T, F] for each encoder, before CMVN; length in seconds), or why there are none.
   """
+  try:
+    waveform_N, seconds = _waveform(raw, config, model)
+    if problem := _beyond(seconds, config):
+      return Skip(problem[0], raw.key, raw.shard, problem[1])
+    if not num_speech_tokens(len(waveform_N), model):
+      detail = f"{seconds:.3f} s make no speech token"
+      return Skip("too short", raw.key, raw.shard, detail)
+    return tuple(features(waveform_N, frontend) for frontend in model.frontends), seconds
+  except AudioError as error:
+    return Skip(_AUDIO_CAUSES.get(error.cause, error.cause), raw.key, raw.shard, str(error))
 
-  reader: Reader
-  seen: set[str]
 
-  def __call__(self, raw: RawUtterance, draw: int = 0) -> Example | Skip:
-    name = digest(raw)
-    if name in self.seen:
-      return Skip("cached", raw.key, raw.shard)
-    made = self.reader(raw, draw)
-    if isinstance(made, Skip):
-      return made
-    self.seen.add(name)
-    return dataclasses.replace(made, digest=name)
+def _beyond(seconds: float, config: DataConfig) -> tuple[str, str] | None:
+  """Which limit of length a clip is beyond, as (cause, detail)."""
+  if seconds < config.min_s:
+    return "too short", f"{seconds:.3f} s < data.min_s={config.min_s}"
+  if seconds > config.max_s:
+    return "too long", f"{seconds:.1f} s > data.max_s={config.max_s}"
+  return None
+
+
+def _waveform(
+  raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
+) -> tuple[np.ndarray, float]:
+  """All clips of an utterance, joined, and how long they are, seconds."""
+  rate_hz, name = model.frontends[0].sample_rate_hz, f"{raw.key}.{raw.suffix}"
+  pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
+  parts: list[np.ndarray] = []
+  for clip in (raw.audio, *raw.more):
+    waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=model.channel, name=name)
+    parts += [pause, waveform_N] if parts else [waveform_N]
+  joined_N = np.concatenate(parts)
+  if config.cut_longer:
+    joined_N = joined_N[: round(config.max_s * rate_hz)]
+  return model.filled_up(joined_N), len(joined_N) / rate_hz

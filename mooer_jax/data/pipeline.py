@@ -1,6 +1,5 @@
 """Endless training batches and one-pass evaluation batches, as Grain datasets."""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -16,10 +15,9 @@ from mooer_jax.data.asking import Asker
 from mooer_jax.data.batching import Batcher, HostBatch
 from mooer_jax.data.cache import EncodedCache
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.examples import Reader, UncachedReader
+from mooer_jax.data.examples import Reader
 from mooer_jax.data.iterators import EvalIterator, TrainIterator
-from mooer_jax.data.shards import read_list
-from mooer_jax.data.stream import UtteranceStream
+from mooer_jax.data.stream import UtteranceStream, shard_names
 from mooer_jax.text.tokenizer import Tokenizer
 
 
@@ -41,7 +39,7 @@ def train_batches(
     config: see DataConfig.
     tokenizer: of the language model.
     model: its features, template and prompts.
-    cache: with the encoders' frames of all clips, see `uncached_batches`.
+    cache: with the encoders' frames of all clips, see `data.uncached`.
     process_index: which of the processes (hosts) this is.
     process_count: each process reads every process_count-th shard.
 
@@ -108,39 +106,11 @@ def eval_batches(
   )
 
 
-def uncached_batches(
-  config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig, known: set[str]
-) -> grain.IterDataset:
-  """One pass over the clips that a cache lacks, whatever task they are of, each of them once.
-
-  Args:
-    config, tokenizer, model: as of `train_batches`.
-    known: digests of the clips that it has; those that are read are added.
-  """
-  asker = Asker(config, tokenizer, model)
-  reader = UncachedReader(Reader(config, tokenizer, model, asker, needs_answer=False), known)
-  config = dataclasses.replace(config, max_bad_share=1.0)
-  batches = _EvalBatches(config, _list(config, asker), reader, Batcher(config, model, asker))
-  return _ahead(batches, config, 0)
-
-
-def dataset_name(config: DataConfig) -> str:
-  """What tells the shards of one data set from those of another."""
-  files = "\n".join(
-    f"{path} {os.path.getsize(path.partition('#')[0])} {os.path.getmtime(path.partition('#')[0])}"
-    for path in (
-      annotation.pieces(config.shards)
-      if config.shards.endswith(".json")
-      else read_list(config.shards)
-    )
-  )
-  return f"{zlib.crc32(files.encode()):08x} {config.task} {config.min_s} {config.max_s}"
-
-
 def _list(config: DataConfig, asker: Asker) -> list[str]:
   """Shards, or parts of an annotation file, whose tasks are looked at before any is read."""
+  names = shard_names(config.shards)
   if not config.shards.endswith(".json"):
-    return read_list(config.shards)
+    return names
   named = annotation.tasks(config.shards)
   if config.task and (other := sorted(named - {config.task})):
     raise ValueError(
@@ -154,7 +124,7 @@ def _list(config: DataConfig, asker: Asker) -> list[str]:
     )
   if strange := sorted(set(config.task_weights) - named):
     raise ValueError(f"data.task_weights names {strange}, but {config.shards} has {sorted(named)}")
-  return annotation.pieces(config.shards)
+  return names
 
 
 def _ahead(batches, config, workers) -> grain.IterDataset:
@@ -199,9 +169,7 @@ def _description(config, asker, shards, process_index, process_count) -> dict[st
 class _Batches(grain.IterDataset):
   """What both kinds of batches are made from; Grain slices it between workers."""
 
-  def __init__(
-    self, config: DataConfig, shards: list[str], reader: Reader | UncachedReader, batcher: Batcher
-  ):
+  def __init__(self, config: DataConfig, shards: list[str], reader: Reader, batcher: Batcher):
     super().__init__()
     self.config, self.shards = config, shards
     self.reader, self.batcher = reader, batcher

@@ -29,7 +29,6 @@ CAUSES = (
   "too short",
   "too long",
   "not cached",  # audio that changed after its encoder frames were kept
-  "cached",  # only while a cache is made
 )
 
 

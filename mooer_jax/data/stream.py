@@ -10,10 +10,20 @@ import numpy as np
 from mooer_jax.data import annotation
 from mooer_jax.data.asking import copies
 from mooer_jax.data.examples import Example
-from mooer_jax.data.shards import RawUtterance, Skip, read_shard
+from mooer_jax.data.shards import RawUtterance, Skip, read_list, read_shard
 
 
-def _read(name: str) -> Generator[RawUtterance | Skip]:
+def shard_names(shards: str) -> list[str]:
+  """The shards of a `data.list`, or the parts of an annotation file (`.json`).
+
+  Raises:
+    FileNotFoundError, ValueError: as `read_list` and `annotation.pieces`.
+  """
+  return annotation.pieces(shards) if shards.endswith(".json") else read_list(shards)
+
+
+def read(name: str) -> Generator[RawUtterance | Skip]:
+  """The utterances of a shard or part, in order, each either whole or as a Skip."""
   return annotation.read_piece(name) if annotation.is_piece(name) else read_shard(name)
 
 
@@ -74,7 +84,7 @@ class UtteranceStream:
     self._keys: set[str] = set()
     if self._seed is None:
       for index in self._order[: self._shard]:
-        self._keys.update(e.key for e in _read(self._shards[index]) if e.key)
+        self._keys.update(e.key for e in read(self._shards[index]) if e.key)
 
   def position(self) -> dict:
     """Where the next utterance (with the skips before it) starts."""
@@ -173,7 +183,7 @@ class UtteranceStream:
 
   def _open(self) -> Generator[RawUtterance | Skip]:
     """Opens the current shard behind the entries that were taken already."""
-    entries = _read(self._shards[self._order[self._shard]])
+    entries = read(self._shards[self._order[self._shard]])
     for passed in itertools.islice(entries, self._entry):
       if self._seed is None:
         self._keys.add(passed.key)

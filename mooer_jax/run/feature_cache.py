@@ -1,7 +1,7 @@
 """The frames of frozen encoders, computed once before training."""
 
-import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -12,23 +12,24 @@ from rich.progress import Progress
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.cache import EncodedCache
-from mooer_jax.data.pipeline import dataset_name, uncached_batches
-from mooer_jax.data.stream import BadDataError
+from mooer_jax.data.uncached import dataset_name, uncached_batches
 from mooer_jax.run.config import Run
-from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import batch_sharding
 
+# Raise it when the same weights and audio come to give other frames: what was cached is then old.
+FRAMES_VERSION = 1
 
-def fill_cache(run: Run, params: dict, tokenizer: Tokenizer, mesh) -> EncodedCache:
+
+def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
   """Runs the encoders over all clips of the data set whose frames are not there.
 
-  What is cached belongs to these encoders, their weights and the limits of length: with others, a
-  folder of its own is filled. An interrupted pass goes on where it stopped.
+  What is cached belongs to these encoders and their weights: with others, a folder of its own is
+  filled. A clip is encoded once, whatever is asked about it and under whatever keys, and anew when
+  its audio has changed. An interrupted pass goes on where it stopped.
 
   Args:
     run: with data.cache_features.
     params: of the whole model, on the mesh.
-    tokenizer: of the language model.
     mesh: where the encoders run.
 
   Raises:
@@ -50,32 +51,30 @@ def fill_cache(run: Run, params: dict, tokenizer: Tokenizer, mesh) -> EncodedCac
     return cache
   with cache.alone():
     cache = EncodedCache(folder, widths)  # another process may have written since
-    _fill(cache, run, params, tokenizer, mesh)
+    _fill(cache, run, params, mesh)
     cache.mark_complete(name)
   return cache
 
 
-def _fill(cache: EncodedCache, run: Run, params: dict, tokenizer: Tokenizer, mesh) -> None:
+def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
   model = run.model
-  one_pass = dataclasses.replace(run.data, task_weights={}, prompts="", window=run.data.batch_size)
-  batches = uncached_batches(one_pass, tokenizer, model, {*cache.names()})
   encode = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, model))
   needed = {part: params.get(part, {}) for part in ("frontend", "encoders")}
+  begun = (
+    (clips, encode(needed, jax.device_put(clips.batch, batch_sharding(mesh))))
+    for clips in uncached_batches(run.data, model, {*cache.names()})
+  )
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("encoding", total=None)
-    try:
-      for host in batches:
-        batch = jax.device_put(dataclasses.replace(host.batch, task_B=None), batch_sharding(mesh))
-        streams = jax.device_get(encode(needed, batch))
-        cache.write([
-          (digest, [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in streams.values()], seconds)
-          for row, (digest, seconds) in enumerate(zip(host.digests, host.seconds, strict=True))
-        ])  # fmt: skip
-        progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
-    except BadDataError:
-      if not len(cache):
-        raise
-      # nothing was left to do
+    # Pairs, so that the next batch is read while the devices work on this one.
+    for (clips, streams), _ in itertools.pairwise(itertools.chain(begun, [((), ())])):
+      done = jax.device_get(streams)
+      streams = [done[encoder] for encoder in cache.widths]  # jit has sorted the names
+      cache.write([
+        (digest, [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in streams], seconds)
+        for row, (digest, seconds) in enumerate(zip(clips.digests, clips.seconds, strict=True))
+      ])  # fmt: skip
+      progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
 
 
 def _stamp(run: Run) -> str:
@@ -84,6 +83,7 @@ def _stamp(run: Run) -> str:
   described = to_json(run.model)
   names = ("encoders", "frontends", "min_audio_s", "channel")
   of = {name: described[name] for name in names}
+  of["version"] = FRAMES_VERSION
   of["weights"] = checkpoint.describe(run.init_from).hash
   of["cut"] = run.data.max_s if run.data.cut_longer else 0
   of["dtype"] = run.model.compute.dtype

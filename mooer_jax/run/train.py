@@ -70,7 +70,7 @@ def train(config: ConfigDict) -> Path:
   params = initial_params(
     run, mesh, start_from, exactly=bool(resumed), base=base if resumed else None
   )
-  cache = fill_cache(run, params, tokenizer, mesh) if run.data.cache_features else None
+  cache = fill_cache(run, params, mesh) if run.data.cache_features else None
   dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
     params["frontend"] = measure_cmvn(run, dataset, params["frontend"])

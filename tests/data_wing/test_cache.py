@@ -19,7 +19,7 @@ def clip(name, frames, seed):
 
 def check(cache, clips):
   for name, frames, seconds in clips:
-    found, found_s = cache.read(name)
+    found, found_s = cache.get(name)
     assert found_s == seconds
     for ours, theirs in zip(found, frames, strict=True):
       assert ours.dtype == np.float16
@@ -47,6 +47,38 @@ def test_a_torn_end_is_cut_off(tmp_path, torn):
   assert len(cache) == 1
   cache.write([second])
   check(EncodedCache(tmp_path, WIDTHS), [first, second])
+
+
+def test_a_reader_sees_nothing_of_what_another_process_is_writing(tmp_path):
+  clips = [clip("x", 4, 0), clip("y", 5, 1)]
+  EncodedCache(tmp_path, WIDTHS).write(clips[:1])
+  reader, writer = EncodedCache(tmp_path, WIDTHS), EncodedCache(tmp_path, WIDTHS)
+  with (tmp_path / "one.float16").open("ab") as file:
+    file.write(b"odd")  # half a record, before the reader has mapped the file
+  check(reader, clips[:1])
+  writer.write(clips[1:])
+  check(reader, clips[:1])
+  assert reader.get("y") is None
+  check(EncodedCache(tmp_path, WIDTHS), clips)
+
+
+def test_an_index_that_outlived_its_frames_is_cut_and_not_complete(tmp_path):
+  clips = [clip("x", 4, 0), clip("y", 5, 1)]
+  EncodedCache(tmp_path, WIDTHS).write(clips)
+  EncodedCache(tmp_path, WIDTHS).mark_complete("train")
+  frames = tmp_path / "two.float16"
+  frames.write_bytes(frames.read_bytes()[:-1])
+  cache = EncodedCache(tmp_path, WIDTHS)
+  assert cache.names() == ["x"] and not cache.complete("train")
+  cache.write(clips[1:])
+  cache = EncodedCache(tmp_path, WIDTHS)
+  check(cache, clips)
+  assert cache.complete("train")
+
+
+def test_clips_without_frames_can_be_kept_alone(tmp_path):
+  EncodedCache(tmp_path, WIDTHS).write([clip("z", 0, 2)])
+  check(EncodedCache(tmp_path, WIDTHS), [clip("z", 0, 2)])
 
 
 def test_a_data_set_is_complete_once_all_of_it_was_seen(tmp_path):

@@ -1,0 +1,110 @@
+"""Frames of two frozen encoders, cached by the code that training calls."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from mooer_jax import checkpoint, speech_llm, tree
+from mooer_jax.audio.decode import load_audio
+from mooer_jax.audio.frontend import features
+from mooer_jax.config import to_json
+from mooer_jax.data.cache import digest
+from mooer_jax.data.shards import RawUtterance
+from mooer_jax.run import feature_cache
+from mooer_jax.run.config import Run
+from mooer_jax.run.defaults import default_config
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.training.sharding import make_mesh
+from tests import tiny
+
+
+@pytest.fixture
+def prepared(clips, tmp_path):
+  """(Run, its params, mesh): Whisper and BEATs of a few channels and copies of three clips."""
+  for clip in clips[:3]:
+    shutil.copy(clip.path, tmp_path / clip.path.name)
+  entries = [{"path": clip.path.name, "text": clip.text, "task": "asr"} for clip in clips[:3]]
+  (tmp_path / "train.json").write_text(json.dumps({"annotation": [*entries, entries[0]]}))
+  config = default_config()
+  config.workdir, config.init_from = str(tmp_path / "run"), ""
+  config.trainable = ("connector/.*",)
+  config.model.encoders = ("whisper_tiny", "beats_iter3")
+  config.model.connector, config.model.decoder = "qformer", "smollm2_135m"
+  config.model.template, config.model.prompts = "chatml", {"asr": "<SpeechHere> write"}
+  config.model.max_audio_s = 2.0
+  config.model.whisper = dict(
+    width=16, layers=1, heads=2, mlp_width=16, positions=100, context=100, trim=True
+  )
+  config.model.beats = dict(
+    width=16, layers=1, heads=2, mlp_width=16, conv_pos_groups=1, patch_width=8
+  )
+  config.model.qformer = dict(width=16, layers=1, heads=2, mlp_width=16, edge="pad")
+  config.model.llm = dict(vocab=48, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
+  config.data.shards, config.data.task = str(tmp_path / "train.json"), ""
+  config.data.cache_features = str(tmp_path / "cache")
+  config.data.batch_size = config.data.window = 2
+  config.data.buckets, config.data.max_s = (60, 200), 2.0
+  config.data.answer_buckets = (6,)
+  plain = Run.read(config).model.with_compute(scan=False)
+  params = tiny.init(plain)
+  checkpoint.save(
+    tmp_path / "base",
+    params=params,
+    config_json=to_json(plain),
+    tokenizer=Tokenizer.from_characters("abc").save,
+    generation={},
+  )
+  config.init_from = str(tmp_path / "base")
+  run = Run.read(config)
+  return run, tree.stack_layers(params), make_mesh(data=1, devices=jax.devices()[:1])
+
+
+def _expected(run, params, path):
+  """Frames of a clip that is alone, without a cache."""
+  made = [features(load_audio(path), frontend) for frontend in run.model.frontends]
+  none_BS = np.zeros((1, 0), np.int32)
+  batch = speech_llm.Batch(
+    features=tuple(x_TF[None] for x_TF in made),
+    frames=tuple(np.array([len(x_TF)]) for x_TF in made),
+    before_BS=none_BS,
+    after_BS=none_BS,
+    answer_BS=none_BS,
+  )
+  streams = speech_llm.encode_each(params, batch, run.model)
+  return [np.asarray(x_BTD[0][valid_BT[0]]) for x_BTD, valid_BT in streams.values()]
+
+
+def _digest(path):
+  return digest(RawUtterance("", "", "wav", path.read_bytes(), b""))
+
+
+def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
+  prepared, monkeypatch
+):
+  run, params, mesh = prepared
+  cache = feature_cache.fill_cache(run, params, mesh)
+  folder = run.init_from.parent
+  paths = sorted(folder.glob("*.wav"))
+  assert sorted(cache.names()) == sorted(map(_digest, paths))
+  for path in paths:
+    frames, _ = cache.get(_digest(path))
+    for kept_TD, expected_TD in zip(frames, _expected(run, params, path), strict=True):
+      # float16 has 11 bits; a batch pads, and sums in another order
+      np.testing.assert_allclose(kept_TD, expected_TD, rtol=2e-3, atol=2e-3)
+
+  with monkeypatch.context() as patch:  # nothing is read again where nothing changed
+    patch.setattr(feature_cache, "uncached_batches", None)
+    assert len(feature_cache.fill_cache(run, params, mesh)) == 3
+  before = paths[0].stat()
+  paths[0].write_bytes(paths[1].read_bytes()[:-2000])
+  os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+  changed = feature_cache.fill_cache(run, params, mesh)
+  assert changed.folder == cache.folder and len(changed) == 4
+  assert changed.get(_digest(paths[0])) is not None
+
+  monkeypatch.setattr(feature_cache, "FRAMES_VERSION", feature_cache.FRAMES_VERSION + 1)
+  assert feature_cache.fill_cache(run, params, mesh).folder != cache.folder
