@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -18,6 +19,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Reader
 from mooer_jax.data.iterators import EvalIterator, TrainIterator
 from mooer_jax.data.stream import UtteranceStream, shard_names
+from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 
 
@@ -29,7 +31,7 @@ def train_batches(
   cache: EncodedCache | None = None,
   process_index: int = 0,
   process_count: int = 1,
-) -> grain.IterDataset:
+) -> "Batches":
   """Endless stream of HostBatch, epoch after epoch in new orders; every batch is full.
 
   An epoch's remainder below a whole batch is completed with the next epoch's first utterances.
@@ -44,8 +46,8 @@ def train_batches(
     process_count: each process reads every process_count-th shard.
 
   Returns:
-    A dataset whose iterator has get_state() and set_state(); states are JSON-able dicts. Call
-    close() on the iterator to end its workers or thread.
+    A dataset that knows its shapes and whose iterator has get_state() and set_state(); states are
+    JSON-able dicts. Call close() on the iterator to end its workers or thread.
 
   Raises:
     FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, or tasks
@@ -66,9 +68,10 @@ def train_batches(
     Reader(config, tokenizer, model, asker, needs_answer=True, cache=cache),
     Batcher(config, model, asker, encoded=cache is not None),
   )
-  return _Described(
+  return Batches(
     _ahead(batches, config, config.workers),
     _description(config, asker, shards, process_index, process_count),
+    batches.batcher.shapes(),
   )
 
 
@@ -79,7 +82,7 @@ def eval_batches(
   *,
   process_index: int = 0,
   process_count: int = 1,
-) -> grain.IterDataset:
+) -> "Batches":
   """One pass over the utterances as they lie in the shards; the last batch has padding rows.
 
   Each key is either in one batch's keys or in its `skipped`. A transcript that is empty, too long
@@ -100,9 +103,10 @@ def eval_batches(
     Reader(config, tokenizer, model, asker, needs_answer=False),
     Batcher(config, model, asker),
   )
-  return _Described(
+  return Batches(
     _ahead(batches, config, min(1, config.workers)),
     _description(config, asker, shards, process_index, process_count),
+    batches.batcher.shapes(),
   )
 
 
@@ -200,12 +204,20 @@ class _EvalBatches(_Batches):
     return EvalIterator(self.config, self.batcher, self.stream(None))
 
 
-class _Described(grain.IterDataset):
-  """Writes into each state what it belongs to, and refuses the state of another pipeline."""
+class Batches(grain.IterDataset):
+  """Batches of a few shapes, whose iterators have states that belong to them alone.
 
-  def __init__(self, parent: grain.IterDataset, description: dict[str, Any]):
+  Each state says what it is of, and the state of another pipeline is refused.
+
+  Attributes:
+    shapes: all that a batch can have, as `ShapeDtypeStruct`s, the largest first.
+  """
+
+  def __init__(
+    self, parent: grain.IterDataset, description: dict[str, Any], shapes: Sequence[Batch]
+  ):
     super().__init__(parent)
-    self._description = description
+    self._description, self.shapes = description, tuple(shapes)
 
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
     return _DescribedIterator(iter(self.parents[0]), self._description)

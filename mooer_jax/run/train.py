@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
-from mooer_jax.data.asking import Asker
-from mooer_jax.data.batching import Batcher
 from mooer_jax.data.pipeline import train_batches
 from mooer_jax.run.activation import with_own_answers
 from mooer_jax.run.config import Run
@@ -104,9 +102,7 @@ def train(config: ConfigDict) -> Path:
       f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
-    asker = Asker(run.data, tokenizer, run.model)
-    shapes = Batcher(run.data, run.model, asker, encoded=cache is not None).shapes()
-    train_step = CompiledStep(jitted, state, frozen, shapes, monitor.message)
+    train_step = CompiledStep(jitted, state, frozen, dataset.shapes, monitor.message)
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
