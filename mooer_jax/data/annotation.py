@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
   return entries
 
 
+def entry_key(number: int, entry: Mapping[str, Any]) -> str:
+  """The key of an entry's utterance: its number in the file and its clip's name."""
+  return f"{number:07d}-" + re.sub(r"\s+", "_", Path(entry["path"]).stem)
+
+
 def tasks(path: str) -> set[str]:
   """Tasks that the entries name."""
   return {entry["task"] for entry in read_annotation(path) if entry.get("task")}
@@ -82,8 +87,7 @@ def read_piece(name: str) -> Generator[RawUtterance | Skip]:
   path, _, start = name.rpartition("#")
   first = int(start)
   for number, entry in enumerate(read_annotation(path)[first : first + _AT_A_TIME], first):
-    stem = re.sub(r"\s+", "_", Path(entry["path"]).stem)
-    yield _read(f"{number:07d}-{stem}", name, Path(path).parent, entry)
+    yield _read(entry_key(number, entry), name, Path(path).parent, entry)
 
 
 def _read(key: str, shard: str, folder: Path, entry: dict[str, Any]) -> RawUtterance | Skip:

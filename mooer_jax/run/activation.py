@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint
-from mooer_jax.data.annotation import read_annotation
+from mooer_jax.data.annotation import entry_key, read_annotation
 from mooer_jax.run.decoding import EvalConfig, decode_set, load
 from mooer_jax.run.setup import section
 
@@ -128,8 +128,9 @@ def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[s
   )
   decoded = decode_set(config, options, load(config, checkpoint.find(config["init_from"])))
   entries = []
+  by_key = {entry_key(number, entry): entry for number, entry in enumerate(chosen)}
   for key, text in decoded.hypotheses.items():
-    of = chosen[int(key.partition("-")[0])]
+    of = by_key[key]
     kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}
     if text.strip():
       entries.append({**kept, "text": text.strip(), "task": wanted.task})

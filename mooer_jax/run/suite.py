@@ -3,14 +3,13 @@
 import hashlib
 import io
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mooer_jax.data.annotation import read_annotation
+from mooer_jax.data.annotation import entry_key, read_annotation
 from mooer_jax.evaluation import suite_report
 from mooer_jax.evaluation.outside_scores import judgement_sheet, read_judgements, read_scores
 from mooer_jax.evaluation.salmonn_suite import ROWS, score_task
@@ -48,8 +47,8 @@ def run_suite(
   Args:
     annotations: folder of the annotation files; other .json files in it are named in the output.
     out: folder to write to.
-    decode: answers by key (`entry_key`) for an annotation file; clips that cannot be read are left
-      out.
+    decode: answers by key (`annotation.entry_key`) for an annotation file; clips that cannot be
+      read are left out.
     identity: what the answers depend on, such as the checkpoint and the decoding options; answers
       of another one are not mixed with these.
 
@@ -92,11 +91,6 @@ def run_suite(
     _report(out, results, unknown, identity)
   print((out / "suite.txt").read_text("utf-8"), end="")
   return results
-
-
-def entry_key(number: int, entry: Mapping[str, Any]) -> str:
-  """The key of an annotation entry, as the data pipeline has it: its number and clip's name."""
-  return f"{number:07d}-" + re.sub(r"\s+", "_", Path(entry["path"]).stem)
 
 
 def _checked_entries(path: Path, row: Row) -> dict[str, dict[str, Any]]:

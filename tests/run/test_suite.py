@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from mooer_jax.data import annotation
+from mooer_jax.data.annotation import entry_key
 from mooer_jax.evaluation.salmonn_suite import ROWS
 from mooer_jax.evaluation.text_files import read_text
-from mooer_jax.run.suite import entry_key, run_suite
+from mooer_jax.run.suite import run_suite
 
 
 class Decoder:
@@ -165,16 +165,6 @@ def test_folders_and_keys_that_do_not_fit_are_named(folder, tmp_path):
   with pytest.raises(ValueError, match="iemocap.json: 1 answers belong to no entry, first 'me'"):
     run_suite(folder, tmp_path / "out", lambda path: {"me": "sad"})
   assert not (tmp_path / "out/hypotheses").exists()  # the next run decodes again
-
-
-def test_keys_are_those_of_the_data_pipeline(folder):
-  _write(folder, "sac.json", *"abc")
-  (folder / "a clip").mkdir()
-  for i in range(3):
-    (folder / f"a clip/{i} x.wav").write_bytes(b"RIFF")
-  path = str(folder / "sac.json")
-  read = [u.key for piece in annotation.pieces(path) for u in annotation.read_piece(piece)]
-  assert read == [entry_key(n, e) for n, e in enumerate(annotation.read_annotation(path))]
 
 
 def test_the_docstring_lists_the_files():
