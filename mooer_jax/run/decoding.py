@@ -9,10 +9,11 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
+from mooer_jax import checkpoint
 from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.pipeline import eval_batches
+from mooer_jax.data.pipeline import Batches, eval_batches
 from mooer_jax.data.shards import Skip
 from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
@@ -33,7 +34,8 @@ class EvalConfig:
     task: the prompt; "": each utterance's own task, and each is scored by itself.
     batch_size: utterances decoded together.
     out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
-      of the folder of the test set.
+      of the folder of the test set, or of what else eval.py does: "salmonn" for that suite,
+      "perplexity", "lora_sweep".
     metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
     space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
       "keep", as MooER's script does.
@@ -119,14 +121,39 @@ def load(config: Mapping[str, Any], folder: Path, base: str | None = None) -> Lo
   return Loaded(*load_model(folder, compute, base=base, generation=config.get("generation", {})))
 
 
+def batches_of(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Batches:
+  """The batches of a test set; to make them checks all but the clips.
+
+  Raises:
+    FileNotFoundError, ValueError: for a bad list or annotation, limits that the model does not
+      take, or tasks that it has no prompt for.
+  """
+  data = data_of(config, options, loaded.model)
+  return eval_batches(data, loaded.tokenizer, loaded.model)
+
+
+def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
+  """Where results go: eval.out, or eval/NAME in the run's folder, which is made.
+
+  Raises:
+    ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run.
+  """
+  if not options.out and checkpoint.latest(folder.parent) is None:
+    raise ValueError(
+      f"{folder} is not in the folder of a run; say where to write: --config.eval.out=DIR"
+    )
+  out = Path(options.out) if options.out else folder.parent / "eval" / name
+  out.mkdir(parents=True, exist_ok=True)
+  return out
+
+
 def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Decoded:
   """Decodes every utterance of a test set that can be read, in the order of its shards."""
   params, model, tokenizer, generation = loaded
-  data = data_of(config, options, model)
   lora_scale = None if options.lora_scale < 0 else options.lora_scale
   key = jax.random.key(config.get("seed", 0))
   decoded = Decoded({}, {}, {}, [])
-  batches = eval_batches(data, tokenizer, model)
+  batches = batches_of(config, options, loaded)
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("decoding", total=None)
     for number, host_batch in enumerate(batches):

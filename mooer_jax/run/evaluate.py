@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mooer_jax import checkpoint
 from mooer_jax.config import to_json
+from mooer_jax.data.annotation import read_annotation
 from mooer_jax.evaluation import report
 from mooer_jax.evaluation.by_task import score_by_task
 from mooer_jax.evaluation.by_task import table as task_table
@@ -21,7 +22,7 @@ from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.tokens import METRICS
 from mooer_jax.evaluation.translation import Bleu, bleu
 from mooer_jax.prompts import split_answer
-from mooer_jax.run.decoding import EvalConfig, decode_set, load
+from mooer_jax.run.decoding import EvalConfig, batches_of, decode_set, load, out_folder
 from mooer_jax.run.setup import prepare_process, section
 from mooer_jax.run.suite import run_suite
 
@@ -50,7 +51,7 @@ def evaluate(
   if options.metric not in METRICS:
     raise ValueError(f"eval.metric={options.metric!r}: choose one of {sorted(METRICS)}")
   folder = checkpoint.find(path)
-  out = _out_folder(options, folder)
+  out = out_folder(options, folder, Path(options.shards).absolute().parent.name)
   references = _given_references(options)  # before minutes of work, for it may be wrong
   start = time.perf_counter()
   decoded = decode_set(config, options, load(config, folder, base))
@@ -115,20 +116,31 @@ def evaluate_suite(
   prepare_process()
   folder = checkpoint.find(path)
   options = section(config, "eval", EvalConfig)
+  out = out_folder(options, folder, "salmonn")
   loaded = load(config, folder, base)
 
+  def of_file(file: Path) -> EvalConfig:
+    return dataclasses.replace(options, shards=str(file), task="")
+
+  def check(file: Path):
+    lacking = [n for n, e in enumerate(read_annotation(str(file))) if not e.get("task")]
+    if lacking:
+      raise ValueError(
+        f"{file}: annotation[{lacking[0]}] and {len(lacking) - 1} others name no task; give each"
+        ' its "task"'
+      )
+    batches_of(config, of_file(file), loaded)
+
   def decode(file: Path) -> dict[str, str]:
-    of_file = dataclasses.replace(options, shards=str(file), task="")
-    decoded = decode_set(config, of_file, loaded)
+    decoded = decode_set(config, of_file(file), loaded)
     for s in decoded.skipped:
       print(f"{file.name}: not decoded: {s.key}: {s.cause} {s.detail}")
     return decoded.hypotheses
 
-  out = Path(options.out) if options.out else folder.parent / "eval" / "salmonn"
   asked = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)
   of = [checkpoint.describe(folder, base=base).hash, loaded.generation, asked]
   of += [loaded.model.compute.dtype, options.lora_scale, options.max_s]
-  return run_suite(annotations, out, decode, identity=" ".join(map(str, of)))
+  return run_suite(annotations, out, decode, check=check, identity=" ".join(map(str, of)))
 
 
 def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:
@@ -172,13 +184,3 @@ def _given_references(options: EvalConfig) -> dict[str, str] | None:
     return read_text(options.references)
   beside = Path(options.shards).with_name("text")
   return read_text(beside) if beside.is_file() else None
-
-
-def _out_folder(options: EvalConfig, folder: Path) -> Path:
-  if options.out:
-    return Path(options.out)
-  if checkpoint.latest(folder.parent) is None:
-    raise ValueError(
-      f"{folder} is not in the folder of a run; say where to write: --config.eval.out=DIR"
-    )
-  return folder.parent / "eval" / Path(options.shards).absolute().parent.name

@@ -23,12 +23,11 @@ from rich.progress import track
 
 from mooer_jax import checkpoint, speech_llm
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.data.pipeline import eval_batches
 from mooer_jax.evaluation import probe_report
 from mooer_jax.evaluation.by_task import score_by_task
 from mooer_jax.evaluation.probe_report import Perplexity, SweepPoint
 from mooer_jax.prompts import SPEECH, TEMPLATES, task_prompt
-from mooer_jax.run.decoding import EvalConfig, Loaded, data_of, decode_set, load
+from mooer_jax.run.decoding import EvalConfig, Loaded, batches_of, decode_set, load, out_folder
 from mooer_jax.run.setup import prepare_process, section
 
 NONE = "(none)"  # what the absence of an instruction is called
@@ -59,6 +58,7 @@ def perplexity(
   """
   prepare_process()
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
+  out = out_folder(options, checkpoint.find(path), "perplexity")
   rows: list[Perplexity] = []
   for step, folder in track(_steps(path, base), "perplexities", console=Console(stderr=True)):
     loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
@@ -68,7 +68,6 @@ def perplexity(
         for scale, sums in _sums(config, options, loaded, instruction, scales).items()
         for task, (nats, tokens) in sums.items()
       ]
-  out = _out(options, Path(path), "perplexity")
   Console().print(probe_report.perplexity_table(rows))
   probe_report.write(out / "perplexity.json", rows)
   print(probe_report.draw_perplexities(rows, out / "perplexity.png"))
@@ -99,7 +98,7 @@ def _sums(
   wanted = list(scales) or [model.decoder.lora_scale]
   totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
   left_out: Counter[str] = Counter()
-  for host in eval_batches(data_of(config, options, model), loaded.tokenizer, model):
+  for host in batches_of(config, options, loaded._replace(model=model)):
     left_out.update(skip.cause for skip in host.skipped)
     left_out["no answer that fits data.answer_buckets"] += sum(
       int(row_S[0] < 0) for row_S in host.batch.answer_BS[: len(host.keys)]
@@ -150,7 +149,9 @@ def lora_sweep(
   """
   prepare_process()
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
-  loaded = load(config, checkpoint.find(path), base)
+  folder = checkpoint.find(path)
+  out = out_folder(options, folder, "lora_sweep")
+  loaded = load(config, folder, base)
   trained = loaded.model.decoder.lora_scale
   if not trained:
     raise ValueError(f"{path} has no LoRA whose scale could be changed")
@@ -159,14 +160,7 @@ def lora_sweep(
     decoded = decode_set(config, dataclasses.replace(options, lora_scale=scale), loaded)
     scores = score_by_task(decoded.tasks, decoded.transcripts, decoded.hypotheses)
     points += [SweepPoint(scale, task, **dataclasses.asdict(s)) for task, s in scores.items()]
-  out = _out(options, Path(path), "lora_sweep")
   Console().print(probe_report.sweep_table(points))
   probe_report.write(out / "lora_sweep.json", points)
   print(probe_report.draw_sweep(points, trained, out / "lora_sweep.png"))
   return points
-
-
-def _out(options: EvalConfig, path: Path, name: str) -> Path:
-  out = Path(options.out) if options.out else path / "eval" / name
-  out.mkdir(parents=True, exist_ok=True)
-  return out

@@ -26,6 +26,7 @@ def run_suite(
   out: str | Path,
   decode: Callable[[Path], Mapping[str, str]],
   *,
+  check: Callable[[Path], object] = lambda file: None,
   identity: str = "",
 ) -> dict[str, Scored | str]:
   """Decodes and scores every task whose annotation file is there, and prints the table.
@@ -49,6 +50,7 @@ def run_suite(
     out: folder to write to.
     decode: answers by key (`annotation.entry_key`) for an annotation file; clips that cannot be
       read are left out.
+    check: raises for an annotation file that `decode` would not take.
     identity: what the answers depend on, such as the checkpoint and the decoding options; answers
       of another one are not mixed with these.
 
@@ -69,6 +71,8 @@ def run_suite(
     raise ValueError(f"{annotations}: holds none of the suite's annotation files: {names}")
   unknown = _unknown(annotations, out)
   # Everything is read and checked before hours of decoding.
+  for row in there:
+    check(annotations / row.file)
   entries = {row.stem: _checked_entries(annotations / row.file, row) for row in there}
   sources = {row.stem: _source(annotations / row.file, identity) for row in there}
   for row in there:

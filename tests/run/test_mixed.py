@@ -6,15 +6,17 @@ import jax
 import numpy as np
 import pytest
 
+import mooer_jax.run.decoding
 from convert.joining import join
 from mooer_jax import checkpoint, speech_llm
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.config import part_to_json
+from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.prompts import encode_prompt, fill_template
 from mooer_jax.run.decoding import load
 from mooer_jax.run.defaults import default_config
-from mooer_jax.run.evaluate import evaluate
+from mooer_jax.run.evaluate import evaluate, evaluate_suite
 from mooer_jax.run.probe import lora_sweep, perplexity
 from mooer_jax.run.setup import read_model
 from mooer_jax.run.train import train
@@ -202,6 +204,45 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   assert found.tokens == tokens
   # answer_logits without lora_scale is the trained one
   np.testing.assert_allclose(found.perplexity, np.exp(nats / tokens), rtol=1e-4)
+
+
+def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
+  settings, trained, clips, tmp_path, monkeypatch
+):
+  _, config = settings
+  config = config.copy_and_resolve_references()
+  config.eval.out = ""
+  folder = tmp_path / "annotations"
+  folder.mkdir()
+
+  def write(name, task, text):
+    clip = {"path": str(clips[0].path), "text": text, "Q": "date"}
+    lost = {**clip, "path": "nowhere.wav"}
+    entries = [{**entry, **({"task": task} if task else {})} for entry in (clip, clip, lost)]
+    (folder / name).write_text(json.dumps({"annotation": entries}))
+
+  write("librispeech_test_clean.json", "asr", "one two")
+  write("slurp.json", "keyword", "today")
+  with monkeypatch.context() as patch:
+    patch.setattr(mooer_jax.run.decoding, "generate", None)  # decoding would fail otherwise
+    write("sac.json", "story", "a dog")
+    with pytest.raises(ValueError, match=r"sac\.json: tasks \['story'\] have no prompt"):
+      evaluate_suite(config, str(trained), str(folder))
+    write("sac.json", "", "a dog")
+    with pytest.raises(ValueError, match=r"sac\.json: annotation\[0\] and 2 others name no task"):
+      evaluate_suite(config, str(trained), str(folder))
+  (folder / "sac.json").unlink()
+  results = evaluate_suite(config, str(trained), str(folder))
+  assert {name: r.count for name, r in results.items() if not isinstance(r, str)} == {
+    "librispeech_test_clean": 3, "slurp": 3,
+  }  # fmt: skip
+  out = trained.parent / "eval/salmonn"
+  report = json.loads((out / "suite.json").read_text())
+  assert report["tasks"][0]["count"] == 3
+  answers = read_text(out / "hypotheses/slurp.text")
+  assert len(answers) == 2  # the lost clip has none
+  monkeypatch.setattr(mooer_jax.run.decoding, "generate", None)
+  assert evaluate_suite(config, str(trained), str(folder)) == results  # nothing is decoded again
 
 
 def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
