@@ -97,7 +97,7 @@ def _read(key: str, shard: str, folder: Path, entry: dict[str, Any]) -> RawUtter
     )
   except OSError as error:
     detail = f"{error.filename}: {error.strerror or error}"
-    return Skip("no audio", key, shard, detail, entry["text"])
+    return Skip("no audio", key, shard, detail, entry["text"], entry.get("task", ""))
   return RawUtterance(
     key,
     shard,

@@ -42,6 +42,7 @@ class Skip:
     shard: path of the tar.
     detail: what was found, for a person.
     text: the transcript, where there is one: evaluation counts it as not heard.
+    task: of the utterance's own, where it names one.
   """
 
   cause: str
@@ -49,6 +50,7 @@ class Skip:
   shard: str
   detail: str = ""
   text: str = ""
+  task: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

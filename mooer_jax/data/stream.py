@@ -179,7 +179,8 @@ class UtteranceStream:
     if isinstance(entry, Skip):
       return entry
     # Evaluation reads once and asks the same whenever it runs.
-    return self._reader(entry, 0 if self._seed is None else 1000 * self._epoch + copy)
+    made = self._reader(entry, 0 if self._seed is None else 1000 * self._epoch + copy)
+    return dataclasses.replace(made, task=entry.task) if isinstance(made, Skip) else made
 
   def _open(self) -> Generator[RawUtterance | Skip]:
     """Opens the current shard behind the entries that were taken already."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from mooer_jax.evaluation.answers import words
 from mooer_jax.evaluation.score import ScoreConfig, score
+from mooer_jax.evaluation.translation import bleu_of_task
 
 FEW = 25  # different references up to which a task is taken for a choice among them
 
@@ -19,23 +21,28 @@ class TaskScore:
 
   Attributes:
     count: utterances.
-    wer: errors in 100 words of the references, lower case and without punctuation.
+    not_decoded: those of them that have no answer; they count as wrong, all their words as lost.
+    wer: errors in 100 words of the references, lower case and without punctuation; None where
+      these have no words.
     accuracy: share of the answers that are the reference, word for word.
     following: share of the answers that are one of those that the task's references have, right
       or wrong; None where the references are too many to be a choice.
+    bleu: of a task that translates, see `translation.TOKENIZERS`; None of others.
   """
 
   count: int
+  not_decoded: int
   wer: float | None
   accuracy: float
   following: float | None
+  bleu: float | None
 
 
 def score_by_task(
   tasks: Mapping[str, str], references: Mapping[str, str], hypotheses: Mapping[str, str]
 ) -> dict[str, TaskScore]:
-  """Scores the answers of each task; an utterance without an answer counts as an empty one, one
-  without a reference is left out.
+  """Scores the answers of each task; an utterance without an answer counts as wrong, one without a
+  reference is left out.
 
   Args:
     tasks: task by key.
@@ -51,26 +58,36 @@ def score_by_task(
     }
     if not wanted:
       continue
-    given = {key: " ".join(words(hypotheses.get(key, ""))) for key in wanted}
-    rate = score(wanted, given, ScoreConfig(metric="word", space_mark="blank")).rate
+    given = {key: " ".join(words(hypotheses[key])) for key in wanted if key in hypotheses}
+    all_given = {key: given.get(key, "") for key in wanted}
+    rate = score(wanted, all_given, ScoreConfig(metric="word", space_mark="blank")).rate
     choices = set(wanted.values())
+    follow = sum(text in choices for text in given.values()) / len(wanted)
+    translated = bleu_of_task(
+      task,
+      {key: references[key] for key in wanted},
+      {key: hypotheses.get(key, "") for key in wanted},
+    )
     scores[task] = TaskScore(
       count=len(wanted),
-      wer=100 * rate,
-      accuracy=sum(given[key] == text for key, text in wanted.items()) / len(wanted),
-      following=sum(text in choices for text in given.values()) / len(given)
-      if len(choices) <= FEW
-      else None,
+      not_decoded=len(wanted) - len(given),
+      wer=100 * rate if math.isfinite(rate) else None,
+      accuracy=sum(given.get(key) == text for key, text in wanted.items()) / len(wanted),
+      following=follow if len(choices) <= FEW else None,
+      bleu=translated.score if translated else None,
     )
   return scores
 
 
 def table(scores: Mapping[str, TaskScore]) -> Table:
   """A row for each task."""
-  made = Table("task", "utterances", "WER %", "accuracy %", "follows %")
+  made = Table("task", "utterances", "not decoded", "WER %", "accuracy %", "follows %", "BLEU")
   for task, s in scores.items():
+    wer = "" if s.wer is None else f"{s.wer:.2f}"
     follows = "" if s.following is None else f"{100 * s.following:.1f}"
-    made.add_row(task, str(s.count), f"{s.wer:.2f}", f"{100 * s.accuracy:.1f}", follows)
+    bleu = "" if s.bleu is None else f"{s.bleu:.2f}"
+    accuracy = f"{100 * s.accuracy:.1f}"
+    made.add_row(task, str(s.count), str(s.not_decoded), wer, accuracy, follows, bleu)
   return made
 
 

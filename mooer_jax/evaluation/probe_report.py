@@ -38,9 +38,11 @@ class SweepPoint:
   scale: float
   task: str
   count: int
+  not_decoded: int
   wer: float | None
   accuracy: float
   following: float | None
+  bleu: float | None
 
 
 def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None:
@@ -69,8 +71,13 @@ def sweep_table(points: Sequence[SweepPoint]) -> Table:
   found = {(p.scale, p.task): p for p in points}
   for scale in dict.fromkeys(p.scale for p in points):
     cells = (found[scale, task] for task in tasks)
-    table.add_row(f"{scale:g}", *(f"{100 * c.accuracy:.1f} ({c.wer:.1f})" for c in cells))
+    table.add_row(f"{scale:g}", *(_cell(c) for c in cells))
   return table
+
+
+def _cell(point: SweepPoint) -> str:
+  wer = "–" if point.wer is None else f"{point.wer:.1f}"
+  return f"{100 * point.accuracy:.1f} ({wer})"
 
 
 def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:

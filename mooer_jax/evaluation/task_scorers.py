@@ -7,7 +7,6 @@ outside; at least one entry has an answer. An entry without one counts as answer
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from mooer_jax.evaluation import answers
 from mooer_jax.evaluation.outside_scores import judged_share
 from mooer_jax.evaluation.rouge import rouge_l
 from mooer_jax.evaluation.score import ScoreConfig, score
-from mooer_jax.evaluation.translation import bleu
+from mooer_jax.evaluation.translation import bleu, bleu_of_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,33 +102,23 @@ def _rate(references, hypotheses, note):
   return Scored((100 * result.rate,), None, len(references), (note, *result.notes))
 
 
-def bleu_by(tokenize: str) -> Scorer:
-  def scorer(row, entries, hypotheses, extras):
-    del row, extras
-    chosen, notes = tokenize, []
-    if tokenize == "ja-mecab" and not has_mecab():
-      chosen = "char"
-      notes.append("BLEU of characters, not of MeCab's words: pip install 'sacrebleu[ja]'")
-    references = {key: entry["text"] for key, entry in entries.items()}
-    result = bleu(references, hypotheses, tokenize=chosen)
-    return Scored((result.score,), None, len(references), (*notes, result.signature))
-
-  return scorer
-
-
-def has_mecab() -> bool:
-  """Whether sacrebleu's Japanese tokenizer can run."""
-  return all(importlib.util.find_spec(name) for name in ("MeCab", "ipadic"))
+def translation(row, entries, hypotheses, extras):
+  del extras
+  references = {key: entry["text"] for key, entry in entries.items()}
+  result = bleu_of_task(row.task, references, hypotheses)
+  assert result is not None
+  return Scored((result.score,), None, len(references), (*result.notes, result.signature))
 
 
 def music_description(row, entries, hypotheses, extras):
-  translated = bleu_by("13a")(row, entries, hypotheses, extras)
+  del row, extras
+  translated = bleu({key: entry["text"] for key, entry in entries.items()}, hypotheses)
   rouge = sum(rouge_l(e["text"], hypotheses.get(key, "")) for key, e in entries.items())
   return Scored(
-    (*translated.values, 100 * rouge / len(entries)),
+    (translated.score, 100 * rouge / len(entries)),
     None,
     len(entries),
-    (*translated.notes, "ROUGE-L: F-measure, mean over the clips"),
+    (translated.signature, "ROUGE-L: F-measure, mean over the clips"),
   )
 
 

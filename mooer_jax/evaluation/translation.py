@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
+
+from mooer_jax.prompts import TASKS, split_answer
+
+# Tasks whose answers are translations, and sacrebleu's tokenizer for the language of these.
+TOKENIZERS = {
+  "ast": "13a",
+  "asr_ast_mtl": "13a",
+  "translation_ec": "zh",
+  "translation_en2de": "13a",
+  "translation_en2ja": "ja-mecab",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +28,7 @@ class Bleu:
     utterances: how many were compared.
     missing: keys without a hypothesis; they count as empty ones.
     details: sacrebleu's line with the n-gram precisions and the brevity penalty.
+    notes: what a reader should know before comparing it.
   """
 
   score: float
@@ -23,6 +36,48 @@ class Bleu:
   utterances: int
   missing: tuple[str, ...]
   details: str
+  notes: tuple[str, ...] = ()
+
+
+def bleu_of_task(
+  task: str, references: Mapping[str, str], hypotheses: Mapping[str, str], *, tokenize: str = ""
+) -> Bleu | None:
+  """BLEU of the translations in the answers to a task, None where it asks for none.
+
+  Args:
+    task: one of TOKENIZERS, or one of a model's own, which translates if `tokenize` is given.
+    references: answer by key; of a multitask answer only the translation counts.
+    hypotheses: answer by key; one that is missing counts as empty.
+    tokenize: sacrebleu's name; "": that of the task. Without MeCab the Japanese one gives way to
+      "char", and the result says so.
+
+  Raises:
+    ValueError: if a reference lacks the translation that the task asks for; and as `bleu`.
+  """
+  if task not in TOKENIZERS and (task in TASKS or not tokenize):
+    return None
+  wanted = {key: _translation(task, text) for key, text in references.items()}
+  if lacking := [key for key, text in wanted.items() if text is None]:
+    raise ValueError(
+      f"{lacking[0]} and {len(lacking) - 1} other references have no translation: for task"
+      f" {task!r} a line of `text` is KEY<TAB>transcript\\ntranslation"
+    )
+  given = {key: _translation(task, text) or "" for key, text in hypotheses.items()}
+  chosen, notes = tokenize or TOKENIZERS[task], []
+  if not tokenize and chosen == "ja-mecab" and not has_mecab():
+    chosen = "char"
+    notes.append("BLEU of characters, not of MeCab's words: pip install 'sacrebleu[ja]'")
+  texts = {key: text or "" for key, text in wanted.items()}
+  return dataclasses.replace(bleu(texts, given, tokenize=chosen), notes=tuple(notes))
+
+
+def _translation(task: str, text: str) -> str | None:
+  return split_answer(task, text).translation if task in TASKS else text
+
+
+def has_mecab() -> bool:
+  """Whether sacrebleu's Japanese tokenizer can run."""
+  return all(importlib.util.find_spec(name) for name in ("MeCab", "ipadic"))
 
 
 def bleu(
@@ -46,8 +101,7 @@ def bleu(
       f"none of {len(hypotheses)} hypotheses has one of {len(references)} references: are they of"
       " the same set?"
     )
-  if tokenize not in BLEU.TOKENIZERS:
-    raise ValueError(f"tokenize={tokenize!r}: choose one of {sorted(BLEU.TOKENIZERS)}")
+  check_tokenizer(tokenize)
   metric = BLEU(tokenize=tokenize)
   given = [hypotheses.get(key, "") for key in references]
   result = metric.corpus_score(given, [list(references.values())])
@@ -58,3 +112,13 @@ def bleu(
     missing=tuple(key for key in references if key not in hypotheses),
     details=str(result),
   )
+
+
+def check_tokenizer(name: str) -> None:
+  """Raises ValueError if sacrebleu has no such tokenizer, or cannot run it here."""
+  from sacrebleu.metrics import BLEU
+
+  if name not in BLEU.TOKENIZERS:
+    raise ValueError(f"tokenize={name!r}: choose one of {sorted(BLEU.TOKENIZERS)}")
+  if name == "ja-mecab" and not has_mecab():
+    raise ValueError(f"tokenize={name!r} needs MeCab: pip install 'sacrebleu[ja]'")

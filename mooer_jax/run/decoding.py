@@ -43,8 +43,9 @@ class EvalConfig:
     max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
       decoded.
     lora_scale: of LoRA, -1 for that of training.
-    bleu_tokenize: sacrebleu's tokenizer where the task translates, by the target language: "13a",
-      "zh", "char", …
+    bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
+      "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
+      the model's own, gets BLEU where this is set.
   """
 
   shards: str
@@ -57,7 +58,7 @@ class EvalConfig:
   skip_missing: bool = False
   max_s: float = 0.0
   lora_scale: float = -1.0
-  bleu_tokenize: str = "13a"
+  bleu_tokenize: str = ""
 
 
 def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
@@ -96,14 +97,23 @@ def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConf
 
 @dataclasses.dataclass
 class Decoded:
-  """Hypotheses and transcripts by key, what could not be decoded, and the audio that could."""
+  """What came of a test set.
+
+  Attributes:
+    hypotheses: answers by key.
+    transcripts: references by key, also of what could not be decoded.
+    tasks: by key the same, where each utterance has its own task.
+    skipped: what could not be decoded.
+    audio_s: length of what could be.
+    cut: answers that max_new_tokens cut off.
+  """
 
   hypotheses: dict[str, str]
   transcripts: dict[str, str]
-  tasks: dict[str, str]  # where each utterance has its own
+  tasks: dict[str, str]
   skipped: list[Skip]
   audio_s: float = 0.0
-  cut: int = 0  # answers that max_new_tokens cut off
+  cut: int = 0
 
 
 class Loaded(NamedTuple):
@@ -168,6 +178,11 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
         decoded.transcripts[name] = host_batch.texts[row]
         if not options.task:
           decoded.tasks[name] = host_batch.tasks[row]
+      for skip in host_batch.skipped:
+        if skip.text:
+          decoded.transcripts[skip.key] = skip.text
+        if skip.task and not options.task:
+          decoded.tasks[skip.key] = skip.task
       decoded.skipped += host_batch.skipped
       decoded.audio_s += host_batch.audio_s
       done = len(decoded.hypotheses)

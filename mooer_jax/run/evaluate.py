@@ -20,7 +20,7 @@ from mooer_jax.evaluation.by_task import write as write_by_task
 from mooer_jax.evaluation.score import Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.tokens import METRICS
-from mooer_jax.evaluation.translation import Bleu, bleu
+from mooer_jax.evaluation.translation import Bleu, bleu_of_task, check_tokenizer
 from mooer_jax.prompts import split_answer
 from mooer_jax.run.decoding import EvalConfig, batches_of, decode_set, load, out_folder
 from mooer_jax.run.setup import prepare_process, section
@@ -50,6 +50,8 @@ def evaluate(
   options = section(config, "eval", EvalConfig)
   if options.metric not in METRICS:
     raise ValueError(f"eval.metric={options.metric!r}: choose one of {sorted(METRICS)}")
+  if options.bleu_tokenize:
+    check_tokenizer(options.bleu_tokenize)
   folder = checkpoint.find(path)
   out = out_folder(options, folder, Path(options.shards).absolute().parent.name)
   references = _given_references(options)  # before minutes of work, for it may be wrong
@@ -58,11 +60,14 @@ def evaluate(
   seconds = time.perf_counter() - start
   write_text(out / "text", decoded.hypotheses)
 
-  if references is None:
-    lost = {s.key: s.text for s in decoded.skipped if s.text}
-    references = {**lost, **decoded.transcripts}
-  by_task = score_by_task(decoded.tasks, references, decoded.hypotheses) if decoded.tasks else {}
-  translated = bleu_of(options, references, decoded.hypotheses)
+  references = decoded.transcripts if references is None else references
+  counted = references
+  if options.skip_missing:
+    counted = {key: text for key, text in references.items() if key in decoded.hypotheses}
+  by_task = score_by_task(decoded.tasks, counted, decoded.hypotheses)
+  translated = bleu_of_task(
+    options.task, counted, decoded.hypotheses, tokenize=options.bleu_tokenize
+  )
   missing = "skip" if options.skip_missing else "count"
   scores = {
     metric: score(
@@ -88,7 +93,8 @@ def evaluate(
     console.print(task_table(by_task))
   console.print(report.table({_SHORT[metric]: s for metric, s in scores.items()}))
   if translated:
-    console.print(f"{translated.details}\n{translated.signature}", markup=False, soft_wrap=True)
+    said = "\n".join((translated.details, translated.signature, *translated.notes))
+    console.print(said, markup=False, soft_wrap=True)
   for note in scores[options.metric].notes:
     console.print(f"note: {note}", markup=False)
   if decoded.cut:
@@ -147,33 +153,6 @@ def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:
   """The transcripts of answers; whole answers where the task asks for no transcript."""
   parts = {key: split_answer(task, text).transcript for key, text in texts.items()}
   return {key: texts[key] if part is None else part for key, part in parts.items()}
-
-
-def bleu_of(
-  options: EvalConfig, references: Mapping[str, str], hypotheses: Mapping[str, str]
-) -> Bleu | None:
-  """BLEU of the translations, None where the task asks for none.
-
-  Raises:
-    ValueError: if a reference lacks the translation that the task asks for.
-  """
-  if options.task not in ("ast", "asr_ast_mtl"):
-    return None
-  parts = {key: split_answer(options.task, text).translation for key, text in references.items()}
-  if lacking := [key for key, text in parts.items() if text is None]:
-    raise ValueError(
-      f"{lacking[0]} and {len(lacking) - 1} other references have no translation: for eval.task="
-      f"{options.task!r} a line of `text` is KEY<TAB>transcript\\ntranslation"
-    )
-  given = {
-    key: split_answer(options.task, text).translation or "" for key, text in hypotheses.items()
-  }
-  wanted = {
-    key: text
-    for key, text in parts.items()
-    if text is not None and (key in given or not options.skip_missing)
-  }
-  return bleu(wanted, given, tokenize=options.bleu_tokenize)
 
 
 def _given_references(options: EvalConfig) -> dict[str, str] | None:

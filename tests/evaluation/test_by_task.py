@@ -1,4 +1,9 @@
-from mooer_jax.evaluation.by_task import score_by_task
+import json
+
+import pytest
+import sacrebleu
+
+from mooer_jax.evaluation.by_task import score_by_task, table, write
 
 
 def test_each_task_is_scored_by_itself():
@@ -11,9 +16,34 @@ def test_each_task_is_scored_by_itself():
   assert scores["sex"].accuracy == 1 / 3 and scores["sex"].following == 2 / 3
 
 
-def test_an_answer_that_is_missing_is_wrong():
-  scores = score_by_task({"a": "asr"}, {"a": "one two"}, {})
-  assert scores["asr"].wer == 100 and scores["asr"].accuracy == 0
+def test_an_answer_that_is_missing_is_wrong_and_all_its_words_are_lost():
+  tasks = dict.fromkeys("abc", "asr")
+  references = dict(a="one two", b="three", c="!")
+  score = score_by_task(tasks, references, {"b": "three"})["asr"]
+  assert (score.count, score.not_decoded) == (3, 2)
+  assert score.wer == pytest.approx(200 / 3)
+  assert score.accuracy == score.following == pytest.approx(1 / 3)  # nothing is not "!"
+  none = score_by_task({"a": "asr"}, {"a": "one two"}, {})["asr"]
+  assert (none.wer, none.accuracy, none.not_decoded) == (100, 0, 1)
+
+
+def test_references_without_words_have_no_word_error_rate(tmp_path):
+  scores = score_by_task({"a": "asr"}, {"a": "!"}, {"a": "one"})
+  assert scores["asr"].wer is None
+  write(tmp_path / "tasks.json", scores)
+  assert json.loads((tmp_path / "tasks.json").read_text())["asr"]["wer"] is None
+  assert table(scores).row_count == 1
+
+
+def test_tasks_that_translate_have_bleu():
+  tasks = dict(a="translation_ec", b="translation_ec", c="asr")
+  references = dict(a="今天天气很好", b="我们去公园", c="one")
+  scores = score_by_task(tasks, references, dict(a="今天天气很好", c="one"))
+  assert scores["asr"].bleu is None
+  wanted = [references["a"], references["b"]]
+  expected = sacrebleu.corpus_bleu([wanted[0], ""], [wanted], tokenize="zh")
+  assert 0 < scores["translation_ec"].bleu == expected.score < 100
+  assert score_by_task(tasks, references, {})["translation_ec"].bleu == 0
 
 
 def test_open_answers_have_no_choices_to_follow():

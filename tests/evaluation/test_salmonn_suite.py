@@ -7,7 +7,7 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from mooer_jax.evaluation import task_scorers
+from mooer_jax.evaluation import translation
 from mooer_jax.evaluation.salmonn_suite import ROWS, score_task
 from mooer_jax.evaluation.task_scorers import Extras
 from mooer_jax.prompts import SALMONN_PROMPTS
@@ -80,7 +80,7 @@ def test_translations_are_scored_by_sacrebleu(stem, tokenize, reference, answer)
 
 
 def test_japanese_without_mecab_is_scored_by_characters_and_says_so(monkeypatch):
-  monkeypatch.setattr(task_scorers, "has_mecab", lambda: False)
+  monkeypatch.setattr(translation, "has_mecab", lambda: False)
   reference, answer = "今日はとても良い天気です", "今日はとても寒い天気です"
   scored = score_task(ROW["covost2_en_ja"], _entries(reference), _answers(answer))
   expected = sacrebleu.corpus_bleu([answer], [[reference]], tokenize="char").score

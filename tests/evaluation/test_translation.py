@@ -1,7 +1,9 @@
 import pytest
 import sacrebleu
 
-from mooer_jax.evaluation.translation import bleu
+from mooer_jax.evaluation import translation
+from mooer_jax.evaluation.translation import TOKENIZERS, bleu, bleu_of_task, check_tokenizer
+from mooer_jax.prompts import SALMONN_PROMPTS, TASKS, read_prompts
 
 REFERENCES = {"a": "the cat sat on the mat today", "b": "hello world , my dear friend"}
 HYPOTHESES = {"b": "hello world, my friend", "a": "the cat sat on a mat today", "c": "extra"}
@@ -33,3 +35,38 @@ def test_chinese_needs_its_tokenizer():
 def test_sets_that_do_not_meet_are_refused():
   with pytest.raises(ValueError, match="same set"):
     bleu(REFERENCES, {"x": "y"})
+
+
+def test_each_task_is_compared_in_its_language():
+  assert bleu_of_task("asr", REFERENCES, HYPOTHESES, tokenize="char") is None
+  assert bleu_of_task("my_translation", REFERENCES, HYPOTHESES) is None
+  for task, tokenize, used in (
+    ("ast", "", "13a"),
+    ("ast", "intl", "intl"),
+    ("translation_ec", "", "zh"),
+    ("translation_en2de", "", "13a"),
+    ("my_translation", "char", "char"),
+  ):
+    result = bleu_of_task(task, REFERENCES, HYPOTHESES, tokenize=tokenize)
+    assert f"tok:{used}" in result.signature and result.notes == ()
+
+
+def test_tasks_with_a_tokenizer_are_ours():
+  salmonn = read_prompts(SALMONN_PROMPTS)
+  assert set(TOKENIZERS) <= {*TASKS, *salmonn}
+  assert {task for task in salmonn if task.startswith("translation")} <= set(TOKENIZERS)
+
+
+def test_of_two_lines_only_the_translation_counts():
+  references = {"a": "zwei\nthe cat sat on the mat"}
+  hypotheses = {"a": "drei\nthe cat sat on a mat"}
+  expected = sacrebleu.corpus_bleu(["the cat sat on a mat"], [["the cat sat on the mat"]])
+  assert bleu_of_task("asr_ast_mtl", references, hypotheses).score == expected.score
+  with pytest.raises(ValueError, match="a and 0 other references have no translation"):
+    bleu_of_task("asr_ast_mtl", {"a": "zwei"}, hypotheses)
+
+
+def test_a_tokenizer_that_cannot_run_is_refused_by_name(monkeypatch):
+  monkeypatch.setattr(translation, "has_mecab", lambda: False)
+  with pytest.raises(ValueError, match=r"ja-mecab.*sacrebleu\[ja\]"):
+    check_tokenizer("ja-mecab")

@@ -64,6 +64,18 @@ def test_translations_are_scored_with_sacrebleu_and_transcripts_beside_them(
     evaluate(config, config.workdir)
 
 
+def test_a_task_of_ones_own_has_bleu_where_its_language_is_given(config, tmp_path):
+  config.model.prompts = {"to_klingon": "<|transcribe|>"}
+  config.data.task = config.eval.task = "to_klingon"
+  config.train.steps = 2
+  train(config)
+  config.eval.out = str(tmp_path / "scored")
+  assert evaluate(config, config.workdir)[1] is None
+  config.eval.bleu_tokenize = "char"
+  scores, bleu = evaluate(config, config.workdir)
+  assert "tok:char" in bleu.signature and bleu.utterances == len(scores["word"].utterances)
+
+
 def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monkeypatch):
   config.train.steps = 2
   folder = train(config)
@@ -72,6 +84,10 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
   with pytest.raises(FileNotFoundError, match=r"eval\.references=.*nowhere"):
     evaluate(config, config.workdir)
   config.eval.references = ""
+  config.eval.bleu_tokenize = "cn"
+  with pytest.raises(ValueError, match="tokenize='cn': choose one of"):
+    evaluate(config, config.workdir)
+  config.eval.bleu_tokenize = ""
   config.eval.max_s = 60.0
   with pytest.raises(ValueError, match=r"eval\.max_s=60 .*5 s"):
     evaluate(config, config.workdir)

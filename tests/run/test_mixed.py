@@ -206,6 +206,28 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   np.testing.assert_allclose(found.perplexity, np.exp(nats / tokens), rtol=1e-4)
 
 
+def test_clips_that_cannot_be_decoded_count_in_their_tasks(settings, trained, clips, tmp_path):
+  _, config = settings
+  config = config.copy_and_resolve_references()
+  entries = [
+    {"path": path, "text": "one two", "task": task, "Q": "one"}
+    for task in ("asr", "keyword")
+    for path in (str(clips[0].path), "nowhere.wav")
+  ]
+  (tmp_path / "test.json").write_text(json.dumps({"annotation": entries}))
+  config.eval.shards = str(tmp_path / "test.json")
+  config.eval.out = str(tmp_path / "scored")
+
+  def scored():
+    evaluate(config, str(trained))
+    scores = json.loads((tmp_path / "scored/tasks.json").read_text())
+    return {task: (s["count"], s["not_decoded"]) for task, s in scores.items()}
+
+  assert scored() == {"asr": (2, 1), "keyword": (2, 1)}
+  config.eval.skip_missing = True
+  assert scored() == {"asr": (1, 0), "keyword": (1, 0)}
+
+
 def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   settings, trained, clips, tmp_path, monkeypatch
 ):
