@@ -107,6 +107,7 @@ class SpeechLLMConfig:
     rates = {frontend.sample_rate_hz for frontend in self.frontends}
     if len(rates) > 1:
       raise ValueError(f"the encoders' features want sample rates {sorted(rates)}; needed is one")
+    heard = 0  # encoder frames of the longest clip
     for encoder, frontend in zip(self.encoders, self.frontends, strict=True):
       if encoder.input_width != frontend_width(frontend):
         raise ValueError(
@@ -119,6 +120,14 @@ class SpeechLLMConfig:
           f"model.max_audio_s={self.max_audio_s:g} makes {longest} frames, but {encoder.kind} takes"
           f" {encoder.max_frames}; lower max_audio_s"
         )
+      heard = max(heard, encoder.num_outputs(longest))
+    if not self.connector.num_tokens(heard):
+      name = "window" if isinstance(self.connector, QFormerConfig) else "stack"
+      raise ValueError(
+        f"{self.connector.kind}.{name}={getattr(self.connector, name)} is longer than the audio:"
+        f" model.max_audio_s={self.max_audio_s:g} makes {heard} encoder frames and no speech token;"
+        f" lower {self.connector.kind}.{name}, or raise max_audio_s"
+      )
     if self.template not in TEMPLATES:
       raise ValueError(f"model.template={self.template!r}: choose one of {sorted(TEMPLATES)}")
 

@@ -98,7 +98,7 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
   while not config.connector.num_tokens(
     max(encoder.num_outputs(frames) for encoder in config.encoders)
   ):
-    frames *= 2  # few frames are quick to trace
+    frames += 1  # few frames are quick to trace; the config has made sure that there are enough
   streams = {}
   for (name, module), frontend in zip(
     encoder_modules(config).items(), config.frontends, strict=True

@@ -141,6 +141,25 @@ def test_a_damaged_json_is_refused_by_name(change, message):
     from_json(fields)
 
 
+def test_a_window_longer_than_the_audio_is_refused():
+  def model(edge, **whisper):
+    return dict(
+      encoders=("whisper_tiny",),
+      connector="qformer",
+      decoder="smollm2_135m",
+      max_audio_s=0.32,
+      whisper=dict(context=16, **whisper),
+      qformer=dict(edge=edge),
+    )
+
+  for trim in (False, True):  # with and without padding to the context
+    with pytest.raises(ValueError, match=r"qformer\.window=17 is longer.* 16 encoder frames"):
+      model_config(model("drop", trim=trim))
+  assert model_config(model("pad", trim=True)).connector.window == 17
+  with pytest.raises(ValueError, match=r"linear\.stack=99 is longer than the audio"):
+    model_config(mooer(max_audio_s=5.0, linear=dict(stack=99)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Inner:
   a: int = 1

@@ -3,6 +3,8 @@
 With the LoRA scale lowered, a model that is bound to its training tasks answers diverse
 instructions again; a few updates on a few such answers, at the full scale, let it do so there too.
 
+The answers are decoded as `eval.py` does it, on one device; they are few. Training takes all.
+
 Source: SALMONN (Tang et al., 2023), sections 3.2 and 5.4.
 """
 
