@@ -1,7 +1,6 @@
 """The frames of frozen encoders, computed once before training."""
 
 import hashlib
-import itertools
 import json
 from pathlib import Path
 
@@ -66,12 +65,14 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
   )
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("encoding", total=None)
-    # Pairs, so that the next batch is read while the devices work on this one.
-    for (clips, streams), _ in itertools.pairwise(itertools.chain(begun, [((), ())])):
-      done = jax.device_get(streams)
-      streams = [done[encoder] for encoder in cache.widths]  # jit has sorted the names
+    now = next(begun, None)
+    while now:
+      clips, streams = now
+      now = next(begun, None)  # is read while the devices work on the one before
+      by_name = jax.device_get(streams)
+      in_order = [by_name[encoder] for encoder in cache.widths]  # jit has sorted the names
       cache.write([
-        (digest, [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in streams], seconds)
+        (digest, [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in in_order], seconds)
         for row, (digest, seconds) in enumerate(zip(clips.digests, clips.seconds, strict=True))
       ])  # fmt: skip
       progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
