@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from mooer_jax import checkpoint, speech_llm, tree
+from mooer_jax import speech_llm, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.cache import EncodedCache
 from mooer_jax.data.uncached import dataset_name, uncached_batches
@@ -44,7 +45,7 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
     raise ValueError("data.cache_features needs the trained encoders of init_from")
   model = run.model
   widths = {encoder.kind: encoder.width for encoder in model.encoders}
-  folder, name = Path(run.data.cache_features) / _stamp(run), dataset_name(run.data)
+  folder, name = Path(run.data.cache_features) / _stamp(run, params), dataset_name(run.data)
   cache = EncodedCache(folder, widths)
   if cache.complete(name):
     return cache
@@ -78,15 +79,22 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
       progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
 
 
-def _stamp(run: Run) -> str:
-  """Names what the frames follow from, besides the audio."""
-  assert run.init_from is not None
+def _stamp(run: Run, params: dict) -> str:
+  """Names what the frames follow from, besides the audio; all stages of a training share it."""
   described = to_json(run.model)
   names = ("encoders", "frontends", "min_audio_s", "channel")
   of = {name: described[name] for name in names}
   of["version"] = FRAMES_VERSION
-  of["weights"] = checkpoint.describe(run.init_from).hash
+  of["weights"] = _hash({part: params.get(part, {}) for part in ("frontend", "encoders")})
   of["cut"] = run.data.max_s if run.data.cut_longer else 0
   of["dtype"] = run.model.compute.dtype
   text = json.dumps(of, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _hash(params: dict) -> str:
+  digest = hashlib.blake2b(digest_size=8)
+  for path, x in sorted(tree.flatten(params).items()):
+    digest.update(path.encode())
+    digest.update(np.asarray(x).tobytes())
+  return digest.hexdigest()

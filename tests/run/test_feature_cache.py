@@ -108,3 +108,14 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
 
   monkeypatch.setattr(feature_cache, "FRAMES_VERSION", feature_cache.FRAMES_VERSION + 1)
   assert feature_cache.fill_cache(run, params, mesh).folder != cache.folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_next_stage_shares_the_frames_and_other_encoders_do_not(prepared, dtype):
+  run, params, mesh = prepared
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  first = feature_cache.fill_cache(run, params, mesh)
+  tuned = {**params, "connector": jax.tree.map(lambda x: x + 1, params["connector"])}
+  assert feature_cache.fill_cache(run, tuned, mesh).folder == first.folder
+  others = {**params, "encoders": jax.tree.map(lambda x: x * 2, params["encoders"])}
+  assert feature_cache.fill_cache(run, others, mesh).folder != first.folder
