@@ -1,6 +1,7 @@
 """Memory, FLOPs and compile time of a training config on TPU chips, found on a CPU machine.
 
   python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4 --json out/aot.json
+  python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
 
 The compiler for TPUs comes with the package libtpu (Linux on x86_64); no chip is used.
 `--config.key=value` overrides values of the config, as for train.py.
@@ -23,14 +24,15 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compile_step import compile_step
+from benchmarks.compile_step import compile_step, prompt_tokens
 from mooer_jax.run.config import Run
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
 _JSON = flags.DEFINE_string("json", None, "file to write")
-# MooER's ASR template has 26 Qwen2 tokens besides the speech.
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 26, "tokens of the prompt's text")
+_PROMPT = flags.DEFINE_integer(
+  "prompt_tokens", None, "tokens of the prompt's text; by default those of the longest prompt"
+)
 
 
 def versions() -> dict[str, str]:
@@ -57,7 +59,8 @@ def table(result: dict) -> Table:
 def main(argv):
   del argv
   run = Run.read(_CONFIG.value)
-  result = compile_step(run, _TOPOLOGY.value, prompt=_PROMPT.value)
+  prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
+  result = compile_step(run, _TOPOLOGY.value, prompt=prompt)
   result["versions"] = versions()
   Console().print(table(result))
   if _JSON.value:

@@ -2,18 +2,19 @@
 
 import dataclasses
 import time
+import types
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks import flops
 from mooer_jax import tree
-from mooer_jax.audio.frontend import width as feature_width
+from mooer_jax.data.batching import Batcher
 from mooer_jax.run.config import Run
 from mooer_jax.run.program import abstract_state, jitted_step
 from mooer_jax.speech_llm import Batch
-from mooer_jax.training.sharding import batch_sharding, make_mesh
+from mooer_jax.training.sharding import make_mesh
 
 GIB = 2**30
 # What one chip has, in GiB; the compiler keeps a little of it for itself.
@@ -36,21 +37,19 @@ def topology_devices(name: str):
     ) from error
 
 
-def largest_batch(run: Run, *, prompt: int, sharding) -> Batch:
-  """Shapes of a batch in the longest buckets of the config."""
-  rows, answer = run.data.batch_size, run.data.answer_buckets[-1]
+def largest_batch(run: Run, prompt: int) -> Batch:
+  """Shapes of a batch in the longest buckets, with so many tokens of text in the prompt."""
+  asked: Any = types.SimpleNamespace(before=0, after=prompt)  # on either side they cost the same
+  return Batcher(run.data, run.model, asked, encoded=bool(run.data.cache_features)).shapes()[0]
 
-  def shape(*sizes, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
 
-  features = (run.data.buckets[-1], feature_width(run.model.frontends[0]))
-  return Batch(
-    features=(shape(*features, dtype=jnp.float32),),
-    frames=(shape(),),
-    before_BS=shape(0),
-    after_BS=shape(prompt),
-    answer_BS=shape(answer),
-  )
+def prompt_tokens(run: Run) -> int:
+  """Text of the longest prompt: MooER's for ASR has 26 tokens of Qwen2.
+
+  Prompts that may hold a question are padded, and a few tokens stand before the speech (of Vicuna's
+  template with SALMONN's prompts 8).
+  """
+  return 8 + run.data.prompt_tokens if run.data.prompt_tokens else 26
 
 
 def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
@@ -69,7 +68,7 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
   (state, frozen), shardings = abstract_state(
     run.model, run.optimizer, trainable=run.trainable, mesh=mesh
   )
-  batch = largest_batch(run, prompt=prompt, sharding=batch_sharding(mesh))
+  batch = largest_batch(run, prompt)
   step = jitted_step(
     run.model, run.optimizer, accumulation=run.train.accumulation, mesh=mesh, shardings=shardings
   )
@@ -82,13 +81,7 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
   seconds["compile_seconds"] = time.perf_counter() - start
   chips = len(devices)
   counted = flops.traced(traced.jaxpr)
-  needed = flops.train_step(
-    run.model,
-    rows=run.data.batch_size,
-    frames=run.data.buckets[-1],
-    prompt=prompt,
-    answer=run.data.answer_buckets[-1],
-  )
+  needed = flops.train_step(run.model, batch)
   memory = memory_of(compiled)
   kind = devices[0].device_kind
   return {
@@ -101,7 +94,10 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
       "micro_batches": run.train.accumulation,
       "rows_per_chip_and_micro_batch": run.data.batch_size
       / (run.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]),
-      "frames": run.data.buckets[-1],
+      **{
+        f"{encoder.kind}_frames": features.shape[1]
+        for encoder, features in zip(run.model.encoders, batch.features, strict=True)
+      },
       "prompt_tokens": prompt,
       "answer_tokens": run.data.answer_buckets[-1],
     },
@@ -116,8 +112,8 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     "memory_gb_per_chip": memory,
     "flops_per_chip": counted / chips,
     "flops_per_chip_means": (
-      "matrix products of the traced step, rematerialisation included, loop bodies as often as they"
-      " run, divided by the chips; one update"
+      "matrix products and convolutions of the traced step, rematerialisation included, loop bodies"
+      " as often as they run, divided by the chips; one update"
     ),
     "flops_needed_per_chip": needed / chips,
     "flops_needed_means": "the same by hand, without rematerialisation; see benchmarks/flops.py",

@@ -1,12 +1,21 @@
 """Counts floating-point operations: of a traced program, and of a model by hand."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.connectors.qformer import QFormerConfig
+from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.beats import BEATsConfig
+from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.encoders.whisper import WhisperConfig
+from mooer_jax.speech_llm import Batch
 
 
 def traced(jaxpr) -> int:
-  """FLOPs of all matrix products in a jaxpr, a loop's body as often as it runs.
+  """FLOPs of all matrix products and convolutions in a jaxpr, a loop's body as often as it runs.
 
   XLA's own cost analysis counts the body of a loop once, so it cannot be used for scanned layers.
 
@@ -17,8 +26,8 @@ def traced(jaxpr) -> int:
   total = 0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-      total += _dot(equation)
+    if name in _PRODUCTS:
+      total += _PRODUCTS[name](equation)
       continue
     inner = [traced(sub) for value in params.values() for sub in _jaxprs(value)]
     if name == "while" and sum(inner):
@@ -35,6 +44,15 @@ def _dot(equation) -> int:
   return 2 * depth * math.prod(equation.outvars[0].aval.shape)
 
 
+def _convolution(equation) -> int:
+  """What meets the zeros of the padding counts too."""
+  kernel, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+  return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[outputs]
+
+
+_PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}
+
+
 def _jaxprs(value):
   if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
     yield value
@@ -43,62 +61,99 @@ def _jaxprs(value):
       yield from _jaxprs(item)
 
 
-def matrix_sizes(config: SpeechLLMConfig) -> dict[str, int]:
-  """Weights that take part in matrix products, by what runs over them."""
-  llm, (encoder,), connector = config.decoder, config.encoders, config.connector
-  q, kv = llm.heads * llm.head_width, llm.kv_heads * llm.head_width
+def _transformer(c: SANMConfig | WhisperConfig | BEATsConfig, tokens: int) -> int:
+  """The layers of an encoder over one row: four projections, feed-forward, scores."""
+  weights = 4 * c.width**2 + 2 * c.width * c.mlp_width
+  return c.layers * (2 * tokens * weights + 4 * tokens**2 * c.width)
+
+
+def _sanm(c: SANMConfig, frames: int) -> int:
+  widening = 3 * (c.input_width - c.width) * c.width  # q, k, v of the first layer
+  return _transformer(c, frames) + 2 * frames * widening
+
+
+def _whisper(c: WhisperConfig, frames: int) -> int:
+  """Whatever the features' length, the whole context is computed."""
+  del frames
+  taps = 3
+  convolutions = 2 * taps * (c.max_frames * c.input_width * c.width + c.context * c.width**2)
+  return _transformer(c, c.context) + convolutions
+
+
+def _beats(c: BEATsConfig, frames: int) -> int:
+  tokens = c.num_outputs(frames)
+  patches = c.patch**2 * c.patch_width + (c.patch_width != c.width) * c.patch_width * c.width
+  positions = c.conv_pos * c.width**2 // c.conv_pos_groups
+  gates = c.layers * c.width * 8
+  return _transformer(c, tokens) + 2 * tokens * (patches + positions + gates)
+
+
+def _linear(c: LinearConfig, frames: int, width: int, output_width: int) -> tuple[int, int]:
+  reading = 2 * c.num_tokens(frames) * c.stack * width * c.hidden_width
+  return reading, reading + 2 * c.num_tokens(frames) * c.hidden_width * output_width
+
+
+def _qformer(c: QFormerConfig, frames: int, width: int, output_width: int) -> tuple[int, int]:
+  tokens = c.num_tokens(frames)
+  reading = c.layers * 2 * (tokens // c.queries * c.window) * 2 * width * c.width
+  # Among the queries q, k, v, out; to the window q, out; feed-forward.
+  weights = 6 * c.width**2 + 2 * c.width * c.mlp_width
+  scores = 4 * tokens * (c.queries + c.window) * c.width
+  layers = c.layers * (2 * tokens * weights + scores)
+  return reading, reading + layers + 2 * tokens * c.width * output_width
+
+
+_ENCODERS: dict[type, Callable[[Any, int], int]] = {
+  SANMConfig: _sanm,
+  WhisperConfig: _whisper,
+  BEATsConfig: _beats,
+}
+_CONNECTORS: dict[type, Callable[[Any, int, int, int], tuple[int, int]]] = {
+  LinearConfig: _linear,
+  QFormerConfig: _qformer,
+}
+
+
+def _decoder(c: LLMConfig, length: int, answer: int) -> int:
+  """Forward, and backward to inputs and LoRA, of one row."""
+  q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
   shapes = {
-    "q": (llm.width, q),
-    "k": (llm.width, kv),
-    "v": (llm.width, kv),
-    "o": (q, llm.width),
-    "gate": (llm.width, llm.mlp_width),
-    "up": (llm.width, llm.mlp_width),
-    "down": (llm.mlp_width, llm.width),
+    "q": (c.width, q),
+    "k": (c.width, kv),
+    "v": (c.width, kv),
+    "o": (q, c.width),
+    "gate": (c.width, c.mlp_width),
+    "up": (c.width, c.mlp_width),
+    "down": (c.mlp_width, c.width),
   }
-  layer = sum(a * b for a, b in shapes.values())
-  lora = sum(llm.lora_rank * sum(shapes[name]) for name in llm.lora_targets)
-  feed_forward = 2 * encoder.width * encoder.mlp_width
-  return {
-    "encoder": encoder.layers * (4 * encoder.width**2 + feed_forward)
-    + 3 * (encoder.input_width - encoder.width) * encoder.width,
-    "connector": connector.hidden_width * (connector.stack * encoder.width + llm.width),
-    "llm": llm.layers * layer,
-    "lora": llm.layers * lora,
-    "head": llm.width * llm.vocab,
-  }
+  weights = sum(a * b for a, b in shapes.values())
+  lora = sum(c.lora_rank * sum(shapes[name]) for name in c.lora_targets)
+  scores = 4 * length**2 * q
+  layers = c.layers * (2 * length * (2 * weights + 3 * lora) + 3 * scores)
+  return layers + 2 * answer * 2 * c.width * c.vocab
 
 
-def train_step(config: SpeechLLMConfig, *, rows: int, frames: int, prompt: int, answer: int) -> int:
+def train_step(config: SpeechLLMConfig, batch: Batch) -> int:
   """FLOPs that an update needs: 2 N tokens forward, the same for input gradients, no recomputation.
 
-  Frozen weights have no gradient and the encoder no backward pass at all; LoRA and the connector
-  have both gradients (the connector's input none). Attention scores count in full, although
-  causal. Trained are the connector and LoRA.
+  Trained are the connector, LoRA and the norms behind the encoders, where there are any. Frozen
+  weights have no gradient and the encoders no backward pass at all; the connector's input has a
+  gradient only if it comes out of norms. Attention scores count in full, although causal.
 
   Args:
     config: of the model.
-    rows: of the batch.
-    frames: encoder steps of a row, padding included.
-    prompt: tokens of text around the speech.
-    answer: tokens, eos included.
+    batch: arrays or their shapes; padding counts in full.
   """
-  sizes, llm, (encoder,) = matrix_sizes(config), config.decoder, config.encoders
-  speech = frames // config.connector.stack
-  length = speech + prompt + answer - 1
-  scores = 4 * length * length * llm.heads * llm.head_width * llm.layers
-  encoder_scores = 4 * frames * frames * encoder.width * encoder.layers
-  row = (
-    2 * frames * sizes["encoder"]
-    + encoder_scores
-    + 2
-    * speech
-    * (
-      3 * sizes["connector"]
-      - config.connector.stack * encoder.width * config.connector.hidden_width
-    )
-    + 2 * length * (2 * sizes["llm"] + 3 * sizes["lora"])
-    + 3 * scores
-    + 2 * answer * 2 * sizes["head"]
-  )
-  return rows * row
+  lengths = [x.shape[1] for x in batch.features]
+  hearing = 0
+  if not batch.encoded:
+    pairs = list(zip(config.encoders, lengths, strict=True))
+    hearing = sum(_ENCODERS[type(encoder)](encoder, frames) for encoder, frames in pairs)
+    lengths = [encoder.num_outputs(frames) for encoder, frames in pairs]
+  frames, width = max(lengths), sum(encoder.width for encoder in config.encoders)
+  connector = config.connector
+  reading, connecting = _CONNECTORS[type(connector)](connector, frames, width, config.decoder.width)
+  connecting = 3 * connecting - (0 if config.encoder_norm else reading)
+  rows, answer = batch.answer_BS.shape
+  prompt = batch.before_BS.shape[1] + connector.num_tokens(frames) + batch.after_BS.shape[1]
+  return rows * (hearing + connecting + _decoder(config.decoder, prompt + answer - 1, answer))
