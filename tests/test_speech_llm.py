@@ -262,26 +262,3 @@ def test_mooer_7b_at_full_size_by_shape():
     batch,
   )
   assert value.shape == sums["tokens"].shape == ()
-
-
-def test_runs_under_pmap(params, answer_logits, loss):
-  devices = 8  # faked by tests/conftest.py on a CPU
-  assert jax.device_count() >= devices
-  rows = [tiny.row(n, frames=4 + n, answer=3) for n in range(devices)]
-  batch = tiny.batch(rows)
-  per_device = jax.tree.map(lambda x: x.reshape(devices, 1, *x.shape[1:]), batch)
-
-  def run(params, batch):
-    frames, valid = speech_llm.encode(params, batch, CONFIG)
-    speech, speech_valid = speech_llm.connect(params, frames, valid, CONFIG)
-    _, sums = speech_llm.loss(params, batch, CONFIG)
-    total = jax.lax.psum(sums["loss_sum"], "devices")
-    return speech, speech_valid, speech_llm.answer_logits(params, batch, CONFIG), total
-
-  mapped = jax.pmap(run, "devices", in_axes=(None, 0), devices=jax.devices()[:devices])
-  speech, speech_valid, logits, total = mapped(params, per_device)
-  assert speech.shape[:3] == (devices, 1, 5)
-  assert speech_valid.sum() == sum((4 + n) // 2 for n in range(devices))
-  np.testing.assert_allclose(logits[:, 0], answer_logits(params, batch), atol=1e-4)
-  _, sums = loss(params, batch)
-  np.testing.assert_allclose(total, np.full(devices, sums["loss_sum"]), rtol=1e-5)

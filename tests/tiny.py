@@ -6,10 +6,14 @@ import numpy as np
 from mooer_jax import speech_llm, tree
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.nn.compute import Compute
 
 SANM = SANMConfig(input_width=56, width=32, layers=3, heads=4, mlp_width=48, memory_kernel=3)
@@ -34,6 +38,29 @@ def model_config(*, llm=LLM_CONFIG, sanm=SANM, **compute) -> SpeechLLMConfig:
     frontends=(FrontendConfig(fbank=FbankConfig(bins=8)),),
     compute=Compute(**compute),
   )
+
+
+def salmonn_config(**compute) -> SpeechLLMConfig:
+  """Whisper and BEATs side by side, a Q-Former and the tiny LLM; 0.8 s of audio at most."""
+  beats_frontend = FrontendConfig(fbank=FbankConfig(bins=16), lfr_window=1, lfr_stride=1)
+  return SpeechLLMConfig(
+    encoders=(
+      WhisperConfig(
+        input_width=8, width=32, layers=2, heads=4, mlp_width=48, positions=40, context=40
+      ),
+      BEATsConfig(
+        input_width=16, width=24, layers=2, heads=4, mlp_width=40, patch=8, patch_width=20,
+        conv_pos=6, conv_pos_groups=3, buckets=16, max_distance=20,
+      ),
+    ),
+    connector=QFormerConfig(window=7, stride=7, queries=2, width=32, heads=4, mlp_width=48),
+    decoder=LLM_CONFIG,
+    frontends=(LogMelConfig(bins=8, chunk_s=0.8), beats_frontend),
+    encoder_norm=True,
+    template="vicuna",
+    max_audio_s=0.8,
+    compute=Compute(**compute),
+  )  # fmt: skip
 
 
 def random_params(shapes, seed=0) -> dict:

@@ -207,23 +207,6 @@ def test_dropout_of_attention_weights_keeps_their_mean():
   assert standard_error.min() > 1e-3
 
 
-def test_runs_under_pmap():
-  connector, params, x_BTD = make()
-  devices = 8  # faked by tests/conftest.py on a CPU
-  frames_B = np.arange(14, 22)
-  x_BTD = np.concatenate([x_BTD] * 3)[:devices]
-  valid_BT = np.arange(21) < frames_B[:, None]
-  mapped = jax.pmap(
-    lambda p, x, valid: connector.apply({"params": p}, x, valid),
-    in_axes=(None, 0, 0),
-    devices=jax.devices()[:devices],
-  )
-  tokens, valid = mapped(params, x_BTD[:, None], valid_BT[:, None])
-  expected, expected_valid = run(connector, params, x_BTD, frames_B)
-  np.testing.assert_array_equal(valid[:, 0], expected_valid)
-  np.testing.assert_allclose(tokens[:, 0], expected, atol=2e-5)
-
-
 # With LoRA of rank 8 on q and v of 40 layers, 5120 wide, and two norms: the published 33 million.
 @pytest.mark.parametrize("input_width, count", [(2048, 26_775_296), (512, 22_056_704)])
 def test_the_real_sizes(input_width, count):
