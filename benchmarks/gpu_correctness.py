@@ -1,5 +1,7 @@
 """Are the model's pieces right on this device? Against float64 NumPy, the CPU, and themselves."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,9 +10,12 @@ import numpy as np
 
 from mooer_jax import kernels, tree
 from mooer_jax.config import DECODERS
+from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.decoders.kv_cache import KVCache
 from mooer_jax.decoders.llm import LLM, LLMConfig
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
+from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
 from mooer_jax.nn.compute import Compute
 
 # Rounding of one result: float32 sums of some hundred terms, bfloat16's 8 bits. Layers multiply it.
@@ -43,25 +48,28 @@ def attention_checks(dry_run: bool):
   q, k, v = (rng.normal(size=(rows, tokens, heads, channels)) for heads in (8, 2, 2))
   valid_BS = np.arange(tokens) < np.array([[tokens], [tokens - 7]])
   valid_BS[1, :3] = False  # padding on both sides; with causal=True some queries see nothing
-  for causal in (False, True):
+  bias_BHTS = rng.normal(size=(rows, 8, tokens, tokens)).astype(np.float32)
+  for kind in ("", " causal", " with a bias"):
+    causal, bias = kind == " causal", bias_BHTS if kind == " with a bias" else None
     for implementation, dtype in implementations:
+      if bias is not None and implementation == "cudnn":
+        continue  # refuses one
       rounded = [jnp.asarray(x, dtype) for x in (q, k, v)]
-      expected = reference(*(np.asarray(x, np.float64) for x in rounded), valid_BS, causal)
-      got = jax.jit(
-        lambda q, k, v, causal=causal, implementation=implementation: kernels.attention(
-          q, k, v, valid_BS=jnp.asarray(valid_BS), causal=causal, implementation=implementation
-        )
-      )(*rounded)
+      expected = reference(*(np.asarray(x, np.float64) for x in rounded), valid_BS, causal, bias)
+      options = {"causal": causal, "implementation": implementation}
+      got = jax.jit(functools.partial(kernels.attention, **options))(
+        *rounded, valid_BS=valid_BS, bias_BHTS=bias
+      )
       error = np.abs(np.asarray(got, np.float64) - expected).max()
-      name = f"attention {implementation} {dtype}{' causal' * causal}"
-      yield check(name, error, ATTENTION_TOLERANCE[dtype])
+      yield check(f"attention {implementation} {dtype}{kind}", error, ATTENTION_TOLERANCE[dtype])
 
 
-def reference(q_BTHC, k_BSKC, v_BSKC, valid_BS, causal):
+def reference(q_BTHC, k_BSKC, v_BSKC, valid_BS, causal, bias_BHTS=None):
   """Attention in float64; queries that see nothing give zeros."""
   shared = q_BTHC.shape[2] // k_BSKC.shape[2]
   k_BSHC, v_BSHC = (np.repeat(x, shared, axis=2) for x in (k_BSKC, v_BSKC))
   scores_BHTS = np.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSHC) * q_BTHC.shape[-1] ** -0.5
+  scores_BHTS = scores_BHTS if bias_BHTS is None else scores_BHTS + bias_BHTS
   mask_BHTS = np.broadcast_to(valid_BS[:, None, None], scores_BHTS.shape)
   if causal:
     mask_BHTS = mask_BHTS & np.tri(q_BTHC.shape[1], dtype=bool)
@@ -114,26 +122,45 @@ def llm_inputs(config: LLMConfig, tokens: int):
   return module, random_params(shapes), inputs_BSD, valid_BS
 
 
+def hearing(dry_run: bool) -> list[tuple[str, Any, int, int]]:
+  """(name, module, width and steps of what it takes): encoders and Q-Former, few layers each."""
+  if dry_run:
+    sizes = dict(layers=1, width=32, heads=2, mlp_width=48)
+    whisper = WhisperConfig(**sizes, positions=16, context=16)
+    beats = BEATsConfig(**sizes, patch_width=24, conv_pos=6, conv_pos_groups=2)
+    return [
+      ("SAN-M", SANMEncoder(SANMConfig(layers=2, width=64)), 560, 12),
+      ("Whisper", WhisperEncoder(whisper), 80, 24),
+      ("BEATs", BEATsEncoder(beats), 128, 48),
+      ("Q-Former", WindowedQFormer(QFormerConfig(**sizes), 16), 48, 40),
+    ]
+  large = dataclasses.replace(WHISPER_SIZES["whisper_large"], layers=4, positions=300, context=300)
+  return [
+    ("SAN-M", SANMEncoder(SANMConfig(layers=4)), 560, 64),
+    ("Whisper", WhisperEncoder(large), 80, 500),
+    ("BEATs", BEATsEncoder(BEATsConfig(layers=4)), 128, 320),
+    ("Q-Former", WindowedQFormer(QFormerConfig(), 4096), 2048, 300),
+  ]
+
+
 def device_checks(dry_run: bool):
-  """SAN-M and the LLM here against the CPU."""
-  tokens = 12 if dry_run else 64
-  encoder_config = SANMConfig(layers=2, width=64) if dry_run else SANMConfig(layers=4)
-  encoder = SANMEncoder(encoder_config, Compute(dtype="float32"))
+  """Encoders, Q-Former and the LLM here against the CPU."""
   rng = np.random.default_rng(2)
-  features_BTF = rng.normal(size=(2, tokens, encoder_config.input_width)).astype(np.float32)
-  valid_BT = np.arange(tokens) < np.array([[tokens], [tokens - 5]])
-  shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), features_BTF, valid_BT)["params"])
-  llm, llm_params, inputs_BSD, valid_BS = llm_inputs(small_llm(dry_run), tokens)
-  pieces = {
-    "SAN-M": (encoder, random_params(shapes), features_BTF, valid_BT),
-    "LLM with LoRA": (llm, llm_params, inputs_BSD, valid_BS),
-  }
-  for name, (module, params, x_BSD, valid_BS) in pieces.items():
-    apply = jax.jit(lambda params, *args, module=module: module.apply({"params": params}, *args)[0])
-    here, there = (
-      np.asarray(apply(*jax.device_put((params, x_BSD, valid_BS), device)))[valid_BS]
+  pieces = {}
+  for name, module, width, steps in hearing(dry_run):
+    x_BTF = rng.normal(size=(2, steps, width)).astype(np.float32)
+    valid_BT = np.arange(steps) < np.array([[steps], [steps - 5]])
+    shapes = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), x_BTF, valid_BT)
+    pieces[name] = module, random_params(shapes["params"]), x_BTF, valid_BT
+  pieces["LLM with LoRA"] = llm_inputs(small_llm(dry_run), 12 if dry_run else 64)
+  for name, (module, params, x_BSD, given_BS) in pieces.items():
+    apply = jax.jit(lambda params, *args, module=module: module.apply({"params": params}, *args))
+    (here, valid_BS), (there, _) = (
+      apply(*jax.device_put((params, x_BSD, given_BS), device))
       for device in (jax.devices()[0], jax.devices("cpu")[0])
     )
+    valid_BS = np.asarray(given_BS if valid_BS is None else valid_BS)  # the LLM says nothing
+    here, there = np.asarray(here)[valid_BS], np.asarray(there)[valid_BS]
     yield check(
       f"{name}, {jax.default_backend()} against cpu, float32",
       np.abs(here - there).max() / there.std(),

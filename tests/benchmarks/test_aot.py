@@ -1,29 +1,74 @@
 """The AOT tool on a small model: real libtpu, FLOPs by hand, and where the activations lie."""
 
+import dataclasses
 import importlib.util
 import json
 import platform
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import flops
+from mooer_jax import speech_llm
+from mooer_jax.audio.fbank import FbankConfig
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig
+from mooer_jax.connectors.qformer import QFormerConfig
+from mooer_jax.data.batching import Batcher
+from mooer_jax.data.config import DataConfig
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.run.program import abstract_state, jitted_step
-from mooer_jax.speech_llm import Batch
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import make_mesh
 
 ROWS, FRAMES, PROMPT, ANSWER = 48, 50, 7, 9
-LENGTH = FRAMES // 2 + PROMPT + ANSWER - 1
+TRAINED = {
+  "mooer": ("connector/.*", "decoder/.*/lora_[ab]"),
+  "salmonn": ("encoder_norms/.*", "connector/.*", "decoder/.*/lora_[ab]"),
+}
+MOOER = SpeechLLMConfig(
+  encoders=(SANMConfig(layers=3, width=256, heads=2, mlp_width=512),),
+  connector=LinearConfig(hidden_width=256),
+  decoder=LLMConfig(
+    lora_rank=16, layers=3, width=256, heads=4, kv_heads=2, head_width=64, mlp_width=512, vocab=1024
+  ),
+  max_audio_s=3,
+)
+MODELS = {
+  "mooer": MOOER,
+  "salmonn": dataclasses.replace(
+    MOOER,
+    encoders=(
+      WhisperConfig(
+        layers=3, width=128, heads=2, mlp_width=160, input_width=40, positions=150, context=60
+      ),
+      BEATsConfig(
+        layers=2, width=96, heads=4, mlp_width=192, input_width=32, patch=8, patch_width=40,
+        conv_pos=6, conv_pos_groups=3,
+      ),
+    ),
+    connector=QFormerConfig(window=7, stride=5, queries=2, width=72, heads=4, mlp_width=80),
+    decoder=dataclasses.replace(MOOER.decoder, lora_targets=("q", "v"), kv_heads=4),
+    frontends=(
+      LogMelConfig(bins=40, chunk_s=1.2),
+      FrontendConfig(fbank=FbankConfig(bins=32), lfr_window=1, lfr_stride=1),
+    ),
+    encoder_norm=True,
+    template="vicuna",
+    max_audio_s=0.4,
+  ),
+}  # fmt: skip
 SMALL_CONFIG = """
 import importlib.util
 
@@ -33,70 +78,91 @@ def get_config():
   spec.loader.exec_module(module)
   config = module.get_config()
   config.model.unlock()
-  config.model.sanm = dict(layers=3, width=256, heads=2, mlp_width=512)
-  config.model.linear = dict(hidden_width=256)
   config.model.llm.update(
     lora_rank=16, layers=3, width=256, heads=2, kv_heads=1, mlp_width=512, vocab=1024)
-  config.data.buckets = (64,)
   config.data.answer_buckets = (32,)
   config.data.max_s = 3.8
   config.data.batch_size = 32
+  {more}
   return config
 """
+SMALLER = {
+  "mooer_7b": """
+  config.model.sanm = dict(layers=3, width=256, heads=2, mlp_width=512)
+  config.model.linear = dict(hidden_width=256)
+  config.data.buckets = (64,)
+""",
+  "salmonn": """
+  config.model.whisper = dict(
+    layers=3, width=256, heads=2, mlp_width=512, positions=190, context=190)
+  config.model.beats = dict(layers=3, width=256, heads=2, mlp_width=512)
+  config.model.qformer.update(width=256, heads=2, mlp_width=512)
+  config.model.max_audio_s = 3.8
+  config.data.buckets = (380,)
+""",
+}
 
 
-def model(remat):
-  return SpeechLLMConfig(
-    encoders=(SANMConfig(layers=3, width=256, heads=2, mlp_width=512),),
-    connector=LinearConfig(hidden_width=256),
-    decoder=LLMConfig(
-      lora_rank=16,
-      layers=3,
-      width=256,
-      heads=4,
-      kv_heads=2,
-      head_width=64,
-      mlp_width=512,
-      vocab=1024,
-    ),
-    compute=Compute(scan=True, remat=remat),
+def batch_of(config):
+  """Shapes of a batch with buckets of FRAMES, as training makes them."""
+  data = DataConfig(
+    "", batch_size=ROWS, window=ROWS, buckets=(FRAMES,), answer_buckets=(ANSWER,), max_s=0.4
   )
+  return Batcher(data, config, types.SimpleNamespace(before=2, after=PROMPT - 2)).shapes()[0]
 
 
-def traced(remat, fsdp=8):
+def traced(name, remat, fsdp=8):
   """The step of two micro-batches, traced for a mesh of faked CPU devices."""
-  config = model(remat)
+  config = MODELS[name].replace(compute=Compute(scan=True, remat=remat))
   mesh = make_mesh(data=1, fsdp=fsdp, devices=jax.devices()[:fsdp])
   optimizer = OptimizerConfig()
-  (state, frozen), shardings = abstract_state(
-    config, optimizer, trainable=("connector/.*", "decoder/.*/lora_[ab]"), mesh=mesh
-  )
-
-  def shape(*sizes, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct((ROWS, *sizes), dtype)
-
-  batch = Batch(
-    features=(shape(FRAMES, 560, dtype=jnp.float32),),
-    frames=(shape(),),
-    before_BS=shape(0),
-    after_BS=shape(PROMPT),
-    answer_BS=shape(ANSWER),
-  )
+  (state, frozen), shardings = abstract_state(config, optimizer, trainable=TRAINED[name], mesh=mesh)
   step = jitted_step(config, optimizer, accumulation=2, mesh=mesh, shardings=shardings)
-  return step.trace(state, frozen, batch)
+  return step.trace(state, frozen, batch_of(config))
 
 
-def needed(config):
-  return flops.train_step(config, rows=ROWS, frames=FRAMES, prompt=PROMPT, answer=ANSWER)
+def needed(name):
+  return flops.train_step(MODELS[name], batch_of(MODELS[name]))
 
 
-def test_counted_flops_are_those_by_hand():
-  assert flops.traced(traced("none").jaxpr) == needed(model("none"))
+@pytest.mark.parametrize("name", MODELS)
+def test_counted_flops_are_those_by_hand(name):
+  assert flops.traced(traced(name, "none").jaxpr) == needed(name)
 
 
-def test_recomputation_adds_at_most_a_forward_pass():
-  more = flops.traced(traced("full").jaxpr) / needed(model("full"))
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputation_adds_at_most_a_forward_pass(name):
+  more = flops.traced(traced(name, "full").jaxpr) / needed(name)
   assert 1.1 < more < 1.5
+
+
+def test_frames_from_a_cache_take_no_encoder():
+  batch = batch_of(config := MODELS["salmonn"])
+  encoded = dataclasses.replace(
+    batch,
+    encoded=True,
+    features=tuple(
+      jax.ShapeDtypeStruct((ROWS, encoder.num_outputs(x.shape[1]), encoder.width), jnp.float16)
+      for encoder, x in zip(config.encoders, batch.features)
+    ),
+  )
+  saved = flops.train_step(config, batch) - flops.train_step(config, encoded)
+  params = jax.eval_shape(lambda: speech_llm.init(jax.random.key(0), config))
+  arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+  hearing = jax.make_jaxpr(lambda p: speech_llm.encode(p, arrays, config))(params)
+  assert saved == flops.traced(hearing)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_convolutions_are_counted_as_xla_does(groups):
+  def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x, kernel, (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=groups
+    )
+
+  x, kernel = jnp.ones((3, 21, 8)), jnp.ones((5, 8 // groups, 12))
+  by_xla = jax.jit(convolve).lower(x, kernel).compile().cost_analysis()["flops"]
+  assert flops.traced(jax.make_jaxpr(convolve)(x, kernel)) == by_xla
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -112,47 +178,55 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 @pytest.mark.slow
-def test_every_device_works_on_its_own_rows_only():
+@pytest.mark.parametrize("name", MODELS)
+def test_every_device_works_on_its_own_rows_only(name):
   """Left to itself, XLA splits widths and keeps all rows of every layer on every device."""
-  text = traced("full").lower().compile().as_text()
+  text = traced(name, "full").lower().compile().as_text()
   rows = ROWS // 2
-  inside = rf"\[(\d+),({LENGTH}|{FRAMES}),\d+\]"
+  config = MODELS[name]
+  heard = [e.num_outputs(x.shape[1]) for e, x in zip(config.encoders, batch_of(config).features)]
+  length = config.connector.num_tokens(max(heard)) + PROMPT + ANSWER - 1
+  inside = rf"\[(\d+),({'|'.join(map(str, [length, *heard]))}),\d+\]"
   found = {int(match[1]) for match in re.finditer(inside, text)}
   assert rows // 8 in found
   assert rows not in found and ROWS not in found
 
 
 @pytest.fixture
-def libtpu():
-  """Skips where there can be no libtpu."""
+def aot(repo_root, plain_env):
+  """Runs the tool with options; skips where there can be no libtpu."""
   if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("libtpu is only published for Linux on x86_64")
   assert importlib.util.find_spec("libtpu"), "libtpu belongs to the test packages: make test"
 
+  def run(*options):
+    return subprocess.run(
+      [sys.executable, "-m", "benchmarks.aot", *options],
+      env={key: value for key, value in plain_env.items() if key != "JAX_COMPILATION_CACHE_DIR"},
+      cwd=repo_root,
+      capture_output=True,
+      text=True,
+    )
+
+  return run
+
+
+def result_of(process, path) -> dict:
+  assert process.returncode == 0, process.stderr[-3000:]
+  return json.loads(path.read_text("utf-8"))
+
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("libtpu")
-def test_the_tool_compiles_for_a_tpu(repo_root, tmp_path, plain_env):
+@pytest.mark.parametrize("name", SMALLER)
+def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name):
   config, out = tmp_path / "small.py", tmp_path / "aot.json"
-  config.write_text(SMALL_CONFIG.format(full=str(repo_root / "configs" / "mooer_7b.py")), "utf-8")
-  process = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "benchmarks.aot",
-      f"--config={config}",
-      "--topology=v5e:2x2",
-      "--json",
-      str(out),
-      "--config.data.window=32",
-    ],
-    env={key: value for key, value in plain_env.items() if key != "JAX_COMPILATION_CACHE_DIR"},
-    cwd=repo_root,
-    capture_output=True,
-    text=True,
-  )
-  assert process.returncode == 0, process.stderr[-3000:]
-  result = json.loads(out.read_text("utf-8"))
+  full = repo_root / "configs" / f"{name}.py"
+  config.write_text(SMALL_CONFIG.format(full=str(full), more=SMALLER[name].strip()), "utf-8")
+  process = aot(
+    f"--config={config}", "--topology=v5e:2x2", f"--json={out}", "--config.data.window=32",
+    "--config.train.accumulation=2",
+  )  # fmt: skip
+  result = result_of(process, out)
   assert (result["chip"], result["chips"]) == ("TPU v5 lite", 4)
   assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
   assert result["batch"]["rows_per_chip_and_micro_batch"] == 4
@@ -165,7 +239,6 @@ def test_the_tool_compiles_for_a_tpu(repo_root, tmp_path, plain_env):
   assert "memory: temporaries" in process.stdout
 
 
-@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
   ("options", "said"),
   [
@@ -178,40 +251,19 @@ def test_the_tool_compiles_for_a_tpu(repo_root, tmp_path, plain_env):
     ),
   ],
 )  # fmt: skip
-def test_chips_that_cannot_be_are_refused_by_name(repo_root, plain_env, options, said):
-  process = subprocess.run(
-    [sys.executable, "-m", "benchmarks.aot", "--config=configs/mooer_7b.py", *options],
-    env=plain_env,
-    cwd=repo_root,
-    capture_output=True,
-    text=True,
-  )
+def test_chips_that_cannot_be_are_refused_by_name(aot, options, said):
+  process = aot("--config=configs/mooer_7b.py", *options)
   assert process.returncode != 0
   for message in said:
     assert message in process.stderr
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("libtpu")
-def test_the_7b_config_fits_sixteen_chips(repo_root, tmp_path, plain_env):
+@pytest.mark.parametrize("config", ["mooer_7b.py", "salmonn.py:7b,1"])
+def test_the_7b_configs_fit_sixteen_chips(aot, tmp_path, config):
   out = tmp_path / "aot.json"
-  process = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "benchmarks.aot",
-      "--config=configs/mooer_7b.py",
-      "--topology=v5e:4x4",
-      "--json",
-      str(out),
-    ],
-    env={key: value for key, value in plain_env.items() if key != "JAX_COMPILATION_CACHE_DIR"},
-    cwd=repo_root,
-    capture_output=True,
-    text=True,
-  )
-  assert process.returncode == 0, process.stderr[-3000:]
-  result = json.loads(out.read_text("utf-8"))
+  process = aot(f"--config=configs/{config}", "--topology=v5e:4x4", f"--json={out}")
+  result = result_of(process, out)
   assert result["chips"] == 16
   # A v5e chip has 16 GiB; two are left for the runtime and what else lies on it.
   assert result["hbm_gb_per_chip"] < 14
