@@ -155,16 +155,22 @@ class PositionConv(nn.Module):
     norm_K = jnp.sqrt(jnp.sum(jnp.square(kernel_KCD), axis=(1, 2)))
     scale_K = self.param("scale", lambda key, shape: norm_K, (taps,)).astype(jnp.float32)
     bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(x_BTD.dtype)
-    out_BTD = jax.lax.conv_general_dilated(
-      x_BTD,
-      (kernel_KCD * (scale_K / norm_K)[:, None, None]).astype(x_BTD.dtype),
-      window_strides=(1,),
-      # An even kernel would give one step more; the original drops it at the end.
-      padding=[(taps // 2, (taps - 1) // 2)],
-      dimension_numbers=("NWC", "WIO", "NWC"),
-      feature_group_count=groups,
-      precision=precision(x_BTD.dtype),
-    )
+    kernel_KCD = (kernel_KCD * (scale_K / norm_K)[:, None, None]).astype(x_BTD.dtype)
+
+    def convolve(inputs):  # of one group
+      return jax.lax.conv_general_dilated(
+        *inputs,
+        window_strides=(1,),
+        # An even kernel would give one step more; the original drops it at the end.
+        padding=[(taps // 2, (taps - 1) // 2)],
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        precision=precision(x_BTD.dtype),
+      )
+
+    # One group after the other: XLA does not split a grouped convolution by rows, and every device
+    # would gather the whole batch.
+    split = [jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1), 2, 0) for x in (x_BTD, kernel_KCD)]
+    out_BTD = jnp.moveaxis(jax.lax.map(convolve, split), 0, 2).reshape(x_BTD.shape)
     return _gelu(out_BTD + bias_D)
 
 
