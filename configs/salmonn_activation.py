@@ -5,7 +5,7 @@ Command:   python train.py --config=configs/salmonn_activation.py:7b
            python eval.py --config=configs/salmonn_activation.py:7b --mode=perplexity
            --checkpoint=out/salmonn_7b_3 --instructions=audio_story_telling
            --config.eval.shards=probe.json
-Hardware:  one GPU of 80 GB, or 8 TPU v5e
+Hardware:  one GPU of 80 GB, or 8 TPU v5e; not run, and not compiled for them
 Time:      not measured
 Expected:  the published change of the 15 tasks (README's table), not reproduced yet
 """
