@@ -16,7 +16,7 @@ import torch
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
-from convert.torch_side import sanm_encoder
+from convert.torch_encoders import sanm_encoder
 from convert.verdict import print_verdict
 from convert.verification import verify
 from mooer_jax.audio.cmvn import write_mvn

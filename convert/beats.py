@@ -31,7 +31,7 @@ FILE = "beats.pt"
 # Mean and standard deviation of the features BEATs was trained with; it divides by two of them.
 MEAN, DEVIATION = 15.41663, 6.55582
 
-_BIAS_TABLE = "encoder.layers.{n}.self_attn.relative_attention_bias.weight"
+BIAS_TABLE = "encoder.layers.{n}.self_attn.relative_attention_bias.weight"
 _HEAD = r"predictor\.(weight|bias)"
 
 # cfg's name of each size, ours, and what the original takes if the file does not say.
@@ -115,7 +115,7 @@ def _rules():
     ("encoder.pos_conv.0.weight_v", "position/kernel", CONVOLUTION),
     ("encoder.pos_conv.0.weight_g", "position/scale", _vector(lambda n: (1, 1, n))),
     ("encoder.pos_conv.0.bias", "position/bias", None),
-    (_BIAS_TABLE.format(n=0), "relative_bias/embedding", None),
+    (BIAS_TABLE.format(n=0), "relative_bias/embedding", None),
     (f"{_LAYER}.self_attn.grep_a", "layers_{n}/attention/gate/scale", _vector(_heads)),
   ]
   for theirs, path, parts in (
@@ -262,8 +262,8 @@ def tied_copies(source: Source, config: BEATsConfig, problems: Problems) -> list
 
   PyTorch's state dict repeats a tensor for each layer that shares it.
   """
-  first = _BIAS_TABLE.format(n=0)
-  copies = [_BIAS_TABLE.format(n=n) for n in range(1, config.layers)]
+  first = BIAS_TABLE.format(n=0)
+  copies = [BIAS_TABLE.format(n=n) for n in range(1, config.layers)]
   copies = [name for name in copies if name in source.tensors]
   if first not in source.tensors or not copies:
     return copies
@@ -320,7 +320,7 @@ def export(about: Checkpoint, file: Path) -> None:
   arrays = read_out(about, tensors)
   model = {t.name: to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
   for n in range(1, config.layers):
-    model[_BIAS_TABLE.format(n=n)] = model[_BIAS_TABLE.format(n=0)]
+    model[BIAS_TABLE.format(n=n)] = model[BIAS_TABLE.format(n=0)]
   torch.save({"cfg": cfg_of(config, style_of(about, "beats").get("cfg")), "model": model}, file)
 
 

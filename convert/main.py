@@ -9,8 +9,7 @@ from pathlib import Path
 from absl import logging
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
-_VERIFIED = ("mooer", "qwen2", "llama", "peft", "paraformer")
-_KINDS = (*_VERIFIED, "whisper", "beats", "salmonn")
+_KINDS = ("mooer", "qwen2", "llama", "peft", "paraformer", "whisper", "beats", "salmonn")
 _MOVED = "where the checkpoint lies that this one was trained from, if it moved"
 
 
@@ -77,13 +76,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     " within the bound that is printed beside it and all tokens are the same, 1 if not, 2 if they"
     " could not be run.",
   )
-  verifying.add_argument("kind", choices=(*_VERIFIED, "deepspeed"))
+  verifying.add_argument("kind", choices=(*_KINDS, "deepspeed"))
   verifying.add_argument("src", type=Path, metavar="SRC", help="what was imported")
   verifying.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint or run folder")
   verifying.add_argument(
-    "--audio", type=Path, nargs="+", default=(), help="recordings (mooer, paraformer)"
+    "--audio", type=Path, nargs="+", default=(), help="recordings, for all that hear"
   )
-  verifying.add_argument("--llm", type=Path, help="the LLM's folder (peft; mooer if elsewhere)")
+  verifying.add_argument(
+    "--llm", type=Path, help="the LLM's folder (peft, salmonn; mooer if elsewhere)"
+  )
+  verifying.add_argument("--whisper", type=Path, help="salmonn: folder or file of Whisper")
+  verifying.add_argument("--beats", type=Path, help="salmonn: file of BEATs, if the model has it")
+  verifying.add_argument(
+    "--lora-config", type=Path, help="salmonn: as it was imported with, if it was"
+  )
   verifying.add_argument("--base", type=Path, help=_MOVED)
   verifying.add_argument("--max-new-tokens", type=int, default=40)
   verifying.set_defaults(run=_verify)
@@ -171,6 +177,9 @@ def _verify(args) -> int:
     args.checkpoint,
     audio=args.audio,
     llm=args.llm,
+    whisper=args.whisper,
+    beats=args.beats,
+    lora_config=args.lora_config,
     base=args.base,
     max_new_tokens=args.max_new_tokens,
   )

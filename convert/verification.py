@@ -1,7 +1,7 @@
 """`convert verify KIND SRC CKPT`: both sides on real clips, stage by stage."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +9,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax import checkpoint, speech_llm, tree
-from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
+from mooer_jax import checkpoint, speech_llm
 from mooer_jax.checkpoint import Checkpoint
-from mooer_jax.config import SpeechLLMConfig, from_json, part_from_json
-from mooer_jax.connectors.linear import LinearConfig
-from mooer_jax.encoders.sanm import SANMEncoder
+from mooer_jax.config import SpeechLLMConfig, part_from_json
 from mooer_jax.generation import GenerationOptions
-from mooer_jax.generation.generate import generate, generate_from
+from mooer_jax.generation.generate import generate_from
 from mooer_jax.nn.compute import Compute
-from mooer_jax.prompts import fill_template, task_prompt
 from mooer_jax.text.tokenizer import Tokenizer
 
-from . import mooer, torch_side
-from .encoder import CMVN_FILE, sanm_of
-from .errors import ConversionError, Problems
-from .folders import style_of
-from .torch_side import Stages
-from .verdict import Verdict, accuracy, same_tokens, stage_errors
+from . import torch_encoders, torch_side
+from .comparison import (
+  answers_of,
+  compare_encoder,
+  encoder_alone,
+  greedy,
+  judged,
+  load_clips,
+)
+from .encoder import CMVN_FILE, FUNASR_FILE
+from .errors import ConversionError
+from .speech_verification import verify_mooer, verify_salmonn
+from .verdict import Verdict, same_tokens
 
 TEXT = "Transcribe speech to text. "
-# What a checkpoint is run with: (name, dtype of the weights, dtype of the computation).
-DTYPES = (
-  ("bfloat16 weights", "bfloat16", "float32"),
-  ("bfloat16 compute", "bfloat16", "bfloat16"),
-)
-# What the kinds need that a checkpoint may not have.
-_PARTS = {
-  "mooer": ("encoders", "connector", "decoder"),
-  "paraformer": ("encoders",),
-  "qwen2": ("decoder",),
-  "llama": ("decoder",),
-  "peft": ("decoder",),
+_SPEECH = ("encoders", "connector", "decoder")
+# (parts that the checkpoint must have, options that are needed, options that are taken) of a kind.
+_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+  "mooer": (_SPEECH, ("audio",), ("llm",)),
+  "paraformer": (("encoders",), ("audio",), ()),
+  "whisper": (("encoders",), ("audio",), ()),
+  "beats": (("encoders",), ("audio",), ()),
+  "salmonn": (_SPEECH, ("audio", "whisper", "llm"), ("beats", "lora_config")),
+  "qwen2": (("decoder",), (), ()),
+  "llama": (("decoder",), (), ()),
+  "peft": (("decoder",), ("llm",), ()),
 }
-Logits = Callable[[dict, Compute], np.ndarray]
+_ENCODERS = {"paraformer": "sanm", "whisper": "whisper", "beats": "beats"}
+_WHAT = {
+  "audio": "a clip: --audio FILE",
+  "llm": "the folder of its LLM, or of the model it was trained on: --llm FOLDER",
+  "whisper": "the folder or file of Whisper: --whisper FOLDER",
+}
 
 
 def verify(
@@ -53,6 +59,9 @@ def verify(
   *,
   audio: Sequence[Path] = (),
   llm: Path | None = None,
+  whisper: Path | None = None,
+  beats: Path | None = None,
+  lora_config: Path | None = None,
   base: Path | None = None,
   max_new_tokens: int = 40,
 ) -> Verdict:
@@ -65,8 +74,10 @@ def verify(
     kind: as of `import`.
     src: what was imported.
     folder: the checkpoint, or the folder of a run, whose newest is taken.
-    audio: clips for mooer and paraformer.
-    llm: folder of the LLM: for mooer if it is not in SRC, for peft the model it was trained on.
+    audio: clips for encoders and speech LLMs.
+    llm: folder of the LLM: for salmonn, for mooer if it is not in SRC, for peft the model it was
+      trained on.
+    whisper, beats, lora_config: salmonn: what was imported with it.
     base: where the base of a fine-tune lies, if it moved.
     max_new_tokens: length of the answers that are compared, at most.
 
@@ -78,58 +89,65 @@ def verify(
       "verify cannot run deepspeed, whose folder is no whole model; import it, export that with the"
       " kind mooer, and verify mooer with the exported folder"
     )
-  if kind not in _PARTS:
-    raise ValueError(f"kind={kind!r}: choose one of {sorted(_PARTS)}")
-  if kind in ("mooer", "paraformer") and not audio:
-    raise ConversionError(f"verify {kind} needs a clip: --audio FILE")
-  if kind == "peft" and llm is None:
-    raise ConversionError("verify peft needs the model it was trained on: --llm FOLDER")
+  if kind not in _KINDS:
+    raise ValueError(f"kind={kind!r}: choose one of {sorted(_KINDS)}")
+  parts, needed, taken = _KINDS[kind]
+  given: dict[str, Any] = {
+    "audio": audio,
+    "llm": llm,
+    "whisper": whisper,
+    "beats": beats,
+    "lora_config": lora_config,
+  }
+  for name, value in given.items():
+    if name in needed and not value:
+      raise ConversionError(f"verify {kind} needs {_WHAT[name]}")
+    if value and name not in (*needed, *taken):
+      raise ValueError(f"--{name.replace('_', '-')} means nothing for verify {kind}")
   found = checkpoint.find(folder)
   base = None if base is None else checkpoint.find(base)
   config = checkpoint.describe(found, base=base).config
-  if missing := [part for part in _PARTS[kind] if part not in config]:
+  if missing := [part for part in parts if part not in config]:
     hint = "; import it with --base CKPT" if kind == "peft" else ""
     raise ConversionError(
       f"{found} has no {missing[0]} to verify as {kind}; it holds {', '.join(config)}{hint}"
     )
   about = checkpoint.load(found, dtype="float32", base=base)
-  if kind == "paraformer":
-    return _paraformer(about, src, audio)
+  if kind in _ENCODERS:
+    return _encoder(about, kind, src, audio)
   if kind == "mooer":
-    return _mooer(about, src, audio, llm, max_new_tokens)
-  model = torch_side.language_model(llm or src, src if kind == "peft" else None)
+    return verify_mooer(about, src, audio, llm, max_new_tokens)
+  if kind == "salmonn":
+    assert whisper is not None and llm is not None
+    return verify_salmonn(
+      about,
+      src,
+      audio,
+      whisper=whisper,
+      llm=llm,
+      beats=beats,
+      lora_config=lora_config,
+      max_new_tokens=max_new_tokens,
+    )
+  model = torch_side.language_model(llm or src)
+  if kind == "peft":
+    model = torch_side.lora_of_folder(model, src)
   return _language_model(about, model, max_new_tokens)
 
 
-def _paraformer(about: Checkpoint, src: Path, audio: Sequence[Path]) -> Verdict:
-  config, frontend = sanm_of(about)
-  waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
-  theirs = torch_side.hear(src / "model.pt", src / CMVN_FILE, config, frontend, waveforms)
-  raw_BTF, frames_B = _padded([features(waveform_N, frontend) for waveform_N in waveforms])
-  valid_BT = np.arange(raw_BTF.shape[1]) < frames_B[:, None]
-  normed_BTF = _normed(about.params, raw_BTF)
-  params = {"params": about.params["encoders"]["sanm"]}
-  frames_BTD, _ = jax.jit(SANMEncoder(config).apply)(params, normed_BTF, valid_BT)
-  ours = {"features": normed_BTF[valid_BT], "encoder": frames_BTD[valid_BT]}
-  return Verdict(stage_errors(ours, _joined(theirs)))
-
-
-def _padded(rows: Sequence[np.ndarray], fill: float = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Arrays of other lengths in one, filled up at the end, and their lengths."""
-  lengths = np.array([len(row) for row in rows], np.int32)
-  out = np.full((len(rows), lengths.max(), *rows[0].shape[1:]), fill, rows[0].dtype)
-  for line, row in zip(out, rows):
-    line[: len(row)] = row
-  return out, lengths
-
-
-def _joined(clips: Sequence[Stages]) -> Stages:
-  return {stage: np.concatenate([clip[stage] for clip in clips]) for stage in clips[0]}
-
-
-def _normed(params, features_BTF) -> jax.Array:
-  cmvn = params["frontend"]["sanm"]
-  return (features_BTF + cmvn["shift"]) * cmvn["scale"]
+def _encoder(about: Checkpoint, kind: str, src: Path, audio: Sequence[Path]) -> Verdict:
+  config = encoder_alone(about, _ENCODERS[kind])
+  waveforms = load_clips(audio, config)
+  encoder: Any = config.encoders[0]
+  frontend: Any = config.frontends[0]
+  if kind == "paraformer":
+    weights, cmvn = src / FUNASR_FILE, src / CMVN_FILE
+    theirs = torch_encoders.hear_sanm(weights, cmvn, encoder, frontend, waveforms)
+  elif kind == "whisper":
+    theirs = torch_encoders.hear_whisper(src, encoder, frontend, waveforms)
+  else:
+    theirs = torch_encoders.hear_beats(src, waveforms)
+  return compare_encoder(about, config, waveforms, theirs)
 
 
 def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
@@ -138,17 +156,17 @@ def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
   if (about.tokenizer / "tokenizer_config.json").is_file():
     tokenizer = Tokenizer.from_folder(about.tokenizer)
     prompt_S, eos_id = tokenizer.encode(TEXT), tokenizer.eos_id
-  theirs = torch_side.answer(model, prompt_S, eos_id=eos_id, max_new_tokens=max_new_tokens)
-  options = _greedy(eos_id, max_new_tokens)
+  theirs = torch_side.answer(model, prompt_S, (), eos_id=eos_id, max_new_tokens=max_new_tokens)
+  options = greedy(eos_id, max_new_tokens)
   answer_BS = _answer_alone(about.params, jnp.array([prompt_S]), config, options)
-  same = same_tokens(_answers(answer_BS), [theirs["tokens"].tolist()])
+  same = same_tokens(answers_of(answer_BS), [theirs["tokens"].tolist()])
   given_BS = jnp.array([[*prompt_S, *theirs["tokens"][:-1]]])
 
   def logits(params: dict, compute: Compute) -> np.ndarray:
     logits_BSV = _logits_alone(params, given_BS, config.replace(compute=compute))
     return np.asarray(logits_BSV)[0, len(prompt_S) - 1 :]
 
-  return _judged(about.params, {}, theirs, same, logits)
+  return judged(about.params, {}, theirs, same, logits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
@@ -163,139 +181,3 @@ def _logits_alone(params, tokens_BS, config: SpeechLLMConfig):
   inputs_BSD = speech_llm.embed(params, tokens_BS, config)
   hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, jnp.ones(tokens_BS.shape, bool), config)
   return speech_llm.logits(params, hidden_BSD, config)
-
-
-def _greedy(eos_id: int | None, max_new_tokens: int) -> GenerationOptions:
-  """As the original is asked: nothing is biased or penalised."""
-  eos_ids = () if eos_id is None else (eos_id,)
-  return GenerationOptions(max_new_tokens=max_new_tokens, eos_ids=eos_ids)
-
-
-def _answers(tokens_BS) -> list[list[int]]:
-  return [[int(token) for token in row_S if token >= 0] for row_S in np.asarray(tokens_BS)]
-
-
-def _mooer(
-  about: Checkpoint, src: Path, audio: Sequence[Path], llm: Path | None, max_new_tokens: int
-) -> Verdict:
-  config = from_json(about.config)
-  task = _task(config, src)
-  lora, notes = _lora(about, config, src / task)
-  sanm, frontend = sanm_of(about)
-  if not isinstance(config.connector, LinearConfig):
-    raise ConversionError(f"{about.folder}: its connector is {config.connector.kind}, not MooER's")
-  waveforms = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
-  problems = Problems()
-  llm = llm or mooer.find_llm(src, problems)
-  problems.check(str(src))
-  assert llm is not None
-
-  folder, adapter = src / mooer.ENCODER_FOLDER, src / task / mooer.ADAPTER_FILE
-  weights = folder / mooer.ENCODER_FILE
-  tokenizer = Tokenizer.from_folder(about.tokenizer)
-  prompt = fill_template(config.template, task_prompt(task, dict(config.prompts)))
-  before_S, after_S = (tokenizer.encode(text) for text in prompt)
-  if before_S:
-    raise ConversionError(f"template {config.template!r}: MooER's speech comes first")
-  clips = torch_side.hear(weights, folder / CMVN_FILE, sanm, frontend, waveforms, tuned=adapter)
-  clips = torch_side.adapt(adapter, clips, config.connector.stack)
-  model = torch_side.language_model(llm, lora)
-  for clip in clips:
-    clip |= torch_side.answer(
-      model,
-      after_S,
-      speech_SD=clip["adapter"],
-      eos_id=tokenizer.eos_id,
-      max_new_tokens=max_new_tokens,
-    )
-  del model
-
-  raw_BTF, frames_B = _padded([features(waveform_N, frontend) for waveform_N in waveforms])
-  answer_BS, _ = _padded([clip["tokens"].astype(np.int32) for clip in clips], fill=-1)
-  batch = speech_llm.Batch(
-    features=(raw_BTF,),
-    frames=(frames_B,),
-    before_BS=np.zeros((len(clips), 0), np.int32),
-    after_BS=np.tile(np.array(after_S, np.int32), (len(clips), 1)),
-    answer_BS=answer_BS,
-  )
-  stages = _speech_stages(about.params, batch, config)
-  ours = {name: x[np.asarray(valid)] for name, (x, valid) in stages.items()}
-  options = _greedy(tokenizer.eos_id, max_new_tokens)
-  answers = _answers(generate(about.params, batch, config, options).tokens_BS)
-  same = same_tokens(answers, [clip["tokens"].tolist() for clip in clips])
-
-  def logits(params, compute: Compute) -> np.ndarray:
-    logits_BAV = _answer_logits(params, batch, config.replace(compute=compute))
-    return np.asarray(logits_BAV)[answer_BS >= 0]
-
-  return _judged(about.params, ours, _joined(clips), same, logits, notes)
-
-
-def _task(config: SpeechLLMConfig, src: Path) -> str:
-  """The task of the checkpoint that the release has a folder of."""
-  tasks = [task for task, _ in config.prompts]
-  there = [task for task in tasks if (src / task / mooer.ADAPTER_FILE).is_file()]
-  if len(there) != 1:
-    named = ", ".join(there or tasks)
-    what = "several folders" if there else f"no folder with {mooer.ADAPTER_FILE}"
-    raise ConversionError(
-      f"{src}: {what} for what the checkpoint is asked ({named}); one must be there"
-    )
-  return there[0]
-
-
-def _lora(
-  about: Checkpoint, config: SpeechLLMConfig, folder: Path
-) -> tuple[Path | None, list[str]]:
-  """(LoRA of a task's folder if it is in the checkpoint, apart or merged, else None; notes).
-
-  Raises:
-    ConversionError: if the checkpoint has one and the folder has not.
-  """
-  found = mooer.find_lora(folder)
-  if found.is_dir():
-    if config.decoder.lora_rank or style_of(about, "mooer").get("lora_merged"):
-      return found, []
-    return None, [f"{found} is not used: the checkpoint was made without it (--no-lora)"]
-  if config.decoder.lora_rank:
-    raise ConversionError(f"{found}: not found, but the checkpoint has a LoRA")
-  return None, []
-
-
-_answer_logits = jax.jit(speech_llm.answer_logits, static_argnames="config")
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _speech_stages(params, batch, config: SpeechLLMConfig) -> dict[str, Any]:
-  """Each stage as (values, which of them are no padding)."""
-  frames_BTD, valid_BT = speech_llm.encode(params, batch, config)
-  speech_BSD, valid_BS = speech_llm.connect(params, frames_BTD, valid_BT, config)
-  normed_BTF = _normed(params, batch.features[0])
-  return {
-    "features": (normed_BTF, valid_BT),
-    "encoder": (frames_BTD, valid_BT),
-    "adapter": (speech_BSD, valid_BS),
-  }
-
-
-def _judged(
-  params,
-  ours: dict[str, Any],
-  theirs: Stages,
-  same: tuple[int, int],
-  logits: Logits,
-  notes: Sequence[str] = (),
-) -> Verdict:
-  exact_AV = logits(params, Compute())
-  errors = stage_errors({**ours, "logits": exact_AV}, theirs)
-  rows = []
-  for name, stored, computed in DTYPES:
-    rounded = tree.unflatten(
-      {  # as `checkpoint.load` does it
-        path: leaf if leaf.ndim < 2 else leaf.astype(stored)
-        for path, leaf in tree.flatten(params).items()
-      }
-    )
-    rows.append(accuracy(name, exact_AV, logits(rounded, Compute(dtype=computed))))
-  return Verdict(errors, same, rows, list(notes))

@@ -11,6 +11,7 @@ from convert.engine import map_in, map_out, read_out
 from convert.errors import Problems
 from convert.folders import save_checkpoint
 from convert.readers import open_source
+from convert.torch_qformer import QFormer
 from mooer_jax import checkpoint
 from mooer_jax.connectors.qformer import QFormerConfig
 from tests.parity import torch_qformer
@@ -26,7 +27,7 @@ BERT = "speech_Qformer.bert"
 @pytest.fixture
 def tensors():
   """A state dict as the original saves it."""
-  made = torch_qformer.make(torch_qformer.Rebuilt, CONFIG, INPUT, OUTPUT).state_dict()
+  made = torch_qformer.make(QFormer, CONFIG, INPUT, OUTPUT).state_dict()
   return made | {f"{BERT}.embeddings.position_ids": torch.arange(512)[None]}
 
 

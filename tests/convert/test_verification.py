@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import verification
+from convert import comparison
 from convert.errors import ConversionError
 from convert.importing import Options, import_checkpoint
 from convert.main import main
@@ -19,7 +19,7 @@ from tests.convert.folders_of import llm, saved_llm, with_lora
 from tests.convert.releases import release
 from tests.convert.test_kinds import funasr_folder
 
-STAGES = ["features", "encoder", "adapter", "logits"]
+STAGES = ["features", "encoder", "adapter", "prompt", "logits"]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_an_altered_tensor_of_the_source_fails(sides, source, run, file, name, s
 def test_tokens_are_those_that_each_side_generates(sides, clips, monkeypatch):
   """Right logits do not make up for another answer."""
   short = np.array([[9, -1, -1, -1]] * 2)
-  monkeypatch.setattr(verification, "generate", lambda *_: SimpleNamespace(tokens_BS=short))
+  monkeypatch.setattr(comparison, "generate", lambda *_: SimpleNamespace(tokens_BS=short))
   audio = [clip.path for clip in clips[:2]]
   verdict = verify("mooer", *sides, audio=audio, max_new_tokens=4)
   assert verdict.failed == ["tokens"] and verdict.agreement in [(n, 8) for n in range(3)]

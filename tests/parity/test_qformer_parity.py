@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert.torch_qformer import QFormer, tokens
 from mooer_jax import tree
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.nn.compute import Compute
@@ -29,19 +30,17 @@ def largest_error(kind, config, *, frames=60, input_width=2048, output_width=96,
     {"params": params}, frames_BTD, np.ones((2, frames), bool)
   )
   assert valid_BS.all()
-  worst = error(tokens_BSD, torch_qformer.tokens(theirs, frames_BTD, config))
+  worst = error(tokens_BSD, tokens(theirs, frames_BTD, config))
   print(f"{kind.__name__}: error {worst:.1e} standard deviations")
   return worst
 
 
-@pytest.mark.parametrize(
-  "kind, scan", [(torch_qformer.Rebuilt, True), (torch_qformer.Blip2, False)]
-)
+@pytest.mark.parametrize("kind, scan", [(QFormer, True), (torch_qformer.Blip2, False)])
 def test_equals_at_the_real_sizes(kind, scan):
   assert largest_error(kind, QFormerConfig(), scan=scan) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", [torch_qformer.Rebuilt, torch_qformer.Blip2])
+@pytest.mark.parametrize("kind", [QFormer, torch_qformer.Blip2])
 @pytest.mark.parametrize("edge", ["drop", "pad"])
 @pytest.mark.parametrize("stride, frames", [(7, 30), (5, 30), (1, 12), (7, 28)])
 def test_equals_with_several_queries_strides_and_edges(kind, edge, stride, frames):
@@ -54,12 +53,12 @@ def test_another_epsilon_or_activation_is_not_equal(monkeypatch):
   config = QFormerConfig(**SMALL, stride=7)
   frames_BTD = np.random.default_rng(0).normal(size=(2, 30, 32)).astype(np.float32)
 
-  def tokens(config):
-    theirs = torch_qformer.make(torch_qformer.Rebuilt, config, 32, 96)
-    return torch_qformer.tokens(theirs, frames_BTD, config)
+  def of(config):
+    theirs = torch_qformer.make(QFormer, config, 32, 96)
+    return tokens(theirs, frames_BTD, config)
 
-  exact = tokens(config)
-  assert error(tokens(dataclasses.replace(config, norm_eps=1e-3)), exact) > TOLERANCE
+  exact = of(config)
+  assert error(of(dataclasses.replace(config, norm_eps=1e-3)), exact) > TOLERANCE
   tanh = functools.partial(torch.nn.functional.gelu, approximate="tanh")
   monkeypatch.setattr(torch.nn.functional, "gelu", tanh)
-  assert error(tokens(config), exact) > TOLERANCE
+  assert error(of(config), exact) > TOLERANCE

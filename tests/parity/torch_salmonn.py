@@ -14,11 +14,13 @@ import torch
 import transformers
 from torch import nn
 
-from convert import beats
+from convert import beats, torch_beats
+from convert.torch_qformer import QFormer, tokens
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from tests.convert.folders_of import vary
-from tests.parity import torch_beats, torch_qformer
+from tests.parity import torch_qformer
+from tests.parity.torch_beats import model as beats_model
 from tests.parity.torch_models import vary_vectors
 
 SECONDS = 2  # that Whisper takes; the original's is 30
@@ -114,7 +116,7 @@ class Salmonn(nn.Module):
     width = self.speech_encoder.config.d_model
     self.ln_speech = nn.LayerNorm(width)
     if with_beats:
-      self.beats = torch_beats.model(BEATS, seed)
+      self.beats = beats_model(BEATS, seed)
       self.ln_audio = nn.LayerNorm(BEATS.width)
       width += BEATS.width
     model = transformers.LlamaForCausalLM.from_pretrained(llm, dtype=torch.float32)
@@ -128,7 +130,7 @@ class Salmonn(nn.Module):
       for name, parameter in self.llama_model.named_parameters():
         if "lora_B" in name:
           parameter.normal_(0, 0.2)
-    connect = torch_qformer.make(torch_qformer.Rebuilt, QFORMER, width, 40, seed)
+    connect = torch_qformer.make(QFormer, QFORMER, width, 40, seed)
     with torch.no_grad():
       for name, parameter in connect.named_parameters():
         if "crossattention.self.value.weight" in name:
@@ -163,14 +165,7 @@ class Salmonn(nn.Module):
     mel = self.listen(waveform_N, sampling_rate=16000, return_tensors="pt")["input_features"]
     frames = self.ln_speech(self.speech_encoder(mel).last_hidden_state)
     if hasattr(self, "beats"):
-      features = torch_beats.kaldi_fbank(
-        torch.tensor(waveform_N)[None] * 2**15,
-        num_mel_bins=128,
-        sample_frequency=16000,
-        frame_length=25,
-        frame_shift=10,
-      )
-      heard = self.ln_audio(self.beats((features[None] - 15.41663) / (2 * 6.55582)))
+      heard = self.ln_audio(self.beats(torch_beats.features(waveform_N)[None]))
       assert heard.shape[1] < frames.shape[1]
       heard = nn.functional.pad(heard, (0, 0, 0, frames.shape[1] - heard.shape[1]))
       frames = torch.cat([frames, heard], -1)
@@ -178,7 +173,7 @@ class Salmonn(nn.Module):
 
   @torch.no_grad()
   def speech(self, frames_BTD: torch.Tensor) -> torch.Tensor:
-    return torch_qformer.tokens(self.connect[0], frames_BTD, QFORMER)
+    return tokens(self.connect[0], frames_BTD, QFORMER)
 
   @torch.no_grad()
   def inputs(self, speech_BSD: torch.Tensor, prompt=PROMPT) -> torch.Tensor:
