@@ -7,7 +7,17 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import beats, encoder, language_model, lora, mooer_out, salmonn_out, whisper, whisper_names
+from . import (
+  beats,
+  encoder,
+  language_model,
+  lora,
+  lora_out,
+  mooer_out,
+  salmonn_out,
+  whisper,
+  whisper_names,
+)
 from .errors import ConversionError
 from .folders import beside, keep_apart, kept_json, style_of
 
@@ -73,7 +83,7 @@ def _peft(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
     config = lora.from_json(about.config["lora"])
   else:
     config = _decoder(about)
-  lora.export(
+  lora_out.export(
     about,
     config,
     folder,

@@ -1,4 +1,7 @@
-"""LoRA folders of the package peft: in, out, and merged into the weights they were trained on."""
+"""LoRA folders of the package peft: opened, and merged into the weights they were trained on.
+
+The way back is in lora_out.py.
+"""
 
 import dataclasses
 import functools
@@ -15,13 +18,11 @@ from mooer_jax.config import build
 from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
 
 from . import language_model
-from .engine import Mapped, map_in, map_out, read_out
+from .engine import Mapped, map_in
 from .errors import ConversionError, Problems
-from .folders import read_json, write_json
+from .folders import read_json
 from .readers import Source, open_source
 from .rules import Rule, Table
-from .safetensors_out import write_shards
-from .torch_out import write_torch
 from .transforms import TRANSPOSE
 
 CONFIG_FILE = "adapter_config.json"
@@ -287,70 +288,3 @@ def _merged(path: str, kernel: Lazy, a: Lazy, b: Lazy, scale: float) -> np.ndarr
 def paths(about: Checkpoint) -> list[str]:
   """The LoRA leaves of a checkpoint."""
   return [p for p in tree.flatten(about.params) if p.endswith(("/lora_a", "/lora_b"))]
-
-
-def export(
-  about: Checkpoint,
-  config: LLMConfig,
-  folder: Path,
-  *,
-  style: Mapping[str, Any],
-  original: Mapping[str, Any] | None = None,
-) -> None:
-  """Writes the LoRA of a checkpoint as peft does.
-
-  Args:
-    about: the checkpoint.
-    config: rank, alpha, dropout and targets.
-    folder: to write into; it exists.
-    style: as in `Lora.style`.
-    original: adapter_config.json that it was imported from; kept if it describes this LoRA.
-
-  Raises:
-    ConversionError: if the checkpoint has no LoRA.
-  """
-  problems = Problems()
-  if not paths(about):
-    problems.add("no LoRA in it (lora_rank is 0)")
-  tensors = map_out(about, table(style.get("adapter", "")), paths(about), problems)
-  problems.check(str(about.folder))
-  write_json(folder / CONFIG_FILE, _options(config, original))
-  file = style.get("file", "adapter_model.safetensors")
-  if file.endswith(".safetensors"):
-    stem = file.removesuffix(".safetensors")
-    total = sum(tensor.nbytes for tensor in tensors)
-    write_shards(folder, tensors, read_out(about, tensors), shard_bytes=total, stem=stem)
-  else:
-    write_torch(folder / file, tensors, read_out(about, tensors))
-
-
-def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str, Any]:
-  described = {
-    "r": config.lora_rank,
-    "lora_alpha": config.lora_alpha,
-    "lora_dropout": config.lora_dropout,
-    "use_rslora": False,
-  }
-  if original is not None:
-    root = math.sqrt(config.lora_rank) if original.get("use_rslora") else 1.0
-    same = original.get("r") == config.lora_rank and math.isclose(
-      original.get("lora_alpha", 0) * root, config.lora_alpha
-    )
-    same = same and float(original.get("lora_dropout") or 0.0) == config.lora_dropout
-    named = original.get("target_modules")
-    if isinstance(named, list):  # else a pattern
-      ends = {name.rsplit(".", 1)[-1].removesuffix("_proj") for name in named}
-      same = same and ends >= set(config.lora_targets)
-    if same:
-      return dict(original)
-  alpha = config.lora_alpha
-  return {
-    **(original or {}),
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "bias": "none",
-    "inference_mode": True,
-    "target_modules": [f"{name}_proj" for name in config.lora_targets],
-    **described,
-    "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-  }

@@ -6,7 +6,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import SpeechLLMConfig, from_json
 
-from . import encoder, language_model, lora, mooer
+from . import encoder, language_model, lora, lora_out, mooer
 from .engine import Outgoing, map_out, read_out
 from .errors import Problems
 from .folders import kept_json, style_of
@@ -43,7 +43,7 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
   write_torch(task_folder / mooer.ADAPTER_FILE, tensors, read_out(about, tensors))
   if config.decoder.lora_rank:
     (task_folder / mooer.LORA_FOLDER).mkdir()
-    lora.export(
+    lora_out.export(
       about,
       config.decoder,
       task_folder / mooer.LORA_FOLDER,

@@ -15,7 +15,7 @@ from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
 
-from . import beats, torch_beats, whisper
+from . import beats, beats_cfg, torch_beats, whisper
 from .encoder import find_prefix
 from .errors import ConversionError, Problems
 from .mooer import TUNED_ENCODER
@@ -202,7 +202,7 @@ def hear_beats(
     tuned: tensors under the file's names that replace those of the file.
   """
   problems = Problems()
-  config = beats.beats_config(beats.read_cfg(file), problems)
+  config = beats_cfg.beats_config(beats_cfg.read_cfg(file), problems)
   problems.check(str(file))
   assert config is not None
   state = {**state_of(open_source(file, part="model")), **(tuned or {})}

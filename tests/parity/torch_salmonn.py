@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from convert import beats, torch_beats
+from convert import beats_cfg, torch_beats
 from convert.torch_qformer import QFormer, tokens
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.encoders.beats import BEATsConfig
@@ -224,7 +224,7 @@ def write(
   paths = {"whisper": folder / "whisper"}
   if hasattr(module, "beats"):
     paths["beats"] = folder / "beats.pt"
-    torch.save({"cfg": beats.cfg_of(BEATS), "model": module.beats.state_dict()}, paths["beats"])
+    torch.save({"cfg": beats_cfg.cfg_of(BEATS), "model": module.beats.state_dict()}, paths["beats"])
   content: dict[str, Any] = {"model": module.saved() if state is None else dict(state)}
   if config is not None:
     content |= {"optimizer": {"state": {}}, "config": config, "scaler": None, "epoch": 29}
