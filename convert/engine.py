@@ -1,6 +1,7 @@
 """Maps whole sets of tensors by a table: all that does not fit is found before anything is read."""
 
 import dataclasses
+import functools
 import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -103,9 +104,16 @@ def _counterpart(table: Table, path: str) -> tuple[str, Transform]:
 def leaf_shapes(module, *args, method=None) -> dict[str, tuple[int, ...]]:
   """path -> shape of the parameters that `module.init` would make of such arguments, per layer.
 
-  With `compute.scan` the module is traced in the time of one layer.
+  With `compute.scan` the module is traced in the time of one layer, and each module only once.
   """
-  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, method=method))
+  return dict(_leaf_shapes(module, tuple((arg.shape, arg.dtype) for arg in args), method))
+
+
+@functools.cache
+def _leaf_shapes(module, inputs, method) -> dict[str, tuple[int, ...]]:
+  args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs]
+  init = functools.partial(module.init, method=method)
+  variables = jax.eval_shape(init, jax.random.key(0), *args)
   leaves = tree.flatten(tree.unstack_layers(variables["params"]))
   return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 

@@ -1,6 +1,7 @@
 """SALMONN's files in and out: the same bits, what is passed over, and what is refused."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def bring(folder, module, llm, *, options=None, **content):
     "salmonn", folder / "files" / "salmonn_v1.pth", folder / "ours", options
   )
   return report, checkpoint.describe(folder / "ours")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory, module, llm):
+  """The model as it is: (folder of its checkpoint, report, checkpoint)."""
+  folder = tmp_path_factory.mktemp("imported")
+  return folder / "ours", *bring(folder, module, llm)
 
 
 def take_back(folder, ours="ours"):
@@ -112,8 +120,8 @@ def test_a_file_goes_in_and_comes_out_as_it_was(module, deaf, llm, dtype, with_b
       assert leaf.dtype == second[path].dtype and np.array_equal(leaf, second[path]), path
 
 
-def test_what_travels_in_the_checkpoint(module, llm, tmp_path):
-  report, about = bring(tmp_path, module, llm)
+def test_what_travels_in_the_checkpoint(imported):
+  _, report, about = imported
   config = from_json(about.config)
   assert [encoder.kind for encoder in config.encoders] == ["whisper", "beats"]
   assert config.encoder_norm and config.template == "vicuna" and config.channel == "first"
@@ -330,27 +338,27 @@ def test_prompts_are_those_of_a_file_and_come_back(module, llm, tmp_path):
     (lambda c: c.update(template="mooer"), "prompt_template"),
   ],
 )
-def test_export_refuses_what_the_files_cannot_say(module, llm, tmp_path, change, message):
-  bring(tmp_path, module, llm)
+def test_export_refuses_what_the_files_cannot_say(imported, tmp_path, change, message):
+  shutil.copytree(imported[0], tmp_path / "ours")
   changed(tmp_path / "ours", change)
   with pytest.raises(ConversionError, match=message):
     take_back(tmp_path)
   assert not (tmp_path / "back").exists()
 
 
-def test_a_fine_tune_goes_out_with_its_base(module, llm, tmp_path):
-  _, about = bring(tmp_path, module, llm)
-  loaded = checkpoint.load(tmp_path / "ours")
+def test_a_fine_tune_goes_out_with_its_base(module, imported, tmp_path):
+  folder, _, about = imported
+  loaded = checkpoint.load(folder)
   trained = {path: leaf for path, leaf in tree.flatten(loaded.params).items() if _is_trained(path)}
   checkpoint.save(
     tmp_path / "tuned",
     params=tree.unflatten({path: leaf + 1 for path, leaf in trained.items()}),
     config_json=about.config,
     generation=about.generation,
-    tokenizer=lambda folder: [
-      (folder / f.name).write_bytes(f.read_bytes()) for f in about.tokenizer.iterdir()
+    tokenizer=lambda into: [
+      (into / f.name).write_bytes(f.read_bytes()) for f in about.tokenizer.iterdir()
     ],
-    base=tmp_path / "ours",
+    base=folder,
   )
   back = take_back(tmp_path, "tuned")["model"]
   state = mapped(module.saved())

@@ -58,12 +58,16 @@ def bare_encoder(path, module):
   return path
 
 
+def file_of_openai(path, module):
+  return test_whisper.openai_file(path.with_suffix(".pt"), module)
+
+
 @pytest.mark.parametrize(
   "write, half",
   [
     (folder_of_hugging_face, False),
     (bare_encoder, False),
-    (test_whisper.openai_file, False),
+    (file_of_openai, False),
     (test_whisper.ctranslate2_folder, True),
   ],
 )
