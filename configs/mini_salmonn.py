@@ -55,7 +55,7 @@ def get_config(stage: str = "tasks"):
       asr=1.0, count=0.3, translate=0.6, keyword=0.4, sex=0.3, speakers=1.5, arithmetic=1.5
     )
   else:
-    folder = dict(digits="data", real="real")[stage]
+    folder = dict(digits="data", real="recordings")[stage]
     config.data.shards = f"out/mini/{folder}/train_{stage}.json"
 
   # On the CPU a step's time is that of its tokens: 16 clips are about 600.

