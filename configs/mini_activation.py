@@ -4,7 +4,7 @@ Command:   make mini-salmonn MINI_ARGS=--activation    (or, after make mini-salm
            --config=configs/mini_activation.py)
 Hardware:  2 CPU cores
 Time:      not measured yet
-Expected:  docs/salmonn.md
+Expected:  not measured yet
 """
 
 from configs import mini_salmonn
