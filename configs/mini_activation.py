@@ -23,8 +23,8 @@ def get_config():
   config.data.task_weights = {}
   config.data.cache_features = ""
   config.data.batch_size, config.data.window = 1, 1
-  config.data.buckets, config.data.answer_buckets = (612,), (64,)
-  config.generation.max_new_tokens = 64
+  config.data.buckets, config.data.answer_buckets = (612,), (48, 256)
+  config.generation.max_new_tokens = 256  # a story that is cut off is not trained on
   config.optimizer.peak_lr = 1e-4
   config.optimizer.warmup_steps = 0
   config.optimizer.decay = "constant"
@@ -32,4 +32,5 @@ def get_config():
   config.train.log_every = config.train.save_every = 1
   config.train.keep = 12  # for the perplexities of every step
   config.eval.shards = "out/mini/data/probe.json"
+  config.eval.batch_size = 12
   return config
