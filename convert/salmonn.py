@@ -13,6 +13,7 @@ import numpy as np
 
 from mooer_jax.checkpoint import Lazy
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.prompts import SALMONN_PROMPTS, read_prompts
 
 from . import (
@@ -101,14 +102,7 @@ def open_model(
   heard = whisper.open_encoder(whisper_path, problems)
   audio = None if beats_path is None else beats.open_beats(beats_path, problems)
   model = language_model.open_model(llm, problems)
-  connector = qformer.qformer_config(
-    source,
-    problems,
-    window=salmonn_options.frames_of(options["second_per_window"]),
-    stride=salmonn_options.frames_of(options["second_stride"]),
-    edge="drop",
-    dropout=DROPOUT,
-  )
+  connector = connector_of(source, options, problems)
   added = _open_lora(source, options, lora_config, problems, notes)
   if heard is None or model is None or connector is None or (beats_path and audio is None):
     return None
@@ -189,6 +183,20 @@ def open_model(
 def decoding(eos_id: int) -> dict[str, Any]:
   """Content of generation.json."""
   return {**DECODING, "eos_ids": [eos_id]}
+
+
+def connector_of(
+  source: Source, options: Mapping[str, Any], problems: Problems
+) -> QFormerConfig | None:
+  """The Q-Former of a file with such options; None where something does not fit."""
+  return qformer.qformer_config(
+    source,
+    problems,
+    window=salmonn_options.frames_of(options["second_per_window"]),
+    stride=salmonn_options.frames_of(options["second_stride"]),
+    edge="drop",
+    dropout=DROPOUT,
+  )
 
 
 def _open_lora(

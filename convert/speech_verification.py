@@ -17,7 +17,6 @@ from . import (
   deepspeed,
   lora,
   mooer,
-  qformer,
   salmonn,
   salmonn_options,
   torch_connectors,
@@ -99,13 +98,7 @@ def verify_salmonn(
   source = open_source(src, part=salmonn.PART)
   problems, notes = Problems(), list[str]()
   options = salmonn_options.read_options(src, problems, notes)
-  connector = qformer.qformer_config(
-    source,
-    problems,
-    window=salmonn_options.frames_of(options["second_per_window"]),
-    stride=salmonn_options.frames_of(options["second_stride"]),
-    edge="drop",
-  )
+  connector = salmonn.connector_of(source, options, problems)
   told = options
   if lora_config is not None:
     told = lora.read_options(deepspeed.config_file(lora_config), problems) or options

@@ -179,7 +179,8 @@ def show(results: dict[str, dict], out: Path):
   for name, tasks in results.items():
     for task, s in tasks.items():
       follows = "" if s["following"] is None else f"{100 * s['following']:.1f}"
-      wer, accuracy = f"{s['wer']:.2f}", f"{100 * s['accuracy']:.1f}"
+      wer = "" if s["wer"] is None else f"{s['wer']:.2f}"
+      accuracy = f"{100 * s['accuracy']:.1f}"
       table.add_row(name, task, str(s["count"]), wer, accuracy, follows)
   Console().print(table)
   (out / "report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
