@@ -13,8 +13,8 @@ from configs import mini_salmonn
 def get_config():
   config = mini_salmonn.get_config("tasks")
   config.workdir = "out/mini/activation"
-  config.init_from = "out/mini/tasks/step_00000500"
-  config.activation.shards = "out/mini/data/activation.json"
+  config.init_from = f"out/mini/tasks/step_{mini_salmonn.STEPS['tasks']:08d}"
+  config.activation.shards = "out/mini/data/train_digits.json"
   config.activation.task = "story"
   config.activation.lora_scale = 2.0  # half of the trained one
   config.activation.clips = 12
@@ -23,7 +23,7 @@ def get_config():
   config.data.task_weights = {}
   config.data.cache_features = ""
   config.data.batch_size, config.data.window = 1, 1
-  config.data.buckets, config.data.answer_buckets = (612,), (48, 256)
+  config.data.buckets, config.data.answer_buckets = (502,), (48, 256)
   config.generation.max_new_tokens = 256  # a story that is cut off is not trained on
   config.optimizer.peak_lr = 1e-4
   config.optimizer.warmup_steps = 0

@@ -149,13 +149,25 @@ def random_voice(name: str) -> str:
   return "\n".join(lines) + "\n"
 
 
-def draw_digits(rng, max_digits: int, *, held_out: bool) -> str:
-  """Draws a string of 1 (held out: 2) to `max_digits` digits, each length equally often."""
+def draw_digits(rng, max_digits: int, *, held_out: bool, repeats: float = 0.0) -> str:
+  """Draws a string of 1 (held out: 2) to `max_digits` digits, each length equally often.
+
+  Of `repeats` of the digits nothing new is drawn: they are the one before.
+  """
   length = int(rng.integers(2 if held_out else 1, max_digits + 1))
   while True:
-    digits = "".join(map(str, rng.integers(0, 10, length)))
+    digits = random_digits(rng, length, repeats)
     if is_held_out(digits) == held_out:
       return digits
+
+
+def random_digits(rng, length: int, repeats: float = 0.0) -> str:
+  """Draws `length` digits; each but the first is the one before with the chance `repeats`."""
+  digits = rng.integers(0, 10, length)
+  if repeats:
+    for i in np.flatnonzero(rng.random(length - 1) < repeats) + 1:
+      digits[i] = digits[i - 1]
+  return "".join(map(str, digits))
 
 
 def render(utterance: Utterance) -> np.ndarray:

@@ -15,15 +15,12 @@ from demo.mini.voices import ENGINES, Casting, Speaker
 from demo.synthesize import WORDS, draw_digits
 
 SPLITS = ("train", "test")
-NUMBERS = (
-  *WORDS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
-  "eighteen", "nineteen", "twenty",
-)  # fmt: skip
 SPANISH = dict(
   zip(WORDS, ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve"))
 )
-TRANSLATED = 4  # digits at most: a Spanish one is two or three tokens
-OPENINGS = ("what is", "how much is", "tell me")
+TRANSLATED = 3  # digits at most: a Spanish one is two or three tokens
+# How often a digit of the training is the one before it: a model loses count of them soonest.
+REPEATS = 0.25
 # Seconds: of a string of digits, and of everything else.
 DIGITS_LIMIT_S, LIMIT_S = 5.0, 10.0
 
@@ -34,20 +31,16 @@ class SpeechConfig:
 
   Attributes:
     digit_clips: training clips of strings of digits.
-    speaker_clips: training clips of one to three people.
-    arithmetic_clips: training clips of spoken sums.
     sentence_clips: training clips of open vocabulary.
     test_digit_clips: digit clips of held-out voices and strings.
-    test_entries: of each further task, and of sentences, in the test.
+    test_entries: of each task but transcription, and of sentences, in the test.
     max_digits: longest string; lengths are uniform from 1 (test: from 2) to this.
     engines: which of ENGINES speak in training; the test voices are espeak's.
     seed: decides everything.
   """
 
   digit_clips: int = 2700
-  speaker_clips: int = 600
-  arithmetic_clips: int = 600
-  sentence_clips: int = 600
+  sentence_clips: int = 1500
   test_digit_clips: int = 300
   test_entries: int = 100
   max_digits: int = 7
@@ -106,8 +99,6 @@ def plan(config: SpeechConfig, split: str) -> list[Clip]:
   test = split == "test"
   counts = {
     _digits: config.test_digit_clips if test else config.digit_clips,
-    _speakers: config.test_entries if test else config.speaker_clips,
-    _arithmetic: config.test_entries if test else config.arithmetic_clips,
     _sentence: config.test_entries if test else config.sentence_clips,
   }
   clips = []
@@ -123,85 +114,38 @@ def plan(config: SpeechConfig, split: str) -> list[Clip]:
 
 
 def _digits(rng, casting, index, *, test, max_digits) -> Clip:
-  digits = draw_digits(rng, max_digits, held_out=test)
+  repeats = 0.0 if test else REPEATS
+  digits = draw_digits(rng, max_digits, held_out=test, repeats=repeats)
   words = tuple(WORDS[int(digit)] for digit in digits)
   text = " ".join(words)
   speaker = casting.draw()
   # Yes and no take turns, and the word asked for says nothing of the answer.
   absent = [word for word in WORDS if word not in words]
   asked = absent if index % 2 else words
-  labels = (
+  labels: tuple[Label, ...] = (
     Label("asr", text),
-    Label("count", NUMBERS[len(words)]),
+    Label("count", WORDS[len(words)]),
     Label("keyword", "no" if index % 2 else "yes", asked[rng.integers(len(asked))]),
-    *_sex(speaker),
   )
   if len(words) <= TRANSLATED:
     labels += (Label("translate", " ".join(SPANISH[word] for word in words)),)
+  if test and index < len(untrained()):
+    labels += tuple(Label(task, answer.format(text)) for task, answer in untrained()[index].items())
   pieces = words if rng.random() < 0.5 else (text,)
   return Clip("", (Turn(speaker, pieces),), labels, (), DIGITS_LIMIT_S)
-
-
-def _speakers(rng, casting, index, *, test, max_digits) -> Clip:
-  """Three or four turns whatever the number of people, so that turns do not tell it."""
-  people = casting.draw_people(1 + index % 3)
-  order = (people * 4)[: rng.integers(3, 5)]
-  rng.shuffle(order)
-  turns = []
-  for speaker in order:
-    digits = draw_digits(rng, min(3, max_digits), held_out=test)
-    turns.append(Turn(speaker, (" ".join(WORDS[int(digit)] for digit in digits),)))
-  return Clip("", tuple(turns), (Label("speakers", NUMBERS[len(people)]),), ())
-
-
-def _arithmetic(rng, casting, index, *, test, max_digits) -> Clip:
-  problems = problems_of(test)
-  results = sorted(problems)
-  result = results[rng.integers(len(results))]
-  problem = problems[result][rng.integers(len(problems[result]))]
-  question = f"{OPENINGS[rng.integers(len(OPENINGS))]} {problem}"
-  speaker = casting.draw()
-  labels = [Label("arithmetic", NUMBERS[result])]
-  if not test:
-    labels += [Label("asr", question), *_sex(speaker)]
-  return Clip("", (Turn(speaker, (question,)),), tuple(labels), ())
 
 
 def _sentence(rng, casting, index, *, test, max_digits) -> Clip:
   sentences = sentences_of(test)
   # A stride that shares no factor with the list visits every sentence before one comes again.
   sentence = sentences[index * _stride(len(sentences)) % len(sentences)]
-  speaker = casting.draw()
-  labels = (Label("asr", sentence), *(_untrained(sentence) if test else _sex(speaker)))
-  return Clip("", (Turn(speaker, (sentence,)),), labels, ())
-
-
-def _untrained(sentence: str) -> tuple[Label, ...]:
-  """Answers to instructions that training never gives, each sentence's own."""
-  texts = json.loads((Path(__file__).parent / "untrained.json").read_text("utf-8"))
-  return tuple(Label(task, text) for task, text in texts.get(sentence, {}).items())
-
-
-def _sex(speaker: Speaker) -> tuple[Label, ...]:
-  return (Label("sex", speaker.sex),) if speaker.sex else ()
+  return Clip("", (Turn(casting.draw(), (sentence,)),), (Label("asr", sentence),), ())
 
 
 @functools.cache
-def problems_of(test: bool) -> dict[int, list[str]]:
-  """The sums of a split by their result, 0 to 20; a fifth of all belongs to the test only.
-
-  A sum and its mirror image ("three plus four", "four plus three") are in the same split.
-  """
-  found = collections.defaultdict(list)
-  for a in range(21):
-    for b in range(21):
-      for sign, result in (("plus", a + b), ("minus", a - b), ("times", a * b)):
-        if (max(a, b) > 10 and (sign != "minus" or b > 10)) or not 0 <= result <= 20:
-          continue
-        pair = (a, b) if sign == "minus" else (min(a, b), max(a, b))
-        if (zlib.crc32(f"{sign} {pair}".encode()) % 5 == 0) == test:
-          found[result].append(f"{NUMBERS[a]} {sign} {NUMBERS[b]}")
-  return dict(found)
+def untrained() -> list[dict[str, str]]:
+  """Answers to instructions that training never gives, with {} for the digits of a clip."""
+  return json.loads((Path(__file__).parent / "untrained.json").read_text("utf-8"))
 
 
 @functools.cache

@@ -1,16 +1,15 @@
 """Real recordings for the mini SALMONN, which the project does not ship.
 
-    python -m demo.mini.real --fsdd FOLDER --out OUT --add out/mini/data/train_digits.json
+    python -m demo.mini.real --fsdd FOLDER --out OUT
     python -m demo.mini.real --pocketsphinx FOLDER --out OUT
 
 The first joins single digits of the Free Spoken Digit Dataset ({digit}_{speaker}_{n}.wav) into
-strings of 1 to 6: `test_SPEAKER.json` of a held-out speaker, `train_real.json` of the others, with
-what another annotation file lists besides. The second takes the read sentences of Debian's
-pocketsphinx-testdata (`apt-get download` it, then `dpkg -x` into FOLDER): `test_pocketsphinx.json`.
+strings of 1 to 6: `test_SPEAKER.json` of a held-out speaker, `train_real.json` of the others. The
+second takes the read sentences of Debian's pocketsphinx-testdata (`apt-get download` it, then
+`dpkg -x` into FOLDER): `test_pocketsphinx.json`.
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -18,10 +17,10 @@ import numpy as np
 from rich.progress import track
 
 from demo.mini.annotations import entry, write_annotations, write_clip
+from demo.mini.plan import REPEATS
 from demo.real_speech import join, join_varied, read_recordings
-from demo.synthesize import SAMPLE_RATE_HZ, WORDS
+from demo.synthesize import SAMPLE_RATE_HZ, WORDS, random_digits
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.data.annotation import read_annotation
 
 MAX_DIGITS = 6
 # <s> words </s> (name of the recording)
@@ -29,7 +28,7 @@ TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 
 
 def join_digits(
-  voices: dict, path: Path, clips: int, *, seed: int, vary: bool, add: Path | None = None
+  voices: dict, path: Path, clips: int, *, seed: int, vary: bool, repeats: float = 0.0
 ) -> None:
   """Joins recordings into strings and writes their annotation file.
 
@@ -39,7 +38,7 @@ def join_digits(
     clips: how many; every length from 1 to MAX_DIGITS is equally often there.
     seed: decides everything.
     vary: every other clip gets another throat, tempo, colour, room and noise.
-    add: annotation file the entries of which follow.
+    repeats: how many of the digits are the one before.
   """
   folder = path.with_suffix("")
   folder.mkdir(parents=True, exist_ok=True)
@@ -49,15 +48,12 @@ def join_digits(
     rng = np.random.default_rng([seed, index])
     # The speaker changes every second clip, so that each has varied and plain ones.
     speaker = speakers[index // 2 % len(speakers)]
-    digits = "".join(map(str, rng.integers(0, 10, rng.integers(1, MAX_DIGITS + 1))))
+    digits = random_digits(rng, int(rng.integers(1, MAX_DIGITS + 1)), repeats)
     speak = join_varied if vary and index % 2 else join
     clip = folder / f"{speaker}-{index:05d}.flac"
     write_clip(clip, speak(voices[speaker], digits, rng))
     text = " ".join(WORDS[int(digit)] for digit in digits)
     entries.append(entry(f"{folder.name}/{clip.name}", "asr", text))
-  if add:
-    for line in read_annotation(str(add)):
-      entries.append({**line, "path": os.path.relpath(add.parent / line["path"], path.parent)})
   write_annotations(path, entries)
 
 
@@ -98,7 +94,6 @@ def main():
   parser.add_argument("--fsdd", type=Path, help="folder of the digits")
   parser.add_argument("--pocketsphinx", type=Path, help="folder of the unpacked Debian package")
   parser.add_argument("--out", type=Path, required=True)
-  parser.add_argument("--add", type=Path, help="annotation file to train on besides")
   parser.add_argument("--held-out", default="theo", help="the speaker of the test set")
   parser.add_argument("--test-clips", type=int, default=150)
   parser.add_argument("--train-clips", type=int, default=1500)
@@ -114,7 +109,7 @@ def main():
       test = args.out / f"test_{args.held_out}.json"
       join_digits(held_out, test, args.test_clips, seed=2, vary=False)
       others = args.out / "train_real.json"
-      join_digits(voices, others, args.train_clips, seed=1, vary=True, add=args.add)
+      join_digits(voices, others, args.train_clips, seed=1, vary=True, repeats=REPEATS)
     if args.pocketsphinx:
       copy_sentences(args.pocketsphinx, args.out / "test_pocketsphinx.json")
   except FileNotFoundError as error:

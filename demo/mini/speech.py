@@ -2,12 +2,11 @@
 
     python -m demo.mini.speech --out out/mini/data [--quick]
 
-writes `train.json`, `train_digits.json` (only strings of digits, to be transcribed),
-`test_voices.json` (voices and strings of digits, sums and turns that training never has),
-`test_digits.json` (of these the strings of digits, to be transcribed), `test_sentences.json` (such
-voices with sentences that training never has) and `probe.json` (such sentences with answers to
-tasks that training never has), with their clips beside them; `activation.json` lists the sentences
-of the training. Run again after an interruption, it makes what is missing.
+writes `train_digits.json` (strings of digits, to be transcribed), `train_tasks.json` (the same for
+four tasks), `train_sentences.json`, `test_tasks.json` and `test_sentences.json` (voices, strings
+and sentences that training never has) and `probe.json` (strings of the test with answers to
+instructions that training never gives), with their clips beside them. Run again after an
+interruption, it makes what is missing.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import soxr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from demo.mini.annotations import entry, write_annotations, write_clip
-from demo.mini.plan import SPLITS, Clip, Label, SpeechConfig, balanced, plan
+from demo.mini.plan import SPLITS, Clip, Label, SpeechConfig, balanced, plan, untrained
 from demo.mini.voices import ENGINES, speak
 from demo.synthesize import SAMPLE_RATE_HZ, add_noise
 
@@ -117,39 +116,32 @@ def _render_lane(clips: list[Clip], folder: Path) -> None:
 def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str]]]:
   """The annotation files of a split: {name: entries}.
 
-  In the test each task other than transcription has `test_entries`, its answers in equal shares as
-  far as they are there, and the sentences have a file of their own.
+  In the test each task but transcription has `test_entries`, its answers in equal shares as far as
+  they are there.
   """
   pairs = [(clip, label) for clip in plan(config, split) for label in clip.labels]
+  spoken = [pair for pair in pairs if pair[0].key.startswith("sentence")]
+  digits = [pair for pair in pairs if pair[0].key.startswith("digits")]
+  asr = [pair for pair in digits if pair[1].task == "asr"]
   if split == "train":
-    strings = [(c, label) for c, label in pairs if c.key.startswith("digits")]
-    spoken = [(c, label) for c, label in pairs if c.key.startswith("sentence")]
     return {
-      "train.json": _entries(pairs, split),
-      "train_digits.json": _entries([p for p in strings if p[1].task == "asr"], split),
-      "activation.json": _entries([p for p in spoken if p[1].task == "asr"], split),
+      "train_digits.json": _entries(asr, split),
+      "train_tasks.json": _entries(digits, split),
+      "train_sentences.json": _entries(spoken, split),
     }
-  spoken = [(clip, label) for clip, label in pairs if clip.key.startswith("sentence")]
-  sentences = [pair for pair in spoken if pair[1].task == "asr"]
-  probe = _once([pair for pair in spoken if len(pair[0].labels) > 1])
-  voices = [pair for pair in pairs if pair not in spoken]
-  tasks = dict.fromkeys(label.task for _, label in voices)
-  chosen = []
-  for task in tasks:
-    of_task = [(clip, label) for clip, label in voices if label.task == task]
-    chosen += of_task if task == "asr" else balanced(of_task, config.test_entries)
-  digits = [(clip, label) for clip, label in chosen if label.task == "asr"]
+  new = {*untrained()[0]}
+  chosen = list(asr)
+  for task in dict.fromkeys(label.task for _, label in digits):
+    if task not in {"asr", *new}:
+      chosen += balanced([p for p in digits if p[1].task == task], config.test_entries)
+  new = {*untrained()[0]}
+  probed = {clip.key for clip, label in digits if label.task in new}
+  probe = [p for p in digits if p[0].key in probed and p[1].task in {"asr", *new}]
   return {
-    "test_digits.json": _entries(digits, split),
-    "test_voices.json": _entries(chosen, split),
-    "test_sentences.json": _entries(sentences, split),
+    "test_tasks.json": _entries(chosen, split),
+    "test_sentences.json": _entries(spoken, split),
     "probe.json": _entries(probe, split),
   }
-
-
-def _once(pairs: list[tuple[Clip, Label]]) -> list[tuple[Clip, Label]]:
-  """The first clip only of each answer to each task."""
-  return list({(label.task, label.text): (clip, label) for clip, label in reversed(pairs)}.values())
 
 
 def _entries(pairs: list[tuple[Clip, Label]], split: str) -> list[dict[str, str]]:

@@ -67,13 +67,6 @@ class Speaker:
     """The voice without its accent: what is held out, and who counts as one person."""
     return self.voice.rpartition("+")[2]
 
-  @property
-  def sex(self) -> str | None:
-    """ "female", "male", or None where the voice's definition does not say."""
-    if self.variant in FEMALE_VARIANTS:
-      return "female"
-    return "male" if self.variant in MALE_VARIANTS else NEURAL.get(self.voice)
-
 
 class Casting:
   """Draws speakers: a third female, a third male, a third of a sex that nobody states.
@@ -118,14 +111,6 @@ class Casting:
       # The test voices speak as they are.
       shift=1.0 if self._test else float(np.exp(rng.uniform(np.log(low), np.log(high)))),
     )
-
-  def draw_people(self, count: int) -> list[Speaker]:
-    """Speakers who are clearly different people: no two voices of one family (m1 and m4)."""
-    people: dict[str, Speaker] = {}
-    while len(people) < count:
-      speaker = self.draw()
-      people.setdefault(speaker.variant.rstrip("0123456789"), speaker)
-    return list(people.values())
 
 
 def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:

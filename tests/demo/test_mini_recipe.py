@@ -32,18 +32,18 @@ def test_the_settings_of_a_stage_are_those_of_its_config_elsewhere(stage):
 
 def test_the_quick_recipe_stays_apart():
   assert all("out/mini/" not in setting for setting in QUICK.settings("tasks"))
-  assert "--config.train.steps=60" in QUICK.settings("digits")
+  assert "--config.train.steps=60" in QUICK.settings("tasks")
 
 
 def test_an_unknown_stage_is_refused():
-  with pytest.raises(ValueError, match="digits, tasks, real"):
+  with pytest.raises(ValueError, match="digits, tasks, real, sentences"):
     mini_salmonn.get_config("letters")
 
 
 def test_every_task_of_the_data_has_a_prompt_and_every_weight_a_task():
   config = _config("tasks")
   prompts = read_prompts(mini_salmonn.PROMPTS)
-  trained = {line["task"] for line in entries_of(SpeechConfig(), "train")["train.json"]}
+  trained = {line["task"] for line in entries_of(SpeechConfig(), "train")["train_tasks.json"]}
   tested = {
     line["task"] for entries in entries_of(SpeechConfig(), "test").values() for line in entries
   }
