@@ -11,7 +11,7 @@ Hardware:  16 TPU v5e (4x4): the compiled train step plans 4.2 GiB of a chip's 1
            and 6.0 at 13B (stage 2), 64 clips of 30 s an update; not run or trained yet:
            python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
 Time:      not measured
-Expected:  the published figures (README's table of the 15 tasks), not reproduced yet
+Expected:  the published figures (`eval.py --suite=salmonn` prints them), not reproduced yet
 """
 
 from mooer_jax.prompts import SALMONN_PROMPTS, read_prompts

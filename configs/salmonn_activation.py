@@ -7,7 +7,7 @@ Command:   python train.py --config=configs/salmonn_activation.py:7b
            --config.eval.shards=probe.json
 Hardware:  one GPU of 80 GB, or 8 TPU v5e; not run, and not compiled for them
 Time:      not measured
-Expected:  the published change of the 15 tasks (README's table), not reproduced yet
+Expected:  the published change of the 15 tasks (`eval.py --suite=salmonn`), not reproduced yet
 """
 
 from configs import salmonn

@@ -1,6 +1,7 @@
 """What `convert verify` found: the errors of every stage, the bounds on them, the tables."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,8 +91,10 @@ def stage_errors(ours: Mapping[str, Any], theirs: Mapping[str, np.ndarray]) -> l
     array, other = np.asarray(ours[stage]), theirs[stage]
     if array.shape != other.shape:
       raise ConversionError(f"{stage}: ours is {array.shape}, theirs {other.shape}")
-    largest = float(np.abs(array - other).max())
-    rows.append(Error(stage, largest, largest / float(other.std())))
+    largest, spread = float(np.abs(array - other).max()), float(other.std())
+    # Silence alone makes features that are all the same.
+    relative = largest / spread if spread else 0.0 if largest == 0 else math.inf
+    rows.append(Error(stage, largest, relative))
   return rows
 
 

@@ -52,6 +52,11 @@ def evaluate(
     raise ValueError(f"eval.metric={options.metric!r}: choose one of {sorted(METRICS)}")
   if options.bleu_tokenize:
     check_tokenizer(options.bleu_tokenize)
+    if not options.task:
+      raise ValueError(
+        f"eval.bleu_tokenize={options.bleu_tokenize!r} is for answers of one task: set eval.task or"
+        " leave it out, and each task is scored in its own way"
+      )
   folder = checkpoint.find(path)
   out = out_folder(options, folder, Path(options.shards).absolute().parent.name)
   references = _given_references(options)  # before minutes of work, for it may be wrong

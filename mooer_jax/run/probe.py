@@ -62,14 +62,16 @@ def perplexity(
   rows: list[Perplexity] = []
   for step, folder in track(_steps(path, base), "perplexities", console=Console(stderr=True)):
     loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
+    for instruction in instructions:  # all of them before minutes of work
+      task_prompt(instruction, dict(loaded.model.prompts))
     for instruction in (NONE, *instructions):
       rows += [
         Perplexity(str(folder), step, scale, instruction, task, math.exp(nats / tokens), tokens)
         for scale, sums in _sums(config, options, loaded, instruction, scales).items()
         for task, (nats, tokens) in sums.items()
       ]
+      probe_report.write(out / "perplexity.json", rows)
   Console().print(probe_report.perplexity_table(rows))
-  probe_report.write(out / "perplexity.json", rows)
   print(probe_report.draw_perplexities(rows, out / "perplexity.png"))
   return rows
 
@@ -148,6 +150,8 @@ def lora_sweep(
     FileNotFoundError, ValueError: for a bad config, checkpoint or test set.
   """
   prepare_process()
+  if any(scale < 0 for scale in scales):
+    raise ValueError(f"--scales={','.join(f'{s:g}' for s in scales)}: must be at least 0")
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
   folder = checkpoint.find(path)
   out = out_folder(options, folder, "lora_sweep")
@@ -160,7 +164,7 @@ def lora_sweep(
     decoded = decode_set(config, dataclasses.replace(options, lora_scale=scale), loaded)
     scores = score_by_task(decoded.tasks, decoded.transcripts, decoded.hypotheses)
     points += [SweepPoint(scale, task, **dataclasses.asdict(s)) for task, s in scores.items()]
+    probe_report.write(out / "lora_sweep.json", points)
   Console().print(probe_report.sweep_table(points))
-  probe_report.write(out / "lora_sweep.json", points)
   print(probe_report.draw_sweep(points, trained, out / "lora_sweep.png"))
   return points

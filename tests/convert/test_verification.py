@@ -1,6 +1,7 @@
 """`verify` finds both sides equal, and fails by name of the stage where a weight is not."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from convert import comparison
 from convert.errors import ConversionError
 from convert.importing import Options, import_checkpoint
 from convert.main import main
-from convert.verdict import BOUNDS, Error, Verdict, accuracy, same_tokens
+from convert.verdict import BOUNDS, Error, Verdict, accuracy, same_tokens, stage_errors
 from convert.verification import verify
 from mooer_jax import checkpoint, tree
 from tests.convert.folders_of import llm, saved_llm, with_lora
@@ -299,3 +300,12 @@ def test_small_divergences_are_computed_in_float64():
   np.testing.assert_allclose(found.mean_kl, variance_A.mean() / 2, rtol=1e-3)
   np.testing.assert_allclose(found.largest_kl, variance_A.max() / 2, rtol=1e-3)
   assert found.agreement == 1
+
+
+def test_a_stage_of_one_value_is_compared_too():
+  """As the features of silence are."""
+  same = {"features": np.full((1, 3), -1.5)}
+  (error,) = stage_errors(same, same)
+  assert error.relative == 0
+  (error,) = stage_errors({"features": np.zeros((1, 3))}, same)
+  assert error.relative == math.inf
