@@ -61,14 +61,6 @@ class SpeechConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-  """What one speaker says: pieces that are spoken each by itself and joined with pauses."""
-
-  speaker: Speaker
-  pieces: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Label:
   """A task that a clip serves: the answer, and the question where the prompt has one."""
 
@@ -79,10 +71,20 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One recording to make; `seed` decides its acoustics."""
+  """One recording to make.
+
+  Attributes:
+    key: its name.
+    speaker: who speaks.
+    pieces: what is said, each by itself, joined with pauses.
+    labels: the tasks that it serves.
+    seed: decides its acoustics.
+    limit_s: its longest duration.
+  """
 
   key: str
-  turns: tuple[Turn, ...]
+  speaker: Speaker
+  pieces: tuple[str, ...]
   labels: tuple[Label, ...]
   seed: tuple[int, ...]
   limit_s: float = LIMIT_S
@@ -132,14 +134,14 @@ def _digits(rng, casting, index, *, test, max_digits) -> Clip:
   if test and index < len(untrained()):
     labels += tuple(Label(task, answer.format(text)) for task, answer in untrained()[index].items())
   pieces = words if rng.random() < 0.5 else (text,)
-  return Clip("", (Turn(speaker, pieces),), labels, (), DIGITS_LIMIT_S)
+  return Clip("", speaker, pieces, labels, (), DIGITS_LIMIT_S)
 
 
 def _sentence(rng, casting, index, *, test, max_digits) -> Clip:
   sentences = sentences_of(test)
   # A stride that shares no factor with the list visits every sentence before one comes again.
   sentence = sentences[index * _stride(len(sentences)) % len(sentences)]
-  return Clip("", (Turn(casting.draw(), (sentence,)),), (Label("asr", sentence),), ())
+  return Clip("", casting.draw(), (sentence,), (Label("asr", sentence),), ())
 
 
 @functools.cache

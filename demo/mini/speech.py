@@ -62,13 +62,9 @@ def render(clip: Clip) -> np.ndarray:
 def _join(clip: Clip, rng: np.random.Generator, hurry: float) -> np.ndarray:
   longest_s = rng.uniform(0.08, 0.4)
   parts = [_silence(rng.uniform(0.05, 0.4))]
-  for turn in clip.turns:
-    for piece in turn.pieces:
-      spoken = speak(turn.speaker, piece, hurry=hurry)
-      parts += [
-        spoken * 10 ** (rng.uniform(-2, 2) / 20),
-        _silence(rng.uniform(0.05, longest_s)),
-      ]
+  for piece in clip.pieces:
+    spoken = speak(clip.speaker, piece, hurry=hurry)
+    parts += [spoken * 10 ** (rng.uniform(-2, 2) / 20), _silence(rng.uniform(0.05, longest_s))]
   parts[-1] = _silence(rng.uniform(0.05, 0.4))
   return np.concatenate(parts)
 
@@ -96,9 +92,8 @@ def lanes_of(clips: list[Clip]) -> list[list[Clip]]:
   """The clips in lanes, those of the slow voices first."""
 
   def rank(clip: Clip):
-    slow = any(turn.speaker.engine == "joe" for turn in clip.turns)
     # By voice, because changing it costs as much as a short sentence.
-    return not slow, clip.turns[0].speaker.voice, clip.key
+    return clip.speaker.engine != "joe", clip.speaker.voice, clip.key
 
   ordered = sorted(clips, key=rank)
   return [ordered[i : i + LANE_CLIPS] for i in range(0, len(ordered), LANE_CLIPS)]
@@ -134,7 +129,6 @@ def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str
   for task in dict.fromkeys(label.task for _, label in digits):
     if task not in {"asr", *new}:
       chosen += balanced([p for p in digits if p[1].task == task], config.test_entries)
-  new = {*untrained()[0]}
   probed = {clip.key for clip, label in digits if label.task in new}
   probe = [p for p in digits if p[0].key in probed and p[1].task in {"asr", *new}]
   return {

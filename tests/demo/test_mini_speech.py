@@ -21,7 +21,6 @@ from demo.mini.plan import (
   SPANISH,
   Clip,
   SpeechConfig,
-  Turn,
   balanced,
   plan,
   sentences_of,
@@ -67,7 +66,7 @@ def made(tmp_path_factory):
 
 
 def _said(clip):
-  return " ".join(piece for turn in clip.turns for piece in turn.pieces)
+  return " ".join(clip.pieces)
 
 
 def _labels(clips, task):
@@ -75,7 +74,7 @@ def _labels(clips, task):
 
 
 def _variants(clips):
-  return {turn.speaker.variant for clip in clips for turn in clip.turns}
+  return {clip.speaker.variant for clip in clips}
 
 
 def test_no_voice_and_no_string_of_the_test_is_in_training(plans):
@@ -263,15 +262,14 @@ def test_words_by_themselves_are_parted_by_pauses():
   words = ("seven", "one", "nine", "four")
   lengths = []
   for pieces in (words, (" ".join(words),)):
-    clip = Clip("x", (Turn(speaker, pieces),), (), (0, 0), DIGITS_LIMIT_S)
+    clip = Clip("x", speaker, pieces, (), (0, 0), DIGITS_LIMIT_S)
     lengths.append(len(render(clip)))
   assert lengths[0] > lengths[1]
 
 
 def test_speech_that_is_too_long_is_hurried_or_refused():
   slow = Speaker("en+m2", speed=0.6)
-  turn = Turn(slow, ("seven",) * 7)
-  clip = Clip("slow", (turn,), (), (0, 1), DIGITS_LIMIT_S)
+  clip = Clip("slow", slow, ("seven",) * 7, (), (0, 1), DIGITS_LIMIT_S)
   assert len(render(clip)) <= DIGITS_LIMIT_S * SAMPLE_RATE_HZ
   with pytest.raises(ValueError, match="slow: .* over 1.0 s"):
     render(dataclasses.replace(clip, limit_s=1.0))
