@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.audio.frontend import features as numpy_features
-from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.config import SpeechLLMConfig, model_config
 from mooer_jax.decoders.llm import LLMConfig
 from tests import jaxprs, tiny
 
@@ -262,3 +263,32 @@ def test_mooer_7b_at_full_size_by_shape():
     batch,
   )
   assert value.shape == sums["tokens"].shape == ()
+
+
+def test_a_new_model_is_a_new_configuration():
+  """SAN-M, a Q-Former and Qwen2: no code knows of the three together."""
+  section = ConfigDict(
+    dict(
+      encoders=("sanm_large",),
+      connector="qformer",
+      decoder="qwen2_0.5b",
+      sanm=dict(input_width=56, width=32, layers=2, heads=4, mlp_width=48),
+      qformer=dict(window=5, stride=5, queries=2, width=32, heads=4, mlp_width=48, edge="pad"),
+      llm=dict(
+        vocab=61, width=40, layers=2, heads=4, kv_heads=2, head_width=10, mlp_width=56, lora_rank=4
+      ),
+      frontends=dict(sanm=dict(fbank=dict(bins=8))),
+    )
+  )
+  config = model_config(section)
+  params = tiny.init(config)
+  rows = [tiny.row(n, frames=frames, config=config) for n, frames in enumerate((13, 6))]
+  logits = jax.jit(lambda batch: speech_llm.answer_logits(params, batch, config))
+  together = logits(tiny.batch(rows))
+  for n, row in enumerate(rows):
+    # Sums run in another order when shapes change; logits are of size 1 to 10.
+    np.testing.assert_allclose(together[n], logits(tiny.batch([row]))[0], atol=1e-4)
+  frames_BTD, valid_BT = speech_llm.encode(params, tiny.batch(rows), config)
+  speech_BSD, valid_BS = speech_llm.connect(params, frames_BTD, valid_BT, config)
+  assert speech_BSD.shape == (2, 6, 40)  # 13 frames are three windows of two queries
+  assert valid_BS.sum(1).tolist() == [6, 4]

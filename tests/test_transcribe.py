@@ -219,6 +219,24 @@ def test_a_question_is_part_of_what_is_asked(transcriber, clips):
       transcriber.transcribe(path, **wrong)
 
 
+def test_without_a_template_the_prompt_stands_as_it_is(transcriber, clips):
+  path = [clips[0].path]
+  [templated] = transcriber.transcribe(path, prompt="10")
+  [same] = transcriber.transcribe(path, prompt="<SpeechHere>10", template="none")
+  [turned] = transcriber.transcribe(path, prompt="1<SpeechHere>0", template="none")
+  assert same.tokens == templated.tokens != turned.tokens
+
+
+def test_the_command_reads_line_breaks_and_hands_the_template_over(folder, clips, monkeypatch):
+  given = {}
+  monkeypatch.setattr(
+    mooer_jax.Transcriber, "transcribe", lambda self, paths, **options: given.update(options) or []
+  )
+  command = ["ask", "--checkpoint", str(folder), "--prompt", r"1\n<SpeechHere>0"]
+  assert cli.main([*command, "--template", "none", str(clips[0].path)]) == 0
+  assert given["prompt"] == "1\n<SpeechHere>0" and given["template"] == "none"
+
+
 def test_the_command_takes_questions_and_long_clips(
   folder, transcriber, long_clip, tmp_path, capsys
 ):
