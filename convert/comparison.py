@@ -33,9 +33,17 @@ Prompt = tuple[Sequence[int], Sequence[int]]
 
 
 def load_clips(files: Sequence[Path], config: SpeechLLMConfig) -> list[np.ndarray]:
-  """The recordings as the model hears them: float32 [N] each."""
+  """The recordings as the model hears them: float32 [N] each.
+
+  Raises:
+    ValueError: if one is too short or too long for an encoder, before PyTorch would cut it.
+  """
   rate_hz = config.frontends[0].sample_rate_hz
-  return [load_audio(file, sample_rate_hz=rate_hz, channel=config.channel) for file in files]
+  clips = [load_audio(file, sample_rate_hz=rate_hz, channel=config.channel) for file in files]
+  for file, clip_N in zip(files, clips, strict=True):
+    for frontend in config.frontends:
+      features(config.filled_up(clip_N), frontend, name=str(file))
+  return clips
 
 
 def encoder_alone(about: Checkpoint, kind: str) -> SpeechLLMConfig:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,3 +310,9 @@ def test_a_stage_of_one_value_is_compared_too():
   assert error.relative == 0
   (error,) = stage_errors({"features": np.zeros((1, 3))}, same)
   assert error.relative == math.inf
+
+
+def test_what_does_not_exist_is_named_and_not_sought_on_the_net(sides):
+  source, folder = sides
+  with pytest.raises(FileNotFoundError, match="lmsys/vicuna-7b-v1.5: no such file or folder"):
+    verify("mooer", source, folder, audio=["a.wav"], llm=Path("lmsys/vicuna-7b-v1.5"))
