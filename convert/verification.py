@@ -104,10 +104,6 @@ def verify(
       raise ConversionError(f"verify {kind} needs {_WHAT[name]}")
     if value and name not in (*needed, *taken):
       raise ValueError(f"--{name.replace('_', '-')} means nothing for verify {kind}")
-  for path in (src, llm, whisper, beats, lora_config):
-    # transformers would seek a name that is no path on the net.
-    if path is not None and not Path(path).exists():
-      raise FileNotFoundError(f"{path}: no such file or folder")
   found = checkpoint.find(folder)
   base = None if base is None else checkpoint.find(base)
   config = checkpoint.describe(found, base=base).config
@@ -116,6 +112,10 @@ def verify(
     raise ConversionError(
       f"{found} has no {missing[0]} to verify as {kind}; it holds {', '.join(config)}{hint}"
     )
+  for path in (src, llm, whisper, beats, lora_config):
+    # transformers would seek a name that is no path on the net.
+    if path is not None and not Path(path).exists():
+      raise FileNotFoundError(f"{path}: no such file or folder")
   about = checkpoint.load(found, dtype="float32", base=base)
   if kind in _ENCODERS:
     return _encoder(about, kind, src, audio)
