@@ -12,7 +12,9 @@ from mooer_jax.run.flags import one_line_errors, parse_flags
 from mooer_jax.run.probe import lora_sweep, perplexity
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "checkpoint folder, or training workdir")
+_CHECKPOINT = flags.DEFINE_multi_string(
+  "checkpoint", None, "checkpoint folder, or training workdir; perplexity takes several"
+)
 _BASE = flags.DEFINE_string("base", None, "where the base of a fine-tune lies, if it moved")
 _MODE = flags.DEFINE_enum("mode", "score", ["score", "perplexity", "lora-sweep"], "what to do")
 _SCALES = flags.DEFINE_list("scales", [], "LoRA scales of perplexity and lora-sweep")
@@ -25,7 +27,10 @@ _ANNOTATIONS = flags.DEFINE_string("annotations", None, "suite: folder of its an
 
 def main(argv):
   del argv
-  config, path, base = _CONFIG.value, _CHECKPOINT.value, _BASE.value
+  config, paths, base = _CONFIG.value, _CHECKPOINT.value, _BASE.value
+  path = paths[0]
+  if len(paths) > 1 and (_SUITE.value or _MODE.value != "perplexity"):
+    raise app.UsageError("several --checkpoint are for --mode=perplexity")
   if _SUITE.value:
     if not _ANNOTATIONS.value:
       raise app.UsageError("--suite needs --annotations=FOLDER")
@@ -37,7 +42,7 @@ def main(argv):
     raise app.UsageError(f"--scales={','.join(_SCALES.value)}: numbers are needed") from error
   if _MODE.value == "perplexity":
     one_line_errors(
-      lambda: perplexity(config, path, instructions=_INSTRUCTIONS.value, scales=scales, base=base)
+      lambda: perplexity(config, paths, instructions=_INSTRUCTIONS.value, scales=scales, base=base)
     )
   elif _MODE.value == "lora-sweep":
     one_line_errors(lambda: lora_sweep(config, path, scales=scales, base=base))

@@ -29,8 +29,9 @@ def get_config():
   config.optimizer.warmup_steps = 0
   config.optimizer.decay = "constant"
   config.train.steps = 12
-  config.train.log_every = config.train.save_every = 1
-  config.train.keep = 12  # for the perplexities of every step
-  config.eval.shards = "out/mini/data/probe.json"
-  config.eval.batch_size = 12
+  config.train.log_every, config.train.save_every = 1, 12
+  config.probe.shards = "out/mini/data/probe.json"
+  config.probe.instructions = ("story", "reply")
+  config.probe.batch_size = 12
+  config.eval.shards, config.eval.batch_size = config.probe.shards, 12
   return config

@@ -2,9 +2,7 @@
 
 Command:   python train.py --config=configs/salmonn_activation.py:7b
            --config.init_from=out/salmonn_7b_2/step_00090000 --config.activation.shards=stories.json
-           python eval.py --config=configs/salmonn_activation.py:7b --mode=perplexity
-           --checkpoint=out/salmonn_7b_3 --instructions=audio_story_telling
-           --config.eval.shards=probe.json
+           --config.probe.shards=probe.json
 Hardware:  one GPU of 80 GB, or 8 TPU v5e; not run, and not compiled for them
 Time:      not measured
 Expected:  the published change of the 15 tasks (`eval.py --suite=salmonn`), not reproduced yet
@@ -19,6 +17,8 @@ def get_config(size: str = "7b"):
   config.activation.task = "audio_story_telling"
   config.activation.lora_scale = 2.0  # half of the trained one
   config.activation.clips = 12
+  config.probe.instructions = ("audio_story_telling",)
+  config.probe.batch_size = 1
 
   config.data.prompts = ""
   config.data.task_weights = {}
@@ -28,7 +28,6 @@ def get_config(size: str = "7b"):
   config.optimizer.decay = "constant"
   config.optimizer.peak_lr = 3e-5
   config.train.steps = 12
-  config.train.log_every = config.train.save_every = 1
-  config.train.keep = 12  # for the perplexities of every step
+  config.train.log_every, config.train.save_every = 1, 12
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, -1
   return config

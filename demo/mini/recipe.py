@@ -61,7 +61,7 @@ class Recipe:
       f"--config.{'activation' if tuning else 'data'}.shards={self.out / shards}",
     ]
     if tuning:
-      return settings
+      return [*settings, f"--config.probe.shards={self.out / 'data/probe.json'}"]
     settings.append(f"--config.data.cache_features={self.out / 'cache'}")
     if self.steps:
       settings += [
@@ -134,17 +134,14 @@ def run(
 
 
 def _tune(stages: Stages, recipe: Recipe):
-  """Shows how far the model is bound to its tasks, tunes it, and shows it again."""
-  probe = recipe.out / "data/probe.json"
-  settings = recipe.settings("activation")
-  seeing = ["--mode=perplexity", "--instructions=story,reply", f"--config.eval.shards={probe}"]
-  tasks, tuned = recipe.out / "tasks", recipe.out / "activation"
-  _call(sys.executable, "eval.py", *settings, f"--checkpoint={checkpoint.find(tasks)}", *seeing,
-        "--scales=0,2,4")  # fmt: skip
+  """Shows how far the model is bound to its tasks, and tunes it; the run shows what that does."""
+  tasks, probe = recipe.out / "tasks", recipe.out / "data/probe.json"
+  _call(sys.executable, "eval.py", *recipe.settings("activation"),
+        f"--checkpoint={checkpoint.find(tasks)}", f"--config.eval.shards={probe}",
+        "--mode=perplexity", "--instructions=story,reply", "--scales=0,1,2,3,4")  # fmt: skip
   _call(sys.executable, "eval.py", *recipe.settings("tasks"), f"--checkpoint={tasks}",
         "--mode=lora-sweep", "--scales=0,1,2,3,4")  # fmt: skip
   _train(stages, recipe, "activation")
-  _call(sys.executable, "eval.py", *settings, f"--checkpoint={tuned}", *seeing)
 
 
 def _train(stages: Stages, recipe: Recipe, stage: str):

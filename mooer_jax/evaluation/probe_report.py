@@ -1,11 +1,14 @@
 """Tables and figures of what `run/probe.py` measures."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+
+NONE = "(none)"  # what the absence of an instruction is called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +54,22 @@ def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None
   path.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
+def read_perplexities(path: Path) -> list[Perplexity]:
+  """Reads what `write` wrote."""
+  return [Perplexity(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def perplexity_table(rows: Sequence[Perplexity]) -> Table:
   """A line for each checkpoint, scale and instruction, a column for each task."""
   tasks = list(dict.fromkeys(row.task for row in rows))
-  table = Table("step", "LoRA scale", "instruction", *tasks, title="perplexity")
-  lines = dict.fromkeys((r.step, r.scale, r.instruction) for r in rows)
-  found = {(r.step, r.scale, r.instruction, r.task): r.perplexity for r in rows}
-  for step, scale, instruction in lines:
-    cells = (found.get((step, scale, instruction, task)) for task in tasks)
-    shown = ("" if value is None else f"{value:.2f}" for value in cells)
-    table.add_row(str(step), f"{scale:g}", instruction, *shown)
+  table = Table("checkpoint", "step", "LoRA scale", "instruction", *tasks, title="perplexity")
+  lines: dict[tuple, dict[str, float]] = {}
+  for r in rows:
+    line = lines.setdefault((r.checkpoint, r.step, r.scale, r.instruction), {})
+    line[r.task] = r.perplexity
+  for (folder, step, scale, instruction), found in lines.items():
+    shown = (f"{found[task]:.2f}" if task in found else "" for task in tasks)
+    table.add_row(_name(folder), str(step), f"{scale:g}", instruction, *shown)
   return table
 
 
@@ -81,32 +90,52 @@ def _cell(point: SweepPoint) -> str:
 
 
 def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
-  """A panel for each instruction, against the step, or the LoRA scale of a single checkpoint."""
+  """P(Y|X) above P(Y|X, I), a column for each instruction, as the paper's figure 4.
+
+  A column shows the tasks but those of the other instructions. Against the step, the LoRA scale of
+  a single checkpoint, or the checkpoints in their order where steps say nothing.
+  """
   from matplotlib.figure import Figure
 
-  instructions = list(dict.fromkeys(row.instruction for row in rows))
-  tasks = list(dict.fromkeys(row.task for row in rows))
-  by_step = len({row.step for row in rows}) > 1
-  figure = Figure(figsize=(4.2 * len(instructions), 3.6), layout="constrained")
-  panels = figure.subplots(1, len(instructions), sharey=True, squeeze=False)[0]
-  for axes, instruction in zip(panels, instructions, strict=True):
-    for number, task in enumerate(tasks):
-      for scale in dict.fromkeys(row.scale for row in rows) if by_step else (None,):
-        line = [
-          row
-          for row in rows
-          if (row.instruction, row.task) == (instruction, task) and scale in (None, row.scale)
-        ]
-        x = [row.step if by_step else row.scale for row in line]
-        label = task if scale is None or len({r.scale for r in rows}) == 1 else f"{task}, {scale:g}"
-        axes.plot(x, [row.perplexity for row in line], "o-", color=f"C{number}", label=label)
-    given = instruction.startswith("(")
-    axes.set_title("P(Y|X), no instruction" if given else f"P(Y|X, I), I of {instruction}")
-    axes.set(xlabel="step" if by_step else "LoRA scale", yscale="log")
-  panels[0].set_ylabel("perplexity of the reference answers")
-  panels[-1].legend(fontsize="small")
+  given = [name for name in dict.fromkeys(row.instruction for row in rows) if name != NONE]
+  folders = list(dict.fromkeys((row.checkpoint, row.step) for row in rows))
+  steps = [step for _, step in folders]
+  in_order = len(set(steps)) == len(steps)
+  columns, height = max(1, len(given)), 2 if given else 1
+  figure = Figure(figsize=(max(4.6 * columns, 5.2), 3.4 * height), layout="constrained")
+  grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
+  letters = iter("abcdefghijklmnopqrstuvwxyz")
+  for instructions, panels in zip(([NONE] * columns, given), grid, strict=False):
+    for column, (instruction, axes) in enumerate(zip(instructions, panels, strict=True)):
+      others = {*given} - {*given[column : column + 1]}
+      shown = [r for r in rows if r.instruction == instruction and r.task not in others]
+      for number, task in enumerate(dict.fromkeys(row.task for row in rows)):
+        line = [row for row in shown if row.task == task]
+        scales = list(dict.fromkeys(row.scale for row in line))
+        if len(folders) == 1:
+          axes.plot(scales, [r.perplexity for r in line], "o-", color=f"C{number}", label=task)
+          continue
+        for scale, style in zip(scales, itertools.cycle(("-", "--", ":", "-."))):
+          of = [row for row in line if row.scale == scale]
+          x = [r.step if in_order else folders.index((r.checkpoint, r.step)) for r in of]
+          label = task if len(scales) == 1 else f"{task}, {scale:g}"
+          y = [row.perplexity for row in of]
+          axes.plot(x, y, "o", linestyle=style, color=f"C{number}", label=label, markersize=4)
+      what = "P(Y|X)" if instruction == NONE else f"P(Y|X, I), I of {instruction}"
+      axes.set(title=f"({next(letters)}) {what}" if given else what, yscale="log")
+      axes.legend(fontsize="small")
+  for axes in grid[-1]:
+    axes.set_xlabel("LoRA scale" if len(folders) == 1 else "step" if in_order else "")
+    if len(folders) > 1 and not in_order:
+      axes.set_xticks(range(len(folders)), [_name(f) for f, _ in folders], rotation=30, ha="right")
+  for panels in grid:
+    panels[0].set_ylabel("perplexity of the references")
   figure.savefig(path, dpi=120)
   return path
+
+
+def _name(folder: str) -> str:
+  return "/".join(Path(folder).parts[-2:])
 
 
 def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path:

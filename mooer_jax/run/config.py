@@ -10,7 +10,8 @@ from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.generation import GenerationOptions
-from mooer_jax.run.setup import TrainConfig, check_sections, read_model, section
+from mooer_jax.prompts import task_prompt
+from mooer_jax.run.setup import ProbeConfig, TrainConfig, check_sections, read_model, section
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
 
@@ -25,6 +26,7 @@ class Run:
   train: TrainConfig
   mesh: MeshConfig
   generation: GenerationOptions
+  probe: ProbeConfig
   trainable: tuple[str, ...]
   workdir: Path
   seed: int
@@ -50,6 +52,7 @@ class Run:
       train=section(config, "train", TrainConfig),
       mesh=section(config, "mesh", MeshConfig),
       generation=_generation(config, init_from),
+      probe=section(config, "probe", ProbeConfig),
       trainable=tuple(config["trainable"]),
       workdir=Path(config["workdir"]),
       seed=seed,
@@ -81,6 +84,8 @@ class Run:
       raise ValueError(
         f"data.max_s={run.data.max_s} is longer than model.max_audio_s={model.max_audio_s}"
       )
+    for instruction in run.probe.instructions:
+      task_prompt(instruction, dict(model.prompts))
     return run
 
 

@@ -8,7 +8,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.run.activation import ActivationConfig
 from mooer_jax.run.decoding import EvalConfig
-from mooer_jax.run.setup import TrainConfig
+from mooer_jax.run.setup import ProbeConfig, TrainConfig
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
 
@@ -20,6 +20,7 @@ _SECTIONS = {
   "mesh": MeshConfig,
   "eval": EvalConfig,
   "activation": ActivationConfig,
+  "probe": ProbeConfig,
 }
 # Decided elsewhere: by training or decoding, by the config's one seed.
 _NOT_SET = ("compute.scan", "data.seed")

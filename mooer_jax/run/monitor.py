@@ -15,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mooer_jax.evaluation.probe_report import Perplexity
+
 
 class Monitor:
   """Records every step, prints every `log_every`; draws the loss curve when the run ends."""
@@ -112,6 +114,16 @@ class Monitor:
     self._progress.update(self._bar, completed=step, line=line)
     if not self._console.is_terminal:
       self.message(f"step {step}/{self._steps}  {line}")
+
+  def perplexities(self, rows: Sequence[Perplexity]):
+    """Takes what a probe measured at a step."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+      name = f"perplexity/{row.instruction}/{row.task}"
+      self._tensorboard.add_scalar(name, row.perplexity, row.step)
+      said.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
+    shown = ("  ".join((f"under {name}:", *values)) for name, values in said.items())
+    self.message(f"step {rows[0].step}  perplexities {'; '.join(shown)}")
 
   def message(self, text: str):
     """Prints a line above the progress bar."""

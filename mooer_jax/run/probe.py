@@ -25,17 +25,18 @@ from mooer_jax import checkpoint, speech_llm
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.evaluation import probe_report
 from mooer_jax.evaluation.by_task import score_by_task
-from mooer_jax.evaluation.probe_report import Perplexity, SweepPoint
-from mooer_jax.prompts import SPEECH, TEMPLATES, task_prompt
+from mooer_jax.evaluation.probe_report import NONE, Perplexity, SweepPoint
+from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
+from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import EvalConfig, Loaded, batches_of, decode_set, load, out_folder
 from mooer_jax.run.setup import prepare_process, section
-
-NONE = "(none)"  # what the absence of an instruction is called
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.training.sharding import batch_sharding
 
 
 def perplexity(
   config: Mapping[str, Any],
-  path: str,
+  paths: Sequence[str],
   *,
   instructions: Sequence[str] = (),
   scales: Sequence[float] = (),
@@ -45,7 +46,7 @@ def perplexity(
 
   Args:
     config: with section `eval`; each utterance has its own task.
-    path: checkpoint folder, or the folder of a run, of which every checkpoint is taken.
+    paths: checkpoint folders; of the folder of a run every checkpoint is taken.
     instructions: tasks of the model whose prompts are given as I; no instruction always is.
     scales: LoRA scales; none: that of training.
     base: where the base of a fine-tune lies, if it moved.
@@ -58,45 +59,109 @@ def perplexity(
   """
   prepare_process()
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
-  out = out_folder(options, checkpoint.find(path), "perplexity")
+  out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
   rows: list[Perplexity] = []
-  for step, folder in track(_steps(path, base), "perplexities", console=Console(stderr=True)):
+  steps = list(dict.fromkeys(step for path in paths for step in _steps(path, base)))
+  for step, folder in track(steps, "perplexities", console=Console(stderr=True)):
     loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
-    for instruction in instructions:  # all of them before minutes of work
-      task_prompt(instruction, dict(loaded.model.prompts))
+    _check(instructions, loaded.model)
     for instruction in (NONE, *instructions):
-      rows += [
-        Perplexity(str(folder), step, scale, instruction, task, math.exp(nats / tokens), tokens)
-        for scale, sums in _sums(config, options, loaded, instruction, scales).items()
-        for task, (nats, tokens) in sums.items()
-      ]
+      sums = _sums(config, options, loaded, instruction, scales)
+      rows += _rows(sums, str(folder), step, instruction)
       probe_report.write(out / "perplexity.json", rows)
   Console().print(probe_report.perplexity_table(rows))
   print(probe_report.draw_perplexities(rows, out / "perplexity.png"))
   return rows
 
 
+class Probe:
+  """Measures a run as it trains: perplexity.json and perplexity.png in its folder."""
+
+  def __init__(
+    self, config: Mapping[str, Any], run: Run, tokenizer: Tokenizer, mesh, *, first: int
+  ):
+    """Takes the updates already done; keeps what was measured up to there.
+
+    Raises:
+      FileNotFoundError, ValueError: for a bad test set, or prompts that do not fit the template.
+    """
+    self._config, self._run, self._tokenizer = config, run, tokenizer
+    self._rows_sharding = batch_sharding(mesh)
+    self._options = EvalConfig(run.probe.shards, task="", batch_size=run.probe.batch_size)
+    self._file = run.workdir / "perplexity.json"
+    rows = probe_report.read_perplexities(self._file) if first and self._file.is_file() else []
+    self._rows = [row for row in rows if row.step <= first]
+    _check(run.probe.instructions, run.model)
+    batches_of(config, self._options, self._loaded({}))  # its list and tasks are looked at
+
+  def __call__(self, step: int, params: dict) -> list[Perplexity]:
+    """The perplexities of these parameters, with the LoRA scale of training."""
+    loaded, rows = self._loaded(params), []
+    for instruction in (NONE, *self._run.probe.instructions):
+      sums = _sums(self._config, self._options, loaded, instruction, (), self._rows_sharding)
+      rows += _rows(sums, str(self._run.workdir), step, instruction)
+    self._rows += rows
+    probe_report.write(self._file, self._rows)
+    probe_report.draw_perplexities(self._rows, self._file.with_suffix(".png"))
+    return rows
+
+  def _loaded(self, params: dict) -> Loaded:
+    return Loaded(params, self._run.model, self._tokenizer, self._run.generation)
+
+
+def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
+  """All of them, before minutes of work."""
+  for instruction in (NONE, *instructions):
+    _, after = fill_template(model.template, _asked(instruction, model), "a question")
+    if not after:
+      raise ValueError(
+        f"P(Y|X) is of no text at all: template {model.template!r} has nothing after the speech"
+        " without an instruction, and the answer is read off there"
+      )
+
+
+def _asked(instruction: str, model: SpeechLLMConfig) -> str:
+  return bare_prompt(model) if instruction == NONE else task_prompt(
+    instruction, dict(model.prompts)
+  )  # fmt: skip
+
+
 def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
   """The checkpoints of a run, after the model that it began with; or the one that is named."""
   folders = checkpoint.all_steps(path)
   if not folders:
-    return [(0, checkpoint.find(path))]
+    folder = checkpoint.find(path)
+    of_run = folder in checkpoint.all_steps(folder.parent)
+    return [(checkpoint.step_of(folder) if of_run else 0, folder)]
   first = checkpoint.describe(folders[0], base=base)
   steps = [(checkpoint.step_of(folder), folder) for folder in folders]
   whole = first.base is not None and "connector" in checkpoint.describe(first.base).config
   return [(0, first.base), *steps] if whole and first.base else steps
 
 
+def _rows(
+  sums: dict[float, dict[str, tuple[float, int]]], folder: str, step: int, instruction: str
+) -> list[Perplexity]:
+  return [
+    Perplexity(folder, step, scale, instruction, task, math.exp(nats / tokens), tokens)
+    for scale, of_tasks in sums.items()
+    for task, (nats, tokens) in of_tasks.items()
+  ]
+
+
 def _sums(
-  config, options: EvalConfig, loaded: Loaded, instruction: str, scales: Sequence[float]
+  config,
+  options: EvalConfig,
+  loaded: Loaded,
+  instruction: str,
+  scales: Sequence[float],
+  rows: jax.sharding.Sharding | None = None,
 ) -> dict[float, dict[str, tuple[float, int]]]:
   """By scale and task: nats of the reference answers, and their tokens."""
-  model = loaded.model
-  asked = bare_prompt(model) if instruction == NONE else task_prompt(
-    instruction, dict(model.prompts)
-  )  # fmt: skip
-  tasks = [task for task, _ in model.prompts]
-  model = model.replace(prompts=tuple((task, asked) for task in tasks))
+  asked = _asked(instruction, loaded.model)
+  tasks = [task for task, _ in loaded.model.prompts]
+  model = loaded.model.replace(prompts=tuple((task, asked) for task in tasks))
+  program = loaded.model.replace(prompts=tuple((task, "") for task in tasks))  # the same for all
   wanted = list(scales) or [model.decoder.lora_scale]
   totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
   left_out: Counter[str] = Counter()
@@ -105,8 +170,9 @@ def _sums(
     left_out["no answer that fits data.answer_buckets"] += sum(
       int(row_S[0] < 0) for row_S in host.batch.answer_BS[: len(host.keys)]
     )
+    batch = host.batch if rows is None else jax.device_put(host.batch, rows)
     for scale in wanted:
-      totals[scale] += jax.device_get(_task_sums(loaded.params, host.batch, model, scale))
+      totals[scale] += jax.device_get(_task_sums(loaded.params, batch, program, scale, rows))
   if said := ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n):
     print(f"instruction {instruction}: utterances left out: {said}")
   return {
@@ -119,9 +185,9 @@ def _sums(
   }
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _task_sums(params, batch, model: SpeechLLMConfig, scale):
-  return speech_llm.loss(params, batch, model, lora_scale=scale)[1]["task_sums"]
+@functools.partial(jax.jit, static_argnames=("model", "rows"))
+def _task_sums(params, batch, model: SpeechLLMConfig, scale, rows):
+  return speech_llm.loss(params, batch, model, lora_scale=scale, rows=rows)[1]["task_sums"]
 
 
 def bare_prompt(model: SpeechLLMConfig) -> str:

@@ -40,9 +40,31 @@ class TrainConfig:
         raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+  """What a run measures of itself as it trains: perplexities of reference answers, by task.
+
+  Attributes:
+    shards: test set, each utterance with its own task; "" measures nothing.
+    instructions: tasks whose prompts are given; besides, always none.
+    every: updates between two measurements; the first is of the model that the run starts from.
+    batch_size: utterances at a time.
+  """
+
+  shards: str = ""
+  instructions: tuple[str, ...] = ()
+  every: int = 1
+  batch_size: int = 16
+
+  def __post_init__(self):
+    for name in ("every", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"probe.{name}={getattr(self, name)}: must be at least 1")
+
+
 SECTIONS = {
   "model", "compute", "data", "optimizer", "train", "mesh", "generation", "eval", "activation",
-  "seed", "workdir", "init_from", "trainable",
+  "probe", "seed", "workdir", "init_from", "trainable",
   "tokenizer", "characters", "specials", "eos",
 }  # fmt: skip
 

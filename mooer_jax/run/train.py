@@ -15,6 +15,7 @@ from mooer_jax.run.config import Run
 from mooer_jax.run.feature_cache import fill_cache
 from mooer_jax.run.initial import initial_params, initial_state, measure_cmvn
 from mooer_jax.run.monitor import Monitor, StopRequest
+from mooer_jax.run.probe import Probe
 from mooer_jax.run.program import CompiledStep, jitted_step
 from mooer_jax.run.setup import (
   check_vocabulary,
@@ -92,6 +93,7 @@ def train(config: ConfigDict) -> Path:
     shardings=shardings,
   )
   first = int(state.step)
+  probe = Probe(with_answers, run, tokenizer, mesh, first=first) if run.probe.shards else None
   stop = StopRequest()
   folder = resumed
   pending = None
@@ -103,6 +105,8 @@ def train(config: ConfigDict) -> Path:
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
     train_step = CompiledStep(jitted, state, frozen, dataset.shapes, monitor.message)
+    if probe and not first:
+      monitor.perplexities(probe(0, tree.merge(state.trainable, frozen)))
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
@@ -111,6 +115,8 @@ def train(config: ConfigDict) -> Path:
         check_finite(pending[0])
         monitor.record(*pending)
       pending = (metrics, host_batch)
+      if probe and step % run.probe.every == 0:
+        monitor.perplexities(probe(step, tree.merge(state.trainable, frozen)))
       last = step == run.train.steps or stop.requested
       if last or step % run.train.save_every == 0:
         check_finite(metrics)
@@ -142,6 +148,11 @@ def _base_of(resumed: Path, init_from: Path | None) -> Path | None:
 
 def _check_rows(run: Run, mesh):
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if run.probe.shards and run.probe.batch_size % ways:
+    raise ValueError(
+      f"probe.batch_size={run.probe.batch_size} does not divide into rows for mesh.data="
+      f"{mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} devices; make it a multiple of {ways}"
+    )
   if run.data.batch_size % (run.train.accumulation * ways):
     raise ValueError(
       f"data.batch_size={run.data.batch_size} does not divide into train.accumulation="

@@ -1,5 +1,6 @@
 """A small SALMONN from two joined parts: mixed tasks, cached frames, evaluation of each task."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,6 +13,7 @@ from mooer_jax import checkpoint, speech_llm
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.config import part_to_json
+from mooer_jax.evaluation.probe_report import read_perplexities, write
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.prompts import encode_prompt, fill_template
 from mooer_jax.run.decoding import load
@@ -157,7 +159,7 @@ def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_pat
   config = config.copy_and_resolve_references()
   config.eval.out = str(tmp_path / "probe")
   run = trained.parent
-  rows = perplexity(config, str(run), instructions=["asr"], scales=[0.0, 8.0])
+  rows = perplexity(config, [str(run)], instructions=["asr"], scales=[0.0, 8.0])
   assert {(r.step, r.scale) for r in rows} == {(s, x) for s in (1, 2) for x in (0.0, 8.0)}
   assert {r.instruction for r in rows} == {"(none)", "asr"}
   assert {r.task for r in rows} == {"asr", "keyword"} and all(r.perplexity > 1 for r in rows)
@@ -181,7 +183,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   folder, config = settings
   config = config.copy_and_resolve_references()
   config.eval.out = str(tmp_path / "probe")
-  rows = perplexity(config, str(trained), instructions=["asr"])
+  rows = perplexity(config, [str(trained)], instructions=["asr"])
   params, model, tokenizer, _ = load(config, trained)
   found = next(r for r in rows if (r.instruction, r.task) == ("asr", "asr"))
   nats = tokens = 0.0
@@ -280,6 +282,8 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   config.data.cache_features = ""
   config.train.steps = 1
   config.optimizer.warmup_steps = 0
+  config.probe.shards, config.probe.instructions = config.eval.shards, ("asr",)
+  config.probe.batch_size = 8
   with monkeypatch.context() as patch:  # a model that learned nothing has nothing to say
     patch.setattr(Tokenizer, "decode", lambda self, ids: "a yes")
     train(config)
@@ -289,7 +293,19 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a yes") + 8
 
   config.train.steps = 2
-  assert checkpoint.step_of(train(config)) == 2  # goes on
+  probed = tmp_path / "tuned/perplexity.json"
+  measured = read_perplexities(probed)
+  write(probed, [*measured, dataclasses.replace(measured[0], step=2)])  # killed before it was saved
+  last = train(config)
+  assert checkpoint.step_of(last) == 2  # goes on
+  config.eval.out = str(tmp_path / "probe")
+  alone = perplexity(config, [str(trained), str(last)], instructions=["asr"])
+  rows = read_perplexities(probed)
+  assert [row.step for row in rows] == [step for step in (0, 1, 2) for _ in range(4)]
+  measured = [row.perplexity for row in rows if row.step != 1]
+  np.testing.assert_allclose(measured, [row.perplexity for row in alone], rtol=1e-5)
+  assert measured[:4] != measured[4:]
+  assert (tmp_path / "tuned/perplexity.png").stat().st_size > 5000
   content = json.loads(made.read_text())
   for entry in content["annotation"]:
     entry["text"] = "no"
