@@ -26,12 +26,15 @@ from rich.table import Table
 
 from benchmarks.compile_step import compile_step, prompt_tokens
 from mooer_jax.run.config import Run
+from mooer_jax.run.flags import one_line_errors, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
 _JSON = flags.DEFINE_string("json", None, "file to write")
 _PROMPT = flags.DEFINE_integer(
-  "prompt_tokens", None, "tokens of the prompt's text; by default those of the longest prompt"
+  "prompt_tokens",
+  None,
+  "tokens of the prompt's text; default: an estimate for the longest",
 )
 
 
@@ -58,6 +61,11 @@ def table(result: dict) -> Table:
 
 def main(argv):
   del argv
+  one_line_errors(compile_config)
+
+
+def compile_config():
+  """What the flags say."""
   run = Run.read(_CONFIG.value)
   prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
   result = compile_step(run, _TOPOLOGY.value, prompt=prompt)
@@ -71,4 +79,4 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

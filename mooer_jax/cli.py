@@ -103,26 +103,32 @@ def _transcribe(args) -> int:
   if args.json:
     _check_writable(args.json)
   transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype, base=args.base)
-  results = transcriber.transcribe(
-    args.audio,
-    task=args.task,
-    prompt=None if args.prompt is None else args.prompt.replace("\\n", "\n"),
-    question=args.question,
-    template=args.template,
-    chunk_s=args.chunk_s,
-    batch_size=args.batch_size,
-    seed=args.seed,
-    progress=sys.stderr.isatty() and (len(args.audio) > 1 or args.chunk_s is not None),
-    **{name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None},
-  )
-  for result in results:
-    print(f"{result.path}\t{result.text}" if len(results) > 1 else result.text)
-    if not result.finished:
-      tokens = len(result.tokens)
-      print(f"{result.path}: cut at --max-new-tokens, after {tokens} tokens", file=sys.stderr)
-  if args.json:
-    rows = [result.to_json() for result in results]
-    args.json.write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+  if absent := [path for path in args.audio if not Path(path).exists()]:
+    raise FileNotFoundError(f"no such audio file: {', '.join(absent)}")
+  rows = []
+  # Long recordings one by one: memory holds one, and what is done is said.
+  for group in [args.audio] if args.chunk_s is None else [[path] for path in args.audio]:
+    results = transcriber.transcribe(
+      group,
+      task=args.task,
+      prompt=None if args.prompt is None else args.prompt.replace("\\n", "\n"),
+      question=args.question,
+      template=args.template,
+      chunk_s=args.chunk_s,
+      batch_size=args.batch_size,
+      seed=args.seed,
+      progress=sys.stderr.isatty() and (len(args.audio) > 1 or args.chunk_s is not None),
+      **{name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None},
+    )
+    for result in results:
+      print(f"{result.path}\t{result.text}" if len(args.audio) > 1 else result.text, flush=True)
+      if not result.finished:
+        tokens = len(result.tokens)
+        print(f"{result.path}: cut at --max-new-tokens, after {tokens} tokens", file=sys.stderr)
+    rows += [result.to_json() for result in results]
+    if args.json:
+      text = json.dumps(rows, ensure_ascii=False, indent=2)
+      args.json.write_text(text + "\n", encoding="utf-8")
   return 0
 
 

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 
 from mooer_jax import checkpoint
-from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.frontend import features, num_frames
-from mooer_jax.audio.pauses import cut_at_pauses
+from mooer_jax.clips import SILENCE, load_clips
 from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
@@ -23,18 +22,13 @@ from mooer_jax.prompts import (
   split_answer,
   task_prompt,
 )
-from mooer_jax.speech_llm import Batch, num_speech_tokens, shortest_s
+from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcript import Transcript, join_transcripts
 
 _BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
 _SMALLEST_BUCKET = 32
-SILENCE = 1e-4  # peak below -80 dBFS
 FREE = "prompt"  # what results call the task where only a prompt is given
-LOUDEST = 4.0  # resampling may overshoot 1; 16-bit integers as floats are far above
-# Where a long clip is cut: at the quietest 0.2 s of the last 5 s that a piece may have. Pieces of
-# less than a second would hold little more than the end of a word.
-PAUSE_S, SEARCH_S, SHORTEST_S = 0.2, 5.0, 1.0
 
 
 def load_model(
@@ -171,8 +165,7 @@ class Transcriber:
         f"generation.num_return_sequences={options.num_return_sequences}: one answer a clip is"
         " returned here; call mooer_jax.generation.generate for more"
       )
-    lengths = None if chunk_s is None else self._piece_lengths(chunk_s)
-    clips = self._load_all(audio, lengths)
+    clips = load_clips(audio, self.config, chunk_s=chunk_s)
     flat = [piece_N for pieces in clips for piece_N in pieces]
     answers = self._answers(
       flat, task, filled, options, batch_size=batch_size, seed=seed, progress=progress
@@ -227,69 +220,6 @@ class Transcriber:
   @property
   def _rate_hz(self) -> int:
     return self.config.frontends[0].sample_rate_hz
-
-  def _piece_lengths(self, chunk_s: float) -> tuple[int, int]:
-    """Samples that the pieces of a long clip may have: (at least, at most)."""
-    shortest, longest = max(SHORTEST_S, shortest_s(self.config)), self.config.max_audio_s
-    if not 2 * shortest <= chunk_s <= longest:
-      raise ValueError(
-        f"chunk_s={chunk_s:g}: {2 * shortest:g} to {longest:g} seconds are possible; this model"
-        f" takes at most {longest:g} s"
-      )
-    return round(shortest * self._rate_hz), int(chunk_s * self._rate_hz)
-
-  def _load_all(self, audio, lengths: tuple[int, int] | None) -> list[list[np.ndarray]]:
-    clips, errors = [], []
-    for index, clip in enumerate(audio):
-      try:
-        clips.append(self._load(clip, index, lengths))
-      except (ValueError, OSError) as error:
-        errors.append(error)
-    if len(errors) == 1:
-      raise errors[0]
-    if errors:
-      said = "; ".join(str(error) for error in errors)
-      raise ValueError(f"{len(errors)} of {len(audio)} clips cannot be heard: {said}")
-    return clips
-
-  def _load(self, clip, index, lengths) -> list[np.ndarray]:
-    """One clip, checked, as float32 [samples]; where lengths are given, in such pieces."""
-    if isinstance(clip, np.ndarray):
-      name = f"audio[{index}]"
-      if clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
-        raise ValueError(
-          f"{name}: {clip.dtype} array of shape {clip.shape}; give float samples [samples] in"
-          f" [-1, 1] at {self._rate_hz} Hz"
-        )
-      waveform_N = clip.astype(np.float32)
-      if not np.isfinite(waveform_N).all():
-        raise AudioError(f"{name}: holds NaN or infinite samples", "not finite")
-      if (peak := np.abs(waveform_N).max(initial=0)) > LOUDEST:
-        raise ValueError(f"{name}: samples up to {peak:.6g}; they must lie in [-1, 1]: divide them")
-    elif not isinstance(clip, (str, os.PathLike)):
-      raise ValueError(
-        f"audio[{index}]: {type(clip).__name__}; give a path, or a float array [samples] in [-1, 1]"
-        f" at {self._rate_hz} Hz"
-      )
-    else:
-      name = os.fspath(clip)
-      waveform_N = load_audio(clip, sample_rate_hz=self._rate_hz, channel=self.config.channel)
-    seconds = len(waveform_N) / self._rate_hz
-    if not num_speech_tokens(len(self.config.filled_up(waveform_N)), self.config):
-      raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech", "too short")
-    if np.abs(waveform_N).max() < SILENCE:
-      raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
-    if lengths is not None:
-      search, window = (round(length * self._rate_hz) for length in (SEARCH_S, PAUSE_S))
-      return cut_at_pauses(
-        waveform_N, shortest=lengths[0], longest=lengths[1], search=search, window=window
-      )
-    if seconds > (limit := self.config.max_audio_s):
-      raise ValueError(
-        f"{name}: {seconds:.1f} s, but this model takes at most {limit:g} s; --chunk-s {limit:g}"
-        f" (chunk_s={limit:g}) cuts it at pauses"
-      )
-    return [waveform_N]
 
   def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
     padded, frames = [], []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = {
-  5: ("run", "transcribe", "transcript", "cli", "serve"),
+  5: ("run", "transcribe", "transcript", "clips", "cli", "serve"),
   4: ("generation", "data", "training", "evaluation"),
   3: ("speech_llm", "prompts", "config", "sections", "checkpoint"),
   2: ("encoders", "connectors", "decoders", "vocoders"),

@@ -255,6 +255,23 @@ def test_the_command_takes_questions_and_long_clips(
     assert message in line
 
 
+def test_long_recordings_are_done_one_by_one_and_what_is_done_is_kept(
+  folder, long_clip, tmp_path, capsys
+):
+  good, bad, out = tmp_path / "good.wav", tmp_path / "bad.wav", tmp_path / "out.json"
+  soundfile.write(good, long_clip, 16000, subtype="FLOAT")
+  bad.write_text("no audio")
+  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", "--chunk-s", "6"]
+  assert cli.main([*command, "--json", str(out), str(good), str(bad)]) == 2
+  said, error = capsys.readouterr()
+  assert said.startswith(f"{good}\t") and "bad.wav" in error
+  [row] = json.loads(out.read_text("utf-8"))
+  assert row["path"] == str(good)
+  assert cli.main([*command, str(good), str(tmp_path / "none.wav")]) == 2  # before any is heard
+  said, error = capsys.readouterr()
+  assert said == "" and "no such audio file: " in error and "none.wav" in error
+
+
 def test_the_command_prints_and_writes_json(folder, clips, tmp_path, capsys, transcriber):
   paths = [str(clip.path) for clip in clips[:2]]
   out = tmp_path / "results" / "out.json"

@@ -5,14 +5,13 @@ import dataclasses
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError, load_audio
-from mooer_jax.audio.frontend import features
+from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.asking import Asker
 from mooer_jax.data.cache import EncodedCache, digest
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.kaldi import SPACE
 from mooer_jax.data.shards import RawUtterance, Skip
-from mooer_jax.speech_llm import num_speech_tokens
 from mooer_jax.text.tokenizer import Tokenizer
 
 _AUDIO_CAUSES = {"empty": "empty audio"}
@@ -88,11 +87,23 @@ class Reader:
     if isinstance(heard, Skip):
       return dataclasses.replace(heard, text=text)
     if self.cache is not None and kept is None:
-      return skip("not cached", f"changed since {self.cache.folder} was filled; start anew")
+      return skip(
+        "not cached",
+        f"could not be heard when {self.cache.folder} was filled, or changed since; remove"
+        f" {self.cache.folder / 'complete'} and start anew",
+      )
     made, seconds = heard
+    if not self._tokens(made, encoded=kept is not None):
+      return skip("too short", f"{seconds:.3f} s make no speech token")
     if problem := _beyond(seconds, self.config):
       return skip(*problem)
     return Example(raw.key, text, made, *asked, answer, seconds)
+
+  def _tokens(self, made, *, encoded: bool) -> int:
+    streams = zip(made, self.model.encoders, strict=True)
+    return self.model.connector.num_tokens(
+      max(len(x_TF) if encoded else encoder.num_outputs(len(x_TF)) for x_TF, encoder in streams)
+    )
 
   def _answer(self, text):
     none = np.zeros(0, np.int32)
@@ -128,9 +139,8 @@ def hear(
     waveform_N, seconds = _waveform(raw, config, model)
     if problem := _beyond(seconds, config):
       return Skip(problem[0], raw.key, raw.shard, problem[1])
-    if not num_speech_tokens(len(waveform_N), model):
-      detail = f"{seconds:.3f} s make no speech token"
-      return Skip("too short", raw.key, raw.shard, detail)
+    if not all(num_frames(len(waveform_N), frontend) for frontend in model.frontends):
+      return Skip("too short", raw.key, raw.shard, f"{seconds:.3f} s make no feature")
     return tuple(features(waveform_N, frontend) for frontend in model.frontends), seconds
   except AudioError as error:
     return Skip(_AUDIO_CAUSES.get(error.cause, error.cause), raw.key, raw.shard, str(error))

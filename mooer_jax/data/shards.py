@@ -171,7 +171,8 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
   seen.add(key)
   if "audio" not in parts:
     found = ", ".join(f".{part}" if part else "no suffix" for part in parts)
-    return Skip("no audio", key, shard, f"only {found}")
+    text = parts.get("txt", ("", b""))[1].decode("utf-8-sig", errors="replace").strip()
+    return Skip("no audio", key, shard, f"only {found}", text, _task(parts))
   if "txt" not in parts:
     return Skip("no transcript", key, shard, f"only .{parts['audio'][0]}")
   suffix, audio = parts["audio"]
@@ -186,6 +187,14 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
   return RawUtterance(
     key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
   )
+
+
+def _task(parts) -> str:
+  """What an utterance that is left out would have been asked, if that can be read."""
+  try:
+    return str(json.loads(parts["json"][1])["task"])
+  except (KeyError, TypeError, ValueError):
+    return ""
 
 
 def _check_end(file, offset):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import zlib
+from collections import Counter
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,35 +30,39 @@ class Clips(NamedTuple):
 
 
 def uncached_batches(
-  config: DataConfig, model: SpeechLLMConfig, known: set[str]
+  config: DataConfig, model: SpeechLLMConfig, known: set[str], passed: Counter[str]
 ) -> Generator[Clips]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
 
-  What cannot be heard is passed over; training, which meets it again, counts and reports it.
+  What cannot be heard is passed over; training, which meets it again, reports it by name.
 
   Args:
     config: shards, batch size, buckets, limits of length.
     model: what features its encoders take.
     known: digests of the clips that it has; those that are read are added.
+    passed: counts what is passed over, by cause.
 
   Raises:
     FileNotFoundError, ValueError: for a bad list, or buckets too short.
   """
   pad = Padder(config, model)
   utterances = itertools.chain.from_iterable(map(read, shard_names(config.shards)))
-  found = _uncached(utterances, config, model, known)
+  found = _uncached(utterances, config, model, known, passed)
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
     digests, clips, seconds = zip(*some, strict=True)
     yield Clips(Batch(*pad(clips), none_BS, none_BS, none_BS), digests, seconds)
 
 
-def _uncached(utterances, config, model, known):
+def _uncached(utterances, config, model, known, passed):
   for raw in utterances:
-    if isinstance(raw, Skip) or (name := digest(raw)) in known:
+    if isinstance(raw, Skip):
+      passed[raw.cause] += 1
+    elif (name := digest(raw)) in known:
       continue
-    heard = hear(raw, config, model)
-    if not isinstance(heard, Skip):
+    elif isinstance(heard := hear(raw, config, model), Skip):
+      passed[heard.cause] += 1
+    else:
       known.add(name)
       yield name, *heard
 

@@ -28,6 +28,7 @@ class TaskScore:
     following: share of the answers that are one of those that the task's references have, right
       or wrong; None where the references are too many to be a choice.
     bleu: of a task that translates, see `translation.TOKENIZERS`; None of others.
+    bleu_notes: sacrebleu's signature, and what a reader should know before comparing it.
   """
 
   count: int
@@ -36,6 +37,7 @@ class TaskScore:
   accuracy: float
   following: float | None
   bleu: float | None
+  bleu_notes: str = ""
 
 
 def score_by_task(
@@ -75,6 +77,7 @@ def score_by_task(
       accuracy=sum(given.get(key) == text for key, text in wanted.items()) / len(wanted),
       following=follow if len(choices) <= FEW else None,
       bleu=translated.score if translated else None,
+      bleu_notes="; ".join((translated.signature, *translated.notes)) if translated else "",
     )
   return scores
 

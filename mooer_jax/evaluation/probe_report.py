@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mooer_jax.evaluation.by_task import TaskScore
+
 NONE = "(none)"  # what the absence of an instruction is called
 
 
@@ -36,16 +38,11 @@ class Perplexity:
 
 @dataclasses.dataclass(frozen=True)
 class SweepPoint:
-  """How the answers to a task are at a LoRA scale; see `by_task.TaskScore`."""
+  """How the answers to a task are at a LoRA scale."""
 
   scale: float
   task: str
-  count: int
-  not_decoded: int
-  wer: float | None
-  accuracy: float
-  following: float | None
-  bleu: float | None
+  score: TaskScore
 
 
 def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None:
@@ -85,8 +82,8 @@ def sweep_table(points: Sequence[SweepPoint]) -> Table:
 
 
 def _cell(point: SweepPoint) -> str:
-  wer = "–" if point.wer is None else f"{point.wer:.1f}"
-  return f"{100 * point.accuracy:.1f} ({wer})"
+  wer = "–" if point.score.wer is None else f"{point.score.wer:.1f}"
+  return f"{100 * point.score.accuracy:.1f} ({wer})"
 
 
 def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
@@ -147,8 +144,9 @@ def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path
   for task in dict.fromkeys(point.task for point in points):
     line = sorted((p for p in points if p.task == task), key=lambda p: p.scale)
     scales = [p.scale for p in line]
-    accuracy.plot(scales, [100 * p.accuracy for p in line], "o-", label=task)
-    wer.plot(scales, [min(p.wer, 200) if p.wer is not None else None for p in line], "o-")
+    accuracy.plot(scales, [100 * p.score.accuracy for p in line], "o-", label=task)
+    rates = [p.score.wer for p in line]
+    wer.plot(scales, [None if rate is None else min(rate, 200) for rate in rates], "o-")
   accuracy.set(xlabel="LoRA scale", ylabel="answers that are right, %", ylim=(-3, 103))
   wer.set(xlabel="LoRA scale", ylabel="word error rate, % (above 200 at 200)")
   for axes in (accuracy, wer):

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import entry_key, read_annotation
+from mooer_jax.prompts import task_prompt
 from mooer_jax.run.decoding import EvalConfig, decode_set, load
 from mooer_jax.run.setup import section
 
@@ -74,14 +75,15 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
   wanted = section(config, "activation", ActivationConfig)
   if not wanted.shards:
     return config
+  if not config.get("init_from"):
+    raise ValueError("activation tuning begins with a trained model: set init_from")
+  settings = _settings(config, wanted)
   answers = Path(config["workdir"]) / ANSWERS
   if not answers.is_file():
-    if not config.get("init_from"):
-      raise ValueError("activation tuning begins with a trained model: set init_from")
     answers.parent.mkdir(parents=True, exist_ok=True)
     entries = _answers(config, wanted)
     beside = answers.with_suffix(".tmp")
-    content = {"made_with": _settings(config, wanted), "annotation": entries}
+    content = {"made_with": settings, "annotation": entries}
     text = json.dumps(content, ensure_ascii=False, indent=2)
     beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(answers)
@@ -90,10 +92,10 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
       print("edit them, then run the same command with --config.activation.review=False")
       return None
   made_with = json.loads(answers.read_text(encoding="utf-8")).get("made_with")
-  if made_with != _settings(config, wanted):
+  if made_with != json.loads(json.dumps(settings)):
     raise ValueError(
-      f"{answers} was made with {made_with}, the config says {_settings(config, wanted)}; use"
-      " another workdir, or remove the file"
+      f"{answers} was made with {made_with}, the config says {settings}; use another workdir, or"
+      " remove the file"
     )
   latest = checkpoint.latest(config["workdir"])
   if latest and answers.stat().st_mtime > (latest / "checkpoint.json").stat().st_mtime:
@@ -109,8 +111,15 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
 
 
 def _settings(config: Mapping[str, Any], wanted: ActivationConfig) -> dict[str, Any]:
-  made = dataclasses.asdict(dataclasses.replace(wanted, review=False))
-  return {**made, "init_from": config.get("init_from", "")}
+  """All that the answers follow from but the audio."""
+  model = checkpoint.describe(config["init_from"])
+  return {
+    **dataclasses.asdict(dataclasses.replace(wanted, review=False)),
+    "weights": model.hash,
+    "prompt": task_prompt(wanted.task, model.config["prompts"]),
+    "template": model.config["template"],
+    "generation": {**model.generation, **dict(config.get("generation", {}))},
+  }
 
 
 def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[str, str]]:
@@ -131,6 +140,8 @@ def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[s
   decoded = decode_set(config, options, load(config, checkpoint.find(config["init_from"])))
   entries = []
   by_key = {entry_key(number, entry): entry for number, entry in enumerate(chosen)}
+  for key in decoded.cut:
+    print(f"{by_key[key]['path']}: the answer was cut off by generation.max_new_tokens")
   for key, text in decoded.hypotheses.items():
     of = by_key[key]
     kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}

@@ -105,7 +105,7 @@ class Decoded:
     tasks: by key the same, where each utterance has its own task.
     skipped: what could not be decoded.
     audio_s: length of what could be.
-    cut: answers that max_new_tokens cut off.
+    cut: keys of the answers that max_new_tokens cut off.
   """
 
   hypotheses: dict[str, str]
@@ -113,7 +113,7 @@ class Decoded:
   tasks: dict[str, str]
   skipped: list[Skip]
   audio_s: float = 0.0
-  cut: int = 0
+  cut: list[str] = dataclasses.field(default_factory=list)
 
 
 class Loaded(NamedTuple):
@@ -158,7 +158,10 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
 
 
 def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Decoded:
-  """Decodes every utterance of a test set that can be read, in the order of its shards."""
+  """Decodes every utterance of a test set that can be read, in the order of its shards.
+
+  Says how many answers were cut off.
+  """
   params, model, tokenizer, generation = loaded
   lora_scale = None if options.lora_scale < 0 else options.lora_scale
   key = jax.random.key(config.get("seed", 0))
@@ -173,7 +176,8 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
       )
       for row, name in enumerate(host_batch.keys):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]]
-        decoded.cut += not generated.finished_B[row]
+        if not generated.finished_B[row]:
+          decoded.cut.append(name)
         decoded.hypotheses[name] = tokenizer.decode(tokens)
         decoded.transcripts[name] = host_batch.texts[row]
         if not options.task:
@@ -187,4 +191,6 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
       decoded.audio_s += host_batch.audio_s
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
+  if decoded.cut:
+    print(f"{len(decoded.cut)} answers were cut off by generation.max_new_tokens")
   return decoded

@@ -96,14 +96,14 @@ def evaluate(
   if by_task:
     write_by_task(out / "tasks.json", by_task)
     console.print(task_table(by_task))
+    for note in dict.fromkeys(s.bleu_notes for s in by_task.values() if s.bleu_notes):
+      console.print(f"BLEU: {note}", markup=False, soft_wrap=True)
   console.print(report.table({_SHORT[metric]: s for metric, s in scores.items()}))
   if translated:
     said = "\n".join((translated.details, translated.signature, *translated.notes))
     console.print(said, markup=False, soft_wrap=True)
   for note in scores[options.metric].notes:
     console.print(f"note: {note}", markup=False)
-  if decoded.cut:
-    console.print(f"note: {decoded.cut} answers were cut off by generation.max_new_tokens")
   for s in decoded.skipped:
     console.print(f"not decoded: {s.key}: {s.cause} {s.detail}", markup=False)
   console.print(f"hypotheses and reports in {out}", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -60,9 +61,10 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
   model = run.model
   encode = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, model))
   needed = {part: params.get(part, {}) for part in ("frontend", "encoders")}
+  passed: Counter[str] = Counter()
   begun = (
     (clips, encode(needed, jax.device_put(clips.batch, batch_sharding(mesh))))
-    for clips in uncached_batches(run.data, model, {*cache.names()})
+    for clips in uncached_batches(run.data, model, {*cache.names()}, passed)
   )
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("encoding", total=None)
@@ -77,6 +79,9 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
         for row, (digest, seconds) in enumerate(zip(clips.digests, clips.seconds, strict=True))
       ])  # fmt: skip
       progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
+  if passed:
+    causes = ", ".join(f"{cause}: {n}" for cause, n in passed.most_common())
+    print(f"not encoded: {causes}; the training says which, in skipped.jsonl")
 
 
 def _stamp(run: Run, params: dict) -> str:

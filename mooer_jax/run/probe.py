@@ -229,7 +229,7 @@ def lora_sweep(
   for scale in scales or [trained * eighths / 8 for eighths in range(9)]:
     decoded = decode_set(config, dataclasses.replace(options, lora_scale=scale), loaded)
     scores = score_by_task(decoded.tasks, decoded.transcripts, decoded.hypotheses)
-    points += [SweepPoint(scale, task, **dataclasses.asdict(s)) for task, s in scores.items()]
+    points += [SweepPoint(scale, task, s) for task, s in scores.items()]
     probe_report.write(out / "lora_sweep.json", points)
   Console().print(probe_report.sweep_table(points))
   print(probe_report.draw_sweep(points, trained, out / "lora_sweep.png"))

@@ -50,6 +50,12 @@ def test_missing_partners_and_repeated_keys_cost_only_themselves(shards):
   ]
 
 
+def test_an_utterance_without_audio_is_still_one_to_be_answered(shards):
+  path = shards.add_members([("a.txt", " Ä ".encode()), ("a.json", b'{"task": "qa"}')])
+  [skip] = read_shard(str(path))
+  assert (skip.cause, skip.text, skip.task) == ("no audio", "Ä", "qa")
+
+
 def test_a_tar_cut_anywhere_gives_its_whole_utterances_and_one_report(shards):
   """Every cut of a tar of four utterances: what was complete before it is there, never more."""
   path = shards.add_members(

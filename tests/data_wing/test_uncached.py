@@ -1,11 +1,13 @@
 """What is cached is what training reads, whatever is asked, by however many workers."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from mooer_jax.config import SpeechLLMConfig, default_frontend
+from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.data.cache import EncodedCache, digest
 from mooer_jax.data.pipeline import train_batches
 from mooer_jax.data.shards import read_shard
@@ -20,7 +22,7 @@ BEATS = BEATsConfig(width=16, layers=1, heads=1, conv_pos_groups=1)
 def fill(cache, config, model):
   """Writes made-up frames of the lengths that the encoders would give; returns how many clips."""
   count = 0
-  for batch, digests, seconds in uncached_batches(config, model, {*cache.names()}):
+  for batch, digests, seconds in uncached_batches(config, model, {*cache.names()}, Counter()):
     rows = []
     for row, name in enumerate(digests):
       rng = np.random.default_rng(int(name[:8], 16))
@@ -123,3 +125,22 @@ def test_a_data_set_is_named_by_what_can_be_heard(shards, wav, tmp_path):
   shards.add(2)
   names.append(dataset_name(shards.config()))
   assert len(set(names)) == len(names)
+
+
+def test_a_cached_clip_is_left_out_where_the_connector_makes_no_token_of_it(
+  shards, wav, tokenizer, tmp_path
+):
+  """The frames are shared by connectors, so what one of them makes of them is asked each time."""
+  for seed, seconds in enumerate((0.3, 1.3, 1.4)):
+    audio = wav(seconds, seed=seed)
+    shards.add_members([(f"{seed}.wav", audio), (f"{seed}.txt", b"A")])
+  config = shards.config(max_s=2.0, buckets=(40,), min_s=0.1)
+  model = SpeechLLMConfig(template="bare", prompts=(("asr", "ASK"),))
+  cache = open_cache(tmp_path / "cache", model)
+  assert fill(cache, config, model) == 3
+  for edge, causes in (("pad", set()), ("drop", {"0: too short"})):
+    wanted = model.replace(connector=QFormerConfig(edge=edge))
+    iterator = iter(train_batches(config, tokenizer, wanted, cache=cache))
+    hosts = [next(iterator) for _ in range(3)]
+    iterator.close()
+    assert {f"{s.key}: {s.cause}" for host in hosts for s in host.skipped} == causes

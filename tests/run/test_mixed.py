@@ -169,7 +169,7 @@ def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_pat
   assert (tmp_path / "probe/perplexity.png").stat().st_size > 5000
 
   points = lora_sweep(config, str(run), scales=[0.0, 8.0])
-  assert {(p.scale, p.task, p.count) for p in points} == {
+  assert {(p.scale, p.task, p.score.count) for p in points} == {
     (scale, task, 6) for scale in (0.0, 8.0) for task in ("asr", "keyword")
   }
   assert (tmp_path / "probe/lora_sweep.png").stat().st_size > 5000
@@ -319,6 +319,9 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   assert _metrics(tmp_path / "again")[0]["tokens"] == 8 * len("no") + 8
   config.activation.lora_scale = 1.5
   with pytest.raises(ValueError, match="was made with .*'lora_scale': 0.0"):
+    train(config)
+  config.activation.lora_scale, config.generation.max_new_tokens = 0.0, 7
+  with pytest.raises(ValueError, match="was made with .*'max_new_tokens': 6"):
     train(config)
 
 
