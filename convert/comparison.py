@@ -69,6 +69,7 @@ def compare_encoder(
   about: Checkpoint,
   config: SpeechLLMConfig,
   waveforms: Sequence[np.ndarray],
+  *,
   theirs: Sequence[Stages],
 ) -> Verdict:
   """Compares features and frames of a model's encoders, all clips in one batch.
@@ -87,8 +88,8 @@ def compare_speech(
   about: Checkpoint,
   config: SpeechLLMConfig,
   waveforms: Sequence[np.ndarray],
-  theirs: Sequence[Stages],
   *,
+  theirs: Sequence[Stages],
   prompt: Prompt,
   eos_id: int,
   max_new_tokens: int,
@@ -116,7 +117,9 @@ def compare_speech(
     logits_BAV = _answer_logits(params, batch, config.replace(compute=compute))
     return np.asarray(logits_BAV)[batch.answer_BS >= 0]
 
-  return judged(about.params, _valid(stages), _joined(theirs), same, logits, notes)
+  return judged(
+    about.params, _valid(stages), _joined(theirs), same=same, logits=logits, notes=notes
+  )
 
 
 def greedy(eos_id: int | None, max_new_tokens: int) -> GenerationOptions:
@@ -133,6 +136,7 @@ def judged(
   params,
   ours: Mapping[str, Any],
   theirs: Stages,
+  *,
   same: tuple[int, int],
   logits: Logits,
   notes: Sequence[str] = (),

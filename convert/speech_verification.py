@@ -33,7 +33,7 @@ from .verdict import Verdict
 
 
 def verify_mooer(
-  about: Checkpoint, src: Path, audio: Sequence[Path], llm: Path | None, max_new_tokens: int
+  about: Checkpoint, src: Path, audio: Sequence[Path], *, llm: Path | None, max_new_tokens: int
 ) -> Verdict:
   """Runs a release of MooER and a checkpoint of it; arguments as of `verification.verify`."""
   config = from_json(about.config)
@@ -56,23 +56,23 @@ def verify_mooer(
   if before_S:
     raise ConversionError(f"template {config.template!r}: MooER's speech comes first")
   clips = torch_encoders.hear_sanm(
-    weights, folder / CMVN_FILE, sanm, frontend, waveforms, tuned=adapter
+    weights, folder / CMVN_FILE, sanm, frontend=frontend, waveforms=waveforms, tuned=adapter
   )
   clips = torch_connectors.adapt(adapter, clips, config.connector.stack)
   model = torch_side.language_model(llm)
   if added is not None:
     model = torch_side.lora_of_folder(model, added)
-  _answer_all(model, clips, (before_S, after_S), tokenizer.eos_id, max_new_tokens)
+  limits = dict(eos_id=tokenizer.eos_id, max_new_tokens=max_new_tokens)
+  _answer_all(model, clips, (before_S, after_S), **limits)
   del model
   return compare_speech(
     about,
     config,
     waveforms,
-    clips,
+    theirs=clips,
     prompt=(before_S, after_S),
-    eos_id=tokenizer.eos_id,
-    max_new_tokens=max_new_tokens,
     notes=notes,
+    **limits,
   )
 
 
@@ -105,13 +105,18 @@ def verify_salmonn(
   problems.check(str(src))
   assert connector is not None
 
+  asked = next((text for _, text in config.prompts if QUESTION not in text), None)
+  if asked is None:
+    raise ConversionError(
+      f"{about.folder}: every prompt of it takes a question; verify needs one that takes none"
+    )
   waveforms = load_clips(audio, config)
   # The original's are at least a second long.
   padded = [np.pad(waveform_N, (0, max(0, 16000 - len(waveform_N)))) for waveform_N in waveforms]
   tuned = torch_side.state_of(source, salmonn.WHISPER)
   encoder, frontend = config.encoders[0], config.frontends[0]
   assert isinstance(encoder, WhisperConfig) and isinstance(frontend, LogMelConfig)
-  heard = [torch_encoders.hear_whisper(whisper, encoder, frontend, padded, tuned=tuned)]
+  heard = [torch_encoders.hear_whisper(whisper, encoder, frontend, waveforms=padded, tuned=tuned)]
   if beats is not None:
     tuned = torch_side.state_of(source, salmonn.BEATS)
     heard.append(torch_encoders.hear_beats(beats, padded, tuned=tuned))
@@ -126,25 +131,20 @@ def verify_salmonn(
     clips.append({**clip, "adapter": torch_connectors.connect_windows(source, frames, connector)})
 
   tokenizer = Tokenizer.from_folder(about.tokenizer)
-  asked = next((text for _, text in config.prompts if QUESTION not in text), None)
-  if asked is None:
-    raise ConversionError(
-      f"{about.folder}: every prompt of it takes a question; verify needs one that takes none"
-    )
   before, after = options["prompt_template"].format(asked).split(SPEECH)
   model = torch_connectors.salmonn_llm(source, llm, lora=told, vocab=config.decoder.vocab)
   theirs = encode_prompt(tokenizer, (before, after))
-  _answer_all(model, clips, theirs, tokenizer.eos_id, max_new_tokens)
+  limits = dict(eos_id=tokenizer.eos_id, max_new_tokens=max_new_tokens)
+  _answer_all(model, clips, theirs, **limits)
   del model
   return compare_speech(
     about,
     config,
     waveforms,
-    clips,
+    theirs=clips,
     prompt=encode_prompt(tokenizer, fill_template(config.template, asked)),
-    eos_id=tokenizer.eos_id,
-    max_new_tokens=max_new_tokens,
     notes=notes,
+    **limits,
   )
 
 
@@ -152,6 +152,7 @@ def _answer_all(
   model,
   clips: Sequence[Stages],
   prompt: tuple[Sequence[int], Sequence[int]],
+  *,
   eos_id: int,
   max_new_tokens: int,
 ) -> None:

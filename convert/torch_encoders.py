@@ -61,9 +61,9 @@ def hear_sanm(
   weights: Path,
   cmvn: Path,
   config: SANMConfig,
+  *,
   frontend: FrontendConfig,
   waveforms: Sequence[np.ndarray],
-  *,
   tuned: Path | None = None,
 ) -> list[Stages]:
   """funasr's front end and encoder: of each clip "features" after CMVN [T, F], "encoder" [T, D].
@@ -106,8 +106,8 @@ def hear_whisper(
   src: Path,
   config: WhisperConfig,
   frontend: LogMelConfig,
-  waveforms: Sequence[np.ndarray],
   *,
+  waveforms: Sequence[np.ndarray],
   tuned: State | None = None,
 ) -> list[Stages]:
   """transformers' features and encoder of Whisper.

@@ -118,9 +118,9 @@ def verify(
       raise FileNotFoundError(f"{path}: no such file or folder")
   about = checkpoint.load(found, dtype="float32", base=base)
   if kind in _ENCODERS:
-    return _encoder(about, kind, src, audio)
+    return _encoder(about, kind, src, audio=audio)
   if kind == "mooer":
-    return verify_mooer(about, src, audio, llm, max_new_tokens)
+    return verify_mooer(about, src, audio, llm=llm, max_new_tokens=max_new_tokens)
   if kind == "salmonn":
     assert whisper is not None and llm is not None
     return verify_salmonn(
@@ -139,19 +139,21 @@ def verify(
   return _language_model(about, model, max_new_tokens)
 
 
-def _encoder(about: Checkpoint, kind: str, src: Path, audio: Sequence[Path]) -> Verdict:
+def _encoder(about: Checkpoint, kind: str, src: Path, *, audio: Sequence[Path]) -> Verdict:
   config = encoder_alone(about, _ENCODERS[kind])
   waveforms = load_clips(audio, config)
   encoder: Any = config.encoders[0]
   frontend: Any = config.frontends[0]
   if kind == "paraformer":
     weights, cmvn = src / FUNASR_FILE, src / CMVN_FILE
-    theirs = torch_encoders.hear_sanm(weights, cmvn, encoder, frontend, waveforms)
+    theirs = torch_encoders.hear_sanm(
+      weights, cmvn, encoder, frontend=frontend, waveforms=waveforms
+    )
   elif kind == "whisper":
-    theirs = torch_encoders.hear_whisper(src, encoder, frontend, waveforms)
+    theirs = torch_encoders.hear_whisper(src, encoder, frontend, waveforms=waveforms)
   else:
     theirs = torch_encoders.hear_beats(src, waveforms)
-  return compare_encoder(about, config, waveforms, theirs)
+  return compare_encoder(about, config, waveforms, theirs=theirs)
 
 
 def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
@@ -170,7 +172,7 @@ def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
     logits_BSV = _logits_alone(params, given_BS, config.replace(compute=compute))
     return np.asarray(logits_BSV)[0, len(prompt_S) - 1 :]
 
-  return judged(about.params, {}, theirs, same, logits)
+  return judged(about.params, {}, theirs, same=same, logits=logits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
