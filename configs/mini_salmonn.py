@@ -16,7 +16,7 @@ from mooer_jax.run.defaults import default_config
 PROMPTS = "configs/prompts/mini_salmonn.json"
 # On transcription alone, three of four words are right after 120 updates; among the other tasks
 # it takes 250.
-STEPS = dict(digits=600, tasks=400, real=400, sentences=400)
+STEPS = dict(digits=600, tasks=400, real=600, sentences=400)
 STAGES = tuple(STEPS)
 INIT_FROM = dict(digits="base", tasks="digits", real="tasks", sentences="tasks")
 

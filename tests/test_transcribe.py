@@ -13,6 +13,7 @@ import soundfile
 import mooer_jax
 from mooer_jax import checkpoint, cli, speech_llm
 from mooer_jax.audio.decode import load_audio
+from mooer_jax.clips import load_clips
 from mooer_jax.config import SpeechLLMConfig, to_json
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
@@ -174,7 +175,7 @@ def long_clip(clips):
 
 @pytest.mark.parametrize("task", ["asr", "asr_ast_mtl"])
 def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task):
-  pieces = transcriber._load(long_clip, 0, transcriber._piece_lengths(4.0))
+  [pieces] = load_clips([long_clip], transcriber.config, chunk_s=4.0)
   np.testing.assert_array_equal(np.concatenate(pieces), long_clip)
   assert all(16000 <= len(piece) <= 4 * 16000 for piece in pieces)
   heard = [piece for piece in pieces if piece.any()]

@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
 from demo.stages import Stages, call, fingerprint
 from mooer_jax import checkpoint
@@ -147,9 +148,10 @@ def _tune(stages: Stages, recipe: Recipe):
 def _train(stages: Stages, recipe: Recipe, stage: str):
   before = checkpoint.find(recipe.out / STAGES[stage][0])
   settings = [*recipe.settings(stage), f"--config.init_from={before}"]
-  configs = [CONFIG, TUNING] if stage == "activation" else [CONFIG]
-  files = [*(ROOT / name for name in configs), *ROOT.glob("configs/prompts/mini*.json")]
-  stages.run(f"training, {stage}", fingerprint(settings, files),
+  tuning = stage == "activation"
+  config = mini_activation.get_config() if tuning else mini_salmonn.get_config(stage)
+  made = fingerprint([*settings, config.to_json()], ROOT.glob("configs/prompts/mini*.json"))
+  stages.run(f"training, {stage}", made,
              lambda: _call(sys.executable, "train.py", *settings),
              makes=recipe.out / stage, resumable=True)  # fmt: skip
 
