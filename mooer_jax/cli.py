@@ -74,7 +74,8 @@ def _add_transcribe(commands):
     type=float,
     metavar="SECONDS",
     help="cut longer audio at pauses into pieces of at most so many seconds, and join what is said"
-    " of them; default: audio longer than the model takes is refused",
+    " of them; so many files as --batch-size says are read, and then printed, at a time; default:"
+    " audio longer than the model takes is refused",
   )
   parser.add_argument("--json", type=Path, help="also write the results here")
   parser.add_argument(
@@ -102,12 +103,13 @@ def _transcribe(args) -> int:
   prepare_process()
   if args.json:
     _check_writable(args.json)
-  transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype, base=args.base)
-  if absent := [path for path in args.audio if not Path(path).exists()]:
+  if absent := [path for path in args.audio if not Path(path).is_file()]:
     raise FileNotFoundError(f"no such audio file: {', '.join(absent)}")
+  transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype, base=args.base)
   rows = []
-  # Long recordings one by one: memory holds one, and what is done is said.
-  for group in [args.audio] if args.chunk_s is None else [[path] for path in args.audio]:
+  # Of long recordings memory holds only some, and what is done is said.
+  size = len(args.audio) if args.chunk_s is None else max(1, args.batch_size)
+  for group in (args.audio[i : i + size] for i in range(0, len(args.audio), size)):
     results = transcriber.transcribe(
       group,
       task=args.task,

@@ -46,7 +46,7 @@ def load_clips(
     try:
       name = os.fspath(clip) if isinstance(clip, (str, os.PathLike)) else f"audio[{index}]"
       waveform_N = _read(clip, str(name), config)
-      clips.append(_pieces(waveform_N, str(name), config, lengths))
+      clips.append(_pieces(waveform_N, str(name), config, lengths=lengths))
     except (ValueError, OSError) as error:
       errors.append(error)
   if len(errors) == 1:
@@ -96,7 +96,11 @@ def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
 
 
 def _pieces(
-  waveform_N: np.ndarray, name: str, config: SpeechLLMConfig, lengths: tuple[int, int] | None
+  waveform_N: np.ndarray,
+  name: str,
+  config: SpeechLLMConfig,
+  *,
+  lengths: tuple[int, int] | None,
 ) -> list[np.ndarray]:
   """The clip if the model takes it as it is; where lengths are given, in such pieces."""
   rate_hz = _rate_hz(config)

@@ -1,5 +1,6 @@
 """WeNet-style tar shards, read one utterance after another."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -28,7 +29,7 @@ CAUSES = (
   "not finite",
   "too short",
   "too long",
-  "not cached",  # audio that changed after its encoder frames were kept
+  "not cached",  # audio that changed after its encoder frames were kept, or could not be heard then
 )
 
 
@@ -171,8 +172,7 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
   seen.add(key)
   if "audio" not in parts:
     found = ", ".join(f".{part}" if part else "no suffix" for part in parts)
-    text = parts.get("txt", ("", b""))[1].decode("utf-8-sig", errors="replace").strip()
-    return Skip("no audio", key, shard, f"only {found}", text, _task(parts))
+    return Skip("no audio", key, shard, f"only {found}", *_wanted(parts))
   if "txt" not in parts:
     return Skip("no transcript", key, shard, f"only .{parts['audio'][0]}")
   suffix, audio = parts["audio"]
@@ -183,18 +183,20 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
       if not all(isinstance(about.get(name, ""), str) for name in ("task", "Q")):
         raise ValueError("task and Q must be strings")
     except (ValueError, AttributeError) as error:
-      return Skip("bad task", key, shard, f"{key}.json: {error}")
+      return Skip("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
   return RawUtterance(
     key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
   )
 
 
-def _task(parts) -> str:
-  """What an utterance that is left out would have been asked, if that can be read."""
-  try:
-    return str(json.loads(parts["json"][1])["task"])
-  except (KeyError, TypeError, ValueError):
-    return ""
+def _wanted(parts) -> tuple[str, str]:
+  """Transcript and task of an utterance that is left out, as far as they can be read."""
+  text, task = "", ""
+  with contextlib.suppress(KeyError, UnicodeDecodeError):
+    text = parts["txt"][1].decode("utf-8-sig").strip()
+  with contextlib.suppress(KeyError, TypeError, ValueError):
+    task = json.loads(parts["json"][1])["task"]
+  return text, task if isinstance(task, str) else ""
 
 
 def _check_end(file, offset):

@@ -30,7 +30,7 @@ class Clips(NamedTuple):
 
 
 def uncached_batches(
-  config: DataConfig, model: SpeechLLMConfig, known: set[str], passed: Counter[str]
+  config: DataConfig, model: SpeechLLMConfig, *, known: set[str], passed: Counter[str]
 ) -> Generator[Clips]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
 
@@ -47,14 +47,14 @@ def uncached_batches(
   """
   pad = Padder(config, model)
   utterances = itertools.chain.from_iterable(map(read, shard_names(config.shards)))
-  found = _uncached(utterances, config, model, known, passed)
+  found = _uncached(utterances, config, model, known=known, passed=passed)
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
     digests, clips, seconds = zip(*some, strict=True)
     yield Clips(Batch(*pad(clips), none_BS, none_BS, none_BS), digests, seconds)
 
 
-def _uncached(utterances, config, model, known, passed):
+def _uncached(utterances, config, model, *, known, passed):
   for raw in utterances:
     if isinstance(raw, Skip):
       passed[raw.cause] += 1

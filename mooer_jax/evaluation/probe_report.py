@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ class Perplexity:
   """Of the reference answers to one task.
 
   Attributes:
-    checkpoint: folder.
-    step: of it, 0 where there is only one.
+    checkpoint: its folder, or that of a run that is measured as it trains.
+    step: of the checkpoint in its run, 0 where it is in none.
     scale: of LoRA.
     instruction: the task whose prompt was given, "(none)" without.
     task: whose answers they are.
@@ -48,7 +49,9 @@ class SweepPoint:
 def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None:
   """Writes them as JSON."""
   made = [dataclasses.asdict(row) for row in rows]
-  path.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+  beside = path.with_suffix(".tmp")
+  beside.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+  beside.replace(path)
 
 
 def read_perplexities(path: Path) -> list[Perplexity]:
@@ -90,18 +93,18 @@ def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
   """P(Y|X) above P(Y|X, I), a column for each instruction, as the paper's figure 4.
 
   A column shows the tasks but those of the other instructions. Against the step, the LoRA scale of
-  a single checkpoint, or the checkpoints in their order where steps say nothing.
+  a single checkpoint, or the checkpoints in their order where their steps do not grow.
   """
   from matplotlib.figure import Figure
 
   given = [name for name in dict.fromkeys(row.instruction for row in rows) if name != NONE]
   folders = list(dict.fromkeys((row.checkpoint, row.step) for row in rows))
   steps = [step for _, step in folders]
-  in_order = len(set(steps)) == len(steps)
+  by_step = all(a < b for a, b in itertools.pairwise(steps))
   columns, height = max(1, len(given)), 2 if given else 1
   figure = Figure(figsize=(max(4.6 * columns, 5.2), 3.4 * height), layout="constrained")
   grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-  letters = iter("abcdefghijklmnopqrstuvwxyz")
+  letters = itertools.chain(string.ascii_lowercase, map(str, itertools.count(27)))
   for instructions, panels in zip(([NONE] * columns, given), grid, strict=False):
     for column, (instruction, axes) in enumerate(zip(instructions, panels, strict=True)):
       others = {*given} - {*given[column : column + 1]}
@@ -110,11 +113,13 @@ def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
         line = [row for row in shown if row.task == task]
         scales = list(dict.fromkeys(row.scale for row in line))
         if len(folders) == 1:
-          axes.plot(scales, [r.perplexity for r in line], "o-", color=f"C{number}", label=task)
+          line.sort(key=lambda row: row.scale)
+          x, y = [row.scale for row in line], [row.perplexity for row in line]
+          axes.plot(x, y, "o-", color=f"C{number}", label=task)
           continue
         for scale, style in zip(scales, itertools.cycle(("-", "--", ":", "-."))):
           of = [row for row in line if row.scale == scale]
-          x = [r.step if in_order else folders.index((r.checkpoint, r.step)) for r in of]
+          x = [r.step if by_step else folders.index((r.checkpoint, r.step)) for r in of]
           label = task if len(scales) == 1 else f"{task}, {scale:g}"
           y = [row.perplexity for row in of]
           axes.plot(x, y, "o", linestyle=style, color=f"C{number}", label=label, markersize=4)
@@ -122,8 +127,8 @@ def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
       axes.set(title=f"({next(letters)}) {what}" if given else what, yscale="log")
       axes.legend(fontsize="small")
   for axes in grid[-1]:
-    axes.set_xlabel("LoRA scale" if len(folders) == 1 else "step" if in_order else "")
-    if len(folders) > 1 and not in_order:
+    axes.set_xlabel("LoRA scale" if len(folders) == 1 else "step" if by_step else "")
+    if not by_step:
       axes.set_xticks(range(len(folders)), [_name(f) for f, _ in folders], rotation=30, ha="right")
   for panels in grid:
     panels[0].set_ylabel("perplexity of the references")

@@ -93,9 +93,15 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
       return None
   made_with = json.loads(answers.read_text(encoding="utf-8")).get("made_with")
   if made_with != json.loads(json.dumps(settings)):
+    made_with = made_with if isinstance(made_with, dict) else {}
+    other = [
+      f"{name}={made_with.get(name)!r}, now {value!r}"
+      for name, value in json.loads(json.dumps(settings)).items()
+      if made_with.get(name) != value
+    ]
     raise ValueError(
-      f"{answers} was made with {made_with}, the config says {settings}; use another workdir, or"
-      " remove the file"
+      f"{answers} was made with {'; '.join(other)}. Set it as it was, or use another workdir, or"
+      " move the file away"
     )
   latest = checkpoint.latest(config["workdir"])
   if latest and answers.stat().st_mtime > (latest / "checkpoint.json").stat().st_mtime:
@@ -111,14 +117,25 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
 
 
 def _settings(config: Mapping[str, Any], wanted: ActivationConfig) -> dict[str, Any]:
-  """All that the answers follow from but the audio."""
+  """What the answers follow from, besides the clips and how they are computed.
+
+  The longest answer is not among it: longer ones, edited by a person, need a higher limit.
+  """
   model = checkpoint.describe(config["init_from"])
+  if "prompts" not in model.config:
+    raise ValueError(
+      f"init_from={config['init_from']}: activation tuning begins with a trained model; this holds"
+      f" {', '.join(model.config)}"
+    )
+  generation = {**model.generation, **dict(config.get("generation", {}))}
+  generation.pop("max_new_tokens", None)
   return {
     **dataclasses.asdict(dataclasses.replace(wanted, review=False)),
     "weights": model.hash,
     "prompt": task_prompt(wanted.task, model.config["prompts"]),
     "template": model.config["template"],
-    "generation": {**model.generation, **dict(config.get("generation", {}))},
+    "generation": generation,
+    "seed": config.get("seed", 0),
   }
 
 

@@ -84,6 +84,8 @@ class Run:
       raise ValueError(
         f"data.max_s={run.data.max_s} is longer than model.max_audio_s={model.max_audio_s}"
       )
+    if run.probe.shards and not Path(run.probe.shards).is_file():
+      raise FileNotFoundError(f"probe.shards={run.probe.shards}: no such file")
     for instruction in run.probe.instructions:
       task_prompt(instruction, dict(model.prompts))
     return run

@@ -64,7 +64,7 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
   passed: Counter[str] = Counter()
   begun = (
     (clips, encode(needed, jax.device_put(clips.batch, batch_sharding(mesh))))
-    for clips in uncached_batches(run.data, model, {*cache.names()}, passed)
+    for clips in uncached_batches(run.data, model, known={*cache.names()}, passed=passed)
   )
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("encoding", total=None)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,15 @@ class Monitor:
     if not self._console.is_terminal:
       self.message(f"step {step}/{self._steps}  {line}")
 
-  def perplexities(self, rows: Sequence[Perplexity]):
-    """Takes what a probe measured at a step."""
+  def measure(self, probe: Callable[[int, dict], Sequence[Perplexity]], step: int, params: dict):
+    """Lets a probe measure, and records it; the time does not count as that of steps."""
+    before = time.perf_counter()
+    rows = probe(step, params)
+    start, steps, audio_s = self._since
+    self._since = start + time.perf_counter() - before, steps, audio_s
     said: dict[str, list[str]] = {}
     for row in rows:
-      name = f"perplexity/{row.instruction}/{row.task}"
+      name = f"perplexity/{row.instruction.strip('()')}/{row.task}"
       self._tensorboard.add_scalar(name, row.perplexity, row.step)
       said.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
     shown = ("  ".join((f"under {name}:", *values)) for name, values in said.items())

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -61,13 +61,16 @@ def perplexity(
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
   rows: list[Perplexity] = []
-  steps = list(dict.fromkeys(step for path in paths for step in _steps(path, base)))
-  for step, folder in track(steps, "perplexities", console=Console(stderr=True)):
+  found = [step for path in paths for step in _steps(path, base)]
+  steps = list({folder.resolve(): (step, folder) for step, folder in reversed(found)}.values())
+  for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
     loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
     _check(instructions, loaded.model)
     for instruction in (NONE, *instructions):
-      sums = _sums(config, options, loaded, instruction, scales)
-      rows += _rows(sums, str(folder), step, instruction)
+      measured = _measure(config, options, loaded, instruction=instruction, scales=scales)
+      rows += measured.rows(str(folder), step)
+      if measured.left_out:
+        print(measured.left_out)
       probe_report.write(out / "perplexity.json", rows)
   Console().print(probe_report.perplexity_table(rows))
   print(probe_report.draw_perplexities(rows, out / "perplexity.png"))
@@ -78,7 +81,7 @@ class Probe:
   """Measures a run as it trains: perplexity.json and perplexity.png in its folder."""
 
   def __init__(
-    self, config: Mapping[str, Any], run: Run, tokenizer: Tokenizer, mesh, *, first: int
+    self, config: Mapping[str, Any], run: Run, tokenizer: Tokenizer, *, mesh, first: int
   ):
     """Takes the updates already done; keeps what was measured up to there.
 
@@ -86,20 +89,40 @@ class Probe:
       FileNotFoundError, ValueError: for a bad test set, or prompts that do not fit the template.
     """
     self._config, self._run, self._tokenizer = config, run, tokenizer
-    self._rows_sharding = batch_sharding(mesh)
+    self._sharding = batch_sharding(mesh)
     self._options = EvalConfig(run.probe.shards, task="", batch_size=run.probe.batch_size)
     self._file = run.workdir / "perplexity.json"
     rows = probe_report.read_perplexities(self._file) if first and self._file.is_file() else []
     self._rows = [row for row in rows if row.step <= first]
+    measured = {row.instruction for row in self._rows}
+    if measured and measured != {NONE, *run.probe.instructions}:
+      raise ValueError(
+        f"{self._file} was measured under {sorted(measured)}; move it away, or set"
+        " probe.instructions to the same"
+      )
+    self._told = False
     _check(run.probe.instructions, run.model)
     batches_of(config, self._options, self._loaded({}))  # its list and tasks are looked at
 
+  def lacks(self, step: int) -> bool:
+    """Whether a step was not measured."""
+    return all(row.step != step for row in self._rows)
+
   def __call__(self, step: int, params: dict) -> list[Perplexity]:
-    """The perplexities of these parameters, with the LoRA scale of training."""
+    """The perplexities of these parameters, with the LoRA scale of training.
+
+    Raises:
+      ValueError: if none of the answers can be measured.
+    """
     loaded, rows = self._loaded(params), []
     for instruction in (NONE, *self._run.probe.instructions):
-      sums = _sums(self._config, self._options, loaded, instruction, (), self._rows_sharding)
-      rows += _rows(sums, str(self._run.workdir), step, instruction)
+      measured = _measure(
+        self._config, self._options, loaded, instruction=instruction, sharding=self._sharding
+      )
+      rows += measured.rows(str(self._run.workdir), step)
+      if measured.left_out and not self._told:
+        print(measured.left_out)
+    self._told = True
     self._rows += rows
     probe_report.write(self._file, self._rows)
     probe_report.draw_perplexities(self._rows, self._file.with_suffix(".png"))
@@ -110,20 +133,13 @@ class Probe:
 
 
 def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
-  """All of them, before minutes of work."""
-  for instruction in (NONE, *instructions):
-    _, after = fill_template(model.template, _asked(instruction, model), "a question")
-    if not after:
-      raise ValueError(
-        f"P(Y|X) is of no text at all: template {model.template!r} has nothing after the speech"
-        " without an instruction, and the answer is read off there"
-      )
-
-
-def _asked(instruction: str, model: SpeechLLMConfig) -> str:
-  return bare_prompt(model) if instruction == NONE else task_prompt(
-    instruction, dict(model.prompts)
-  )  # fmt: skip
+  for instruction in instructions:
+    task_prompt(instruction, dict(model.prompts))
+  if not fill_template(model.template, bare_prompt(model))[1]:
+    raise ValueError(
+      f"template {model.template!r} has nothing after the speech where there is no instruction, and"
+      " an answer is read off what stands there: P(Y|X) cannot be measured"
+    )
 
 
 def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
@@ -139,29 +155,45 @@ def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
   return [(0, first.base), *steps] if whole and first.base else steps
 
 
-def _rows(
-  sums: dict[float, dict[str, tuple[float, int]]], folder: str, step: int, instruction: str
-) -> list[Perplexity]:
-  return [
-    Perplexity(folder, step, scale, instruction, task, math.exp(nats / tokens), tokens)
-    for scale, of_tasks in sums.items()
-    for task, (nats, tokens) in of_tasks.items()
-  ]
+class _Measured(NamedTuple):
+  """What came of an instruction.
+
+  Attributes:
+    instruction: which.
+    sums: by scale and task, nats of the reference answers and their tokens.
+    left_out: what could not be measured, for a person; empty if nothing.
+  """
+
+  instruction: str
+  sums: dict[float, dict[str, tuple[float, int]]]
+  left_out: str
+
+  def rows(self, folder: str, step: int) -> list[Perplexity]:
+    return [
+      Perplexity(folder, step, scale, self.instruction, task, math.exp(nats / tokens), tokens)
+      for scale, of_tasks in self.sums.items()
+      for task, (nats, tokens) in of_tasks.items()
+    ]
 
 
-def _sums(
-  config,
+def _measure(
+  config: Mapping[str, Any],
   options: EvalConfig,
   loaded: Loaded,
+  *,
   instruction: str,
-  scales: Sequence[float],
-  rows: jax.sharding.Sharding | None = None,
-) -> dict[float, dict[str, tuple[float, int]]]:
-  """By scale and task: nats of the reference answers, and their tokens."""
-  asked = _asked(instruction, loaded.model)
-  tasks = [task for task, _ in loaded.model.prompts]
-  model = loaded.model.replace(prompts=tuple((task, asked) for task in tasks))
-  program = loaded.model.replace(prompts=tuple((task, "") for task in tasks))  # the same for all
+  scales: Sequence[float] = (),
+  sharding: jax.sharding.Sharding | None = None,
+) -> _Measured:
+  """Goes through the test set once; `sharding` says how its rows lie on a mesh."""
+  model = loaded.model
+  asked = bare_prompt(model) if instruction == NONE else task_prompt(
+    instruction, dict(model.prompts)
+  )  # fmt: skip
+  tasks = [task for task, _ in model.prompts]
+  model = model.replace(prompts=tuple((task, asked) for task in tasks))
+  # What is compiled knows no prompt, so that those of one length share it.
+  program = model.replace(prompts=tuple((task, "") for task in tasks))
   wanted = list(scales) or [model.decoder.lora_scale]
   totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
   left_out: Counter[str] = Counter()
@@ -170,12 +202,16 @@ def _sums(
     left_out["no answer that fits data.answer_buckets"] += sum(
       int(row_S[0] < 0) for row_S in host.batch.answer_BS[: len(host.keys)]
     )
-    batch = host.batch if rows is None else jax.device_put(host.batch, rows)
+    batch = host.batch if sharding is None else jax.device_put(host.batch, sharding)
     for scale in wanted:
-      totals[scale] += jax.device_get(_task_sums(loaded.params, batch, program, scale, rows))
-  if said := ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n):
-    print(f"instruction {instruction}: utterances left out: {said}")
-  return {
+      sums = _task_sums(loaded.params, batch, scale, model=program, sharding=sharding)
+      totals[scale] += jax.device_get(sums)
+  causes = ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n)
+  if not any(tokens for _, tokens, _ in totals[wanted[0]]):
+    raise ValueError(
+      f"{options.shards}, instruction {instruction}: no answer could be measured ({causes})"
+    )
+  sums_by_task = {
     scale: {
       task: (nats, int(tokens))
       for task, (nats, tokens, _) in zip(tasks, sums, strict=True)
@@ -183,11 +219,13 @@ def _sums(
     }
     for scale, sums in totals.items()
   }
+  said = f"instruction {instruction}: utterances left out: {causes}" if causes else ""
+  return _Measured(instruction, sums_by_task, said)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rows"))
-def _task_sums(params, batch, model: SpeechLLMConfig, scale, rows):
-  return speech_llm.loss(params, batch, model, lora_scale=scale, rows=rows)[1]["task_sums"]
+@functools.partial(jax.jit, static_argnames=("model", "sharding"))
+def _task_sums(params, batch, scale, *, model: SpeechLLMConfig, sharding):
+  return speech_llm.loss(params, batch, model, lora_scale=scale, rows=sharding)[1]["task_sums"]
 
 
 def bare_prompt(model: SpeechLLMConfig) -> str:

@@ -47,7 +47,8 @@ class ProbeConfig:
   Attributes:
     shards: test set, each utterance with its own task; "" measures nothing.
     instructions: tasks whose prompts are given; besides, always none.
-    every: updates between two measurements; the first is of the model that the run starts from.
+    every: updates between two measurements; the models that the run starts from and ends with are
+      measured, too.
     batch_size: utterances at a time.
   """
 

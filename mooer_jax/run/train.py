@@ -42,13 +42,13 @@ def train(config: ConfigDict) -> Path:
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
-  Run.read(config)  # a mistake shows before anything is loaded
+  run = Run.read(config)  # a mistake shows before anything is loaded
+  mesh = make_mesh(**dataclasses.asdict(run.mesh))
+  _check_rows(run, mesh)
   with_answers = with_own_answers(config)
   if with_answers is None:
     return Path(config["workdir"])
   run = Run.read(with_answers)
-  mesh = make_mesh(**dataclasses.asdict(run.mesh))
-  _check_rows(run, mesh)
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
   measured = any(frontend.normalised for frontend in run.model.frontends)
@@ -65,6 +65,8 @@ def train(config: ConfigDict) -> Path:
       return resumed
   tokenizer = read_tokenizer(config, start_from)
   check_vocabulary(tokenizer, run.model)
+  first = checkpoint.step_of(resumed) if resumed else 0
+  probe = Probe(with_answers, run, tokenizer, mesh=mesh, first=first) if run.probe.shards else None
 
   params = initial_params(
     run, mesh, start_from, exactly=bool(resumed), base=base if resumed else None
@@ -92,8 +94,6 @@ def train(config: ConfigDict) -> Path:
     mesh=mesh,
     shardings=shardings,
   )
-  first = int(state.step)
-  probe = Probe(with_answers, run, tokenizer, mesh, first=first) if run.probe.shards else None
   stop = StopRequest()
   folder = resumed
   pending = None
@@ -105,8 +105,8 @@ def train(config: ConfigDict) -> Path:
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
     train_step = CompiledStep(jitted, state, frozen, dataset.shapes, monitor.message)
-    if probe and not first:
-      monitor.perplexities(probe(0, tree.merge(state.trainable, frozen)))
+    if probe and probe.lacks(first):
+      monitor.measure(probe, first, tree.merge(state.trainable, frozen))
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
@@ -115,15 +115,18 @@ def train(config: ConfigDict) -> Path:
         check_finite(pending[0])
         monitor.record(*pending)
       pending = (metrics, host_batch)
-      if probe and step % run.probe.every == 0:
-        monitor.perplexities(probe(step, tree.merge(state.trainable, frozen)))
       last = step == run.train.steps or stop.requested
-      if last or step % run.train.save_every == 0:
+      saves = last or step % run.train.save_every == 0
+      measures = probe and (last or step % run.probe.every == 0) and not stop.requested
+      if saves or measures:
         check_finite(metrics)
         monitor.record(*pending)
         pending = None
+      if saves:
         folder = save(run, state, frozen, tokenizer, batches.get_state(), base)
         monitor.message(f"saved {folder}")
+      if probe and measures:
+        monitor.measure(probe, step, tree.merge(state.trainable, frozen))
       if last:
         break
   if stop.requested:

@@ -19,10 +19,12 @@ WHISPER = WhisperConfig(width=8, layers=1, heads=1, positions=100, context=100, 
 BEATS = BEATsConfig(width=16, layers=1, heads=1, conv_pos_groups=1)
 
 
-def fill(cache, config, model):
+def fill(cache, config, model, passed=None):
   """Writes made-up frames of the lengths that the encoders would give; returns how many clips."""
   count = 0
-  for batch, digests, seconds in uncached_batches(config, model, {*cache.names()}, Counter()):
+  for batch, digests, seconds in uncached_batches(
+    config, model, known={*cache.names()}, passed=Counter() if passed is None else passed
+  ):
     rows = []
     for row, name in enumerate(digests):
       rng = np.random.default_rng(int(name[:8], 16))
@@ -50,7 +52,9 @@ def test_clips_are_cached_that_evaluation_would_leave_out(shards, wav, tokenizer
     shards.add_members([("same.wav", audio), ("same.txt", b"A"), ("same.json", about)])
   shards.add_members([("lost.wav", wav(0.5, seed=2)), ("lost.txt", b"A"), ("short.wav", wav(0.1))])
   cache = open_cache(tmp_path / "cache", model)
-  assert fill(cache, config, model) == 3
+  passed = Counter()
+  assert fill(cache, config, model, passed) == 3
+  assert passed == {"no transcript": 1}
   iterator = iter(train_batches(config, tokenizer, model, cache=cache))
   hosts = [next(iterator) for _ in range(3)]
   iterator.close()

@@ -210,6 +210,41 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   np.testing.assert_allclose(found.perplexity, np.exp(nats / tokens), rtol=1e-4)
 
 
+def test_a_run_measures_itself_as_eval_does_and_goes_on_with_it(settings, trained, tmp_path):
+  _, config = settings
+  config = config.copy_and_resolve_references()
+  config.workdir, config.init_from = str(tmp_path / "run"), str(trained)
+  config.data.cache_features = ""
+  config.train.steps, config.probe.every = 1, 5
+  config.probe.shards, config.probe.instructions = config.eval.shards, ("asr",)
+  config.probe.batch_size = 8
+  train(config)
+  probed = tmp_path / "run/perplexity.json"
+  measured = read_perplexities(probed)
+  write(probed, [*measured, dataclasses.replace(measured[0], step=2)])  # killed before it was saved
+  config.train.steps, config.probe.every = 3, 2
+  last = train(config)
+  rows = read_perplexities(probed)
+  assert [row.step for row in rows] == [step for step in (0, 1, 2, 3) for _ in range(4)]
+  config.eval.out = str(tmp_path / "probe")
+  alone = perplexity(config, [str(trained), str(last), str(last)], instructions=["asr"])
+  assert [row.step for row in alone] == [2] * 4 + [3] * 4  # each where its own run had come to
+  ours = [row.perplexity for row in rows if row.step in (0, 3)]
+  np.testing.assert_allclose(ours, [row.perplexity for row in alone], rtol=1e-5)
+  assert ours[:4] != ours[4:]
+  assert (tmp_path / "run/perplexity.png").stat().st_size > 5000
+
+  config.train.steps, config.probe.instructions = 4, ("keyword",)
+  with pytest.raises(ValueError, match=r"measured under \['\(none\)', 'asr'\]; move it away"):
+    train(config)
+  config.probe.shards = "nowhere.json"
+  with pytest.raises(FileNotFoundError, match=r"probe\.shards=nowhere\.json"):
+    train(config)
+  config.data.answer_buckets = (1,)
+  with pytest.raises(ValueError, match=r"\(none\): no answer could be measured \(no answer that"):
+    perplexity(config, [str(last)])
+
+
 def test_clips_that_cannot_be_decoded_count_in_their_tasks(settings, trained, clips, tmp_path):
   _, config = settings
   config = config.copy_and_resolve_references()
@@ -272,7 +307,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
 
 
 def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
-  settings, trained, tmp_path, monkeypatch
+  settings, base, trained, tmp_path, monkeypatch
 ):
   folder, config = settings
   config = config.copy_and_resolve_references()
@@ -282,8 +317,6 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   config.data.cache_features = ""
   config.train.steps = 1
   config.optimizer.warmup_steps = 0
-  config.probe.shards, config.probe.instructions = config.eval.shards, ("asr",)
-  config.probe.batch_size = 8
   with monkeypatch.context() as patch:  # a model that learned nothing has nothing to say
     patch.setattr(Tokenizer, "decode", lambda self, ids: "a yes")
     train(config)
@@ -293,19 +326,7 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a yes") + 8
 
   config.train.steps = 2
-  probed = tmp_path / "tuned/perplexity.json"
-  measured = read_perplexities(probed)
-  write(probed, [*measured, dataclasses.replace(measured[0], step=2)])  # killed before it was saved
-  last = train(config)
-  assert checkpoint.step_of(last) == 2  # goes on
-  config.eval.out = str(tmp_path / "probe")
-  alone = perplexity(config, [str(trained), str(last)], instructions=["asr"])
-  rows = read_perplexities(probed)
-  assert [row.step for row in rows] == [step for step in (0, 1, 2) for _ in range(4)]
-  measured = [row.perplexity for row in rows if row.step != 1]
-  np.testing.assert_allclose(measured, [row.perplexity for row in alone], rtol=1e-5)
-  assert measured[:4] != measured[4:]
-  assert (tmp_path / "tuned/perplexity.png").stat().st_size > 5000
+  assert checkpoint.step_of(train(config)) == 2  # goes on
   content = json.loads(made.read_text())
   for entry in content["annotation"]:
     entry["text"] = "no"
@@ -318,10 +339,15 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   train(config)
   assert _metrics(tmp_path / "again")[0]["tokens"] == 8 * len("no") + 8
   config.activation.lora_scale = 1.5
-  with pytest.raises(ValueError, match="was made with .*'lora_scale': 0.0"):
+  with pytest.raises(ValueError, match=r"was made with lora_scale=0.0, now 1.5\."):
     train(config)
   config.activation.lora_scale, config.generation.max_new_tokens = 0.0, 7
-  with pytest.raises(ValueError, match="was made with .*'max_new_tokens': 6"):
+  train(config)  # longer answers may be written by hand
+  config.generation.num_beams = 2
+  with pytest.raises(ValueError, match="was made with generation=.*'num_beams': 2"):
+    train(config)
+  config.generation.num_beams, config.init_from = 1, str(base)
+  with pytest.raises(ValueError, match="begins with a trained model; this holds encoders"):
     train(config)
 
 
