@@ -37,6 +37,27 @@ def test_load_gives_back_what_was_saved(saved):
   checkpoint.verify(saved)
 
 
+def test_what_is_converted_twice_has_one_hash(tmp_path):
+  leaves = jax.tree.map(checkpoint.reading.arrays.as_lazy, params())
+  first, again = (save(tmp_path / name, leaves) for name in ("first", "again"))
+  stamps = [(folder / "weights/_CHECKPOINT_METADATA").read_text() for folder in (first, again)]
+  assert stamps[0] != stamps[1]
+  assert checkpoint.describe(first).hash == checkpoint.describe(again).hash
+  leaves["scalar"] = checkpoint.reading.arrays.as_lazy(np.float32(7))
+  assert checkpoint.describe(save(tmp_path / "o", leaves)).hash != checkpoint.describe(first).hash
+
+
+def test_a_hash_over_the_time_of_writing_is_still_verified(saved, tmp_path):
+  """As it was before: over all files."""
+  old = tmp_path / "old"
+  subprocess.run(["cp", "-r", saved, old], check=True)
+  about = json.loads((old / "checkpoint.json").read_text())
+  about["hash"] = checkpoint.reading.arrays.hash_files(old / "weights", "", stamped=True)
+  assert about["hash"] != checkpoint.describe(saved).hash
+  (old / "checkpoint.json").write_text(json.dumps(about))
+  checkpoint.verify(old)
+
+
 def test_a_folder_holds_the_documented_files_and_no_more(saved):
   assert sorted(p.name for p in saved.iterdir()) == [
     "checkpoint.json",

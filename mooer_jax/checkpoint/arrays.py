@@ -14,6 +14,7 @@ import numpy as np
 from mooer_jax import tree
 from mooer_jax.checkpoint.errors import CheckpointError
 
+_STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's: when and where it wrote
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
 
 
@@ -120,16 +121,28 @@ def hash_file(file: Path) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_files(folder: Path, seed: str, known: Mapping[str, str] | None = None) -> str:
-  """SHA-256 (hex) of a seed and of the names and contents of all files under a folder.
+def hash_files(
+  folder: Path, seed: str, known: Mapping[str, str] | None = None, *, stamped: bool = False
+) -> str:
+  """SHA-256 (hex) of a seed and of the names and contents of the files under a folder.
 
-  `known` holds what `write` returned, so that these files are not read once more.
+  The same `Lazy` leaves give the same hash whenever they are written, so that weights that are
+  converted again are still the base of what was trained on them. (Orbax writes arrays on devices
+  into files of random names.)
+
+  Args:
+    folder: from `write`.
+    seed: goes before them.
+    known: what `write` returned, so that these files are not read once more.
+    stamped: with the files that hold time and place of writing, as older checkpoints were hashed.
   """
 
   def content(file: Path) -> str:
     return (known or {}).get(file.relative_to(folder).as_posix()) or hash_file(file)
 
-  files = sorted(file for file in folder.rglob("*") if file.is_file())
+  files = sorted(
+    file for file in folder.rglob("*") if file.is_file() and (stamped or file.name not in _STAMPS)
+  )
   digest = hashlib.sha256(seed.encode())
   with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
     for file, hashed in zip(files, threads.map(content, files), strict=True):
