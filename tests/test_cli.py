@@ -28,7 +28,7 @@ class Model:
 def transcribe(monkeypatch, error, *arguments):
   model = Model(error)
   monkeypatch.setattr(mooer_jax.transcribe, "Transcriber", model)
-  return cli.main(["transcribe", "--checkpoint", "c", *arguments, "a.wav"]), model.loads
+  return cli.main(["transcribe", "--checkpoint", "c", *arguments, __file__]), model.loads
 
 
 @pytest.mark.parametrize(

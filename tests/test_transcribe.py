@@ -283,11 +283,11 @@ def test_the_command_prints_and_writes_json(folder, clips, tmp_path, capsys, tra
   assert capsys.readouterr().out == "".join(f"{r.path}\t{r.text}\n" for r in expected)
 
 
-def test_the_command_fails_with_one_line(folder, tmp_path, plain_env):
+def test_the_command_fails_with_one_line(folder, clips, tmp_path, plain_env):
   command = [sys.executable, "-m", "mooer_jax.cli", "transcribe", "--checkpoint"]
   for checkpoint_folder, audio, message in (
     (folder, tmp_path / "nowhere.wav", "nowhere.wav"),
-    (tmp_path, tmp_path / "nowhere.wav", "config.json"),
+    (tmp_path, clips[0].path, "config.json"),
   ):
     done = subprocess.run(
       [*command, str(checkpoint_folder), str(audio)], env=plain_env, capture_output=True, text=True

@@ -18,4 +18,5 @@ def test_a_stage_is_read(module, stage, size, width, tmp_path):
   assert run.model.decoder.lora_scale == 4.0
   if module is salmonn_activation:
     assert config.activation.task in dict(run.model.prompts)
-    assert run.train.keep >= run.train.steps == config.activation.clips
+    assert run.train.steps == config.activation.clips
+    assert run.probe.every == 1 and run.probe.instructions == (config.activation.task,)
