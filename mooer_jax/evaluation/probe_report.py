@@ -7,11 +7,12 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from mooer_jax.evaluation.by_task import TaskScore
 
 NONE = "(none)"  # what the absence of an instruction is called
+_STYLES = ("-", "--", ":", "-.")  # of the lines of several LoRA scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ def read_perplexities(path: Path) -> list[Perplexity]:
 def perplexity_table(rows: Sequence[Perplexity]) -> Table:
   """A line for each checkpoint, scale and instruction, a column for each task."""
   tasks = list(dict.fromkeys(row.task for row in rows))
-  table = Table("checkpoint", "step", "LoRA scale", "instruction", *tasks, title="perplexity")
+  whole = Column("checkpoint", overflow="fold")
+  table = Table(whole, "step", "LoRA scale", "instruction", *tasks, title="perplexity")
   lines: dict[tuple, dict[str, float]] = {}
   for r in rows:
     line = lines.setdefault((r.checkpoint, r.step, r.scale, r.instruction), {})
@@ -98,9 +100,31 @@ def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
   from matplotlib.figure import Figure
 
   given = [name for name in dict.fromkeys(row.instruction for row in rows) if name != NONE]
+  tasks = list(dict.fromkeys(row.task for row in rows))
+  scales = sorted({row.scale for row in rows})
   folders = list(dict.fromkeys((row.checkpoint, row.step) for row in rows))
-  steps = [step for _, step in folders]
-  by_step = all(a < b for a, b in itertools.pairwise(steps))
+  over_scales = len(folders) == 1
+  by_step = all(a < b for (_, a), (_, b) in itertools.pairwise(folders))
+
+  def x_of(row: Perplexity) -> float:
+    if over_scales:
+      return row.scale
+    return row.step if by_step else folders.index((row.checkpoint, row.step))
+
+  def draw(axes, shown: Sequence[Perplexity]):
+    lines: dict[tuple[str, float | None], list[Perplexity]] = {}
+    for row in sorted(shown, key=x_of):
+      lines.setdefault((row.task, None if over_scales else row.scale), []).append(row)
+    for (task, scale), line in sorted(lines.items(), key=lambda item: tasks.index(item[0][0])):
+      label, style = task, "-"
+      if scale is not None and len(scales) > 1:
+        label, style = f"{task}, {scale:g}", _STYLES[scales.index(scale) % len(_STYLES)]
+      x, y = [x_of(row) for row in line], [row.perplexity for row in line]
+      color = f"C{tasks.index(task)}"
+      axes.plot(x, y, "o", linestyle=style, color=color, label=label, markersize=4)
+    axes.set_yscale("log")
+    axes.legend(fontsize="small")
+
   columns, height = max(1, len(given)), 2 if given else 1
   figure = Figure(figsize=(max(4.6 * columns, 5.2), 3.4 * height), layout="constrained")
   grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
@@ -108,26 +132,11 @@ def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
   for instructions, panels in zip(([NONE] * columns, given), grid, strict=False):
     for column, (instruction, axes) in enumerate(zip(instructions, panels, strict=True)):
       others = {*given} - {*given[column : column + 1]}
-      shown = [r for r in rows if r.instruction == instruction and r.task not in others]
-      for number, task in enumerate(dict.fromkeys(row.task for row in rows)):
-        line = [row for row in shown if row.task == task]
-        scales = list(dict.fromkeys(row.scale for row in line))
-        if len(folders) == 1:
-          line.sort(key=lambda row: row.scale)
-          x, y = [row.scale for row in line], [row.perplexity for row in line]
-          axes.plot(x, y, "o-", color=f"C{number}", label=task)
-          continue
-        for scale, style in zip(scales, itertools.cycle(("-", "--", ":", "-."))):
-          of = [row for row in line if row.scale == scale]
-          x = [r.step if by_step else folders.index((r.checkpoint, r.step)) for r in of]
-          label = task if len(scales) == 1 else f"{task}, {scale:g}"
-          y = [row.perplexity for row in of]
-          axes.plot(x, y, "o", linestyle=style, color=f"C{number}", label=label, markersize=4)
+      draw(axes, [r for r in rows if r.instruction == instruction and r.task not in others])
       what = "P(Y|X)" if instruction == NONE else f"P(Y|X, I), I of {instruction}"
-      axes.set(title=f"({next(letters)}) {what}" if given else what, yscale="log")
-      axes.legend(fontsize="small")
+      axes.set_title(f"({next(letters)}) {what}" if given else what)
   for axes in grid[-1]:
-    axes.set_xlabel("LoRA scale" if len(folders) == 1 else "step" if by_step else "")
+    axes.set_xlabel("LoRA scale" if over_scales else "step" if by_step else "")
     if not by_step:
       axes.set_xticks(range(len(folders)), [_name(f) for f, _ in folders], rotation=30, ha="right")
   for panels in grid:

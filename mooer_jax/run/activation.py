@@ -92,13 +92,13 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
       print("edit them, then run the same command with --config.activation.review=False")
       return None
   made_with = json.loads(answers.read_text(encoding="utf-8")).get("made_with")
-  if made_with != json.loads(json.dumps(settings)):
-    made_with = made_with if isinstance(made_with, dict) else {}
-    other = [
-      f"{name}={made_with.get(name)!r}, now {value!r}"
-      for name, value in json.loads(json.dumps(settings)).items()
-      if made_with.get(name) != value
-    ]
+  made_with = made_with if isinstance(made_with, dict) else {}
+  other = [
+    f"{name}={made_with.get(name)!r}, now {value!r}"
+    for name, value in settings.items()
+    if made_with.get(name) != value
+  ]
+  if other:
     raise ValueError(
       f"{answers} was made with {'; '.join(other)}. Set it as it was, or use another workdir, or"
       " move the file away"
@@ -121,22 +121,23 @@ def _settings(config: Mapping[str, Any], wanted: ActivationConfig) -> dict[str, 
 
   The longest answer is not among it: longer ones, edited by a person, need a higher limit.
   """
-  model = checkpoint.describe(config["init_from"])
-  if "prompts" not in model.config:
+  about = checkpoint.describe(config["init_from"])
+  if "prompts" not in about.config:
     raise ValueError(
       f"init_from={config['init_from']}: activation tuning begins with a trained model; this holds"
-      f" {', '.join(model.config)}"
+      f" {', '.join(about.config)}"
     )
-  generation = {**model.generation, **dict(config.get("generation", {}))}
+  generation = {**about.generation, **dict(config.get("generation", {}))}
   generation.pop("max_new_tokens", None)
-  return {
+  made = {
     **dataclasses.asdict(dataclasses.replace(wanted, review=False)),
-    "weights": model.hash,
-    "prompt": task_prompt(wanted.task, model.config["prompts"]),
-    "template": model.config["template"],
+    "weights": about.hash,
+    "prompt": task_prompt(wanted.task, about.config["prompts"]),
+    "template": about.config["template"],
     "generation": generation,
     "seed": config.get("seed", 0),
   }
+  return json.loads(json.dumps(made))  # as it is read back
 
 
 def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[str, str]]:

@@ -62,6 +62,8 @@ def train(config: ConfigDict) -> Path:
     print(f"goes on from {resumed}")
     if checkpoint.step_of(resumed) >= run.train.steps:
       print(f"all train.steps={run.train.steps} are done; for more, raise it and total_steps")
+      if run.probe.shards:
+        print("a run that is done is measured by: eval.py --mode=perplexity")
       return resumed
   tokenizer = read_tokenizer(config, start_from)
   check_vocabulary(tokenizer, run.model)

@@ -51,6 +51,8 @@ def test_one_checkpoint_is_drawn_over_its_scales_and_without_instructions_in_one
   ((title, (_, lines)),) = panels(_rows([("out/run", 7)], (NONE,), (0.0, 2.0, 4.0))).items()
   assert title == "P(Y|X)"
   assert lines == {task: [0.0, 2.0, 4.0] for task in ("asr", "story", "reply")}
+  found = panels(_rows([("out/run", 7)], (NONE, "story", "reply"), (4.0, 0.0)))
+  assert list(found["(b) P(Y|X)"][1]) == ["asr", "reply"]  # no entry for what is not drawn
 
 
 def test_checkpoints_of_several_runs_stand_in_the_order_given(panels):
