@@ -60,8 +60,8 @@ def call(command: Sequence[str]):
 class Stages:
   """The steps of one run, recorded in `stages.json` of its folder.
 
-  Each step's fingerprint includes those of the steps before it, so that a change early in the chain
-  redoes everything after it.
+  Each step's fingerprint includes that of the step it goes on from, so that a change early in the
+  chain redoes everything after it.
   """
 
   def __init__(self, folder: Path):
@@ -69,11 +69,19 @@ class Stages:
     folder.mkdir(parents=True, exist_ok=True)
     self._path = folder / "stages.json"
     self._records = json.loads(self._path.read_text("utf-8")) if self._path.exists() else {}
-    self._chain = ""
+    self._last = ""
+    self._chains = {"": ""}
     self.redone: list[str] = []
 
   def run(
-    self, name: str, made_from: str, work: Callable[[], Any], *, makes: Path, resumable=False
+    self,
+    name: str,
+    made_from: str,
+    work: Callable[[], Any],
+    *,
+    makes: Path,
+    resumable: bool = False,
+    after: str | None = None,
   ) -> float:
     """Runs a step, unless it was finished from the same inputs before.
 
@@ -83,6 +91,7 @@ class Stages:
       work: what to do.
       makes: folder that the step fills; whatever is there from other inputs is removed first.
       resumable: whether `work` goes on from what an interrupted run left in the folder.
+      after: the step that it goes on from; None: the one that was run last.
 
     Returns:
       Seconds that the step took, in this run or in the one that finished it; of a resumable step,
@@ -91,29 +100,30 @@ class Stages:
     Raises:
       Terminated: on SIGTERM, once the time spent is written down.
     """
-    self._chain = fingerprint([self._chain, made_from])
+    before = self._chains[self._last if after is None else after]
+    self._last, self._chains[name] = name, fingerprint([before, made_from])
     record = self._records.get(name, {})
-    same = record.get("made_from") == self._chain and makes.exists()
+    same = record.get("made_from") == self._chains[name] and makes.exists()
     if same and record.get("done"):
       print(f"{name}: done before in {record['seconds']:.0f} s, from the same inputs", flush=True)
       return record["seconds"]
-    before = record.get("seconds", 0.0) if same and resumable else 0.0
+    spent = record.get("seconds", 0.0) if same and resumable else 0.0
     if not (same and resumable) and makes.exists():
       shutil.rmtree(makes)
-    self._write(name, done=False, seconds=before)
+    self._write(name, done=False, seconds=spent)
     start = time.perf_counter()
     try:
       with _terminable():
         work()
     except BaseException:
-      self._write(name, done=False, seconds=before + time.perf_counter() - start)
+      self._write(name, done=False, seconds=spent + time.perf_counter() - start)
       raise
-    seconds = before + time.perf_counter() - start
+    seconds = spent + time.perf_counter() - start
     self._write(name, done=True, seconds=seconds)
     self.redone.append(name)
     print(f"{name}: {seconds:.0f} s", flush=True)
     return seconds
 
   def _write(self, name: str, **record):
-    self._records[name] = {"made_from": self._chain, **record}
+    self._records[name] = {"made_from": self._chains[name], **record}
     self._path.write_text(json.dumps(self._records, indent=2) + "\n", encoding="utf-8")

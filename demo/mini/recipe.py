@@ -130,6 +130,7 @@ def run(
     tests.append(("sentences", recordings / "test_pocketsphinx.json"))
   if activation:
     _tune(stages, recipe)
+    tests += [("tasks", data / "probe.json"), ("activation", data / "probe.json")]
     tests.append(("activation", data / "test_tasks.json"))
   return {f"{model}: {test.stem}": _score(recipe, model, test) for model, test in tests}
 
@@ -146,14 +147,17 @@ def _tune(stages: Stages, recipe: Recipe):
 
 
 def _train(stages: Stages, recipe: Recipe, stage: str):
-  before = checkpoint.find(recipe.out / STAGES[stage][0])
+  starts_from, shards = STAGES[stage]
+  before = checkpoint.find(recipe.out / starts_from)
   settings = [*recipe.settings(stage), f"--config.init_from={before}"]
   tuning = stage == "activation"
   config = mini_activation.get_config() if tuning else mini_salmonn.get_config(stage)
-  made = fingerprint([*settings, config.to_json()], ROOT.glob("configs/prompts/mini*.json"))
+  files = [*ROOT.glob("configs/prompts/mini*.json"), recipe.out / shards]
+  made = fingerprint([*settings, config.to_json()], files)
   stages.run(f"training, {stage}", made,
              lambda: _call(sys.executable, "train.py", *settings),
-             makes=recipe.out / stage, resumable=True)  # fmt: skip
+             makes=recipe.out / stage, resumable=True,
+             after="weights" if starts_from == "base" else f"training, {starts_from}")  # fmt: skip
 
 
 def _convert(whisper: Path, llm: Path, out: Path):

@@ -79,3 +79,21 @@ def test_a_command_that_fails_says_so():
   with pytest.raises(subprocess.CalledProcessError) as caught:
     call([sys.executable, "-c", "raise SystemExit(3)"])
   assert caught.value.returncode == 3
+
+
+def test_a_change_redoes_what_goes_on_from_it_and_no_other_branch(tmp_path):
+  def run(left_from):
+    stages = Stages(tmp_path)
+    makes = tmp_path / "made"
+    makes.mkdir(exist_ok=True)
+    stages.run("base", "1", lambda: None, makes=makes)
+    stages.run("left", left_from, lambda: makes.mkdir(exist_ok=True), makes=makes, after="base")
+    stages.run("leaf", "3", lambda: None, makes=makes, after="left")
+    makes.mkdir(exist_ok=True)
+    stages.run("right", "4", lambda: None, makes=makes, after="base")
+    makes.mkdir(exist_ok=True)
+    return stages.redone
+
+  run("2")
+  assert run("2") == []
+  assert run("other") == ["left", "leaf"]
