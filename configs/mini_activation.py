@@ -3,8 +3,8 @@
 Command:   make mini-salmonn MINI_ARGS=--activation    (or, after make mini-salmonn, python train.py
            --config=configs/mini_activation.py)
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      docs/salmonn.md
+Expected:  docs/salmonn.md
 """
 
 from configs import mini_salmonn
