@@ -25,7 +25,11 @@ from rich.table import Table
 from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
 from demo.stages import Stages, call, fingerprint
+from demo.synthesize import WORDS
 from mooer_jax import checkpoint
+from mooer_jax.data.annotation import entry_key, read_annotation
+from mooer_jax.evaluation.answers import words
+from mooer_jax.evaluation.text_files import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, TUNING = "configs/mini_salmonn.py", "configs/mini_activation.py"
@@ -171,7 +175,25 @@ def _score(recipe: Recipe, model: str, test: Path) -> dict:
   _call(sys.executable, "eval.py", *recipe.settings(model),
         f"--checkpoint={recipe.out / model}", f"--config.eval.shards={test}",
         f"--config.eval.out={scored}")  # fmt: skip
-  return json.loads((scored / "tasks.json").read_text("utf-8"))
+  scores = json.loads((scored / "tasks.json").read_text("utf-8"))
+  for task, share in share_beyond_digits(test, scored / "text").items():
+    scores[task]["beyond_digits"] = share
+  return scores
+
+
+def share_beyond_digits(annotation: Path, answers: Path) -> dict[str, float]:
+  """By task: share of the answers that say anything besides digits, as no transcript of them does.
+
+  Args:
+    annotation: file of the clips.
+    answers: `text` of an evaluation of them.
+  """
+  given = read_text(answers)
+  said: dict[str, list[bool]] = {}
+  for number, line in enumerate(read_annotation(str(annotation))):
+    answer = words(given.get(entry_key(number, line), ""))
+    said.setdefault(line["task"], []).append(not {*answer} <= {*WORDS})
+  return {task: sum(each) / len(each) for task, each in said.items()}
 
 
 def _module(name: str, *arguments):
@@ -186,13 +208,17 @@ def _call(*command):
 
 def show(results: dict[str, dict], out: Path):
   """Prints the scores, and writes them as report.json."""
-  table = Table("model: test set", "task", "utterances", "WER %", "accuracy %", "follows %")
+  table = Table(
+    *("model: test set", "task", "utterances", "WER %", "accuracy %", "follows %"),
+    "beyond digits %",
+  )
   for name, tasks in results.items():
     for task, s in tasks.items():
       follows = "" if s["following"] is None else f"{100 * s['following']:.1f}"
       wer = "" if s["wer"] is None else f"{s['wer']:.2f}"
       accuracy = f"{100 * s['accuracy']:.1f}"
-      table.add_row(name, task, str(s["count"]), wer, accuracy, follows)
+      beyond = f"{100 * s['beyond_digits']:.1f}"
+      table.add_row(name, task, str(s["count"]), wer, accuracy, follows, beyond)
   Console().print(table)
   (out / "report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
   print(f"{out}/report.json, {out}/tasks/loss.png")

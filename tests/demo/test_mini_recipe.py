@@ -7,8 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mini_activation, mini_salmonn
+from demo.mini.annotations import entry, write_annotations
 from demo.mini.plan import SpeechConfig
-from demo.mini.recipe import QUICK, STAGES, Recipe
+from demo.mini.recipe import QUICK, STAGES, Recipe, share_beyond_digits
 from demo.mini.speech import entries_of
 from mooer_jax.config import build
 from mooer_jax.data.config import DataConfig
@@ -56,3 +57,15 @@ def test_the_weights_of_a_missing_package_are_asked_for():
   recipe = importlib.import_module("demo.mini.recipe")
   with pytest.raises(ModuleNotFoundError, match="make mini-salmonn"):
     recipe.weights("no_such_package_of_weights", "model")
+
+
+def test_a_transcript_is_no_story(tmp_path):
+  tasks = ["asr", "story", "story", "story"]
+  write_annotations(
+    tmp_path / "some.json", [entry(f"{i}.flac", t, "x") for i, t in enumerate(tasks)]
+  )
+  answers = ["One two.", "Two two", "Two men met.", ""]
+  lines = [f"{i:07d}-{i}\t{answer}\n" for i, answer in enumerate(answers)]
+  (tmp_path / "text").write_text("".join(lines), "utf-8")
+  shares = share_beyond_digits(tmp_path / "some.json", tmp_path / "text")
+  assert shares == {"asr": 0.0, "story": 1 / 3}

@@ -84,16 +84,12 @@ def test_a_command_that_fails_says_so():
 def test_a_change_redoes_what_goes_on_from_it_and_no_other_branch(tmp_path):
   def run(left_from):
     stages = Stages(tmp_path)
-    makes = tmp_path / "made"
-    makes.mkdir(exist_ok=True)
-    stages.run("base", "1", lambda: None, makes=makes)
-    stages.run("left", left_from, lambda: makes.mkdir(exist_ok=True), makes=makes, after="base")
-    stages.run("leaf", "3", lambda: None, makes=makes, after="left")
-    makes.mkdir(exist_ok=True)
-    stages.run("right", "4", lambda: None, makes=makes, after="base")
-    makes.mkdir(exist_ok=True)
+    steps = [("base", "1", ""), ("left", left_from, "base"), ("leaf", "3", "left")]
+    for name, made_from, after in [*steps, ("right", "4", "base")]:
+      makes = tmp_path / name
+      stages.run(name, made_from, makes.mkdir, makes=makes, after=after)
     return stages.redone
 
-  run("2")
+  assert run("2") == ["base", "left", "leaf", "right"]
   assert run("2") == []
   assert run("other") == ["left", "leaf"]
