@@ -16,7 +16,7 @@ from mooer_jax.run.defaults import default_config
 PROMPTS = "configs/prompts/mini_salmonn.json"
 # On transcription alone, three of four words are right after 120 updates; among the other tasks
 # it takes 250.
-STEPS = dict(digits=600, tasks=400, real=600, sentences=400)
+STEPS = dict(digits=600, tasks=400, real=800, sentences=400)
 STAGES = tuple(STEPS)
 INIT_FROM = dict(digits="base", tasks="digits", real="tasks", sentences="tasks")
 
@@ -77,6 +77,7 @@ def get_config(stage: str = "tasks"):
   config.train.keep = 2
 
   config.generation.max_new_tokens = 32
+  config.generation.num_beams = 1  # SALMONN's own: 4
   config.eval.shards = "out/mini/data/test_tasks.json"
   config.eval.task = ""
   config.eval.batch_size = 50

@@ -17,7 +17,6 @@ import numpy as np
 from rich.progress import track
 
 from demo.mini.annotations import entry, write_annotations, write_clip
-from demo.mini.plan import REPEATS
 from demo.real_speech import join, join_varied, read_recordings
 from demo.synthesize import SAMPLE_RATE_HZ, WORDS, random_digits
 from mooer_jax.audio.decode import load_audio
@@ -27,9 +26,7 @@ MAX_DIGITS = 6
 TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 
 
-def join_digits(
-  voices: dict, path: Path, clips: int, *, seed: int, vary: bool, repeats: float = 0.0
-) -> None:
+def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) -> None:
   """Joins recordings into strings and writes their annotation file.
 
   Args:
@@ -38,7 +35,6 @@ def join_digits(
     clips: how many; every length from 1 to MAX_DIGITS is equally often there.
     seed: decides everything.
     vary: every other clip gets another throat, tempo, colour, room and noise.
-    repeats: how many of the digits are the one before.
   """
   folder = path.with_suffix("")
   folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +44,7 @@ def join_digits(
     rng = np.random.default_rng([seed, index])
     # The speaker changes every second clip, so that each has varied and plain ones.
     speaker = speakers[index // 2 % len(speakers)]
-    digits = random_digits(rng, int(rng.integers(1, MAX_DIGITS + 1)), repeats)
+    digits = random_digits(rng, int(rng.integers(1, MAX_DIGITS + 1)))
     speak = join_varied if vary and index % 2 else join
     clip = folder / f"{speaker}-{index:05d}.flac"
     write_clip(clip, speak(voices[speaker], digits, rng))
@@ -96,7 +92,7 @@ def main():
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--held-out", default="theo", help="the speaker of the test set")
   parser.add_argument("--test-clips", type=int, default=150)
-  parser.add_argument("--train-clips", type=int, default=1500)
+  parser.add_argument("--train-clips", type=int, default=3000)
   args = parser.parse_args()
   if not (args.fsdd or args.pocketsphinx):
     parser.error("name a source: --fsdd FOLDER, --pocketsphinx FOLDER, or both")
@@ -109,7 +105,7 @@ def main():
       test = args.out / f"test_{args.held_out}.json"
       join_digits(held_out, test, args.test_clips, seed=2, vary=False)
       others = args.out / "train_real.json"
-      join_digits(voices, others, args.train_clips, seed=1, vary=True, repeats=REPEATS)
+      join_digits(voices, others, args.train_clips, seed=1, vary=True)
     if args.pocketsphinx:
       copy_sentences(args.pocketsphinx, args.out / "test_pocketsphinx.json")
   except FileNotFoundError as error:

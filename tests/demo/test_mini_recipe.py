@@ -69,3 +69,22 @@ def test_a_transcript_is_no_story(tmp_path):
   (tmp_path / "text").write_text("".join(lines), "utf-8")
   shares = share_beyond_digits(tmp_path / "some.json", tmp_path / "text")
   assert shares == {"asr": 0.0, "story": 1 / 3}
+
+
+def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, tmp_path):
+  recipe = importlib.import_module("demo.mini.recipe")
+  scored = []
+  for name in ("_module", "_train", "weights"):
+    monkeypatch.setattr(recipe, name, lambda *_: tmp_path)
+  monkeypatch.setattr(recipe.Stages, "run", lambda *_, **__: 0.0)
+  monkeypatch.setattr(recipe, "_score", lambda _, model, test, beams: scored.append(beams) or {})
+  results = recipe.run(Recipe(tmp_path), fsdd=tmp_path)
+  assert [*results] == [
+    "tasks: test_tasks",
+    "tasks: test_theo",
+    "tasks: test_theo, beam 4",
+    "real: test_theo",
+    "real: test_theo, beam 4",
+  ]
+  assert scored == [1, 1, 4, 1, 4]
+  assert "num_beams" in _config("activation").generation  # a flag changes only keys that are there
