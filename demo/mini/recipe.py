@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
@@ -148,11 +148,12 @@ def run(
 
 def _tune(stages: Stages, recipe: Recipe):
   """Shows how far the model is bound to its tasks, and tunes it; the run shows what that does."""
-  tasks, probe = recipe.out / "tasks", recipe.out / "data/probe.json"
+  tasks, data = recipe.out / "tasks", recipe.out / "data"
   _call(sys.executable, "eval.py", *recipe.settings("activation"),
-        f"--checkpoint={checkpoint.find(tasks)}", f"--config.eval.shards={probe}",
+        f"--checkpoint={checkpoint.find(tasks)}", f"--config.eval.shards={data / 'probe.json'}",
         "--mode=perplexity", "--instructions=story,reply", "--scales=0,1,2,3,4")  # fmt: skip
   _call(sys.executable, "eval.py", *recipe.settings("tasks"), f"--checkpoint={tasks}",
+        f"--config.eval.shards={data / 'test_tasks.json'}",
         "--mode=lora-sweep", "--scales=0,1,2,3,4")  # fmt: skip
   _train(stages, recipe, "activation")
 
@@ -215,10 +216,8 @@ def _call(*command):
 
 def show(results: dict[str, dict], out: Path):
   """Prints the scores, and writes them as report.json."""
-  table = Table(
-    *("model: test set", "task", "utterances", "WER %", "accuracy %", "follows %"),
-    "beyond digits %",
-  )
+  table = Table(Column("model: test set", no_wrap=True), "task", "clips", "WER %", "right %",
+                "follows %", "beyond digits %", box=None, pad_edge=False)  # fmt: skip
   for name, tasks in results.items():
     for task, s in tasks.items():
       follows = "" if s["following"] is None else f"{100 * s['following']:.1f}"

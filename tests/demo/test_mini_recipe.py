@@ -31,9 +31,22 @@ def test_the_settings_of_a_stage_are_those_of_its_config_elsewhere(stage):
     assert where == value, name
 
 
-def test_the_quick_recipe_stays_apart():
-  assert all("out/mini/" not in setting for setting in QUICK.settings("tasks"))
+def test_the_quick_recipe_stays_apart(monkeypatch):
+  recipe = importlib.import_module("demo.mini.recipe")
+  called = [QUICK.settings(stage) for stage in STAGES]
   assert "--config.train.steps=60" in QUICK.settings("tasks")
+  monkeypatch.setattr(recipe, "_call", lambda *words: called.append([*map(str, words)]))
+  monkeypatch.setattr(recipe, "_train", lambda *_: None)
+  monkeypatch.setattr(recipe.checkpoint, "find", lambda path: path)
+  recipe._tune(None, QUICK)
+  assert [words[-2] for words in called[len(STAGES) :]] == [
+    "--instructions=story,reply",
+    "--mode=lora-sweep",
+  ]
+  for words in called:
+    assert not any("out/mini/" in word for word in words), words
+    if "eval.py" in words:  # the configs' own set is that of the full recipe
+      assert any(word.startswith("--config.eval.shards=") for word in words), words
 
 
 def test_an_unknown_stage_is_refused():
