@@ -141,7 +141,7 @@ def run(
     tests.append(("activation", data / "test_tasks.json", 1))
   results = {}
   for model, test, beams in tests:
-    name = f"{model}: {test.stem}" + (f", beam {beams}" if beams > 1 else "")
+    name = f"{model}: {test.stem.removeprefix('test_')}" + (f", beam {beams}" if beams > 1 else "")
     results[name] = _score(recipe, model, test, beams)
   return results
 

@@ -93,11 +93,11 @@ def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, 
   monkeypatch.setattr(recipe, "_score", lambda _, model, test, beams: scored.append(beams) or {})
   results = recipe.run(Recipe(tmp_path), fsdd=tmp_path)
   assert [*results] == [
-    "tasks: test_tasks",
-    "tasks: test_theo",
-    "tasks: test_theo, beam 4",
-    "real: test_theo",
-    "real: test_theo, beam 4",
+    "tasks: tasks",
+    "tasks: theo",
+    "tasks: theo, beam 4",
+    "real: theo",
+    "real: theo, beam 4",
   ]
   assert scored == [1, 1, 4, 1, 4]
   assert "num_beams" in _config("activation").generation  # a flag changes only keys that are there
