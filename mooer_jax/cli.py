@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_transcribe(commands):
-  parser = commands.add_parser("transcribe", aliases=["ask"], help="audio files to text")
+  # usage: argparse would show the other name for an alias
+  usage = "mooer-jax {transcribe,ask} --checkpoint CKPT [options] audio [audio ...]"
+  about = "audio files to text"
+  parser = commands.add_parser("transcribe", aliases=["ask"], help=about, usage=usage)
   parser.add_argument("audio", nargs="+", help="wav, flac, ogg, opus, mp3; with [data] m4a, wma")
   parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
   parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
@@ -124,9 +127,8 @@ def _transcribe(args) -> int:
     )
     for result in results:
       print(f"{result.path}\t{result.text}" if len(args.audio) > 1 else result.text, flush=True)
-      if not result.finished:
-        tokens = len(result.tokens)
-        print(f"{result.path}: cut at --max-new-tokens, after {tokens} tokens", file=sys.stderr)
+      for complaint in result.complaints():
+        print(f"{result.path}: {complaint}", file=sys.stderr)
     rows += [result.to_json() for result in results]
     if args.json:
       text = json.dumps(rows, ensure_ascii=False, indent=2)

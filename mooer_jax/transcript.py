@@ -22,6 +22,7 @@ class Transcript:
     finished: False if max_new_tokens cut the answer off, or that of a piece.
     transcript: what was said, where the task asks for it.
     translation: of it, where the task asks for it.
+    pieces: of a clip in pieces, what was heard in each; in time they follow one another.
   """
 
   text: str
@@ -33,9 +34,23 @@ class Transcript:
   finished: bool = True
   transcript: str | None = None
   translation: str | None = None
+  pieces: tuple["Transcript", ...] = ()
 
   def to_json(self) -> dict[str, Any]:
-    return {**dataclasses.asdict(self), "seconds": round(self.seconds, 4)}
+    row = {**dataclasses.asdict(self), "seconds": round(self.seconds, 4)}
+    return {**row, "pieces": [piece.to_json() for piece in self.pieces]}
+
+  def complaints(self) -> list[str]:
+    """What is amiss with the answer: nothing said, or cut off at max_new_tokens; by piece."""
+    told = [] if self.text.strip() else ["the answer is empty"]
+    start_s = 0.0
+    for piece in self.pieces or [self]:
+      end_s = start_s + piece.seconds
+      if not piece.finished:
+        where = f"from {start_s:.1f} to {end_s:.1f} s " if self.pieces else ""
+        told.append(f"{where}the answer was cut at max_new_tokens={len(piece.tokens)}")
+      start_s = end_s
+    return told
 
 
 def join_transcripts(pieces: Sequence[Transcript]) -> Transcript:
@@ -61,6 +76,7 @@ def join_transcripts(pieces: Sequence[Transcript]) -> Transcript:
     finished=all(piece.finished for piece in pieces),
     transcript=transcript,
     translation=translation,
+    pieces=tuple(pieces),
   )
 
 

@@ -39,7 +39,12 @@ def test_what_is_counted_adds_up_and_one_unfinished_piece_is_enough():
   assert joined.tokens == [0, 7, 1, 7, 2, 7] and joined.seconds == 4.5 and joined.score == -6.0
   assert joined.path == "a.wav" and joined.task == "asr" and joined.finished
   cut = Transcript("d", [1], 1.0, "asr", finished=False, transcript="d")
-  assert not join_transcripts([*parts, cut, *parts]).finished
+  joined = join_transcripts([*parts, cut, *parts])
+  assert not joined.finished and joined.pieces == (*parts, cut, *parts)
+  assert joined.complaints() == ["from 4.5 to 5.5 s the answer was cut at max_new_tokens=1"]
+  assert cut.complaints() == ["the answer was cut at max_new_tokens=1"]
+  assert join_transcripts(parts).complaints() == []
+  assert join_transcripts(pieces("asr", "", " ")).complaints() == ["the answer is empty"]
 
 
 def test_a_clip_in_one_piece_is_left_as_it_is():
