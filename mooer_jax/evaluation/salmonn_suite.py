@@ -50,19 +50,23 @@ def score_task(
     extras: scores and judgements from outside.
 
   Raises:
-    ValueError: if there are no entries, or a reference is none of its kind, by key.
+    ValueError: if there are no entries, if one is of another task, or a reference is none of its
+      kind, by key.
   """
   if not entries:
     raise ValueError(f"{row.file}: no entries to score")
+  for key, entry in entries.items():
+    if entry.get("task", row.task) != row.task:
+      raise ValueError(
+        f"{row.file}: {key} has task={entry['task']!r}; the figure is of task {row.task!r}, whose"
+        " prompt asks for what is scored"
+      )
   missing = [key for key in entries if key not in hypotheses]
   if len(missing) == len(entries):
     return Scored((None,) * len(row.metrics), None, len(entries), ("no entry has an answer",))
   notes = []
   if missing:
     notes.append(f"{len(missing)} of {len(entries)} entries have no answer, first {missing[0]}")
-  others = {e["task"] for e in entries.values() if e.get("task")} - {row.task}
-  if others:
-    notes.append(f"asked with the prompt of {', '.join(sorted(others))}, not {row.task}")
   scored = row.scorer(row, entries, hypotheses, extras)
   return dataclasses.replace(scored, notes=(*notes, *scored.notes))
 

@@ -31,14 +31,8 @@ def run_suite(
 ) -> dict[str, Scored | str]:
   """Decodes and scores every task whose annotation file is there, and prints the table.
 
-  Annotation files, each `{"annotation": [{"path", "text", "task", "Q"}, …]}`, are sought by name:
-  librispeech_test_clean.json, librispeech_test_other.json, gigaspeech_test.json,
-  covost2_en_zh.json, audiocaps.json, librispeech_phones.json (phones with blanks between),
-  iemocap.json (neutral, happy, sad, angry), musiccaps.json, librimix.json (both transcripts, in the
-  order that counts), voxceleb1.json (yes, no; the second clip in `expand_wav`), covost2_en_de.json,
-  covost2_en_ja.json, inspec.json (keywords with commas between), wikiqa.json, slurp.json (`Q` the
-  slot, `text` its value), audiocaps_story.json, sac.json. For wikiqa and slurp a further field
-  `transcript` in every entry tells answers that merely transcribe.
+  Annotation files, each `{"annotation": [{"path", "text", "task", "Q"}, …]}`, are sought by the
+  names in `salmonn_suite.ROWS`; docs/salmonn.md says what `text` and `Q` hold in each.
 
   Leaves in `out`: suite.json and suite.txt, after each task; hypotheses/NAME.text; the forms
   to_judge/NAME.json. Reads from `out`, since they belong to one model's answers:

@@ -1,6 +1,7 @@
 """Each of SALMONN's tasks scored by hand and by independent packages."""
 
 import json
+from pathlib import Path
 
 import jiwer
 import pytest
@@ -35,6 +36,25 @@ def test_the_suite_is_the_published_one():
     ((9.1,), (10.0,)),
   ]
   assert ROW["sac"].following == (0.04, 0.73)
+
+
+def test_the_documentation_names_every_file_task_and_figure():
+  page = (Path(__file__).parents[2] / "docs/salmonn.md").read_text("utf-8")
+  rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if ".json | " in line]
+  documented = [(file, task, metric, published) for file, task, _, metric, published in rows]
+  assert documented == [
+    (
+      row.file,
+      row.task,
+      "; ".join(row.metrics),
+      "; ".join(
+        f"{without:.2f}, {tuned:.2f}" if metric in ("accuracy", "diversity")
+        else f"{without}, {tuned}"
+        for metric, without, tuned in zip(row.metrics, row.before, row.after)
+      ),
+    )
+    for row in ROWS
+  ]  # fmt: skip
 
 
 def test_every_task_has_its_prompt():
@@ -177,6 +197,6 @@ def test_no_answers_at_all_give_no_figure(row):
     score_task(row, {}, {})
 
 
-def test_another_prompt_is_noted():
-  scored = score_task(ROW["sac"], _entries("x", task="QA"), _answers("y"))
-  assert scored.notes[0] == "asked with the prompt of QA, not speech_audio_coreasoning"
+def test_entries_of_another_task_are_refused():
+  with pytest.raises(ValueError, match="sac.json: k0 has task='QA'.*'speech_audio_coreasoning'"):
+    score_task(ROW["sac"], _entries("x", task="QA"), _answers("y"))

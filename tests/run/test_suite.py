@@ -165,8 +165,3 @@ def test_folders_and_keys_that_do_not_fit_are_named(folder, tmp_path):
   with pytest.raises(ValueError, match="iemocap.json: 1 answers belong to no entry, first 'me'"):
     run_suite(folder, tmp_path / "out", lambda path: {"me": "sad"})
   assert not (tmp_path / "out/hypotheses").exists()  # the next run decodes again
-
-
-def test_the_docstring_lists_the_files():
-  for row in ROWS:
-    assert row.file in run_suite.__doc__ and (row.stem in run_suite.__doc__)
