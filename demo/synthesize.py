@@ -10,6 +10,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -273,6 +275,8 @@ def write_split(
     processes or os.cpu_count() or 1,
     mp_context=multiprocessing.get_context("spawn"),
     max_tasks_per_child=1,
+    initializer=signal.signal,
+    initargs=(signal.SIGINT, signal.SIG_DFL),  # on Ctrl-C only the parent has something to say
   ) as pool:
     futures = [pool.submit(_render_lane, lane, folder / "wav") for lane in _lanes(utterances)]
     try:
@@ -309,4 +313,7 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except KeyboardInterrupt:
+    sys.exit(130)

@@ -16,6 +16,8 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +185,8 @@ def make_speech(
     processes or os.cpu_count() or 1,
     mp_context=multiprocessing.get_context("spawn"),
     max_tasks_per_child=1,
+    initializer=signal.signal,
+    initargs=(signal.SIGINT, signal.SIG_DFL),  # on Ctrl-C only the parent has something to say
   ) as pool:
     futures = {pool.submit(_render_lane, *job): len(job[0]) for job in todo}
     try:
@@ -264,4 +268,7 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except KeyboardInterrupt:
+    sys.exit(130)

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import signal
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -127,7 +128,9 @@ def _write_all(jobs, processes, progress, total):
       return
     # Not forked: this process may run JAX's threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+    # On Ctrl-C only this process has something to say.
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context, **quiet) as pool:
       try:
         for job, result in zip(jobs, pool.map(write_shard, *zip(*jobs, strict=True)), strict=True):
           yield result

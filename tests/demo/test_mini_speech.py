@@ -5,7 +5,12 @@ import ctypes
 import dataclasses
 import itertools
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +243,24 @@ def test_what_is_missing_is_made_again_the_same_and_nothing_else(made):
   assert {clip: clip.read_bytes() for clip in clips} == before
   assert {clip: clip.stat().st_mtime_ns for clip in untouched} == untouched
   assert (made / "train_tasks.json").exists()
+
+
+def test_interrupted_it_is_quiet(tmp_path, plain_env):
+  command = [sys.executable, "-m", "demo.mini.speech", "--out", str(tmp_path), "--processes", "1"]
+  process = subprocess.Popen(
+    [*command, "--engines", "espeak"],
+    env=plain_env,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+  )
+  deadline = time.monotonic() + 120
+  while not any(tmp_path.glob("*/*.flac")):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+  _, said = process.communicate(timeout=60)
+  assert (process.returncode, said) == (130, b"")
 
 
 def test_a_folder_of_other_settings_is_refused(made):
