@@ -1,5 +1,6 @@
 """What the model is asked about an utterance."""
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -92,8 +93,7 @@ class Asker:
       found = repr(task) if task else "no task"
       return Skip("unknown task", raw.key, raw.shard, f"{found}; the model has {known}")
     prompts = self._prompts[task]
-    number = zlib.crc32(f"{self._seed} {draw} {raw.key}".encode()) % len(prompts)
-    prompt = prompts[number]
+    prompt = prompts[int(len(prompts) * _chance("prompt", self._seed, draw, raw.key))]
     if prompt in self._cut:
       return (task, *self._cut[prompt])
     if not raw.question:
@@ -114,9 +114,14 @@ class Asker:
     return np.asarray(before, np.int32), np.asarray(after, np.int32)
 
 
-def copies(task: str, weights: Mapping[str, float], draw: int, key: str) -> int:
+def copies(task: str, weights: Mapping[str, float], seed: int, draw: int, key: str) -> int:
   """How often an utterance of a task is read in an epoch: its weight, rounded at random."""
   weight = weights.get(task, 1.0)
   whole = int(weight)
-  share = zlib.crc32(f"copies {draw} {key}".encode()) / 2**32
-  return whole + (share < weight - whole)
+  return whole + (_chance("copies", seed, draw, key) < weight - whole)
+
+
+def _chance(*of: str | int) -> float:
+  """A number in [0, 1), for each value by itself; a CRC, being linear, would move them together."""
+  digest = hashlib.blake2b(" ".join(map(str, of)).encode(), digest_size=4).digest()
+  return int.from_bytes(digest, "big") / 2**32

@@ -75,6 +75,7 @@ class UtteranceStream:
     self._entry, self._copy = position["entry"], position.get("copy", 0)
     self._raw: RawUtterance | Skip | None = None
     self._read, self._usable = position["read"], position["usable"]
+    self._passed = position.get("passed", False)
     self._counts = collections.Counter(position["skipped"])
     self._damaged = list(position["damaged"])  # indices of shards, in this epoch
     self._pending: list[Skip] = []
@@ -98,6 +99,7 @@ class UtteranceStream:
       "copy": self._copy,
       "read": self._read,
       "usable": self._usable,
+      "passed": self._passed,
       "skipped": dict(self._counts),
       "damaged": list(self._damaged),
     }
@@ -153,7 +155,9 @@ class UtteranceStream:
       else:
         self._entry, self._copy, self._raw = self._entry + 1, 0, None
       if copy >= self._copies(entry):
-        continue  # its task's weight is below 1
+        # Its task's weight is below 1; unless it is 0, another epoch will read it.
+        self._passed = self._passed or self._task_weights[entry.task] > 0
+        continue
       self._read += 1
       if isinstance(entry, Skip) and entry.cause == "bad shard":
         self._damaged.append(self._order[self._shard])
@@ -169,7 +173,7 @@ class UtteranceStream:
   def _copies(self, entry: RawUtterance | Skip) -> int:
     if isinstance(entry, Skip) or not self._task_weights:
       return 1
-    return copies(entry.task, self._task_weights, self._epoch, entry.key)
+    return copies(entry.task, self._task_weights, self._seed or 0, self._epoch, entry.key)
 
   def _make(self, entry: RawUtterance | Skip, copy: int) -> Example | Skip:
     if self._seed is None and entry.key:
@@ -191,12 +195,13 @@ class UtteranceStream:
     return entries
 
   def _end_epoch(self):
-    if not self._usable:
+    if not self._usable and not self._passed:
       raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
     self._check_share(1)
     if self._seed is None:
       raise StopIteration
     self._epoch, self._shard, self._entry, self._usable = self._epoch + 1, 0, 0, 0
+    self._passed = False
     self._damaged = []
     self._order = self._shard_order()
 
@@ -227,6 +232,7 @@ class UtteranceStream:
   def _summary(self) -> str:
     counts = ", ".join(f"{cause} {n}" for cause, n in self._counts.most_common())
     if not self._pending:
-      return counts or "the shards are empty"
+      left = f", or data.task_weights={self._task_weights} leaves nothing of them"
+      return counts or "the shards are empty" + left * bool(self._task_weights)
     last = self._pending[-1]
     return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"

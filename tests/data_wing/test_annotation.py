@@ -11,8 +11,10 @@ import pytest
 
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.annotation import read_annotation
+from mooer_jax.data.asking import copies
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import eval_batches, train_batches
+from mooer_jax.data.stream import BadDataError
 from mooer_jax.text.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -137,6 +139,32 @@ def test_weights_say_how_often_a_task_comes(annotate, letters):
       counts.update(host.tasks)
   assert counts["asr"] / epochs == pytest.approx(100, rel=0.05)
   assert counts["count"] / epochs == pytest.approx(20, rel=0.15)
+
+
+def test_no_utterance_is_starved_by_a_weight_or_a_draw():
+  """Each reading is decided by itself: neither keys nor epochs move together."""
+  keys, epochs, weight = [f"{n:07d}-clip" for n in range(1000)], 20, 0.25
+  read = np.array(
+    [[copies("a", {"a": weight}, 0, e, key) for key in keys] for e in range(epochs)]
+  )  # fmt: skip
+  assert read.mean() == pytest.approx(weight, rel=0.1)
+  for axis in (0, 1):  # spread over the keys, and over the epochs, as of independent draws
+    n = read.shape[axis]
+    assert read.sum(axis).var() == pytest.approx(n * weight * (1 - weight), rel=0.75)
+  assert (read.sum(0) == 0).mean() == pytest.approx((1 - weight) ** epochs, abs=0.01)
+  other = np.array([copies("a", {"a": weight}, 1, 0, key) for key in keys])
+  assert 0 < (other * read[0]).sum() < 0.5 * read[0].sum()
+
+
+def test_an_epoch_that_a_weight_leaves_empty_is_passed_over(annotate, letters):
+  config = annotate(entries("asr"), task_weights={"asr": 0.1}, batch_size=1)
+  with contextlib.closing(iter(train_batches(config, letters, MODEL))) as batches:
+    assert [next(batches).keys for _ in range(3)] == 3 * [("0000000-0",)]
+    assert _epoch(batches.get_state()["reader"]) > 3
+  config = annotate(entries("asr"), task_weights={"asr": 0.0})
+  with contextlib.closing(iter(train_batches(config, letters, MODEL))) as batches:
+    with pytest.raises(BadDataError, match=r"task_weights=\{'asr': 0.0\} leaves nothing"):
+      next(batches)
 
 
 def _epoch(state):
