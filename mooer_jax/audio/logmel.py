@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError
-from mooer_jax.audio.fbank import cut_frames
+from mooer_jax.audio.fbank import cut_frames, rows_at_a_time
 
 # Powers below this, digital silence among them, count as this.
 FLOOR = 1e-10
 # Nothing is told apart that lies further below the clip's loudest value, in powers of ten.
 RANGE = 8.0
-# Frames worked on at a time; see fbank.py.
-_BLOCK = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +145,11 @@ def features(
   padded_N = np.pad(padded_N, (left, right), mode="reflect")
   framed_TL = np.lib.stride_tricks.sliding_window_view(padded_N, length)[::hop]
   log_TF = np.empty((frames, config.bins), np.float32)
-  for start in range(0, frames, _BLOCK):
-    spectrum_TK = scipy.fft.rfft(framed_TL[start : start + _BLOCK] * window_L)
+  rows = rows_at_a_time(mel_KF)
+  for start in range(0, frames, rows):
+    spectrum_TK = scipy.fft.rfft(framed_TL[start : start + rows] * window_L)
     power_TK = spectrum_TK.real**2 + spectrum_TK.imag**2
-    log_TF[start : start + _BLOCK] = np.log10(np.maximum(power_TK @ mel_KF, FLOOR))
+    log_TF[start : start + rows] = np.log10(np.maximum(power_TK @ mel_KF, FLOOR))
   return (np.maximum(log_TF, log_TF.max() - np.float32(RANGE)) + 4) / 4
 
 
