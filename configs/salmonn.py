@@ -72,6 +72,7 @@ def get_config(chosen: str = "7b,1"):
   config.mesh.data, config.mesh.fsdp = 1, -1
   config.generation.num_beams = 4
   config.generation.max_new_tokens = 300
+  config.eval.cut_longer = True
   config.eval.shards = ""
   config.eval.task = ""
   return config

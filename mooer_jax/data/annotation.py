@@ -12,6 +12,11 @@ from mooer_jax.data.shards import RawUtterance, Skip
 _AT_A_TIME = 64  # entries that are shuffled as one shard
 
 
+def is_annotation(shards: str | Path) -> bool:
+  """Whether a data set is named by its annotation file; otherwise it is by a data.list."""
+  return str(shards).endswith(".json")
+
+
 def read_annotation(path: str) -> list[dict[str, Any]]:
   """The entries of `{"annotation": [{"path", "text", "task", "Q", "expand_wav"}, …]}`.
 
@@ -42,15 +47,26 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
     if not isinstance(entry, dict):
       raise ValueError(f"{where} is {entry!r}, not an object")
     for name in ("path", "text"):
-      if not isinstance(entry.get(name), str):
+      if not _is_text(entry.get(name)):
         raise ValueError(f"{where} has {name}={entry.get(name)!r}; a string is needed")
     for name in ("task", "Q"):
-      if not isinstance(entry.get(name, ""), str):
+      if not _is_text(entry.get(name, "")):
         raise ValueError(f"{where} has {name}={entry[name]!r}; a string is needed")
     more = entry.get("expand_wav", [])
-    if not isinstance(more, list) or not all(isinstance(other, str) for other in more):
+    if not isinstance(more, list) or not all(map(_is_text, more)):
       raise ValueError(f"{where} has expand_wav={more!r}; a list of paths is needed")
   return entries
+
+
+def _is_text(value: object) -> bool:
+  """Whether it is a string that can be written: JSON may hold NUL and halves of characters."""
+  if not isinstance(value, str) or "\0" in value:
+    return False
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def entry_key(number: int, entry: Mapping[str, Any]) -> str:

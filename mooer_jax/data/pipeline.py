@@ -113,7 +113,7 @@ def eval_batches(
 def _list(config: DataConfig, asker: Asker) -> list[str]:
   """Shards, or parts of an annotation file, whose tasks are looked at before any is read."""
   names = shard_names(config.shards)
-  if not config.shards.endswith(".json"):
+  if not annotation.is_annotation(config.shards):
     return names
   named = annotation.tasks(config.shards)
   if config.task and (other := sorted(named - {config.task})):

@@ -19,7 +19,7 @@ def shard_names(shards: str) -> list[str]:
   Raises:
     FileNotFoundError, ValueError: as `read_list` and `annotation.pieces`.
   """
-  return annotation.pieces(shards) if shards.endswith(".json") else read_list(shards)
+  return annotation.pieces(shards) if annotation.is_annotation(shards) else read_list(shards)
 
 
 def read(name: str) -> Generator[RawUtterance | Skip]:

@@ -69,7 +69,7 @@ def _uncached(utterances, config, model, *, known, passed):
 
 def dataset_name(config: DataConfig) -> str:
   """Names what can be heard of a data set: its files, as they are now, and the limits of length."""
-  annotated = config.shards.endswith(".json")
+  annotated = annotation.is_annotation(config.shards)
   audio: Sequence[str | Path] = (
     annotation.audio_files(config.shards) if annotated else shard_names(config.shards)
   )

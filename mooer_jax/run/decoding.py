@@ -28,20 +28,21 @@ class EvalConfig:
   """What is decoded and how it is scored; batch buckets are those of `data`, and one for max_s.
 
   Attributes:
-    shards: `data.list` of the test set.
+    shards: `data.list` of the test set, or its annotation file.
     references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
-      MooER's test sets, else the transcripts in the shards.
+      MooER's test sets, else the transcripts in the shards or the annotation.
     task: the prompt; "": each utterance's own task, and each is scored by itself.
     batch_size: utterances decoded together.
     out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
-      of the folder of the test set, or of what else eval.py does: "salmonn" for that suite,
-      "perplexity", "lora_sweep".
+      of the folder of the data.list, of the annotation file, or of what else eval.py does:
+      "salmonn" for that suite, "perplexity", "lora_sweep".
     metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
     space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
       "keep", as MooER's script does.
     skip_missing: leave utterances without a hypothesis out, as MooER's script does.
     max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
       decoded.
+    cut_longer: take the first max_s of longer clips instead, as SALMONN does, and say of how many.
     lora_scale: of LoRA, -1 for that of training.
     bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
       "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
@@ -57,6 +58,7 @@ class EvalConfig:
   space_mark: str = "blank"
   skip_missing: bool = False
   max_s: float = 0.0
+  cut_longer: bool = False
   lora_scale: float = -1.0
   bleu_tokenize: str = ""
 
@@ -88,7 +90,7 @@ def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConf
     task_weights={},
     prompts="",
     cache_features="",
-    cut_longer=False,  # a longer clip is reported, not cut
+    cut_longer=options.cut_longer,
     max_bad_share=1.0,
     max_s=longest_s,
     **({"buckets": (*buckets, longest)} if longest > buckets[-1] else {}),
@@ -167,6 +169,8 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
   key = jax.random.key(config.get("seed", 0))
   decoded = Decoded({}, {}, {}, [])
   batches = batches_of(config, options, loaded)
+  longest_s = options.max_s or model.max_audio_s
+  shortened = 0
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("decoding", total=None)
     for number, host_batch in enumerate(batches):
@@ -189,8 +193,11 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
           decoded.tasks[skip.key] = skip.task
       decoded.skipped += host_batch.skipped
       decoded.audio_s += host_batch.audio_s
+      shortened += sum(seconds >= longest_s for seconds in host_batch.seconds)
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
+  if options.cut_longer and shortened:
+    print(f"{shortened} clips of {longest_s:g} s or more: only so much of them was heard")
   if decoded.cut:
     print(f"{len(decoded.cut)} answers were cut off by generation.max_new_tokens")
   return decoded

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mooer_jax import checkpoint
 from mooer_jax.config import to_json
-from mooer_jax.data.annotation import read_annotation
+from mooer_jax.data.annotation import is_annotation, read_annotation
 from mooer_jax.evaluation import report
 from mooer_jax.evaluation.by_task import score_by_task
 from mooer_jax.evaluation.by_task import table as task_table
@@ -58,8 +58,9 @@ def evaluate(
         " leave it out, and each task is scored in its own way"
       )
   folder = checkpoint.find(path)
-  out = out_folder(options, folder, Path(options.shards).absolute().parent.name)
-  references = _given_references(options)  # before minutes of work, for it may be wrong
+  shards = Path(options.shards).absolute()
+  out = out_folder(options, folder, shards.stem if is_annotation(shards) else shards.parent.name)
+  references = _given_references(options, out)  # before minutes of work, for it may be wrong
   start = time.perf_counter()
   decoded = decode_set(config, options, load(config, folder, base))
   seconds = time.perf_counter() - start
@@ -93,6 +94,7 @@ def evaluate(
   }
   report.write_report(out, scores[options.metric], name=options.shards, details=details)
   console = Console()
+  (out / "tasks.json").unlink(missing_ok=True)  # of an earlier evaluation
   if by_task:
     write_by_task(out / "tasks.json", by_task)
     console.print(task_table(by_task))
@@ -150,7 +152,7 @@ def evaluate_suite(
 
   asked = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)
   of = [checkpoint.describe(folder, base=base).hash, loaded.generation, asked]
-  of += [loaded.model.compute.dtype, options.lora_scale, options.max_s]
+  of += [loaded.model.compute.dtype, options.lora_scale, options.max_s, options.cut_longer]
   return run_suite(annotations, out, decode, check=check, identity=" ".join(map(str, of)))
 
 
@@ -160,11 +162,21 @@ def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:
   return {key: texts[key] if part is None else part for key, part in parts.items()}
 
 
-def _given_references(options: EvalConfig) -> dict[str, str] | None:
+def _given_references(options: EvalConfig, out: Path) -> dict[str, str] | None:
   """References in a file; None where those in the shards count."""
-  if options.references:
-    if not Path(options.references).is_file():
-      raise FileNotFoundError(f"eval.references={options.references}: no such file")
-    return read_text(options.references)
   beside = Path(options.shards).with_name("text")
-  return read_text(beside) if beside.is_file() else None
+  if options.references:
+    given = Path(options.references)
+    if not given.is_file():
+      raise FileNotFoundError(f"eval.references={given}: no such file")
+  elif beside.is_file() and not is_annotation(options.shards):
+    given = beside
+  else:
+    return None
+  if given.resolve() == (out / "text").resolve():
+    raise ValueError(
+      f"{given} holds the references, and the answers would be written over it: set eval.out to"
+      " another folder"
+    )
+  print(f"references: {given}")
+  return read_text(given)

@@ -119,6 +119,8 @@ def test_unknown_tasks_and_weights_stop_before_anything_is_read(annotate, letter
     ('{"annotation": [{"path": "a", "text": 3}]}', r"annotation\[0\] has text=3"),
     ('{"annotation": [{"path": "a", "text": "", "Q": 1}]}', r"\[0\] has Q=1"),
     ('{"annotation": [{"path": "a", "text": "", "expand_wav": "b"}]}', "expand_wav='b'"),
+    (r'{"annotation": [{"path": "a", "text": "\ud800"}]}', r"\[0\] has text='\\ud800'"),
+    (r'{"annotation": [{"path": "a\u0000", "text": ""}]}', r"\[0\] has path='a\\x00'"),
   ],
 )
 def test_a_malformed_file_is_refused_by_entry(tmp_path, content, words):

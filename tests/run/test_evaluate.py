@@ -83,7 +83,11 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
   config.eval.references = str(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match=r"eval\.references=.*nowhere"):
     evaluate(config, config.workdir)
-  config.eval.references = ""
+  (tmp_path / "text").write_text("somebody\telse\n", "utf-8")
+  config.eval.references, config.eval.out = str(tmp_path / "text"), str(tmp_path)
+  with pytest.raises(ValueError, match=r"answers would be written over it: set eval\.out"):
+    evaluate(config, config.workdir)
+  config.eval.references = config.eval.out = ""
   config.eval.bleu_tokenize = "cn"
   with pytest.raises(ValueError, match="tokenize='cn': choose one of"):
     evaluate(config, config.workdir)
@@ -114,6 +118,39 @@ def test_a_rate_without_reference_tokens_is_null_and_nothing_is_lost(config, tmp
   report = json.loads((scored / "report.json").read_text("utf-8"))
   assert report["details"]["rates"]["mixed"] is None
   assert read_text(scored / "text") == hypotheses
+
+
+def test_of_longer_clips_the_beginning_is_heard_where_that_is_asked_for(config, capsys):
+  config.train.steps = 2
+  train(config)
+  config.eval.max_s = 1.0
+  for cut, heard in ((False, 16), (True, 24)):
+    config.eval.cut_longer = cut
+    evaluate(config, config.workdir)
+    scored = Path(config.workdir) / "eval" / Path(config.eval.shards).parent.name
+    report = json.loads((scored / "report.json").read_text("utf-8"))
+    assert len(report["details"]["not_decoded"]) == 24 - heard
+    assert len(read_text(scored / "text")) == heard
+    assert ("8 clips of 1 s or more" in capsys.readouterr().out) == cut
+
+
+def test_annotations_of_one_folder_are_scored_apart(config, clips, tmp_path):
+  config.train.steps = 2
+  train(config)
+  for name in ("one", "two"):
+    entries = [{"path": str(clip.path), "text": clip.text, "task": "asr"} for clip in clips]
+    (tmp_path / f"{name}.json").write_text(json.dumps({"annotation": entries}), "utf-8")
+  (tmp_path / "text").write_text("somebody\telse\n", "utf-8")  # not these files' references
+  scored = Path(config.workdir) / "eval"
+  for name in ("one", "two"):
+    config.eval.shards, config.eval.task = str(tmp_path / f"{name}.json"), ""
+    scores, _ = evaluate(config, config.workdir)
+    assert len(scores["word"].utterances) == len(clips)
+    assert (scored / name / "tasks.json").exists()
+  config.eval.task = "asr"
+  evaluate(config, config.workdir)
+  assert not (scored / "two/tasks.json").exists()  # the report beside it is another
+  assert (scored / "one/tasks.json").exists()
 
 
 def test_a_wrong_checkpoint_is_named(config, tmp_path):
