@@ -66,11 +66,12 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
     config: with section `activation`; without activation.shards it comes back as it is.
 
   Returns:
-    The config; None where activation.review asks to stop first.
+    The config, with the prompts and the template under which the model answered, which are those
+    of the checkpoint; None where activation.review asks to stop first.
 
   Raises:
-    FileNotFoundError, ValueError: for a bad checkpoint or annotation; if no answer has any text; if
-      answers are there that were made with other settings, or edited after training began.
+    FileNotFoundError, ValueError: for a bad checkpoint or annotation; if no answer has a text that
+      ends; if answers are there that were made with other settings, or edited after training began.
   """
   wanted = section(config, "activation", ActivationConfig)
   if not wanted.shards:
@@ -109,8 +110,10 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
       f"{answers} was edited after training on it began; train in another workdir (copy it there)"
       " or remove the checkpoints"
     )
+  of = checkpoint.describe(config["init_from"]).config
   config = config.copy_and_resolve_references()
   with config.unlocked():
+    config.model.prompts, config.model.template = dict(of["prompts"]), of["template"]
     config.data.shards = str(answers)
     config.data.task = wanted.task
   return config
@@ -158,12 +161,12 @@ def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[s
   decoded = decode_set(config, options, load(config, checkpoint.find(config["init_from"])))
   entries = []
   by_key = {entry_key(number, entry): entry for number, entry in enumerate(chosen)}
-  for key in decoded.cut:
-    print(f"{by_key[key]['path']}: the answer was cut off by generation.max_new_tokens")
   for key, text in decoded.hypotheses.items():
     of = by_key[key]
     kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}
-    if text.strip():
+    if key in decoded.cut:  # to be trained on, it would need an end
+      print(f"{of['path']}: the answer was cut off by generation.max_new_tokens, left out")
+    elif text.strip():
       entries.append({**kept, "text": text.strip(), "task": wanted.task})
     else:
       print(f"{of['path']}: an empty answer, left out")
@@ -171,6 +174,7 @@ def _answers(config: Mapping[str, Any], wanted: ActivationConfig) -> list[dict[s
     print(f"{skip.key}: {skip.cause} {skip.detail}, left out")
   if not entries:
     raise ValueError(
-      f"no answer at activation.lora_scale={wanted.lora_scale} has any text; try another scale"
+      f"no answer at activation.lora_scale={wanted.lora_scale} has a text that ends; try another"
+      " scale, or a higher generation.max_new_tokens"
     )
   return entries

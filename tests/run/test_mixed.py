@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import mooer_jax.run.activation
 import mooer_jax.run.decoding
 from convert.joining import join
 from mooer_jax import checkpoint, speech_llm
@@ -16,7 +17,7 @@ from mooer_jax.config import part_to_json
 from mooer_jax.evaluation.probe_report import read_perplexities, write
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.prompts import encode_prompt, fill_template
-from mooer_jax.run.decoding import load
+from mooer_jax.run.decoding import decode_set, load
 from mooer_jax.run.defaults import default_config
 from mooer_jax.run.evaluate import evaluate, evaluate_suite
 from mooer_jax.run.probe import lora_sweep, perplexity
@@ -307,7 +308,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
 
 
 def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
-  settings, base, trained, tmp_path, monkeypatch
+  settings, base, trained, tmp_path, monkeypatch, capsys
 ):
   folder, config = settings
   config = config.copy_and_resolve_references()
@@ -317,12 +318,25 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   config.data.cache_features = ""
   config.train.steps = 1
   config.optimizer.warmup_steps = 0
-  with monkeypatch.context() as patch:  # a model that learned nothing has nothing to say
-    patch.setattr(Tokenizer, "decode", lambda self, ids: "a yes")
-    train(config)
+  own = checkpoint.describe(trained).config["prompts"]
+  config.model.prompts = {**own, "asr": "<SpeechHere>another"}  # is not what it answered to
+
+  def decode_some(*given):  # a model that learned nothing has nothing to say
+    decoded = decode_set(*given)
+    return dataclasses.replace(
+      decoded,
+      hypotheses=dict.fromkeys(decoded.hypotheses, "a yes"),
+      cut=[*decoded.hypotheses][1:2],
+    )
+
+  with monkeypatch.context() as patch:
+    patch.setattr(mooer_jax.run.activation, "decode_set", decode_some)
+    tuned = train(config)
+  assert checkpoint.describe(tuned).config["prompts"] == own
   made = tmp_path / "tuned/activation.json"
   answers = json.loads(made.read_text())["annotation"]
-  assert [(entry["text"], entry["task"]) for entry in answers] == [("a yes", "asr")] * 4
+  assert [(entry["text"], entry["task"]) for entry in answers] == [("a yes", "asr")] * 3
+  assert "the answer was cut off by generation.max_new_tokens, left out" in capsys.readouterr().out
   assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a yes") + 8
 
   config.train.steps = 2
