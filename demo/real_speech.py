@@ -26,18 +26,28 @@ RATES = (0.78, 1.28)
 STRETCHES = (0.8, 0.9, 1.0, 1.15, 1.3)
 
 
+def find_recordings(folder: Path) -> list[Path]:
+  """The recordings in the dataset's folder, or in its `recordings/`.
+
+  Raises:
+    FileNotFoundError: if there is none of that naming.
+  """
+  for place in (folder, folder / "recordings"):
+    if found := sorted(place.glob("[0-9]_*_*.wav")):
+      return found
+  raise FileNotFoundError(f"{folder}: no {{digit}}_{{speaker}}_{{n}}.wav, nor in its recordings/")
+
+
 def read_recordings(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
   """Returns {speaker: {digit: [waveform at 16 kHz]}}.
 
   Raises:
-    FileNotFoundError: if the folder holds no recording of that naming.
+    FileNotFoundError: if the folder holds no recordings.
   """
   recordings: dict = collections.defaultdict(lambda: collections.defaultdict(list))
-  for path in sorted(folder.glob("[0-9]_*_*.wav")):
+  for path in find_recordings(folder):
     digit, speaker, _ = path.stem.split("_")
     recordings[speaker][digit].append(load_audio(path, sample_rate_hz=SAMPLE_RATE_HZ))
-  if not recordings:
-    raise FileNotFoundError(f"{folder}: no {{digit}}_{{speaker}}_{{n}}.wav")
   return recordings
 
 

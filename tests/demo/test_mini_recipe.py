@@ -1,6 +1,7 @@
 """The commands of the mini SALMONN fit its configs and its data."""
 
 import importlib
+import types
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,15 @@ def test_a_transcript_is_no_story(tmp_path):
 def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, tmp_path):
   recipe = importlib.import_module("demo.mini.recipe")
   scored = []
-  for name in ("_module", "_train", "weights"):
-    monkeypatch.setattr(recipe, name, lambda *_: tmp_path)
+  for name in ("_module", "_train"):
+    monkeypatch.setattr(recipe, name, lambda *_: None)
+  monkeypatch.setattr(recipe, "weights", lambda *_: (tmp_path, tmp_path))
   monkeypatch.setattr(recipe.Stages, "run", lambda *_, **__: 0.0)
   monkeypatch.setattr(recipe, "_score", lambda _, model, test, beams: scored.append(beams) or {})
+  with pytest.raises(FileNotFoundError, match="no {digit}_{speaker}_{n}.wav, nor in its record"):
+    recipe.run(Recipe(tmp_path), fsdd=tmp_path)  # at once
+  (tmp_path / "recordings").mkdir()
+  (tmp_path / "recordings/0_theo_0.wav").touch()
   results = recipe.run(Recipe(tmp_path), fsdd=tmp_path)
   assert [*results] == [
     "tasks: tasks",
@@ -100,4 +106,34 @@ def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, 
     "real: theo, beam 4",
   ]
   assert scored == [1, 1, 4, 1, 4]
-  assert "num_beams" in _config("activation").generation  # a flag changes only keys that are there
+  assert {"num_beams", "max_new_tokens"} <= {*_config("activation").generation}  # flags need them
+
+
+def test_before_and_after_tuning_answers_may_be_as_long(monkeypatch, tmp_path):
+  recipe = importlib.import_module("demo.mini.recipe")
+  called = []
+  monkeypatch.setattr(recipe, "_call", lambda *words: called.append(words[-1]))
+  monkeypatch.setattr(recipe, "share_beyond_digits", lambda *_: {})
+  for model in ("tasks", "activation"):
+    for test in ("probe", "test_tasks"):
+      (tmp_path / f"eval/{model}-{test}-beam1").mkdir(parents=True)
+      (tmp_path / f"eval/{model}-{test}-beam1/tasks.json").write_text("{}")
+      recipe._score(Recipe(tmp_path), model, Path(f"{test}.json"), 1)
+  limit = "--config.generation.max_new_tokens="
+  assert called == [f"{limit}256", f"{limit}32"] * 2
+
+
+def test_changed_recordings_are_trained_on_anew(monkeypatch, tmp_path):
+  recipe = importlib.import_module("demo.mini.recipe")
+  monkeypatch.setattr(recipe.checkpoint, "find", lambda path: path)
+  clip = tmp_path / "recordings/train_real/ann.flac"
+  clip.parent.mkdir(parents=True)
+  write_annotations(
+    tmp_path / "recordings/train_real.json", [entry("train_real/ann.flac", "asr", "one")]
+  )
+  prints = set()
+  for recording in (b"one", b"another", b"another"):
+    clip.write_bytes(recording)
+    stages = types.SimpleNamespace(run=lambda name, made, *_, **__: prints.add(made))
+    recipe._train(stages, Recipe(tmp_path), "real")
+  assert len(prints) == 2

@@ -93,3 +93,14 @@ def test_a_change_redoes_what_goes_on_from_it_and_no_other_branch(tmp_path):
   assert run("2") == ["base", "left", "leaf", "right"]
   assert run("2") == []
   assert run("other") == ["left", "leaf"]
+
+
+def test_what_is_made_again_is_said_and_what_others_made_is_left_alone(tmp_path, capsys):
+  made = tmp_path / "made"
+  for made_from in ("1", "2"):
+    Stages(tmp_path).run("step", made_from, made.mkdir, makes=made)
+  assert f"{made} was made from other inputs" in capsys.readouterr().out
+  (tmp_path / "stages.json").unlink()
+  with pytest.raises(RuntimeError, match="made is where step would go, .*: move it away"):
+    Stages(tmp_path).run("step", "2", made.mkdir, makes=made)
+  assert made.exists()
