@@ -107,7 +107,7 @@ def _pieces(
   seconds = len(waveform_N) / rate_hz
   if not num_speech_tokens(len(config.filled_up(waveform_N)), config):
     raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech", "too short")
-  if np.abs(waveform_N).max() < SILENCE:
+  if np.abs(waveform_N).max(initial=0) < SILENCE:
     raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
   if lengths is not None:
     search, window = (round(length * rate_hz) for length in (SEARCH_S, PAUSE_S))

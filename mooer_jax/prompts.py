@@ -91,6 +91,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: tuple[str, str]) -> tuple[list[i
   return [*tokenizer.bos_ids, *tokenizer.encode(before)], tokenizer.encode(after)
 
 
+def check_goes_on(tokens_after: int, prompt: str, template: str) -> None:
+  """Raises ValueError where no token follows the speech: the answer is read off the last one."""
+  if not tokens_after:
+    raise ValueError(
+      f"the prompt {prompt!r} ends with the speech in template {template!r}; at least one token"
+      " must follow, off which the answer is read"
+    )
+
+
 def task_prompt(task: str, prompts: Mapping[str, str] | None = None) -> str:
   """The prompt of a task, from a checkpoint's own table or MooER's.
 

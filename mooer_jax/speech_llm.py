@@ -199,8 +199,8 @@ def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMC
   """
   if batch.after_BS.shape[1] == 0:
     raise ValueError(
-      f"the prompt needs at least one token after the speech; the template {config.template!r}"
-      " was filled with an empty prompt"
+      "the prompt ends with the speech; at least one token must follow, off which the answer is"
+      f" read (the model's template is {config.template!r})"
     )
   before_BSD, after_BSD = (embed(params, t, config) for t in (batch.before_BS, batch.after_BS))
   inputs_BSD = jnp.concatenate([before_BSD, speech_BSD, after_BSD], axis=1)

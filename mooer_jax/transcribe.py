@@ -16,6 +16,7 @@ from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import (
+  check_goes_on,
   check_question,
   encode_prompt,
   fill_template,
@@ -143,7 +144,8 @@ class Transcriber:
       FileNotFoundError: for a missing file.
       ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name, before
         anything is decoded; for an unknown task or template, or a prompt without its one place
-        for the speech; for a question missing, empty or out of place; for a chunk_s out of range.
+        for the speech, or that ends with it; for a question missing, empty or out of place; for a
+        chunk_s out of range.
     """
     if isinstance(audio, (str, os.PathLike, np.ndarray)):
       raise ValueError("transcribe takes a list of clips: transcribe([clip])")
@@ -156,7 +158,9 @@ class Transcriber:
     if prompt is None:
       prompt = task_prompt(task, prompts)
     check_question(prompt, question, task)
-    filled = fill_template(template or self.config.template, prompt, question or "")
+    template = template or self.config.template
+    filled = fill_template(template, prompt, question or "")
+    check_goes_on(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
     options = build(
       GenerationOptions, {**dataclasses.asdict(self.options), **generation}, "generation"
     )

@@ -37,6 +37,12 @@ def test_load_gives_back_what_was_saved(saved):
   checkpoint.verify(saved)
 
 
+def test_parts_without_weights_are_left_out(tmp_path):
+  """As `speech_llm.init` has them: a Whisper has no CMVN."""
+  loaded = checkpoint.load(save(tmp_path / "model", {**params(), "frontend": {}}))
+  assert loaded.params.keys() == params().keys() - {"frontend"}
+
+
 def test_what_is_converted_twice_has_one_hash(tmp_path):
   leaves = jax.tree.map(checkpoint.reading.arrays.as_lazy, params())
   first, again = (save(tmp_path / name, leaves) for name in ("first", "again"))

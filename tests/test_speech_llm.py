@@ -132,7 +132,7 @@ def test_speech_stands_between_before_and_after(params):
 
 def test_a_prompt_that_ends_in_speech_is_refused(params):
   rows = [tiny.row(n, frames=8, after=0) for n in range(2)]
-  with pytest.raises(ValueError, match="at least one token after the speech"):
+  with pytest.raises(ValueError, match="ends with the speech; at least one token must follow"):
     speech_llm.answer_logits(params, tiny.batch(rows), CONFIG)
 
 

@@ -230,6 +230,14 @@ def test_without_a_template_the_prompt_stands_as_it_is(transcriber, clips):
   [same] = transcriber.transcribe(path, prompt="<SpeechHere>10", template="none")
   [turned] = transcriber.transcribe(path, prompt="1<SpeechHere>0", template="none")
   assert same.tokens == templated.tokens != turned.tokens
+  with pytest.raises(ValueError, match="'10<SpeechHere>' ends with the speech in template 'none'"):
+    transcriber.transcribe(path, prompt="10<SpeechHere>", template="none")
+
+
+def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcriber):
+  filled = transcriber.config.replace(min_audio_s=1.0)
+  with pytest.raises(ValueError, match=r"audio\[0\]: silent"):
+    load_clips([np.zeros(0, np.float32)], filled)
 
 
 def test_the_command_reads_line_breaks_and_hands_the_template_over(folder, clips, monkeypatch):

@@ -62,6 +62,7 @@ def save(
     raise ValueError(f"{stacked[0]} is stacked; a checkpoint is per layer (tree.unstack_layers)")
   if base is not None and Path(base).resolve().is_relative_to(folder.resolve()):
     raise ValueError(f"{folder} would replace its own base {base}; choose another folder")
+  params = tree.unflatten(leaves)  # without parts that have no leaves, which cannot be read back
   pointer = None if base is None else _pointer(Path(base).absolute(), folder)
   first = jax.process_index() == 0
   part = folder.with_name(f".tmp-{folder.name}")

@@ -12,6 +12,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.shards import RawUtterance, Skip
 from mooer_jax.prompts import (
   QUESTION,
+  check_goes_on,
   encode_prompt,
   fill_template,
   read_prompts,
@@ -68,11 +69,7 @@ class Asker:
           f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
           " prompts with one are padded to"
         )
-      if not len(after_S):
-        raise ValueError(
-          f"the prompt {prompt!r} ends with the speech in template {model.template!r}; at least one"
-          " token must follow, off which the answer is read"
-        )
+      check_goes_on(len(after_S), prompt, model.template)
       sides = fill_template(model.template, prompt, _MARK if asks else "")
       before, after = (
         max(len(tokens_S), config.prompt_tokens) if _MARK in side else len(tokens_S)

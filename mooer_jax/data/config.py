@@ -27,10 +27,12 @@ class DataConfig:
     max_s: longer clips are skipped and counted, seconds (MooER: 20).
     cut_longer: take the first max_s of longer clips instead, as SALMONN does.
     window: utterances that are shuffled and sorted by length at a time, a multiple of batch_size.
-      Memory is about 37 kB for each second of audio in it, and that for each worker.
+      Memory is 32 to 83 kB for each second of audio in it (SAN-M 37, Whisper 32 or 51, and BEATs
+      51 more), and that for each worker.
     seed: of the order of shards and of batches.
     cache_features: folder for the frames of frozen encoders, which are computed once, before
-      training; "": in every step. A second of audio takes 20 to 130 kB (float16).
+      training; "": in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more;
+      each clip as much as 30 s where Whisper's frames of silence are kept (trim=False).
     workers: worker processes that decode; each owns whole shards. 0: a thread of this process.
     prefetch: batches made ahead, for each worker.
     max_bad_share: the run stops once more than this share of the utterances read was skipped, or

@@ -12,7 +12,9 @@ from mooer_jax.evaluation.answers import words
 from mooer_jax.evaluation.score import ScoreConfig, score
 from mooer_jax.evaluation.translation import bleu_of_task
 
-FEW = 25  # different references up to which a task is taken for a choice among them
+# A task is taken for a choice among its references where there are so many different ones at most,
+# and each comes twice on average.
+FEW = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def score_by_task(
       not_decoded=len(wanted) - len(given),
       wer=100 * rate if math.isfinite(rate) else None,
       accuracy=sum(given.get(key) == text for key, text in wanted.items()) / len(wanted),
-      following=follow if len(choices) <= FEW else None,
+      following=follow if len(choices) <= min(FEW, len(wanted) // 2) else None,
       bleu=translated.score if translated else None,
       bleu_notes="; ".join((translated.signature, *translated.notes)) if translated else "",
     )

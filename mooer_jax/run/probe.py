@@ -55,7 +55,7 @@ def perplexity(
     A row for each checkpoint, scale, instruction and task.
 
   Raises:
-    FileNotFoundError, ValueError: for a bad config, checkpoint, test set or instruction.
+    FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
   """
   prepare_process()
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
@@ -66,6 +66,7 @@ def perplexity(
   for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
     loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
     _check(instructions, loaded.model)
+    _check_scales(scales, loaded.model, folder)
     for instruction in (NONE, *instructions):
       measured = _measure(config, options, loaded, instruction=instruction, scales=scales)
       rows += measured.rows(str(folder), step)
@@ -139,6 +140,15 @@ def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
     raise ValueError(
       f"template {model.template!r} has nothing after the speech where there is no instruction, and"
       " an answer is read off what stands there: P(Y|X) cannot be measured"
+    )
+
+
+def _check_scales(scales: Sequence[float], model: SpeechLLMConfig, folder: Path) -> None:
+  if scales and not model.decoder.lora_scale:
+    raise ValueError(f"{folder} has no LoRA whose scale could be changed")
+  if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+    raise ValueError(
+      f"--scales={','.join(f'{s:g}' for s in scales)}: must be numbers of at least 0"
     )
 
 
@@ -251,21 +261,22 @@ def lora_sweep(
     The scores of each task at each scale.
 
   Raises:
-    FileNotFoundError, ValueError: for a bad config, checkpoint or test set.
+    FileNotFoundError, ValueError: for a bad config, checkpoint, test set or scale.
   """
   prepare_process()
-  if any(scale < 0 for scale in scales):
-    raise ValueError(f"--scales={','.join(f'{s:g}' for s in scales)}: must be at least 0")
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
   folder = checkpoint.find(path)
   out = out_folder(options, folder, "lora_sweep")
   loaded = load(config, folder, base)
   trained = loaded.model.decoder.lora_scale
-  if not trained:
-    raise ValueError(f"{path} has no LoRA whose scale could be changed")
-  points = []
-  for scale in scales or [trained * eighths / 8 for eighths in range(9)]:
+  scales = scales or [trained * eighths / 8 for eighths in range(9)]
+  _check_scales(scales, loaded.model, folder)
+  points: list[SweepPoint] = []
+  for scale in scales:
     decoded = decode_set(config, dataclasses.replace(options, lora_scale=scale), loaded)
+    if not points:
+      for s in decoded.skipped:
+        print(f"not decoded: {s.key}: {s.cause} {s.detail}")
     scores = score_by_task(decoded.tasks, decoded.transcripts, decoded.hypotheses)
     points += [SweepPoint(scale, task, s) for task, s in scores.items()]
     probe_report.write(out / "lora_sweep.json", points)

@@ -7,22 +7,23 @@ from mooer_jax.evaluation.by_task import score_by_task, table, write
 
 
 def test_each_task_is_scored_by_itself():
-  tasks = dict(a="asr", b="asr", c="sex", d="sex", e="sex")
-  references = dict(a="one two", b="three four", c="male", d="female", e="male")
-  hypotheses = dict(a="One two.", b="three five", c="male", d="male", e="one two")
+  tasks = dict(a="asr", b="asr", c="sex", d="sex", e="sex", f="sex")
+  references = dict(a="one two", b="three four", c="male", d="female", e="male", f="female")
+  hypotheses = dict(a="One two.", b="three five", c="male", d="male", e="one two", f="Female")
   scores = score_by_task(tasks, references, hypotheses)
   assert list(scores) == ["asr", "sex"]
   assert (scores["asr"].count, scores["asr"].wer, scores["asr"].accuracy) == (2, 25.0, 0.5)
-  assert scores["sex"].accuracy == 1 / 3 and scores["sex"].following == 2 / 3
+  assert scores["asr"].following is None  # two texts for two clips are no choice
+  assert scores["sex"].accuracy == 1 / 2 and scores["sex"].following == 3 / 4
 
 
 def test_an_answer_that_is_missing_is_wrong_and_all_its_words_are_lost():
-  tasks = dict.fromkeys("abc", "asr")
-  references = dict(a="one two", b="three", c="!")
+  tasks = dict.fromkeys("abcdef", "asr")
+  references = dict(a="one two", b="three", c="!", d="one two", e="three", f="!")
   score = score_by_task(tasks, references, {"b": "three"})["asr"]
-  assert (score.count, score.not_decoded) == (3, 2)
-  assert score.wer == pytest.approx(200 / 3)
-  assert score.accuracy == score.following == pytest.approx(1 / 3)  # nothing is not "!"
+  assert (score.count, score.not_decoded) == (6, 5)
+  assert score.wer == pytest.approx(500 / 6)
+  assert score.accuracy == score.following == pytest.approx(1 / 6)  # nothing is not "!"
   none = score_by_task({"a": "asr"}, {"a": "one two"}, {})["asr"]
   assert (none.wer, none.accuracy, none.not_decoded) == (100, 0, 1)
 

@@ -174,8 +174,10 @@ def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_pat
     (scale, task, 6) for scale in (0.0, 8.0) for task in ("asr", "keyword")
   }
   assert (tmp_path / "probe/lora_sweep.png").stat().st_size > 5000
-  with pytest.raises(ValueError, match="--scales=-1,8: must be at least 0"):
-    lora_sweep(config, str(run), scales=[-1.0, 8.0])
+  for scale in (-1.0, float("nan")):
+    for refused in (lora_sweep, lambda *a, **k: perplexity(a[0], [a[1]], **k)):
+      with pytest.raises(ValueError, match=f"--scales={scale:g},8: must be numbers of at least 0"):
+        refused(config, str(run), scales=[scale, 8.0])
   assert "(none)" in capsys.readouterr().out
 
 
