@@ -1,8 +1,11 @@
 """The configs of SALMONN's published stages hold together, at their full sizes."""
 
+import ast
+import re
+
 import pytest
 
-from configs import salmonn, salmonn_activation
+from configs import mooer_7b, salmonn, salmonn_activation
 from mooer_jax.run.config import Run
 
 STAGES = [(salmonn, ",1"), (salmonn, ",2"), (salmonn_activation, "")]
@@ -20,3 +23,37 @@ def test_a_stage_is_read(module, stage, size, width, tmp_path):
     assert config.activation.task in dict(run.model.prompts)
     assert run.train.steps == config.activation.clips
     assert run.probe.every == 1 and run.probe.instructions == (config.activation.task,)
+
+
+def _value(text):
+  """Of a Python literal, or of dict(name=literal, …)."""
+  node = ast.parse(text, mode="eval").body
+  if isinstance(node, ast.Call):
+    return {word.arg: ast.literal_eval(word.value) for word in node.keywords}
+  return ast.literal_eval(node)
+
+
+def test_the_documented_diff_is_that_of_the_two_configs(repo_root):
+  page = (repo_root / "docs/salmonn.md").read_text("utf-8")
+  [diff] = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
+  configs = {"-": mooer_7b.get_config(), "+": salmonn.get_config()}
+  told = {"-": set(), "+": set()}
+  for sign, name, text in re.findall(r"^([-+]) config\.([\w.]+) = (.*)$", diff, re.MULTILINE):
+    where = configs[sign]
+    for part in name.split("."):
+      where = where[part]
+    told[sign].add(name)
+    if text.endswith("…}"):
+      text = text.removesuffix(", …}") + "}"
+      assert _value(text).items() <= where.to_dict().items()
+    else:
+      assert _value(text) == (where.to_dict() if hasattr(where, "to_dict") else where), name
+  config = configs["-"].to_dict(), configs["+"].to_dict()
+  differ = {"trainable"} | {
+    f"{section}.{name}"
+    for section in ("model", "data")
+    for name in config[0][section].keys() | config[1][section].keys()
+    if config[0][section].get(name) != config[1][section].get(name)
+  }
+  left_out = {f"data.{name}" for name in ("answer_buckets", "batch_size", "min_s", "prompts")}
+  assert told["+"] == differ - left_out and told["-"] <= told["+"]
