@@ -123,17 +123,23 @@ def test_before_and_after_tuning_answers_may_be_as_long(monkeypatch, tmp_path):
   assert called == [f"{limit}256", f"{limit}32"] * 2
 
 
-def test_changed_recordings_are_trained_on_anew(monkeypatch, tmp_path):
+def test_a_stage_is_trained_anew_for_other_recordings_and_settings_and_not_for_other_tests(
+  monkeypatch, tmp_path
+):
   recipe = importlib.import_module("demo.mini.recipe")
   monkeypatch.setattr(recipe.checkpoint, "find", lambda path: path)
   clip = tmp_path / "recordings/train_real/ann.flac"
   clip.parent.mkdir(parents=True)
-  write_annotations(
-    tmp_path / "recordings/train_real.json", [entry("train_real/ann.flac", "asr", "one")]
-  )
-  prints = set()
-  for recording in (b"one", b"another", b"another"):
+  lines = [entry("train_real/ann.flac", "asr", "one")]
+  write_annotations(tmp_path / "recordings/train_real.json", lines)
+  config = _config("real")
+  monkeypatch.setattr(recipe.mini_salmonn, "get_config", lambda _: config)
+  prints = []
+  stages = types.SimpleNamespace(run=lambda name, made, *_, **__: prints.append(made))
+  for recording, clip_at, beams in ((b"a", 1.0, 1), (b"b", 1.0, 1), (b"b", 1.0, 4), (b"b", 0.5, 4)):
     clip.write_bytes(recording)
-    stages = types.SimpleNamespace(run=lambda name, made, *_, **__: prints.add(made))
+    config.optimizer.grad_clip, config.generation.num_beams = clip_at, beams
+    config.eval.batch_size = beams
     recipe._train(stages, Recipe(tmp_path), "real")
-  assert len(prints) == 2
+  first, other, same, set_otherwise = prints
+  assert other == same and len({first, other, set_otherwise}) == 3
