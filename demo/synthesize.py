@@ -6,6 +6,7 @@ however many processes work. Run alone: `python -m demo.synthesize --out out/spe
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -261,6 +262,28 @@ def _lanes(utterances: list[Utterance]) -> list[list[Utterance]]:
   return [ordered[i : i + LANE_CLIPS] for i in range(0, len(ordered), LANE_CLIPS)]
 
 
+@contextlib.contextmanager
+def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor]:
+  """A new process for each piece of work, all cores' worth at a time if no number is given.
+
+  Ctrl-C is left to this process, which then ends them; all that it has started, for it is a script.
+  """
+  with concurrent.futures.ProcessPoolExecutor(
+    number or os.cpu_count() or 1,
+    mp_context=multiprocessing.get_context("spawn"),
+    max_tasks_per_child=1,
+    initializer=signal.signal,
+    initargs=(signal.SIGINT, signal.SIG_IGN),
+  ) as pool:
+    try:
+      yield pool
+    except BaseException:
+      for process in multiprocessing.active_children():
+        process.terminate()
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
 def write_split(
   utterances: list[Utterance], folder: Path, processes: int | None = None
 ) -> Iterator[tuple[int, float]]:
@@ -271,22 +294,12 @@ def write_split(
   """
   (folder / "wav").mkdir(parents=True, exist_ok=True)
   clips, seconds = 0, 0.0
-  with concurrent.futures.ProcessPoolExecutor(
-    processes or os.cpu_count() or 1,
-    mp_context=multiprocessing.get_context("spawn"),
-    max_tasks_per_child=1,
-    initializer=signal.signal,
-    initargs=(signal.SIGINT, signal.SIG_DFL),  # on Ctrl-C only the parent has something to say
-  ) as pool:
+  with worker_processes(processes) as pool:
     futures = [pool.submit(_render_lane, lane, folder / "wav") for lane in _lanes(utterances)]
-    try:
-      for future in concurrent.futures.as_completed(futures):
-        done = future.result()
-        clips, seconds = clips + len(done), seconds + sum(done)
-        yield clips, seconds
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
+    for future in concurrent.futures.as_completed(futures):
+      done = future.result()
+      clips, seconds = clips + len(done), seconds + sum(done)
+      yield clips, seconds
   _write_lines(folder / "wav.scp", ((u.key, folder / "wav" / f"{u.key}.wav") for u in utterances))
   _write_lines(folder / "text", ((u.key, u.digits) for u in utterances))
 

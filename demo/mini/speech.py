@@ -14,9 +14,6 @@ import concurrent.futures
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from demo.mini.annotations import entry, write_annotations, write_clip
 from demo.mini.plan import SPLITS, Clip, Label, SpeechConfig, balanced, plan, untrained
 from demo.mini.voices import ENGINES, speak
-from demo.synthesize import SAMPLE_RATE_HZ, add_noise
+from demo.synthesize import SAMPLE_RATE_HZ, add_noise, worker_processes
 
 # Engines keep state from one text to the next, so the work is cut into lanes of a fixed size, each
 # with a process of its own: the result does not depend on the machine's cores or an interruption.
@@ -181,22 +178,12 @@ def make_speech(
   total = sum(len(lane) for lane, _ in lanes)
   done = total - sum(len(lane) for lane, _ in todo)
   progress(done, total)
-  with concurrent.futures.ProcessPoolExecutor(
-    processes or os.cpu_count() or 1,
-    mp_context=multiprocessing.get_context("spawn"),
-    max_tasks_per_child=1,
-    initializer=signal.signal,
-    initargs=(signal.SIGINT, signal.SIG_DFL),  # on Ctrl-C only the parent has something to say
-  ) as pool:
+  with worker_processes(processes) as pool:
     futures = {pool.submit(_render_lane, *job): len(job[0]) for job in todo}
-    try:
-      for future in concurrent.futures.as_completed(futures):
-        future.result()
-        done += futures[future]
-        progress(done, total)
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
+    for future in concurrent.futures.as_completed(futures):
+      future.result()
+      done += futures[future]
+      progress(done, total)
   for split in SPLITS:
     for name, entries in entries_of(config, split).items():
       write_annotations(out / name, entries)

@@ -128,8 +128,8 @@ def _write_all(jobs, processes, progress, total):
       return
     # Not forked: this process may run JAX's threads.
     context = multiprocessing.get_context("spawn")
-    # On Ctrl-C only this process has something to say.
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    # Ctrl-C is left to this process, which then waits for the shards that are being written.
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context, **quiet) as pool:
       try:
         for job, result in zip(jobs, pool.map(write_shard, *zip(*jobs, strict=True)), strict=True):

@@ -286,7 +286,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
     (folder / name).write_text(json.dumps({"annotation": entries}))
 
   write("librispeech_test_clean.json", "asr", "one two")
-  write("slurp.json", "keyword", "today")
+  write("librispeech_test_other.json", "asr", "today")
   with monkeypatch.context() as patch:
     patch.setattr(mooer_jax.run.decoding, "generate", None)  # decoding would fail otherwise
     write("sac.json", "story", "a dog")
@@ -298,12 +298,12 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   (folder / "sac.json").unlink()
   results = evaluate_suite(config, str(trained), str(folder))
   assert {name: r.count for name, r in results.items() if not isinstance(r, str)} == {
-    "librispeech_test_clean": 3, "slurp": 3,
+    "librispeech_test_clean": 3, "librispeech_test_other": 3,
   }  # fmt: skip
   out = trained.parent / "eval/salmonn"
   report = json.loads((out / "suite.json").read_text())
   assert report["tasks"][0]["count"] == 3
-  answers = read_text(out / "hypotheses/slurp.text")
+  answers = read_text(out / "hypotheses/librispeech_test_other.text")
   assert len(answers) == 2  # the lost clip has none
   monkeypatch.setattr(mooer_jax.run.decoding, "generate", None)
   assert evaluate_suite(config, str(trained), str(folder)) == results  # nothing is decoded again
