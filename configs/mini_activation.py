@@ -16,7 +16,7 @@ def get_config():
   config.init_from = f"out/mini/tasks/step_{mini_salmonn.STEPS['tasks']:08d}"
   config.activation.shards = "out/mini/data/train_digits.json"
   config.activation.task = "story"
-  # A quarter of the trained one: at half of it, this model still transcribes what it is to tell of.
+  # A quarter of the trained one: at half of it, some answers are still transcripts.
   config.activation.lora_scale = 1.0
   config.activation.clips = 20  # some run into the limit and are left out
 

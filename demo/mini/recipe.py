@@ -174,8 +174,9 @@ def _train(stages: Stages, recipe: Recipe, stage: str):
   files = [*ROOT.glob("configs/prompts/mini*.json"), recipe.out / shards]
   if stage == "real":  # all other clips are of the step "speech"
     files += audio_files(str(recipe.out / shards))
-  unread = {"eval"} if tuning else {"eval", "generation"}  # by train.py
-  read = {name: value for name, value in json.loads(config.to_json()).items() if name not in unread}
+  read = json.loads(config.to_json())
+  if not tuning:  # which decodes as an evaluation does
+    del read["eval"]
   made = fingerprint([*settings, read], files)
   stages.run(f"training, {stage}", made,
              lambda: _call(sys.executable, "train.py", *settings),

@@ -9,6 +9,7 @@ from typing import Any
 
 from mooer_jax.data.shards import RawUtterance, Skip
 
+_TEXT = "a string without NUL and halves of characters"
 _AT_A_TIME = 64  # entries that are shuffled as one shard
 
 
@@ -48,10 +49,10 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
       raise ValueError(f"{where} is {entry!r}, not an object")
     for name in ("path", "text"):
       if not _is_text(entry.get(name)):
-        raise ValueError(f"{where} has {name}={entry.get(name)!r}; a string is needed")
+        raise ValueError(f"{where} has {name}={entry.get(name)!r}; needed is {_TEXT}")
     for name in ("task", "Q"):
       if not _is_text(entry.get(name, "")):
-        raise ValueError(f"{where} has {name}={entry[name]!r}; a string is needed")
+        raise ValueError(f"{where} has {name}={entry[name]!r}; needed is {_TEXT}")
     more = entry.get("expand_wav", [])
     if not isinstance(more, list) or not all(map(_is_text, more)):
       raise ValueError(f"{where} has expand_wav={more!r}; a list of paths is needed")

@@ -27,8 +27,8 @@ class DataConfig:
     max_s: longer clips are skipped and counted, seconds (MooER: 20).
     cut_longer: take the first max_s of longer clips instead, as SALMONN does.
     window: utterances that are shuffled and sorted by length at a time, a multiple of batch_size.
-      Memory is 32 to 83 kB for each second of audio in it (SAN-M 37, Whisper 32 or 51, and BEATs
-      51 more), and that for each worker.
+      Memory is that of the features, for each worker: SAN-M 37 kB a second of audio in it, Whisper
+      32 (of 128 bins 51), BEATs 51 more.
     seed: of the order of shards and of batches.
     cache_features: folder for the frames of frozen encoders, which are computed once, before
       training; "": in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more;

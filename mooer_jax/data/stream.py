@@ -75,7 +75,9 @@ class UtteranceStream:
     self._entry, self._copy = position["entry"], position.get("copy", 0)
     self._raw: RawUtterance | Skip | None = None
     self._read, self._usable = position["read"], position["usable"]
+    # What an epoch's weights passed over, and what had been read before it.
     self._passed = position.get("passed", False)
+    self._read_before = position.get("read_before", 0)
     self._counts = collections.Counter(position["skipped"])
     self._damaged = list(position["damaged"])  # indices of shards, in this epoch
     self._pending: list[Skip] = []
@@ -100,6 +102,7 @@ class UtteranceStream:
       "read": self._read,
       "usable": self._usable,
       "passed": self._passed,
+      "read_before": self._read_before,
       "skipped": dict(self._counts),
       "damaged": list(self._damaged),
     }
@@ -195,13 +198,14 @@ class UtteranceStream:
     return entries
 
   def _end_epoch(self):
-    if not self._usable and not self._passed:
+    idle = self._passed and self._read == self._read_before
+    if not self._usable and not idle:
       raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
     self._check_share(1)
     if self._seed is None:
       raise StopIteration
     self._epoch, self._shard, self._entry, self._usable = self._epoch + 1, 0, 0, 0
-    self._passed = False
+    self._passed, self._read_before = False, self._read
     self._damaged = []
     self._order = self._shard_order()
 

@@ -114,6 +114,7 @@ def with_own_answers(config: ConfigDict) -> ConfigDict | None:
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model.prompts, config.model.template = dict(of["prompts"]), of["template"]
+    config.data.prompts = ""  # no others are drawn
     config.data.shards = str(answers)
     config.data.task = wanted.task
   return config

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from mooer_jax import checkpoint
 from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
+from mooer_jax.data.batching import HostBatch
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import Batches, eval_batches
 from mooer_jax.data.shards import Skip
@@ -34,8 +35,8 @@ class EvalConfig:
     task: the prompt; "": each utterance's own task, and each is scored by itself.
     batch_size: utterances decoded together.
     out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
-      of the folder of the data.list, of the annotation file, or of what else eval.py does:
-      "salmonn" for that suite, "perplexity", "lora_sweep".
+      of the folder of the data.list, FOLDER-FILE for an annotation file, or of what else eval.py
+      does: "salmonn" for that suite, "perplexity", "lora_sweep".
     metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
     space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
       "keep", as MooER's script does.
@@ -159,6 +160,14 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   return out
 
 
+def num_shortened(
+  batch: HostBatch, config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConfig
+) -> int:
+  """Clips of a batch that eval.cut_longer cut; one that is just as long counts among them."""
+  longest_s = data_of(config, options, model).max_s
+  return options.cut_longer * sum(seconds >= longest_s for seconds in batch.seconds)
+
+
 def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Decoded:
   """Decodes every utterance of a test set that can be read, in the order of its shards.
 
@@ -169,7 +178,6 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
   key = jax.random.key(config.get("seed", 0))
   decoded = Decoded({}, {}, {}, [])
   batches = batches_of(config, options, loaded)
-  longest_s = options.max_s or model.max_audio_s
   shortened = 0
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("decoding", total=None)
@@ -193,11 +201,11 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
           decoded.tasks[skip.key] = skip.task
       decoded.skipped += host_batch.skipped
       decoded.audio_s += host_batch.audio_s
-      shortened += sum(seconds >= longest_s for seconds in host_batch.seconds)
+      shortened += num_shortened(host_batch, config, options, model)
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
-  if options.cut_longer and shortened:
-    print(f"{shortened} clips of {longest_s:g} s or more: only so much of them was heard")
+  if shortened:
+    print(f"{shortened} clips were cut to eval.max_s")
   if decoded.cut:
     print(f"{len(decoded.cut)} answers were cut off by generation.max_new_tokens")
   return decoded

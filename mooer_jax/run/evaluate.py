@@ -59,7 +59,7 @@ def evaluate(
       )
   folder = checkpoint.find(path)
   shards = Path(options.shards).absolute()
-  out = out_folder(options, folder, shards.stem if is_annotation(shards) else shards.parent.name)
+  out = out_folder(options, folder, _name(shards))
   references = _given_references(options, out)  # before minutes of work, for it may be wrong
   start = time.perf_counter()
   decoded = decode_set(config, options, load(config, folder, base))
@@ -154,6 +154,11 @@ def evaluate_suite(
   of = [checkpoint.describe(folder, base=base).hash, loaded.generation, asked]
   of += [loaded.model.compute.dtype, options.lora_scale, options.max_s, options.cut_longer]
   return run_suite(annotations, out, decode, check=check, identity=" ".join(map(str, of)))
+
+
+def _name(shards: Path) -> str:
+  folder = shards.parent.name
+  return f"{folder}-{shards.stem}" if is_annotation(shards) else folder
 
 
 def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:

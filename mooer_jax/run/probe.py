@@ -28,7 +28,15 @@ from mooer_jax.evaluation.by_task import score_by_task
 from mooer_jax.evaluation.probe_report import NONE, Perplexity, SweepPoint
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import Run
-from mooer_jax.run.decoding import EvalConfig, Loaded, batches_of, decode_set, load, out_folder
+from mooer_jax.run.decoding import (
+  EvalConfig,
+  Loaded,
+  batches_of,
+  decode_set,
+  load,
+  num_shortened,
+  out_folder,
+)
 from mooer_jax.run.setup import prepare_process, section
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import batch_sharding
@@ -48,7 +56,7 @@ def perplexity(
     config: with section `eval`; each utterance has its own task.
     paths: checkpoint folders; of the folder of a run every checkpoint is taken.
     instructions: tasks of the model whose prompts are given as I; no instruction always is.
-    scales: LoRA scales; none: that of training.
+    scales: LoRA scales; none: that of training. A checkpoint without LoRA is measured once.
     base: where the base of a fine-tune lies, if it moved.
 
   Returns:
@@ -58,6 +66,7 @@ def perplexity(
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
   """
   prepare_process()
+  _check_scales(scales)
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
   rows: list[Perplexity] = []
@@ -66,9 +75,9 @@ def perplexity(
   for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
     loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
     _check(instructions, loaded.model)
-    _check_scales(scales, loaded.model, folder)
+    able = scales if loaded.model.decoder.lora_scale else ()
     for instruction in (NONE, *instructions):
-      measured = _measure(config, options, loaded, instruction=instruction, scales=scales)
+      measured = _measure(config, options, loaded, instruction=instruction, scales=able)
       rows += measured.rows(str(folder), step)
       if measured.left_out:
         print(measured.left_out)
@@ -91,7 +100,12 @@ class Probe:
     """
     self._config, self._run, self._tokenizer = config, run, tokenizer
     self._sharding = batch_sharding(mesh)
-    self._options = EvalConfig(run.probe.shards, task="", batch_size=run.probe.batch_size)
+    self._options = EvalConfig(
+      run.probe.shards,
+      task="",
+      batch_size=run.probe.batch_size,
+      cut_longer=run.data.cut_longer,
+    )
     self._file = run.workdir / "perplexity.json"
     rows = probe_report.read_perplexities(self._file) if first and self._file.is_file() else []
     self._rows = [row for row in rows if row.step <= first]
@@ -143,9 +157,7 @@ def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
     )
 
 
-def _check_scales(scales: Sequence[float], model: SpeechLLMConfig, folder: Path) -> None:
-  if scales and not model.decoder.lora_scale:
-    raise ValueError(f"{folder} has no LoRA whose scale could be changed")
+def _check_scales(scales: Sequence[float]) -> None:
   if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
     raise ValueError(
       f"--scales={','.join(f'{s:g}' for s in scales)}: must be numbers of at least 0"
@@ -171,7 +183,7 @@ class _Measured(NamedTuple):
   Attributes:
     instruction: which.
     sums: by scale and task, nats of the reference answers and their tokens.
-    left_out: what could not be measured, for a person; empty if nothing.
+    left_out: what could not be measured, or not whole, for a person; empty if nothing.
   """
 
   instruction: str
@@ -207,8 +219,10 @@ def _measure(
   wanted = list(scales) or [model.decoder.lora_scale]
   totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
   left_out: Counter[str] = Counter()
+  shortened = 0
   for host in batches_of(config, options, loaded._replace(model=model)):
     left_out.update(skip.cause for skip in host.skipped)
+    shortened += num_shortened(host, config, options, model)
     left_out["no answer that fits data.answer_buckets"] += sum(
       int(row_S[0] < 0) for row_S in host.batch.answer_BS[: len(host.keys)]
     )
@@ -229,8 +243,10 @@ def _measure(
     }
     for scale, sums in totals.items()
   }
-  said = f"instruction {instruction}: utterances left out: {causes}" if causes else ""
-  return _Measured(instruction, sums_by_task, said)
+  said = [f"utterances left out: {causes}"] * bool(causes)
+  said += [f"{shortened} clips were cut to eval.max_s"] * bool(shortened)
+  told = f"instruction {instruction}: {', '.join(said)}" if said else ""
+  return _Measured(instruction, sums_by_task, told)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
@@ -264,15 +280,16 @@ def lora_sweep(
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or scale.
   """
   prepare_process()
+  _check_scales(scales)
   options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
   folder = checkpoint.find(path)
   out = out_folder(options, folder, "lora_sweep")
   loaded = load(config, folder, base)
   trained = loaded.model.decoder.lora_scale
-  scales = scales or [trained * eighths / 8 for eighths in range(9)]
-  _check_scales(scales, loaded.model, folder)
+  if not trained:
+    raise ValueError(f"{path} has no LoRA whose scale could be changed")
   points: list[SweepPoint] = []
-  for scale in scales:
+  for scale in scales or [trained * eighths / 8 for eighths in range(9)]:
     decoded = decode_set(config, dataclasses.replace(options, lora_scale=scale), loaded)
     if not points:
       for s in decoded.skipped:

@@ -169,6 +169,13 @@ def test_an_epoch_that_a_weight_leaves_empty_is_passed_over(annotate, letters):
       next(batches)
 
 
+def test_weights_do_not_hide_that_nothing_is_usable(annotate, letters):
+  config = annotate(entries(*["asr"] * 40), task_weights={"asr": 0.4}, max_s=0.4)
+  with contextlib.closing(iter(train_batches(config, letters, MODEL))) as batches:
+    with pytest.raises(BadDataError, match="no usable utterance"):
+      next(batches)
+
+
 def _epoch(state):
   found = [value for key, value in _items(state) if key == "epoch"]
   return min(found)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zlib
 
 import jax
 import numpy as np
@@ -322,6 +323,8 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   config.optimizer.warmup_steps = 0
   own = checkpoint.describe(trained).config["prompts"]
   config.model.prompts = {**own, "asr": "<SpeechHere>another"}  # is not what it answered to
+  config.data.prompts = str(tmp_path / "prompts.json")  # nor are these
+  (tmp_path / "prompts.json").write_text('{"asr": "<SpeechHere>a"}')
 
   def decode_some(*given):  # a model that learned nothing has nothing to say
     decoded = decode_set(*given)
@@ -335,6 +338,9 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
     patch.setattr(mooer_jax.run.activation, "decode_set", decode_some)
     tuned = train(config)
   assert checkpoint.describe(tuned).config["prompts"] == own
+  of = json.loads(next(tuned.glob("train_state/data*.json")).read_text())["of"]
+  trained_on = json.dumps([config.model.template, {"asr": [own["asr"]]}], sort_keys=True)
+  assert of["checksum of the prompts"] == zlib.crc32(trained_on.encode())
   made = tmp_path / "tuned/activation.json"
   answers = json.loads(made.read_text())["annotation"]
   assert [(entry["text"], entry["task"]) for entry in answers] == [("a yes", "asr")] * 3
