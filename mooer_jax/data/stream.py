@@ -236,7 +236,8 @@ class UtteranceStream:
   def _summary(self) -> str:
     counts = ", ".join(f"{cause} {n}" for cause, n in self._counts.most_common())
     if not self._pending:
-      left = f", or data.task_weights={self._task_weights} leaves nothing of them"
-      return counts or "the shards are empty" + left * bool(self._task_weights)
+      if not counts and self._task_weights:
+        return f"they are empty, or data.task_weights={self._task_weights} leaves nothing of them"
+      return counts or "the shards are empty"
     last = self._pending[-1]
     return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
