@@ -72,15 +72,26 @@ def join(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
   return _at_level(speech + 10 ** (-35 / 20) * rng.standard_normal(len(speech)), -24.0)
 
 
-def join_varied(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
-  """The same for training, with throat, pauses, colour, room, noise and level drawn anew."""
+def join_varied(
+  voice: dict[str, list[np.ndarray]], digits: str, rng, *, hesitation_s: float = 0.0
+) -> np.ndarray:
+  """The same for training, with throat, pauses, colour, room, noise and level drawn anew.
+
+  Args:
+    voice: {digit: [waveform at 16 kHz]} of a speaker.
+    digits: the string to speak.
+    rng: decides everything.
+    hesitation_s: a further pause of so many seconds, after any digit but the last.
+  """
   rate = np.exp(rng.uniform(*np.log(RATES)))
   longest_s = rng.choice((0.02, 0.1, 0.25))
+  hesitates_after = rng.integers(len(digits) - 1) if hesitation_s and len(digits) > 1 else None
   pieces = [_silence(rng.uniform(0.03, 0.3))]
-  for digit in digits:
+  for place, digit in enumerate(digits):
     spoken = _one_of(voice[digit], rng) * 10 ** (rng.uniform(-3, 3) / 20)
     spoken = soxr.resample(spoken, SAMPLE_RATE_HZ, round(SAMPLE_RATE_HZ * rate))
-    pieces += [spoken, _silence(rng.uniform(0, longest_s))]
+    pause_s = rng.uniform(0, longest_s) + hesitation_s * (place == hesitates_after)
+    pieces += [spoken, _silence(pause_s)]
   pieces.append(_silence(rng.uniform(0.03, 0.3)))
   speech = np.concatenate(pieces)
   if rng.random() < 0.3:

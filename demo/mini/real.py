@@ -22,6 +22,8 @@ from demo.synthesize import SAMPLE_RATE_HZ, WORDS, random_digits
 from mooer_jax.audio.decode import load_audio
 
 MAX_DIGITS = 6
+# A pause that people make now and then within a string, in seconds.
+HESITATION_S = (0.3, 1.5)
 # <s> words </s> (name of the recording)
 TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 
@@ -34,7 +36,9 @@ def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) 
     path: of the annotation file; the clips go into the folder of its name beside it.
     clips: how many; every length from 1 to MAX_DIGITS is equally often there.
     seed: decides everything.
-    vary: every other clip gets another throat, tempo, colour, room and noise.
+    vary: every other clip gets another throat, tempo, colour, room and noise. Half of those that
+      are not of the greatest length also get a pause of HESITATION_S, or a model takes one for the
+      end.
   """
   folder = path.with_suffix("")
   folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +49,14 @@ def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) 
     # The speaker changes every second clip, so that each has varied and plain ones.
     speaker = speakers[index // 2 % len(speakers)]
     digits = random_digits(rng, int(rng.integers(1, MAX_DIGITS + 1)))
-    speak = join_varied if vary and index % 2 else join
+    if vary and index % 2:
+      hesitates = len(digits) < MAX_DIGITS and rng.random() < 0.5
+      hesitation_s = rng.uniform(*HESITATION_S) if hesitates else 0.0
+      speech = join_varied(voices[speaker], digits, rng, hesitation_s=hesitation_s)
+    else:
+      speech = join(voices[speaker], digits, rng)
     clip = folder / f"{speaker}-{index:05d}.flac"
-    write_clip(clip, speak(voices[speaker], digits, rng))
+    write_clip(clip, speech)
     text = " ".join(WORDS[int(digit)] for digit in digits)
     entries.append(entry(f"{folder.name}/{clip.name}", "asr", text))
   write_annotations(path, entries)

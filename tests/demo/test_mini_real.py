@@ -7,6 +7,7 @@ import pytest
 import soundfile
 
 from demo.mini.real import copy_sentences, join_digits, read_transcripts
+from demo.real_speech import join_varied
 from demo.synthesize import SAMPLE_RATE_HZ, WORDS
 
 
@@ -31,6 +32,25 @@ def test_strings_are_of_every_speaker_and_the_same_each_time(tmp_path):
     # Each of the joined recordings is a quarter of a second.
     words = len(line["text"].split())
     assert 0.25 / 1.3 * words < soundfile.info(paths[0]).duration < 0.25 / 0.77 * words + 2.2
+
+
+def test_a_hesitation_stands_between_two_digits():
+  voice, longest = _voice(300), 0
+  for seed in range(8):
+    plain = join_varied(voice, "42", np.random.default_rng(seed))
+    assert _longest_pause_s(plain) < 0.6
+    hesitant = join_varied(voice, "42", np.random.default_rng(seed), hesitation_s=1.5)
+    longest += _longest_pause_s(hesitant) > 1.4
+  assert longest >= 6  # in a loud room it cannot be heard
+  alone = join_varied(voice, "4", np.random.default_rng(0), hesitation_s=1.5)
+  assert len(alone) < 1.2 * SAMPLE_RATE_HZ
+
+
+def _longest_pause_s(speech):
+  frames = speech[: len(speech) // 160 * 160].reshape(-1, 160)
+  level = np.sqrt(np.mean(frames**2, axis=1))
+  quiet = "".join("q" if value < 0.3 * level.max() else " " for value in level)
+  return max(map(len, quiet.split())) / 100
 
 
 def _corpus(folder, names):
