@@ -21,7 +21,7 @@ def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM, which while a step runs ends it as Ctrl-C does."""
+  """SIGTERM, which ends a step or command that runs as Ctrl-C does."""
 
 
 @contextlib.contextmanager
@@ -41,9 +41,10 @@ def call(command: Sequence[str]):
 
   Raises:
     subprocess.CalledProcessError: if it fails.
+    Terminated: on SIGTERM, which the command gets as well.
   """
   interrupted: KeyboardInterrupt | None = None
-  with subprocess.Popen(command) as process:
+  with _terminable(), subprocess.Popen(command) as process:
     while process.poll() is None:
       try:
         process.wait()

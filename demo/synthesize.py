@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -278,9 +279,13 @@ def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor
     try:
       yield pool
     except BaseException:
-      for process in multiprocessing.active_children():
-        process.terminate()
-      pool.shutdown(cancel_futures=True)
+      # What the pool has queued it does not cancel: a process that ends is followed by another.
+      ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
+      ending.start()
+      while ending.is_alive():
+        for process in multiprocessing.active_children():
+          process.terminate()
+        ending.join(0.05)
       raise
 
 

@@ -74,6 +74,19 @@ def test_after_a_step_sigterm_does_what_it_did_before(tmp_path):
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_sigterm_reaches_a_command_outside_of_any_step(tmp_path, plain_env):
+  run = "import sys\nfrom demo.stages import call\ncall(sys.argv[1:])"
+  command = [sys.executable, "-c", run, sys.executable, "-c", COMMAND, str(tmp_path)]
+  process = subprocess.Popen(command, env=plain_env, stderr=subprocess.DEVNULL)
+  deadline = time.monotonic() + 60
+  while not (tmp_path / "ready").exists():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  process.wait(timeout=30)
+  assert (tmp_path / "saved").exists()
+
+
 def test_a_command_that_fails_says_so():
   call([sys.executable, "-c", ""])
   with pytest.raises(subprocess.CalledProcessError) as caught:
