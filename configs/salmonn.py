@@ -6,7 +6,9 @@ Command:   python -m convert join out/salmonn/base CKPT/whisper CKPT/beats CKPT/
            python train.py --config=configs/salmonn.py:7b,2
            --config.init_from=out/salmonn_7b_1/step_00090000 --config.data.shards=stage2.json
 Stages:    1, pre-training: speech recognition and audio captioning. 2, instruction tuning: the 12
-           tasks, about 4,400 hours. 3, activation tuning: configs/salmonn_activation.py.
+           tasks, about 4,400 hours. Only the annotation files and what they begin with make them
+           different; SALMONN publishes one schedule. 3, activation tuning:
+           configs/salmonn_activation.py.
 Hardware:  16 TPU v5e (4x4): the compiled train step plans 4.2 GiB of a chip's 16 at 7B (stage 1)
            and 6.0 at 13B (stage 2), 64 clips of 30 s an update; not run or trained yet:
            python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4

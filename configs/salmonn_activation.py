@@ -3,7 +3,8 @@
 Command:   python train.py --config=configs/salmonn_activation.py:7b
            --config.init_from=out/salmonn_7b_2/step_00090000 --config.activation.shards=stories.json
            --config.probe.shards=probe.json
-Hardware:  one GPU of 80 GB, or 8 TPU v5e; not run, and not compiled for them
+Hardware:  one device decodes the answers, so it must hold the whole model; the others share in the
+           training. Not run, and not compiled
 Time:      not measured
 Expected:  the published change of the 15 tasks (`eval.py --suite=salmonn`), not reproduced yet
 """
@@ -17,7 +18,7 @@ def get_config(size: str = "7b"):
   config.activation.task = "audio_story_telling"
   config.activation.lora_scale = 2.0  # half of the trained one
   config.activation.clips = 12
-  config.probe.instructions = ("audio_story_telling",)
+  config.probe.instructions = ("audio_story_telling", "speech_audio_coreasoning")
   config.probe.batch_size = 1
 
   config.data.prompts = ""

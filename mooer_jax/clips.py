@@ -106,7 +106,8 @@ def _pieces(
   rate_hz = _rate_hz(config)
   seconds = len(waveform_N) / rate_hz
   if not num_speech_tokens(len(config.filled_up(waveform_N)), config):
-    raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech", "too short")
+    least = f"this model needs {shortest_s(config):.3f} s"
+    raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech; {least}", "too short")
   if np.abs(waveform_N).max(initial=0) < SILENCE:
     raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
   if lengths is not None:

@@ -16,7 +16,8 @@ class DataConfig:
     task_weights: with task="", how often an utterance of a task is read in an epoch, on average; 1
       for tasks that are not named.
     prompts: file of prompts, {task: [prompts]}, from which one is drawn for each reading; "": the
-      model's own, one for each task.
+      model's own, one for each task. In training the model gets tasks that it lacks from there,
+      each with the first of its prompts.
     prompt_tokens: length in tokens that the side of a prompt with the question is padded to; needed
       where prompts take questions.
     batch_size: utterances a batch, for one process (host).

@@ -12,6 +12,7 @@ from mooer_jax.data.cache import EncodedCache, digest
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.kaldi import SPACE
 from mooer_jax.data.shards import RawUtterance, Skip
+from mooer_jax.speech_llm import shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 
 _AUDIO_CAUSES = {"empty": "empty audio"}
@@ -94,7 +95,7 @@ class Reader:
       )
     made, seconds = heard
     if not self._tokens(made, encoded=kept is not None):
-      return skip("too short", f"{seconds:.3f} s make no speech token")
+      return skip("too short", f"{seconds:.3f} s; this model needs {shortest_s(self.model):.3f} s")
     if problem := _beyond(seconds, self.config):
       return skip(*problem)
     return Example(raw.key, text, made, *asked, answer, seconds)
@@ -149,7 +150,7 @@ def hear(
 def _beyond(seconds: float, config: DataConfig) -> tuple[str, str] | None:
   """Which limit of length a clip is beyond, as (cause, detail)."""
   if seconds < config.min_s:
-    return "too short", f"{seconds:.3f} s < data.min_s={config.min_s}"
+    return "too short", f"{seconds:.3f} s < data.min_s={config.min_s:g}"
   if seconds > config.max_s:
     return "too long", f"{seconds:.1f} s > data.max_s={config.max_s}"
   return None

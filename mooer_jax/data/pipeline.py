@@ -123,8 +123,8 @@ def _list(config: DataConfig, asker: Asker) -> list[str]:
     )
   if not config.task and (unknown := sorted(named - set(asker.tasks))):
     raise ValueError(
-      f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(asker.tasks)}: add"
-      " them to model.prompts"
+      f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(asker.tasks)}. It"
+      " gets its prompts in training, from model.prompts and data.prompts"
     )
   if strange := sorted(set(config.task_weights) - named):
     raise ValueError(f"data.task_weights names {strange}, but {config.shards} has {sorted(named)}")

@@ -76,9 +76,9 @@ def perplexity_table(rows: Sequence[Perplexity]) -> Table:
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> Table:
-  """A line for each scale, a column for each task: accuracy, and WER in brackets."""
+  """A line for each scale, a column for each task: accuracy, and WER in brackets; or BLEU."""
   tasks = list(dict.fromkeys(point.task for point in points))
-  table = Table("LoRA scale", *tasks, title="accuracy % (WER %)")
+  table = Table("LoRA scale", *tasks, title="accuracy % (WER %), or BLEU")
   found = {(p.scale, p.task): p for p in points}
   for scale in dict.fromkeys(p.scale for p in points):
     cells = (found[scale, task] for task in tasks)
@@ -87,6 +87,8 @@ def sweep_table(points: Sequence[SweepPoint]) -> Table:
 
 
 def _cell(point: SweepPoint) -> str:
+  if point.score.bleu is not None:
+    return f"BLEU {point.score.bleu:.1f}"
   wer = "–" if point.score.wer is None else f"{point.score.wer:.1f}"
   return f"{100 * point.score.accuracy:.1f} ({wer})"
 
@@ -150,20 +152,27 @@ def _name(folder: str) -> str:
 
 
 def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path:
-  """Accuracy and word error rate of every task against the LoRA scale."""
+  """Accuracy, word error rate and, of tasks that translate, BLEU against the LoRA scale."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9, 3.8), layout="constrained")
-  accuracy, wer = figure.subplots(1, 2)
-  for task in dict.fromkeys(point.task for point in points):
+  translates = any(point.score.bleu is not None for point in points)
+  panels = 3 if translates else 2
+  figure = Figure(figsize=(4.5 * panels, 3.8), layout="constrained")
+  accuracy, wer, *bleu = figure.subplots(1, panels)
+  for number, task in enumerate(dict.fromkeys(point.task for point in points)):
     line = sorted((p for p in points if p.task == task), key=lambda p: p.scale)
-    scales = [p.scale for p in line]
-    accuracy.plot(scales, [100 * p.score.accuracy for p in line], "o-", label=task)
+    scales, style = [p.scale for p in line], dict(marker="o", color=f"C{number}")
+    accuracy.plot(scales, [100 * p.score.accuracy for p in line], label=task, **style)
     rates = [p.score.wer for p in line]
-    wer.plot(scales, [None if rate is None else min(rate, 200) for rate in rates], "o-")
-  accuracy.set(xlabel="LoRA scale", ylabel="answers that are right, %", ylim=(-3, 103))
-  wer.set(xlabel="LoRA scale", ylabel="word error rate, % (above 200 at 200)")
-  for axes in (accuracy, wer):
+    wer.plot(scales, [None if rate is None else min(rate, 200) for rate in rates], **style)
+    if line[0].score.bleu is not None:
+      bleu[0].plot(scales, [p.score.bleu for p in line], **style)
+  accuracy.set(ylabel="answers that are right, %", ylim=(-3, 103))
+  wer.set(ylabel="word error rate, % (above 200 at 200)")
+  if bleu:
+    bleu[0].set(ylabel="BLEU", ylim=(-3, 103))
+  for axes in (accuracy, wer, *bleu):
+    axes.set_xlabel("LoRA scale")
     axes.axvline(trained, color="grey", linewidth=0.8, linestyle="--")
   accuracy.legend(fontsize="small")
   figure.savefig(path, dpi=120)

@@ -10,7 +10,7 @@ from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.generation import GenerationOptions
-from mooer_jax.prompts import task_prompt
+from mooer_jax.prompts import read_prompts, task_prompt
 from mooer_jax.run.setup import ProbeConfig, TrainConfig, check_sections, read_model, section
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
@@ -41,13 +41,14 @@ class Run:
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
       )
     init_from = _initial_checkpoint(config.get("init_from"))
-    model = read_model(config, scan=True)
     seed = config.get("seed", 0)
     if "seed" in config["data"]:
       raise ValueError("data.seed: one seed decides everything; set config.seed")
+    data = section(config, "data", DataConfig, seed=seed)
+    model = _with_tasks_of(data.prompts, read_model(config, scan=True))
     run = cls(
       model=model,
-      data=section(config, "data", DataConfig, seed=seed),
+      data=data,
       optimizer=section(config, "optimizer", OptimizerConfig),
       train=section(config, "train", TrainConfig),
       mesh=section(config, "mesh", MeshConfig),
@@ -89,6 +90,14 @@ class Run:
     for instruction in run.probe.instructions:
       task_prompt(instruction, dict(model.prompts))
     return run
+
+
+def _with_tasks_of(path: str, model: SpeechLLMConfig) -> SpeechLLMConfig:
+  """Adds the tasks of a file of prompts that the model lacks, each with its first prompt."""
+  own = dict(model.prompts)
+  listed = read_prompts(path) if path else {}
+  new = tuple((task, prompts[0]) for task, prompts in listed.items() if task not in own)
+  return model.replace(prompts=(*model.prompts, *new))
 
 
 def _initial_checkpoint(path: str | None) -> Path | None:

@@ -19,7 +19,6 @@ from mooer_jax.data.shards import Skip
 from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.nn.compute import Compute
 from mooer_jax.run.setup import section
-from mooer_jax.speech_llm import shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe import load_model
 
@@ -86,7 +85,7 @@ def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConf
     shards=options.shards,
     batch_size=options.batch_size,
     window=options.batch_size,
-    min_s=0.0 if model.min_audio_s else shortest_s(model),
+    min_s=0.0,  # what makes no speech token is skipped
     task=options.task,
     task_weights={},
     prompts="",

@@ -22,9 +22,25 @@ class Monitor:
   """Records every step, prints every `log_every`; draws the loss curve when the run ends."""
 
   def __init__(
-    self, workdir: Path, first: int, steps: int, log_every: int, tasks: Sequence[str] = ()
+    self,
+    workdir: Path,
+    first: int,
+    steps: int,
+    log_every: int,
+    tasks: Sequence[str] = (),
+    cut_s: float | None = None,
   ):
-    """Takes the updates already done and in all; keeps the metrics of the former."""
+    """Starts or goes on with what a run leaves behind.
+
+    Args:
+      workdir: of the run; the metrics of its first updates are kept.
+      first: updates already done.
+      steps: updates in all.
+      log_every: updates between two lines.
+      tasks: of the model, in the order of its prompts.
+      cut_s: what longer clips were cut to, seconds; None: none is.
+    """
+    self._cut_s = cut_s
     self._workdir, self._log_every, self._tasks = workdir, log_every, tuple(tasks)
     self._console = Console(stderr=True)
     self._progress = Progress(
@@ -68,6 +84,8 @@ class Monitor:
       self._task_sums += sums
       row["tasks"] = self._by_task(sums)
     row["audio_s"] = host_batch.audio_s
+    if self._cut_s is not None:
+      row["cut"] = sum(seconds >= self._cut_s for seconds in host_batch.seconds)
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
     for skip in host_batch.skipped:
@@ -108,6 +126,8 @@ class Monitor:
     )
     if self._skipped:
       line += f"  skipped {len(self._skipped)}"
+    if row.get("cut"):
+      line += f"  cut {row['cut']}"
     if tasks:
       said = (f"{task} {of['loss']:.3f}/{of['accuracy']:.3f}" for task, of in tasks.items())
       self.message(f"step {step}  loss/accuracy by task: {'  '.join(said)}")
@@ -141,6 +161,8 @@ class Monitor:
       causes = Counter(cause for _, _, cause in self._skipped)
       counts = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
       self.message(f"skipped utterances: {counts}; see {self._skips}")
+    if cut := sum(row.get("cut", 0) for row in self._rows):
+      self.message(f"clips cut to {self._cut_s:g} s (data.cut_longer), their texts whole: {cut}")
     if self._rows:
       self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
 

@@ -223,9 +223,9 @@ def _measure(
   for host in batches_of(config, options, loaded._replace(model=model)):
     left_out.update(skip.cause for skip in host.skipped)
     shortened += num_shortened(host, config, options, model)
-    left_out["no answer that fits data.answer_buckets"] += sum(
-      int(row_S[0] < 0) for row_S in host.batch.answer_BS[: len(host.keys)]
-    )
+    for row_S, text in zip(host.batch.answer_BS, host.texts, strict=False):  # the rest is padding
+      if row_S[0] < 0:
+        left_out["no answer that fits data.answer_buckets" if text else "empty text"] += 1
     batch = host.batch if sharding is None else jax.device_put(host.batch, sharding)
     for scale in wanted:
       sums = _task_sums(loaded.params, batch, scale, model=program, sharding=sharding)

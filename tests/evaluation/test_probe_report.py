@@ -3,7 +3,15 @@
 import pytest
 from matplotlib.figure import Figure
 
-from mooer_jax.evaluation.probe_report import NONE, Perplexity, draw_perplexities
+from mooer_jax.evaluation.by_task import score_by_task
+from mooer_jax.evaluation.probe_report import (
+  NONE,
+  Perplexity,
+  SweepPoint,
+  draw_perplexities,
+  draw_sweep,
+  sweep_table,
+)
 
 
 def _rows(checkpoints, instructions, scales=(4.0,)):
@@ -60,3 +68,20 @@ def test_checkpoints_of_several_runs_stand_in_the_order_given(panels):
   ((_, (ticks, lines)),) = panels(_rows(folders, (NONE,), (2.0, 4.0))).items()
   assert ticks == ["b/step_00000400", "a/step_00000400"]
   assert lines["asr, 2"] == [0, 1] and len(lines) == 6
+
+
+@pytest.mark.parametrize("translates", [False, True])
+def test_a_task_that_translates_is_swept_by_bleu(monkeypatch, tmp_path, translates):
+  task = "translation_en2de" if translates else "count"
+  texts = {"a": "one dog barks loudly here", "b": "two cats sleep over there"}
+  scores = score_by_task(dict.fromkeys(texts, task), texts, texts)
+  points = [SweepPoint(scale, task, scores[task]) for scale in (0.0, 4.0)]
+  drawn = []
+  monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+  draw_sweep(points, 4.0, tmp_path / "a.png")
+  labels = [axes.get_ylabel() for axes in drawn[0].axes]
+  assert ("BLEU" in labels) == translates and len(labels) == 2 + translates
+  if translates:
+    assert list(drawn[0].axes[2].get_lines()[0].get_ydata()) == pytest.approx([100, 100])
+  cells = list(sweep_table(points).columns[1].cells)
+  assert cells == ["BLEU 100.0" if translates else "100.0 (0.0)"] * 2

@@ -215,7 +215,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
 
 
 def test_a_run_measures_itself_as_eval_does_and_goes_on_with_it(settings, trained, tmp_path):
-  _, config = settings
+  folder, config = settings
   config = config.copy_and_resolve_references()
   config.workdir, config.init_from = str(tmp_path / "run"), str(trained)
   config.data.cache_features = ""
@@ -246,6 +246,12 @@ def test_a_run_measures_itself_as_eval_does_and_goes_on_with_it(settings, traine
     train(config)
   config.data.answer_buckets = (1,)
   with pytest.raises(ValueError, match=r"\(none\): no answer could be measured \(no answer that"):
+    perplexity(config, [str(last)])
+  silent = tmp_path / "silent.json"
+  entry = json.loads((folder / "train.json").read_text())["annotation"][0]
+  silent.write_text(json.dumps({"annotation": [{**entry, "text": ""}]}))
+  config.eval.shards = str(silent)
+  with pytest.raises(ValueError, match=r"no answer could be measured \(empty text: 1\)"):
     perplexity(config, [str(last)])
 
 
@@ -334,9 +340,12 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
       cut=[*decoded.hypotheses][1:2],
     )
 
+  config.activation.review = True
   with monkeypatch.context() as patch:
     patch.setattr(mooer_jax.run.activation, "decode_set", decode_some)
-    tuned = train(config)
+    assert checkpoint.latest(train(config)) is None  # stops for the person
+  config.activation.review = False
+  tuned = train(config)
   assert checkpoint.describe(tuned).config["prompts"] == own
   of = json.loads(next(tuned.glob("train_state/data*.json")).read_text())["of"]
   trained_on = json.dumps([config.model.template, {"asr": [own["asr"]]}], sort_keys=True)

@@ -1,6 +1,7 @@
 """The configs of SALMONN's published stages hold together, at their full sizes."""
 
 import ast
+import json
 import re
 
 import pytest
@@ -22,7 +23,20 @@ def test_a_stage_is_read(module, stage, size, width, tmp_path):
   if module is salmonn_activation:
     assert config.activation.task in dict(run.model.prompts)
     assert run.train.steps == config.activation.clips
-    assert run.probe.every == 1 and run.probe.instructions == (config.activation.task,)
+    assert run.probe.every == 1 and len(run.probe.instructions) == 2
+    assert config.activation.task in run.probe.instructions
+
+
+def test_a_file_of_prompts_brings_its_tasks(tmp_path):
+  config = salmonn.get_config("7b,1")
+  config.data.shards = str(tmp_path / "train.json")
+  own = dict(Run.read(config).model.prompts)
+  added = "<Speech><SpeechHere></Speech> Which words are sung?"
+  config.data.prompts = str(tmp_path / "prompts.json")
+  (tmp_path / "prompts.json").write_text(
+    json.dumps({"lyrics_recognition": [added, f"{added}!"], "asr": ["<SpeechHere> Write."]})
+  )
+  assert dict(Run.read(config).model.prompts) == {**own, "lyrics_recognition": added}
 
 
 def _value(text):
