@@ -204,7 +204,7 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
   if shortened:
-    print(f"{shortened} clips were too long and cut (eval.cut_longer)")
+    print(f"{shortened} clips were cut or just fit (eval.cut_longer)")
   if decoded.cut:
     print(f"{len(decoded.cut)} answers were cut off by generation.max_new_tokens")
   return decoded

@@ -38,7 +38,8 @@ class Monitor:
       steps: updates in all.
       log_every: updates between two lines.
       tasks: of the model, in the order of its prompts.
-      cut_s: what longer clips were cut to, seconds; None: none is.
+      cut_s: what longer clips are cut to, seconds; None: none is. Their texts stay whole. One that
+        is just as long counts among them.
     """
     self._cut_s = cut_s
     self._workdir, self._log_every, self._tasks = workdir, log_every, tuple(tasks)
@@ -162,7 +163,7 @@ class Monitor:
       counts = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
       self.message(f"skipped utterances: {counts}; see {self._skips}")
     if cut := sum(row.get("cut", 0) for row in self._rows):
-      self.message(f"clips cut to {self._cut_s:g} s (data.cut_longer), their texts whole: {cut}")
+      self.message(f"clips cut to {self._cut_s:g} s or just as long (data.cut_longer): {cut}")
     if self._rows:
       self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
 

@@ -244,7 +244,7 @@ def _measure(
     for scale, sums in totals.items()
   }
   said = [f"utterances left out: {causes}"] * bool(causes)
-  said += [f"{shortened} clips were too long and cut (eval.cut_longer)"] * bool(shortened)
+  said += [f"{shortened} clips were cut or just fit (eval.cut_longer)"] * bool(shortened)
   told = f"instruction {instruction}: {', '.join(said)}" if said else ""
   return _Measured(instruction, sums_by_task, told)
 

@@ -18,8 +18,8 @@ def test_clips_that_were_cut_are_counted_over_a_runs_parts(tmp_path, capsys):
   _run(tmp_path, (30.0, 5.0), 30.0, first=1)
   said = capsys.readouterr().err
   assert "  cut 2" in said and "  cut 1" in said
-  assert "clips cut to 30 s (data.cut_longer), their texts whole: 2" in said
-  assert "clips cut to 30 s (data.cut_longer), their texts whole: 3" in said
+  assert "clips cut to 30 s or just as long (data.cut_longer): 2" in said
+  assert "clips cut to 30 s or just as long (data.cut_longer): 3" in said
   _run(tmp_path / "none", (30.0,), None)
   said = capsys.readouterr().err
   assert "clips cut" not in said and "  cut" not in said
