@@ -245,6 +245,15 @@ def test_what_is_missing_is_made_again_the_same_and_nothing_else(made):
   assert (made / "train_tasks.json").exists()
 
 
+@pytest.fixture
+def interruptible():
+  """In the background of a shell the tests ignore Ctrl-C, and so does what they start."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_it_is_quiet(tmp_path, plain_env):
   command = [sys.executable, "-m", "demo.mini.speech", "--out", str(tmp_path), "--processes", "1"]
   process = subprocess.Popen(
