@@ -25,8 +25,9 @@ class HostBatch:
     keys: of the utterances, row by row.
     texts: their transcripts.
     tasks: what was asked of each.
-    seconds: of their audio.
+    seconds: of their audio, as far as it is heard.
     skipped: what was left out since the batches before, each utterance once.
+    cut: how many were longer than max_s, and are heard up to there.
   """
 
   batch: Batch
@@ -35,6 +36,7 @@ class HostBatch:
   tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
   seconds: tuple[float, ...] = flax.struct.field(pytree_node=False)
   skipped: tuple[Skip, ...] = flax.struct.field(pytree_node=False)
+  cut: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def audio_s(self) -> float:
@@ -119,6 +121,7 @@ class Batcher:
     # One task needs no sums of its own.
     self._task_ids = {task: i for i, (task, _) in enumerate(model.prompts)}
     self._mixed = not config.task
+    self._max_s = config.max_s
 
   def shapes(self) -> list[Batch]:
     """All shapes that a batch can have, as `ShapeDtypeStruct`s, the largest first."""
@@ -176,8 +179,9 @@ class Batcher:
       keys=tuple(e.key for e in examples),
       texts=tuple(e.text for e in examples),
       tasks=tuple(e.task for e in examples),
-      seconds=tuple(e.seconds for e in examples),
+      seconds=tuple(min(e.seconds, self._max_s) for e in examples),
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
+      cut=sum(e.seconds > self._max_s for e in examples),
     )
 
 

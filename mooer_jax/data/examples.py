@@ -27,7 +27,7 @@ class Example:
     features: for each encoder float32 [T, F], before CMVN; or its output frames, from a cache.
     task: what the model is asked, in the words before_S and after_S, int32 tokens.
     answer_S: int32, tokens of the transcript and eos.
-    seconds: of audio.
+    seconds: of audio, before it is cut.
     epoch: of the stream it was read in.
     skipped: what was left out between the utterance before and this one.
   """
@@ -134,7 +134,8 @@ def hear(
     model: what features its encoders take.
 
   Returns:
-    (float32 [T, F] for each encoder, before CMVN; length in seconds), or why there are none.
+    (float32 [T, F] for each encoder, before CMVN; length of the whole in seconds, though
+    data.cut_longer may cut what is heard of it), or why there are none.
   """
   try:
     waveform_N, seconds = _waveform(raw, config, model)
@@ -151,7 +152,7 @@ def _beyond(seconds: float, config: DataConfig) -> tuple[str, str] | None:
   """Which limit of length a clip is beyond, as (cause, detail)."""
   if seconds < config.min_s:
     return "too short", f"{seconds:.3f} s < data.min_s={config.min_s:g}"
-  if seconds > config.max_s:
+  if seconds > config.max_s and not config.cut_longer:
     return "too long", f"{seconds:.1f} s > data.max_s={config.max_s}"
   return None
 
@@ -159,7 +160,7 @@ def _beyond(seconds: float, config: DataConfig) -> tuple[str, str] | None:
 def _waveform(
   raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
 ) -> tuple[np.ndarray, float]:
-  """All clips of an utterance, joined, and how long they are, seconds."""
+  """What is heard of an utterance, its clips joined, and how long all of it is, seconds."""
   rate_hz, name = model.frontends[0].sample_rate_hz, f"{raw.key}.{raw.suffix}"
   pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
   parts: list[np.ndarray] = []
@@ -167,6 +168,7 @@ def _waveform(
     waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=model.channel, name=name)
     parts += [pause, waveform_N] if parts else [waveform_N]
   joined_N = np.concatenate(parts)
+  seconds = len(joined_N) / rate_hz
   if config.cut_longer:
     joined_N = joined_N[: round(config.max_s * rate_hz)]
-  return model.filled_up(joined_N), len(joined_N) / rate_hz
+  return model.filled_up(joined_N), seconds

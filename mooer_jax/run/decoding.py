@@ -12,7 +12,6 @@ from rich.progress import Progress
 from mooer_jax import checkpoint
 from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
-from mooer_jax.data.batching import HostBatch
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.pipeline import Batches, eval_batches
 from mooer_jax.data.shards import Skip
@@ -159,14 +158,6 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   return out
 
 
-def num_shortened(
-  batch: HostBatch, config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConfig
-) -> int:
-  """Clips of a batch that eval.cut_longer cut; one that is just as long counts among them."""
-  longest_s = data_of(config, options, model).max_s
-  return options.cut_longer * sum(seconds >= longest_s for seconds in batch.seconds)
-
-
 def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Decoded:
   """Decodes every utterance of a test set that can be read, in the order of its shards.
 
@@ -200,11 +191,11 @@ def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -
           decoded.tasks[skip.key] = skip.task
       decoded.skipped += host_batch.skipped
       decoded.audio_s += host_batch.audio_s
-      shortened += num_shortened(host_batch, config, options, model)
+      shortened += host_batch.cut
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
   if shortened:
-    print(f"{shortened} clips were cut or just fit (eval.cut_longer)")
+    print(f"{shortened} clips were too long and cut (eval.cut_longer)")
   if decoded.cut:
     print(f"{len(decoded.cut)} answers were cut off by generation.max_new_tokens")
   return decoded

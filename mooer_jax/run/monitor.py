@@ -22,13 +22,7 @@ class Monitor:
   """Records every step, prints every `log_every`; draws the loss curve when the run ends."""
 
   def __init__(
-    self,
-    workdir: Path,
-    first: int,
-    steps: int,
-    log_every: int,
-    tasks: Sequence[str] = (),
-    cut_s: float | None = None,
+    self, workdir: Path, first: int, steps: int, log_every: int, tasks: Sequence[str] = ()
   ):
     """Starts or goes on with what a run leaves behind.
 
@@ -38,10 +32,7 @@ class Monitor:
       steps: updates in all.
       log_every: updates between two lines.
       tasks: of the model, in the order of its prompts.
-      cut_s: what longer clips are cut to, seconds; None: none is. Their texts stay whole. One that
-        is just as long counts among them.
     """
-    self._cut_s = cut_s
     self._workdir, self._log_every, self._tasks = workdir, log_every, tuple(tasks)
     self._console = Console(stderr=True)
     self._progress = Progress(
@@ -85,8 +76,8 @@ class Monitor:
       self._task_sums += sums
       row["tasks"] = self._by_task(sums)
     row["audio_s"] = host_batch.audio_s
-    if self._cut_s is not None:
-      row["cut"] = sum(seconds >= self._cut_s for seconds in host_batch.seconds)
+    if host_batch.cut:
+      row["cut"] = host_batch.cut
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
     for skip in host_batch.skipped:
@@ -163,7 +154,7 @@ class Monitor:
       counts = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
       self.message(f"skipped utterances: {counts}; see {self._skips}")
     if cut := sum(row.get("cut", 0) for row in self._rows):
-      self.message(f"clips cut to {self._cut_s:g} s or just as long (data.cut_longer): {cut}")
+      self.message(f"clips cut to data.max_s, their texts whole: {cut}")
     if self._rows:
       self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
 

@@ -34,7 +34,6 @@ from mooer_jax.run.decoding import (
   batches_of,
   decode_set,
   load,
-  num_shortened,
   out_folder,
 )
 from mooer_jax.run.setup import prepare_process, section
@@ -222,7 +221,7 @@ def _measure(
   shortened = 0
   for host in batches_of(config, options, loaded._replace(model=model)):
     left_out.update(skip.cause for skip in host.skipped)
-    shortened += num_shortened(host, config, options, model)
+    shortened += host.cut
     for row_S, text in zip(host.batch.answer_BS, host.texts, strict=False):  # the rest is padding
       if row_S[0] < 0:
         left_out["no answer that fits data.answer_buckets" if text else "empty text"] += 1
@@ -244,7 +243,7 @@ def _measure(
     for scale, sums in totals.items()
   }
   said = [f"utterances left out: {causes}"] * bool(causes)
-  said += [f"{shortened} clips were cut or just fit (eval.cut_longer)"] * bool(shortened)
+  said += [f"{shortened} clips were too long and cut (eval.cut_longer)"] * bool(shortened)
   told = f"instruction {instruction}: {', '.join(said)}" if said else ""
   return _Measured(instruction, sums_by_task, told)
 

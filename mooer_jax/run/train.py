@@ -100,8 +100,7 @@ def train(config: ConfigDict) -> Path:
   folder = resumed
   pending = None
   tasks = [task for task, _ in run.model.prompts]
-  cut_s = run.data.max_s if run.data.cut_longer else None
-  monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every, tasks, cut_s)
+  monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every, tasks)
   with contextlib.closing(batches), monitor, stop:
     monitor.message(
       f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"

@@ -1,5 +1,6 @@
 """Frames of two frozen encoders, cached by the code that training calls."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,10 +8,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
+from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import to_json
 from mooer_jax.data.cache import digest
 from mooer_jax.data.shards import RawUtterance
@@ -108,6 +110,18 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
 
   monkeypatch.setattr(feature_cache, "FRAMES_VERSION", feature_cache.FRAMES_VERSION + 1)
   assert feature_cache.fill_cache(run, params, mesh).folder != cache.folder
+
+
+def test_of_a_clip_that_is_cut_the_whole_length_is_kept_for_training_to_count(prepared):
+  run, params, mesh = prepared
+  run = dataclasses.replace(run, data=dataclasses.replace(run.data, max_s=0.5, cut_longer=True))
+  cache = feature_cache.fill_cache(run, params, mesh)
+  streams = zip(run.model.encoders, run.model.frontends, strict=True)
+  heard = [encoder.num_outputs(num_frames(8000, frontend)) for encoder, frontend in streams]
+  for path in sorted(run.init_from.parent.glob("*.wav")):
+    frames, seconds = cache.get(_digest(path))
+    assert seconds == soundfile.info(path).duration > 0.5
+    assert [len(x_TD) for x_TD in frames] == heard
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
