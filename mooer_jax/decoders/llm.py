@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from mooer_jax import kernels
 from mooer_jax.decoders.kv_cache import KVCache, write
@@ -93,15 +94,15 @@ class _Block(nn.Module):
   config: LLMConfig
   compute: Compute
 
-  def dense(self, name: str, features: int, use_bias: bool = False) -> Dense:
+  def dense(self, name: str, features: int, *, use_bias: bool = False) -> Dense:
     c = self.config
     rank = c.lora_rank if name in c.lora_targets else 0
     return Dense(
       features,
-      use_bias,
-      rank,
-      c.lora_dropout,
-      self.compute.jnp_dtype,
+      use_bias=use_bias,
+      rank=rank,
+      dropout=c.lora_dropout,
+      dtype=self.compute.jnp_dtype,
       name=name,
     )
 
@@ -112,13 +113,14 @@ class Attention(_Block):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None):
     c, scale = self.config, context.lora_scale
-    B, S, D = x_BSD.shape
-    q = self.dense("q", c.heads * c.head_width, c.qkv_bias)(x_BSD, scale)
-    k = self.dense("k", c.kv_heads * c.head_width, c.qkv_bias)(x_BSD, scale)
-    v = self.dense("v", c.kv_heads * c.head_width, c.qkv_bias)(x_BSD, scale)
-    q_BSHC = rotate(q.reshape(B, S, c.heads, c.head_width), context.angles_BSC)
-    k_BSKC = rotate(k.reshape(B, S, c.kv_heads, c.head_width), context.angles_BSC)
-    v_BSKC = v.reshape(B, S, c.kv_heads, c.head_width)
+    q = self.dense("q", c.heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
+    k = self.dense("k", c.kv_heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
+    v = self.dense("v", c.kv_heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
+    q_BSHC, k_BSKC, v_BSKC = (
+      rearrange(x, "B S (H C) -> B S H C", C=c.head_width) for x in (q, k, v)
+    )
+    q_BSHC = rotate(q_BSHC, context.angles_BSC)
+    k_BSKC = rotate(k_BSKC, context.angles_BSC)
     if cache is not None:
       cache = tuple(
         write(slots, new, context.filled)
@@ -135,7 +137,8 @@ class Attention(_Block):
       sees_BTS=context.sees_BST,
       implementation=self.compute.attention,
     )
-    return self.dense("o", D)(out_BSHC.reshape(B, S, -1), scale), cache
+    out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
+    return self.dense("o", c.width)(out_BSD, scale), cache
 
 
 class MLP(_Block):
