@@ -10,8 +10,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.asking import Asker
 from mooer_jax.data.cache import EncodedCache, digest
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.kaldi import SPACE
-from mooer_jax.data.shards import RawUtterance, Skip
+from mooer_jax.data.shards import SPACE, RawUtterance, Skip
 from mooer_jax.speech_llm import shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 

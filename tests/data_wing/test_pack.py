@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooer_jax.audio.decode import decode
-from mooer_jax.data.kaldi import normalise
-from mooer_jax.data.pack import pack
+from mooer_jax.data.pack import normalise, pack
 from mooer_jax.data.shards import RawUtterance, read_list, read_shard
 
 
