@@ -1,15 +1,17 @@
 """Decodes and scores a test set: python eval.py --config=configs/tiny.py --checkpoint=FOLDER
 
---mode=perplexity and --mode=lora-sweep show how far a model is bound to its tasks (run/probe.py);
+--mode=perplexity and --mode=lora-sweep measure how strongly a model is bound to its training tasks;
 --suite=salmonn runs SALMONN's 15 tasks on the annotation files of a folder.
 """
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mooer_jax.run.evaluate import evaluate, evaluate_suite
-from mooer_jax.run.flags import one_line_errors, parse_flags
-from mooer_jax.run.probe import lora_sweep, perplexity
+from mooer_jax.projects.salmonn.lora_sweep import lora_sweep
+from mooer_jax.projects.salmonn.suite import evaluate_suite
+from mooer_jax.run.evaluate import evaluate
+from mooer_jax.run.perplexity import perplexity
+from mooer_jax.run.process import one_line_errors, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _CHECKPOINT = flags.DEFINE_multi_string(

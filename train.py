@@ -3,7 +3,7 @@
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mooer_jax.run.flags import one_line_errors, parse_flags
+from mooer_jax.run.process import one_line_errors, parse_flags
 from mooer_jax.run.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.compile_step import compile_step, prompt_tokens
 from mooer_jax.run.config import Run
-from mooer_jax.run.flags import one_line_errors, parse_flags
+from mooer_jax.run.process import one_line_errors, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")

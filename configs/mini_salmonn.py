@@ -11,7 +11,7 @@ Expected:  docs/salmonn.md
 """
 
 from mooer_jax.prompts import read_prompts
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run.config import default_config
 
 PROMPTS = "configs/prompts/mini_salmonn.json"
 # On transcription alone, three of four words are right after 120 updates; among the other tasks

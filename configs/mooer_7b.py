@@ -9,7 +9,7 @@ Expected:  the published figures of MooER-5K (aishell1 CER 1.93 %), not reproduc
            the 5,000 hours
 """
 
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run.config import default_config
 
 
 def get_config():

@@ -17,7 +17,7 @@ Expected:  the published figures (`eval.py --suite=salmonn` prints them), not re
 """
 
 from mooer_jax.prompts import SALMONN_PROMPTS, read_prompts
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run.config import default_config
 
 SIZES = {"7b": "vicuna_7b", "13b": "vicuna_13b"}
 ITERATIONS = 3000  # of what SALMONN calls an epoch

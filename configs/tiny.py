@@ -6,7 +6,7 @@ Time:      6 minutes of training (340 s measured on an idle machine)
 Expected:  CER 4.5 % on 300 strings in 15 voices that were never trained on
 """
 
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run.config import default_config
 
 DIGITS = "0123456789"
 

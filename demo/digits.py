@@ -20,22 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.tiny import get_config
 from demo.report import failures, show
-from demo.stages import Stages, call, fingerprint
+from demo.stages import Stages, call, fingerprint, imported_sources
 from demo.synthesize import TEST_VARIANTS, SpeechConfig, plan, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
-# Sources of the first step, and those of the library that training never reaches: with them known,
-# a change elsewhere does not redo minutes of work.
+# Sources of the first step.
 SYNTHESIZER = ("espeak", "synthesize")
-AFTER_TRAINING = (
-  "cli.py",
-  "transcribe.py",
-  "transcript.py",
-  "run/decoding.py",
-  "run/evaluate.py",
-  "run/probe.py",
-  "run/suite.py",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +94,12 @@ def run(config: DemoConfig) -> dict:
     f"--config.eval.out={scored}",
     *config.overrides(),
   ]
-  library = set(ROOT.glob("mooer_jax/**/*.py"))
-  after_training = {ROOT / "mooer_jax" / name for name in AFTER_TRAINING}
-  made_from = fingerprint(
-    configured, [ROOT / "configs" / "tiny.py", ROOT / "train.py", *library - after_training]
-  )
+  sources = imported_sources(ROOT / "train.py", ROOT)
+  made_from = fingerprint(configured, [ROOT / "configs" / "tiny.py", *sources])
   seconds["training"] = stages.run(
     "training", made_from, lambda: _train(config, configured, work), makes=work, resumable=True,
   )  # fmt: skip
-  made_from = fingerprint("", [ROOT / "eval.py", *library])
+  made_from = fingerprint("", imported_sources(ROOT / "eval.py", ROOT))
   seconds["evaluation"] = stages.run(
     "evaluation", made_from,
     lambda: _call([sys.executable, "eval.py", *configured, f"--checkpoint={work}"]), makes=scored,

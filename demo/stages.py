@@ -1,5 +1,6 @@
 """Steps that are done once: a step runs again only when what it is made from has changed."""
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -18,6 +19,32 @@ def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
   for path in sorted(files):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
+
+
+def imported_sources(program: Path, root: Path) -> set[Path]:
+  """The program and every file below `root` that it imports, directly or not.
+
+  A change in any other file cannot change its result.
+  """
+  found: set[Path] = set()
+  waiting = [program]
+  while waiting:
+    path = waiting.pop()
+    if path in found or not path.is_file():
+      continue
+    found.add(path)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+      if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom) and node.module:
+        modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+      else:
+        continue
+      for module in modules:
+        parts = module.split(".")
+        waiting.append(root.joinpath(*parts).with_suffix(".py"))
+        waiting += [root.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
+  return found
 
 
 class Terminated(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import mooer_jax.transcribe
+import mooer_jax.transcribe.transcriber
 from mooer_jax import cli
 
 
@@ -27,7 +27,7 @@ class Model:
 
 def transcribe(monkeypatch, error, *arguments):
   model = Model(error)
-  monkeypatch.setattr(mooer_jax.transcribe, "Transcriber", model)
+  monkeypatch.setattr(mooer_jax.transcribe.transcriber, "Transcriber", model)
   return cli.main(["transcribe", "--checkpoint", "c", *arguments, __file__]), model.loads
 
 

@@ -8,7 +8,7 @@ import jax
 from einops import rearrange, reduce
 
 from mooer_jax.nn.compute import Compute
-from mooer_jax.nn.dense import Dense
+from mooer_jax.nn.layers import Dense
 
 
 @dataclasses.dataclass(frozen=True)

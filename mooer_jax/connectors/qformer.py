@@ -12,8 +12,7 @@ from einops import rearrange, repeat
 
 from mooer_jax import kernels
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 
 # What BERT's kernels and queries start from.
 _INIT = nn.initializers.normal(0.02)

@@ -13,10 +13,9 @@ from einops import rearrange, reduce, repeat
 from mooer_jax import kernels
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
-from mooer_jax.kernels.precision import precision
+from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 
 # Sums of as many outputs of a linear layer make the two gates of a query.
 _GATE_TERMS = 4

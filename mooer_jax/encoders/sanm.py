@@ -10,8 +10,7 @@ from einops import rearrange
 
 from mooer_jax import kernels
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 from mooer_jax.nn.positions import sinusoids
 
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from mooer_jax import kernels
-from mooer_jax.kernels.precision import precision
+from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 from mooer_jax.nn.positions import sinusoids
 
 # Log-mel features to one output: the stride of the second convolution.

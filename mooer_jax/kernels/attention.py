@@ -1,12 +1,17 @@
 """The one attention function of the project and its plain reference."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mooer_jax.kernels.precision import precision
-
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+  """Float32 means float32 on every backend: GPUs would use TF32, TPUs bfloat16 passes."""
+  return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def attention(

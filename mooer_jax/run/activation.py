@@ -19,41 +19,10 @@ from ml_collections import ConfigDict
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import entry_key, read_annotation
 from mooer_jax.prompts import task_prompt
-from mooer_jax.run.decoding import EvalConfig, decode_set, load
-from mooer_jax.run.setup import section
+from mooer_jax.run.config import ActivationConfig, EvalConfig, section
+from mooer_jax.run.decoding import decode_set, load
 
 ANSWERS = "activation.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class ActivationConfig:
-  """What the model is asked at the discounted scale.
-
-  Attributes:
-    shards: annotation file (.json) of the clips; "": no activation tuning.
-    task: which of the model's prompts; it should allow for long and diverse answers.
-    lora_scale: while answering.
-    clips: so many of the first ones (SALMONN: 12).
-    review: stop when the answers are written, so that a person may edit them; the same command
-      with False then trains on them.
-  """
-
-  shards: str = ""
-  task: str = ""
-  lora_scale: float = 0.0
-  clips: int = 12
-  review: bool = False
-
-  def __post_init__(self):
-    if self.shards and not self.shards.endswith(".json"):
-      raise ValueError(f"activation.shards={self.shards!r}: an annotation file (.json) is needed")
-    if self.shards and not self.task:
-      raise ValueError("activation.task is missing: name the task whose prompt is asked")
-    if self.clips < 1 or self.lora_scale < 0:
-      raise ValueError(
-        f"activation.clips={self.clips} must be at least 1, activation.lora_scale={self.lora_scale}"
-        " at least 0"
-      )
 
 
 def with_own_answers(config: ConfigDict) -> ConfigDict | None:

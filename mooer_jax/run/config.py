@@ -1,19 +1,143 @@
 """A training config, read and checked before anything is loaded."""
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint
-from mooer_jax.config import SpeechLLMConfig, build
+from mooer_jax.config import SpeechLLMConfig, build, model_config
 from mooer_jax.data.config import DataConfig
 from mooer_jax.generation import GenerationOptions
+from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import read_prompts, task_prompt
-from mooer_jax.run.setup import ProbeConfig, TrainConfig, check_sections, read_model, section
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop.
+
+  Attributes:
+    steps: updates in all.
+    accumulation: micro-batches an update; data.batch_size is for all of them together.
+    log_every: updates between two lines of metrics.
+    save_every: updates between two checkpoints; the last update always saves.
+    keep: checkpoints that are kept, the newest ones.
+    cmvn: "estimate" from the first batches, a path of an `am.mvn`, or "" for what the
+      initial checkpoint has.
+  """
+
+  steps: int = 100_000
+  accumulation: int = 1
+  log_every: int = 20
+  save_every: int = 1000
+  keep: int = 3
+  cmvn: str = ""
+
+  def __post_init__(self):
+    for name in ("steps", "accumulation", "log_every", "save_every", "keep"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What is decoded and how it is scored; batch buckets are those of `data`, and one for max_s.
+
+  Attributes:
+    shards: `data.list` of the test set, or its annotation file.
+    references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
+      MooER's test sets, else the transcripts in the shards or the annotation.
+    task: the prompt; "": each utterance's own task, and each is scored by itself.
+    batch_size: utterances decoded together.
+    out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
+      of the folder of the data.list, FOLDER-FILE for an annotation file, or of what else eval.py
+      does: "salmonn" for that suite, "perplexity", "lora_sweep".
+    metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
+    space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
+      "keep", as MooER's script does.
+    skip_missing: leave utterances without a hypothesis out, as MooER's script does.
+    max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
+      decoded.
+    cut_longer: take the first max_s of longer clips instead, as SALMONN does, and say of how many.
+    lora_scale: of LoRA, -1 for that of training.
+    bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
+      "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
+      the model's own, gets BLEU where this is set.
+  """
+
+  shards: str
+  references: str = ""
+  task: str = "asr"
+  batch_size: int = 16
+  out: str = ""
+  metric: str = "mixed"
+  space_mark: str = "blank"
+  skip_missing: bool = False
+  max_s: float = 0.0
+  cut_longer: bool = False
+  lora_scale: float = -1.0
+  bleu_tokenize: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationConfig:
+  """What the model is asked at the discounted scale.
+
+  Attributes:
+    shards: annotation file (.json) of the clips; "": no activation tuning.
+    task: which of the model's prompts; it should allow for long and diverse answers.
+    lora_scale: while answering.
+    clips: so many of the first ones (SALMONN: 12).
+    review: stop when the answers are written, so that a person may edit them; the same command
+      with False then trains on them.
+  """
+
+  shards: str = ""
+  task: str = ""
+  lora_scale: float = 0.0
+  clips: int = 12
+  review: bool = False
+
+  def __post_init__(self):
+    if self.shards and not self.shards.endswith(".json"):
+      raise ValueError(f"activation.shards={self.shards!r}: an annotation file (.json) is needed")
+    if self.shards and not self.task:
+      raise ValueError("activation.task is missing: name the task whose prompt is asked")
+    if self.clips < 1 or self.lora_scale < 0:
+      raise ValueError(
+        f"activation.clips={self.clips} must be at least 1, activation.lora_scale={self.lora_scale}"
+        " at least 0"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+  """What a run measures of itself as it trains: perplexities of reference answers, by task.
+
+  Attributes:
+    shards: test set, each utterance with its own task; "" measures nothing.
+    instructions: tasks whose prompts are given; besides, always none.
+    every: updates between two measurements; the models that the run starts from and ends with are
+      measured, too.
+    batch_size: utterances at a time.
+  """
+
+  shards: str = ""
+  instructions: tuple[str, ...] = ()
+  every: int = 1
+  batch_size: int = 16
+
+  def __post_init__(self):
+    for name in ("every", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"probe.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,3 +238,74 @@ def _generation(config: ConfigDict, init_from: Path | None) -> GenerationOptions
   """Decoding defaults that the run's checkpoints get: the config's, over those of init_from."""
   inherited = checkpoint.describe(init_from).generation if init_from else {}
   return build(GenerationOptions, {**inherited, **config.get("generation", {})}, "generation")
+
+
+_SECTIONS = {
+  "compute": Compute,
+  "data": DataConfig,
+  "optimizer": OptimizerConfig,
+  "train": TrainConfig,
+  "mesh": MeshConfig,
+  "eval": EvalConfig,
+  "activation": ActivationConfig,
+  "probe": ProbeConfig,
+}
+# Decided elsewhere: by training or decoding, by the config's one seed.
+_NOT_SET = ("compute.scan", "data.seed")
+
+
+def default_config() -> ConfigDict:
+  """A config for `train.py` and `eval.py` with the defaults of its sections.
+
+  What has no default is absent: a file assigns workdir, trainable, `model` and `data.shards`.
+  `generation` holds only what a file sets: in evaluation it goes over the checkpoint's own.
+  """
+  config = ConfigDict()
+  config.seed = 0
+  config.init_from = ""
+  config.tokenizer = ""
+  config.model = ConfigDict()
+  config.generation = ConfigDict()
+  for name, cls in _SECTIONS.items():
+    config[name] = {
+      field.name: _default(field)
+      for field in dataclasses.fields(cls)
+      if _default(field) is not dataclasses.MISSING and f"{name}.{field.name}" not in _NOT_SET
+    }
+  return config
+
+
+def _default(field: dataclasses.Field):
+  made = field.default_factory
+  return field.default if made is dataclasses.MISSING else made()
+
+
+SECTIONS = {
+  "model", "compute", "data", "optimizer", "train", "mesh", "generation", "eval", "activation",
+  "probe", "seed", "workdir", "init_from", "trainable",
+  "tokenizer", "characters", "specials", "eos",
+}  # fmt: skip
+
+
+def check_sections(config: Mapping[str, Any]):
+  """Raises ValueError for a section that nobody reads, or one that is missing."""
+  for name in config:
+    if name not in SECTIONS:
+      close = difflib.get_close_matches(name, SECTIONS, 1)
+      hint = f"; did you mean {close[0]!r}?" if close else ""
+      raise ValueError(f"unknown config section {name!r}{hint} Allowed: {sorted(SECTIONS)}")
+  for name in ("model", "data", "workdir", "trainable"):
+    if name not in config:
+      raise ValueError(f"the config has no {name!r}")
+  if isinstance(config["trainable"], str):
+    raise ValueError(f"trainable={config['trainable']!r}: give a tuple of patterns, not a string")
+
+
+def section(config: Mapping[str, Any], name: str, cls: type, **extra):
+  """One section of a config as its dataclass; a section that is absent gives the defaults."""
+  return build(cls, {**dict(config.get(name, {})), **extra}, name)
+
+
+def read_model(config: Mapping[str, Any], **compute) -> SpeechLLMConfig:
+  """The model of a config; keyword arguments override the `compute` section."""
+  return model_config(config["model"], {**dict(config.get("compute", {})), **compute})

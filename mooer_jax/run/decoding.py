@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -13,53 +13,12 @@ from mooer_jax import checkpoint
 from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.pipeline import Batches, eval_batches
+from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.shards import Skip
-from mooer_jax.generation import GenerationOptions, generate
+from mooer_jax.generation import generate
+from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.nn.compute import Compute
-from mooer_jax.run.setup import section
-from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe import load_model
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-  """What is decoded and how it is scored; batch buckets are those of `data`, and one for max_s.
-
-  Attributes:
-    shards: `data.list` of the test set, or its annotation file.
-    references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
-      MooER's test sets, else the transcripts in the shards or the annotation.
-    task: the prompt; "": each utterance's own task, and each is scored by itself.
-    batch_size: utterances decoded together.
-    out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
-      of the folder of the data.list, FOLDER-FILE for an annotation file, or of what else eval.py
-      does: "salmonn" for that suite, "perplexity", "lora_sweep".
-    metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
-    space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
-      "keep", as MooER's script does.
-    skip_missing: leave utterances without a hypothesis out, as MooER's script does.
-    max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
-      decoded.
-    cut_longer: take the first max_s of longer clips instead, as SALMONN does, and say of how many.
-    lora_scale: of LoRA, -1 for that of training.
-    bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
-      "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
-      the model's own, gets BLEU where this is set.
-  """
-
-  shards: str
-  references: str = ""
-  task: str = "asr"
-  batch_size: int = 16
-  out: str = ""
-  metric: str = "mixed"
-  space_mark: str = "blank"
-  skip_missing: bool = False
-  max_s: float = 0.0
-  cut_longer: bool = False
-  lora_scale: float = -1.0
-  bleu_tokenize: str = ""
+from mooer_jax.run.config import EvalConfig, section
 
 
 def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
@@ -117,19 +76,10 @@ class Decoded:
   cut: list[str] = dataclasses.field(default_factory=list)
 
 
-class Loaded(NamedTuple):
-  """What `load_model` gives."""
-
-  params: dict
-  model: SpeechLLMConfig
-  tokenizer: Tokenizer
-  generation: GenerationOptions
-
-
 def load(config: Mapping[str, Any], folder: Path, base: str | None = None) -> Loaded:
   """Loads a checkpoint to run as the sections `compute` and `generation` of a config say."""
   compute = build(Compute, {**dict(config.get("compute", {})), "scan": False}, "compute")
-  return Loaded(*load_model(folder, compute, base=base, generation=config.get("generation", {})))
+  return load_model(folder, compute, base=base, generation=config.get("generation", {}))
 
 
 def batches_of(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Batches:

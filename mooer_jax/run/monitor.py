@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mooer_jax.evaluation.probe_report import Perplexity
+from mooer_jax.evaluation.perplexity import Perplexity
 
 
 class Monitor:

@@ -9,27 +9,28 @@ from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
-from mooer_jax.data.pipeline import train_batches
+from mooer_jax.data.dataset import train_batches
 from mooer_jax.run.activation import with_own_answers
 from mooer_jax.run.config import Run
-from mooer_jax.run.feature_cache import fill_cache
-from mooer_jax.run.initial import initial_params, initial_state, measure_cmvn
+from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Monitor, StopRequest
-from mooer_jax.run.probe import Probe
-from mooer_jax.run.program import CompiledStep, jitted_step
-from mooer_jax.run.setup import (
+from mooer_jax.run.perplexity import Probe
+from mooer_jax.run.process import prepare_process
+from mooer_jax.run.start import (
   check_vocabulary,
-  prepare_process,
+  initial_params,
+  initial_state,
+  measure_cmvn,
   read_tokenizer,
 )
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
+from mooer_jax.training.program import CompiledStep, jitted_step
 from mooer_jax.training.sharding import (
   batch_sharding,
   make_mesh,
 )
-from mooer_jax.training.state import TrainState
-from mooer_jax.training.step import check_finite
+from mooer_jax.training.step import TrainState, check_finite
 
 
 def train(config: ConfigDict) -> Path:

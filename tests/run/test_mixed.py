@@ -15,14 +15,15 @@ from mooer_jax import checkpoint, speech_llm
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.config import part_to_json
-from mooer_jax.evaluation.probe_report import read_perplexities, write
+from mooer_jax.evaluation.perplexity import read_perplexities, write
 from mooer_jax.evaluation.text_files import read_text
+from mooer_jax.projects.salmonn.lora_sweep import lora_sweep
+from mooer_jax.projects.salmonn.suite import evaluate_suite
 from mooer_jax.prompts import encode_prompt, fill_template
+from mooer_jax.run.config import default_config, read_model
 from mooer_jax.run.decoding import decode_set, load
-from mooer_jax.run.defaults import default_config
-from mooer_jax.run.evaluate import evaluate, evaluate_suite
-from mooer_jax.run.probe import lora_sweep, perplexity
-from mooer_jax.run.setup import read_model
+from mooer_jax.run.evaluate import evaluate
+from mooer_jax.run.perplexity import perplexity
 from mooer_jax.run.train import train
 from mooer_jax.text.tokenizer import Tokenizer
 
