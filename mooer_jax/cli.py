@@ -101,7 +101,7 @@ def _add_transcribe(commands):
 
 def _transcribe(args) -> int:
   from mooer_jax.run.process import prepare_process
-  from mooer_jax.transcribe.transcriber.transcriber import Transcriber
+  from mooer_jax.transcribe.transcriber import Transcriber
 
   prepare_process()
   if args.json:

@@ -101,7 +101,9 @@ def circle_violations(root: Path) -> list[str]:
   graph = {
     # A package's __init__ re-exports its modules, so only the modules themselves count.
     module: {
-      m for m in imported_modules(path, root) - {module} if m in files and not _is_package(files[m])
+      other
+      for other in imported_modules(path, root) & files.keys() - {module}
+      if files[other].name != "__init__.py"
     }
     for module, path in files.items()
   }

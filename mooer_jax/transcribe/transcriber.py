@@ -24,8 +24,8 @@ from mooer_jax.prompts import (
 )
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe.transcriber.clips import SILENCE, load_clips
-from mooer_jax.transcribe.transcriber.transcript import Transcript, join_transcripts
+from mooer_jax.transcribe.clips import SILENCE, load_clips
+from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 
 _BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
 _SMALLEST_BUCKET = 32

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mooer_jax.transcribe.transcriber.clips import cut_at_pauses
+from mooer_jax.transcribe.clips import cut_at_pauses
 
 
 def noise(samples, seed=0):

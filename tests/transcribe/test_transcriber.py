@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from mooer_jax.transcribe.transcriber.clips import load_clips
-from mooer_jax.transcribe.transcriber.transcript import join_transcripts
+from mooer_jax.transcribe.clips import load_clips
+from mooer_jax.transcribe.transcript import join_transcripts
 
 import mooer_jax
 from mooer_jax import checkpoint, cli, speech_llm
