@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = {
-  7: ("cli",),
+  7: ("cli", "programs"),
   6: ("projects",),
   5: ("run", "transcribe", "serve"),
   4: ("generation", "data", "training", "evaluation"),

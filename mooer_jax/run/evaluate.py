@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -17,9 +16,9 @@ from mooer_jax.evaluation.answers import table as task_table
 from mooer_jax.evaluation.answers import write as write_by_task
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
-from mooer_jax.evaluation.translation import Bleu, bleu_of_task, check_tokenizer
+from mooer_jax.evaluation.translation import Bleu, bleu_of_task
 from mooer_jax.prompts import split_answer
-from mooer_jax.run.config import EvalConfig, section
+from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
 from mooer_jax.run.process import prepare_process
 
@@ -27,12 +26,12 @@ _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
 
 
 def evaluate(
-  config: Mapping[str, Any], path: str, *, base: str | None = None
+  run: Run, path: str, *, base: str | None = None
 ) -> tuple[dict[str, Score], Bleu | None]:
   """Runs `eval.py`: leaves `text`, report.json, report.txt.
 
   Args:
-    config: with sections `eval`, `data`, and what overrides the checkpoint's `generation`.
+    run: the config; its `generation` overrides the options of the checkpoint.
     path: checkpoint folder, or training workdir.
     base: where the base of a fine-tune lies, if it moved.
 
@@ -44,22 +43,13 @@ def evaluate(
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or reference file.
   """
   prepare_process()
-  options = section(config, "eval", EvalConfig)
-  if options.metric not in METRICS:
-    raise ValueError(f"eval.metric={options.metric!r}: choose one of {sorted(METRICS)}")
-  if options.bleu_tokenize:
-    check_tokenizer(options.bleu_tokenize)
-    if not options.task:
-      raise ValueError(
-        f"eval.bleu_tokenize={options.bleu_tokenize!r} is for answers of one task: set eval.task or"
-        " leave it out, and each task is scored in its own way"
-      )
+  options = run.eval
   folder = checkpoint.find(path)
   shards = Path(options.shards).absolute()
   out = out_folder(options, folder, _name(shards))
   references = _given_references(options, out)  # before minutes of work, for it may be wrong
   start = time.perf_counter()
-  decoded = decode_set(config, options, load(config, folder, base))
+  decoded = decode_set(run, options, load(run, folder, base))
   seconds = time.perf_counter() - start
   write_text(out / "text", decoded.hypotheses)
 

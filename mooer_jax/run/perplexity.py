@@ -12,9 +12,9 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -33,15 +33,16 @@ from mooer_jax.evaluation.perplexity import (
 )
 from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
-from mooer_jax.run.config import EvalConfig, Run, section
+from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
+from mooer_jax.run.monitor import Evaluation
 from mooer_jax.run.process import prepare_process
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import batch_sharding
 
 
 def perplexity(
-  config: Mapping[str, Any],
+  run: Run,
   paths: Sequence[str],
   *,
   instructions: Sequence[str] = (),
@@ -51,7 +52,7 @@ def perplexity(
   """Runs `eval.py --mode=perplexity`: leaves perplexity.json and perplexity.png.
 
   Args:
-    config: with section `eval`; each utterance has its own task.
+    run: the config; each utterance has its own task.
     paths: checkpoint folders; of the folder of a run every checkpoint is taken.
     instructions: tasks of the model whose prompts are given as I; no instruction always is.
     scales: LoRA scales; none: that of training. A checkpoint without LoRA is measured once.
@@ -65,17 +66,17 @@ def perplexity(
   """
   prepare_process()
   check_scales(scales)
-  options = dataclasses.replace(section(config, "eval", EvalConfig), task="")
+  options = dataclasses.replace(run.eval, task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
   rows: list[Perplexity] = []
   found = [step for path in paths for step in _steps(path, base)]
   steps = list({folder.resolve(): (step, folder) for step, folder in reversed(found)}.values())
   for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
-    loaded = load(config, folder, base if checkpoint.has_base(folder) else None)
+    loaded = load(run, folder, base if checkpoint.has_base(folder) else None)
     _check(instructions, loaded.model)
     able = scales if loaded.model.decoder.lora_scale else ()
     for instruction in (NONE, *instructions):
-      measured = _measure(config, options, loaded, instruction=instruction, scales=able)
+      measured = _measure(run, options, loaded, instruction=instruction, scales=able)
       rows += measured.rows(str(folder), step)
       if measured.left_out:
         print(measured.left_out)
@@ -85,18 +86,17 @@ def perplexity(
   return rows
 
 
-class Probe:
-  """Measures a run as it trains: perplexity.json and perplexity.png in its folder."""
+class PerplexityEvaluator:
+  """Measures a run while it trains: perplexity.json and perplexity.png in its folder."""
 
-  def __init__(
-    self, config: Mapping[str, Any], run: Run, tokenizer: Tokenizer, *, mesh, first: int
-  ):
-    """Takes the updates already done; keeps what was measured up to there.
+  def __init__(self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, first: int):
+    """Reads the measurements up to step `first`, where training starts or resumes.
 
     Raises:
       FileNotFoundError, ValueError: for a bad test set, or prompts that do not fit the template.
     """
-    self._config, self._run, self._tokenizer = config, run, tokenizer
+    self._run, self._tokenizer = run, tokenizer
+    self.every = run.probe.every
     self._sharding = batch_sharding(mesh)
     self._options = EvalConfig(
       run.probe.shards,
@@ -115,22 +115,23 @@ class Probe:
       )
     self._told = False
     _check(run.probe.instructions, run.model)
-    batches_of(config, self._options, self._loaded({}))  # its list and tasks are looked at
+    batches_of(run, self._options, self._loaded({}))  # its list and tasks are looked at
 
   def lacks(self, step: int) -> bool:
     """Whether a step was not measured."""
     return all(row.step != step for row in self._rows)
 
-  def __call__(self, step: int, params: dict) -> list[Perplexity]:
-    """The perplexities of these parameters, with the LoRA scale of training.
+  def __call__(self, step: int, params: dict) -> Evaluation:
+    """Perplexities of these parameters, at the LoRA scale of training.
 
     Raises:
       ValueError: if none of the answers can be measured.
     """
-    loaded, rows = self._loaded(params), []
+    loaded = self._loaded(params)
+    rows: list[Perplexity] = []
     for instruction in (NONE, *self._run.probe.instructions):
       measured = _measure(
-        self._config, self._options, loaded, instruction=instruction, sharding=self._sharding
+        self._run, self._options, loaded, instruction=instruction, sharding=self._sharding
       )
       rows += measured.rows(str(self._run.workdir), step)
       if measured.left_out and not self._told:
@@ -139,10 +140,15 @@ class Probe:
     self._rows += rows
     write(self._file, self._rows)
     draw_perplexities(self._rows, self._file.with_suffix(".png"))
-    return rows
+    scalars = {f"perplexity/{r.instruction.strip('()')}/{r.task}": r.perplexity for r in rows}
+    said: dict[str, list[str]] = {}
+    for row in rows:
+      said.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
+    shown = ("  ".join((f"under {name}:", *values)) for name, values in said.items())
+    return Evaluation(scalars, f"perplexities {'; '.join(shown)}")
 
   def _loaded(self, params: dict) -> Loaded:
-    return Loaded(params, self._run.model, self._tokenizer, self._run.generation)
+    return Loaded(params, self._run.model, self._tokenizer, self._run.decoding_defaults())
 
 
 def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
@@ -197,7 +203,7 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-  config: Mapping[str, Any],
+  run: Run,
   options: EvalConfig,
   loaded: Loaded,
   *,
@@ -218,7 +224,7 @@ def _measure(
   totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
   left_out: Counter[str] = Counter()
   shortened = 0
-  for host in batches_of(config, options, loaded._replace(model=model)):
+  for host in batches_of(run, options, loaded._replace(model=model)):
     left_out.update(skip.cause for skip in host.skipped)
     shortened += host.cut
     for row_S, text in zip(host.batch.answer_BS, host.texts, strict=False):  # the rest is padding

@@ -1,13 +1,49 @@
-"""Command-line flags and error lines of train.py and eval.py."""
+"""The process that trains or evaluates: flags, error messages, signals, compilation cache."""
 
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-from absl import app
+from absl import app, flags, logging
+
+
+def run_program(
+  work: Callable[[], object],
+  argv: Sequence[str] | None = None,
+  *,
+  needs: Sequence[str] = (),
+  doc: str | None = None,
+) -> None:
+  """Parses absl flags, runs a program and exits.
+
+  Errors of the user or the system are one line on stderr and status 1; defects of the program keep
+  their traceback.
+
+  Args:
+    work: the program; it reads its flags.
+    argv: program name and arguments; default: sys.argv.
+    needs: names of required flags.
+    doc: text above the list of flags in --help.
+  """
+  logging.set_verbosity(logging.WARNING)  # Orbax logs every file; --verbosity=0 shows that again
+  if doc:
+    sys.modules["__main__"].__doc__ = doc
+  flags.mark_flags_as_required(needs)
+
+  def main(arguments):
+    if arguments[1:]:
+      sys.exit(
+        f"{arguments[0]}: unexpected argument {arguments[1]!r}; config keys are set with"
+        " --config.key=value, and values with spaces need quotes"
+      )
+    one_line_errors(work, program=arguments[0])
+
+  app.run(main, None if argv is None else list(argv), flags_parser=parse_flags)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -27,22 +63,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     hint = f"; did you mean {found[1]!r}?" if found else ""
     given = [text for text in argv if text.startswith("--config.") and key in text]
     sys.exit(
-      f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags change keys that"
-      " the config has; those of a model part or of `generation` must stand in its file first"
+      f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags override keys that the"
+      " config file sets; set keys of a model part or of `generation` in the file first"
     )
 
 
-def one_line_errors(work: Callable[[], object]) -> None:
-  """Runs a program; what the user or the system did wrong is one line on stderr and status 1.
-
-  Defects of the program keep their traceback.
-  """
+def one_line_errors(work: Callable[[], object], *, program: str) -> None:
+  """Runs `work`; errors of the user or the system become one line on stderr and status 1."""
   try:
     work()
   except (ValueError, OSError, FloatingPointError) as error:
-    sys.exit(f"{sys.argv[0]}: {' '.join(str(error).split())}")
+    sys.exit(f"{program}: {' '.join(str(error).split())}")
   except KeyboardInterrupt:
-    print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+    print(f"{program}: interrupted", file=sys.stderr)
     sys.exit(130)
 
 
@@ -51,3 +84,25 @@ def prepare_process():
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mooer_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+class StopRequest:
+  """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second one kills."""
+
+  def __init__(self):
+    self.requested = False
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def _handle(self, number, frame):
+    self.requested = True
+    print("stopping after this step; once more to stop at once", file=sys.stderr)
+    signal.signal(number, self._previous[number])
+
+  def __exit__(self, *error):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

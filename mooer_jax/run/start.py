@@ -3,9 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -161,15 +159,17 @@ def initial_state(run: Run, params, tx, mesh):
   return state, frozen, (shardings, param_shardings(mesh, frozen))
 
 
-def read_tokenizer(config: Mapping[str, Any], initial: Path | None = None) -> Tokenizer:
-  """The tokenizer: a folder, the initial checkpoint's, or one made of `config.characters`."""
-  if config.get("tokenizer"):
-    return Tokenizer.from_folder(config["tokenizer"])
+def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:
+  """The tokenizer: a folder, the initial checkpoint's, or one made of `config.characters`.
+
+  Raises:
+    ValueError: if the config names none of them, or two that differ.
+  """
+  if run.tokenizer:
+    return Tokenizer.from_folder(run.tokenizer)
   made = None
-  if config.get("characters"):
-    made = Tokenizer.from_characters(
-      config["characters"], tuple(config["specials"]), eos=config["eos"]
-    )
+  if run.characters:
+    made = Tokenizer.from_characters(run.characters, run.specials, eos=run.eos)
   if initial is not None:
     saved = Tokenizer.from_folder(initial / "tokenizer")
     if made is not None and made.vocabulary() != saved.vocabulary():

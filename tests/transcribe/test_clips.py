@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mooer_jax.transcribe.clips import cut_at_pauses
 
 

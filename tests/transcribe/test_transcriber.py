@@ -9,8 +9,6 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from mooer_jax.transcribe.clips import load_clips
-from mooer_jax.transcribe.transcript import join_transcripts
 
 import mooer_jax
 from mooer_jax import checkpoint, cli, speech_llm
@@ -20,6 +18,8 @@ from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.transcribe.clips import load_clips
+from mooer_jax.transcribe.transcript import join_transcripts
 
 PROMPTS = (("asr", "<|transcribe|>"), ("ast", "<|end|>"), ("asr_ast_mtl", "0"), ("QA", "{}0"))
 

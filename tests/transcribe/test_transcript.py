@@ -1,9 +1,9 @@
 """The transcript of a clip in pieces says what those of the pieces say, each part in its order."""
 
 import pytest
-from mooer_jax.transcribe.transcript import Transcript, join_texts, join_transcripts
 
 from mooer_jax.prompts import split_answer
+from mooer_jax.transcribe.transcript import Transcript, join_texts, join_transcripts
 
 
 def pieces(task, *texts):

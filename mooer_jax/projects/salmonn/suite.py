@@ -18,7 +18,7 @@ from mooer_jax.projects.salmonn import tasks
 from mooer_jax.projects.salmonn.outside_scores import judgement_sheet, read_judgements, read_scores
 from mooer_jax.projects.salmonn.scorers import Extras, Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
-from mooer_jax.run.config import EvalConfig, section
+from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
 from mooer_jax.run.process import prepare_process
 
@@ -187,12 +187,12 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def evaluate_suite(
-  config: Mapping[str, Any], path: str, annotations: str, *, base: str | None = None
+  run: Run, path: str, annotations: str, *, base: str | None = None
 ) -> dict[str, Any]:
   """Runs `eval.py --suite=salmonn`: see `projects.salmonn.suite.run_suite` for files and results.
 
   Args:
-    config: with sections `eval`, `data`, and what overrides the checkpoint's `generation`.
+    run: the config; its `generation` overrides the options of the checkpoint.
     path: checkpoint folder, or training workdir.
     annotations: folder of the annotation files.
     base: where the base of a fine-tune lies, if it moved.
@@ -202,9 +202,9 @@ def evaluate_suite(
   """
   prepare_process()
   folder = checkpoint.find(path)
-  options = section(config, "eval", EvalConfig)
+  options = run.eval
   out = out_folder(options, folder, "salmonn")
-  loaded = load(config, folder, base)
+  loaded = load(run, folder, base)
 
   def of_file(file: Path) -> EvalConfig:
     return dataclasses.replace(options, shards=str(file), task="")
@@ -216,10 +216,10 @@ def evaluate_suite(
         f"{file}: annotation[{lacking[0]}] and {len(lacking) - 1} others name no task; give each"
         ' its "task"'
       )
-    batches_of(config, of_file(file), loaded)
+    batches_of(run, of_file(file), loaded)
 
   def decode(file: Path) -> dict[str, str]:
-    decoded = decode_set(config, of_file(file), loaded)
+    decoded = decode_set(run, of_file(file), loaded)
     for s in decoded.skipped:
       print(f"{file.name}: not decoded: {s.key}: {s.cause} {s.detail}")
     return decoded.hypotheses
