@@ -23,7 +23,7 @@ def train_from_config(config: Mapping[str, Any]) -> Path:
   """Trains as a config says.
 
   Returns:
-    The folder of the last checkpoint; with activation.review, the run's folder, which has the answers.
+    The folder of the last checkpoint; with activation.review, the workdir with the answers.
 
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint.
