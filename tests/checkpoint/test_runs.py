@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.checkpoint import CheckpointError
-from tests.checkpoints_of import assert_same, params, save
+from tests.checkpoint.checkpoints_of import assert_same, params, save
 
 
 @pytest.fixture(scope="module")
