@@ -5,6 +5,7 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 MINI_ARGS ?=
 PYTEST_ARGS ?=
+PORTABLE_ARGS ?=
 # Two workers: each takes about 2 GB.
 WORKERS ?= 2
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 # constraints.txt was made on Python 3.11; newer Pythons resolve the ranges of pyproject.toml.
 CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo mini-salmonn test lint types format nightly clean distclean
+.PHONY: demo mini-salmonn test portable lint types format nightly clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo.digits $(DEMO_ARGS)
@@ -24,6 +25,10 @@ mini-salmonn: $(VENV)/.mini
 
 test: $(VENV)/.dev lint types
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m "not nightly" $(PYTEST_ARGS)
+
+# An hour or more: the parity and model tests under each of some ten settings.
+portable: $(VENV)/.dev
+	$(BIN)/python tests/portable.py $(PORTABLE_ARGS) -- -n $(WORKERS)
 
 nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m nightly --timeout 7200 $(PYTEST_ARGS)
