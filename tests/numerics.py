@@ -151,6 +151,6 @@ def _assert_leaf_within(actual, expected, bound, name):
   if share[at] > 1:
     place = ", ".join(map(str, at))
     raise BoundExceeded(
-      f"{name or 'result'}[{place}] is {actual[at]:.9g}, expected {expected[at]:.9g}: the difference "
-      f"{error[at]:.3g} exceeds {bound[at]:.3g}; {(share > 1).sum()} of {share.size} elements do"
+      f"{name or 'result'}[{place}] is {actual[at]:.9g}, expected {expected[at]:.9g}: the"
+      f" difference {error[at]:.3g} exceeds {bound[at]:.3g}; {(share > 1).sum()} of {share.size} elements do"
     )

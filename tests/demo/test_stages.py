@@ -112,9 +112,9 @@ def test_what_is_made_again_is_said_and_what_others_made_is_left_alone(tmp_path,
   made = tmp_path / "made"
   for made_from in ("1", "2"):
     Stages(tmp_path).run("step", made_from, made.mkdir, makes=made)
-  assert f"{made} was made from other inputs" in capsys.readouterr().out
+  assert f"{made} has other inputs or is incomplete" in capsys.readouterr().out
   (tmp_path / "stages.json").unlink()
-  with pytest.raises(RuntimeError, match="made is where step would go, .*: move it away"):
+  with pytest.raises(RuntimeError, match="made is the output folder of step, .* move it away"):
     Stages(tmp_path).run("step", "2", made.mkdir, makes=made)
   assert made.exists()
 
