@@ -152,5 +152,6 @@ def _assert_leaf_within(actual, expected, bound, name):
     place = ", ".join(map(str, at))
     raise BoundExceeded(
       f"{name or 'result'}[{place}] is {actual[at]:.9g}, expected {expected[at]:.9g}: the"
-      f" difference {error[at]:.3g} exceeds {bound[at]:.3g}; {(share > 1).sum()} of {share.size} elements do"
+      f" difference {error[at]:.3g} exceeds {bound[at]:.3g}; {(share > 1).sum()} of {share.size}"
+      " elements do"
     )
