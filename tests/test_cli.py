@@ -19,8 +19,8 @@ class Model:
   def __init__(self, error):
     self.error, self.loads = error, 0
 
-  def from_checkpoint(self, folder, *, dtype, base):
-    del folder, dtype, base
+  def from_checkpoint(self, folder, *, dtype, base_checkpoint):
+    del folder, dtype, base_checkpoint
     self.loads += 1
     raise self.error
 

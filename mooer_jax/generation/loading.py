@@ -25,32 +25,32 @@ def load_model(
   path: str | Path,
   compute: Compute,
   *,
-  base: str | Path | None = None,
+  base_checkpoint: str | Path | None = None,
   generation: Mapping[str, Any] | None = None,
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
   Args:
     path: the folder.
-    compute: how the model will be run; its dtype is that of the matrices.
-    base: where the base of a fine-tune lies, if it moved.
-    generation: options that go over those of the checkpoint.
+    compute: how the model runs; its dtype is that of the weight matrices.
+    base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
+    generation: options that override those of the checkpoint.
 
   Returns:
-    Per-layer params, the model, its tokenizer, options with the ids that end an answer.
+    Per-layer params, model config, tokenizer, and generation options with the eos ids.
 
   Raises:
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
       that is unknown or out of range.
   """
   folder = checkpoint.find(path)
-  about = checkpoint.describe(folder, base=base)
+  about = checkpoint.describe(folder, base=base_checkpoint)
   if "connector" not in about.config:
     raise ValueError(
-      f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot answer by"
-      " itself"
+      f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot generate"
+      " text by itself"
     )
-  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base)
+  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
   options = build(GenerationOptions, {**loaded.generation, **(generation or {})}, "generation")
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))

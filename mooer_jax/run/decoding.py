@@ -83,7 +83,7 @@ def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
       f"{sizes}: evaluation runs on one device; set"
       f" {' '.join(f'--config.mesh.{name}=1' for name in asked)}"
     )
-  return load_model(folder, run.compute, base=base, generation=run.generation)
+  return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
 
 
 def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:

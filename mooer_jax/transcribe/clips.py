@@ -1,4 +1,4 @@
-"""Clips as a user gives them: checked, and where it is wanted cut into pieces."""
+"""Loading of clips: decoded, checked, and split into chunks if requested."""
 
 import os
 from collections.abc import Sequence
@@ -18,68 +18,73 @@ PAUSE_S, SEARCH_S, SHORTEST_S = 0.2, 5.0, 1.0
 
 
 def load_clips(
-  audio: Sequence[str | os.PathLike | np.ndarray],
+  audio: Sequence[str | os.PathLike | bytes | np.ndarray],
   config: SpeechLLMConfig,
   *,
-  chunk_s: float | None = None,
-) -> list[list[np.ndarray]]:
-  """Reads all clips, or none.
+  chunk_length_s: float | None = None,
+) -> list[list[np.ndarray] | ValueError | OSError]:
+  """Reads clips and splits long ones.
 
   Args:
-    audio: paths, or float arrays [samples] at the model's sample rate in [-1, 1].
-    config: the model, and with it what it can hear.
-    chunk_s: longest piece, seconds; longer clips are cut at pauses. None: they are an error.
+    audio: paths, bytes of audio files, or float arrays [samples] at the model's sample rate in
+      [-1, 1].
+    config: the model, whose limits the clips must fit.
+    chunk_length_s: longest chunk, seconds; longer clips are split at pauses. None: they are errors.
 
   Returns:
-    For each clip its pieces, float32 [samples].
+    For each clip its chunks, float32 [samples], or the error that names the clip: missing,
+    undecodable, empty, silent, not finite or too long.
 
   Raises:
-    FileNotFoundError: for a missing file.
-    ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name; for a
-      chunk_s out of range.
+    ValueError: for a chunk_length_s out of range.
   """
-  lengths = None if chunk_s is None else _piece_lengths(chunk_s, config)
-  clips: list[list[np.ndarray]] = []
-  errors: list[Exception] = []
+  lengths = None if chunk_length_s is None else _piece_lengths(chunk_length_s, config)
+  clips: list[list[np.ndarray] | ValueError | OSError] = []
   for index, clip in enumerate(audio):
     try:
-      name = os.fspath(clip) if isinstance(clip, (str, os.PathLike)) else f"audio[{index}]"
-      waveform_N = _read(clip, str(name), config)
-      clips.append(_pieces(waveform_N, str(name), config, lengths=lengths))
+      name = os.fsdecode(clip) if isinstance(clip, (str, os.PathLike)) else f"audio[{index}]"
+      waveform_N = _read(clip, name, config)
+      clips.append(_pieces(waveform_N, name, config, lengths=lengths))
     except (ValueError, OSError) as error:
-      errors.append(error)
+      clips.append(error)
+  return clips
+
+
+def raise_first(clips: Sequence[Any]) -> None:
+  """Raises the error of `load_clips`, or one error that lists all if there are several."""
+  errors = [clip for clip in clips if isinstance(clip, Exception)]
   if len(errors) == 1:
     raise errors[0]
   if errors:
     said = "; ".join(str(error) for error in errors)
-    raise ValueError(f"{len(errors)} of {len(audio)} clips cannot be heard: {said}")
-  return clips
+    raise ValueError(f"{len(errors)} of {len(clips)} audio files could not be used: {said}")
 
 
 def _rate_hz(config: SpeechLLMConfig) -> int:
   return config.frontends[0].sample_rate_hz
 
 
-def _piece_lengths(chunk_s: float, config: SpeechLLMConfig) -> tuple[int, int]:
+def _piece_lengths(chunk_length_s: float, config: SpeechLLMConfig) -> tuple[int, int]:
   """Samples that the pieces of a long clip may have: (at least, at most)."""
   shortest, longest = max(SHORTEST_S, shortest_s(config)), config.max_audio_s
-  if not 2 * shortest <= chunk_s <= longest:
+  if not 2 * shortest <= chunk_length_s <= longest:
     raise ValueError(
-      f"chunk_s={chunk_s:g}: {2 * shortest:g} to {longest:g} seconds are possible; this model"
-      f" takes at most {longest:g} s"
+      f"chunk_length_s={chunk_length_s:g}: must be between {2 * shortest:g} and {longest:g} (the"
+      " limit of this model) seconds"
     )
-  return round(shortest * _rate_hz(config)), int(chunk_s * _rate_hz(config))
+  return round(shortest * _rate_hz(config)), int(chunk_length_s * _rate_hz(config))
 
 
 def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
   """One clip as float32 [samples] of a sensible range."""
   rate_hz = _rate_hz(config)
-  if isinstance(clip, (str, os.PathLike)):
-    return load_audio(clip, sample_rate_hz=rate_hz, channel=config.channel)
+  if isinstance(clip, (str, os.PathLike, bytes)):
+    name = f"{len(clip)} bytes of {name}" if isinstance(clip, bytes) else name
+    return load_audio(clip, sample_rate_hz=rate_hz, channel=config.channel, name=name)
   if not isinstance(clip, np.ndarray):
     raise ValueError(
-      f"{name}: {type(clip).__name__}; give a path, or a float array [samples] in [-1, 1]"
-      f" at {rate_hz} Hz"
+      f"{name}: {type(clip).__name__}; give a path, the bytes of a file, or a float array [samples]"
+      f" in [-1, 1] at {rate_hz} Hz"
     )
   if clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
     raise ValueError(
@@ -117,7 +122,7 @@ def _pieces(
   if seconds > (limit := config.max_audio_s):
     remedy = "give shorter ones"
     if limit >= 2 * max(SHORTEST_S, shortest_s(config)):
-      remedy = f"--chunk-s {limit:g} (chunk_s={limit:g}) cuts it at pauses"
+      remedy = f"--chunk-length-s {limit:g} (chunk_length_s={limit:g}) splits it at pauses"
     raise ValueError(f"{name}: {seconds:.1f} s, but this model takes at most {limit:g} s; {remedy}")
   return [waveform_N]
 

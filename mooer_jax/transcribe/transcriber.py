@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,16 +24,16 @@ from mooer_jax.prompts import (
 )
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe.clips import SILENCE, load_clips
+from mooer_jax.transcribe.clips import SILENCE, load_clips, raise_first
 from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 
 _BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
 _SMALLEST_BUCKET = 32
-FREE = "prompt"  # what results call the task where only a prompt is given
+FREE = "prompt"  # the task in results for which only a prompt is given
 
 
 class Transcriber:
-  """A checkpoint, ready to listen.
+  """A loaded checkpoint that transcribes audio.
 
   transcriber = mooer_jax.Transcriber.from_checkpoint("out/demo/train")
   [result] = transcriber.transcribe(["clip.wav"])
@@ -47,7 +47,7 @@ class Transcriber:
     tokenizer: Tokenizer,
     options: GenerationOptions = GenerationOptions(),
   ):
-    """Takes per-layer params; `from_checkpoint` is the usual way."""
+    """Takes per-layer params; most users call `from_checkpoint`."""
     self.params = params
     self.config = config.with_compute(scan=False)
     self.tokenizer = tokenizer
@@ -57,13 +57,13 @@ class Transcriber:
 
   @classmethod
   def from_checkpoint(
-    cls, path: str | Path, *, dtype: str | None = None, base: str | Path | None = None
+    cls, path: str | Path, *, dtype: str | None = None, base_checkpoint: str | Path | None = None
   ) -> "Transcriber":
     """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
 
     Args:
       path: the folder.
-      base: where the base of a fine-tune lies, if it moved.
+      base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
       dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
 
     Raises:
@@ -71,47 +71,51 @@ class Transcriber:
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = Compute(dtype=dtype)
-    return cls(*load_model(path, compute, base=base))
+    return cls(*load_model(path, compute, base_checkpoint=base_checkpoint))
 
   def transcribe(
     self,
-    audio: Sequence[str | os.PathLike | np.ndarray],
+    audio: Sequence[str | os.PathLike | bytes | np.ndarray],
     *,
     task: str | None = None,
     prompt: str | None = None,
     question: str | None = None,
-    template: str | None = None,
-    chunk_s: float | None = None,
+    chat_template: str | None = None,
+    chunk_length_s: float | None = None,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
+    errors: Literal["raise", "return"] = "raise",
     **generation: Any,
   ) -> list[Transcript]:
-    """Transcribes clips; the order of the results is that of the clips.
+    """Transcribes clips and returns the results in the same order.
 
     Args:
-      audio: paths, or float arrays [samples] at the model's sample rate in [-1, 1].
+      audio: paths, bytes of audio files, or float arrays [samples] at the model's sample rate in
+        [-1, 1].
       task: one of the model's tasks; default: its only one, else "asr".
-      prompt: what the model is asked, instead of the task's own prompt; `task` then only says
-        how the answer is read.
-      question: what stands for `{}` in the prompt; needed there, and only there.
-      template: a name in prompts.TEMPLATES instead of the model's.
-      chunk_s: longer clips are cut into pieces of at most this many seconds, at pauses; each piece
-        is asked the same, and the answers are joined. Silent pieces are not asked. Default: a clip
-        longer than the model takes is an error.
-      batch_size: pieces decoded together; it changes no result, unless the answers are sampled.
-      seed: of sampling, where the checkpoint's options say so.
+      prompt: prompt instead of the task's own; `task` then only determines how the generated text
+        is split into transcript and translation.
+      question: text that replaces `{}` in the prompt; required if the prompt has it, and only then.
+      chat_template: a name in prompts.TEMPLATES instead of the model's.
+      chunk_length_s: split longer clips at pauses into chunks of at most this many seconds; each
+        chunk gets the same prompt, and the texts are joined. Silent chunks are skipped. Default: a
+        clip longer than the model's limit is an error.
+      batch_size: chunks decoded together; it changes no result, unless tokens are sampled.
+      seed: seed of sampling, 0 to 2**32 - 1.
       progress: show a progress bar.
-      generation: fields of `GenerationOptions` that go over the checkpoint's, such as num_beams=4.
+      errors: "raise" raises for clips that cannot be used, before anything is decoded; "return"
+        returns a Transcript with `error` for each of them and transcribes the others.
+      generation: fields of `GenerationOptions` that override the checkpoint's, such as num_beams=4.
 
     Raises:
       FileNotFoundError: for a missing file.
-      ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name, before
-        anything is decoded; for an unknown task or template, or a prompt without its one place
-        for the speech, or that ends with it; for a question missing, empty or out of place; for a
-        chunk_s out of range.
+      ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name; for an
+        unknown task or template; for a prompt that does not have exactly one place for the speech,
+        or ends with it; for a question that is missing, empty or not asked for; for a
+        chunk_length_s or seed out of range.
     """
-    if isinstance(audio, (str, os.PathLike, np.ndarray)):
+    if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)):
       raise ValueError("transcribe takes a list of clips: transcribe([clip])")
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: must be at least 1")
@@ -122,7 +126,7 @@ class Transcriber:
     if prompt is None:
       prompt = task_prompt(task, prompts)
     check_question(prompt, question, task)
-    template = template or self.config.template
+    template = chat_template or self.config.template
     filled = fill_template(template, prompt, question or "")
     check_goes_on(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
     options = build(
@@ -130,20 +134,27 @@ class Transcriber:
     )
     if options.num_return_sequences > 1:
       raise ValueError(
-        f"generation.num_return_sequences={options.num_return_sequences}: one answer a clip is"
-        " returned here; call mooer_jax.generation.generate for more"
+        f"generation.num_return_sequences={options.num_return_sequences}: transcribe returns"
+        " one result per clip; call mooer_jax.generate for more"
       )
-    clips = load_clips(audio, self.config, chunk_s=chunk_s)
-    flat = [piece_N for pieces in clips for piece_N in pieces]
+    if not 0 <= seed < 2**32:
+      raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
+    clips = load_clips(audio, self.config, chunk_length_s=chunk_length_s)
+    if errors == "raise":
+      raise_first(clips)
+    flat = [piece_N for pieces in clips if isinstance(pieces, list) for piece_N in pieces]
     answers = self._answers(
       flat, task, filled, options, batch_size=batch_size, seed=seed, progress=progress
     )
     results = []
     for source, pieces in zip(audio, clips, strict=True):
-      joined = join_transcripts(answers[: len(pieces)])
-      answers = answers[len(pieces) :]
-      path = None if isinstance(source, np.ndarray) else os.fspath(source)
-      results.append(dataclasses.replace(joined, path=path))
+      if isinstance(pieces, list):
+        result = join_transcripts(answers[: len(pieces)])
+        answers = answers[len(pieces) :]
+      else:
+        result = Transcript("", [], 0.0, task, finished=False, error=str(pieces))
+      path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+      results.append(dataclasses.replace(result, path=path))
     return results
 
   def _answers(

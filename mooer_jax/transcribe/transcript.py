@@ -1,4 +1,4 @@
-"""What was heard in a clip, and in the pieces of a long one."""
+"""Transcription results for a clip and its chunks."""
 
 import dataclasses
 import unicodedata
@@ -8,20 +8,21 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-  """What was heard in one clip.
+  """Transcription result for one clip.
 
   Attributes:
-    text: the answer, special tokens removed.
-    tokens: generated ids, eos included if one came; of a clip in pieces, those of each in a row.
+    text: generated text without special tokens.
+    tokens: generated ids, eos included; for a chunked clip, those of all chunks.
     seconds: length of the audio.
-    task: what the model was asked.
-    path: of the file, None for an array.
-    score: log-probability of the answer / length ** length_penalty, as beams are ranked; of a clip
-      in pieces, the sum of theirs.
-    finished: False if max_new_tokens cut the answer off, or that of a piece.
-    transcript: what was said, where the task asks for it.
-    translation: of it, where the task asks for it.
-    pieces: of a clip in pieces, what was heard in each; in time they follow one another.
+    task: task that the model was prompted with.
+    path: path of the file, None for an array or bytes.
+    score: log-probability / length ** length_penalty, by which beams are ranked; for a chunked
+      clip, the sum over chunks.
+    finished: False if generation stopped at max_new_tokens, in any chunk.
+    transcript: the transcript in the text, for tasks that ask for one.
+    translation: the translation in the text, for tasks that ask for one.
+    pieces: results of the chunks of a chunked clip, in order of time.
+    error: why the clip could not be transcribed; None if it was.
   """
 
   text: str
@@ -34,29 +35,30 @@ class Transcript:
   transcript: str | None = None
   translation: str | None = None
   pieces: tuple["Transcript", ...] = ()
+  error: str | None = None
 
   def to_json(self) -> dict[str, Any]:
     row = {**dataclasses.asdict(self), "seconds": round(self.seconds, 4)}
     return {**row, "pieces": [piece.to_json() for piece in self.pieces]}
 
-  def complaints(self) -> list[str]:
-    """What is amiss with the answer: nothing said, or cut off at max_new_tokens; by piece."""
-    told = [] if self.text.strip() else ["the answer is empty"]
+  def warnings(self) -> list[str]:
+    """Warnings about the text: it is empty, or stopped at max_new_tokens (and in which chunk)."""
+    told = [] if self.text.strip() else ["the text is empty"]
     start_s = 0.0
     for piece in self.pieces or [self]:
       end_s = start_s + piece.seconds
       if not piece.finished:
         where = f"from {start_s:.1f} to {end_s:.1f} s " if self.pieces else ""
-        told.append(f"{where}the answer was cut at max_new_tokens={len(piece.tokens)}")
+        told.append(f"{where}the text was truncated at max_new_tokens={len(piece.tokens)}")
       start_s = end_s
     return told
 
 
 def join_transcripts(pieces: Sequence[Transcript]) -> Transcript:
-  """The transcript of a clip from those of its pieces, in order.
+  """Joins the results of the chunks of a clip, in order.
 
-  Transcripts and translations are joined apart from each other; where there are both, the text is
-  one above the other, as in the answer for a piece.
+  Transcripts and translations are joined separately. If a task has both, the text has them on two
+  lines, as in the result for a chunk.
   """
   if len(pieces) == 1:
     return pieces[0]
@@ -85,9 +87,9 @@ def _joined(parts) -> str | None:
 
 
 def join_texts(texts: Iterable[str]) -> str:
-  """Joins texts with a blank between them, and none between two Chinese or Japanese characters.
+  """Joins texts with a space, or without one between two Chinese or Japanese characters.
 
-  Empty texts leave nothing behind, and where a blank or line break is already there, none is added.
+  Empty texts are skipped; no space is added where there already is a space or line break.
   """
   joined = ""
   for text in texts:

@@ -1,9 +1,12 @@
-"""The class and the command that users call: same answers in any batch, bad clips named."""
+"""The public class and command: the same text in any batch, bad clips and options named."""
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -19,7 +22,7 @@ from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe.clips import load_clips
-from mooer_jax.transcribe.transcript import join_transcripts
+from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 
 PROMPTS = (("asr", "<|transcribe|>"), ("ast", "<|end|>"), ("asr_ast_mtl", "0"), ("QA", "{}0"))
 
@@ -120,7 +123,7 @@ def test_a_workdir_stands_for_its_newest_checkpoint(folder, transcriber, clips):
     (np.zeros(16000), "silent"),
     (np.zeros(0), "empty"),
     (np.full(1, 0.5), r"too short to hold speech; this model needs 0\.\d+ s"),
-    (0.1 * np.ones(7 * 16000), r"7\.0 s.*at most 6 s; --chunk-s 6 \(chunk_s=6\)"),
+    (0.1 * np.ones(7 * 16000), r"7\.0 s.*at most 6 s; --chunk-length-s 6 \(chunk_length_s=6\)"),
   ],
 )
 def test_bad_clips_are_refused_by_name(transcriber, tmp_path, samples, message):
@@ -175,14 +178,14 @@ def long_clip(clips):
 
 @pytest.mark.parametrize("task", ["asr", "asr_ast_mtl"])
 def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task):
-  [pieces] = load_clips([long_clip], transcriber.config, chunk_s=4.0)
+  [pieces] = load_clips([long_clip], transcriber.config, chunk_length_s=4.0)
   np.testing.assert_array_equal(np.concatenate(pieces), long_clip)
   assert all(16000 <= len(piece) <= 4 * 16000 for piece in pieces)
   heard = [piece for piece in pieces if piece.any()]
   assert len(pieces) > len(heard) > 4
   alone = transcriber.transcribe(heard, task=task)
   short, joined = transcriber.transcribe(
-    [clips[0].path, long_clip], task=task, chunk_s=4.0, batch_size=3
+    [clips[0].path, long_clip], task=task, chunk_length_s=4.0, batch_size=3
   )
   [unchanged] = transcriber.transcribe([clips[0].path], task=task)
   assert short == unchanged
@@ -197,14 +200,14 @@ def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task)
 
 def test_what_chunk_s_may_be_is_said_before_any_audio_is_read(transcriber):
   for chunk_s in (0.0, -1.0, 1.9, 6.1, float("nan"), float("inf")):
-    with pytest.raises(ValueError, match=r"chunk_s=.*2 to 6 seconds"):
-      transcriber.transcribe(["nowhere.wav"], chunk_s=chunk_s)
+    with pytest.raises(ValueError, match=r"chunk_length_s=.*between 2 and 6 "):
+      transcriber.transcribe(["nowhere.wav"], chunk_length_s=chunk_s)
 
 
 @pytest.mark.parametrize("samples", [np.zeros(9 * 16000), np.full(1, 0.5)])
 def test_bad_clips_stay_bad_in_pieces(transcriber, samples):
   with pytest.raises(ValueError, match=r"audio\[0\].*(silent|too short)"):
-    transcriber.transcribe([samples], chunk_s=6.0)
+    transcriber.transcribe([samples], chunk_length_s=6.0)
 
 
 def test_a_question_is_part_of_what_is_asked(transcriber, clips):
@@ -227,11 +230,11 @@ def test_a_question_is_part_of_what_is_asked(transcriber, clips):
 def test_without_a_template_the_prompt_stands_as_it_is(transcriber, clips):
   path = [clips[0].path]
   [templated] = transcriber.transcribe(path, prompt="10")
-  [same] = transcriber.transcribe(path, prompt="<SpeechHere>10", template="none")
-  [turned] = transcriber.transcribe(path, prompt="1<SpeechHere>0", template="none")
+  [same] = transcriber.transcribe(path, prompt="<SpeechHere>10", chat_template="none")
+  [turned] = transcriber.transcribe(path, prompt="1<SpeechHere>0", chat_template="none")
   assert same.tokens == templated.tokens != turned.tokens
   with pytest.raises(ValueError, match="'10<SpeechHere>' ends with the speech in template 'none'"):
-    transcriber.transcribe(path, prompt="10<SpeechHere>", template="none")
+    transcriber.transcribe(path, prompt="10<SpeechHere>", chat_template="none")
 
 
 def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcriber):
@@ -240,14 +243,25 @@ def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcr
     load_clips([np.zeros(0, np.float32)], filled)
 
 
-def test_the_command_reads_line_breaks_and_hands_the_template_over(folder, clips, monkeypatch):
+def test_the_command_reads_line_breaks_and_hands_the_template_over(
+  folder, clips, monkeypatch, capsys
+):
   given = {}
+  result = Transcript("said", [1], 1.0, "prompt")
   monkeypatch.setattr(
-    mooer_jax.Transcriber, "transcribe", lambda self, paths, **options: given.update(options) or []
+    mooer_jax.Transcriber,
+    "transcribe",
+    lambda self, paths, **options: given.update(options) or [result],
   )
   command = ["ask", "--checkpoint", str(folder), "--prompt", r"1\n<SpeechHere>0"]
-  assert cli.main([*command, "--template", "none", str(clips[0].path)]) == 0
-  assert given["prompt"] == "1\n<SpeechHere>0" and given["template"] == "none"
+  assert cli.main([*command, "--chat-template", "none", str(clips[0].path)]) == 0
+  assert given["prompt"] == "1\n<SpeechHere>0" and given["chat_template"] == "none"
+  assert capsys.readouterr().err == ""
+  # The names of version 0.1 still work.
+  old = ["--template", "none", "--chunk-s", "6", "--beams", "2"]
+  assert cli.main([*command, *old, str(clips[0].path)]) == 0
+  assert (given["chat_template"], given["chunk_length_s"], given["num_beams"]) == ("none", 6.0, 2)
+  assert capsys.readouterr().err.count("is deprecated; use --") == 3
 
 
 def test_the_command_takes_questions_and_long_clips(
@@ -256,31 +270,111 @@ def test_the_command_takes_questions_and_long_clips(
   path = str(tmp_path / "long.wav")
   soundfile.write(path, long_clip, 16000, subtype="FLOAT")
   command = ["ask", "--checkpoint", str(folder), "--task", "QA", path]
-  assert cli.main([*command, "--question", "1", "--chunk-s", "6"]) == 0
-  [expected] = transcriber.transcribe([path], task="QA", question="1", chunk_s=6.0)
+  assert cli.main([*command, "--question", "1", "--chunk-length-s", "6"]) == 0
+  [expected] = transcriber.transcribe([path], task="QA", question="1", chunk_length_s=6.0)
   out, err = capsys.readouterr()
   assert out == expected.text + "\n"
-  assert err.splitlines() == [f"{path}: {told}" for told in expected.complaints()]
-  for more, message in (([], "--question"), (["--question", "1"], "--chunk-s 6")):
-    assert cli.main([*command, *more]) == 2
+  assert err.splitlines() == [f"{path}: {told}" for told in expected.warnings()]
+  for more, message, status in (
+    ([], "--question", 2),
+    (["--question", "1"], "--chunk-length-s 6", 1),
+  ):
+    assert cli.main([*command, *more]) == status
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-def test_of_long_recordings_what_is_done_is_kept(folder, long_clip, tmp_path, capsys):
-  good, bad, out = tmp_path / "good.wav", tmp_path / "bad.wav", tmp_path / "out.json"
-  soundfile.write(good, long_clip, 16000, subtype="FLOAT")
-  bad.write_text("no audio")
-  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", "--chunk-s", "6"]
-  command += ["--batch-size", "1"]
-  assert cli.main([*command, "--json", str(out), str(good), str(bad)]) == 2
+@pytest.mark.parametrize("chunked", [[], ["--chunk-length-s", "6", "--batch-size", "1"]])
+def test_a_bad_file_costs_only_itself(folder, clips, tmp_path, capsys, chunked):
+  good, out = clips[0].path, tmp_path / "out.json"
+  (tmp_path / "bad.wav").write_text("no audio")
+  bad = [str(tmp_path / name) for name in ("bad.wav", "none.wav", "")]
+  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", *chunked]
+  assert cli.main([*command, "--json", str(out), bad[0], str(good), *bad[1:]]) == 1
   said, error = capsys.readouterr()
-  assert said.startswith(f"{good}\t") and "bad.wav" in error
-  [row] = json.loads(out.read_text("utf-8"))
-  assert row["path"] == str(good)
-  assert cli.main([*command, str(good), str(tmp_path / "none.wav")]) == 2  # before any is heard
-  said, error = capsys.readouterr()
-  assert said == "" and "no such audio file: " in error and "none.wav" in error
+  assert [line.split("\t")[0] for line in said.splitlines()] == [str(good)]
+  told = [line for line in error.splitlines() if line.startswith("not transcribed: ")]
+  assert len(told) == 3 and all(name in line for name, line in zip(bad, told, strict=True))
+  rows = json.loads(out.read_text("utf-8"))
+  assert [row["path"] for row in rows] == [bad[0], str(good), *bad[1:]]
+  assert [bool(row["error"]) for row in rows] == [True, False, True, True]
+
+
+def test_stdin_and_pipes_are_read(folder, clips, tmp_path, plain_env, transcriber):
+  [expected] = transcriber.transcribe([clips[0].path], task="asr")
+  command = [sys.executable, "-m", "mooer_jax.cli", "transcribe", "--checkpoint", str(folder)]
+  content = clips[0].path.read_bytes()
+  done = subprocess.run(
+    [*command, "--task", "asr", "-"], env=plain_env, input=content, capture_output=True
+  )
+  assert done.stdout.decode() == expected.text + "\n"
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  writer = threading.Thread(target=lambda: pipe.write_bytes(content))
+  writer.start()
+  assert transcriber.transcribe([pipe], task="asr")[0].tokens == expected.tokens
+  writer.join()
+
+
+def test_results_survive_an_interruption(folder, clips, tmp_path, monkeypatch, capsys):
+  out = tmp_path / "out.json"
+  calls = []
+
+  def transcribe(self, paths, **options):
+    calls.append(paths)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return [Transcript("said", [1], 1.0, "asr", path=path) for path in paths]
+
+  monkeypatch.setattr(mooer_jax.Transcriber, "transcribe", transcribe)
+  command = ["transcribe", "--checkpoint", str(folder), "--json", str(out), "--batch-size", "1"]
+  assert cli.main([*command, *[str(clips[0].path)] * 20]) == 130
+  rows = json.loads(out.read_text("utf-8"))
+  assert len(rows) == len(calls[0]) and rows[0]["text"] == "said"
+  assert f"{out} holds the {len(rows)} results" in capsys.readouterr().err
+  assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_odd_file_names_are_escaped(folder, clips, tmp_path, capsys):
+  odd = os.fsdecode(bytes(tmp_path) + b"/a\nb\t\xff.wav")
+  shutil.copyfile(clips[0].path, odd)
+  out = tmp_path / "out.json"
+  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", "--json", str(out)]
+  assert cli.main([*command, odd, str(clips[0].path)]) == 0
+  assert len(capsys.readouterr().out.splitlines()) == 2
+  rows = json.loads(out.read_text("utf-8"))
+  assert rows[0]["path"] == odd
+
+
+def test_audio_is_never_overwritten(folder, clips, tmp_path, capsys):
+  copy = tmp_path / "a.wav"
+  shutil.copyfile(clips[0].path, copy)
+  before = copy.read_bytes()
+  command = ["transcribe", "--checkpoint", str(folder), "--json", str(copy)]
+  for audio in (str(copy), str(clips[1].path)):
+    assert cli.main([*command, audio]) == 2
+    assert str(copy) in capsys.readouterr().err
+  assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--repetition-penalty", "nan"], "repetition_penalty=nan"),
+    (["--temperature", "nan"], "temperature=nan"),
+    (["--temperature", "inf"], "temperature=inf"),
+    (["--top-p", "nan"], "top_p=nan"),
+    (["--length-penalty", "nan"], "length_penalty=nan"),
+    (["--seed", str(2**64)], f"seed={2**64}"),
+    (["--seed", "-1"], "seed=-1"),
+    (["--min-new-tokens", "300", "--max-new-tokens", "200"], "exceeds max_new_tokens=200"),
+  ],
+)
+def test_options_without_a_meaning_are_refused(folder, clips, capsys, flags, message):
+  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", str(clips[0].path)]
+  assert cli.main([*command, *flags]) == 2
+  [line] = capsys.readouterr().err.splitlines()
+  assert message in line
 
 
 def test_the_command_prints_and_writes_json(folder, clips, tmp_path, capsys, transcriber):

@@ -41,10 +41,10 @@ def test_what_is_counted_adds_up_and_one_unfinished_piece_is_enough():
   cut = Transcript("d", [1], 1.0, "asr", finished=False, transcript="d")
   joined = join_transcripts([*parts, cut, *parts])
   assert not joined.finished and joined.pieces == (*parts, cut, *parts)
-  assert joined.complaints() == ["from 4.5 to 5.5 s the answer was cut at max_new_tokens=1"]
-  assert cut.complaints() == ["the answer was cut at max_new_tokens=1"]
-  assert join_transcripts(parts).complaints() == []
-  assert join_transcripts(pieces("asr", "", " ")).complaints() == ["the answer is empty"]
+  assert joined.warnings() == ["from 4.5 to 5.5 s the text was truncated at max_new_tokens=1"]
+  assert cut.warnings() == ["the text was truncated at max_new_tokens=1"]
+  assert join_transcripts(parts).warnings() == []
+  assert join_transcripts(pieces("asr", "", " ")).warnings() == ["the text is empty"]
 
 
 def test_a_clip_in_one_piece_is_left_as_it_is():
