@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import stat
@@ -124,8 +125,9 @@ def run(args: argparse.Namespace) -> int:
   transcriber = Transcriber.from_checkpoint(
     args.checkpoint, dtype=args.dtype, base_checkpoint=args.base_checkpoint
   )
-  sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
-  sys.stderr.reconfigure(errors="backslashreplace")
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
   # Memory holds some clips at a time; of long recordings only a batch.
   size = max(1, args.batch_size) * (_GROUP if args.chunk_length_s is None else 1)
   failed = []
