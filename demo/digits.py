@@ -200,7 +200,7 @@ def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]
     "seconds": {name: round(value, 1) for name, value in seconds.items()},
     "steps_done_in_this_run": redone,
     "n_train_utterances": config.speech.train_clips,
-    "updates": len(losses),
+    "optimizer_steps": len(losses),
     "loss_first": sum(losses[:10]) / len(losses[:10]),
     "loss_last": sum(losses[-10:]) / len(losses[-10:]),
     "held_out_voices": list(TEST_VARIANTS),
