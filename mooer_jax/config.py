@@ -108,7 +108,7 @@ class SpeechLLMConfig:
       raise ValueError(f"model.encoders={kinds}: give one or more, each of a kind of its own")
     rates = {frontend.sample_rate_hz for frontend in self.frontends}
     if len(rates) > 1:
-      raise ValueError(f"the encoders' features want sample rates {sorted(rates)}; needed is one")
+      raise ValueError(f"all front ends must use the same sample rate; got {sorted(rates)} Hz")
     heard = 0  # encoder frames of the longest clip
     for encoder, frontend in zip(self.encoders, self.frontends, strict=True):
       if encoder.input_width != frontend_width(frontend):
@@ -133,9 +133,14 @@ class SpeechLLMConfig:
     if self.template not in TEMPLATES:
       raise ValueError(f"model.template={self.template!r}: choose one of {sorted(TEMPLATES)}")
 
-  def filled_up(self, waveform_N: np.ndarray) -> np.ndarray:
-    """A clip with silence behind it up to min_audio_s."""
-    missing = round(self.min_audio_s * self.frontends[0].sample_rate_hz) - len(waveform_N)
+  @property
+  def sample_rate_hz(self) -> int:
+    """Sample rate of the waveforms; all front ends share it."""
+    return self.frontends[0].sample_rate_hz
+
+  def pad_to_min_duration(self, waveform_N: np.ndarray) -> np.ndarray:
+    """Appends silence to a clip shorter than min_audio_s."""
+    missing = round(self.min_audio_s * self.sample_rate_hz) - len(waveform_N)
     return np.pad(waveform_N, (0, missing)) if missing > 0 else waveform_N
 
   def replace(self, **changes) -> "SpeechLLMConfig":

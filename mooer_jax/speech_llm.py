@@ -77,7 +77,7 @@ def num_speech_tokens(samples: int, config: SpeechLLMConfig) -> int:
 
 def shortest_s(config: SpeechLLMConfig) -> float:
   """Length of the shortest clip that the model hears anything of, seconds."""
-  rate_hz = config.frontends[0].sample_rate_hz
+  rate_hz = config.sample_rate_hz
   samples = range(int(config.max_audio_s * rate_hz) + 1)
   return bisect.bisect_left(samples, 1, key=lambda n: num_speech_tokens(n, config)) / rate_hz
 
@@ -99,14 +99,14 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
   ):
     frames += 1  # few frames are quick to trace; the config has made sure that there are enough
   streams = {}
-  for (name, module), frontend in zip(
-    encoder_modules(config).items(), config.frontends, strict=True
-  ):
+  for number, (name, module) in enumerate(encoder_modules(config).items()):
+    # The first encoder keeps the key that it had in version 0.1.
+    key = jax.random.fold_in(key_encoders, number) if number else key_encoders
     width = module.config.input_width
     x_BTF, valid_BT = jnp.zeros((1, frames, width)), jnp.ones((1, frames), bool)
-    streams[name], variables = module.init_with_output(key_encoders, x_BTF, valid_BT)
+    streams[name], variables = module.init_with_output(key, x_BTF, valid_BT)
     params["encoders"][name] = variables["params"]
-    if frontend.normalised:
+    if config.frontends[number].normalised:
       params["frontend"][name] = {"shift": jnp.zeros(width), "scale": jnp.ones(width)}
   if config.encoder_norm:
     params["encoder_norms"] = {

@@ -1,22 +1,19 @@
 """Our side of `convert verify`: the stages of a checkpoint on clips, and what they differ in."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
 from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import SpeechLLMConfig, frontend_from_json, part_from_json
 from mooer_jax.generation import GenerationOptions
 from mooer_jax.generation.generate import generate
+from mooer_jax.inputs import encoder_inputs, extract_features
 from mooer_jax.nn.compute import Compute
 
 from ..core.errors import ConversionError
@@ -38,11 +35,10 @@ def load_clips(files: Sequence[Path], config: SpeechLLMConfig) -> list[np.ndarra
   Raises:
     ValueError: if one is too short or too long for an encoder, before PyTorch would cut it.
   """
-  rate_hz = config.frontends[0].sample_rate_hz
+  rate_hz = config.sample_rate_hz
   clips = [load_audio(file, sample_rate_hz=rate_hz, channel=config.channel) for file in files]
   for file, clip_N in zip(files, clips, strict=True):
-    for frontend in config.frontends:
-      features(config.filled_up(clip_N), frontend, name=str(file))
+    extract_features(clip_N, config, name=str(file))
   return clips
 
 
@@ -164,28 +160,24 @@ def _batch(
   answers: Sequence[np.ndarray] | None = None,
 ) -> speech_llm.Batch:
   rows = len(waveforms)
-  padded = [
-    _padded([features(config.filled_up(waveform_N), frontend) for waveform_N in waveforms])
-    for frontend in config.frontends
-  ]
-  given = [np.zeros(0)] * rows if answers is None else answers
+  features, frames = encoder_inputs([extract_features(w_N, config) for w_N in waveforms])
+  given = [np.zeros(0, np.int32)] * rows if answers is None else answers
   before_BS, after_BS = (np.tile(np.array(part_S, np.int32), (rows, 1)) for part_S in prompt)
   return speech_llm.Batch(
-    features=tuple(raw_BTF for raw_BTF, _ in padded),
-    frames=tuple(frames_B for _, frames_B in padded),
+    features=features,
+    frames=frames,
     before_BS=before_BS,
     after_BS=after_BS,
-    answer_BS=_padded([answer_A.astype(np.int32) for answer_A in given], fill=-1)[0],
+    answer_BS=_padded(given),
   )
 
 
-def _padded(rows: Sequence[np.ndarray], fill: float = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Arrays of other lengths in one, filled up at the end, and their lengths."""
-  lengths = np.array([len(row) for row in rows], np.int32)
-  out = np.full((len(rows), lengths.max(), *rows[0].shape[1:]), fill, rows[0].dtype)
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+  """Token rows of different lengths in one array, padded with -1 at the end."""
+  out = np.full((len(rows), max(map(len, rows))), -1, np.int32)
   for line, row in zip(out, rows):
     line[: len(row)] = row
-  return out, lengths
+  return out
 
 
 def _joined(clips: Sequence[Stages]) -> Stages:

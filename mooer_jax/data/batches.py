@@ -1,20 +1,21 @@
 """Examples put together into padded batches of a few fixed shapes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import grain
 import jax
 import numpy as np
 
-from mooer_jax.audio.frontend import Frontend, num_frames, width
+from mooer_jax.audio.frontend import num_frames, width
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Asker, Example
 from mooer_jax.data.feature_cache import DTYPE
 from mooer_jax.data.shards import Skip
 from mooer_jax.data.utterances import UtteranceStream
+from mooer_jax.inputs import bucket_lengths, encoder_inputs
 from mooer_jax.speech_llm import Batch
 
 
@@ -46,63 +47,53 @@ class HostBatch:
     return sum(self.seconds)
 
 
-class Padder:
-  """Pads what the encoders take to the smallest bucket that holds it all.
+class Padding(NamedTuple):
+  """The shapes that the encoder inputs of a data set are padded to.
 
   Attributes:
-    rows: of a batch.
-    lengths: for each bucket, the length of every encoder's features.
-    widths: of every encoder's features.
-    dtype: of them.
+    rows: rows of a batch.
+    buckets: for each bucket, the number of frames for every encoder.
+    widths: values per frame for every encoder.
+    dtype: of the inputs.
   """
 
-  def __init__(self, config: DataConfig, model: SpeechLLMConfig, *, encoded: bool = False):
-    """Works out the padded lengths.
+  rows: int
+  buckets: list[tuple[int, ...]]
+  widths: list[int]
+  dtype: Any
 
-    Args:
-      config: batch size and buckets, which are lengths of the first encoder's features.
-      model: what features its encoders take.
-      encoded: whether encoder frames take the place of features.
+  def __call__(self, clips: Sequence[tuple[np.ndarray, ...]]):
+    """Encoder inputs of at most `rows` clips; see `inputs.encoder_inputs`."""
+    return encoder_inputs(clips, rows=self.rows, buckets=self.buckets, dtype=self.dtype)
 
-    Raises:
-      ValueError: if the longest bucket does not hold a clip of config.max_s.
-    """
-    frontends = model.frontends
-    longest_s = max(config.max_s, model.min_audio_s)
-    longest = num_frames(int(longest_s * frontends[0].sample_rate_hz), frontends[0])
-    if longest > config.buckets[-1]:
-      raise ValueError(
-        f"data.max_s={longest_s} makes {longest} frames, more than the longest of data.buckets="
-        f"{config.buckets}; add {longest} or lower data.max_s"
-      )
-    self.rows = config.batch_size
-    self.dtype = DTYPE if encoded else np.float32
-    self.widths = [width(f) for f in frontends]
-    self.lengths = [_lengths(bucket, frontends) for bucket in config.buckets]
-    if encoded:
-      self.widths = [encoder.width for encoder in model.encoders]
-      self.lengths = [
-        tuple(e.num_outputs(n) for e, n in zip(model.encoders, lengths, strict=True))
-        for lengths in self.lengths
-      ]
 
-  def __call__(
-    self, clips: Sequence[tuple[np.ndarray, ...]]
-  ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """(Features [B, T, F], frames int32 [B]) for each encoder, of at most B clips [T, F]."""
-    assert 0 < len(clips) <= self.rows
-    most = [max(map(len, streams)) for streams in zip(*clips, strict=True)]
-    lengths = next(c for c in self.lengths if all(a <= b for a, b in zip(most, c, strict=True)))
-    features = tuple(
-      np.zeros((self.rows, length, channels), self.dtype)
-      for length, channels in zip(lengths, self.widths, strict=True)
+def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool = False) -> Padding:
+  """Determines the padded shapes.
+
+  Args:
+    config: batch size and buckets, which are lengths of the first encoder's features.
+    model: determines the features of its encoders.
+    encoded: whether encoder frames take the place of features.
+
+  Raises:
+    ValueError: if a clip of config.max_s does not fit into the longest bucket.
+  """
+  frontends = model.frontends
+  longest_s = max(config.max_s, model.min_audio_s)
+  longest = num_frames(int(longest_s * model.sample_rate_hz), frontends[0])
+  if longest > config.buckets[-1]:
+    raise ValueError(
+      f"data.max_s={longest_s} makes {longest} frames, more than the longest of data.buckets="
+      f"{config.buckets}; add {longest} or lower data.max_s"
     )
-    frames = tuple(np.zeros(self.rows, np.int32) for _ in lengths)
-    for row, clip in enumerate(clips):
-      for x_BTF, frames_B, made in zip(features, frames, clip, strict=True):
-        x_BTF[row, : len(made)] = made
-        frames_B[row] = len(made)
-    return features, frames
+  buckets = [bucket_lengths(bucket, frontends) for bucket in config.buckets]
+  if not encoded:
+    return Padding(config.batch_size, buckets, [width(f) for f in frontends], np.float32)
+  encoders = model.encoders
+  buckets = [
+    tuple(e.num_outputs(n) for e, n in zip(encoders, lengths, strict=True)) for lengths in buckets
+  ]
+  return Padding(config.batch_size, buckets, [e.width for e in encoders], DTYPE)
 
 
 class Batcher:
@@ -111,12 +102,12 @@ class Batcher:
   def __init__(
     self, config: DataConfig, model: SpeechLLMConfig, asker: Asker, *, encoded: bool = False
   ):
-    """Works out the padded lengths; arguments and errors as of `Padder`.
+    """Works out the padded lengths; arguments and errors as of `input_padding`.
 
     Args:
       asker: knows the lengths of prompts.
     """
-    self._pad = Padder(config, model, encoded=encoded)
+    self._pad = input_padding(config, model, encoded=encoded)
     self._rows, self._encoded = config.batch_size, encoded
     self._answer_lengths = config.answer_buckets
     self._asker = asker
@@ -144,7 +135,7 @@ class Batcher:
         task_B=ints() if self._mixed else None,
         encoded=self._encoded,
       )
-      for lengths in reversed(self._pad.lengths)
+      for lengths in reversed(self._pad.buckets)
       for answer_length in reversed(self._answer_lengths)
     ]
 
@@ -185,19 +176,6 @@ class Batcher:
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
       cut=sum(e.seconds > self._max_s for e in examples),
     )
-
-
-def _lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...]:
-  """Frames of each frontend for the longest clip whose first features are `bucket` long."""
-  if len(frontends) == 1:
-    return (bucket,)
-  low, high = 1, 1
-  while num_frames(high, frontends[0]) <= bucket:
-    low, high = high, 2 * high
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if num_frames(middle, frontends[0]) <= bucket else (low, middle)
-  return (bucket, *(num_frames(low, frontend) for frontend in frontends[1:]))
 
 
 class _Window:

@@ -275,7 +275,7 @@ def _waveform(
   raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
 ) -> tuple[np.ndarray, float]:
   """What is heard of an utterance, its clips joined, and how long all of it is, seconds."""
-  rate_hz, name = model.frontends[0].sample_rate_hz, f"{raw.key}.{raw.suffix}"
+  rate_hz, name = model.sample_rate_hz, f"{raw.key}.{raw.suffix}"
   pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
   parts: list[np.ndarray] = []
   for clip in (raw.audio, *raw.more):
@@ -285,4 +285,4 @@ def _waveform(
   seconds = len(joined_N) / rate_hz
   if config.cut_longer:
     joined_N = joined_N[: round(config.max_s * rate_hz)]
-  return model.filled_up(joined_N), seconds
+  return model.pad_to_min_duration(joined_N), seconds

@@ -31,7 +31,7 @@ def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig
     )
   frontend = model.frontends[0]
   longest_s = max(longest_s, model.min_audio_s)
-  longest = num_frames(int(longest_s * frontend.sample_rate_hz), frontend)
+  longest = num_frames(int(longest_s * model.sample_rate_hz), frontend)
   buckets = run.data.buckets
   return dataclasses.replace(
     run.data,

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig, to_json
 from mooer_jax.data import annotation
-from mooer_jax.data.batches import Padder
+from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import hear
 from mooer_jax.data.feature_cache import EncodedCache, digest
@@ -140,7 +140,7 @@ def uncached_batches(
   Raises:
     FileNotFoundError, ValueError: for a bad list, or buckets too short.
   """
-  pad = Padder(config, model)
+  pad = input_padding(config, model)
   utterances = itertools.chain.from_iterable(map(read, shard_names(config.shards)))
   found = _uncached(utterances, config, model, known=known, passed=passed)
   none_BS = np.zeros((config.batch_size, 0), np.int32)

@@ -60,10 +60,6 @@ def raise_first(clips: Sequence[Any]) -> None:
     raise ValueError(f"{len(errors)} of {len(clips)} audio files could not be used: {said}")
 
 
-def _rate_hz(config: SpeechLLMConfig) -> int:
-  return config.frontends[0].sample_rate_hz
-
-
 def _piece_lengths(chunk_length_s: float, config: SpeechLLMConfig) -> tuple[int, int]:
   """Samples that the pieces of a long clip may have: (at least, at most)."""
   shortest, longest = max(SHORTEST_S, shortest_s(config)), config.max_audio_s
@@ -72,12 +68,12 @@ def _piece_lengths(chunk_length_s: float, config: SpeechLLMConfig) -> tuple[int,
       f"chunk_length_s={chunk_length_s:g}: must be between {2 * shortest:g} and {longest:g} (the"
       " limit of this model) seconds"
     )
-  return round(shortest * _rate_hz(config)), int(chunk_length_s * _rate_hz(config))
+  return round(shortest * config.sample_rate_hz), int(chunk_length_s * config.sample_rate_hz)
 
 
 def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
   """One clip as float32 [samples] of a sensible range."""
-  rate_hz = _rate_hz(config)
+  rate_hz = config.sample_rate_hz
   if isinstance(clip, (str, os.PathLike, bytes)):
     name = f"{len(clip)} bytes of {name}" if isinstance(clip, bytes) else name
     return load_audio(clip, sample_rate_hz=rate_hz, channel=config.channel, name=name)
@@ -107,9 +103,9 @@ def _pieces(
   lengths: tuple[int, int] | None,
 ) -> list[np.ndarray]:
   """The clip if the model takes it as it is; where lengths are given, in such pieces."""
-  rate_hz = _rate_hz(config)
+  rate_hz = config.sample_rate_hz
   seconds = len(waveform_N) / rate_hz
-  if not num_speech_tokens(len(config.filled_up(waveform_N)), config):
+  if not num_speech_tokens(len(config.pad_to_min_duration(waveform_N)), config):
     least = f"this model needs {shortest_s(config):.3f} s"
     raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech; {least}", "too short")
   if np.abs(waveform_N).max(initial=0) < SILENCE:

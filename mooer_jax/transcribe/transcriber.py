@@ -9,10 +9,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from mooer_jax.audio.frontend import features, num_frames
+from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.generation import GenerationOptions, generate
 from mooer_jax.generation.loading import load_model
+from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import (
   check_goes_on,
@@ -52,8 +53,8 @@ class Transcriber:
     self.config = config.with_compute(scan=False)
     self.tokenizer = tokenizer
     self.options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
-    longest = round(config.max_audio_s * self._rate_hz)
-    self.buckets = [_buckets(num_frames(longest, frontend)) for frontend in config.frontends]
+    longest = num_frames(round(config.max_audio_s * config.sample_rate_hz), config.frontends[0])
+    self.buckets = [bucket_lengths(length, config.frontends) for length in _buckets(longest)]
 
   @classmethod
   def from_checkpoint(
@@ -173,7 +174,7 @@ class Transcriber:
 
     def transcript(piece_N, tokens=(), **outcome):
       text = self.tokenizer.decode(tokens)
-      seconds = len(piece_N) / self._rate_hz
+      seconds = len(piece_N) / self.config.sample_rate_hz
       parts = split_answer(task, text)._asdict()
       return Transcript(text, list(tokens), seconds, task, **outcome, **parts)
 
@@ -196,25 +197,13 @@ class Transcriber:
         )
     return answers
 
-  @property
-  def _rate_hz(self) -> int:
-    return self.config.frontends[0].sample_rate_hz
-
   def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
-    padded, frames = [], []
-    for frontend, buckets in zip(self.config.frontends, self.buckets, strict=True):
-      made = [features(self.config.filled_up(clip), frontend) for clip in clips]
-      longest = max(len(x_TF) for x_TF in made)
-      length = next(bucket for bucket in buckets if bucket >= longest)
-      padded.append(np.zeros((rows, length, made[0].shape[1]), np.float32))
-      frames.append(np.zeros(rows, np.int32))
-      for row, x_TF in enumerate(made):
-        padded[-1][row, : len(x_TF)] = x_TF
-        frames[-1][row] = len(x_TF)
+    made = [extract_features(clip, self.config) for clip in clips]
+    features, frames = encoder_inputs(made, rows=rows, buckets=self.buckets)
     before_S, after_S = encode_prompt(self.tokenizer, prompt)
     return Batch(
-      features=tuple(padded),
-      frames=tuple(frames),
+      features=features,
+      frames=frames,
       before_BS=np.tile(np.asarray(before_S, np.int32), (rows, 1)),
       after_BS=np.tile(np.asarray(after_S, np.int32), (rows, 1)),
       answer_BS=np.full((rows, 1), -1, np.int32),

@@ -219,7 +219,7 @@ def test_the_original_gives_the_same_tokens_and_loss(
   loss = jax.jit(lambda params, batch: speech_llm.loss(params, batch, config)[0])
   logits = jax.jit(lambda params, batch: speech_llm.prompt(params, batch, config)[0])
   for sounds, texts in cases:
-    sounds = [config.filled_up(w) for w in sounds]
+    sounds = [config.pad_to_min_duration(w) for w in sounds]
     spectrogram = listen(sounds, sampling_rate=16000, return_tensors="pt")["input_features"]
     raw = torch.tensor(np.stack(sounds))
     sample = {

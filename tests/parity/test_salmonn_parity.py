@@ -73,7 +73,7 @@ def sides(request, clips, tmp_path_factory):
 def batch_of(waveforms, answers, config, tokenizer):
   made, frames = [], []
   for frontend in config.frontends:
-    rows = [features(config.filled_up(waveform_N), frontend) for waveform_N in waveforms]
+    rows = [features(config.pad_to_min_duration(waveform_N), frontend) for waveform_N in waveforms]
     frames.append(np.array([len(row) for row in rows], np.int32))
     made.append(np.zeros((len(rows), frames[-1].max(), rows[0].shape[1]), np.float32))
     for line, row in zip(made[-1], rows):

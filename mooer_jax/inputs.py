@@ -1,0 +1,86 @@
+"""Waveforms to padded encoder inputs; training, transcription and verification share it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mooer_jax.audio.frontend import Frontend, features, num_frames
+from mooer_jax.config import SpeechLLMConfig
+
+
+def extract_features(
+  waveform_N: np.ndarray, config: SpeechLLMConfig, *, name: str = "waveform"
+) -> tuple[np.ndarray, ...]:
+  """Features of one clip for each encoder, computed in NumPy.
+
+  Args:
+    waveform_N: float [samples] at the model's sample rate; silence is appended up to min_audio_s.
+    config: the model.
+    name: name of the clip in errors.
+
+  Returns:
+    For each encoder float32 [frames, features], before CMVN.
+
+  Raises:
+    AudioError, ValueError: for a clip that is empty, or longer than an encoder takes.
+  """
+  padded_N = config.pad_to_min_duration(waveform_N)
+  return tuple(features(padded_N, frontend, name=name) for frontend in config.frontends)
+
+
+def encoder_inputs(
+  clips: Sequence[tuple[np.ndarray, ...]],
+  *,
+  rows: int | None = None,
+  buckets: Sequence[tuple[int, ...]] | None = None,
+  dtype=np.float32,
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+  """Pads the features of clips to the smallest bucket that fits all of them.
+
+  Args:
+    clips: at least one clip, each with [frames, features] for every encoder.
+    rows: rows of the batch; missing ones are padding with 0 frames. Default: one per clip.
+    buckets: for each bucket the number of frames for every encoder, in increasing order. Default:
+      no bucket, so the longest clip sets the length.
+    dtype: of the result.
+
+  Returns:
+    (features [rows, frames, features], valid frames int32 [rows]), each a tuple over encoders; the
+    first two fields of `speech_llm.Batch`.
+
+  Raises:
+    ValueError: if a clip is longer than the last bucket, or there are more clips than rows.
+  """
+  rows = len(clips) if rows is None else rows
+  if not 0 < len(clips) <= rows:
+    raise ValueError(f"{len(clips)} clips for {rows} rows; at least 1 and at most {rows} fit")
+  longest = tuple(max(map(len, stream)) for stream in zip(*clips, strict=True))
+  fitting = (
+    b for b in buckets or [longest] if all(n <= m for n, m in zip(longest, b, strict=True))
+  )
+  lengths = next(fitting, None)
+  if lengths is None:
+    raise ValueError(f"clips of {longest} frames do not fit into the largest bucket, {buckets[-1]}")  # type: ignore[index]
+  padded = tuple(
+    np.zeros((rows, length, clips[0][number].shape[1]), dtype)
+    for number, length in enumerate(lengths)
+  )
+  frames = tuple(np.zeros(rows, np.int32) for _ in lengths)
+  for row, clip in enumerate(clips):
+    for x_BTF, frames_B, made_TF in zip(padded, frames, clip, strict=True):
+      x_BTF[row, : len(made_TF)] = made_TF
+      frames_B[row] = len(made_TF)
+  return padded, frames
+
+
+def bucket_lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...]:
+  """Frames for every encoder of the longest clip that has `bucket` frames for the first one."""
+  if len(frontends) == 1:
+    return (bucket,)
+  low, high = 1, 1
+  while num_frames(high, frontends[0]) <= bucket:
+    low, high = high, 2 * high
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if num_frames(middle, frontends[0]) <= bucket else (low, middle)
+  return (bucket, *(num_frames(low, frontend) for frontend in frontends[1:]))
