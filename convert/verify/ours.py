@@ -1,9 +1,12 @@
 """Our side of `convert verify`: the stages of a checkpoint on clips, and what they differ in."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax import speech_llm, tree
