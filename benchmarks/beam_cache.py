@@ -19,11 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.provenance import MODEL, write_result
 from mooer_jax import speech_llm
 from mooer_jax.config import DECODERS, SpeechLLMConfig
 from mooer_jax.decoders.llm import LLM, KVCache
 from mooer_jax.generation import GenerationOptions, generate_from, search
 from mooer_jax.nn.compute import Compute
+
+SOURCES = (*MODEL, "benchmarks/beam_cache.py", "mooer_jax/generation")
 
 
 def copying(params, inputs_BSD, valid_BS, *, config, options):
@@ -84,7 +87,7 @@ def main():
   parser.add_argument("--vocab", type=int, default=4096)
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--json")
+  parser.add_argument("--json", type=Path)
   args = parser.parse_args()
   decoder = dataclasses.replace(DECODERS["qwen2_0.5b"], layers=args.layers, vocab=args.vocab)
   config = SpeechLLMConfig(decoder=decoder, compute=Compute(dtype=args.dtype))
@@ -112,15 +115,14 @@ def main():
   result = {
     "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}",
     "jax": jax.__version__,
-    **vars(args),
+    **{name: value for name, value in vars(args).items() if name != "json"},
     "ms_per_step": {name: 1e3 * statistics.median(s) / args.new for name, s in seconds.items()},
     "fastest_ms_per_step": {name: 1e3 * min(s) / args.new for name, s in seconds.items()},
     "temporary_mb": memory,
   }
   print(json.dumps(result, indent=2))
   if args.json:
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.json, result, SOURCES)
 
 
 if __name__ == "__main__":

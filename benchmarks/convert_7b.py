@@ -9,7 +9,6 @@ Needs twice 15.2 GB below --dir at once, and removes all of it. Times stand besi
 import argparse
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from benchmarks.provenance import write_result
 from convert.core.engine import Outgoing, natural
 from convert.core.folders import write_json
 from convert.core.writers import write_shards
@@ -30,6 +30,15 @@ from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLMConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SOURCES = (
+  "benchmarks/convert_7b.py",
+  "convert/core",
+  "convert/exporting.py",
+  "convert/importing.py",
+  "convert/parts/language_model.py",
+  "convert/readers",
+  "mooer_jax/checkpoint",
+)
 SHARD_BYTES = 4 * 10**9  # as the published folder is cut
 # Runs in a process of its own, so that its peak is that of the conversion alone.
 PROGRAM = """
@@ -130,7 +139,7 @@ def main():
     print(f"{name:8}{row['seconds']:10.1f}{ratio:10.2f}{row['peak_gb']:20.2f}")
   print(f"the exported files are {'the same' if identical else 'NOT the same'} byte for byte")
   if args.json:
-    args.json.write_text(json.dumps({"bytes": total, "identical": identical, **rows}, indent=2))
+    write_result(args.json, {"bytes": total, "identical": identical, **rows}, SOURCES)
   return 0 if identical else 1
 
 

@@ -7,16 +7,16 @@ PyTorch's side has too.
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from benchmarks.provenance import MODEL, versions, write_result
 
 # section -> (module with `run(dry_run) -> dict`, seconds that it may take)
 SECTIONS = {
@@ -26,6 +26,13 @@ SECTIONS = {
   "training": ("benchmarks.gpu_training", 120),
 }
 WORKLOADS = ("forward", "train_step", "decode")
+SOURCES = (
+  *MODEL,
+  *(f"{module.replace('.', '/')}.py" for module, _ in SECTIONS.values()),
+  "benchmarks/gpu_suite.py",
+  "benchmarks/llm_sizes.py",
+  "mooer_jax/training",
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "numpy")
 
 
@@ -68,16 +75,6 @@ def compare(jax_side: dict, torch_side: dict) -> dict:
   return ratios
 
 
-def versions() -> dict[str, str]:
-  found = {"python": platform.python_version()}
-  for name in PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "absent"
-  return found
-
-
 def show(report: dict):
   """Prints the report as plain lines: nothing beyond Python is needed."""
   print(f"\n{report['device']}{'  (dry run, sizes mean nothing)' if report['dry_run'] else ''}")
@@ -118,15 +115,14 @@ def main() -> int:
   report = {
     "device": devices[0] if devices else "unknown",
     "dry_run": options.dry_run,
-    "versions": versions(),
+    "versions": versions(*PACKAGES),
     "torch_over_jax": compare(sections["jax_7b"], sections["torch_7b"]),
     "sections": sections,
   }
   show(report)
   folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
   path = options.json or folder / f"gpu_suite{'_dry_run' * options.dry_run}.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+  write_result(path, report, SOURCES)
   print(f"written to {path}")
   return 0 if all(section["passed"] for section in sections.values()) else 1
 

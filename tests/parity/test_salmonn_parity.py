@@ -35,6 +35,7 @@ class Sides:
     options = Options(llm=llm, prompts=prompts, **paths)
     self.ours = folder / "ours"
     import_checkpoint("salmonn", folder / "files" / "salmonn_v1.pth", self.ours, options)
+    self.answers = functools.cache(self._answers)
     self.folder, self.paths = folder, [clip.path for clip in clips]
     self.waveforms = [load_audio(path) for path in self.paths]
 
@@ -48,8 +49,7 @@ class Sides:
     heard = [self.theirs.frames(waveform_N) for waveform_N in self.waveforms]
     return [self.theirs.inputs(self.theirs.speech(frames)) for frames in heard]
 
-  @functools.cache  # noqa: B019 - as long-lived as the module
-  def answers(self, beams):
+  def _answers(self, beams):
     return [self.theirs.answer(x, beams=beams, max_new_tokens=MAX_NEW_TOKENS) for x in self.inputs]
 
   def tokens(self, transcriber, *, beams, batch_size):

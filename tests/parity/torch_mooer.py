@@ -64,14 +64,14 @@ class Heard:
 class TorchMooer:
   """The model of one task."""
 
-  def __init__(self, release: Path, llm: str, task: str):
+  def __init__(self, release: Path, llm: str, task: str, encoder: SANMConfig = SANMConfig()):
     from funasr.frontends.wav_frontend import load_cmvn
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder = release / "paraformer_encoder"
     self.cmvn = load_cmvn(str(folder / "am.mvn"))
-    self.encoder = torch_models.sanm(SANMConfig())
+    self.encoder = torch_models.sanm(encoder)
     self.encoder.load_state_dict(torch.load(folder / "paraformer-encoder.pth"))
     self.adapter = torch.load(release / task / "adapter_project.pt")
     module = AutoModelForCausalLM.from_pretrained(release / llm, dtype=torch.float32)

