@@ -76,7 +76,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def clips() -> list[Clip]:
   """The committed clips: synthetic spoken digits, 16 kHz mono wav, at most 1.2 s each."""
-  folder = ROOT / "tests" / "data" / "clips"
+  folder = ROOT / "tests" / "clips"
   rows = [line.split(maxsplit=1) for line in (folder / "text").read_text("utf-8").splitlines()]
   return [Clip(key, folder / f"{key}.wav", text) for key, text in rows]
 

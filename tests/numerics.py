@@ -129,6 +129,16 @@ def exceeds_the_bound():
     yield
 
 
+def rounded_to(dtype, values):
+  """A deliberate fault: the floating leaves of a tree, rounded to a smaller dtype."""
+
+  def rounded(x):
+    x = np.asarray(x)
+    return x.astype(dtype).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(rounded, values)
+
+
 def _float64(x):
   return np.asarray(x).astype(np.float64)
 
@@ -151,6 +161,7 @@ def _assert_leaf_within(actual, expected, bound, name):
   if share[at] > 1:
     place = ", ".join(map(str, at))
     raise BoundExceeded(
-      f"{name or 'result'}[{place}] is {actual[at]:.9g}, expected {expected[at]:.9g}: the difference "
-      f"{error[at]:.3g} exceeds {bound[at]:.3g}; {(share > 1).sum()} of {share.size} elements do"
+      f"{name or 'result'}[{place}] is {actual[at]:.9g}, expected {expected[at]:.9g}: the"
+      f" difference {error[at]:.3g} exceeds {bound[at]:.3g}; {(share > 1).sum()} of {share.size}"
+      " elements do"
     )

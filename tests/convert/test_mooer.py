@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.readers import ReadError
@@ -19,7 +19,7 @@ from mooer_jax.config import from_json
 from tests.convert.folders_of import vary
 from tests.convert.releases import release
 from tests.convert.test_language_model import assert_same_tensors
-from tests.numerics import assert_within, condition, rounding
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounded_to, rounding
 from tests.tiny import SANM
 
 FILES = ("paraformer_encoder/paraformer-encoder.pth", "asr/adapter_project.pt", "asr/lora_weights",
@@ -64,6 +64,9 @@ def assert_same_model(folder, modules, cmvn):
   # The longest sums, over a frame's features or the MLP, in three encoder and two decoder layers.
   bound = rounding(5 * 56, condition(ours, loaded.params, batch))
   assert_within(ours(loaded.params, batch), expected, bound)
+  with exceeds_the_bound():
+    rounded = rounded_to(jnp.float8_e4m3fn, loaded.params)
+    assert_within(ours(rounded, batch), expected, bound)
 
 
 def cmvn_of(folder):
