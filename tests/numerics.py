@@ -129,6 +129,16 @@ def exceeds_the_bound():
     yield
 
 
+def rounded_to(dtype, values):
+  """A deliberate fault: the floating leaves of a tree, rounded to a smaller dtype."""
+
+  def rounded(x):
+    x = np.asarray(x)
+    return x.astype(dtype).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(rounded, values)
+
+
 def _float64(x):
   return np.asarray(x).astype(np.float64)
 

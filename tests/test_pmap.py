@@ -3,14 +3,16 @@
 import operator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mooer_jax import speech_llm
 from mooer_jax.speech_llm import Batch
 from tests import tiny
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
+# The longest sums, over a frame's features or an MLP, in at most nine layers.
+TERMS = 9 * 64
 DEVICES = 8  # faked by tests/conftest.py on a CPU
 MODELS = {"mooer": (tiny.model_config(), 14), "salmonn": (tiny.salmonn_config(), 64)}
 
@@ -55,12 +57,23 @@ def test_a_device_gives_what_its_clip_gives_alone(name):
   got, total = mapped(params, rows)
   assert len({shard.device for shard in got[2].addressable_shards}) == DEVICES
   alone = jax.jit(pieces)
-  expected = [alone(params, jax.tree.map(operator.itemgetter(n), rows)) for n in range(DEVICES)]
-  expected = jax.tree.map(lambda *x: jnp.stack(x), *expected)
-  # The same sums in another program; values are of size 1 to 10.
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+  def each_alone(params, batch):
+    return [alone(params, jax.tree.map(operator.itemgetter(n), batch)) for n in range(DEVICES)]
+
   streams, (_, valid), _ = got
   assert streams.keys() == {encoder.kind for encoder in config.encoders}
   assert valid.any(-1).all()
-  _, sums = jax.jit(lambda p, b: speech_llm.loss(p, b, config))(params, batch)
-  np.testing.assert_allclose(total, np.full(DEVICES, sums["loss_sum"]), rtol=1e-5)
+  bound = rounding(TERMS, condition(each_alone, params, rows))
+  expected = each_alone(params, rows)
+  of_each = [jax.tree.map(operator.itemgetter(n), got) for n in range(DEVICES)]
+  assert_within(of_each, expected, bound)
+  one_frame_less = batch.replace(frames=tuple(frames_B - 1 for frames_B in batch.frames))
+  shorter = each_alone(params, jax.tree.map(lambda x: x[:, None], one_frame_less))
+  for n in range(DEVICES):
+    with exceeds_the_bound():
+      assert_within(of_each[n][2], shorter[n][2], bound[n][2])
+
+  together = jax.jit(lambda p, b: speech_llm.loss(p, b, config)[1]["loss_sum"])
+  bound = rounding(TERMS, condition(together, params, batch))
+  assert_within(total, np.full(DEVICES, together(params, batch)), bound)

@@ -1,6 +1,7 @@
 """BEATs files in and out, bit for bit, and what is refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ from convert.readers import ReadError
 from mooer_jax import checkpoint
 from mooer_jax.config import frontend_from_json, part_from_json
 from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder
-from tests.parity import torch_beats, torch_models
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounded_to, rounding
+from tests.parity import torch_beats
 
 # As the original is: its features are 128 wide.
 SMALL = BEATsConfig(
@@ -85,13 +87,25 @@ def test_what_comes_in_computes_as_torch_does(tmp_path):
   cmvn = loaded.params["frontend"]["beats"]
   raw_BTF = np.random.default_rng(0).normal(12, 6, (1, 50, 128)).astype(np.float32)
   features_BTF = (raw_BTF + cmvn["shift"]) * cmvn["scale"]
-  np.testing.assert_allclose(features_BTF, (raw_BTF - 15.41663) / (2 * 6.55582), atol=1e-6)
-  ours, _ = jax.jit(BEATsEncoder(config).apply)(
-    {"params": loaded.params["encoders"]["beats"]}, features_BTF, np.ones((1, 50), bool)
-  )
+  # Each side rounds twice, values of this size.
+  scale_BTF = (np.abs(raw_BTF) + 15.41663) / (2 * 6.55582)
+  normed_BTF = (raw_BTF - 15.41663) / (2 * 6.55582)
+  assert_within(features_BTF, normed_BTF, rounding(4, scale_BTF))
+  with exceeds_the_bound():
+    assert_within(features_BTF + 1e-4, normed_BTF, rounding(4, scale_BTF))
+
+  @jax.jit
+  def ours(params, features_BTF):
+    return BEATsEncoder(config).apply({"params": params}, features_BTF, np.ones((1, 50), bool))[0]
+
   with torch.no_grad():
-    expected = theirs(torch.tensor(features_BTF))
-  assert torch_models.error(ours, expected) <= 1e-4
+    expected = theirs(torch.tensor(features_BTF)).numpy()
+  params = loaded.params["encoders"]["beats"]
+  # The longest sums: over a patch, then over the MLP in each of three layers.
+  bound = rounding(16 * 16 + 3 * 40, condition(ours, params, features_BTF))
+  assert_within(ours(params, features_BTF), expected, bound)
+  with exceeds_the_bound():
+    assert_within(ours(rounded_to(jnp.bfloat16, params), features_BTF), expected, bound)
 
 
 def test_a_fine_tuned_file_loses_its_head_by_name(tmp_path):

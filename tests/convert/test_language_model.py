@@ -2,12 +2,13 @@
 
 import shutil
 
-import convert.folders
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+import convert.core.folders
 from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
@@ -18,16 +19,22 @@ from mooer_jax.decoders.llm import LLM
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import make_mesh, param_shardings
 from tests.convert.folders_of import saved_llm
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
 
-def our_logits(folder, tokens_BS):
+def our_logits(folder):
+  """(Function of params and tokens [B, S], the folder's params)."""
   loaded = checkpoint.load(folder, dtype="float32")
-  config = part_from_json(loaded.config["decoder"], "decoder")
-  variables = {"params": loaded.params["decoder"]}
-  module = LLM(config)
-  inputs_BSD = module.apply(variables, tokens_BS, method=LLM.embed_tokens)
-  hidden_BSD, _ = module.apply(variables, inputs_BSD, jnp.ones(tokens_BS.shape, bool))
-  return np.asarray(module.apply(variables, hidden_BSD, method=LLM.logits))
+  module = LLM(part_from_json(loaded.config["decoder"], "decoder"))
+
+  @jax.jit
+  def logits(params, tokens_BS):
+    variables = {"params": params}
+    inputs_BSD = module.apply(variables, tokens_BS, method=LLM.embed_tokens)
+    hidden_BSD, _ = module.apply(variables, inputs_BSD, jnp.ones(tokens_BS.shape, bool))
+    return module.apply(variables, hidden_BSD, method=LLM.logits)
+
+  return logits, loaded.params["decoder"]
 
 
 def their_logits(module, tokens_BS):
@@ -35,11 +42,15 @@ def their_logits(module, tokens_BS):
     return module(input_ids=torch.tensor(tokens_BS)).logits.float().numpy()
 
 
-def assert_same_logits(folder, module):
+def assert_same_logits(folder, *modules):
+  """Compares our logits with those of each module."""
   tokens_BS = np.random.default_rng(0).integers(0, 61, (2, 11))
-  ours, theirs = our_logits(folder, tokens_BS), their_logits(module, tokens_BS)
-  # Float32 rounding in another order of summation.
-  assert np.abs(ours - theirs).max() / theirs.std() <= 1e-4
+  logits, params = our_logits(folder)
+  # The longest sums, over the MLP, in each of two layers.
+  bound = rounding(2 * 56, condition(logits, params, tokens_BS))
+  ours = logits(params, tokens_BS)
+  for module in modules:
+    assert_within(ours, their_logits(module, tokens_BS), bound)
 
 
 def bits(source):
@@ -62,12 +73,23 @@ def test_logits_are_those_of_transformers_and_the_export_is_the_source(tmp_path,
   assert (source / "model.safetensors").exists() == (shard == "10GB")
   report = import_checkpoint(kind, source, tmp_path / "ours")
   assert report.ignored == ()
-  assert_same_logits(tmp_path / "ours", module)
   export_checkpoint(kind, tmp_path / "ours", tmp_path / "back", shard_bytes=40_000)
   assert_same_tensors(source, tmp_path / "back")
   again = type(module).from_pretrained(tmp_path / "back", dtype=torch.float32)
-  tokens_BS = np.arange(12).reshape(2, 6)
-  assert np.array_equal(their_logits(again, tokens_BS), their_logits(module, tokens_BS))
+  assert_same_logits(tmp_path / "ours", module, again)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"rms_norm_eps": 2e-5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}],
+  ids=str,
+)
+def test_a_setting_that_is_lost_changes_the_logits(tmp_path, change):
+  _, source = saved_llm(tmp_path / "hf", "qwen2")
+  other, _ = saved_llm(tmp_path / "other", "qwen2", **change)
+  import_checkpoint("qwen2", source, tmp_path / "ours")
+  with exceeds_the_bound():
+    assert_same_logits(tmp_path / "ours", other)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -83,12 +105,10 @@ def test_the_stored_dtype_stays(tmp_path, dtype):
 def test_heads_of_another_width_than_their_share(tmp_path):
   module, source = saved_llm(tmp_path / "hf", "llama", head_dim=6)
   import_checkpoint("llama", source, tmp_path / "ours")
-  assert_same_logits(tmp_path / "ours", module)
   shutil.rmtree(tmp_path / "ours" / "source")  # so that config.json is written anew
   export_checkpoint("llama", tmp_path / "ours", tmp_path / "back")
   again = type(module).from_pretrained(tmp_path / "back", dtype=torch.float32)
-  tokens_BS = np.arange(12).reshape(2, 6)
-  assert np.array_equal(their_logits(again, tokens_BS), their_logits(module, tokens_BS))
+  assert_same_logits(tmp_path / "ours", module, again)
 
 
 def as_binary(source, folder, change=lambda state: None):
@@ -158,7 +178,7 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path):
 
 
 def test_a_value_that_is_not_finite_is_found_before_anything_is_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(convert.folders, "save", None)
+  monkeypatch.setattr(convert.core.folders, "save", None)
   _, source = saved_llm(tmp_path / "hf", "qwen2")
 
   def spoil(state):

@@ -9,15 +9,18 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.generation import GenerationOptions, generate_from
 from tests.generation import reference
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 from tests.parity import torch_models
 
 VOCAB, WIDTH, PROMPT, LENGTH = 40, 32, 9, 12
@@ -124,11 +127,39 @@ def their_answers(kind, options, inputs_SD, noise=None):
   return tokens, scores
 
 
+@functools.cache
+def logit_bound(kind) -> float:
+  """Bound on what rounding changes of the logits of a prompt and an answer."""
+  _, params, config = model(kind)
+  inputs_BSD, lengths = prompts(np.random.default_rng(0), 8)
+  valid_BS = np.arange(PROMPT) >= PROMPT - lengths[:, None]
+  answer_BS = np.random.default_rng(1).integers(0, VOCAB, (8, LENGTH))
+
+  @jax.jit
+  def logits(params, inputs_BSD):
+    answer_BSD = speech_llm.embed(params, answer_BS, config)
+    inputs_BSD = jnp.concatenate([inputs_BSD, answer_BSD], 1)
+    attended_BS = np.concatenate([valid_BS, np.ones(answer_BS.shape, bool)], 1)
+    hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, attended_BS, config)
+    return speech_llm.logits(params, hidden_BSD, config)[:, PROMPT:]
+
+  terms = 2 * 48  # the longest sums, over the MLP, in each of two layers
+  return float(rounding(terms, condition(logits, params, inputs_BSD)))
+
+
+def score_bound(kind, options) -> float:
+  """Bound on what rounding changes of a score, which is a sum of log-probabilities.
+
+  Their errors add up over the tokens; a length penalty below 0 multiplies.
+  """
+  return logit_bound(kind) * LENGTH**0.5 * max(1, LENGTH**-options.length_penalty)
+
+
 def hangs_on_rounding(kind, options, inputs_SD, answer) -> bool:
-  """Whether transformers gives this answer too once scores differ by less than 2e-5 in all."""
+  """Whether transformers gives this answer too once its logits differ by less than their bound."""
 
   def noise(_, scores):
-    return scores + (torch.rand(scores.shape, generator=generator) - 0.5) * 2e-5 / LENGTH
+    return scores + (2 * torch.rand(scores.shape, generator=generator) - 1) * logit_bound(kind)
 
   generator = torch.Generator().manual_seed(0)
   return any(their_answers(kind, options, inputs_SD, noise)[0] == answer for _ in range(40))
@@ -160,9 +191,7 @@ def compare(seeds):
         excuse = hangs_on_rounding(kind, options, inputs_SD, found[row])
         (excused if excuse else mismatches).append((seed, row, options))
         continue
-      # Logits agree to about 1e-5, and 12 of them are summed; a length penalty below 0 multiplies.
-      atol = 2e-5 * max(1, LENGTH**-options.length_penalty)
-      np.testing.assert_allclose(found_scores[row], scores, rtol=1e-5, atol=atol)
+      assert_within(found_scores[row], np.array(scores), score_bound(kind, options))
       for name, other in reference.without(options).items():
         changed[name] += their_answers(kind, other, inputs_SD)[0] != expected
         asked[name] += 1
@@ -185,6 +214,19 @@ def test_answers_equal_transformers_on_many_cases():
     assert shares[name] >= 0.1, shares
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_scores_of_another_model_exceed_the_bound(kind):
+  _, params, config = model(kind)
+  inputs_BSD, lengths = prompts(np.random.default_rng(0), 8)
+  options = GenerationOptions(max_new_tokens=LENGTH)
+  valid_BS = np.arange(PROMPT) >= PROMPT - lengths[:, None]
+  config = config.replace(decoder=dataclasses.replace(config.decoder, rope_theta=2e4))
+  found = generate_from(params, inputs_BSD, valid_BS, config, options).scores_BR
+  _, expected = our_answers(kind, options, inputs_BSD, lengths)
+  with exceeds_the_bound():
+    assert_within(found, expected, score_bound(kind, options))
+
+
 def test_batch_and_single_decoding_agree():
   rng = np.random.default_rng(0)
   options = dataclasses.replace(
@@ -201,7 +243,7 @@ def test_batch_and_single_decoding_agree():
     moved[0, PROMPT - lengths[row] :] = inputs_BSD[row, PROMPT - lengths[row] :]
     [alone], [score] = our_answers("qwen2", options, moved, lengths[row : row + 1])
     assert alone == together[row]
-    np.testing.assert_allclose(score, scores[row], rtol=1e-5, atol=1e-5)
+    assert_within(score, scores[row], score_bound("qwen2", options))
 
 
 @pytest.mark.parametrize("values", [{"repetition_penalty": 3.0}, {"min_length": 16}], ids=str)

@@ -8,6 +8,7 @@ import torch
 from transformers.generation import logits_process
 
 from mooer_jax.generation import GenerationOptions, processors, search
+from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 VOCAB, SLOTS = 50, 9
 
@@ -47,6 +48,23 @@ def test_restrict_keeps_what_transformers_keeps(top_k, top_p, keep):
   ids=str,
 )
 def test_each_option_equals_transformers_processor(values, theirs, step):
+  assert_equal_to_processor(values, theirs, step)
+
+
+@pytest.mark.parametrize(
+  "values, theirs",
+  [
+    ({"sequence_bias": ((3, -0.2001), (7, 4.0))}, ("SequenceBias", {(3,): -0.2, (7,): 4.0})),
+    ({"repetition_penalty": 1.7001}, ("RepetitionPenalty", 1.7)),
+  ],
+  ids=str,
+)
+def test_an_option_that_is_a_little_off_does_not_equal_it(values, theirs):
+  with exceeds_the_bound():
+    assert_equal_to_processor(values, theirs, step=5)
+
+
+def assert_equal_to_processor(values, theirs, step):
   scores = random_scores()
   tokens = np.random.default_rng(1).integers(0, 3, (len(scores), SLOTS))  # few, so they repeat
   tokens[:, step:] = -1
@@ -58,8 +76,8 @@ def test_each_option_equals_transformers_processor(values, theirs, step):
   name, *arguments = theirs
   processor = getattr(logits_process, f"{name}LogitsProcessor")(*arguments)
   expected = processor(torch.tensor(tokens[:, :step]), torch.tensor(scores))
-  # XLA may divide by a constant as it multiplies by the reciprocal: one unit in the last place.
-  np.testing.assert_allclose(found, expected.numpy(), rtol=2e-7, atol=0)
+  # One rounding; XLA may divide by a constant as it multiplies by the reciprocal, which is two.
+  assert_within(found, expected.numpy(), rounding(2, np.abs(expected.numpy())))
 
 
 def test_min_length_counts_the_prompt_and_min_new_tokens_does_not():

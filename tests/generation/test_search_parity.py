@@ -1,13 +1,16 @@
 """The search alone against transformers' generate: both take their logits from the same table."""
 
 import collections
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 
+from mooer_jax.generation import GenerationOptions
 from tests.generation import reference
 from tests.generation.table_search import table_answers
+from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 PROMPT, VOCAB, LENGTH, UTTERANCES = 3, 48, 12, 8
 pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip the prompt: meant
@@ -16,8 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip
 def tie_free(rng, options):
   """Tables on which transformers' answer is no matter of rounding.
 
-  Those on which it answers otherwise when the logits move by 1e-5 hold two candidates that are
-  equal but for rounding; they are drawn again, before our side is looked at.
+  Those on which it answers otherwise when the logits move by a third of what rounding may change
+  hold two candidates that are equal but for rounding; they are drawn again, before our side is
+  looked at.
 
   Returns (table, transformers' tokens, its scores, how many were drawn again).
   """
@@ -32,7 +36,8 @@ def tie_free(rng, options):
   table, again = draw(UTTERANCES), 0
   while True:
     expected, scores = reference.table_answers(table, options, PROMPT)
-    noise = 1e-5 * rng.normal(size=(2, *table.shape)).astype(np.float32)
+    noise = rounding(LENGTH, np.abs(table).max()) / 3 * rng.normal(size=(2, *table.shape))
+    noise = noise.astype(np.float32)
     shaken = [reference.table_answers(table + x, options, PROMPT)[0] for x in noise]
     ties = [
       row for row in range(UTTERANCES) if any(other[row] != expected[row] for other in shaken)
@@ -41,6 +46,13 @@ def tie_free(rng, options):
       return table, expected, scores, again
     table[ties] = draw(len(ties))
     again += len(ties)
+
+
+def assert_scores_within(found, expected, table, options):
+  """Compares scores, which are sums of LENGTH log-probabilities of these logits."""
+  by_length = max(1, LENGTH**-options.length_penalty)
+  bound = rounding(LENGTH, np.abs(expected) + np.abs(table).max() * by_length)
+  assert_within(np.array(found), np.array(expected), bound)
 
 
 def compare(seeds):
@@ -62,8 +74,7 @@ def compare(seeds):
     for row in range(UTTERANCES):
       if found[row] != expected[row]:
         mismatches.append((seed, row, options))
-    # Sums of 12 log-probabilities of size 5 in float32.
-    np.testing.assert_allclose(found_scores, scores, rtol=1e-5, atol=1e-5)
+    assert_scores_within(found_scores, scores, table, options)
     for name, other in reference.without(options).items():
       plain, _ = reference.table_answers(table, other, PROMPT)
       changed[name] += sum(a != b for a, b in zip(plain, expected, strict=True))
@@ -82,6 +93,22 @@ def check(seeds):
 
 def test_search_equals_transformers():
   check(range(8))
+
+
+@pytest.mark.parametrize(
+  "fault", [{"length_penalty": 0.801}, {"repetition_penalty": 1.2001}], ids=str
+)
+def test_scores_of_a_search_that_is_a_little_off_exceed_the_bound(fault):
+  options = GenerationOptions(
+    max_new_tokens=LENGTH, eos_ids=(5,), num_beams=4, length_penalty=0.8, repetition_penalty=1.2
+  )
+  table, expected, scores, _ = tie_free(np.random.default_rng(0), options)
+  found, found_scores = table_answers(table, options, PROMPT)
+  assert found == expected
+  assert_scores_within(found_scores, scores, table, options)
+  _, found_scores = table_answers(table, dataclasses.replace(options, **fault), PROMPT)
+  with exceeds_the_bound():
+    assert_scores_within(found_scores, scores, table, options)
 
 
 @pytest.mark.slow
