@@ -14,7 +14,6 @@ from mooer_jax.data.shards import SPACE, RawUtterance, Skip
 from mooer_jax.speech_llm import shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 
-_AUDIO_CAUSES = {"empty": "empty audio"}
 PAUSE_S = 0.1  # between the clips of one utterance, as SALMONN has it
 
 
@@ -144,7 +143,7 @@ def hear(
       return Skip("too short", raw.key, raw.shard, f"{seconds:.3f} s make no feature")
     return tuple(features(waveform_N, frontend) for frontend in model.frontends), seconds
   except AudioError as error:
-    return Skip(_AUDIO_CAUSES.get(error.cause, error.cause), raw.key, raw.shard, str(error))
+    return Skip(error.cause, raw.key, raw.shard, str(error))
 
 
 def _beyond(seconds: float, config: DataConfig) -> tuple[str, str] | None:
