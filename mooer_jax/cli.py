@@ -57,7 +57,7 @@ def _add_transcribe(commands):
   usage = "mooer-jax {transcribe,ask} --checkpoint CKPT [options] audio [audio ...]"
   about = "audio files to text"
   parser = commands.add_parser("transcribe", aliases=["ask"], help=about, usage=usage)
-  parser.add_argument("audio", nargs="+", help="wav, flac, ogg, opus, mp3; with [data] m4a, wma")
+  parser.add_argument("audio", nargs="+", help="audio files, of any common format")
   parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
   parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
   parser.add_argument("--task", default=None, help="default: the only one, else asr")
@@ -179,6 +179,11 @@ def _pack(args) -> int:
     causes = Counter(left.cause for left in report.left_out)
     counts = ", ".join(f"{cause}: {number}" for cause, number in causes.most_common())
     print(f"{len(report.left_out)} not packed ({counts}); see left_out.tsv beside the list")
+  if report.joined_words:
+    print(
+      f"{report.joined_words} transcripts lost spaces between words (MooER's form keeps those"
+      " between Latin letters alone); --no-normalize keeps all"
+    )
   return 0
 
 

@@ -37,7 +37,7 @@ def read_annotation(path: str) -> list[dict[str, Any]]:
 def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
   del written_ns  # a file that was written again is read again
   try:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
   except ValueError as error:
     raise ValueError(f"{path}: not JSON: {error}") from error
   entries = content.get("annotation") if isinstance(content, dict) else None
