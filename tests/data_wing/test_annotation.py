@@ -130,6 +130,12 @@ def test_a_malformed_file_is_refused_by_entry(tmp_path, content, words):
     read_annotation(str(file))
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+  text = json.dumps({"annotation": [{"path": "a.wav", "text": "ä"}]}, ensure_ascii=False)
+  (tmp_path / "a.json").write_text(text, "utf-8-sig")
+  assert read_annotation(str(tmp_path / "a.json")) == [{"path": "a.wav", "text": "ä"}]
+
+
 def test_weights_say_how_often_a_task_comes(annotate, letters):
   config = annotate(entries(*["asr", "count"] * 40), task_weights={"asr": 2.5, "count": 0.5})
   epochs, counts = 6, collections.Counter()
