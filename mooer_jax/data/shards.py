@@ -210,7 +210,7 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
       about = json.loads(parts["json"][1])
       if not all(isinstance(about.get(name, ""), str) for name in ("task", "Q")):
         raise ValueError("task and Q must be strings")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
       return Skip("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
   return RawUtterance(
     key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
@@ -222,7 +222,7 @@ def _wanted(parts) -> tuple[str, str]:
   text, task = "", ""
   with contextlib.suppress(KeyError, UnicodeDecodeError):
     text = parts["txt"][1].decode("utf-8-sig").strip()
-  with contextlib.suppress(KeyError, TypeError, ValueError):
+  with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
     task = json.loads(parts["json"][1])["task"]
   return text, task if isinstance(task, str) else ""
 

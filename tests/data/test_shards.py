@@ -1,0 +1,198 @@
+"""Reading tars: good utterances come whole, bad ones are named, nothing is lost or raised."""
+
+import gzip
+import tarfile
+
+import pytest
+
+from mooer_jax.data.dataset import eval_batches
+from mooer_jax.data.shards import CAUSES, RawUtterance, Skip, read_list, read_shard
+from mooer_jax.data.utterances import BadDataError
+
+
+def _read(path):
+  entries = list(read_shard(str(path)))
+  assert all(e.cause in CAUSES for e in entries if isinstance(e, Skip))
+  good = [e.key for e in entries if isinstance(e, RawUtterance)]
+  return good, [(e.cause, e.key) for e in entries if isinstance(e, Skip)]
+
+
+def test_members_come_in_either_order_and_keys_end_at_the_last_dot(shards):
+  path = shards.add_members(
+    [("a.b.txt", b"A"), ("a.b.wav", b"1"), ("c.FLAC", b"2"), ("c.txt", b"C"), ("./d/e.mp3", b"3")]
+    + [("d/e.txt", b"D")]
+  )
+  entries = list(read_shard(str(path)))
+  assert [(e.key, e.suffix, e.audio, e.text) for e in entries] == [
+    ("a.b", "wav", b"1", b"A"),
+    ("c", "flac", b"2", b"C"),
+    ("d/e", "mp3", b"3", b"D"),
+  ]
+
+
+def test_folders_and_foreign_members_are_passed_over(tmp_path, shards):
+  path = shards.add_members([("a.txt", b"A"), ("a.json", b"{}"), ("a.wav", b"1")])
+  with tarfile.open(path, "a") as tar:
+    tar.add(tmp_path / "shards", "folder", recursive=False)
+  assert _read(path) == (["a"], [])
+
+
+def test_missing_partners_and_repeated_keys_cost_only_themselves(shards):
+  path = shards.add_members(
+    [("a.txt", b"A"), ("b.wav", b"1"), ("c.txt", b"C"), ("c.wav", b"2"), ("c.txt", b"C")]
+    + [("c.wav", b"2"), ("d.wav", b"3"), ("d.txt", b"D"), ("README", b"")]
+  )
+  good, bad = _read(path)
+  assert good == ["c", "d"]
+  assert bad == [
+    ("no audio", "a"),
+    ("no transcript", "b"),
+    ("duplicate key", "c"),
+    ("no audio", "README"),
+  ]
+
+
+def test_an_utterance_without_audio_is_still_one_to_be_answered(shards):
+  path = shards.add_members([("a.txt", " Ä ".encode()), ("a.json", b'{"task": "qa"}')])
+  [skip] = read_shard(str(path))
+  assert (skip.cause, skip.text, skip.task) == ("no audio", "Ä", "qa")
+
+
+def test_a_tar_cut_anywhere_gives_its_whole_utterances_and_one_report(shards):
+  """Every cut of a tar of four utterances: what was complete before it is there, never more."""
+  path = shards.add_members(
+    [(f"{k}.{s}", k.encode() * 700) for k in "abcd" for s in ("txt", "wav")]
+  )
+  content = path.read_bytes()
+  utterance = 2 * (512 + 1024)  # two headers, two members of two blocks
+  for cut in range(0, 4 * utterance + 1, 256):
+    path.write_bytes(content[:cut])
+    good, bad = _read(path)
+    # A member is known to be whole once its content is there; its padding to a block may be cut.
+    complete = sum(cut >= (i + 1) * utterance - (1024 - 700) for i in range(4))
+    assert len(good) in (complete, max(0, complete - 1)) and good == list("abcd")[: len(good)], cut
+    assert len(good) >= cut // utterance - (cut % utterance != 0), cut
+    assert [cause for cause, _ in bad][-1] == "bad shard", cut
+    assert all(key not in good for _, key in bad), cut
+
+
+@pytest.mark.parametrize("member", range(1, 8))
+def test_a_damaged_header_between_members_is_not_the_end(shards, member):
+  path = shards.add_members([(f"{k}.{s}", b"1") for k in "abcd" for s in ("txt", "wav")])
+  content = bytearray(path.read_bytes())
+  content[member * 1024 : member * 1024 + 512] = b"\x07" * 512
+  path.write_bytes(content)
+  good, bad = _read(path)
+  assert good == list("abcd")[: member // 2]
+  assert bad[-1][0] == "bad shard"
+
+
+def test_compressed_tars_are_read_and_a_cut_one_is_reported(shards):
+  path = shards.add_members([("a.txt", b"A"), ("a.wav", bytes(range(256)) * 100)])
+  packed = gzip.compress(path.read_bytes())
+  path.write_bytes(packed)
+  assert _read(path) == (["a"], [])
+  path.write_bytes(packed[: len(packed) // 2])
+  good, bad = _read(path)
+  assert good == [] and bad[-1][0] == "bad shard"
+
+
+def test_files_that_macos_adds_are_passed_over(shards):
+  twin = b"\x00\x05\x16\x07" + bytes(100)
+  names = [f"./data/{name}" for key in "ab" for name in (f"{key}.txt", f"{key}.wav")]
+  members = [("./data/.DS_Store", twin)]
+  for name in names:
+    folder, _, file = name.rpartition("/")
+    members += [(f"{folder}/._{file}", twin), (name, b"1")]
+  assert _read(shards.add_members(members)) == (["data/a", "data/b"], [])
+
+
+@pytest.mark.parametrize("first", ["txt", "wav"])
+def test_members_that_stand_apart_are_named_with_the_remedy(shards, first):
+  second = {"txt": "wav", "wav": "txt"}[first]
+  path = shards.add_members([(f"{key}.{s}", b"1") for s in (first, second) for key in "abc"])
+  skips = list(read_shard(str(path)))
+  alone = {"txt": "no audio", "wav": "no transcript"}[first]
+  assert [s.cause for s in skips] == [alone] * 3 + ["members apart"] * 3
+  assert all("must stand together" in s.detail and "tar --sort=name" in s.detail for s in skips)
+
+
+def test_a_shard_of_members_apart_stops_evaluation_with_the_remedy(shards, model_side):
+  shards.add_members([(f"{key}.{s}", b"1") for s in ("txt", "wav") for key in "abc"])
+  with pytest.raises(BadDataError, match=r"members apart 3 .*tar --sort=name"):
+    list(eval_batches(shards.config(), *model_side))
+
+
+def test_audio_goes_before_video_whichever_comes_first(shards):
+  path = shards.add_members(
+    [("a.mp4", b"V"), ("a.wav", b"A"), ("a.txt", b"1"), ("b.txt", b"2"), ("b.mp4", b"V")]
+    + [("c.flac", b"A"), ("c.mkv", b"V"), ("c.txt", b"3")]
+  )
+  entries = list(read_shard(str(path)))
+  assert [(e.key, e.suffix, e.audio) for e in entries] == [
+    ("a", "wav", b"A"),
+    ("b", "mp4", b"V"),
+    ("c", "flac", b"A"),
+  ]
+
+
+def test_a_member_of_an_unknown_suffix_is_named(shards):
+  path = shards.add_members([("a.txt", b"A"), ("a.doc", b"1"), ("a", b"2")])
+  [skip] = read_shard(str(path))
+  assert skip.cause == "no audio" and skip.detail.startswith("only .txt, .doc, no suffix;")
+
+
+def test_names_that_are_not_utf8_become_printable_keys(shards):
+  path = shards.add_members([(f"\udcc4\udce3.{s}", b"1") for s in ("txt", "wav")])
+  assert _read(path) == (["\\xc4\\xe3"], [])
+
+
+def test_what_is_no_tar_is_reported(shards):
+  path = shards.add_members([])
+  for content in (b"", b"not a tar", b"\xff" * 5000):
+    path.write_bytes(content)
+    assert _read(path) == ([], [("bad shard", "")])
+
+
+def test_a_shard_that_has_gone_is_reported(tmp_path):
+  assert _read(tmp_path / "gone.tar") == ([], [("bad shard", "")])
+
+
+def test_a_list_that_is_not_utf8_is_named_with_the_line(tmp_path):
+  path = tmp_path / "data.list"
+  path.write_bytes(b"a.tar\ncaf\xe9.tar\n")
+  with pytest.raises(ValueError, match=r"data\.list:2: not UTF-8"):
+    read_list(path)
+
+
+def test_the_list_takes_relative_and_absolute_paths(shards, tmp_path):
+  inside, outside = shards.add(1), tmp_path / "other.tar"
+  outside.write_bytes(b"")
+  shards.list.write_text(f"\ufeff{inside.name}\n\n{outside}\n", "utf-8")
+  assert read_list(shards.list) == [str(inside), str(outside)]
+
+
+@pytest.mark.parametrize(
+  ("lines", "error", "words"),
+  [
+    (None, FileNotFoundError, "no such list"),
+    ("", ValueError, "lists no shard"),
+    ("gone.tar", FileNotFoundError, "1 of 1 shards do not exist, first .*gone.tar"),
+    ("https://host/a.tar", ValueError, "is a URL"),
+    ('{"key": "a"}', ValueError, "is a JSON line"),
+    ("data.list\ndata.list", ValueError, "more than once"),
+  ],
+)
+def test_a_bad_list_is_refused_by_name(shards, lines, error, words):
+  if lines is not None:
+    shards.list.write_text(lines)
+  with pytest.raises(error, match=words):
+    read_list(shards.list)
+
+
+def test_a_json_member_that_is_nested_too_deep_costs_its_utterance(shards):
+  about = b"[" * 100_000
+  path = shards.add_members(
+    [("a.json", about), ("a.txt", b"A"), ("a.wav", b"1"), ("b.json", about)]
+  )
+  assert _read(path) == ([], [("bad task", "a"), ("no audio", "b")])
