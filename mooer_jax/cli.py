@@ -68,6 +68,11 @@ def _pack(args) -> int:
     causes = Counter(left.cause for left in report.left_out)
     counts = ", ".join(f"{cause}: {number}" for cause, number in causes.most_common())
     print(f"{len(report.left_out)} not packed ({counts}); see left_out.tsv beside the list")
+  if report.joined_words:
+    print(
+      f"{report.joined_words} transcripts lost spaces between words (MooER's form keeps those"
+      " between Latin letters alone); --no-normalize keeps all"
+    )
   return 0
 
 

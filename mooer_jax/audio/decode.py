@@ -1,40 +1,53 @@
-"""Audio files of any common kind to float32 samples."""
+"""Audio files of any common format to float32 samples."""
 
+import contextlib
 import io
 import os
 import pathlib
-import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-Channel = Literal["mean", "first"]
-CAUSES = ("undecodable", "empty", "not finite", "too short", "silent")
-
-# libsndfile reports a damaged WAV only in its log: "data : 32000 (should be 7956)".
-_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-# A WAV written to a pipe announces a size near 2^31 or 2^32, for its writer did not know better.
-_STREAMED_BYTES = 0x7FFF0000
-# FFmpeg guesses a length from bit rates where a header has none, and does not tell which it was.
-# Of matroska's segment information, the duration:
-_MATROSKA = re.compile(rb"\x15\x49\xa9\x66.{1,1000}?\x44\x89[\x84\x88]", re.DOTALL)
-# Of ASF's file properties, the play duration, the preroll in it, and the flags:
-_ASF = re.compile(
-  rb"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\x00\xc0\x0c\x20\x53\x65"
-  rb".{48}(.{8}).{8}(.{8})(.{4})",
-  re.DOTALL,
+from mooer_jax.audio.containers import (
+  Damaged,
+  check_length,
+  check_sndfile_length,
+  ffmpeg_length_s,
+  is_unfinished_wav,
+  split_joined,
 )
-# Encoders round the length they announce by up to a few codec frames.
-_MISSING_S = 0.1
+
+Channel = Literal["mean", "first"]
+CAUSES = (
+  "undecodable",
+  "empty audio",
+  "not finite",
+  "out of range",
+  "channels cancel",
+  "too short",
+  "silent",
+)
+SILENCE = 1e-4  # peak below -80 dBFS
+LOUDEST = 4.0  # codecs and resampling overshoot 1 a little; 16-bit integers as floats are far above
+
+# 8 GiB of float32: 37 hours of one channel at 16 kHz, 6 hours of stereo at 48 kHz.
+_MAX_VALUES = 1 << 31
+_VALUES_AT_A_TIME = 1 << 20  # memory is never allocated by the length that a header announces
+_RATES_HZ = (1_000, 1_000_000)
+# Share of the channels' energy that their mean keeps (-30 dB): below, they cancel each other.
+_CANCELLED = 1e-3
 
 
 class AudioError(ValueError):
   """A clip that cannot be used, and why.
 
   Attributes:
-    cause: one of CAUSES, for counting: "undecodable" (no known format, damaged or cut off), "empty"
-      (no bytes or no samples), "not finite" (NaN or infinite samples), "too short" (less than one
-      frame of features), "silent" (only where a caller refuses silence; decoding does not).
+    cause: one of CAUSES, for counting: "undecodable" (no known format, damaged or cut off), "empty
+      audio" (no bytes or no samples), "not finite" (NaN or infinite samples), "out of range"
+      (samples far outside [-1, 1]), "channels cancel" (their mean is silent), "too short" (less
+      than one frame of features), "silent" (only where a caller refuses silence; decoding does
+      not).
   """
 
   def __init__(self, message: str, cause: str):
@@ -57,10 +70,11 @@ def load_audio(
   """Decodes a clip to mono at the wanted rate.
 
   Args:
-    source: path of a file, or the bytes of one; wav, flac, ogg, opus, mp3 and whatever else
-      libsndfile reads, and m4a, wma, webm, mp4, mkv with the optional package `av`.
+    source: path of a file, or the bytes of one, in any format that libsndfile or FFmpeg decodes:
+      wav, flac, ogg, opus, mp3, m4a, aac, wma, webm, mp4, aiff, sph, amr and others. The content
+      decides, not the extension.
     sample_rate_hz: rate of the result; a clip at another rate is resampled by soxr, quality HQ.
-    channel: what is heard of several: their "mean", or the "first" alone.
+    channel: how several channels become one: their "mean", or the "first" alone.
     name: what errors call the clip; by default the path, or the number of bytes.
 
   Returns:
@@ -69,28 +83,27 @@ def load_audio(
 
   Raises:
     FileNotFoundError: if the path does not exist.
-    AudioError: if there is nothing to hear: see its `cause`.
+    AudioError: if the clip cannot be used, whatever the decoder raised: see its `cause`.
   """
   name = name or _name(source)
   samples_NC, rate_hz = decode(source, name=name)
-  if samples_NC.shape[1] == 1 or channel == "first":
-    samples_N = np.ascontiguousarray(samples_NC[:, 0])
-  else:
-    samples_N = samples_NC.mean(axis=1, dtype=np.float32)
-  if rate_hz != sample_rate_hz:
-    import soxr
-
-    samples_N = soxr.resample(samples_N, rate_hz, sample_rate_hz, quality="HQ")
-    if not samples_N.size:
-      raise AudioError(
-        f"{name}: {len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz",
-        "empty",
-      )
+  with _named(name):
+    samples_N = _one_channel(samples_NC, channel, name)
+    if rate_hz != sample_rate_hz:
+      samples_N = _resample(samples_N, rate_hz, sample_rate_hz)
+  if not samples_N.size:
+    raise AudioError(
+      f"{name}: {len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz",
+      "empty audio",
+    )
   return samples_N
 
 
 def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tuple[np.ndarray, int]:
   """Decodes a clip as it is: all channels, own rate. Video files give their first audio stream.
+
+  Files that were joined end to end are decoded one after another. Where the sample rate changes,
+  the result has the highest; where one channel becomes several, they start as copies of it.
 
   Args:
     source: path of a file, or the bytes of one.
@@ -103,111 +116,243 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
     FileNotFoundError: if the path does not exist.
     AudioError: see its `cause`. A clip that holds less than its header announces is "undecodable"
       too, rather than half a clip. Where nothing is announced, a cut cannot be told from an end:
-      mp3 without a Xing header, raw aac, wav and webm written to a pipe (as browsers record them),
-      fragmented mp4 between fragments, and wma or webm with a picture.
+      mp3 without a Xing header, raw aac, wav, flac and webm written to a pipe (as browsers record
+      them), fragmented mp4 between fragments, and wma or webm with a picture.
   """
   name = name or _name(source)
-  if isinstance(source, (bytes, bytearray, memoryview)):
-    data = bytes(source)
-  elif isinstance(source, (str, os.PathLike)):
-    path = pathlib.Path(source)
-    if path.is_dir():
-      raise AudioError(f"{name}: is a folder; give the audio files in it", "undecodable")
-    if not path.exists():
-      raise FileNotFoundError(f"{name}: no such audio file; check the path (from {os.getcwd()})")
-    data = path.read_bytes()
-  else:
-    raise TypeError(f"audio source is {type(source).__name__}; give a path or the bytes of a file")
+  data = _read_bytes(source, name)
   if not data:
-    raise AudioError(f"{name}: the file has 0 bytes", "empty")
-
-  samples_NC, rate_hz = _decode_bytes(data, name)
-  if not samples_NC.size:
-    raise AudioError(f"{name}: empty: a valid file, but it holds 0 samples", "empty")
-  finite_NC = np.isfinite(samples_NC)
-  if not finite_NC.all():
-    bad = finite_NC.size - int(finite_NC.sum())
-    raise AudioError(f"{name}: {bad} of {finite_NC.size} samples are NaN or infinite", "not finite")
+    raise AudioError(f"{name}: the file has 0 bytes", "empty audio")
+  with _named(name):
+    samples_NC, rate_hz = _concatenate([
+      part for file in split_joined(data) for part in _decode_file(file)
+    ])  # fmt: skip
+    check_samples(samples_NC, name)
   return samples_NC, rate_hz
 
 
-def _decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
+def check_samples(samples: np.ndarray, name: str) -> None:
+  """Checks that there are samples, and that they are those of a waveform.
+
+  Args:
+    samples: float array of any shape.
+    name: what the error calls them.
+
+  Raises:
+    AudioError: if it is empty, or a sample is not finite or beyond LOUDEST.
+  """
+  if not samples.size:
+    raise AudioError(f"{name}: empty: it holds 0 samples", "empty audio")
+  peak = float(np.maximum(samples.max(), -samples.min()))
+  if not np.isfinite(peak):
+    bad = samples.size - np.count_nonzero(np.isfinite(samples))
+    raise AudioError(f"{name}: {bad} of {samples.size} samples are NaN or infinite", "not finite")
+  if peak > LOUDEST:
+    raise AudioError(
+      f"{name}: samples up to {peak:.6g}; they must lie in [-1, 1]: divide them (by 32768 if they"
+      " were 16-bit integers)",
+      "out of range",
+    )
+
+
+@contextlib.contextmanager
+def _named(name: str):
+  """Turns whatever is raised inside into an AudioError that names the clip."""
+  try:
+    yield
+  except AudioError:
+    raise
+  except Damaged as error:
+    raise AudioError(f"{name}: {error}", "undecodable") from error
+  except MemoryError as error:
+    raise AudioError(f"{name}: there is not enough memory to decode it", "undecodable") from error
+  except Exception as error:
+    raise AudioError(f"{name}: cannot be decoded: {_reason(error)}", "undecodable") from error
+
+
+def _reason(error: Exception) -> str:
+  said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+  return f"{type(error).__name__}: {said}" if type(error).__module__ == "builtins" else str(said)
+
+
+def _read_bytes(source, name: str) -> bytes:
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    return bytes(source)
+  if not isinstance(source, (str, os.PathLike)):
+    raise TypeError(f"audio source is {type(source).__name__}; give a path or the bytes of a file")
+  path = pathlib.Path(source)
+  if path.is_dir():
+    raise AudioError(f"{name}: is a folder; give the audio files in it", "undecodable")
+  if not path.exists():
+    raise FileNotFoundError(f"{name}: no such audio file; check the path (from {os.getcwd()})")
+  if not (path.is_file() or path.is_fifo()):
+    raise AudioError(f"{name}: is a device or a socket; give an audio file", "undecodable")
+  try:
+    return path.read_bytes()
+  except MemoryError as error:
+    raise AudioError(f"{name}: larger than the memory that is free", "undecodable") from error
+
+
+class _Part(NamedTuple):
+  """Samples between two changes of the sample rate or the number of channels."""
+
+  samples_NC: np.ndarray
+  rate_hz: int
+
+
+def _decode_file(data: bytes) -> list[_Part]:
+  """Decodes by libsndfile; by FFmpeg what libsndfile cannot read, or not to the end."""
+  try:
+    part = _read_with_libsndfile(data)
+  except Damaged:
+    raise
+  except Exception as error:
+    return _read_with_ffmpeg(data, _reason(error))
+  if is_unfinished_wav(data):
+    parts = _read_with_ffmpeg(data, "its header announces too little")
+    return parts if _seconds(parts) > _seconds([part]) else [part]
+  return [part]
+
+
+def _seconds(parts: Iterable[_Part]) -> float:
+  return sum(len(part.samples_NC) / part.rate_hz for part in parts)
+
+
+class _Bytes(io.BytesIO):
+  """A file in memory in which damaged headers may point to before its beginning."""
+
+  def seek(self, offset, whence=io.SEEK_SET):
+    # An exception in a callback of libsndfile would be printed.
+    with contextlib.suppress(ValueError):
+      super().seek(offset, whence)
+    return self.tell()
+
+
+def _read_with_libsndfile(data: bytes) -> _Part:
   import soundfile
 
-  try:
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-      announced, rate_hz, log = file.frames, file.samplerate, file.extra_info
-      bytes_announced = _DATA_CHUNK.search(log)
-      samples_NC = file.read(dtype="float32", always_2d=True)
-  except soundfile.LibsndfileError as error:
-    return _decode_with_av(data, name, str(error.error_string))
-  if bytes_announced:
-    wanted, present = map(int, bytes_announced.groups())
-    if wanted < _STREAMED_BYTES and present:
-      announced = int(announced * wanted / present)
-  if announced - len(samples_NC) > _MISSING_S * rate_hz:
-    raise AudioError(
-      f"{name}: cut off: its header announces {announced} samples, {len(samples_NC)} are there; "
-      "copy or encode it again",
-      "undecodable",
-    )
-  return samples_NC, rate_hz
+  with soundfile.SoundFile(_Bytes(data)) as file:
+    rows, blocks = max(1, _VALUES_AT_A_TIME // file.channels), _Blocks()
+    while len(block_NC := file.read(rows, dtype="float32", always_2d=True)) or not blocks:
+      blocks.add(block_NC, file.samplerate)
+    [part] = blocks.parts()
+    check_sndfile_length(data, file, _seconds([part]))
+  return part
 
 
-def _decode_with_av(data: bytes, name: str, sound_error: str) -> tuple[np.ndarray, int]:
-  try:
-    import av
-  except ImportError as error:
-    raise AudioError(
-      f"{name}: libsndfile cannot read it ({sound_error}); m4a, wma and webm need the optional "
-      "package av: pip install 'mooer-jax[data]'",
-      "undecodable",
-    ) from error
+def _read_with_ffmpeg(data: bytes, sound_error: str) -> list[_Part]:
+  import av
 
-  blocks_CN: list[np.ndarray] = []
+  blocks = _Blocks()
+  options = {"protocol_whitelist": ""}  # a playlist must not open the files that it names
+  if is_unfinished_wav(data):
+    options["ignore_length"] = "1"
   try:
-    with av.open(io.BytesIO(data), "r") as container:
+    with av.open(_Bytes(data), metadata_errors="replace", options=options) as container:
       if not container.streams.audio:
-        raise AudioError(f"{name}: the file has no audio stream", "undecodable")
+        raise Damaged("the file has no audio stream")
       stream = container.streams.audio[0]
-      rate_hz = stream.rate
-      announced_s = _announced_s(data, container, stream)
-      # Only the sample format changes here: integer or packed samples become float planes.
-      to_planes = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate_hz)
+      if stream.codec_context is None:
+        raise Damaged("neither libsndfile nor FFmpeg has a decoder for its codec")
+      announced_s = ffmpeg_length_s(data, container, stream)
       for frame in container.decode(stream):
-        blocks_CN.extend(plane.to_ndarray() for plane in to_planes.resample(frame))
-      blocks_CN.extend(plane.to_ndarray() for plane in to_planes.resample(None))
+        if frame.is_corrupt:
+          raise Damaged("damaged: FFmpeg marks a frame as corrupt; copy or encode it again")
+        blocks.add(_samples(frame), frame.sample_rate)
   except av.FFmpegError as error:
-    raise AudioError(
-      f"{name}: neither libsndfile ({sound_error}) nor FFmpeg ({error.strerror}) can decode it; "
-      "is it an audio file, and whole?",
-      "undecodable",
+    raise Damaged(
+      f"neither libsndfile ({sound_error}) nor FFmpeg ({error.strerror}) can decode it; is it an"
+      " audio file, and whole?"
     ) from error
-  samples_CN = np.concatenate(blocks_CN, axis=1) if blocks_CN else np.zeros((1, 0), np.float32)
-  found_s = samples_CN.shape[1] / rate_hz
-  if announced_s is not None and announced_s - found_s > _MISSING_S:
-    raise AudioError(
-      f"{name}: cut off: its header announces {announced_s:.2f} s, {found_s:.2f} s are there; "
-      "copy or encode it again",
-      "undecodable",
+  parts = blocks.parts()
+  check_length(announced_s, _seconds(parts))
+  return parts
+
+
+class _Blocks:
+  """Collects decoded samples, up to a limit."""
+
+  def __init__(self):
+    self._runs: list[tuple[int, list[np.ndarray]]] = []
+    self._values = 0
+
+  def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
+    """Appends float32 [samples, channels]."""
+    self._values += block_NC.size
+    if self._values > _MAX_VALUES:
+      raise Damaged(f"holds more than {_MAX_VALUES} samples; cut it into shorter files")
+    if self._runs:
+      rate_before_hz, blocks = self._runs[-1]
+      if rate_before_hz == rate_hz and blocks[-1].shape[1] == block_NC.shape[1]:
+        blocks.append(block_NC)
+        return
+    self._runs.append((rate_hz, [block_NC]))
+
+  def __bool__(self) -> bool:
+    return bool(self._runs)
+
+  def parts(self) -> list[_Part]:
+    return [
+      _Part(blocks[0] if len(blocks) == 1 else np.concatenate(blocks), rate_hz)
+      for rate_hz, blocks in self._runs
+    ]
+
+
+def _samples(frame) -> np.ndarray:
+  """float32 [samples, channels] of one of FFmpeg's frames, full scale = 1."""
+  x = frame.to_ndarray()
+  x_NC = x.T if frame.format.is_planar else x.reshape(-1, frame.layout.nb_channels)
+  with np.errstate(over="ignore"):  # values that float32 does not hold are refused as infinite
+    scaled_NC = x_NC.astype(np.float32)
+  if x.dtype == np.uint8:
+    return scaled_NC / np.float32(128) - np.float32(1)
+  return scaled_NC / np.float32(-np.iinfo(x.dtype).min) if x.dtype.kind == "i" else scaled_NC
+
+
+def _concatenate(parts: Iterable[_Part]) -> tuple[np.ndarray, int]:
+  """One array [samples, channels] of parts that may differ in rate, or have one channel."""
+  parts = list(parts)
+  parts = [part for part in parts if len(part.samples_NC)] or parts[:1]
+  if not parts:
+    return np.zeros((0, 1), np.float32), _RATES_HZ[0]
+  for rate_hz in (rates := {part.rate_hz for part in parts}):
+    if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
+      raise Damaged(f"has {rate_hz} samples a second; {_RATES_HZ[0]} to {_RATES_HZ[1]} are read")
+  counts = {part.samples_NC.shape[1] for part in parts}
+  if len(counts - {1}) > 1:
+    raise Damaged(
+      f"the number of channels changes ({', '.join(map(str, sorted(counts)))}); convert it to one"
+      " number: ffmpeg -i IN -ac 1 OUT"
     )
-  return np.ascontiguousarray(samples_CN.T), rate_hz
+  resampled = [_resample(part.samples_NC, part.rate_hz, max(rates)) for part in parts]
+  if len(resampled) == 1:
+    return resampled[0], max(rates)
+  same = [np.broadcast_to(x_NC, (len(x_NC), max(counts))) for x_NC in resampled]
+  return np.concatenate(same), max(rates)
 
 
-def _announced_s(data: bytes, container, stream) -> float | None:
-  """Length of the sound by the container's header, in seconds; None where it does not say."""
-  kinds = container.format.name.split(",")
-  if "mp4" in kinds and stream.duration:
-    return float(stream.duration * stream.time_base)
-  if len(container.streams) > 1:
-    return None  # what follows is the length of the whole, which a picture may outlast
-  if "matroska" in kinds and container.duration and _MATROSKA.search(data[:10_000]):
-    return container.duration / 1e6
-  if "asf" in kinds and (found := _ASF.search(data[:10_000])):
-    play, preroll, flags = (int.from_bytes(part, "little") for part in found.groups())
-    live = flags & 1  # written while it was sent; its length is not valid
-    return None if live else play / 1e7 - preroll / 1e3
-  return None
+def _resample(samples: np.ndarray, rate_hz: int, wanted_hz: int) -> np.ndarray:
+  """By soxr, quality HQ; [samples] or [samples, channels]."""
+  if rate_hz == wanted_hz:
+    return samples
+  import soxr
+
+  return soxr.resample(samples, rate_hz, wanted_hz, quality="HQ")
+
+
+def _one_channel(samples_NC: np.ndarray, channel: Channel, name: str) -> np.ndarray:
+  if samples_NC.shape[1] == 1 or channel == "first":
+    return np.ascontiguousarray(samples_NC[:, 0])
+  samples_N = samples_NC.mean(axis=1, dtype=np.float32)
+  energy_all = np.vdot(samples_NC, samples_NC) / samples_NC.shape[1]
+  if np.vdot(samples_N, samples_N) < _CANCELLED * energy_all:
+    raise AudioError(
+      f"{name}: its {samples_NC.shape[1]} channels cancel each other in their mean; use the first"
+      ' alone: channel="first" (model.channel of a config, "channel" in the config.json of a'
+      ' checkpoint), or convert it: ffmpeg -i IN -af "pan=mono|c0=c0" OUT',
+      "channels cancel",
+    )
+  return samples_N
 
 
 def _name(source) -> str:

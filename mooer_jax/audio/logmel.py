@@ -116,7 +116,7 @@ def features(
     float32 [num_frames(N), bins].
 
   Raises:
-    AudioError: cause "empty", if there is no sample.
+    AudioError: cause "empty audio", if there is no sample.
     ValueError: if the clip is longer than chunk_s, or is not one axis of floats.
 
   Source: OpenAI's Whisper, as transformers' WhisperFeatureExtractor computes it.
@@ -130,7 +130,7 @@ def features(
       "full scale 1 (divide 16-bit integers by 32768, average channels)"
     )
   if not len(waveform_N):
-    raise AudioError(f"{name}: no samples", "empty")
+    raise AudioError(f"{name}: no samples", "empty audio")
   if len(waveform_N) > config.chunk_samples:
     raise ValueError(
       f"{name}: {len(waveform_N) / config.sample_rate_hz:.2f} s, but Whisper takes at most "

@@ -1,13 +1,13 @@
 """SALMONN's annotation files: paths, texts, tasks and questions in one JSON."""
 
 import functools
-import json
 import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mooer_jax.data.shards import RawUtterance, Skip
+from mooer_jax.files import read_json_object
 
 _TEXT = "a string without NUL and halves of characters"
 _AT_A_TIME = 64  # entries that are shuffled as one shard
@@ -36,11 +36,7 @@ def read_annotation(path: str) -> list[dict[str, Any]]:
 @functools.lru_cache(maxsize=4)
 def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
   del written_ns  # a file that was written again is read again
-  try:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON: {error}") from error
-  entries = content.get("annotation") if isinstance(content, dict) else None
+  entries = read_json_object(path).get("annotation")
   if not isinstance(entries, list) or not entries:
     raise ValueError(f'{path}: holds no entries; needed is {{"annotation": [{{"path": …}}, …]}}')
   for number, entry in enumerate(entries):

@@ -129,7 +129,6 @@ def _chance(*of: str | int) -> float:
   return int.from_bytes(digest, "big") / 2**32
 
 
-_AUDIO_CAUSES = {"empty": "empty audio"}
 PAUSE_S = 0.1  # between the clips of one utterance, as SALMONN has it
 
 
@@ -259,7 +258,7 @@ def hear(
       return Skip("too short", raw.key, raw.shard, f"{seconds:.3f} s make no feature")
     return tuple(features(waveform_N, frontend) for frontend in model.frontends), seconds
   except AudioError as error:
-    return Skip(_AUDIO_CAUSES.get(error.cause, error.cause), raw.key, raw.shard, str(error))
+    return Skip(error.cause, raw.key, raw.shard, str(error))
 
 
 def _beyond(seconds: float, config: DataConfig) -> tuple[str, str] | None:

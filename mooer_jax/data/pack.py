@@ -5,23 +5,29 @@ import dataclasses
 import io
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import tarfile
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from mooer_jax.audio.decode import AudioError, decode
-from mooer_jax.data.shards import AUDIO_SUFFIXES, SPACE, read_lines
+from mooer_jax.data.shards import AUDIO_SUFFIXES, SPACE, VIDEO_SUFFIXES, read_lines
 
 OVERSHOOT_S = 0.5  # a segment may end so much after its recording, as in Kaldi's extract-segments
-_LATIN = "A-Za-zÀ-ÖØ-öø-ɏ"
-_BETWEEN_LATIN = re.compile(rf"(?<=[{_LATIN}])\s+(?=[{_LATIN}])")
-_LATIN_LETTER = re.compile(rf"[{_LATIN}]")
+_LATIN_LETTER = regex.compile(r"\p{Latin}")
+_BETWEEN_LATIN = regex.compile(r"(?<=\p{Latin}\p{M}*) (?=\p{Latin})")
+# In scripts that are written with spaces; the others lose nothing with them.
+_WORDS = (
+  r"[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}"
+  r"\p{Myanmar}\p{Tibetan}]]"
+)
+_LOST_SPACE = regex.compile(rf"(?V1)(?<={_WORDS}) (?={_WORDS})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +59,15 @@ class PackReport:
     shards: number of tar files.
     utterances: number of utterances in them.
     left_out: what could not be packed; also in `left_out.tsv` beside the list.
+    joined_words: number of transcripts in which normalisation removed a space between two words,
+      since only those between Latin letters are kept.
   """
 
   data_list: str
   shards: int
   utterances: int
   left_out: tuple[Unpacked, ...]
+  joined_words: int = 0
 
 
 def pack(
@@ -75,7 +84,8 @@ def pack(
 ) -> PackReport:
   """Writes `shards_%09d.tar`, `data.list` and `text` (the transcripts as packed) into a folder.
 
-  Whole recordings go in as they are, byte for byte; segments are cut out and stored as 16-bit wav.
+  Whole recordings go in as they are, byte for byte, if they can be decoded; the content decides,
+  not the extension. Segments are cut out and stored as 16-bit wav.
   The folder appears at the end, complete, or not at all.
 
   Args:
@@ -102,8 +112,11 @@ def pack(
   if per_shard < 1:
     raise ValueError(f"per_shard={per_shard}: must be at least 1")
   clips, left_out = read_clips(wav_scp, text, segments)
+  joined_words = 0
   if normalise_text:
-    clips = [dataclasses.replace(clip, text=normalise(clip.text)) for clip in clips]
+    normalised = [_normalise(clip.text) for clip in clips]
+    joined_words = sum(lost > 0 for _, lost in normalised)
+    clips = [dataclasses.replace(c, text=t) for c, (t, _) in zip(clips, normalised, strict=True)]
   if shuffle_seed is not None:
     order = np.random.default_rng(shuffle_seed).permutation(len(clips))
     clips = [clips[i] for i in order]
@@ -127,22 +140,31 @@ def pack(
   finally:
     shutil.rmtree(beside, ignore_errors=True)
   count = sum(len(packed) for _, packed in done)
-  return PackReport(str(out / "data.list"), len(done), count, tuple(left_out))
+  return PackReport(str(out / "data.list"), len(done), count, tuple(left_out), joined_words)
 
 
 def normalise(text: str) -> str:
   """MooER's form of an ASR transcript.
 
-  Latin letters in upper case, "▁" for the space between two of them, no other white space, no
-  byte order mark.
+  Unicode NFC; Latin letters, also with marks, in upper case; "▁" for the space between two of
+  them; no other white space, no byte order mark.
   """
-  text = _BETWEEN_LATIN.sub(SPACE, text.replace("\ufeff", "").strip())
-  return _LATIN_LETTER.sub(_upper, re.sub(r"\s+", "", text))
+  return _normalise(text)[0]
 
 
-def _upper(match: re.Match) -> str:
+def _normalise(text: str) -> tuple[str, int]:
+  """The normalised text, and how many spaces between words it lost."""
+  text = unicodedata.normalize("NFC", text.replace("\ufeff", ""))
+  text = _BETWEEN_LATIN.sub(SPACE, " ".join(text.split()))
+  lost = len(_LOST_SPACE.findall(text))
+  text = _LATIN_LETTER.sub(_upper, text.replace(" ", ""))
+  return unicodedata.normalize("NFC", text), lost
+
+
+def _upper(match: regex.Match) -> str:
   upper = match.group().upper()
-  return upper if len(upper) == 1 else match.group()  # ß stays, rather than become SS
+  # ß stays, rather than become SS; ǰ becomes J with a mark.
+  return upper if all(map(unicodedata.combining, upper[1:])) else match.group()
 
 
 def read_clips(
@@ -327,13 +349,11 @@ class _Unusable(Exception):
 
 
 def _whole(clip) -> tuple[str, bytes]:
-  suffix = Path(clip.path).suffix[1:].lower()
-  if suffix not in AUDIO_SUFFIXES:
-    raise _Unusable("undecodable", f"{clip.path}: not one of {', '.join(AUDIO_SUFFIXES)}")
+  """Suffix and content of a recording, if it can be decoded."""
   audio = Path(clip.path).read_bytes()
-  if not audio:
-    raise _Unusable("empty audio", f"{clip.path}: zero bytes")
-  return suffix, audio
+  decode(audio, name=clip.path)
+  suffix = Path(clip.path).suffix[1:].lower()
+  return suffix if suffix in (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES) else "audio", audio
 
 
 def _part(clip, samples_NC, rate_hz) -> bytes:

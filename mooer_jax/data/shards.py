@@ -9,11 +9,19 @@ import zlib
 from collections.abc import Generator
 from pathlib import Path
 
+from mooer_jax.audio.decode import CAUSES as AUDIO_CAUSES
+
 SPACE = "▁"  # stands in transcripts for the space between two words in Latin letters
-AUDIO_SUFFIXES = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "wma", "webm", "aac")
+# Which members are audio; their content, not the suffix, decides how they are decoded.
+AUDIO_SUFFIXES = (
+  *("wav", "flac", "mp3", "m4a", "ogg", "opus", "wma", "webm", "aac"),
+  *("aif", "aifc", "aiff", "amr", "au", "caf", "mka", "oga", "sph", "w64", "audio"),
+)
+VIDEO_SUFFIXES = ("mp4", "mkv", "mov", "avi", "3gp")  # audio where no other member is
 CAUSES = (
   "bad shard",  # truncated or damaged tar: what follows the damage is lost
   "duplicate key",
+  "members apart",  # the members of an utterance do not stand together
   "no audio",
   "no transcript",
   "transcript not UTF-8",
@@ -25,12 +33,13 @@ CAUSES = (
   "prompt too long",
   "unknown character",  # the tokenizer has no token for it
   "answer too long",
-  "empty audio",
-  "undecodable",
-  "not finite",
-  "too short",
+  *AUDIO_CAUSES,
   "too long",
   "not cached",  # audio that changed after its encoder frames were kept, or could not be heard then
+)
+_TOGETHER = (
+  "the members of an utterance must stand together; if its others are elsewhere in the tar, make it"
+  " anew with tar --sort=name"
 )
 
 
@@ -123,13 +132,14 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_shard(path: str) -> Generator[RawUtterance | Skip]:
-  """Yields what a tar holds, in order, each utterance either whole or as a Skip.
+  """Yields the utterances of a tar, in order, each either whole or as a Skip.
 
   Members of one utterance stand together and share the name up to the last dot; transcript and
-  audio come in either order. Members with other suffixes are passed over. The tar is read as a
-  stream, also compressed, so memory holds one utterance at a time.
+  audio come in either order. Members with other suffixes than .txt, .json, AUDIO_SUFFIXES and
+  VIDEO_SUFFIXES are ignored, and so are the files `._NAME` and .DS_Store that macOS adds. The tar
+  is read as a stream, also compressed, so memory holds one utterance at a time.
   """
-  seen: set[str] = set()
+  seen: dict[str, bool] = {}
   key, parts = None, {}
   # A local name, since a reader that is left open at exit outlives the module's globals.
   damage = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError)
@@ -139,17 +149,19 @@ def read_shard(path: str) -> Generator[RawUtterance | Skip]:
         tar.members = []  # type: ignore[attr-defined]  # or it would remember every header
         if not member.isfile():
           continue
-        name = member.name.removeprefix("./")
+        name = _printable(member.name).removeprefix("./")
+        if name.rpartition("/")[2].startswith(("._", ".DS_Store")):
+          continue
         stem, dot, suffix = name.rpartition(".")
         suffix = suffix.lower() if dot and "/" not in suffix else ""
         stem = stem if suffix else name
-        slot = "txt" if suffix == "txt" else "audio" if suffix in AUDIO_SUFFIXES else suffix
+        slot = _slot(suffix)
         if key is not None and (stem != key or slot in parts):
           done, found = (key, parts)
           key, parts = None, {}
           yield _whole(done, found, path, seen)
         key = stem
-        read = slot in ("txt", "audio", "json")
+        read = slot in ("txt", "audio", "video", "json")
         parts[slot] = (suffix, _content(tar, member) if read else b"")
       if key is not None:
         done, found = (key, parts)
@@ -160,6 +172,18 @@ def read_shard(path: str) -> Generator[RawUtterance | Skip]:
     yield Skip("bad shard", key or "", path, f"{type(error).__name__}: {error}")
 
 
+def _slot(suffix: str) -> str:
+  """The part of an utterance that a member holds."""
+  if suffix in AUDIO_SUFFIXES:
+    return "audio"
+  return "video" if suffix in VIDEO_SUFFIXES else suffix
+
+
+def _printable(name: str) -> str:
+  """Names that are not UTF-8 would break the files that keys are written to."""
+  return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _content(tar, member) -> bytes:
   content = tar.extractfile(member).read()
   if len(content) < member.size:
@@ -168,22 +192,25 @@ def _content(tar, member) -> bytes:
 
 
 def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
+  found = parts.get("audio") or parts.get("video")
+  only = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())
   if key in seen:
-    return Skip("duplicate key", key, shard)
-  seen.add(key)
-  if "audio" not in parts:
-    found = ", ".join(f".{part}" if part else "no suffix" for part in parts)
-    return Skip("no audio", key, shard, f"only {found}", *_wanted(parts))
+    if seen[key]:
+      return Skip("duplicate key", key, shard)
+    return Skip("members apart", key, shard, f"{only} here; {_TOGETHER}")
+  seen[key] = bool(found) and "txt" in parts
+  if not found:
+    return Skip("no audio", key, shard, f"{only}; {_TOGETHER}", *_wanted(parts))
   if "txt" not in parts:
-    return Skip("no transcript", key, shard, f"only .{parts['audio'][0]}")
-  suffix, audio = parts["audio"]
+    return Skip("no transcript", key, shard, f"{only}; {_TOGETHER}")
+  suffix, audio = found
   about = {}
   if "json" in parts:
     try:
       about = json.loads(parts["json"][1])
       if not all(isinstance(about.get(name, ""), str) for name in ("task", "Q")):
         raise ValueError("task and Q must be strings")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
       return Skip("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
   return RawUtterance(
     key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
@@ -195,7 +222,7 @@ def _wanted(parts) -> tuple[str, str]:
   text, task = "", ""
   with contextlib.suppress(KeyError, UnicodeDecodeError):
     text = parts["txt"][1].decode("utf-8-sig").strip()
-  with contextlib.suppress(KeyError, TypeError, ValueError):
+  with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
     task = json.loads(parts["json"][1])["task"]
   return text, task if isinstance(task, str) else ""
 

@@ -179,7 +179,8 @@ class UtteranceStream:
 
   def _make(self, entry: RawUtterance | Skip, copy: int) -> Example | Skip:
     if self._seed is None and entry.key:
-      if entry.key in self._keys:
+      apart = isinstance(entry, Skip) and entry.cause == "members apart"
+      if entry.key in self._keys and not apart:
         return Skip("duplicate key", entry.key, entry.shard)
       self._keys.add(entry.key)
     if isinstance(entry, Skip):

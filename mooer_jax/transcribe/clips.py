@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mooer_jax.audio.decode import AudioError, load_audio
+from mooer_jax.audio.decode import SILENCE, AudioError, check_samples, load_audio
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.speech_llm import num_speech_tokens, shortest_s
 
-SILENCE = 1e-4  # peak below -80 dBFS
-LOUDEST = 4.0  # resampling may overshoot 1; 16-bit integers as floats are far above
 # Where a long clip is cut: at the quietest 0.2 s of the last 5 s that a piece may have. Pieces of
 # less than a second would hold little more than the end of a word.
 PAUSE_S, SEARCH_S, SHORTEST_S = 0.2, 5.0, 1.0
@@ -88,10 +86,7 @@ def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
       f" [-1, 1] at {rate_hz} Hz"
     )
   waveform_N = clip.astype(np.float32)
-  if not np.isfinite(waveform_N).all():
-    raise AudioError(f"{name}: holds NaN or infinite samples", "not finite")
-  if (peak := np.abs(waveform_N).max(initial=0)) > LOUDEST:
-    raise ValueError(f"{name}: samples up to {peak:.6g}; they must lie in [-1, 1]: divide them")
+  check_samples(waveform_N, name)
   return waveform_N
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from mooer_jax.audio.decode import SILENCE
 from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.generation import GenerationOptions, generate
@@ -25,7 +26,7 @@ from mooer_jax.prompts import (
 )
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe.clips import SILENCE, load_clips, raise_first
+from mooer_jax.transcribe.clips import load_clips, raise_first
 from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 
 _BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work

@@ -174,7 +174,7 @@ def test_a_clip_that_is_too_long_is_refused_by_name():
 def test_an_empty_clip_is_refused_by_name():
   with pytest.raises(AudioError, match="talk-7: no samples") as caught:
     features(np.zeros(0, np.float32), name="talk-7")
-  assert caught.value.cause == "empty"
+  assert caught.value.cause == "empty audio"
   features_BTF, frames_B = batch_features(np.zeros((2, 0), np.float32), np.zeros(2, int))
   assert features_BTF.shape == (2, 0, 80) and not np.asarray(frames_B).any()
 

@@ -113,7 +113,9 @@ def test_unknown_tasks_and_weights_stop_before_anything_is_read(annotate, letter
 @pytest.mark.parametrize(
   ("content", "words"),
   [
-    ("{", "not JSON"),
+    ("{", "not readable as JSON"),
+    ("[]", "must hold a JSON object"),
+    ("[" * 100_000, "not readable as JSON"),
     ('{"annotation": []}', "holds no entries"),
     ('{"annotation": [{"text": "a"}]}', r"annotation\[0\] has path=None"),
     ('{"annotation": [{"path": "a", "text": 3}]}', r"annotation\[0\] has text=3"),
@@ -128,6 +130,12 @@ def test_a_malformed_file_is_refused_by_entry(tmp_path, content, words):
   file.write_text(content)
   with pytest.raises(ValueError, match=words):
     read_annotation(str(file))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+  text = json.dumps({"annotation": [{"path": "a.wav", "text": "ä"}]}, ensure_ascii=False)
+  (tmp_path / "a.json").write_text(text, "utf-8-sig")
+  assert read_annotation(str(tmp_path / "a.json")) == [{"path": "a.wav", "text": "ä"}]
 
 
 def test_weights_say_how_often_a_task_comes(annotate, letters):

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooer_jax.audio.decode import decode
+from mooer_jax.cli import main
 from mooer_jax.data.pack import normalise, pack
 from mooer_jax.data.shards import RawUtterance, read_list, read_shard
+from tests.audio.made import chirp, encode, encode_with_av
 
 
 @pytest.fixture
@@ -76,9 +79,10 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(lists, tmp_path):
 def test_what_cannot_be_packed_is_named_and_the_rest_is_packed(lists, tmp_path):
   (tmp_path / "clip 1.wav").unlink()
   (tmp_path / "clip 2.wav").write_bytes(b"")
-  (tmp_path / "clip 3.wav").rename(tmp_path / "clip3.doc")
+  (tmp_path / "clip 3.wav").rename(tmp_path / "clip3.wav")
+  (tmp_path / "notes.wav").write_text("no audio")
   with open(tmp_path / "wav.scp", "a") as file:
-    file.write(f"k0 {tmp_path}/other.wav\nk7 {tmp_path}/clip3.doc\nk8 {tmp_path}/clip 4.wav\n")
+    file.write(f"k0 {tmp_path}/other.wav\nk7 {tmp_path}/notes.wav\nk8 {tmp_path}/clip 4.wav\n")
   with open(tmp_path / "text", "a") as file:
     file.write("k7 seven\nk9 nine\n")
   report = lists(per_shard=1)
@@ -220,8 +224,64 @@ def test_normalisation(text, expected):
   assert normalise(text) == expected
 
 
-@given(st.text())
+def test_the_content_decides_not_the_extension(tmp_path):
+  x = chirp()
+  files = {
+    "a.sph": encode(x, kind="NIST"),
+    "b.AIFF": encode(x, kind="AIFF"),
+    "c.mp4": encode_with_av(x, container="mp4", codec="aac"),
+    "d.doc": encode(x),
+    "e": encode(x, kind="FLAC"),
+    "f.mp3": encode(x, kind="OGG", subtype="OPUS"),
+  }
+  for name, data in files.items():
+    (tmp_path / name).write_bytes(data)
+  (tmp_path / "wav.scp").write_text("".join(f"{name} {tmp_path}/{name}\n" for name in files))
+  (tmp_path / "text").write_text("".join(f"{name} t\n" for name in files))
+  report = pack(
+    tmp_path / "wav.scp", tmp_path / "text", tmp_path / "out", processes=1, progress=False
+  )
+  assert not report.left_out
+  assert _content(report.data_list) == [(name, "T", data) for name, data in files.items()]
+  with tarfile.open(tmp_path / "out" / "shards_000000000.tar") as tar:
+    audio = [name for name in tar.getnames() if not name.endswith(".txt")]
+  assert audio == ["a.sph.sph", "b.AIFF.aiff", "c.mp4.mp4", "d.doc.audio", "e.audio", "f.mp3.mp3"]
+
+
+def test_transcripts_that_lose_spaces_are_counted(lists, tmp_path, capsys):
+  (tmp_path / "text").write_text("k0 今天 天气 good 啊\nk1 привет мир\nk2 안녕 하세요\nk3 a b\n")
+  assert lists().joined_words == 2
+  (tmp_path / "out").rename(tmp_path / "first")
+  assert lists(normalise_text=False).joined_words == 0
+  (tmp_path / "out").rename(tmp_path / "second")
+  arguments = ["--wav-scp", "wav.scp", "--text", "text", "--out", "out"]
+  paths = [str(tmp_path / a) if i % 2 else a for i, a in enumerate(arguments)]
+  assert main(["pack", *paths, "--processes", "1"]) == 0
+  assert "2 transcripts lost spaces between words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("tôi sẽ đi chợ", "TÔI▁SẼ▁ĐI▁CHỢ"),
+    ("le café au lait", "LE▁CAFÉ▁AU▁LAIT"),
+    ("ụlọ ọma", "ỤLỌ▁ỌMA"),
+    ("ọjọ́ ẹ̀kọ́", "ỌJỌ́▁Ẹ̀KỌ́"),
+    ("ŵy ẁ", "ŴY▁Ẁ"),
+    ("ǰ ẖ", "J̌▁H̱"),
+    ("ｈｉ ｙｏｕ", "ＨＩ▁ＹＯＵ"),
+    ("привет мир", "приветмир"),
+  ],
+)
+def test_every_latin_letter_has_its_capital_and_its_space(text, expected, form):
+  expected = unicodedata.normalize("NFC", expected)
+  assert normalise(unicodedata.normalize(form, text)) == expected
+
+
+@given(st.text() | st.text(st.sampled_from("aZßıǰé\u0301\u0307\u0331\ufeff \tж漢한5'")))
 def test_normalisation_twice_is_once_and_leaves_no_space(text):
   once = normalise(text)
   assert normalise(once) == once
   assert not any(c.isspace() for c in once)
+  assert once == unicodedata.normalize("NFC", once)

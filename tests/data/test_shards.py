@@ -5,7 +5,9 @@ import tarfile
 
 import pytest
 
+from mooer_jax.data.dataset import eval_batches
 from mooer_jax.data.shards import CAUSES, RawUtterance, Skip, read_list, read_shard
+from mooer_jax.data.utterances import BadDataError
 
 
 def _read(path):
@@ -95,6 +97,56 @@ def test_compressed_tars_are_read_and_a_cut_one_is_reported(shards):
   assert good == [] and bad[-1][0] == "bad shard"
 
 
+def test_files_that_macos_adds_are_passed_over(shards):
+  twin = b"\x00\x05\x16\x07" + bytes(100)
+  names = [f"./data/{name}" for key in "ab" for name in (f"{key}.txt", f"{key}.wav")]
+  members = [("./data/.DS_Store", twin)]
+  for name in names:
+    folder, _, file = name.rpartition("/")
+    members += [(f"{folder}/._{file}", twin), (name, b"1")]
+  assert _read(shards.add_members(members)) == (["data/a", "data/b"], [])
+
+
+@pytest.mark.parametrize("first", ["txt", "wav"])
+def test_members_that_stand_apart_are_named_with_the_remedy(shards, first):
+  second = {"txt": "wav", "wav": "txt"}[first]
+  path = shards.add_members([(f"{key}.{s}", b"1") for s in (first, second) for key in "abc"])
+  skips = list(read_shard(str(path)))
+  alone = {"txt": "no audio", "wav": "no transcript"}[first]
+  assert [s.cause for s in skips] == [alone] * 3 + ["members apart"] * 3
+  assert all("must stand together" in s.detail and "tar --sort=name" in s.detail for s in skips)
+
+
+def test_a_shard_of_members_apart_stops_evaluation_with_the_remedy(shards, model_side):
+  shards.add_members([(f"{key}.{s}", b"1") for s in ("txt", "wav") for key in "abc"])
+  with pytest.raises(BadDataError, match=r"members apart 3 .*tar --sort=name"):
+    list(eval_batches(shards.config(), *model_side))
+
+
+def test_audio_goes_before_video_whichever_comes_first(shards):
+  path = shards.add_members(
+    [("a.mp4", b"V"), ("a.wav", b"A"), ("a.txt", b"1"), ("b.txt", b"2"), ("b.mp4", b"V")]
+    + [("c.flac", b"A"), ("c.mkv", b"V"), ("c.txt", b"3")]
+  )
+  entries = list(read_shard(str(path)))
+  assert [(e.key, e.suffix, e.audio) for e in entries] == [
+    ("a", "wav", b"A"),
+    ("b", "mp4", b"V"),
+    ("c", "flac", b"A"),
+  ]
+
+
+def test_a_member_of_an_unknown_suffix_is_named(shards):
+  path = shards.add_members([("a.txt", b"A"), ("a.doc", b"1"), ("a", b"2")])
+  [skip] = read_shard(str(path))
+  assert skip.cause == "no audio" and skip.detail.startswith("only .txt, .doc, no suffix;")
+
+
+def test_names_that_are_not_utf8_become_printable_keys(shards):
+  path = shards.add_members([(f"\udcc4\udce3.{s}", b"1") for s in ("txt", "wav")])
+  assert _read(path) == (["\\xc4\\xe3"], [])
+
+
 def test_what_is_no_tar_is_reported(shards):
   path = shards.add_members([])
   for content in (b"", b"not a tar", b"\xff" * 5000):
@@ -136,3 +188,11 @@ def test_a_bad_list_is_refused_by_name(shards, lines, error, words):
     shards.list.write_text(lines)
   with pytest.raises(error, match=words):
     read_list(shards.list)
+
+
+def test_a_json_member_that_is_nested_too_deep_costs_its_utterance(shards):
+  about = b"[" * 100_000
+  path = shards.add_members(
+    [("a.json", about), ("a.txt", b"A"), ("a.wav", b"1"), ("b.json", about)]
+  )
+  assert _read(path) == ([], [("bad task", "a"), ("no audio", "b")])
