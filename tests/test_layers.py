@@ -11,7 +11,7 @@ FLOORS = {
   3: ("speech_llm", "prompts", "config", "sections", "checkpoint"),
   2: ("encoders", "connectors", "decoders", "vocoders"),
   1: ("nn",),
-  0: ("audio", "kernels", "text", "tree"),
+  0: ("audio", "kernels", "text", "tree", "files"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # Their rooms never import each other; those of floors 3 and 5 may.
