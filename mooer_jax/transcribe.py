@@ -23,7 +23,7 @@ from mooer_jax.prompts import (
   split_answer,
   task_prompt,
 )
-from mooer_jax.speech_llm import Batch
+from mooer_jax.speech_llm import Batch, param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcript import Transcript, join_transcripts
 
@@ -61,11 +61,13 @@ def load_model(
       f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot answer by"
       " itself"
     )
+  model = from_json(about.config, compute)
+  checkpoint.check_leaves(about, param_shapes(model))
   loaded = checkpoint.load(folder, dtype=compute.dtype, base=base)
   options = build(GenerationOptions, {**loaded.generation, **(generation or {})}, "generation")
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
-  return loaded.params, from_json(loaded.config, compute), tokenizer, options
+  return loaded.params, model, tokenizer, options
 
 
 class Transcriber:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.pipeline import train_batches
+from mooer_jax.files import lock_folder
 from mooer_jax.run.activation import with_own_answers
 from mooer_jax.run.config import Run
 from mooer_jax.run.feature_cache import fill_cache
@@ -33,18 +34,25 @@ from mooer_jax.training.step import check_finite
 
 
 def train(config: ConfigDict) -> Path:
-  """Trains as the config says and returns the folder of the last checkpoint.
+  """Train as the config says and return the folder of the last checkpoint.
 
-  A workdir that holds checkpoints is gone on with, bit for bit; Ctrl-C or SIGTERM saves first.
+  If the workdir contains checkpoints, training resumes from the latest, bit for bit. Ctrl-C or
+  SIGTERM saves first.
 
   Raises:
-    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint.
+    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint, or if another
+      process trains in the workdir.
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
   run = Run.read(config)  # a mistake shows before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   _check_rows(run, mesh)
+  with lock_folder(run.workdir):
+    return _train(config, run, mesh)
+
+
+def _train(config: ConfigDict, run: Run, mesh) -> Path:
   with_answers = with_own_answers(config)
   if with_answers is None:
     return Path(config["workdir"])
@@ -82,6 +90,8 @@ def train(config: ConfigDict) -> Path:
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
     base = None  # nothing of it is left but the CMVN, so checkpoints are whole
+  if base is not None:
+    checkpoint.keep_for(base, run.workdir)
   batches = iter(dataset)
   if resumed:
     target = dataclasses.replace(state, trainable=None)  # these came with the weights
