@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from convert.exporting import export_checkpoint
+from convert.families.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
 from convert.importing import Options, import_checkpoint
-from convert.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
-from convert.torch_encoders import sanm_encoder
-from convert.verdict import print_verdict
-from convert.verification import verify
+from convert.verify.run import verify
+from convert.verify.torch_encoders import sanm_encoder
+from convert.verify.verdict import print_verdict
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import FrontendConfig, features

@@ -21,11 +21,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.engine import Outgoing, natural
-from convert.folders import write_json
-from convert.hf_config import hf_config
-from convert.language_model import TABLE, shapes
-from convert.safetensors_out import write_shards
+from convert.core.engine import Outgoing, natural
+from convert.core.folders import write_json
+from convert.core.writers import write_shards
+from convert.parts.hf_config import hf_config
+from convert.parts.language_model import TABLE, shapes
 from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLMConfig
 

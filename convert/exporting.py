@@ -7,19 +7,10 @@ from mooer_jax.checkpoint import Checkpoint, describe, find
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from . import (
-  beats,
-  encoder,
-  language_model,
-  lora,
-  lora_out,
-  mooer_out,
-  salmonn_out,
-  whisper,
-  whisper_names,
-)
-from .errors import ConversionError
-from .folders import beside, keep_apart, kept_json, style_of
+from .core.errors import ConversionError
+from .core.folders import beside, keep_apart, kept_json, style_of
+from .families import mooer, salmonn
+from .parts import beats, language_model, lora, paraformer, peft, whisper
 
 SHARD_BYTES = 5 * 10**9
 
@@ -83,7 +74,7 @@ def _peft(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
     config = lora.from_json(about.config["lora"])
   else:
     config = _decoder(about)
-  lora_out.export(
+  peft.export(
     about,
     config,
     folder,
@@ -94,7 +85,7 @@ def _peft(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
 
 def _paraformer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   prefix = style_of(about, "paraformer").get("prefix", "encoder.")
-  encoder.export_folder(about, folder, prefix=prefix)
+  paraformer.export_folder(about, folder, prefix=prefix)
 
 
 def _whisper(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
@@ -102,7 +93,7 @@ def _whisper(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   if not sections:
     raise ConversionError(f"{about.folder}: no Whisper encoder in it")
   config = part_from_json(sections[0], "encoders")
-  prefix = style_of(about, "whisper").get("prefix", whisper_names.PREFIX)
+  prefix = style_of(about, "whisper").get("prefix", whisper.PREFIX)
   whisper.export(about, config, folder, prefix=prefix, shard_bytes=shard_bytes)
 
 
@@ -111,11 +102,11 @@ def _beats(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
 
 
 def _mooer(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  mooer_out.export(about, folder, shard_bytes=shard_bytes)
+  mooer.export(about, folder, shard_bytes=shard_bytes)
 
 
 def _salmonn(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  salmonn_out.export(about, folder, shard_bytes=shard_bytes)
+  salmonn.export(about, folder, shard_bytes=shard_bytes)
 
 
 KINDS: dict[str, Callable[[Checkpoint, Path, int], None]] = {

@@ -9,20 +9,11 @@ from mooer_jax.checkpoint import Lazy, describe, find
 from mooer_jax.config import part_from_json, part_to_json, to_json
 from mooer_jax.prompts import read_prompts
 
-from . import (
-  beats,
-  deepspeed,
-  encoder,
-  funasr_config,
-  language_model,
-  lora,
-  mooer,
-  salmonn,
-  whisper,
-)
-from .engine import map_in
-from .errors import Problems
-from .folders import check_target, copier, keep_apart, save_checkpoint
+from .core.engine import map_in
+from .core.errors import Problems
+from .core.folders import check_target, copier, keep_apart, save_checkpoint
+from .families import mooer, mooer_training, salmonn
+from .parts import beats, funasr_config, language_model, lora, paraformer, whisper
 from .readers import open_source
 
 
@@ -126,7 +117,7 @@ def _language_model(kind: str) -> Callable[[Path, Path, Options], Report]:
   return run
 
 
-def _encoder_json(opened: encoder.Encoder | beats.BEATs | whisper.Encoder) -> dict[str, Any]:
+def _encoder_json(opened: paraformer.Encoder | beats.BEATs | whisper.Encoder) -> dict[str, Any]:
   """Content of config.json for an encoder alone."""
   return {
     "encoders": [part_to_json(opened.config)],
@@ -135,20 +126,20 @@ def _encoder_json(opened: encoder.Encoder | beats.BEATs | whisper.Encoder) -> di
 
 
 def _paraformer(src: Path, out: Path, options: Options) -> Report:
-  if not (src / encoder.FUNASR_FILE).is_file():
+  if not (src / paraformer.FUNASR_FILE).is_file():
     hint = ""
     if (src / mooer.ENCODER_FILE).is_file():
       hint = "; this is the encoder of a MooER release: import that with the kind mooer"
     raise FileNotFoundError(
-      f"{src / encoder.FUNASR_FILE}: not found; SRC is FunASR's folder with {encoder.FUNASR_FILE}"
-      f" and {encoder.CMVN_FILE}{hint}"
+      f"{src / paraformer.FUNASR_FILE}: not found; SRC is FunASR's folder with"
+      f" {paraformer.FUNASR_FILE} and {paraformer.CMVN_FILE}{hint}"
     )
   problems = Problems()
   described = src / funasr_config.FILE
   kept = (described,) if described.is_file() else ()
   conf = funasr_config.read_yaml(described) if kept else {}
-  source = open_source(src / encoder.FUNASR_FILE)
-  opened = encoder.open_encoder(source, src / encoder.CMVN_FILE, problems, conf=conf)
+  source = open_source(src / paraformer.FUNASR_FILE)
+  opened = paraformer.open_encoder(source, src / paraformer.CMVN_FILE, problems, conf=conf)
   problems.check(str(src))
   assert opened is not None
   save_checkpoint(
@@ -226,12 +217,14 @@ def _deepspeed(src: Path, out: Path, options: Options) -> Report:
   task = None if options.task is None else _known(options.task)
   about = describe(find(options.base))
   problems = Problems()
-  opened = deepspeed.open_training(src, about, problems, lora_config=options.lora_config, task=task)
+  opened = mooer_training.open_training(
+    src, about, problems, lora_config=options.lora_config, task=task
+  )
   problems.check(str(src))
   assert opened is not None
   kept = {}
   if options.lora_config is not None:
-    kept["lora"] = (deepspeed.config_file(options.lora_config),)
+    kept["lora"] = (lora.config_file(options.lora_config),)
   save_checkpoint(
     out,
     opened.leaves,

@@ -8,9 +8,10 @@ from pathlib import Path
 from mooer_jax import tree
 from mooer_jax.checkpoint import describe, find
 
-from . import beats, encoder, language_model, lora, mooer, qformer, whisper_names
-from .errors import Problems
-from .folders import read_json
+from .core.errors import Problems
+from .core.folders import read_json
+from .families import mooer
+from .parts import beats, language_model, lora, paraformer, qformer, whisper
 from .readers import Source, open_source
 
 # How MooER's training program begins the names of what it trains.
@@ -90,9 +91,9 @@ def guess_kind(source: Source, path: Path) -> str | None:
     return "salmonn"
   if any(".lora_A." in name for name in source.tensors):
     return "peft"
-  if encoder.find_prefix(source) is not None:
+  if paraformer.find_prefix(source) is not None:
     return "paraformer"
-  if whisper_names.find_format(source) is not None:
+  if whisper.find_format(source) is not None:
     return "whisper"
   if any(
     name.startswith("patch_embedding.") and beats.TABLE.to_jax(name) for name in source.tensors

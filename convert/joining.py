@@ -7,8 +7,8 @@ from typing import Any
 from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy, describe, find, read_leaves
 
-from .errors import ConversionError
-from .folders import SOURCE_FILE, check_target, copier, keep_apart, read_json, save_checkpoint
+from .core.errors import ConversionError
+from .core.folders import SOURCE_FILE, check_target, copier, keep_apart, read_json, save_checkpoint
 
 
 def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[str, Lazy]:

@@ -168,8 +168,8 @@ def _join(args) -> int:
 
 
 def _verify(args) -> int:
-  from .verdict import print_verdict
-  from .verification import verify
+  from .verify.run import verify
+  from .verify.verdict import print_verdict
 
   verdict = verify(
     args.kind,

@@ -7,9 +7,8 @@ from pathlib import Path
 from .ctranslate2_file import is_ctranslate2, open_ctranslate2
 from .deepspeed_folder import is_deepspeed, open_deepspeed
 from .gguf_file import open_gguf
-from .json_file import read_object
 from .safetensors_file import open_safetensors
-from .source import ReadError, Source, join_sources
+from .source import ReadError, Source, join_sources, read_object
 from .torch_file import open_torch
 
 _TORCH = (".bin", ".pt", ".pth")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .json_file import parse_object
-from .source import BFLOAT16, ReadError, Source, Tensor, check_shape
+from .source import BFLOAT16, ReadError, Source, Tensor, check_shape, parse_object
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAPPED_BYTES = 8 << 20

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from .source import ReadError, Source, Tensor
-from .stand_ins import STAND_INS
 
 # Where training programs put the weights, beside their optimizer's state.
 KNOWN_PARTS = ("state_dict", "model_state_dict", "model", "module", "generator", "speaker_encoder")
@@ -39,6 +38,32 @@ _DTYPES = {
   torch.float32: np.dtype(np.float32),
   torch.float64: np.dtype(np.float64),
 }
+
+
+# torch.load builds only the classes it is given. DeepSpeed's files name classes of that package for
+# values that a converter has no use for; these stubs are built in their place, so that DeepSpeed
+# need not be installed and nothing of it runs.
+class Inert:
+  """Takes any arguments and any state and does nothing with them."""
+
+  def __init__(self, *args):
+    pass
+
+  def __setstate__(self, state):
+    pass
+
+
+class Stage(int):
+  """The number that DeepSpeed's enumeration of ZeRO's stages stands for."""
+
+
+STAND_INS: tuple[tuple[type, str], ...] = (
+  (Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+  (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+  (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScalerBase"),
+  (Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+  (Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+)
 
 
 def open_torch(path: Path, part: str | None = None) -> Source:

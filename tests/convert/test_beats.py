@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from convert import beats_cfg
-from convert.errors import ConversionError, Problems
+from convert.core.errors import ConversionError, Problems
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from convert.main import main
+from convert.parts import beats
 from convert.readers import ReadError
 from mooer_jax import checkpoint
 from mooer_jax.config import frontend_from_json, part_from_json
@@ -114,7 +114,7 @@ def test_without_a_projection_and_without_copies(tmp_path):
   state = torch_beats.model(config).state_dict()
   assert not any(name.startswith("post_extract_proj") for name in state)
   given = {name: tensor for name, tensor in state.items() if name != COPY.format(1)}
-  write(tmp_path / "beats.pt", cfg=beats_cfg.cfg_of(config), state=given)
+  write(tmp_path / "beats.pt", cfg=beats.cfg_of(config), state=given)
   assert import_checkpoint("beats", tmp_path / "beats.pt", tmp_path / "ours").ignored == ()
   export_checkpoint("beats", tmp_path / "ours", tmp_path / "back")
   same(state, torch.load(tmp_path / "back" / "beats.pt", weights_only=True)["model"])
@@ -144,13 +144,13 @@ def test_another_encoder_is_refused_by_name(tmp_path, change, message):
 @pytest.mark.parametrize("key", ["deep_norm", "gru_rel_pos", "input_patch_size"])
 def test_a_missing_key_means_what_it_means_to_the_original(key):
   problems = Problems()
-  assert beats_cfg.beats_config({k: v for k, v in CFG.items() if k != key}, problems) is None
+  assert beats.beats_config({k: v for k, v in CFG.items() if k != key}, problems) is None
   assert len(problems.found) == 1 and key in problems.found[0]
 
 
 def test_all_reasons_are_told():
   problems = Problems()
-  assert beats_cfg.beats_config({**CFG, "deep_norm": False, "a": 1, "b": 2}, problems) is None
+  assert beats.beats_config({**CFG, "deep_norm": False, "a": 1, "b": 2}, problems) is None
   assert len(problems.found) == 3
 
 
@@ -190,9 +190,9 @@ def test_files_of_another_form_are_refused(tmp_path, content):
 
 def test_export_refuses_what_the_file_cannot_say():
   with pytest.raises(ConversionError, match="input_width=64"):
-    beats_cfg.cfg_of(BEATsConfig(input_width=64))
+    beats.cfg_of(BEATsConfig(input_width=64))
   with pytest.raises(ConversionError, match="layers=3"):
-    beats_cfg.cfg_of(SMALL, {**CFG, "encoder_layers": 2})
+    beats.cfg_of(SMALL, {**CFG, "encoder_layers": 2})
 
 
 def test_the_command_line_knows_the_kind(tmp_path, capsys):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.main import main

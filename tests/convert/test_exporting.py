@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
+from convert.core.folders import beside
 from convert.exporting import export_checkpoint
-from convert.folders import beside
 from convert.importing import Options, import_checkpoint
 from mooer_jax import checkpoint
 from mooer_jax.config import from_json

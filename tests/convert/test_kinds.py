@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from convert.errors import ConversionError, Problems
-from convert.hf_config import hf_config, llm_config
+from convert.core.errors import ConversionError, Problems
 from convert.main import main
+from convert.parts.hf_config import hf_config, llm_config
 from mooer_jax.config import DECODERS
 from tests.convert.folders_of import SIZES, saved_llm
 from tests.convert.releases import funasr_folder, release

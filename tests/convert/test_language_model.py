@@ -2,13 +2,13 @@
 
 import shutil
 
+import convert.folders
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-import convert.folders
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.readers import ReadError, open_source

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.readers import ReadError

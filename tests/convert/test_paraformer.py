@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from mooer_jax import checkpoint

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from convert import qformer
-from convert.engine import map_in, map_out, read_out
-from convert.errors import Problems
-from convert.folders import save_checkpoint
+from convert.core.engine import map_in, map_out, read_out
+from convert.core.errors import Problems
+from convert.core.folders import save_checkpoint
+from convert.parts import qformer
 from convert.readers import open_source
-from convert.torch_qformer import QFormer
+from convert.verify.reference.qformer import QFormer
 from mooer_jax import checkpoint
 from mooer_jax.connectors.qformer import QFormerConfig
 from tests.parity import torch_qformer

@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from convert import encoder, language_model, lora, whisper, whisper_names
-from convert.engine import Outgoing, map_in, map_out, read_out
-from convert.errors import ConversionError, Problems
-from convert.folders import save_checkpoint
+from convert.core.engine import Outgoing, map_in, map_out, read_out
+from convert.core.errors import ConversionError, Problems
+from convert.core.folders import save_checkpoint
+from convert.core.rules import (
+  CONVOLUTION,
+  DEPTHWISE,
+  IDENTITY,
+  TRANSPOSE,
+  Rule,
+  Table,
+  row_blocks,
+  transposed,
+)
+from convert.core.writers import write_shards
+from convert.parts import language_model, lora, paraformer, whisper
 from convert.readers import Tensor, open_source
-from convert.rules import Rule, Table
-from convert.safetensors_out import write_shards
-from convert.transforms import CONVOLUTION, DEPTHWISE, IDENTITY, TRANSPOSE, row_blocks, transposed
 from mooer_jax import checkpoint
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
@@ -30,8 +38,8 @@ WHISPER = WhisperConfig(
 TABLES = {
   "llm": (language_model.TABLE, language_model.shapes(LLM)),
   "lora": (lora.table("default"), lora.shapes(LLM)),
-  "encoder": (encoder.table("encoder."), encoder.shapes(SANM)),
-  "whisper": (whisper_names.table(), whisper.shapes(WHISPER)),
+  "encoder": (paraformer.table("encoder."), paraformer.shapes(SANM)),
+  "whisper": (whisper.table(), whisper.shapes(WHISPER)),
 }
 TABLES["llm"] = (TABLES["llm"][0], {p: s for p, s in TABLES["llm"][1].items() if "lora" not in p})
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
 from convert.main import main

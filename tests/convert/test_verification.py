@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from convert import comparison
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.importing import Options, import_checkpoint
 from convert.main import main
-from convert.verdict import BOUNDS, Error, Verdict, accuracy, same_tokens, stage_errors
-from convert.verification import verify
+from convert.verify import ours
+from convert.verify.run import verify
+from convert.verify.verdict import BOUNDS, Error, Verdict, accuracy, same_tokens, stage_errors
 from mooer_jax import checkpoint, tree
 from tests.convert.folders_of import llm, saved_llm, with_lora
 from tests.convert.releases import release
@@ -129,7 +129,7 @@ def test_an_altered_tensor_of_the_source_fails(sides, source, run, file, name, s
 def test_tokens_are_those_that_each_side_generates(sides, clips, monkeypatch):
   """Right logits do not make up for another answer."""
   short = np.array([[9, -1, -1, -1]] * 2)
-  monkeypatch.setattr(comparison, "generate", lambda *_: SimpleNamespace(tokens_BS=short))
+  monkeypatch.setattr(ours, "generate", lambda *_: SimpleNamespace(tokens_BS=short))
   audio = [clip.path for clip in clips[:2]]
   verdict = verify("mooer", *sides, audio=audio, max_new_tokens=4)
   assert verdict.failed == ["tokens"] and verdict.agreement in [(n, 8) for n in range(3)]

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from convert.errors import ConversionError
+from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from convert.main import main
+from convert.parts.whisper import PREFIX, features_of, shapes, table
 from convert.readers import ReadError, open_source
-from convert.whisper import features_of, shapes
-from convert.whisper_names import PREFIX, table
 from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.logmel import LogMelConfig, features

@@ -72,7 +72,7 @@ def original(config, seed=0):
 
 def params_of(module):
   """The parameter tree of transformers' encoder, through the converter's table."""
-  from convert.whisper_names import table
+  from convert.parts.whisper import table
 
   rules, leaves = table(""), {}
   for name, tensor in module.state_dict().items():

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from convert import beats, beats_cfg
-from convert import torch_beats as rebuilt
-from convert.errors import Problems
+from convert.core.errors import Problems
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
+from convert.parts import beats
+from convert.verify.reference import beats as rebuilt
 from mooer_jax import checkpoint, tree
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
@@ -144,8 +144,8 @@ def test_equals_speechbrain(monkeypatch, clips, speechbrain_leaves_no_trace):
   except ModuleNotFoundError as error:
     pytest.skip(f"no speechbrain: {error}")
   torch.manual_seed(0)
-  cfg = module.BEATsConfig(beats_cfg.cfg_of(FULL))
-  assert beats_cfg.beats_config(vars(cfg), Problems()) == FULL  # it adds no key that we do not know
+  cfg = module.BEATsConfig(beats.cfg_of(FULL))
+  assert beats.beats_config(vars(cfg), Problems()) == FULL  # it adds no key that we do not know
   monkeypatch.setattr(module, "BEATsConfig", lambda _: cfg)
   theirs = module.BEATs()
   torch_beats.louder(torch_models.vary_vectors(theirs, 0))
@@ -173,7 +173,7 @@ def test_equals_the_original(monkeypatch, clips, shared_data, tmp_path, tuned):
   stub_torchaudio(monkeypatch)
   monkeypatch.syspath_prepend(f"{folder}/models")
   module = importlib.import_module("beats.BEATs")
-  cfg = {**beats_cfg.cfg_of(FULL), "finetuned_model": tuned, "predictor_class": 527, "dropout": 0.0}
+  cfg = {**beats.cfg_of(FULL), "finetuned_model": tuned, "predictor_class": 527, "dropout": 0.0}
   torch.manual_seed(0)
   theirs = module.BEATs(module.BEATsConfig(cfg))
   torch_beats.louder(torch_models.vary_vectors(theirs, 0))

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 
-from convert import qformer
+from convert.parts import qformer
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from tests.parity import old_transformers, torch_qformer
 from tests.parity.torch_models import error, vary_vectors

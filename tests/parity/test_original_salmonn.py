@@ -30,9 +30,9 @@ import torch
 import transformers
 from transformers.generation import GenerationMixin
 
-from convert import beats_cfg
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
+from convert.parts import beats
 from mooer_jax import Transcriber, speech_llm
 from mooer_jax.audio.decode import load_audio
 from tests.generation.reference import cut
@@ -130,7 +130,7 @@ def write_parts(folder: Path) -> dict[str, Path]:
   """Whisper for 30 s, a file of BEATs, and an LLM whose tokenizer has [PAD]."""
   torch_salmonn.whisper(seconds=30).save_pretrained(folder / "whisper")
   heard = torch_beats.model(torch_salmonn.BEATS)
-  content = {"cfg": beats_cfg.cfg_of(torch_salmonn.BEATS), "model": heard.state_dict()}
+  content = {"cfg": beats.cfg_of(torch_salmonn.BEATS), "model": heard.state_dict()}
   torch.save(content, folder / "beats.pt")
   llm = torch_salmonn.write_llm(
     folder / "vicuna",

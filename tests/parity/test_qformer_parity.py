@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert.torch_qformer import QFormer, tokens
+from convert.verify.reference.qformer import QFormer, tokens
 from mooer_jax import tree
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.nn.compute import Compute

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from convert import beats
-from convert.torch_beats import BEATs
+from convert.parts import beats
+from convert.verify.reference.beats import BEATs
 from mooer_jax import tree
 from mooer_jax.encoders.beats import BEATsConfig
 from tests.parity.torch_models import vary_vectors

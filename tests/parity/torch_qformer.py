@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from convert import qformer
+from convert.parts import qformer
 from mooer_jax import tree
 from mooer_jax.connectors.qformer import QFormerConfig
 from tests.parity.torch_models import vary_vectors

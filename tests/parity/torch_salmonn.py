@@ -14,8 +14,9 @@ import torch
 import transformers
 from torch import nn
 
-from convert import beats_cfg, torch_beats
-from convert.torch_qformer import QFormer, tokens
+from convert.parts import beats
+from convert.verify.reference import beats as reference_beats
+from convert.verify.reference.qformer import QFormer, tokens
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from tests.convert.folders_of import vary
@@ -165,7 +166,7 @@ class Salmonn(nn.Module):
     mel = self.listen(waveform_N, sampling_rate=16000, return_tensors="pt")["input_features"]
     frames = self.ln_speech(self.speech_encoder(mel).last_hidden_state)
     if hasattr(self, "beats"):
-      heard = self.ln_audio(self.beats(torch_beats.features(waveform_N)[None]))
+      heard = self.ln_audio(self.beats(reference_beats.features(waveform_N)[None]))
       assert heard.shape[1] < frames.shape[1]
       heard = nn.functional.pad(heard, (0, 0, 0, frames.shape[1] - heard.shape[1]))
       frames = torch.cat([frames, heard], -1)
@@ -224,7 +225,7 @@ def write(
   paths = {"whisper": folder / "whisper"}
   if hasattr(module, "beats"):
     paths["beats"] = folder / "beats.pt"
-    torch.save({"cfg": beats_cfg.cfg_of(BEATS), "model": module.beats.state_dict()}, paths["beats"])
+    torch.save({"cfg": beats.cfg_of(BEATS), "model": module.beats.state_dict()}, paths["beats"])
   content: dict[str, Any] = {"model": module.saved() if state is None else dict(state)}
   if config is not None:
     content |= {"optimizer": {"state": {}}, "config": config, "scaler": None, "epoch": 29}

@@ -12,7 +12,7 @@ import pytest
 
 import mooer_jax
 from mooer_jax import checkpoint, tree
-from mooer_jax.run.train import train
+from tests.run.programs import train
 
 SIZES = {
   "sanm": {"width": 8, "layers": 2, "heads": 1, "mlp_width": 8},

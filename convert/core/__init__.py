@@ -1,0 +1,1 @@
+"""Rule tables, and folders that are read and written with them."""

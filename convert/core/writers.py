@@ -1,0 +1,98 @@
+"""Writes safetensors tensor by tensor, and files of torch.save.
+
+The package safetensors' own writer wants all tensors of a file at once.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from .engine import Outgoing
+from .rules import row_blocks
+
+_CODES = {
+  np.dtype(np.float16): "F16",
+  np.dtype(ml_dtypes.bfloat16): "BF16",
+  np.dtype(np.float32): "F32",
+  np.dtype(np.float64): "F64",
+}
+
+
+def write_shards(
+  folder: Path,
+  tensors: Sequence[Outgoing],
+  arrays: Iterable[np.ndarray],
+  *,
+  shard_bytes: int,
+  stem: str = "model",
+) -> list[str]:
+  """Writes `stem.safetensors`, or numbered shards with an index as Hugging Face lays them out.
+
+  Args:
+    folder: where they go.
+    tensors: names, shapes and dtypes.
+    arrays: their values, in the same order; each is taken when its turn comes.
+    shard_bytes: size that a file does not exceed unless one tensor does.
+
+  Returns:
+    Names of the files.
+  """
+  shards: list[list[Outgoing]] = [[]]
+  for tensor in tensors:
+    if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
+      shards.append([])
+    shards[-1].append(tensor)
+  count = len(shards)
+  names = [f"{stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+  names = names if count > 1 else [f"{stem}.safetensors"]
+  values = iter(arrays)
+  for name, shard in zip(names, shards):
+    _write_file(folder / name, shard, values)
+  if count > 1:
+    index = {
+      "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+      "weight_map": {t.name: name for name, shard in zip(names, shards) for t in shard},
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+  return names
+
+
+def _write_file(path: Path, tensors: Sequence[Outgoing], values) -> None:
+  header: dict = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for tensor in tensors:
+    start, end = end, end + tensor.nbytes
+    header[tensor.name] = {
+      "dtype": _CODES[tensor.dtype],
+      "shape": list(tensor.shape),
+      "data_offsets": [start, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # so that the data are aligned
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+      array = next(values)
+      assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
+      for block in row_blocks(array):
+        file.write(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+      del array  # before the next one is read
+
+
+def write_torch(path: Path, tensors: Sequence[Outgoing], arrays: Iterable[np.ndarray]) -> None:
+  """Writes tensors as a state dict; all of them are in memory at once."""
+  values = {tensor.name: to_torch(array) for tensor, array in zip(tensors, arrays, strict=True)}
+  torch.save(values, path)
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+  """The same bits as a tensor; NumPy's bfloat16 is not one that torch knows."""
+  array = np.array(array, order="C")  # an own one, which torch may write to
+  if array.dtype == ml_dtypes.bfloat16:
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+  return torch.from_numpy(array)

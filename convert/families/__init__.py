@@ -1,0 +1,1 @@
+"""Whole speech LLMs as they were published."""

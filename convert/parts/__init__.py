@@ -1,0 +1,1 @@
+"""Encoders, connectors, language models and LoRA: one published format a file."""

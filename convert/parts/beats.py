@@ -1,0 +1,341 @@
+"""BEATs: the published files `{"cfg": {...}, "model": {...}}`, in and out."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from mooer_jax import tree
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
+from mooer_jax.config import part_from_json
+from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder
+from mooer_jax.nn.compute import Compute
+
+from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
+from ..core.errors import Problems
+from ..core.folders import style_of
+from ..core.rules import CONVOLUTION, TRANSPOSE, Rule, Table, Transform
+from ..core.writers import to_torch
+from ..readers import ReadError, Source, open_source
+from ..readers.torch_file import TorchFile
+
+FILE = "beats.pt"
+# Mean and standard deviation of the features BEATs was trained with; it divides by two of them.
+MEAN, DEVIATION = 15.41663, 6.55582
+
+BIAS_TABLE = "encoder.layers.{n}.self_attn.relative_attention_bias.weight"
+_HEAD = r"predictor\.(weight|bias)"
+
+_LINEAR = (("weight", "kernel", TRANSPOSE), ("bias", "bias", None))
+_NORM = (("weight", "scale", None), ("bias", "bias", None))
+_LAYER = "encoder.layers.{n}"
+# cfg's name of each size, ours, and what the original takes if the file does not say.
+_SIZES = (
+  ("input_patch_size", "patch", None),
+  ("embed_dim", "patch_width", 512),
+  ("encoder_layers", "layers", 12),
+  ("encoder_embed_dim", "width", 768),
+  ("encoder_ffn_embed_dim", "mlp_width", 3072),
+  ("encoder_attention_heads", "heads", 12),
+  ("conv_pos", "conv_pos", 128),
+  ("conv_pos_groups", "conv_pos_groups", 16),
+  ("num_buckets", "buckets", 320),
+  ("max_distance", "max_distance", 1280),
+)
+# What we compute with, and what the original takes if the file does not say.
+_ONLY: tuple[tuple[str, Any, Any], ...] = (
+  ("conv_bias", False, False),
+  ("activation_fn", "gelu", "gelu"),
+  ("layer_norm_first", False, False),
+  ("deep_norm", True, False),
+  ("relative_position_embedding", True, False),
+  ("gru_rel_pos", True, False),
+)
+# These act in training only, or on the head of a fine-tuned file.
+_PASSED_OVER = (
+  "layer_wise_gradient_decay_ratio",
+  "dropout",
+  "attention_dropout",
+  "activation_dropout",
+  "encoder_layerdrop",
+  "dropout_input",
+  "finetuned_model",
+  "predictor_dropout",
+  "predictor_class",
+)
+
+
+def _patch_in(weight_O1PP: np.ndarray) -> np.ndarray:
+  return weight_O1PP.reshape(len(weight_O1PP), -1).T
+
+
+def _patch_out(kernel_PO: np.ndarray) -> np.ndarray:
+  return kernel_PO.T.reshape(_patch_torch_shape(kernel_PO.shape))
+
+
+def _patch_torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  side = round(shape[0] ** 0.5)
+  return shape[1], 1, side, side
+
+
+# nn.Conv2d over one channel, its kernel as wide as its stride, is a linear layer on each patch.
+PATCH = Transform(
+  2,
+  4,
+  lambda s: (s[2] * s[3], s[0]) if s[1] == 1 and s[2] == s[3] else s,
+  _patch_torch_shape,
+  _patch_in,
+  _patch_out,
+)
+
+
+def _vector(torch_shape) -> Transform:
+  """A vector that PyTorch keeps with further axes of length one: `torch_shape(n)`."""
+  return Transform(
+    1,
+    len(torch_shape(1)),
+    lambda s: (max(s),) if tuple(s) == torch_shape(max(s)) else s,
+    lambda s: torch_shape(s[0]),
+    lambda x: x.reshape(-1),
+    lambda x: x.reshape(torch_shape(len(x))),
+  )
+
+
+def _rules():
+  rules = [
+    ("patch_embedding.weight", "patch/kernel", PATCH),
+    ("encoder.pos_conv.0.weight_v", "position/kernel", CONVOLUTION),
+    ("encoder.pos_conv.0.weight_g", "position/scale", _vector(lambda n: (1, 1, n))),
+    ("encoder.pos_conv.0.bias", "position/bias", None),
+    (BIAS_TABLE.format(n=0), "relative_bias/embedding", None),
+    (f"{_LAYER}.self_attn.grep_a", "layers_{n}/attention/gate/scale", _vector(_heads)),
+  ]
+  for theirs, path, parts in (
+    ("layer_norm", "patch_norm", _NORM),
+    ("post_extract_proj", "patch_out", _LINEAR),
+    ("encoder.layer_norm", "input_norm", _NORM),
+    (f"{_LAYER}.self_attn.{{x:q|k|v|out}}_proj", "layers_{n}/attention/{x}", _LINEAR),
+    (f"{_LAYER}.self_attn.grep_linear", "layers_{n}/attention/gate/linear", _LINEAR),
+    (f"{_LAYER}.self_attn_layer_norm", "layers_{n}/attention_norm", _NORM),
+    (f"{_LAYER}.fc1", "layers_{n}/up", _LINEAR),
+    (f"{_LAYER}.fc2", "layers_{n}/down", _LINEAR),
+    (f"{_LAYER}.final_layer_norm", "layers_{n}/mlp_norm", _NORM),
+  ):
+    rules += [(f"{theirs}.{a}", f"{path}/{b}", transform) for a, b, transform in parts]
+  return [
+    Rule(name, f"encoders/beats/{path}", *([] if transform is None else [transform]))
+    for name, path, transform in rules
+  ]
+
+
+def _heads(n: int) -> tuple[int, ...]:
+  return 1, n, 1, 1
+
+
+TABLE = Table(_rules())
+
+
+def read_cfg(path: Path) -> dict[str, Any]:
+  """The sizes and options that stand beside the weights.
+
+  Raises:
+    ReadError: if it is no file of torch, or has no dict `cfg` of plain values.
+  """
+  if path.is_dir():
+    raise ReadError(f"{path} is a folder; give the .pt file of BEATs itself")
+  content = TorchFile(path).content()
+  cfg = content.get("cfg") if isinstance(content, dict) else None
+  if not isinstance(cfg, dict):
+    raise ReadError(f"{path}: no dict 'cfg' beside 'model': not a file that BEATs was published as")
+  for key, value in cfg.items():
+    if not isinstance(key, str) or not isinstance(value, bool | int | float | str | None):
+      raise ReadError(f"{path}: cfg[{key!r}] is of type {type(value).__name__}, no plain value")
+  return dict(cfg)
+
+
+def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | None:
+  """Reads the sizes, and refuses by name what we do not know or compute otherwise.
+
+  Returns None, with the reasons in `problems`, if the encoder cannot be expressed.
+  """
+  before = len(problems.found)
+  known = {*(n for n, *_ in _SIZES), *(n for n, *_ in _ONLY), *_PASSED_OVER}
+  for key in cfg:
+    if key not in known:
+      problems.add(
+        f"unknown cfg key {key!r} (= {cfg[key]!r}); known are {', '.join(sorted(known))}"
+      )
+  for key, wanted, default in _ONLY:
+    value = cfg.get(key, default)
+    if value != wanted:
+      said = "" if key in cfg else " (not in the file, the original's default)"
+      problems.add(f"cfg {key}={value!r}{said}: only {wanted!r} can be expressed")
+  sizes = {}
+  for key, name, default in _SIZES:
+    value = cfg.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+      problems.add(f"cfg {key}={value!r}: a whole number is needed")
+    else:
+      sizes[name] = value
+  if len(problems.found) > before:
+    return None
+  try:
+    return BEATsConfig(**sizes)
+  except ValueError as error:
+    problems.add(str(error))
+    return None
+
+
+def cfg_of(config: BEATsConfig, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """What a file says of an encoder; `given` is the cfg that it was imported with.
+
+  Raises:
+    ConversionError: if the file would describe another encoder: `given` is of another one, or the
+      original has no such input width.
+  """
+  if given is None:
+    sizes = {key: getattr(config, name) for key, name, _ in _SIZES}
+    given = {**sizes, **{key: wanted for key, wanted, _ in _ONLY}}
+  problems = Problems()
+  described = beats_config(given, problems)
+  if described != dataclasses.replace(config, dropout=0.0):
+    problems.add(f"it describes {described}, the encoder is {config}")
+  problems.check("cfg")
+  return {**given, "finetuned_model": False} if given.get("finetuned_model") else dict(given)
+
+
+def shapes(config: BEATsConfig) -> dict[str, tuple[int, ...]]:
+  """encoders/beats/… -> shape."""
+  module = BEATsEncoder(config, Compute(scan=True))
+  frames = config.patch
+  inputs = jnp.zeros((1, frames, config.input_width)), jnp.ones((1, frames), bool)
+  return under("encoders/beats", leaf_shapes(module, *inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class BEATs:
+  """A file that was opened; of its tensors, only copies of the bias table are read.
+
+  Attributes:
+    config: sizes of the encoder.
+    frontend: the features that it takes.
+    leaves: encoders/beats/… and frontend/beats/{shift,scale}.
+    cfg: the file's `cfg`, which goes back with an export (`style["beats"]`).
+    ignored: names of the tensors and entries that no leaf is made of.
+    notes: what a user should know about the file.
+  """
+
+  config: BEATsConfig
+  frontend: FrontendConfig
+  leaves: dict[str, Lazy]
+  cfg: dict[str, Any]
+  ignored: tuple[str, ...]
+  notes: tuple[str, ...]
+
+  @property
+  def style(self) -> dict[str, Any]:
+    return {"cfg": self.cfg}
+
+
+def open_beats(path: Path, problems: Problems) -> BEATs | None:
+  """Maps a BEATs file, fine-tuned or not; a classifier's head is ignored, by name.
+
+  Args:
+    path: the .pt file.
+    problems: gets what does not fit.
+
+  Returns:
+    BEATs, or None if its cfg cannot be expressed.
+
+  Raises:
+    ReadError: if the file is broken or holds no cfg and model.
+  """
+  cfg = read_cfg(path)
+  config = beats_config(cfg, problems)
+  source = open_source(path, part="model")
+  if config is None:
+    return None
+  copies = tied_copies(source, config, problems)
+  mapped = map_in(source, TABLE, shapes(config), problems, ignored=(_HEAD, *map(re.escape, copies)))
+  return BEATs(
+    config=config,
+    frontend=BEATS_FRONTEND,
+    leaves={**mapped.leaves, **cmvn_leaves(config.input_width)},
+    cfg=cfg,
+    ignored=(*mapped.ignored, *(name for name in source.ignored if name != "cfg")),
+    notes=source.notes,
+  )
+
+
+def tied_copies(source: Source, config: BEATsConfig, problems: Problems) -> list[str]:
+  """Names of the layers' copies of layer 0's bias table; one that differs is a problem.
+
+  PyTorch's state dict repeats a tensor for each layer that shares it.
+  """
+  first = BIAS_TABLE.format(n=0)
+  copies = [BIAS_TABLE.format(n=n) for n in range(1, config.layers)]
+  copies = [name for name in copies if name in source.tensors]
+  if first not in source.tensors or not copies:
+    return copies
+  table = source.read(first)
+  for name in copies:
+    copy = source.read(name)
+    if copy.dtype != table.dtype or copy.shape != table.shape or copy.tobytes() != table.tobytes():
+      problems.add(f"{name} differs from {first}: all layers must share one bias table")
+  return copies
+
+
+def cmvn_leaves(width: int) -> dict[str, Lazy]:
+  """frontend/beats/{shift,scale}, float32 [width]: what makes (x - mean) / (2 deviations)."""
+  values = {"shift": -MEAN, "scale": 1 / (2 * DEVIATION)}
+  return {
+    f"frontend/beats/{name}": Lazy(
+      (width,), np.dtype(np.float32), functools.partial(np.full, width, value, np.float32)
+    )
+    for name, value in values.items()
+  }
+
+
+def find_beats(about: Checkpoint) -> BEATsConfig | None:
+  """The BEATs encoder of a checkpoint, or None."""
+  for i, section in enumerate(about.config.get("encoders", ())):
+    if section.get("kind") == BEATsConfig.kind:
+      return part_from_json(section, f"encoders[{i}]")
+  return None
+
+
+def export(about: Checkpoint, file: Path) -> None:
+  """Writes `{"cfg", "model"}` as the original loads it, strictly.
+
+  The layers' copies of the bias table are written as well (the same bytes of the file), and cfg
+  goes out as it came, but for `finetuned_model`: the head of a fine-tuned file is not kept.
+
+  Raises:
+    ConversionError: if the checkpoint has no BEATs, or its features are scaled in another way.
+  """
+  problems = Problems()
+  config = find_beats(about)
+  if config is None:
+    problems.add("no BEATs encoder in it")
+    problems.check(str(about.folder))
+  assert config is not None
+  paths = [path for path in tree.flatten(about.params) if path.startswith("encoders/beats/")]
+  tensors = map_out(about, TABLE, paths, problems)
+  for path, leaf in cmvn_leaves(config.input_width).items():
+    if path in tree.flatten(about.params):
+      found = read_leaves(about, [path])[path]
+      if not np.allclose(np.asarray(found, np.float32), leaf.read(), rtol=1e-6):
+        problems.add(f"{path} is not what the original has built in; its file has no place for it")
+  problems.check(str(about.folder))
+  arrays = read_out(about, tensors)
+  model = {t.name: to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
+  for n in range(1, config.layers):
+    model[BIAS_TABLE.format(n=n)] = model[BIAS_TABLE.format(n=0)]
+  torch.save({"cfg": cfg_of(config, style_of(about, "beats").get("cfg")), "model": model}, file)

@@ -1,0 +1,170 @@
+"""FunASR's config.yaml, as far as it tells of the encoder and its features: in and out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mooer_jax.audio.frontend import FrontendConfig, width
+from mooer_jax.config import build
+from mooer_jax.encoders.sanm import SANMConfig
+
+from ..core.errors import Problems
+
+FILE = "config.yaml"
+# What FunASR takes where a section is there and does not name the key: the defaults of its
+# SANMEncoder and WavFrontend. Sizes that show in the tensors need none.
+_ABSENT: dict[str, dict[str, Any]] = {
+  "encoder_conf": {
+    "attention_heads": 4,
+    "input_layer": "conv2d",
+    "normalize_before": True,
+    "concat_after": False,
+    "positionwise_layer_type": "linear",
+    "sanm_shfit": 0,
+    "selfattention_layer_type": "sanm",
+  },
+  "frontend_conf": {
+    "fs": 16000,
+    "window": "hamming",
+    "n_mels": 80,
+    "frame_length": 25,
+    "frame_shift": 10,
+    "lfr_m": 1,
+    "lfr_n": 1,
+    "dither": 1.0,
+    "snip_edges": True,
+    "upsacle_samples": True,
+  },
+}
+
+
+def write_yaml(path: Path, conf: Mapping[str, Any]) -> None:
+  path.write_text(yaml.safe_dump(dict(conf), sort_keys=False), encoding="utf-8")
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+  """Raises ValueError, naming the file, if it is not YAML, or it or a section is no mapping."""
+  try:
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is not readable as YAML: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: must hold a mapping, got {type(value).__name__}")
+  for name in _ABSENT:
+    if not isinstance(value.get(name), dict | None):
+      raise ValueError(f"{path}: {name} must hold a mapping, got {type(value[name]).__name__}")
+  return value
+
+
+def heads(conf: Mapping[str, Any]) -> Any:
+  """The number of heads, which the tensors do not tell; as in Paraformer if nothing tells it."""
+  return _said(conf, "encoder_conf", "attention_heads", SANMConfig.heads)
+
+
+def frontend(
+  conf: Mapping[str, Any], input_width: int, problems: Problems
+) -> FrontendConfig | None:
+  """The features that an encoder of such an input takes; None, with the reason, if none fit.
+
+  Without a frontend_conf they are Paraformer's: 7 frames every 6, of as many bins as that leaves.
+  """
+  section: dict[str, Any] = {"fbank": {"bins": input_width // FrontendConfig.lfr_window}}
+  if conf.get("frontend_conf") is not None:
+    said = {**_ABSENT["frontend_conf"], **conf["frontend_conf"]}
+    fbank = {
+      "sample_rate_hz": said["fs"],
+      "bins": said["n_mels"],
+      "frame_ms": said["frame_length"],
+      "hop_ms": said["frame_shift"],
+      "window": said["window"],
+    }
+    section = {"fbank": fbank, "lfr_window": said["lfr_m"], "lfr_stride": said["lfr_n"]}
+  try:
+    found = build(FrontendConfig, section, "frontend_conf")
+  except ValueError as error:
+    problems.add(f"{FILE}: {error}")
+    return None
+  if width(found) != input_width:
+    problems.add(
+      f"the encoder takes {input_width} values a step, its features have {width(found)}:"
+      f" {found.lfr_window} frames of {found.fbank.bins} bins"
+    )
+    return None
+  return found
+
+
+def describe(config: SANMConfig, features: FrontendConfig) -> dict[str, Any]:
+  """Content of a config.yaml for an encoder and its features."""
+  fbank = features.fbank
+  return {
+    "encoder": "SANMEncoder",
+    "encoder_conf": {
+      "output_size": config.width,
+      "attention_heads": config.heads,
+      "linear_units": config.mlp_width,
+      "num_blocks": config.layers,
+      "input_layer": "pe",
+      "pos_enc_class": "SinusoidalPositionEncoder",
+      "normalize_before": True,
+      "concat_after": False,
+      "positionwise_layer_type": "linear",
+      "kernel_size": config.memory_kernel,
+      "sanm_shfit": 0,
+      "selfattention_layer_type": "sanm",
+    },
+    "frontend": "WavFrontend",
+    "frontend_conf": {
+      "fs": fbank.sample_rate_hz,
+      "window": fbank.window,
+      "n_mels": fbank.bins,
+      "frame_length": fbank.frame_ms,
+      "frame_shift": fbank.hop_ms,
+      "dither": 0.0,
+      "lfr_m": features.lfr_window,
+      "lfr_n": features.lfr_stride,
+      "snip_edges": True,
+      "upsacle_samples": True,
+    },
+  }
+
+
+def check(
+  conf: Mapping[str, Any], config: SANMConfig, features: FrontendConfig, problems: Problems
+) -> None:
+  """Adds every value by which a config.yaml tells of another model than this one."""
+  for section, wanted in describe(config, features).items():
+    if not isinstance(wanted, dict):
+      if (said := conf.get(section, wanted)) != wanted:
+        problems.add(f"{FILE}: {section}={said!r}: only {wanted} can be converted")
+      continue
+    for key, value in wanted.items():
+      said = _said(conf, section, key, value)
+      if said != value and key != "dither":
+        absent = "" if key in conf[section] else ", FunASR's own where it is not given"
+        problems.add(
+          f"{FILE}: {section}.{key}={said!r}{absent}; the tensors and this version want {value!r}"
+        )
+
+
+def same(conf: Mapping[str, Any], config: SANMConfig, features: FrontendConfig) -> bool:
+  """Whether a config.yaml tells of this model."""
+  problems = Problems()
+  check(conf, config, features, problems)
+  return frontend(conf, config.input_width, problems) == features and not problems.found
+
+
+def notes(conf: Mapping[str, Any]) -> tuple[str, ...]:
+  """What a user should know of a config.yaml that was taken."""
+  dither = _said(conf, "frontend_conf", "dither", 0.0)
+  if not dither:
+    return ()
+  return (f"{FILE}: dither={dither!r}: FunASR adds that noise to a clip, here there is none",)
+
+
+def _said(conf: Mapping[str, Any], section: str, key: str, otherwise: Any) -> Any:
+  """A value of a section, FunASR's own if the section lacks it; `otherwise` without a section."""
+  if conf.get(section) is None:
+    return otherwise
+  return conf[section].get(key, _ABSENT[section].get(key, otherwise))

@@ -1,0 +1,152 @@
+"""The config.json of Hugging Face's Qwen2 and LLaMA, in and out."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mooer_jax.decoders.llm import LLMConfig
+
+from ..core.errors import Problems
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+_SIZES = {
+  "vocab": "vocab_size",
+  "width": "hidden_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "mlp_width": "intermediate_size",
+}
+# Names that transformers has used for the same thing.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
+  """The model that a config.json describes.
+
+  Args:
+    hf: the file's content.
+    problems: gets, by name, everything that our model cannot express.
+
+  Returns:
+    The config, without LoRA; None if there is a problem.
+  """
+  before = len(problems.found)
+  kind = hf.get("model_type")
+  if kind not in ARCHITECTURES:
+    problems.add(f"model_type={kind!r}: only {', '.join(ARCHITECTURES)} can be converted")
+    return None
+  for name in hf.get("architectures") or ():
+    if name != ARCHITECTURES[kind]:
+      problems.add(f"architectures={name!r}: only {ARCHITECTURES[kind]} can be converted")
+  _refuse(hf, kind, problems)
+  for key in _SIZES.values():
+    if type(hf.get(key)) is not int:
+      problems.add(f"{key}={hf.get(key)!r}: a whole number is needed")
+  if len(problems.found) > before:
+    return None
+  sizes = {ours: hf[theirs] for ours, theirs in _SIZES.items()}
+  heads = sizes["heads"]
+  head_width = hf.get("head_dim") or sizes["width"] // heads
+  if kind == "qwen2" and head_width * heads != sizes["width"]:
+    problems.add(f"head_dim={head_width} times num_attention_heads={heads} is not hidden_size")
+    return None
+  try:
+    return LLMConfig(
+      **sizes,
+      # transformers' defaults where a key is absent.
+      kv_heads=hf.get("num_key_value_heads") or (32 if kind == "qwen2" else heads),
+      head_width=head_width,
+      rope_theta=float(_rope(hf).get("rope_theta") or hf.get("rope_theta") or 10000.0),
+      norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+      qkv_bias=kind == "qwen2",
+      tied=bool(hf.get("tie_word_embeddings", False)),
+    )
+  except ValueError as error:
+    problems.add(str(error))
+    return None
+
+
+def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+  """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling."""
+  return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+
+
+def _refuse(hf: Mapping[str, Any], kind: str, problems: Problems) -> None:
+  rope = _rope(hf)
+  rope_type = rope.get("rope_type", rope.get("type", "default"))
+  if rope_type != "default" or any(isinstance(value, dict) for value in rope.values()):
+    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    problems.add(f"{key}={dict(rope)!r}: only unscaled rotary positions can be expressed")
+  if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1:
+    problems.add("partial_rotary_factor: only rotation of whole heads can be expressed")
+  if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
+    problems.add("use_sliding_window: attention in a window cannot be expressed")
+  for key in ("attention_bias", "mlp_bias"):
+    if hf.get(key):
+      problems.add(f"{key}=true: biases other than Qwen2's on q, k, v cannot be expressed")
+  if hf.get("hidden_act", "silu") != "silu":
+    problems.add(f"hidden_act={hf['hidden_act']!r}: only 'silu' can be expressed")
+  if hf.get("quantization_config"):
+    method = hf["quantization_config"].get("quant_method")
+    problems.add(f"quantization_config ({method}): quantized weights cannot be converted")
+
+
+def hf_config(
+  config: LLMConfig,
+  dtype: np.dtype,
+  original: Mapping[str, Any] | None = None,
+  *,
+  eos_id: int | None = None,
+) -> dict[str, Any]:
+  """The config.json of a model.
+
+  Args:
+    config: the model.
+    dtype: what its matrices are stored in.
+    original: the config.json that it was imported from; kept wherever it describes this model.
+    eos_id: token that ends an answer, for a config without original.
+
+  Raises:
+    ValueError: if neither Qwen2 nor LLaMA is of this shape.
+  """
+  kind = "qwen2" if config.qkv_bias else "llama"
+  name = np.dtype(dtype).name
+  if original is not None and _same(original, config):
+    found = [key for key in _DTYPE_KEYS if key in original]
+    return {**original, **dict.fromkeys(found, name)}
+  if kind == "qwen2" and config.head_width * config.heads != config.width:
+    raise ValueError(
+      f"llm.head_width={config.head_width} times llm.heads={config.heads} is not llm.width="
+      f"{config.width}, which Qwen2 requires; there is no Hugging Face model of this shape"
+    )
+  sizes = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+  extra = {} if kind == "qwen2" else {"head_dim": config.head_width}
+  if eos_id is not None:
+    extra["eos_token_id"] = eos_id
+  return {
+    "architectures": [ARCHITECTURES[kind]],
+    "model_type": kind,
+    **sizes,
+    **extra,
+    "num_key_value_heads": config.kv_heads,
+    "hidden_act": "silu",
+    "rms_norm_eps": config.norm_eps,
+    "rope_theta": config.rope_theta,
+    "tie_word_embeddings": config.tied,
+    "torch_dtype": name,
+  }
+
+
+def _same(original: Mapping[str, Any], config: LLMConfig) -> bool:
+  described = llm_config(original, Problems())
+  if described is None:
+    return False
+  theirs, ours = dataclasses.asdict(described), dataclasses.asdict(config)
+  return all(
+    math.isclose(value, ours[key]) if isinstance(value, float) else value == ours[key]
+    for key, value in theirs.items()
+    if not key.startswith("lora_")
+  )

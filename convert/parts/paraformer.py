@@ -1,0 +1,242 @@
+"""Paraformer's SAN-M encoder and its CMVN: FunASR's model folders, and MooER's encoder file."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax import tree
+from mooer_jax.audio.cmvn import read_mvn, write_mvn
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
+from mooer_jax.config import SpeechLLMConfig, build, frontend_from_json, part_from_json
+from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
+from mooer_jax.nn.compute import Compute
+
+from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
+from ..core.errors import ConversionError, Problems
+from ..core.folders import check_same, copier, kept_files
+from ..core.rules import DEPTHWISE, TRANSPOSE, Rule, Table
+from ..core.writers import write_torch
+from ..readers import Source, open_source
+from . import funasr_config
+
+CMVN_FILE = "am.mvn"
+FUNASR_FILE = "model.pt"
+PREFIXES = ("", "encoder.", "encoder.model.")
+_LAYER = (
+  ("norm{x:1|2}.weight", "norm{x}/scale"),
+  ("norm{x:1|2}.bias", "norm{x}/bias"),
+  ("self_attn.linear_q_k_v.weight", "attention/qkv/kernel"),
+  ("self_attn.linear_q_k_v.bias", "attention/qkv/bias"),
+  ("self_attn.linear_out.weight", "attention/out/kernel"),
+  ("self_attn.linear_out.bias", "attention/out/bias"),
+  ("self_attn.fsmn_block.weight", "attention/fsmn/kernel"),
+  ("feed_forward.w_1.weight", "feed_forward/up/kernel"),
+  ("feed_forward.w_1.bias", "feed_forward/up/bias"),
+  ("feed_forward.w_2.weight", "feed_forward/down/kernel"),
+  ("feed_forward.w_2.bias", "feed_forward/down/bias"),
+)
+
+
+def table(prefix: str = "") -> Table:
+  """The rules for names that begin with a prefix, such as `encoder.`."""
+  rules = []
+  for layer, ours in (("encoders0.0", "first_layer"), ("encoders.{n}", "layers_{n}")):
+    for theirs, path in _LAYER:
+      transform = TRANSPOSE if path.endswith("kernel") else None
+      transform = DEPTHWISE if "fsmn" in path else transform
+      rules.append(_rule(f"{prefix}{layer}.{theirs}", f"encoders/sanm/{ours}/{path}", transform))
+  for theirs, path in (("weight", "scale"), ("bias", "bias")):
+    rules.append(_rule(f"{prefix}after_norm.{theirs}", f"encoders/sanm/after_norm/{path}", None))
+  return Table(rules)
+
+
+def _rule(torch, jax, transform):
+  return Rule(torch, jax) if transform is None else Rule(torch, jax, transform)
+
+
+def shapes(config: SANMConfig) -> dict[str, tuple[int, ...]]:
+  """encoders/sanm/… -> shape."""
+  module = SANMEncoder(config, Compute(scan=True))
+  inputs = jnp.zeros((1, 8, config.input_width)), jnp.ones((1, 8), bool)
+  return under("encoders/sanm", leaf_shapes(module, *inputs))
+
+
+def find_prefix(source: Source) -> str | None:
+  """What stands before the encoder's names: nothing in MooER's file, `encoder.` in FunASR's."""
+  for prefix in PREFIXES:
+    if any(name.startswith(f"{prefix}encoders0.0.") for name in source.tensors):
+      return prefix
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """An encoder file that was opened; no tensor is read."""
+
+  config: SANMConfig
+  frontend: FrontendConfig
+  leaves: dict[str, Lazy]
+  prefix: str
+  ignored: tuple[str, ...]
+
+
+def open_encoder(
+  source: Source, cmvn: Path, problems: Problems, *, conf: Mapping[str, Any] | None = None
+) -> Encoder | None:
+  """Maps a SAN-M encoder and its CMVN; whatever else stands in the file is ignored, by name.
+
+  Args:
+    source: the file.
+    cmvn: path of its am.mvn.
+    problems: gets what does not fit.
+    conf: content of FunASR's config.yaml; without, what the tensors do not tell is Paraformer's.
+
+  Returns:
+    Encoder, or None if there is none in the file.
+  """
+  prefix = find_prefix(source)
+  if prefix is None:
+    problems.add(f"{source.path}: no SAN-M encoder (encoders0.0.…) in it")
+    return None
+  conf = conf or {}
+  config = sanm_config(source, prefix, problems, heads=funasr_config.heads(conf))
+  if config is None:
+    return None
+  rules = table(prefix)
+  names = [name for name in source.tensors if rules.to_jax(name) is not None]
+  mapped = map_in(source, rules, shapes(config), problems, names=names)
+  leaves = {**mapped.leaves, **cmvn_leaves(cmvn, config.input_width, problems)}
+  chosen = set(names)
+  frontend = funasr_config.frontend(conf, config.input_width, problems)
+  if frontend is None:
+    return None
+  funasr_config.check(conf, config, frontend, problems)
+  return Encoder(
+    config=config,
+    frontend=frontend,
+    leaves=leaves,
+    prefix=prefix,
+    ignored=(*(name for name in source.tensors if name not in chosen), *source.ignored),
+  )
+
+
+def sanm_config(
+  source: Source, prefix: str, problems: Problems, *, heads: int = SANMConfig.heads
+) -> SANMConfig | None:
+  """Reads the sizes off the tensors; their number of heads leaves no trace and must be known.
+
+  Returns None, with the reason in `problems`, if a tensor that is needed for it is missing.
+  """
+  tensors = source.tensors
+  needed = {
+    "qkv": (f"{prefix}encoders0.0.self_attn.linear_q_k_v.weight", 2),
+    "up": (f"{prefix}encoders0.0.feed_forward.w_1.weight", 2),
+    "fsmn": (f"{prefix}encoders0.0.self_attn.fsmn_block.weight", 3),
+  }
+  for name, ndim in needed.values():
+    if name not in tensors:
+      problems.add(f"{source.path}: {name} is missing: no SAN-M encoder")
+      return None
+    if len(tensors[name].shape) != ndim:
+      problems.add(f"{name} has shape {list(tensors[name].shape)}; {ndim} axes are needed")
+      return None
+  wide, input_width = tensors[needed["qkv"][0]].shape
+  start = f"{prefix}encoders."
+  numbers = {name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)}
+  try:
+    sizes = {
+      "input_width": input_width,
+      "width": wide // 3,
+      "layers": 1 + 1 + max((int(n) for n in numbers if n.isdigit()), default=-1),
+      "heads": heads,
+      "mlp_width": tensors[needed["up"][0]].shape[0],
+      "memory_kernel": tensors[needed["fsmn"][0]].shape[2],
+    }
+    return build(SANMConfig, sizes, "sanm")
+  except ValueError as error:
+    problems.add(str(error))
+    return None
+
+
+def cmvn_leaves(path: Path, width: int, problems: Problems) -> dict[str, Lazy]:
+  """frontend/sanm/… of an am.mvn."""
+  try:
+    shift_F, scale_F = read_mvn(path, width=width)
+  except (ValueError, FileNotFoundError) as error:
+    problems.add(str(error))
+    return {}
+  return {
+    "frontend/sanm/shift": _given(shift_F),
+    "frontend/sanm/scale": _given(scale_F),
+  }
+
+
+def _given(array: np.ndarray) -> Lazy:
+  return Lazy(array.shape, array.dtype, lambda: array)
+
+
+def paths(about: Checkpoint) -> list[str]:
+  """The encoder's leaves of a checkpoint."""
+  return [path for path in tree.flatten(about.params) if path.startswith("encoders/sanm/")]
+
+
+def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:
+  """Writes the encoder as a state dict, and am.mvn beside it.
+
+  Raises:
+    ConversionError: if the checkpoint has no SAN-M encoder.
+  """
+  problems = Problems()
+  if not paths(about):
+    problems.add("no SAN-M encoder in it")
+  tensors = map_out(about, table(prefix), paths(about), problems)
+  problems.check(str(about.folder))
+  write_torch(file, tensors, read_out(about, tensors))
+  cmvn = read_leaves(about, ["frontend/sanm/shift", "frontend/sanm/scale"])
+  write_mvn(file.with_name(CMVN_FILE), *cmvn.values())
+
+
+def sanm_of(about: Checkpoint) -> tuple[SANMConfig, FrontendConfig]:
+  """The sizes and the features of a checkpoint's SAN-M.
+
+  Raises:
+    ConversionError: if it has none.
+  """
+  for number, section in enumerate(about.config.get("encoders", ())):
+    if section.get("kind") == SANMConfig.kind:
+      config = part_from_json(section, f"encoders[{number}]")
+      features = frontend_from_json(about.config["frontends"][number], f"frontends[{number}]")
+      if isinstance(features, FrontendConfig):
+        return config, features
+  raise ConversionError(f"{about.folder}: no SAN-M encoder in it")
+
+
+def export_folder(about: Checkpoint, folder: Path, *, prefix: str = "") -> None:
+  """Writes FunASR's files of the encoder: `export`, and a config.yaml that tells the rest.
+
+  The config.yaml of the import comes back as it was if it still tells of this encoder.
+
+  Raises:
+    ConversionError: if there is no SAN-M encoder, or it has what the files cannot say.
+  """
+  config, features = sanm_of(about)
+  export(about, folder / FUNASR_FILE, prefix=prefix)
+  described = folder / funasr_config.FILE
+  copier(kept_files(about, "encoder"))(folder)
+  if not (
+    described.is_file() and funasr_config.same(funasr_config.read_yaml(described), config, features)
+  ):
+    funasr_config.write_yaml(described, funasr_config.describe(config, features))
+  problems = Problems()
+  source, conf = open_source(folder / FUNASR_FILE), funasr_config.read_yaml(described)
+  read = open_encoder(source, folder / CMVN_FILE, problems, conf=conf)
+  if read is not None:
+    meant = SpeechLLMConfig(encoders=(config,), frontends=(features,))
+    again = SpeechLLMConfig(encoders=(read.config,), frontends=(read.frontend,))
+    check_same(meant, again, problems)
+  problems.check(str(about.folder))

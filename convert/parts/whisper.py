@@ -1,0 +1,362 @@
+"""Whisper's encoder: folders of Hugging Face, openai-whisper's .pt, faster-whisper's folders."""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mooer_jax import tree
+from mooer_jax.audio.logmel import LogMelConfig
+from mooer_jax.checkpoint import Checkpoint, Lazy
+from mooer_jax.encoders.whisper import STRIDE, WhisperConfig, WhisperEncoder
+from mooer_jax.nn.compute import Compute
+
+from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
+from ..core.errors import ConversionError, Problems
+from ..core.folders import kept_files, read_json, write_json
+from ..core.rules import CONVOLUTION, IDENTITY, TRANSPOSE, Rule, Table, Transform
+from ..core.writers import write_shards
+from ..readers import Source, Tensor, open_source
+from ..readers.torch_file import TorchFile
+
+ROOT = "encoders/whisper"
+PREFIX = "model.encoder."
+# What stands before the encoder's names: in a whole model, in one without its head, in the encoder.
+PREFIXES = (PREFIX, "encoder.", "")
+# (ours, Hugging Face, openai-whisper, CTranslate2)
+_MODULES = (
+  ("conv{x:1|2}", "conv{x:1|2}", "conv{x:1|2}", "conv{x:1|2}"),
+  ("layers_{n}/attention_norm", "layers.{n}.self_attn_layer_norm", "blocks.{n}.attn_ln",
+   "layer_{n}/self_attention/layer_norm"),
+  ("layers_{n}/attention/q", "layers.{n}.self_attn.q_proj", "blocks.{n}.attn.query", None),
+  ("layers_{n}/attention/k", "layers.{n}.self_attn.k_proj", "blocks.{n}.attn.key", None),
+  ("layers_{n}/attention/v", "layers.{n}.self_attn.v_proj", "blocks.{n}.attn.value", None),
+  ("layers_{n}/attention/out", "layers.{n}.self_attn.out_proj", "blocks.{n}.attn.out",
+   "layer_{n}/self_attention/linear_1"),
+  ("layers_{n}/mlp_norm", "layers.{n}.final_layer_norm", "blocks.{n}.mlp_ln",
+   "layer_{n}/ffn/layer_norm"),
+  ("layers_{n}/mlp/up", "layers.{n}.fc1", "blocks.{n}.mlp.0", "layer_{n}/ffn/linear_0"),
+  ("layers_{n}/mlp/down", "layers.{n}.fc2", "blocks.{n}.mlp.2", "layer_{n}/ffn/linear_1"),
+  ("final_norm", "layer_norm", "ln_post", "layer_norm"),
+)  # fmt: skip
+_POSITIONS = ("embed_positions.weight", "positional_embedding", "position_encodings/encodings")
+_FUSED = re.compile(r"encoder/layer_(0|[1-9]\d*)/self_attention/linear_0/(weight|bias)")
+HEADS = "encoder/num_heads"
+KEPT_FILES = ("config.json", "preprocessor_config.json")
+# WhisperConfig's fields as Hugging Face's config.json names them.
+_SIZES = {
+  "input_width": "num_mel_bins",
+  "width": "d_model",
+  "layers": "encoder_layers",
+  "heads": "encoder_attention_heads",
+  "mlp_width": "encoder_ffn_dim",
+  "positions": "max_source_positions",
+}
+
+
+def table(prefix: str = PREFIX, *, openai: bool = False) -> Table:
+  """The rules for Hugging Face's names behind a prefix, or for openai-whisper's."""
+  column = 2 if openai else 1
+  rules = [Rule(prefix + _POSITIONS[column - 1], f"{ROOT}/positions")]
+  for module in _MODULES:
+    ours, theirs = f"{ROOT}/{module[0]}".replace("{x:1|2}", "{x}"), f"{prefix}{module[column]}"
+    leaf, transform = _weight(module[0])
+    rules.append(Rule(f"{theirs}.weight", f"{ours}/{leaf}", transform))
+    if not ours.endswith("/k"):
+      rules.append(Rule(f"{theirs}.bias", f"{ours}/bias"))
+  return Table(rules)
+
+
+def _weight(module: str) -> tuple[str, Transform]:
+  if module.endswith("norm"):
+    return "scale", IDENTITY
+  return "kernel", CONVOLUTION if module.startswith("conv") else TRANSPOSE
+
+
+def _renaming() -> Table:
+  """CTranslate2's names to Hugging Face's, but for the fused q, k and v."""
+  rules = [Rule(f"encoder/{_POSITIONS[2]}", f"{PREFIX}{_POSITIONS[0]}")]
+  for ours, theirs, _, fast in _MODULES:
+    if fast is not None:
+      names = ("gamma", "beta") if ours.endswith("norm") else ("weight", "bias")
+      theirs = theirs.replace("{x:1|2}", "{x}")
+      for name, other in zip(names, ("weight", "bias")):
+        rules.append(Rule(f"encoder/{fast}/{name}", f"{PREFIX}{theirs}.{other}"))
+  return Table(rules)
+
+
+def find_format(source: Source) -> tuple[str, str] | None:
+  """("hf", prefix), ("openai", prefix) or ("ctranslate2", prefix): by the names, else None."""
+  names = source.tensors
+  # The first layer as well as the convolution, for speech models of other families have the latter.
+  if {"encoder/conv1/weight", "encoder/layer_0/self_attention/layer_norm/gamma"} <= names.keys():
+    return "ctranslate2", "encoder/"
+  if {"encoder.conv1.weight", "encoder.blocks.0.attn_ln.weight"} <= names.keys():
+    return "openai", "encoder."
+  for prefix in PREFIXES:
+    if {f"{prefix}conv1.weight", f"{prefix}layers.0.self_attn_layer_norm.weight"} <= names.keys():
+      return "hf", prefix
+  return None
+
+
+def split_ctranslate2(source: Source, problems: Problems) -> Source:
+  """CTranslate2's encoder under Hugging Face's names, q, k and v by themselves."""
+  renaming = _renaming()
+
+  def entries() -> Iterator[tuple[Tensor, Any]]:
+    for name, tensor in source.tensors.items():
+      if not name.startswith("encoder/") or name == HEADS:
+        continue
+      fused = _FUSED.fullmatch(name)
+      if fused is None or not tensor.shape or tensor.shape[0] % 3:
+        known = renaming.to_jax(name)
+        yield dataclasses.replace(tensor, name=known[0] if known else name), _rows(source, name)
+        continue
+      width = tensor.shape[0] // 3
+      for n, part in enumerate("qkv"):
+        rows = _rows(source, name, slice(n * width, (n + 1) * width))
+        if (part, fused[2]) == ("k", "bias"):
+          if rows().any():
+            problems.add(
+              f"{source.path}: {name} gives the keys a bias, which Whisper does not have"
+            )
+          continue
+        theirs = f"{PREFIX}layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"
+        yield dataclasses.replace(tensor, name=theirs, shape=(width, *tensor.shape[1:])), rows
+
+  return Source(source.path, entries(), notes=source.notes)
+
+
+def _rows(source: Source, name: str, rows: slice = slice(None)):
+  return partial(_read_rows, source, name, rows)
+
+
+def _read_rows(source: Source, name: str, rows: slice) -> np.ndarray:
+  array = source.read(name)
+  return array[rows] if array.ndim else array
+
+
+def shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
+  """encoders/whisper/… -> shape."""
+  module = WhisperEncoder(config, Compute(scan=True))
+  inputs = jnp.zeros((1, 2, config.input_width)), jnp.ones((1, 2), bool)
+  return under(ROOT, leaf_shapes(module, *inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """An encoder that was opened; no tensor is read.
+
+  Attributes:
+    config: its sizes.
+    frontend: the features that it takes.
+    leaves: encoders/whisper/… -> leaf.
+    style: how its files were written, for an export.
+    kept: files for the checkpoint's source/.
+    ignored, notes: what a user should know.
+  """
+
+  config: WhisperConfig
+  frontend: LogMelConfig
+  leaves: dict[str, Lazy]
+  style: dict[str, Any]
+  kept: tuple[Path, ...]
+  ignored: tuple[str, ...]
+  notes: tuple[str, ...]
+
+
+def open_encoder(src: Path, problems: Problems) -> Encoder | None:
+  """Maps the encoder of a Whisper model; the decoder is ignored, by name.
+
+  Args:
+    src: folder of Hugging Face (config.json and weights) or of faster-whisper, or openai-whisper's
+      .pt file.
+    problems: gets what does not fit.
+
+  Returns:
+    Encoder, or None if there is none, or its sizes are not known.
+  """
+  source = open_source(src)
+  found = find_format(source)
+  if found is None:
+    problems.add(f"{src}: no Whisper encoder in it: no conv1 and first layer by any known names")
+    return None
+  style, prefix = found
+  outside = [name for name in source.tensors if not name.startswith(prefix)]
+  rules = table(prefix if style == "hf" else PREFIX)
+  given = source
+  described: dict[str, Any] = {}
+  kept: tuple[Path, ...] = ()
+  heads: Any = None
+  if style == "ctranslate2":
+    heads = int(source.read(HEADS).max(initial=0)) if HEADS in source.tensors else None
+    given = split_ctranslate2(source, problems)
+  elif style == "openai":
+    heads = _openai_heads(source, problems)
+    rules = table(prefix, openai=True)
+  else:
+    if not (src / "config.json").is_file():
+      problems.add(f"{src}: no config.json, which tells the number of heads; give the folder")
+      return None
+    described = read_json(src / "config.json")
+    heads = described.get(_SIZES["heads"])
+    kept = tuple(src / name for name in KEPT_FILES if (src / name).is_file())
+  config = _sizes(given, rules, heads, problems)
+  if config is None:
+    return None
+  if style == "hf":
+    _check_config(described, config, problems)
+  frontend = features_of(config)
+  if (src / KEPT_FILES[1]).is_file():
+    _check_features(read_json(src / KEPT_FILES[1]), frontend, problems)
+  names = [n for n in given.tensors if given is not source or n.startswith(prefix)]
+  mapped = map_in(given, rules, shapes(config), problems, names=names)
+  return Encoder(
+    config=config,
+    frontend=frontend,
+    leaves=mapped.leaves,
+    style={"format": style, "prefix": prefix if style == "hf" else PREFIX},
+    kept=kept,
+    ignored=(*outside, *source.ignored),
+    notes=source.notes,
+  )
+
+
+def features_of(config: WhisperConfig) -> LogMelConfig:
+  """The features of an encoder, for clips as long as its positions reach."""
+  frontend = LogMelConfig(bins=config.input_width)
+  samples = config.positions * STRIDE * frontend.hop_length
+  return dataclasses.replace(frontend, chunk_s=samples / frontend.sample_rate_hz)
+
+
+def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> WhisperConfig | None:
+  """Reads the sizes off the tensors; the number of heads leaves no trace in them."""
+  found = {}
+  for path in ("conv1/kernel", "positions", "layers_0/mlp/up/kernel"):
+    name, transform = rules.to_torch(f"{ROOT}/{path}") or ("", IDENTITY)
+    tensor = source.tensors.get(name)
+    if tensor is None:
+      problems.add(f"{source.path}: {name} is missing: no Whisper encoder")
+      return None
+    if len(tensor.shape) != (transform.torch_ndim or 2):
+      axes = transform.torch_ndim or 2
+      problems.add(f"{name} has shape {list(tensor.shape)}; {axes} axes are needed")
+      return None
+    found[path] = transform.shape(tensor.shape)
+  if type(heads) is not int:
+    problems.add(f"{source.path}: number of heads is {heads!r}; it must stand beside the weights")
+    return None
+  paths = [mapped[0] for name in source.tensors if (mapped := rules.to_jax(name))]
+  numbered = [re.match(rf"{ROOT}/layers_(\d+)/", path) for path in paths]
+  try:
+    return WhisperConfig(
+      input_width=found["conv1/kernel"][1],
+      width=found["conv1/kernel"][2],
+      layers=len({match[1] for match in numbered if match}),
+      heads=heads,
+      mlp_width=found["layers_0/mlp/up/kernel"][1],
+      positions=found["positions"][0],
+      context=found["positions"][0],
+    )
+  except ValueError as error:
+    problems.add(str(error))
+    return None
+
+
+def _openai_heads(source: Source, problems: Problems) -> int | None:
+  """The number of heads, which stands beside the weights."""
+  file = next(iter(source.tensors.values())).file
+  content = TorchFile(file).content()
+  dims = content.get("dims") if isinstance(content, dict) else None
+  if not isinstance(dims, dict) or type(dims.get("n_audio_head")) is not int:
+    problems.add(f"{file}: no dims with n_audio_head beside the weights; openai-whisper saves them")
+    return None
+  return dims["n_audio_head"]
+
+
+def _check_config(hf: Mapping[str, Any], config: WhisperConfig, problems: Problems) -> None:
+  """Refuses what we compute otherwise, and a config.json of another model."""
+  for key, value in (("model_type", "whisper"), ("activation_function", "gelu")):
+    if hf.get(key, value) != value:
+      problems.add(f"config.json: {key}={hf[key]!r}: only {value!r} can be converted")
+  if hf.get("quantization_config"):
+    problems.add("config.json: quantization_config: quantized weights cannot be converted")
+  for ours, theirs in _SIZES.items():
+    if hf.get(theirs) != getattr(config, ours):
+      problems.add(
+        f"config.json: {theirs}={hf.get(theirs)!r}, but the weights have {getattr(config, ours)}"
+      )
+
+
+def _check_features(described: Mapping[str, Any], ours: LogMelConfig, problems: Problems) -> None:
+  wanted = {
+    "feature_size": ours.bins,
+    "sampling_rate": ours.sample_rate_hz,
+    "n_fft": ours.frame_length,
+    "hop_length": ours.hop_length,
+    "chunk_length": ours.chunk_s,
+    "dither": 0,
+  }
+  for key, value in wanted.items():
+    if described.get(key, value) != value:
+      problems.add(f"{KEPT_FILES[1]}: {key}={described[key]!r}: only {value!r} fits this encoder")
+
+
+def hf_config(
+  config: WhisperConfig, dtype: np.dtype, original: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+  """The config.json of a Whisper model with this encoder.
+
+  Args:
+    config: the encoder.
+    dtype: what its matrices are stored in.
+    original: the config.json that it was imported from; kept if it describes this encoder. Without
+      one, the model has a decoder without layers.
+  """
+  name = np.dtype(dtype).name
+  sizes = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+  if original is not None and all(original.get(key) == size for key, size in sizes.items()):
+    found = [key for key in ("dtype", "torch_dtype") if key in original]
+    return {**original, **dict.fromkeys(found, name)}
+  return {
+    "architectures": ["WhisperModel"],
+    "model_type": "whisper",
+    **sizes,
+    "decoder_layers": 0,
+    "decoder_attention_heads": config.heads,
+    "decoder_ffn_dim": config.mlp_width,
+    "activation_function": "gelu",
+    "torch_dtype": name,
+  }
+
+
+def export(
+  about: Checkpoint, config: WhisperConfig, folder: Path, *, prefix: str, shard_bytes: int
+) -> None:
+  """Writes config.json and safetensors of the encoder as Hugging Face lays them out.
+
+  Raises:
+    ConversionError: if the encoder has no place there.
+  """
+  if config.norm_eps != WhisperConfig.norm_eps:
+    raise ConversionError(
+      f"{about.folder}: whisper.norm_eps={config.norm_eps}; Hugging Face's is 1e-5"
+    )
+  problems = Problems()
+  paths = [path for path in tree.flatten(about.params) if path.startswith(f"{ROOT}/")]
+  tensors = map_out(about, table(prefix), paths, problems)
+  problems.check(str(about.folder))
+  kept = {file.name: file for file in kept_files(about, "whisper")}
+  original = read_json(kept["config.json"]) if "config.json" in kept else None
+  dtype = next(tensor.dtype for tensor in tensors if tensor.name == f"{prefix}conv1.weight")
+  write_json(folder / "config.json", hf_config(config, dtype, original))
+  for name, file in kept.items():
+    if name != "config.json":
+      shutil.copyfile(file, folder / name)
+  write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)

@@ -1,0 +1,1 @@
+"""Originals in PyTorch beside our checkpoints."""

@@ -1,0 +1,1 @@
+"""Originals rebuilt from torch's primitives."""
