@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe (or ask), pack, convert."""
+"""The command `mooer-jax`: transcribe (or ask), pack, checkpoint, convert."""
 
 import argparse
 import importlib
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   command.add_parser(commands)
   _add_pack(commands)
+  _add_checkpoint(commands)
   commands.add_parser("convert", help="PyTorch checkpoints in and out", add_help=False)
   argv = sys.argv[1:] if argv is None else argv
   if argv[:1] == ["convert"]:  # it has a parser of its own
@@ -74,6 +75,60 @@ def _pack(args) -> int:
       " between Latin letters alone); --no-normalize keeps all"
     )
   return 0
+
+
+def _add_checkpoint(commands):
+  parser = commands.add_parser("checkpoint", help="check the files of checkpoints")
+  actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+  about = "compare all files of a checkpoint with the SHA-256 sums of when it was saved"
+  verify = actions.add_parser("verify", help=about, description=about)
+  verify.add_argument("path", type=Path, help="checkpoint folder, or training workdir (all steps)")
+  verify.add_argument("--base-checkpoint", help="base of a fine-tune, if it has moved")
+  verify.set_defaults(run=_verify)
+
+
+def _verify(args) -> int:
+  """Print a line for each checkpoint, or for each fault of it; exit status 1 if there are any."""
+  import jax
+  from rich.console import Console
+  from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+  from mooer_jax import checkpoint
+  from mooer_jax.config import from_json
+  from mooer_jax.speech_llm import param_shapes
+
+  jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, and nothing needs it
+  steps = [] if (args.path / "checkpoint.json").is_file() else checkpoint.all_steps(args.path)
+  todo = [(step, args.base_checkpoint) for step in steps or [checkpoint.find(args.path)]]
+  console = Console(stderr=True)
+  columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+  damaged = []
+  with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    for folder, base in todo:  # grows by their bases
+      bar = progress.add_task(folder.name, total=None)
+      faults: list[str] = []
+      try:
+        faults = checkpoint.find_damage(
+          folder, lambda done, total, bar=bar: progress.update(bar, completed=done, total=total)
+        )
+        about = checkpoint.describe(folder, base=base)
+        if about.base and (about.base, None) not in todo:
+          todo.append((about.base, None))
+        if "connector" in about.config:
+          checkpoint.check_leaves(about, param_shapes(from_json(about.config)))
+      except (ValueError, OSError) as error:
+        faults.append(" ".join(str(error).split()))
+      if faults:
+        damaged.append(folder)
+        print(*faults, sep="\n", flush=True)
+      elif about.files is None:
+        print(f"{folder}: no sums recorded; the weights fit their hash, other files are unchecked")
+      else:
+        size = sum(size for size, _ in about.files.values())
+        print(f"{folder}: ok, {len(about.files)} files, {size / 1e6:,.1f} MB", flush=True)
+  if damaged:
+    print(f"{len(damaged)} of {len(todo)} checkpoints are damaged", file=sys.stderr)
+  return 1 if damaged else 0
 
 
 def _convert(argv: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mooer_jax import tree
 from mooer_jax.audio.frontend import features_jax, num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig, LinearConnector
@@ -121,6 +122,13 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
     key_decoder, speech_BSD, speech_valid_BS, method=LLM.everything
   )
   return {**params, "decoder": decoder["params"]}
+
+
+def param_shapes(config: SpeechLLMConfig) -> dict:
+  """The `ShapeDtypeStruct`s of the parameters, one by one for each layer; computes nothing."""
+  config = config.with_compute(scan=True)  # traces one layer for all
+  key = jax.random.key(0)
+  return jax.eval_shape(lambda: tree.unstack_layers(init(key, config)))
 
 
 def encode(params: dict, batch: Batch, config: SpeechLLMConfig, rngs: dict | None = None):

@@ -1,18 +1,14 @@
 """Arrays of a checkpoint: nested dicts written and read with Orbax."""
 
-import hashlib
-import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from mooer_jax import tree
-from mooer_jax.checkpoint.leaves import CheckpointError, Lazy, as_lazy, hash_file
+from mooer_jax.checkpoint.leaves import CheckpointError, Lazy, as_lazy
 
-_STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's: when and where it wrote
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
 
 
@@ -78,43 +74,20 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
   try:
     with ocp.Checkpointer(handler) as checkpointer:
       restored = tree.flatten(checkpointer.restore(folder, args=request))
-  except (ValueError, KeyError, OSError) as error:
-    raise CheckpointError(f"{folder} cannot be read: {error}") from error
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+    cause = next(iter(str(error).splitlines()), "")[:200]
+    raise CheckpointError(
+      f"{folder} cannot be read, as when files are damaged or missing ({type(error).__name__}:"
+      f" {cause})"
+    ) from error
   return {path: restored[path] for path in targets}
 
 
 def shapes(params: Mapping) -> dict:
   """Gives path -> [shape, name of the dtype], as JSON values."""
   return {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(params).items()}
-
-
-def hash_files(
-  folder: Path, seed: str, known: Mapping[str, str] | None = None, *, stamped: bool = False
-) -> str:
-  """SHA-256 (hex) of a seed and of the names and contents of the files under a folder.
-
-  The same `Lazy` leaves give the same hash whenever they are written, so that weights that are
-  converted again are still the base of what was trained on them. (Orbax writes arrays on devices
-  into files of random names.)
-
-  Args:
-    folder: from `write`.
-    seed: goes before them.
-    known: what `write` returned, so that these files are not read once more.
-    stamped: with the files that hold time and place of writing, as older checkpoints were hashed.
-  """
-
-  def content(file: Path) -> str:
-    return (known or {}).get(file.relative_to(folder).as_posix()) or hash_file(file)
-
-  files = sorted(
-    file for file in folder.rglob("*") if file.is_file() and (stamped or file.name not in _STAMPS)
-  )
-  digest = hashlib.sha256(seed.encode())
-  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-    for file, hashed in zip(files, threads.map(content, files), strict=True):
-      digest.update(f"{file.relative_to(folder).as_posix()} {hashed}\n".encode())
-  return digest.hexdigest()
 
 
 def path_of(keys) -> str:

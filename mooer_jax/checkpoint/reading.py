@@ -1,9 +1,9 @@
-"""Opens checkpoints and reads from them."""
+"""Open checkpoints and read from them."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax import tree
-from mooer_jax.checkpoint import arrays
+from mooer_jax import files, tree
+from mooer_jax.checkpoint import arrays, sums
 from mooer_jax.checkpoint.leaves import CheckpointError
-from mooer_jax.checkpoint.steps import latest
+from mooer_jax.checkpoint.steps import latest, remedy
 
 FORMAT = 1
+_CHANGED = "{}: files were added, removed or changed since they were saved"
+_WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Checkpoint:
     config: what config.json holds.
     generation: what generation.json holds.
     hash: SHA-256 (hex) of the weights, or of the trained leaves and their base's hash.
-    base: folder of the base of a fine-tune, else None.
+    origin: the base of a fine-tune, opened; else None.
     trained: paths that a fine-tune has of its own; all paths where there is no base.
+    files: sizes and SHA-256 sums of the files; None if the checkpoint was saved without them.
   """
 
   folder: Path
@@ -38,8 +41,19 @@ class Checkpoint:
   config: dict
   generation: dict
   hash: str
-  base: Path | None
+  origin: "Checkpoint | None"
   trained: tuple[str, ...]
+  files: sums.Sums | None
+
+  @property
+  def base(self) -> Path | None:
+    """Folder of the base of a fine-tune, else None."""
+    return None if self.origin is None else self.origin.folder
+
+  @property
+  def weights(self) -> Path:
+    """Folder of the leaves that the checkpoint has of its own."""
+    return self.folder / _weights_name(self.origin)
 
   @property
   def tokenizer(self) -> Path:
@@ -50,7 +64,7 @@ class Checkpoint:
   def sources(self) -> list[Path]:
     """Folders of what the converter kept: of this checkpoint, then of its base, and so on."""
     own = [self.folder / "source"] if (self.folder / "source").is_dir() else []
-    return own if self.base is None else own + describe(self.base).sources
+    return own if self.origin is None else own + self.origin.sources
 
 
 def has_base(folder: str | Path) -> bool:
@@ -64,38 +78,44 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
   Args, Raises: as for `load`.
   """
   folder, about = open_folder(folder)
+  pointer, origin = about["base"], None
   leaves = about["leaves"]
-  origin = None
-  if about["base"] is None and base is not None:
+  if pointer is None and base is not None:
     raise CheckpointError(
       f"{folder} is whole: it has no base, so base={base} (--base) means nothing"
     )
-  if about["base"] is not None:
-    origin = _base(folder, about["base"]) if base is None else Path(base)
-    if not origin.is_dir():
+  if pointer is not None:
+    place = _base(folder, pointer) if base is None else Path(base)
+    if not place.is_dir():
       raise FileNotFoundError(
-        f"{folder} is a fine-tune of {origin}, which is not there; if it moved, say where it"
+        f"{folder} is a fine-tune of {place}, which is not there; if it moved, say where it"
         " is: --base FOLDER, in Python base=FOLDER, to go on training --config.init_from=FOLDER"
       )
-    under = describe(origin)
-    if under.hash != about["base"]["hash"]:
+    origin = describe(place)
+    if origin.hash != pointer["hash"]:
       raise CheckpointError(
-        f"{folder} was trained on other weights than {origin} holds (hash {about['base']['hash']}, "
-        f"there {under.hash}); pass base=FOLDER (--base FOLDER) of the right ones"
+        f"{folder} was trained on other weights than {place} holds (hash {pointer['hash']}, "
+        f"there {origin.hash}); pass base=FOLDER (--base FOLDER) of the right ones"
       )
-    leaves = {**arrays.shapes(under.params), **leaves}
-  structs = {
-    path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-    for path, (shape, dtype) in leaves.items()
-  }
+    leaves = {**arrays.shapes(origin.params), **leaves}
+  try:
+    structs = {
+      path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+      for path, (shape, dtype) in leaves.items()
+    }
+  except (TypeError, ValueError) as error:
+    raise _damaged(
+      folder, f"checkpoint.json has a leaf without shape and dtype ({error})"
+    ) from error
   return Checkpoint(
     folder=folder,
     params=tree.unflatten(structs),
     config=_read_json(folder / "config.json"),
     generation=_read_json(folder / "generation.json"),
     hash=about["hash"],
-    base=origin,
+    origin=origin,
     trained=tuple(about["leaves"]),
+    files=about.get("files"),
   )
 
 
@@ -121,6 +141,7 @@ def load(
       of another base, or if the shardings do not fit.
   """
   about = describe(folder, base=base)
+  _check_files(about)
   wanted = tree.flatten(about.params)
   if shardings is None:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -138,7 +159,7 @@ def load(
 
 
 def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray]:
-  """Reads some leaves of a checkpoint to the host, in the dtype that they are saved in.
+  """Read some leaves of a checkpoint to the host, in the dtype that they are saved in.
 
   Args:
     about: from `describe`.
@@ -189,63 +210,170 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
     path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device)
     for path, x in wanted.items()
   }
-  flat = arrays.read(folder / "train_state" / "arrays", saved, targets)
+  if (recorded := about.get("files")) is not None:
+    sums.check(folder, recorded, [n for n in recorded if n.startswith("train_state/")])
+  flat = _read_arrays(folder, "train_state/arrays", saved, targets)
   paths = [arrays.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(target)[0]]
   state = jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in paths])
   return state, _read_json(data)
 
 
-def verify(folder: str | Path) -> None:
-  """Reads all bytes of the weights and compares them with the hash of when they were saved.
+def find_damage(
+  folder: str | Path, progress: Callable[[int, int], object] = lambda done, total: None
+) -> list[str]:
+  """Read all files of a checkpoint, but not those of its base, and compare them with their sums.
+
+  Args:
+    folder: of the checkpoint. If it was saved before sums were recorded, only its weights can be
+      checked, against their hash.
+    progress: receives the bytes that were checked and those of all files, after each file.
+
+  Returns:
+    One line for each file that is missing or has changed.
 
   Raises:
-    CheckpointError: if they differ.
+    CheckpointError: if it is not a checkpoint, or cannot be opened.
   """
   folder, about = open_folder(folder)
-  base = about["base"]
-  weights = folder / ("weights" if base is None else "trainable")
-  seed = "" if base is None else base["hash"]
-  if all(arrays.hash_files(weights, seed, stamped=x) != about["hash"] for x in (False, True)):
-    raise CheckpointError(f"{weights}: the files have changed since they were saved")
+  recorded, base = about.get("files"), about["base"]
+  name, seed = _weights_name(base), "" if base is None else base["hash"]
+  if recorded is not None:
+    found = list(sums.damages(folder, recorded, progress))
+    if sums.weights_hash(recorded, name, seed) != about["hash"]:
+      found.append(f"{folder / 'checkpoint.json'} has changed: its hash does not fit its sums")
+    return found
+  now = sums.record(folder / name, prefix=f"{name}/")
+  return [] if _has_hash(now, name, seed, about["hash"]) else [_CHANGED.format(folder / name)]
+
+
+def verify(folder: str | Path) -> None:
+  """Read all files of a checkpoint and compare them with the sums of when it was saved.
+
+  Raises:
+    CheckpointError: if some are missing or have changed; names the first.
+  """
+  if found := find_damage(folder):
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    raise CheckpointError(f"{found[0]}{more}; {remedy(Path(folder))}")
+
+
+def check_leaves(about: Checkpoint, expected: Mapping) -> None:
+  """Check that the weights are those of the model that config.json describes.
+
+  Args:
+    about: from `describe`.
+    expected: nested dict of arrays or `ShapeDtypeStruct`s, per layer: the model's parameters.
+
+  Raises:
+    CheckpointError: if leaves are missing, belong to no part of the model, or differ in shape.
+  """
+  have, wanted = tree.flatten(about.params), tree.flatten(expected)
+  faults = [
+    f"{path} is {_size(have[path])} in the weights, but {_size(wanted[path])} by config.json"
+    for path in have.keys() & wanted.keys()
+    if have[path].shape != wanted[path].shape
+  ]
+  faults += [f"{path} is not a parameter of that model" for path in have.keys() - wanted.keys()]
+  faults += [f"{path} is missing from the weights" for path in wanted.keys() - have.keys()]
+  if faults:
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    raise CheckpointError(
+      f"{about.folder}: config.json and the weights describe different models: {min(faults)}{more};"
+      " restore the config.json that was saved with these weights"
+    )
 
 
 def open_folder(folder) -> tuple[Path, dict]:
   folder = Path(folder).absolute()
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-  missing = [
-    name
-    for name in ("config.json", "generation.json", "checkpoint.json", "tokenizer")
-    if not (folder / name).exists()
-  ]
-  if missing:
+  parts = ("config.json", "generation.json", "checkpoint.json", "tokenizer")
+  missing = [name for name in parts if not (folder / name).exists()]
+  if "checkpoint.json" in missing and not any((folder / name).is_dir() for name in _WEIGHTS):
     hint = ""
     if (newest := latest(folder)) is not None:
       hint = f"; it is the folder of a run, whose newest checkpoint is {newest}"
     elif list(folder.glob("*.safetensors")) or list(folder.glob("*.pt")):
       hint = "; these are PyTorch weights, which must be converted first"
     raise CheckpointError(f"{folder} is not a mooer_jax checkpoint: no {', '.join(missing)}{hint}")
+  if missing:
+    raise _damaged(folder, f"the checkpoint is not complete, it has no {', '.join(missing)}")
   about = _read_json(folder / "checkpoint.json")
   if about.get("format") != FORMAT:
     raise CheckpointError(
       f"{folder} has format {about.get('format')}, this mooer_jax reads format {FORMAT}"
     )
-  name = "weights" if about["base"] is None else "trainable"
+  if missing := sorted({"base", "hash", "leaves", "train_state"} - about.keys()):
+    raise _damaged(folder, f"checkpoint.json lacks {', '.join(missing)}")
+  name = _weights_name(about["base"])
   if not (folder / name).is_dir():
-    raise CheckpointError(f"{folder} is not a mooer_jax checkpoint: no {name}")
+    raise _damaged(folder, f"the checkpoint is not complete, it has no {name}")
   return folder, about
 
 
 def _read_leaves(about: Checkpoint, targets: dict) -> dict:
-  """Reads the leaves that the folder has of its own, and the others from its base."""
-  own = set(about.trained)
-  name = "weights" if about.base is None else "trainable"
-  saved = open_folder(about.folder)[1]["leaves"]
-  flat = arrays.read(about.folder / name, saved, {p: t for p, t in targets.items() if p in own})
-  if about.base is None:
+  """Read the leaves that the folder has of its own, and the others from its base."""
+  trained = set(about.trained)
+  own = {path: target for path, target in targets.items() if path in trained}
+  if own:
+    _check_weights(about, trained - own.keys())
+  flat = _read_arrays(about.folder, about.weights.name, about.trained, own)
+  if about.origin is None:
     return flat
   rest = {path: target for path, target in targets.items() if path not in own}
-  return {**_read_leaves(describe(about.base), rest), **flat}
+  return {**_read_leaves(about.origin, rest), **flat}
+
+
+def _check_weights(about: Checkpoint, unread: Iterable[str]) -> None:
+  """Check the files of the weights, but not those that only hold leaves that are not read.
+
+  Damage is found here rather than by Orbax, which would log a traceback for each leaf, and which
+  does not see changed bytes in files without compression.
+  """
+  name = about.weights.name
+  if about.files is None:
+    now = sums.record(about.weights, prefix=f"{name}/", remember=True)
+    if not _has_hash(now, name, "" if about.origin is None else about.origin.hash, about.hash):
+      raise _damaged(about.folder, _CHANGED.format(name))
+    return
+  # A leaf's files are in a folder of its own, or in files that all leaves share.
+  folders = {path.replace("/", ".") for path in unread}
+  inside = [path for path in about.files if path.startswith(f"{name}/")]
+  sums.check(about.folder, about.files, [p for p in inside if p.split("/")[1] not in folders])
+
+
+def _has_hash(now: sums.Sums, name: str, seed: str, saved: str) -> bool:
+  return any(sums.weights_hash(now, name, seed, stamped=x) == saved for x in (False, True))
+
+
+def _read_arrays(folder: Path, name: str, saved: Iterable[str], targets: dict) -> dict:
+  try:
+    return arrays.read(folder / name, saved, targets)
+  except CheckpointError as error:
+    raise CheckpointError(f"{error}; {remedy(folder)}") from error
+
+
+def _damaged(folder: Path, damage: str) -> CheckpointError:
+  return CheckpointError(f"{folder}: {damage}; {remedy(folder)}")
+
+
+def _check_files(about: Checkpoint) -> None:
+  """Check the sizes of all files, and the contents of those that are small."""
+  if about.files is None:
+    return
+  sums.check_sizes(about.folder, about.files)
+  sums.check(about.folder, about.files, [n for n in about.files if n.startswith("tokenizer/")])
+  for name in sums.EDITABLE:
+    if sums.differs(about.folder, about.files, name):
+      warnings.warn(f"{about.folder / name} was edited after it was saved", stacklevel=3)
+
+
+def _weights_name(base) -> str:
+  return _WEIGHTS[base is not None]
+
+
+def _size(leaf) -> list[int]:
+  return list(leaf.shape)
 
 
 def _base(folder: Path, pointer: dict) -> Path:
@@ -267,6 +395,6 @@ def data_file() -> str:
 
 def _read_json(path: Path) -> dict:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return files.read_json_object(path)
   except ValueError as error:
-    raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
+    raise CheckpointError(f"{error}; {remedy(path.parent)}") from error

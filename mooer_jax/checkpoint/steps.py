@@ -1,31 +1,39 @@
-"""A run's folder: one checkpoint per saved step, the oldest removed."""
+"""The folder of a run: one checkpoint for each saved step, and which of them are deleted."""
 
+import hashlib
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
 
+KEPT_BY = "kept_by"  # folder in a checkpoint, with a file for each run that is based on it
 _STEP = re.compile(r"step_\d{8,}")
 
 
 def step_folder(workdir: str | Path, step: int) -> Path:
-  """Where a run keeps the checkpoint of a step."""
+  """Folder of the checkpoint of a step."""
   return Path(workdir) / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+  """The step of a checkpoint in the folder of a run."""
+  return int(folder.name.removeprefix("step_"))
+
+
 def latest(workdir: str | Path) -> Path | None:
-  """The complete checkpoint of the highest step in a run's folder, or None."""
+  """The checkpoint of the highest step in the folder of a run, or None."""
   return max(_steps(workdir), default=None, key=step_of)
 
 
 def all_steps(workdir: str | Path) -> list[Path]:
-  """All complete checkpoints in a run's folder, the oldest first."""
+  """All checkpoints in the folder of a run, oldest first."""
   return sorted(_steps(workdir), key=step_of)
 
 
 def find(path: str | Path) -> Path:
-  """The checkpoint that a user means: the folder itself, or the newest one of a run's folder.
+  """The checkpoint at a path: the folder itself, or the newest one in the folder of a run.
 
   Raises:
     FileNotFoundError: if the path does not exist, or is neither, naming what is missing.
@@ -33,7 +41,7 @@ def find(path: str | Path) -> Path:
   folder = Path(path)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-  if (folder / "config.json").is_file():
+  if _is_checkpoint(folder):
     return folder
   newest = latest(folder)
   if newest is None:
@@ -43,33 +51,99 @@ def find(path: str | Path) -> Path:
   return newest
 
 
+def keep_for(base: Path, dependent: Path) -> None:
+  """Mark a checkpoint as the base of another, so that `keep_last` does not delete it.
+
+  The mark is a file in `kept_by/` of the base. It stays when the other checkpoint is gone, which
+  may only have moved; remove `kept_by/` to let the base go. Where the base cannot be written to,
+  there is no mark, and a warning if the base is a step of a run.
+
+  Args:
+    base: folder of the checkpoint.
+    dependent: folder of the fine-tune; for a step of a run, the run is recorded.
+
+  Raises:
+    FileNotFoundError: if the base was deleted.
+  """
+  if jax.process_index() != 0:
+    return
+  dependent = dependent.absolute()
+  if _STEP.fullmatch(dependent.name):
+    dependent = dependent.parent
+  name = hashlib.sha256(str(dependent).encode()).hexdigest()[:16]
+  mark = base / KEPT_BY / f"{name}.txt"
+  try:
+    if not mark.exists():
+      mark.parent.mkdir(exist_ok=True)
+      mark.write_text(f"{dependent}\n", encoding="utf-8")
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{base}, the base of {dependent}, was deleted meanwhile") from None
+  except OSError as error:
+    if _STEP.fullmatch(base.name):
+      warnings.warn(
+        f"{base} cannot be marked as the base of {dependent} ({error.strerror}); its run may delete"
+        " it: copy it elsewhere",
+        stacklevel=2,
+      )
+
+
+def is_kept(folder: Path) -> bool:
+  """Whether a checkpoint is marked as the base of another."""
+  return any((folder / KEPT_BY).glob("*.txt"))
+
+
 def keep_last(workdir: str | Path, count: int) -> list[Path]:
-  """Removes all but the newest `count` checkpoints of a run, and what killed saves left behind."""
+  """Delete all but the newest `count` checkpoints of a run, and remains of interrupted saves.
+
+  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted.
+
+  Returns:
+    The folders that were deleted.
+  """
   if count < 1:
     raise ValueError(f"count={count}: at least one checkpoint must be kept")
   if jax.process_index() != 0:
     return []
-  for left_over in Path(workdir).glob(".tmp-step_*"):
+  workdir = Path(workdir)
+  for left_over in workdir.glob(".tmp-step_*"):
     shutil.rmtree(left_over)
-  for replaced in Path(workdir).glob(".old-step_*"):
+  for replaced in workdir.glob(".old-step_*"):
     whole = replaced.with_name(replaced.name.removeprefix(".old-"))
     if whole.exists():
       shutil.rmtree(replaced)
     else:  # killed between the two renames of an overwriting save
       replaced.rename(whole)
-  old = sorted(_steps(workdir), key=step_of)[:-count]
-  for folder in old:
-    shutil.rmtree(folder)
-  return old
+  deleted = [folder for folder in all_steps(workdir)[:-count] if not is_kept(folder)]
+  for folder in deleted:
+    folder.rename(folder.with_name(f".del-{folder.name}"))
+  # Renamed first: a mark that is set at the same time is either in the folder now, or its writer
+  # finds that the folder is gone.
+  for folder in workdir.glob(".del-step_*"):
+    whole = folder.with_name(folder.name.removeprefix(".del-"))
+    if not is_kept(folder):
+      shutil.rmtree(folder)
+    elif not whole.exists():
+      folder.rename(whole)
+  return [folder for folder in deleted if not folder.exists()]
 
 
-def _steps(workdir) -> list[Path]:
+def remedy(folder: Path) -> str:
+  """Advice that ends a message about a damaged checkpoint."""
+  advice = "restore the checkpoint from a copy, or convert or train it again"
+  if _STEP.fullmatch(folder.name) and not is_kept(folder):
+    earlier = [step for step in all_steps(folder.parent) if step_of(step) < step_of(folder)]
+    if earlier:
+      advice += f"; if you remove {folder.name}, training resumes from {earlier[-1].name}"
+  return advice
+
+
+def _steps(workdir: str | Path) -> list[Path]:
   workdir = Path(workdir)
   if not workdir.is_dir():
     return []
-  return [f for f in workdir.iterdir() if _STEP.fullmatch(f.name) and (f / "config.json").is_file()]
+  return [f for f in workdir.iterdir() if _STEP.fullmatch(f.name) and _is_checkpoint(f)]
 
 
-def step_of(folder: Path) -> int:
-  """The step of a checkpoint in a run's folder."""
-  return int(folder.name.removeprefix("step_"))
+def _is_checkpoint(folder: Path) -> bool:
+  """Whether a folder is a checkpoint, be it that a file is missing: opening it names the file."""
+  return any((folder / name).is_file() for name in ("config.json", "checkpoint.json"))

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 
-from mooer_jax import tree
+from mooer_jax import files, tree
 from mooer_jax.checkpoint import arrays
 from mooer_jax.checkpoint.leaves import SaveError
 from mooer_jax.checkpoint.reading import FORMAT, data_file, open_folder
+from mooer_jax.checkpoint.steps import KEPT_BY, keep_for
+from mooer_jax.checkpoint.sums import record, weights_hash
 
 
 def save(
@@ -70,6 +72,8 @@ def save(
     if first:
       shutil.rmtree(part, ignore_errors=True)
       part.mkdir(parents=True)
+    if base is not None:
+      keep_for(Path(base), folder)
     _barrier("begin", folder)
     weights = part / ("weights" if base is None else "trainable")
     digests = arrays.write(weights, params)
@@ -77,6 +81,7 @@ def save(
       state = arrays.by_path(train_state)
       arrays.write(part / "train_state" / "arrays", state)
       _write_json(part / "train_state" / data_file(), dict(data_state or {}))
+    _barrier("arrays", folder)  # then all files of all processes can be hashed
     if first:
       if callable(tokenizer):
         (part / "tokenizer").mkdir()
@@ -88,18 +93,22 @@ def save(
         source(part / "source")
       _write_json(part / "config.json", dict(config_json))
       _write_json(part / "generation.json", dict(generation))
+      sums = record(part, {f"{weights.name}/{name}": found for name, found in digests.items()})
       _write_json(
         part / "checkpoint.json",
         {
           "format": FORMAT,
-          "hash": arrays.hash_files(weights, "" if pointer is None else pointer["hash"], digests),
+          "hash": weights_hash(sums, weights.name, "" if pointer is None else pointer["hash"]),
           "base": pointer,
           "leaves": arrays.shapes(params),
           "train_state": None if train_state is None else arrays.shapes(state),
+          "files": sums,
         },
       )
     _barrier("written", folder)
     if first:
+      if (folder / KEPT_BY).is_dir():  # the base of others, which is replaced
+        shutil.copytree(folder / KEPT_BY, part / KEPT_BY)
       put_in_place(part, folder)
     _barrier("end", folder)
   except Exception as error:
@@ -135,7 +144,8 @@ def put_in_place(part: Path, folder: Path) -> None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  with files.replace_file(path) as beside:
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _barrier(name: str, folder: Path) -> None:

@@ -9,6 +9,7 @@ from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import GenerationOptions
 from mooer_jax.nn.compute import Compute
+from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
 
 
@@ -50,8 +51,10 @@ def load_model(
       f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot generate"
       " text by itself"
     )
+  model = from_json(about.config, compute)
+  checkpoint.check_leaves(about, param_shapes(model))
   loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
   options = build(GenerationOptions, {**loaded.generation, **(generation or {})}, "generation")
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
-  return Loaded(loaded.params, from_json(loaded.config, compute), tokenizer, options)
+  return Loaded(loaded.params, model, tokenizer, options)

@@ -53,6 +53,7 @@ def initial_params(
   if start_from is not None:
     saved = checkpoint.describe(start_from, base=base)
     _check_same_model(saved.config, run.model, start_from, exactly)
+    checkpoint.check_leaves(saved, _leaves_of(saved, run.model))
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
     stacked = jax.eval_shape(tree.stack_layers, loaded)
@@ -98,6 +99,23 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactl
   if different:
     said = "; ".join(f"{p} is {a!r}, the config says {b!r}" for p, (a, b) in different.items())
     raise ValueError(f"{folder} holds another model than the config describes: {said}")
+
+
+def _leaves_of(saved: checkpoint.Checkpoint, wanted: SpeechLLMConfig) -> dict:
+  """The parameters that a checkpoint must hold by its config.json."""
+  if "connector" in saved.config:
+    return speech_llm.param_shapes(from_json(saved.config))
+  # Encoders or an LLM: those of the wanted model, but LoRA and CMVN may start fresh.
+  parts = [f"encoders/{encoder['kind']}/" for encoder in saved.config.get("encoders", ())]
+  parts += ["decoder/"] if "decoder" in saved.config else []
+  have = tree.flatten(saved.params)
+  return tree.unflatten(
+    {
+      path: leaf
+      for path, leaf in tree.flatten(speech_llm.param_shapes(wanted)).items()
+      if path in have or (path.startswith(tuple(parts)) and "/lora_" not in path)
+    }
+  )
 
 
 def _again(read, section: dict) -> dict:

@@ -10,6 +10,7 @@ import jax
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.dataset import train_batches
+from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor
@@ -45,13 +46,19 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
       that training starts or resumes from).
 
   Raises:
-    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint.
+    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint, or if another
+      process trains in the workdir.
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   _check_rows(run, mesh)
+  with lock_folder(run.workdir):
+    return _train(run, evaluators, mesh)
+
+
+def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh) -> Path:
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
   measured = any(frontend.normalised for frontend in run.model.frontends)
@@ -88,6 +95,8 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
     base = None  # nothing of it is left but the CMVN, so checkpoints are whole
+  if base is not None:
+    checkpoint.keep_for(base, run.workdir)
   batches = iter(dataset)
   if resumed:
     target = dataclasses.replace(state, trainable=None)  # these came with the weights

@@ -1,0 +1,153 @@
+"""Sizes and SHA-256 sums of a checkpoint's files: recorded when it is saved, checked when read."""
+
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import jax
+
+from mooer_jax.checkpoint.leaves import CheckpointError, hash_file
+from mooer_jax.checkpoint.steps import remedy
+
+Sums = Mapping[str, tuple[int, str]]  # path below the checkpoint's folder -> bytes, SHA-256 (hex)
+
+EDITABLE = ("config.json", "generation.json")  # users may change prompts, limits and defaults
+_STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's: when and where it wrote
+
+
+def record(
+  folder: Path,
+  known: Mapping[str, str] | None = None,
+  *,
+  prefix: str = "",
+  remember: bool = False,
+) -> dict[str, tuple[int, str]]:
+  """Size and SHA-256 of every file under a folder, by its path below the folder.
+
+  Args:
+    folder: a complete checkpoint but for `checkpoint.json`, or its weights.
+    known: sums that were taken while the files were written, so that they are not read again.
+    prefix: goes before the paths.
+    remember: do not read files again that were hashed in this process and not written since.
+  """
+  known = known or {}
+  read = _remembered if remember else hash_file
+  files = {
+    prefix + path.relative_to(folder).as_posix(): path
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
+  with _threads() as threads:
+    sums = threads.map(lambda name: known.get(name) or read(files[name]), files)
+    return {name: (files[name].stat().st_size, found) for name, found in zip(files, sums)}
+
+
+def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -> str:
+  """SHA-256 (hex) of a seed and of the names and contents of the weights' files.
+
+  The same `Lazy` leaves give the same hash whenever they are written, so that weights that are
+  converted again are still the base of what was trained on them. (Orbax writes arrays on devices
+  into files of random names.)
+
+  Args:
+    sums: from `record`, of the checkpoint.
+    folder: of the weights, "weights" or "trainable".
+    seed: hash of the base of a fine-tune, else "".
+    stamped: include the files that hold time and place of writing, as older checkpoints did.
+  """
+  digest = hashlib.sha256(seed.encode())
+  paths = sorted(PurePosixPath(name) for name in sums if name.startswith(f"{folder}/"))
+  for path in paths:
+    if stamped or path.name not in _STAMPS:
+      digest.update(f"{path.relative_to(folder)} {sums[str(path)][1]}\n".encode())
+  return digest.hexdigest()
+
+
+def check_sizes(folder: Path, sums: Sums) -> None:
+  """Check that the recorded files exist and have their sizes, without reading them.
+
+  The files that users may edit are not checked. `train_state` and `source` may be removed as a
+  whole, since the weights are usable without them.
+
+  Raises:
+    CheckpointError: for the first that is missing or has another size.
+  """
+  removed = [f"{name}/" for name in ("train_state", "source") if not (folder / name).exists()]
+  passed = (*EDITABLE, *removed)
+  for name, (size, _) in sums.items():
+    if not name.startswith(passed) and (damage := _size_damage(folder / name, size)):
+      raise CheckpointError(f"{damage}; {remedy(folder)}")
+
+
+def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
+  """Check sizes and contents of some of the recorded files; each process checks its share.
+
+  A file that was checked before in this process and was not written since is not read again.
+
+  Raises:
+    CheckpointError: for the first that is missing or has changed.
+  """
+  share = list(names)[jax.process_index() :: jax.process_count()]
+  with _threads() as threads:
+    found = threads.map(lambda name: _damage(folder / name, *sums[name], _remembered), share)
+    if damage := next(filter(None, found), None):
+      raise CheckpointError(f"{damage}; {remedy(folder)}")
+
+
+def differs(folder: Path, sums: Sums, name: str) -> bool:
+  """Whether a recorded file is missing or has changed."""
+  return _damage(folder / name, *sums[name], _remembered) is not None
+
+
+def damages(folder: Path, sums: Sums, progress: Callable[[int, int], object]) -> Iterator[str]:
+  """Read all recorded files and yield a line for each that is missing or has changed.
+
+  Args:
+    folder: of the checkpoint.
+    sums: from `record`.
+    progress: receives the bytes that were checked and those of all files, after each file.
+  """
+  with _threads() as threads:
+    found = threads.map(lambda name: _damage(folder / name, *sums[name], hash_file), sums)
+    sizes = [size for size, _ in sums.values()]
+    for done, damage in zip(itertools.accumulate(sizes), found):
+      progress(done, sum(sizes))
+      if damage:
+        yield damage
+
+
+def _size_damage(path: Path, size: int) -> str | None:
+  try:
+    now = path.stat().st_size
+  except FileNotFoundError:
+    return f"{path} is missing"
+  return None if now == size else f"{path} has {now:,} bytes, but {size:,} were saved"
+
+
+def _damage(path: Path, size: int, saved: str, read: Callable[[Path], str]) -> str | None:
+  try:
+    if damage := _size_damage(path, size):
+      return damage
+    now = read(path)
+  except OSError as error:
+    return f"{path} cannot be read ({error.strerror})"
+  return None if now == saved else f"{path} has changed since it was saved (its SHA-256 differs)"
+
+
+def _remembered(path: Path) -> str:
+  about = path.stat()
+  return _sum(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _sum(path: Path, size: int, written_ns: int) -> str:
+  del size, written_ns  # they are keys: a file that was written again is read again
+  return hash_file(path)
+
+
+def _threads() -> ThreadPoolExecutor:
+  return ThreadPoolExecutor(min(8, os.cpu_count() or 1))

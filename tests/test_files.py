@@ -1,0 +1,144 @@
+"""Files are replaced whole or not at all, and a folder has one writer."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mooer_jax import files
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+  path = tmp_path / "new" / "a.json"
+  for content in ("first", "second"):
+    with files.replace_file(path) as beside:
+      beside.write_text(content)
+      assert not path.exists() or path.read_text() == "first"
+    assert path.read_text() == content
+  assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit()])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+  path = tmp_path / "a.txt"
+  path.write_text("old")
+  with pytest.raises(type(error)), files.replace_file(path) as beside:
+    beside.write_text("half of")
+    raise error
+  assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_file_or_of_like_names_do_not_meet(tmp_path):
+  """`a.json` and `a.txt` once shared `a.tmp`."""
+  with (
+    files.replace_file(tmp_path / "a.json") as one,
+    files.replace_file(tmp_path / "a.json") as again,
+    files.replace_file(tmp_path / "a.txt") as other,
+  ):
+    assert len({one, again, other}) == 3
+    for path in (one, again, other):
+      path.write_text("x")
+
+
+def test_the_mode_follows_the_umask(tmp_path):
+  before = os.umask(0o027)
+  try:
+    with files.replace_file(tmp_path / "a") as beside:
+      beside.write_text("x")
+  finally:
+    os.umask(before)
+  assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_json_object_is_read(tmp_path, encoding):
+  path = tmp_path / "a.json"
+  path.write_text(json.dumps({"text": "转写"}, ensure_ascii=False), encoding=encoding)
+  assert files.read_json_object(path) == {"text": "转写"}
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"", "not readable as JSON"),
+    (b'{"a": ', "not readable as JSON"),
+    (b"\xff\xfe{\0}\0", "not readable as JSON"),
+    (b"[" * 100_000, "not readable as JSON"),
+    (b"[1]", "must hold a JSON object, but holds a list"),
+  ],
+)
+def test_what_is_not_a_json_object_is_one_line_with_the_path(tmp_path, content, message):
+  path = tmp_path / "a.json"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as error:
+    files.read_json_object(path)
+  assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+HOLD = textwrap.dedent("""
+  import sys, time
+  from mooer_jax.files import lock_folder
+
+  with lock_folder(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(float(sys.argv[2]))
+""")
+
+
+def hold(folder, seconds, env):
+  """A process that holds the lock of a folder."""
+  command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+  process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == "locked\n"
+  return process
+
+
+def test_a_folder_that_another_process_writes_to_is_refused_by_name(tmp_path, plain_env):
+  with hold(tmp_path / "run", 600, plain_env) as process:
+    try:
+      with pytest.raises(
+        ValueError, match=rf"run is in use by process {process.pid} on .* since 20"
+      ):
+        with files.lock_folder(tmp_path / "run"):
+          pytest.fail("entered a locked folder")
+    finally:
+      process.kill()
+
+
+def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path, plain_env):
+  with hold(tmp_path, 600, plain_env) as process:
+    process.send_signal(signal.SIGKILL)
+  said = []
+  with files.lock_folder(tmp_path, said.append):
+    pass
+  (line,) = said
+  assert f"process {process.pid}" in line and "taken over" in line
+  with files.lock_folder(tmp_path, said.append):  # released properly: no message
+    pass
+  assert len(said) == 1
+
+
+def test_a_lock_is_released_when_the_block_fails(tmp_path):
+  with pytest.raises(ZeroDivisionError), files.lock_folder(tmp_path):
+    raise ZeroDivisionError
+  said = []
+  with files.lock_folder(tmp_path, said.append):
+    assert not said
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+  import fcntl
+
+  def refuse(*_):
+    raise OSError(95, "Operation not supported")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  said, entered = [], False
+  with files.lock_folder(tmp_path, said.append):
+    entered = True
+  assert entered and "cannot be locked" in said[0]
