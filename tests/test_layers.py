@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,21 @@ def import_violations(root: Path) -> list[str]:
   return found
 
 
+def _edges(path: Path, root: Path, modules: Set[str]) -> set[str]:
+  """The modules that a file imports; a package only where a name comes from its __init__."""
+  package = path.relative_to(root).with_suffix("").parts[:-1]
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    if isinstance(node, ast.Import):
+      found.update(alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      base = list(package[: len(package) - node.level + 1]) if node.level else []
+      name = ".".join([*base, *filter(None, [node.module])])
+      inner = {f"{name}.{alias.name}" for alias in node.names}
+      found |= inner & modules | ({name} if inner - modules else set())
+  return found & modules
+
+
 def circle_violations(root: Path) -> list[str]:
   """Files of mooer_jax or convert that import each other in a circle, also inside functions."""
   files = {}
@@ -98,15 +114,7 @@ def circle_violations(root: Path) -> list[str]:
     names = path.relative_to(root).with_suffix("").parts
     if names[0] in ("mooer_jax", "convert"):
       files[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
-  graph = {
-    # A package's __init__ re-exports its modules, so only the modules themselves count.
-    module: {
-      other
-      for other in imported_modules(path, root) & files.keys() - {module}
-      if files[other].name != "__init__.py"
-    }
-    for module, path in files.items()
-  }
+  graph = {module: _edges(path, root, files.keys()) - {module} for module, path in files.items()}
   try:
     graphlib.TopologicalSorter(graph).prepare()
   except graphlib.CycleError as error:
@@ -187,7 +195,12 @@ def test_a_bad_file_is_found(tmp_path, path, source, rule, message):
 
 @pytest.mark.parametrize(
   "back",
-  ["from mooer_jax.data import a", "def f():\n  from mooer_jax.data.a import g", "from . import a"],
+  [
+    "from mooer_jax.data import a",
+    "def f():\n  from mooer_jax.data.a import g",
+    "from . import a",
+    "from mooer_jax.data import f",  # a name of a, through __init__
+  ],
 )
 def test_a_circle_is_found(tmp_path, back):
   folder = tmp_path / "mooer_jax" / "data"

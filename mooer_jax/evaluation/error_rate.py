@@ -47,7 +47,7 @@ def mixed_tokens(text: str) -> list[str]:
   What follows from that, and is kept for comparability: `don't` is one token, `café` two
   (`caf`, `é`), each full-width Latin letter one, `HELLO▁WORLD` two (`HELLO`, `▁WORLD`).
 
-  Case is kept; `score.ScoreConfig` upper-cases the tokens afterwards, again as the original does.
+  Case is kept; `ScoreConfig` upper-cases the tokens afterwards, again as the original does.
 
   Source: MooER's scoring script `compute-wer.py` with `--char=1`.
   """
@@ -114,7 +114,7 @@ class ScoreConfig:
   """How transcripts are compared.
 
   Attributes:
-    metric: "mixed" (MooER's), "word" or "character"; see `tokens.METRICS`.
+    metric: "mixed" (MooER's), "word" or "character"; see `METRICS`.
     case_sensitive: whether `a` and `A` differ. By default both sides are upper-cased.
     space_mark: what `▁` is, on both sides: "keep" a character like others, "blank" a blank, or
       "auto": kept by "mixed", as MooER's script does, and a blank for "word" and "character".

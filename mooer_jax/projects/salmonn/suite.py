@@ -38,7 +38,7 @@ def run_suite(
   """Decodes and scores every task whose annotation file is there, and prints the table.
 
   Annotation files, each `{"annotation": [{"path", "text", "task", "Q"}, …]}`, are sought by the
-  names in `salmonn_suite.ROWS`; docs/salmonn.md says what `text` and `Q` hold in each.
+  names in `tasks.ROWS`; docs/salmonn.md says what `text` and `Q` hold in each.
 
   Leaves in `out`: suite.json and suite.txt, after each task; hypotheses/NAME.text; the forms
   to_judge/NAME.json. Reads from `out`, since they belong to one model's answers:
@@ -189,7 +189,7 @@ def _write_json(path: Path, content: Any) -> None:
 def evaluate_suite(
   run: Run, path: str, annotations: str, *, base: str | None = None
 ) -> dict[str, Any]:
-  """Runs `eval.py --suite=salmonn`: see `projects.salmonn.suite.run_suite` for files and results.
+  """Runs `eval.py --suite=salmonn`: see `run_suite` for files and results.
 
   Args:
     run: the config; its `generation` overrides the options of the checkpoint.
