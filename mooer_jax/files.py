@@ -43,9 +43,9 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
   try:
     value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    raise ValueError(f"{path}: not JSON: {error}") from error
   if not isinstance(value, dict):
-    raise ValueError(f"{path} must hold a JSON object, but holds a {type(value).__name__}")
+    raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
   return value
 
 

@@ -1,10 +1,10 @@
 """What the model is asked, where the speech stands in it, and what its answer holds."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mooer_jax.files import read_json_object
 from mooer_jax.text.tokenizer import Tokenizer
 
 TASKS = {
@@ -122,11 +122,8 @@ def read_prompts(path: str | Path) -> dict[str, tuple[str, ...]]:
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file of prompts")
-  try:
-    table = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON: {error}") from error
-  if not isinstance(table, dict) or not table:
+  table = read_json_object(path)
+  if not table:
     raise ValueError(f"{path}: holds no tasks; needed is {{task: prompt}} or {{task: [prompts]}}")
   prompts = {}
   for task, entry in table.items():

@@ -65,11 +65,11 @@ def test_a_json_object_is_read(tmp_path, encoding):
 @pytest.mark.parametrize(
   "content, message",
   [
-    (b"", "not readable as JSON"),
-    (b'{"a": ', "not readable as JSON"),
-    (b"\xff\xfe{\0}\0", "not readable as JSON"),
-    (b"[" * 100_000, "not readable as JSON"),
-    (b"[1]", "must hold a JSON object, but holds a list"),
+    (b"", "not JSON"),
+    (b'{"a": ', "not JSON"),
+    (b"\xff\xfe{\0}\0", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[1]", "must hold a JSON object, got list"),
   ],
 )
 def test_what_is_not_a_json_object_is_one_line_with_the_path(tmp_path, content, message):

@@ -88,7 +88,8 @@ def test_prompt_files_hold_one_or_several(tmp_path):
   file = tmp_path / "prompts.json"
   file.write_text('{"asr": ["Write it.", "What is said?"], "ast": "Translate it."}')
   assert read_prompts(file) == {"asr": ("Write it.", "What is said?"), "ast": ("Translate it.",)}
-  for text, match in (("{", "not JSON"), ("[]", "no tasks"), ('{"asr": []}', "'asr'")):
+  refused = {"{": "not JSON", "[]": "a JSON object", "{}": "no tasks", '{"asr": []}': "'asr'"}
+  for text, match in refused.items():
     file.write_text(text)
     with pytest.raises(ValueError, match=match):
       read_prompts(file)

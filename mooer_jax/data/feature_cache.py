@@ -1,6 +1,5 @@
 """Frames of frozen encoders on disk, so that an epoch does not pay for the encoders again."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from mooer_jax.data.shards import RawUtterance
 
 DTYPE = np.float16
 _BYTES = np.dtype(DTYPE).itemsize
-_INDEX, _DONE, _LOCK = "index.jsonl", "complete", "lock"
+_INDEX, _DONE = "index.jsonl", "complete"
 
 
 def digest(raw: RawUtterance) -> str:
@@ -101,26 +100,6 @@ class EncodedCache:
       index.writelines(json.dumps(line).encode() + b"\n" for line in lines)
       self._index_end = index.tell()
     self._frames = None
-
-  @contextlib.contextmanager
-  def alone(self):
-    """Holds the folder for writing.
-
-    Raises:
-      ValueError: if another process does; they would write into each other's frames.
-    """
-    import fcntl
-
-    self.folder.mkdir(parents=True, exist_ok=True)
-    with (self.folder / _LOCK).open("w") as lock:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError as error:
-        raise ValueError(
-          f"{self.folder} is being filled by another process; wait until it has, or set another"
-          " data.cache_features"
-        ) from error
-      yield
 
   def complete(self, dataset: str) -> bool:
     """Whether all clips of a data set (whatever names it) were looked at."""

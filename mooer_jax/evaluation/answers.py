@@ -15,6 +15,7 @@ from rich.table import Table
 from mooer_jax.evaluation.alignment import align, count
 from mooer_jax.evaluation.error_rate import ScoreConfig, score
 from mooer_jax.evaluation.translation import bleu_of_task
+from mooer_jax.files import replace_file
 
 # Marks that GigaSpeech writes into its transcripts.
 _TAGS = re.compile(r"<(?:COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT|SIL|NOISE|MUSIC|OTHER)>")
@@ -191,4 +192,5 @@ def table(scores: Mapping[str, TaskScore]) -> Table:
 def write(path: Path, scores: Mapping[str, TaskScore]) -> None:
   """Writes them as JSON."""
   rows = {task: dataclasses.asdict(s) for task, s in scores.items()}
-  path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+  with replace_file(path) as beside:
+    beside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from mooer_jax.evaluation.answers import TaskScore
+from mooer_jax.files import replace_file
 
 NONE = "(none)"  # what the absence of an instruction is called
 _STYLES = ("-", "--", ":", "-.")  # of the lines of several LoRA scales
@@ -50,9 +51,8 @@ class SweepPoint:
 def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None:
   """Writes them as JSON."""
   made = [dataclasses.asdict(row) for row in rows]
-  beside = path.with_suffix(".tmp")
-  beside.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-  beside.replace(path)
+  with replace_file(path) as beside:
+    beside.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 def read_perplexities(path: Path) -> list[Perplexity]:

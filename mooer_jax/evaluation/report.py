@@ -12,7 +12,7 @@ from typing import Any
 
 from mooer_jax.evaluation.alignment import Counts, Pair
 from mooer_jax.evaluation.error_rate import METRICS, Score, Utterance
-from mooer_jax.evaluation.text_files import replace_file
+from mooer_jax.files import replace_file
 
 _LINE_WIDTH = 100
 _KEYS_SHOWN = 20
@@ -47,8 +47,11 @@ def write_report(
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
   except (TypeError, ValueError) as error:
     raise ValueError(f"details of {name!r} cannot be written as JSON: {error}") from error
-  replace_file(folder / "report.json", text + "\n")
-  replace_file(folder / "report.txt", as_text(score, name=name, worst=worst, details=details))
+  with replace_file(folder / "report.json") as beside:
+    beside.write_text(text + "\n", encoding="utf-8")
+  with replace_file(folder / "report.txt") as beside:
+    table = as_text(score, name=name, worst=worst, details=details)
+    beside.write_text(table, encoding="utf-8")
   return folder / "report.json", folder / "report.txt"
 
 

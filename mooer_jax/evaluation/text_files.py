@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from mooer_jax.files import replace_file
 
 _SEPARATOR = re.compile(r"[ \t]")
 _BREAKS_KEY = re.compile(r"[ \t\r\n]")
@@ -63,16 +64,8 @@ def write_text(path: str | Path, texts: Mapping[str, str]) -> None:
       raise ValueError(f"key {key!r}: must be a word without blanks, since it ends at the first")
     line = _LINE_BREAK.sub(r"\\n", text)
     lines.append(f"{key}\t{line}\n")
-  replace_file(Path(path), "".join(lines))
-
-
-def replace_file(path: Path, content: str) -> None:
-  """Writes a UTF-8 file beside `path` and renames it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  beside = path.with_name(path.name + ".part")
-  with open(beside, "w", encoding="utf-8", newline="") as file:
-    file.write(content)
-  os.replace(beside, path)
+  with replace_file(path) as beside:
+    beside.write_text("".join(lines), encoding="utf-8", newline="")
 
 
 def _split(line: str) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from mooer_jax.data.examples import hear
 from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.shards import Skip
 from mooer_jax.data.utterances import read, shard_names
+from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.sharding import batch_sharding
@@ -61,7 +62,7 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
   cache = EncodedCache(folder, widths)
   if cache.complete(name):
     return cache
-  with cache.alone():
+  with lock_folder(folder):
     cache = EncodedCache(folder, widths)  # another process may have written since
     _fill(cache, run, params, mesh)
     cache.mark_complete(name)

@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mooer_jax.files import replace_file
+
 
 class Evaluation(NamedTuple):
   """The result of an evaluator.
@@ -188,10 +190,9 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
   if lines and not lines[-1].endswith("\n"):
     lines.pop()  # torn when the run was killed; it was after the last checkpoint
   rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-  beside = path.with_suffix(".tmp")
-  text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-  beside.write_text(text, encoding="utf-8")
-  beside.replace(path)
+  with replace_file(path) as beside:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    beside.write_text(text, encoding="utf-8")
   return rows
 
 

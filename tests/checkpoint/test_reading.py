@@ -148,7 +148,7 @@ def test_a_checkpoint_json_that_cannot_be_read_is_said(saved, tmp_path):
   folder = tmp_path / "c"
   subprocess.run(["cp", "-r", saved, folder], check=True)
   (folder / "checkpoint.json").write_text("{")
-  with pytest.raises(CheckpointError, match="not readable as JSON"):
+  with pytest.raises(CheckpointError, match="not JSON"):
     checkpoint.load(folder)
   (folder / "checkpoint.json").write_text(json.dumps({"format": 99}))
   with pytest.raises(CheckpointError, match="format 99"):

@@ -100,12 +100,3 @@ def test_a_digest_is_of_the_audio_alone():
   assert digest(one) == digest(RawUtterance("b", "t.tar", "mp3", b"12", b"", more=(b"3",)))
   assert digest(one) != digest(RawUtterance("a", "s.tar", "wav", b"123", b"text"))
   assert digest(one) != digest(RawUtterance("a", "s.tar", "wav", b"1", b"text", more=(b"23",)))
-
-
-def test_two_processes_do_not_fill_the_same_folder(tmp_path):
-  cache = EncodedCache(tmp_path, WIDTHS)
-  with cache.alone():
-    with pytest.raises(ValueError, match="filled by another process"), cache.alone():
-      pass
-  with cache.alone():
-    cache.write([clip("x", 1, 0)])

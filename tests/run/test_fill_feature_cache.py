@@ -16,6 +16,7 @@ from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import to_json
 from mooer_jax.data.feature_cache import digest
 from mooer_jax.data.shards import RawUtterance
+from mooer_jax.files import lock_folder
 from mooer_jax.run import fill_feature_cache
 from mooer_jax.run.config import Run, default_config
 from mooer_jax.text.tokenizer import Tokenizer
@@ -132,3 +133,12 @@ def test_the_next_stage_shares_the_frames_and_other_encoders_do_not(prepared, dt
   assert fill_feature_cache.fill_cache(run, tuned, mesh).folder == first.folder
   others = {**params, "encoders": jax.tree.map(lambda x: x * 2, params["encoders"])}
   assert fill_feature_cache.fill_cache(run, others, mesh).folder != first.folder
+
+
+def test_two_processes_do_not_fill_the_same_folder(prepared):
+  run, params, mesh = prepared
+  folder = fill_feature_cache.fill_cache(run, params, mesh).folder
+  (folder / "complete").unlink()
+  with lock_folder(folder), pytest.raises(ValueError, match="is in use by process"):
+    fill_feature_cache.fill_cache(run, params, mesh)
+  assert len(fill_feature_cache.fill_cache(run, params, mesh)) == 3

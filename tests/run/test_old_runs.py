@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import mooer_jax
-from mooer_jax import checkpoint, tree
+from mooer_jax import checkpoint, cli, tree
+from mooer_jax.checkpoint import CheckpointError
 from tests.run.programs import train
 
 SIZES = {
@@ -41,6 +42,18 @@ def test_they_transcribe_as_then(old_runs, clips):
   # Printed by commit 900609f: a mean probability of 0.65, so no rounding changes the token.
   assert result.tokens == [10] * 8
   assert result.score == pytest.approx(-0.42807, abs=1e-3)
+
+
+def test_they_are_verified_by_the_hash_of_their_weights(old_runs, capsys):
+  """Sums of all files were not recorded then."""
+  assert cli.main(["checkpoint", "verify", str(old_runs / "tuned")]) == 0
+  steps = capsys.readouterr().out.splitlines()
+  assert len(steps) == 2 and all("no sums recorded" in line for line in steps)  # and its base
+  weights = next(path for path in (old_runs / "run").rglob("weights/d/*") if path.is_file())
+  weights.write_bytes(weights.read_bytes()[:-1])
+  assert cli.main(["checkpoint", "verify", str(old_runs / "tuned")]) == 1
+  with pytest.raises(CheckpointError, match="weights: files were added, removed or changed"):
+    mooer_jax.Transcriber.from_checkpoint(old_runs / "run")
 
 
 def test_a_run_resumes(old_runs, old_config):

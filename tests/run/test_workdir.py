@@ -10,7 +10,7 @@ import mooer_jax
 from mooer_jax import checkpoint
 from mooer_jax.checkpoint import CheckpointError
 from mooer_jax.files import lock_folder
-from mooer_jax.run.train import train
+from tests.run.programs import train
 
 
 @pytest.fixture

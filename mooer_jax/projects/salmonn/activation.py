@@ -15,7 +15,7 @@ from typing import Any
 
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import entry_key, read_annotation
-from mooer_jax.evaluation.text_files import replace_file
+from mooer_jax.files import read_json_object, replace_file
 from mooer_jax.prompts import task_prompt
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load
@@ -45,10 +45,10 @@ def prepare(run: Run) -> Run:
     raise ValueError("activation tuning starts from a trained model: set init_from")
   settings, answers = _settings(run, run.init_from), answers_file(run)
   if not answers.is_file():
-    answers.parent.mkdir(parents=True, exist_ok=True)
     content = {"made_with": settings, "annotation": _generate_answers(run, run.init_from)}
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    replace_file(answers, text + "\n")
+    with replace_file(answers) as beside:
+      beside.write_text(text + "\n", encoding="utf-8")
     print(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
   _check_answers(answers, settings, run.workdir)
   of = checkpoint.describe(run.init_from).config
@@ -68,7 +68,7 @@ def answers_file(run: Run) -> Path:
 
 
 def _check_answers(answers: Path, settings: dict[str, Any], workdir: Path) -> None:
-  made_with = json.loads(answers.read_text(encoding="utf-8")).get("made_with")
+  made_with = read_json_object(answers).get("made_with")
   made_with = made_with if isinstance(made_with, dict) else {}
   other = [
     f"{name}={made_with.get(name)!r}, now {value!r}"

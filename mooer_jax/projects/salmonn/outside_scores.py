@@ -19,11 +19,12 @@ to the answer that was judged.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mooer_jax.files import read_json_object
 
 # METEOR is at most 1; SPIDEr is the mean of CIDEr-D, at most 10, and SPICE, at most 1.
 _LARGEST = {"meteor": 1.0, "spider": 5.5}
@@ -107,10 +108,7 @@ def judged_share(
 
 
 def _read_object(path: str | Path) -> dict[str, Any]:
-  try:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON: {error}") from error
-  if not isinstance(content, dict) or not content:
-    raise ValueError(f"{path}: holds no JSON object, or an empty one")
+  content = read_json_object(path)
+  if not content:
+    raise ValueError(f"{path}: the JSON object is empty")
   return content

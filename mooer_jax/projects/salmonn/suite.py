@@ -13,7 +13,8 @@ from rich.console import Console
 from mooer_jax import checkpoint
 from mooer_jax.config import to_json
 from mooer_jax.data.annotation import entry_key, read_annotation
-from mooer_jax.evaluation.text_files import read_text, replace_file, write_text
+from mooer_jax.evaluation.text_files import read_text, write_text
+from mooer_jax.files import read_json_object, replace_file
 from mooer_jax.projects.salmonn import tasks
 from mooer_jax.projects.salmonn.outside_scores import judgement_sheet, read_judgements, read_scores
 from mooer_jax.projects.salmonn.scorers import Extras, Row, Scored
@@ -115,7 +116,7 @@ def _hypotheses(out: Path, row: Row, source: Mapping[str, str]) -> dict[str, str
   record = out / "hypotheses" / row.file
   text = record.with_suffix(".text")
   if record.is_file() and text.is_file():
-    if (left := json.loads(record.read_text("utf-8"))) != source:
+    if (left := read_json_object(record)) != source:
       raise ValueError(
         f"{text}: these answers are of {left}, not {source}; remove the file, or choose another"
         " folder"
@@ -178,12 +179,15 @@ def _report(out: Path, results: dict[str, Scored | str], unknown: list[str], ide
   text = io.StringIO()
   Console(file=text, width=_WIDTH).print(tasks.table(ROWS, results))
   lines = tasks.notes(ROWS, results) + [f"not read: {name}" for name in unknown]
-  replace_file(out / "suite.txt", text.getvalue() + "".join(f"{line}\n" for line in lines))
+  with replace_file(out / "suite.txt") as beside:
+    notes = "".join(f"{line}\n" for line in lines)
+    beside.write_text(text.getvalue() + notes, encoding="utf-8")
 
 
 def _write_json(path: Path, content: Any) -> None:
   text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
-  replace_file(path, text + "\n")
+  with replace_file(path) as beside:
+    beside.write_text(text + "\n", encoding="utf-8")
 
 
 def evaluate_suite(

@@ -35,7 +35,7 @@ def test_scores_are_taken_by_name_in_either_case(written):
     ({"METEOR": True}, "METEOR=True"),
     ({"CIDEr": 0.3}, "METEOR=None; needed is a number"),
     ({}, "empty"),
-    ([0.25], "no JSON object"),
+    ([0.25], "must hold a JSON object"),
     ("METEOR 0.25", "not JSON"),
     ('{"METEOR": NaN}', "METEOR=nan"),
   ],
