@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import jiwer
 import pytest
@@ -40,8 +39,8 @@ def test_the_suite_is_the_published_one():
   assert ROW["sac"].following == (0.04, 0.73)
 
 
-def test_the_documentation_names_every_file_task_and_figure():
-  page = (Path(__file__).parents[2] / "docs/salmonn.md").read_text("utf-8")
+def test_the_documentation_names_every_file_task_and_figure(repo_root):
+  page = (repo_root / "docs/salmonn.md").read_text("utf-8")
   rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if ".json | " in line]
   documented = [(file, task, metric, published) for file, task, _, metric, published in rows]
   assert documented == [
