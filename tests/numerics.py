@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Orders of summation that differ between processors move an error by a factor of 2 to 3, and the
-# largest of a million errors is 5 times their standard deviation.
-ROOM = 16
+# In units of eps * sqrt(terms) * scale: adding one term after the other errs by 0.2 (a rounding has
+# a standard deviation of 0.3 eps, and partial sums grow to the scale), two evaluations differ by
+# 0.3, and the largest of a million differences is 5 times that, 1.4.
+ROOM = 8
 
 
 class BoundExceeded(AssertionError):
@@ -26,12 +27,12 @@ class BoundExceeded(AssertionError):
 def rounding(terms, scale=1.0, dtype=np.float32):
   """Bound on the difference between two evaluations of the same formula in `dtype`.
 
-  A sum of n rounded terms is off by a random walk of n steps, each at most eps / 2 of the partial
-  sum: sqrt(n) * eps / 2 * scale, for any order. The bound is `ROOM` times eps * sqrt(n) * scale.
+  A sum of n terms, added in any order, is off by a random walk of n steps, each at most eps / 2 of
+  the partial sum. The bound is `ROOM` * eps * sqrt(n) * scale.
 
   Args:
-    terms: number of roundings between input and output: the terms of the longest sum, times the
-      number of layers if errors add up over layers.
+    terms: roundings in a row: the terms of the longest sum, times the layers if the scale does not
+      account for depth as that of `condition` does.
     scale: magnitude of the values that are rounded, which is not that of the result where terms
       cancel; a number, an array or a tree of them, for example from `condition`.
     dtype: floating dtype that the values are rounded to.
@@ -41,6 +42,26 @@ def rounding(terms, scale=1.0, dtype=np.float32):
   """
   unit = ROOM * float(jnp.finfo(dtype).eps) * terms**0.5
   return jax.tree.map(lambda x: unit * np.asarray(x, np.float64), scale)
+
+
+def log_energy_rounding(exact_TF, *, terms, per_neper=1.0, share=1.0):
+  """Bound on the rounding of log energies in float32, for each element.
+
+  The energy and its logarithm are rounded. Before that, a DFT of `terms` samples errs by the
+  rounding of the frame's peak amplitude, and the energy of a bin that is weaker by a factor of
+  exp(depth) changes by 2 exp(depth / 2) of it.
+
+  Args:
+    exact_TF: float [T, F], log energies, one frame a row.
+    terms: samples in a frame.
+    per_neper: the factor of the natural logarithm of an energy.
+    share: magnitude of the float32 products of the DFT relative to the frame's peak; 0 for a DFT in
+      float64.
+  """
+  exact_TF = np.asarray(exact_TF, np.float64)
+  depth_TF = (exact_TF.max(axis=1, keepdims=True) - exact_TF) / per_neper
+  result = rounding(2, np.abs(exact_TF).max(initial=0))
+  return result + 2 * per_neper * share * rounding(terms, np.exp(depth_TF / 2))
 
 
 def condition(function, *arguments, draws=3):

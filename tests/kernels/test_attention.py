@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mooer_jax.kernels import attention
+from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 
 def random_qkv(B=2, T=5, S=7, H=6, K=3, C=8, dtype=np.float32):
@@ -33,6 +34,16 @@ def numpy_attention(q_BTHC, k_BSKC, v_BSKC, sees_BTS, bias_BHTS=None):
   return out_BTHC
 
 
+def bound(q_BTHC, k_BSKC, v_BSKC):
+  """Of the output in float32: a score sums C products, and S weights multiply the values.
+
+  A weight changes by what its score changes, so a score's rounding counts at the magnitude of the
+  values too.
+  """
+  q, k, v = (np.asarray(x, np.float64).std() for x in (q_BTHC, k_BSKC, v_BSKC))
+  return rounding(q_BTHC.shape[-1], q * k * v) + rounding(k_BSKC.shape[1], v)
+
+
 def causal_mask(T, S, first_query):
   return np.arange(S)[None] <= first_query + np.arange(T)[:, None]
 
@@ -48,8 +59,26 @@ def test_equals_a_plain_softmax(H, K, causal, first_query):
   out = attention(
     q, k, v, valid_BS=valid_BS, causal=causal, first_query=first_query, implementation="xla"
   )
-  # Float32 sums of 8 and 7 terms against float64.
-  np.testing.assert_allclose(out, numpy_attention(q, k, v, sees_BTS), atol=2e-6)
+  assert_within(out, numpy_attention(q, k, v, sees_BTS), bound(q, k, v))
+
+
+@pytest.mark.parametrize("fault", ["mask", "one key later", "scale", "head"])
+def test_a_fault_exceeds_the_bound(fault):
+  q, k, v = random_qkv()
+  valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0]], bool)
+  expected = numpy_attention(q, k, v, valid_BS[:, None] & causal_mask(5, 7, 2))
+  arguments = dict(valid_BS=valid_BS, causal=True, first_query=2)
+  assert_within(attention(q, k, v, **arguments), expected, bound(q, k, v))
+  if fault == "mask":
+    arguments["valid_BS"] = np.roll(valid_BS, 1, axis=1)
+  elif fault == "one key later":
+    arguments["first_query"] = 3
+  elif fault == "scale":
+    q = q * np.float32(1.001)
+  else:
+    q = np.roll(q, 1, axis=2)
+  with exceeds_the_bound():
+    assert_within(attention(q, k, v, **arguments), expected, bound(q, k, v))
 
 
 def test_first_query_may_be_traced():
@@ -57,7 +86,7 @@ def test_first_query_may_be_traced():
   valid_BS = np.ones((2, 7), bool)
   call = functools.partial(attention, q, k, v, valid_BS=valid_BS, causal=True)
   expected = numpy_attention(q, k, v, np.repeat(causal_mask(5, 7, 1)[None], 2, 0))
-  np.testing.assert_allclose(jax.jit(call)(first_query=1), expected, atol=2e-6)
+  assert_within(jax.jit(call)(first_query=1), expected, bound(q, k, v))
 
 
 @pytest.mark.parametrize("H, K", [(4, 4), (6, 3)])
@@ -67,7 +96,11 @@ def test_a_bias_is_added_to_the_scaled_scores_of_each_query_head(H, K):
   bias_BHTS = np.random.default_rng(1).normal(size=(2, H, 5, 7)).astype(np.float32)
   out = attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS)
   sees_BTS = np.repeat(valid_BS[:, None], 5, 1)
-  np.testing.assert_allclose(out, numpy_attention(q, k, v, sees_BTS, bias_BHTS), atol=2e-6)
+  expected = numpy_attention(q, k, v, sees_BTS, bias_BHTS)
+  assert_within(out, expected, bound(q, k, v))
+  with exceeds_the_bound():  # a bias scaled as the scores are
+    wrong = attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS * np.float32(8**-0.5))
+    assert_within(wrong, expected, bound(q, k, v))
   with pytest.raises(ValueError, match="'cudnn' takes no bias.*attention='xla'"):
     attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS, implementation="cudnn")
 
@@ -79,22 +112,25 @@ def test_a_mask_adds_to_validity_and_order():
   for causal in (False, True):
     out = attention(q, k, v, valid_BS=valid_BS, causal=causal, sees_BTS=sees_BTS)
     seen_BTS = sees_BTS & valid_BS[:, None] & (causal_mask(5, 7, 0) | (not causal))
-    np.testing.assert_allclose(out, numpy_attention(q, k, v, seen_BTS), atol=2e-6)
+    assert_within(out, numpy_attention(q, k, v, seen_BTS), bound(q, k, v))
 
 
 def test_weights_are_multiplied_after_the_softmax():
   q, k, v = random_qkv()
   valid_BS, scale_BHTS = np.ones((2, 7), bool), np.zeros((2, 6, 5, 7), np.float32)
   call = functools.partial(attention, q, k, v, valid_BS=valid_BS)
+  # Twice a float is exact.
   np.testing.assert_array_equal(call(weight_scale_BHTS=scale_BHTS + 2), 2 * call())
   scale_BHTS[1, 4, 2] = 3  # head 4 of 6 reads key-value head 2 of 3
   out = np.array(call(weight_scale_BHTS=scale_BHTS))
-  np.testing.assert_allclose(out[1, 2, 4], 3 * call()[1, 2, 4], rtol=1e-6)
+  assert_within(out[1, 2, 4], 3 * call()[1, 2, 4], 3 * bound(q, k, v))
   out[1, 2, 4] = 0
   assert not out.any()
   # Each key's share alone: together they are the whole.
   shares = [call(weight_scale_BHTS=np.broadcast_to(one, (2, 6, 5, 7))) for one in np.eye(7)]
-  np.testing.assert_allclose(sum(shares), call(), atol=2e-6)
+  assert_within(sum(shares), call(), bound(q, k, v))
+  with exceeds_the_bound():
+    assert_within(sum(shares[1:]), call(), bound(q, k, v))
   with pytest.raises(ValueError, match="'cudnn' drops no weights.*attention='xla'"):
     call(weight_scale_BHTS=scale_BHTS, implementation="cudnn")
 
@@ -128,8 +164,11 @@ def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
   out = attention(*rounded, valid_BS=valid_BS)
   assert out.dtype == jnp.bfloat16
   expected = numpy_attention(*rounded, np.ones((2, 5, 7), bool))
-  # Weights and outputs are rounded to 8 bits once each; values are of size 1.
-  np.testing.assert_allclose(out.astype(np.float32), expected, atol=0.02)
+  # The weights, whose sum is 1, and the output are rounded to bfloat16, the rest to float32.
+  of_values = rounding(2, np.abs(expected).max(), jnp.bfloat16)
+  assert_within(out, expected, of_values)
+  with exceeds_the_bound():
+    assert_within(attention(*rounded, valid_BS=valid_BS, causal=True), expected, of_values)
 
 
 def test_large_scores_do_not_overflow():
@@ -165,5 +204,5 @@ def test_cudnn_equals_the_reference(causal):
     jax.jit(lambda n=name: attention(q, k, v, valid_BS=valid_BS, causal=causal, implementation=n))()
     for name in ("cudnn", "xla")
   )
-  # Both round to bfloat16; values are of size 1.
-  np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=0.03)
+  # Both round the weights and the output to bfloat16.
+  assert_within(out, expected, rounding(2, float(jnp.abs(expected).max()), jnp.bfloat16))
