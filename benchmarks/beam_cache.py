@@ -23,7 +23,7 @@ from benchmarks.provenance import MODEL, write_result
 from mooer_jax import speech_llm
 from mooer_jax.config import DECODERS, SpeechLLMConfig
 from mooer_jax.decoders.llm import LLM, KVCache
-from mooer_jax.generation import GenerationOptions, generate_from, search
+from mooer_jax.generation import GenerationConfig, generate_from, search
 from mooer_jax.nn.compute import Compute
 
 SOURCES = (*MODEL, "benchmarks/beam_cache.py", "mooer_jax/generation")
@@ -99,7 +99,7 @@ def main():
     )["params"]
   }
   params = jax.tree.map(lambda x: x.astype(config.compute.jnp_dtype), params)
-  options = GenerationOptions(max_new_tokens=args.new, num_beams=args.beams)
+  options = GenerationConfig(max_new_tokens=args.new, num_beams=args.beams)
   programs, seconds, memory = {}, {"shared": [], "copied": []}, {}
   for name, function in (("shared", generate_from), ("copied", copying)):
     call = functools.partial(function, config=config, options=options)

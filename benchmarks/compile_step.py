@@ -70,7 +70,11 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
   )
   batch = largest_batch(run, prompt)
   step = jitted_step(
-    run.model, run.optimizer, accumulation=run.train.accumulation, mesh=mesh, shardings=shardings
+    run.model,
+    run.optimizer,
+    accumulation=run.train.gradient_accumulation_steps,
+    mesh=mesh,
+    shardings=shardings,
   )
   start = time.perf_counter()
   traced = step.trace(state, frozen, batch)
@@ -91,9 +95,9 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     "mesh": dict(mesh.shape),
     "batch": {
       "rows": run.data.batch_size,
-      "micro_batches": run.train.accumulation,
+      "micro_batches": run.train.gradient_accumulation_steps,
       "rows_per_chip_and_micro_batch": run.data.batch_size
-      / (run.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]),
+      / (run.train.gradient_accumulation_steps * mesh.shape["data"] * mesh.shape["fsdp"]),
       **{
         f"{encoder.kind}_frames": features.shape[1]
         for encoder, features in zip(run.model.encoders, batch.features, strict=True)

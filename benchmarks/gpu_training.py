@@ -62,7 +62,7 @@ def run(dry_run: bool) -> dict[str, Any]:
   model = model_config(dry_run)
   rows, steps = (16, 60) if dry_run else (64, 300)
   optimizer = OptimizerConfig(
-    peak_lr=2e-3, warmup="linear", warmup_steps=10, decay="constant", grad_clip=1.0
+    peak_lr=2e-3, warmup="linear", warmup_steps=10, decay="constant", max_grad_norm=1.0
   )
   mesh = make_mesh(data=1, devices=jax.devices()[:1])
   tx = make_optimizer(optimizer)

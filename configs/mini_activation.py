@@ -23,7 +23,7 @@ def get_config():
   config.data.prompts = ""
   config.data.task_weights = {}
   config.data.cache_features = ""
-  config.data.batch_size, config.data.window = 1, 1
+  config.data.batch_size, config.data.shuffle_buffer_size = 1, 1
   config.data.buckets, config.data.answer_buckets = (502,), (48, 256)
   config.generation.max_new_tokens = 256  # stories that are cut off are not trained on
   config.optimizer.peak_lr = 3e-4  # 12 steps at 1e-4 change perplexities, but no answer
@@ -31,8 +31,8 @@ def get_config():
   config.optimizer.decay = "constant"
   config.train.steps = 12
   config.train.log_every, config.train.save_every = 1, 12
-  config.probe.shards = "out/mini/data/probe.json"
-  config.probe.instructions = ("story", "reply")
-  config.probe.batch_size = 12
-  config.eval.shards, config.eval.batch_size = config.probe.shards, 12
+  config.perplexity.shards = "out/mini/data/probe.json"
+  config.perplexity.instructions = ("story", "reply")
+  config.perplexity.batch_size = 12
+  config.eval.shards, config.eval.batch_size = config.perplexity.shards, 12
   return config

@@ -51,7 +51,7 @@ def get_config(stage: str = "tasks"):
   config.data.prompts = PROMPTS
   config.data.prompt_tokens = 12  # longest prompt with a question
   config.data.batch_size = 16
-  config.data.window = 1024
+  config.data.shuffle_buffer_size = 1024
   config.data.min_s = 0.1
   # Log-mel frames of 10 ms. On a CPU, a step's time grows with its tokens: 16 clips have about 600.
   if stage == "sentences":
@@ -72,11 +72,11 @@ def get_config(stage: str = "tasks"):
   config.optimizer.warmup_steps = 100 if stage == "digits" else 50
   config.optimizer.decay = "cosine"
   config.optimizer.total_steps = config.train.steps = STEPS[stage]
-  config.optimizer.grad_clip = 1.0
+  config.optimizer.max_grad_norm = 1.0
 
   config.train.log_every = 20
   config.train.save_every = 200
-  config.train.keep = 2
+  config.train.max_to_keep = 2
 
   config.generation.max_new_tokens = 32
   config.generation.num_beams = 1  # SALMONN: 4

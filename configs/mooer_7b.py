@@ -41,7 +41,7 @@ def get_config():
   config.optimizer.total_steps = 1_000_000
 
   config.train.steps = 200_000
-  config.train.accumulation = 2
+  config.train.gradient_accumulation_steps = 2
   config.train.save_every = 20_000
 
   config.mesh.data, config.mesh.fsdp = 1, -1

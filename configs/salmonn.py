@@ -54,12 +54,12 @@ def get_config(chosen: str = "7b,1"):
   config.data.prompts = str(SALMONN_PROMPTS)
   config.data.prompt_tokens = 128
   config.data.batch_size = 64  # SALMONN: 8 per GPU
-  config.data.window = 2048
+  config.data.shuffle_buffer_size = 2048
   config.data.buckets = (3000,)  # log-mel frames of 10 ms: Whisper always takes 30 s
   config.data.answer_buckets = (64, 300)
   config.data.min_s = 0.1
   config.data.max_s = 30.0
-  config.data.cut_longer = True
+  config.data.truncate = True
   config.data.workers = 8
 
   config.optimizer.peak_lr = 3e-5
@@ -77,7 +77,7 @@ def get_config(chosen: str = "7b,1"):
   config.mesh.data, config.mesh.fsdp = 1, -1
   config.generation.num_beams = 4
   config.generation.max_new_tokens = 300
-  config.eval.cut_longer = True
+  config.eval.truncate = True
   config.eval.shards = ""
   config.eval.task = ""
   return config

@@ -18,12 +18,12 @@ def get_config(size: str = "7b"):
   config.activation.task = "audio_story_telling"
   config.activation.lora_scale = 2.0  # half of the trained scale
   config.activation.clips = 12
-  config.probe.instructions = ("audio_story_telling", "speech_audio_coreasoning")
-  config.probe.batch_size = 1
+  config.perplexity.instructions = ("audio_story_telling", "speech_audio_coreasoning")
+  config.perplexity.batch_size = 1
 
   config.data.prompts = ""
   config.data.task_weights = {}
-  config.data.batch_size, config.data.window = 1, 1
+  config.data.batch_size, config.data.shuffle_buffer_size = 1, 1
   config.data.workers = 0
   config.optimizer.warmup_steps = 0
   config.optimizer.decay = "constant"

@@ -37,7 +37,7 @@ def get_config():
   config.data.answer_buckets = (8,)
   config.data.min_s = 0.2
   config.data.max_s = 5.0
-  config.data.window = 1024
+  config.data.shuffle_buffer_size = 1024
 
   config.optimizer.peak_lr = 2e-3
   config.optimizer.warmup = "linear"
@@ -45,12 +45,12 @@ def get_config():
   config.optimizer.decay = "cosine"
   config.optimizer.total_steps = 1600
   config.optimizer.betas = (0.9, 0.98)
-  config.optimizer.grad_clip = 1.0
+  config.optimizer.max_grad_norm = 1.0
 
   config.train.steps = 1600
   config.train.log_every = 10
   config.train.save_every = 800
-  config.train.keep = 2
+  config.train.max_to_keep = 2
   config.train.cmvn = "estimate"
 
   config.generation.max_new_tokens = 8

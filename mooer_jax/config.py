@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -309,6 +310,7 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
   Raises:
     ValueError: for an unknown key (with the closest match), a wrong type, or whatever cls refuses.
   """
+  section = with_new_names(section, getattr(cls, "RENAMED", {}), name)
   hints = typing.get_type_hints(cls)
   allowed = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
   values = {}
@@ -323,6 +325,29 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
     return cls(**values)
   except TypeError as error:
     raise ValueError(f"{name}: {error}") from error
+
+
+def with_new_names(
+  section: Mapping[str, Any], renamed: Mapping[str, str], name: str
+) -> Mapping[str, Any]:
+  """A section whose deprecated keys are replaced by their new names, each with a warning.
+
+  Values under an old name win, since a section that was made from defaults also has the new one.
+
+  Args:
+    section: of a config, or of a checkpoint's JSON, which keeps its names without a warning.
+    renamed: {old key: new key}.
+    name: of the section.
+  """
+  old_keys = [key for key in section if key in renamed]
+  if not old_keys:
+    return section
+  result = {key: value for key, value in section.items() if key not in renamed}
+  for key in old_keys:
+    result[renamed[key]] = section[key]
+    if name not in ("generation", "config.json"):
+      print(f"{name}.{key} is deprecated; use {name}.{renamed[key]}", file=sys.stderr)
+  return result
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:

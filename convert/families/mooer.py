@@ -49,7 +49,7 @@ EOS_BIAS = -0.2
 
 def decoding(eos_id: int) -> dict[str, Any]:
   """Content of generation.json."""
-  return {**DECODING, "eos_ids": [eos_id], "sequence_bias": [[eos_id, EOS_BIAS]]}
+  return {**DECODING, "eos_token_id": [eos_id], "sequence_bias": [[eos_id, EOS_BIAS]]}
 
 
 def open_release(

@@ -175,7 +175,7 @@ def open_model(
 
 def decoding(eos_id: int) -> dict[str, Any]:
   """Content of generation.json."""
-  return {**DECODING, "eos_ids": [eos_id]}
+  return {**DECODING, "eos_token_id": [eos_id]}
 
 
 def connector_of(

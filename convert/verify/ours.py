@@ -14,7 +14,7 @@ from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import SpeechLLMConfig, frontend_from_json, part_from_json
-from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.generate import generate
 from mooer_jax.inputs import encoder_inputs, extract_features
 from mooer_jax.nn.compute import Compute
@@ -121,10 +121,10 @@ def compare_speech(
   )
 
 
-def greedy(eos_id: int | None, max_new_tokens: int) -> GenerationOptions:
+def greedy(eos_id: int | None, max_new_tokens: int) -> GenerationConfig:
   """As the original is asked: nothing is biased or penalised."""
-  eos_ids = () if eos_id is None else (eos_id,)
-  return GenerationOptions(max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+  eos_token_id = () if eos_id is None else (eos_id,)
+  return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
 
 
 def answers_of(tokens_BS) -> list[list[int]]:

@@ -12,7 +12,7 @@ import numpy as np
 from mooer_jax import checkpoint, speech_llm
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import SpeechLLMConfig, part_from_json
-from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.generate import generate_from
 from mooer_jax.nn.compute import Compute
 from mooer_jax.text.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ def _language_model(about: Checkpoint, model, max_new_tokens: int) -> Verdict:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _answer_alone(params, tokens_BS, config: SpeechLLMConfig, options: GenerationOptions):
+def _answer_alone(params, tokens_BS, config: SpeechLLMConfig, options: GenerationConfig):
   inputs_BSD = speech_llm.embed(params, tokens_BS, config)
   valid_BS = jnp.ones(tokens_BS.shape, bool)
   return generate_from(params, inputs_BSD, valid_BS, config, options).tokens_BS

@@ -73,7 +73,7 @@ class Recipe:
       f"--config.{'activation' if tuning else 'data'}.shards={self.out / shards}",
     ]
     if tuning:
-      return [*settings, f"--config.probe.shards={self.out / 'data/probe.json'}"]
+      return [*settings, f"--config.perplexity.shards={self.out / 'data/probe.json'}"]
     settings.append(f"--config.data.cache_features={self.out / 'cache'}")
     if self.steps:
       settings += [

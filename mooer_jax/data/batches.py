@@ -258,7 +258,9 @@ class TrainIterator(grain.DatasetIterator):
     self._next = self._new_window()
 
   def _new_window(self) -> _Window:
-    return _Window(self._stream, size=self._config.window, batch_size=self._config.batch_size)
+    return _Window(
+      self._stream, size=self._config.shuffle_buffer_size, batch_size=self._config.batch_size
+    )
 
 
 class EvalIterator(grain.DatasetIterator):

@@ -1,7 +1,8 @@
-"""What the data pipeline is told."""
+"""Data pipeline configuration."""
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class DataConfig:
     answer_buckets: lengths in tokens, eos included, that answers are padded to, ascending.
     min_s: shorter clips are skipped and counted, seconds (MooER: 0.2).
     max_s: longer clips are skipped and counted, seconds (MooER: 20).
-    cut_longer: take the first max_s of longer clips instead, as SALMONN does.
-    window: utterances that are shuffled and sorted by length at a time, a multiple of batch_size.
+    truncate: take the first max_s of longer clips instead, as SALMONN does.
+    shuffle_buffer_size: utterances that are shuffled and sorted by length together; a multiple of
+      batch_size.
       Memory is that of the features, for each worker: SAN-M 37 kB a second of audio in it, Whisper
       32 (of 128 bins 51), BEATs 51 more.
     seed: of the order of shards and of batches.
@@ -41,6 +43,7 @@ class DataConfig:
     tolerance: utterances read before max_bad_share is applied (or the end of the first epoch).
   """
 
+  RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
   shards: str
   task: str = "asr"
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -51,8 +54,8 @@ class DataConfig:
   answer_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
   min_s: float = 0.2
   max_s: float = 20.0
-  cut_longer: bool = False
-  window: int = 2048
+  truncate: bool = False
+  shuffle_buffer_size: int = 2048
   seed: int = 0
   cache_features: str = ""
   workers: int = 0
@@ -68,10 +71,10 @@ class DataConfig:
     for name, least in (("batch_size", 1), ("workers", 0), ("prefetch", 1), ("tolerance", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
-    if self.window < 1 or self.window % self.batch_size:
+    if self.shuffle_buffer_size < 1 or self.shuffle_buffer_size % self.batch_size:
       raise ValueError(
-        f"data.window={self.window} is not a positive multiple of data.batch_size="
-        f"{self.batch_size}; set it to {max(1, self.window // self.batch_size) * self.batch_size}"
+        f"data.shuffle_buffer_size={self.shuffle_buffer_size} is not a positive multiple of data.batch_size="
+        f"{self.batch_size}; set it to {max(1, self.shuffle_buffer_size // self.batch_size) * self.batch_size}"
       )
     if not 0 <= self.min_s < self.max_s:
       raise ValueError(f"data.min_s={self.min_s} and data.max_s={self.max_s}: want 0 <= min < max")

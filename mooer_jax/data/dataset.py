@@ -154,10 +154,11 @@ def _start_worker(index, count):
 def _description(config, asker, shards, process_index, process_count) -> dict[str, Any]:
   """What must be the same for a saved state to mean the same batches."""
   names = (
-    "batch_size", "window", "seed", "workers", "min_s", "max_s", "cut_longer", "buckets",
+    "batch_size", "shuffle_buffer_size", "seed", "workers", "min_s", "max_s", "truncate", "buckets",
     "answer_buckets", "task", "task_weights", "prompt_tokens",
   )  # fmt: skip
-  settings = {f"data.{name}": getattr(config, name) for name in names}
+  old = {new: old for old, new in DataConfig.RENAMED.items()}  # states of version 0.1 have these
+  settings = {f"data.{old.get(name, name)}": getattr(config, name) for name in names}
   files = "\n".join(os.path.basename(shard) for shard in shards)
   return {
     **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},

@@ -248,7 +248,7 @@ def hear(
 
   Returns:
     (float32 [T, F] for each encoder, before CMVN; length of the whole in seconds, though
-    data.cut_longer may cut what is heard of it), or why there are none.
+    data.truncate may cut what is heard of it), or why there are none.
   """
   try:
     waveform_N, seconds = _waveform(raw, config, model)
@@ -265,7 +265,7 @@ def _beyond(seconds: float, config: DataConfig) -> tuple[str, str] | None:
   """Which limit of length a clip is beyond, as (cause, detail)."""
   if seconds < config.min_s:
     return "too short", f"{seconds:.3f} s < data.min_s={config.min_s:g}"
-  if seconds > config.max_s and not config.cut_longer:
+  if seconds > config.max_s and not config.truncate:
     return "too long", f"{seconds:.1f} s > data.max_s={config.max_s}"
   return None
 
@@ -282,6 +282,6 @@ def _waveform(
     parts += [pause, waveform_N] if parts else [waveform_N]
   joined_N = np.concatenate(parts)
   seconds = len(joined_N) / rate_hz
-  if config.cut_longer:
+  if config.truncate:
     joined_N = joined_N[: round(config.max_s * rate_hz)]
   return model.pad_to_min_duration(joined_N), seconds

@@ -157,7 +157,7 @@ def score_by_task(
       continue
     given = {key: " ".join(words(hypotheses[key])) for key in wanted if key in hypotheses}
     all_given = {key: given.get(key, "") for key in wanted}
-    rate = score(wanted, all_given, ScoreConfig(metric="word", space_mark="blank")).rate
+    rate = score(wanted, all_given, ScoreConfig(metric="word", space_mark="space")).rate
     choices = set(wanted.values())
     follow = sum(text in choices for text in given.values()) / len(wanted)
     translated = bleu_of_task(

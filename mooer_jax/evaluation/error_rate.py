@@ -97,14 +97,14 @@ class Metric(NamedTuple):
 
 METRICS = {
   "mixed": Metric("error rate, MooER's tokens", mixed_tokens, "keep"),
-  "word": Metric("word error rate", word_tokens, "blank"),
-  "character": Metric("character error rate", character_tokens, "blank"),
+  "word": Metric("word error rate", word_tokens, "space"),
+  "character": Metric("character error rate", character_tokens, "space"),
 }
 
 
 _CHOICES = {
   "metric": tuple(METRICS),
-  "space_mark": ("auto", "keep", "blank"),
+  "space_mark": ("auto", "keep", "space"),
   "missing": ("count", "skip"),
 }
 
@@ -116,9 +116,9 @@ class ScoreConfig:
   Attributes:
     metric: "mixed" (MooER's), "word" or "character"; see `METRICS`.
     case_sensitive: whether `a` and `A` differ. By default both sides are upper-cased.
-    space_mark: what `▁` is, on both sides: "keep" a character like others, "blank" a blank, or
+    space_mark: what `▁` is, on both sides: "keep" a character like others, "space" a blank, or
       "auto": kept by "mixed", as MooER's script does, and a blank for "word" and "character".
-      Take "blank" where one side has `▁` and the other blanks.
+      Take "space" where one side has `▁` and the other blanks.
     missing: "count" a reference without hypothesis as all deleted, or "skip" it, as MooER's script
       does. Either way it is reported.
   """
@@ -253,7 +253,7 @@ def _notes(references, hypotheses, utterances, config):
       side = "references" if in_references else "hypotheses"
       notes.append(
         f"{SPACE_MARK} stands in the {side} only, and counts as a character; with "
-        'space_mark="blank" it is a blank'
+        'space_mark="space" it is a blank'
       )
   if empty := sum(not u.reference for u in utterances):
     notes.append(f"{empty} of {len(utterances)} references have no tokens")

@@ -3,4 +3,4 @@
 from mooer_jax.generation.generate import Generated as Generated
 from mooer_jax.generation.generate import generate as generate
 from mooer_jax.generation.generate import generate_from as generate_from
-from mooer_jax.generation.options import GenerationOptions as GenerationOptions
+from mooer_jax.generation.options import GenerationConfig as GenerationConfig

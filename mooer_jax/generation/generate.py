@@ -16,7 +16,7 @@ from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.decoders.llm import KVCache, Placement
 from mooer_jax.generation import search
-from mooer_jax.generation.options import GenerationOptions
+from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import min_new_tokens
 from mooer_jax.speech_llm import Batch
 
@@ -65,7 +65,7 @@ def generate(
   params: dict,
   batch: Batch,
   config: SpeechLLMConfig,
-  options: GenerationOptions,
+  options: GenerationConfig,
   *,
   key: jax.Array | None = None,
   lora_scale: jax.Array | float | None = None,
@@ -102,7 +102,7 @@ def generate_from(
   inputs_BSD: jax.Array,
   valid_BS: jax.Array,
   config: SpeechLLMConfig,
-  options: GenerationOptions,
+  options: GenerationConfig,
   *,
   padding_B: jax.Array | None = None,
   key: jax.Array | None = None,
@@ -190,7 +190,7 @@ def generate_from(
     )
     hidden_BRSD = _collect(read_BYD, final_BRD, answers, R)
   is_empty_BR = answers.lengths_BR == 0
-  is_eos_BR = jnp.isin(last_tokens_BR, jnp.array(options.eos_ids, jnp.int32))
+  is_eos_BR = jnp.isin(last_tokens_BR, jnp.array(options.eos_token_id, jnp.int32))
   return Generated(
     tokens_BRS=answers.tokens_BRS,
     lengths_BR=answers.lengths_BR,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json
-from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation import GenerationConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ class Loaded(NamedTuple):
   params: dict
   model: SpeechLLMConfig
   tokenizer: Tokenizer
-  generation: GenerationOptions
+  generation: GenerationConfig
 
 
 def load_model(
@@ -54,7 +54,7 @@ def load_model(
   model = from_json(about.config, compute)
   checkpoint.check_leaves(about, param_shapes(model))
   loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
-  options = build(GenerationOptions, {**loaded.generation, **(generation or {})}, "generation")
+  options = build(GenerationConfig, {**loaded.generation, **(generation or {})}, "generation")
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
-  options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
+  options = dataclasses.replace(options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,))
   return Loaded(loaded.params, model, tokenizer, options)

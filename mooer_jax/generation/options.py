@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationOptions:
+class GenerationConfig:
   """Decoding options, named and meant as in `transformers.generate` called with embeddings.
 
   Attributes:
     max_new_tokens: upper bound on generated tokens, eos included.
-    eos_ids: tokens that end an answer.
+    eos_token_id: tokens that end an answer.
     do_sample: False takes the most probable, True draws.
     temperature: divides the scores before drawing, > 0.
     top_k: draws from the k most probable tokens only; 0 = all.
@@ -31,8 +31,9 @@ class GenerationOptions:
     return_hidden: also return the last hidden state at each generated token.
   """
 
+  RENAMED: ClassVar = {"eos_ids": "eos_token_id"}
   max_new_tokens: int = 200
-  eos_ids: tuple[int, ...] = ()
+  eos_token_id: tuple[int, ...] = ()
   do_sample: bool = False
   temperature: float = 1.0
   top_k: int = 0

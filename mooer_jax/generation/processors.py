@@ -6,7 +6,7 @@ Each function is the processor of the same name in transformers, over any number
 import jax
 import jax.numpy as jnp
 
-from mooer_jax.generation.options import GenerationOptions
+from mooer_jax.generation.options import GenerationConfig
 
 
 def process(
@@ -14,7 +14,7 @@ def process(
   tokens_XS: jax.Array,
   step: jax.Array | int,
   min_new_X: jax.Array,
-  options: GenerationOptions,
+  options: GenerationConfig,
 ) -> jax.Array:
   """Applies every option, in transformers' order.
 
@@ -29,13 +29,14 @@ def process(
     float32 [..., V]; -inf for a token that must not come.
 
   Raises:
-    ValueError: if sequence_bias or eos_ids name a token that the vocabulary lacks.
+    ValueError: if sequence_bias or eos_token_id name a token that the vocabulary lacks.
   """
   vocab = scores_XV.shape[-1]
-  named = (*options.eos_ids, *(token for token, _ in options.sequence_bias))
+  named = (*options.eos_token_id, *(token for token, _ in options.sequence_bias))
   if any(token >= vocab for token in named):
     raise ValueError(
-      f"generation.eos_ids or sequence_bias names token {max(named)}; the vocabulary has {vocab}"
+      f"generation.eos_token_id or sequence_bias names token {max(named)}; the vocabulary has"
+      f" {vocab} tokens"
     )
   if options.sequence_bias:
     tokens, values = zip(*options.sequence_bias)
@@ -44,20 +45,20 @@ def process(
     scores_XV = penalize_repetition(scores_XV, tokens_XS, step, options.repetition_penalty)
   if options.no_repeat_ngram_size:
     scores_XV = ban_repeated_ngrams(scores_XV, tokens_XS, step, options.no_repeat_ngram_size)
-  if options.eos_ids:
+  if options.eos_token_id:
     early_X1 = (step < min_new_X)[..., None]
-    is_eos_V = jnp.isin(jnp.arange(vocab), jnp.array(options.eos_ids))
+    is_eos_V = jnp.isin(jnp.arange(vocab), jnp.array(options.eos_token_id))
     scores_XV = jnp.where(early_X1 & is_eos_V, -jnp.inf, scores_XV)
   if options.do_sample:
     # Beams need a way on where every eos is among the most probable tokens.
-    keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_ids))
+    keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
     scores_XV = restrict(
       scores_XV / options.temperature, top_k=options.top_k, top_p=options.top_p, keep=keep
     )
   return scores_XV
 
 
-def min_new_tokens(prompt_B: jax.Array, options: GenerationOptions) -> jax.Array:
+def min_new_tokens(prompt_B: jax.Array, options: GenerationConfig) -> jax.Array:
   """Tokens that an answer needs before its eos, int32 [B], from the lengths of the prompts."""
   if options.min_new_tokens is not None:
     return jnp.full_like(prompt_B, options.min_new_tokens)

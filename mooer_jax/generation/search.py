@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax.generation.options import GenerationOptions
+from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import process
 
 PAD = -1
@@ -60,7 +60,7 @@ class State(NamedTuple):
   done_B: jax.Array
 
 
-def start(rows: int, options: GenerationOptions, done_B: jax.Array | None = None) -> State:
+def start(rows: int, options: GenerationConfig, done_B: jax.Array | None = None) -> State:
   """Empty answers for `rows` utterances; those with done_B True stay empty."""
   R, S = options.width, options.max_new_tokens
   empty = Answers(
@@ -83,7 +83,7 @@ def start(rows: int, options: GenerationOptions, done_B: jax.Array | None = None
   )
 
 
-def unfinished(state: State, options: GenerationOptions) -> jax.Array:
+def unfinished(state: State, options: GenerationConfig) -> jax.Array:
   """True while some utterance needs another step."""
   return (state.step < options.max_new_tokens) & ~state.done_B.all()
 
@@ -91,7 +91,7 @@ def unfinished(state: State, options: GenerationOptions) -> jax.Array:
 def advance(
   state: State,
   logits_BRV: jax.Array,
-  options: GenerationOptions,
+  options: GenerationConfig,
   *,
   min_new_B: jax.Array,
   keys_B: jax.Array | None = None,
@@ -118,7 +118,7 @@ def advance(
   return jax.tree.map(kept, state._replace(step=None), new)._replace(step=state.step + 1)
 
 
-def best(state: State, options: GenerationOptions) -> Answers:
+def best(state: State, options: GenerationConfig) -> Answers:
   """The `num_return_sequences` answers of each utterance, best first; draws in their order."""
   if options.num_beams > 1:
     return jax.tree.map(lambda x: x[:, : options.num_return_sequences], state.whole)
@@ -127,14 +127,14 @@ def best(state: State, options: GenerationOptions) -> Answers:
   return answers._replace(scores_BR=answers.scores_BR / divisors_S[last_BR])
 
 
-def _divisors(options: GenerationOptions) -> jax.Array:
+def _divisors(options: GenerationConfig) -> jax.Array:
   """length ** length_penalty for the lengths 1 … max_new_tokens."""
   lengths_S = np.arange(1, options.max_new_tokens + 1, dtype=np.float64)
   return jnp.asarray(lengths_S**options.length_penalty, jnp.float32)
 
 
-def _is_eos(tokens: jax.Array, options: GenerationOptions) -> jax.Array:
-  return jnp.isin(tokens, jnp.array(options.eos_ids, jnp.int32))
+def _is_eos(tokens: jax.Array, options: GenerationConfig) -> jax.Array:
+  return jnp.isin(tokens, jnp.array(options.eos_token_id, jnp.int32))
 
 
 def _advance_draws(state, logits_BRV, options, min_new_B, keys_B) -> State:
@@ -212,11 +212,11 @@ def _candidates(state, log_probs_BRV, options, keys_B) -> Answers:
   There are enough for R to go on even if every beam could end with each eos.
   """
   B, R, V = log_probs_BRV.shape
-  count = R * max(2, 1 + len(options.eos_ids))
+  count = R * max(2, 1 + len(options.eos_token_id))
   if count > R * V:
     raise ValueError(
-      f"generation.eos_ids has {len(options.eos_ids)} tokens of a vocabulary of {V}; beam search"
-      " needs at least one token more"
+      f"generation.eos_token_id has {len(options.eos_token_id)} tokens of a vocabulary of {V}; beam"
+      " search needs at least one token more"
     )
   totals_BY = (log_probs_BRV + state.running.scores_BR[..., None]).reshape(B, R * V)
   ranked_BY = totals_BY

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags.DEFINE_multi_string(
     "checkpoint", None, "checkpoint folder or training workdir; several with --mode=perplexity"
   )
-  flags.DEFINE_string("base", None, "base checkpoint path of a fine-tune, if it has moved")
+  flags.DEFINE_string("base_checkpoint", None, "base of a fine-tune, if it has moved")
+  flags.DEFINE_alias("base", "base_checkpoint")  # its name in version 0.1
   flags.DEFINE_enum("mode", "score", ["score", "perplexity", "lora-sweep"], "what to measure")
   flags.DEFINE_list("scales", [], "LoRA scales for --mode=perplexity and lora-sweep")
   flags.DEFINE_list(
@@ -43,7 +44,7 @@ def _evaluate(config, given) -> None:
     scales = [float(scale) for scale in given.scales]
   except ValueError as error:
     raise app.UsageError(f"--scales={','.join(given.scales)}: numbers are needed") from error
-  run, path, base = Run.read(config), given.checkpoint[0], given.base
+  run, path, base = Run.read(config), given.checkpoint[0], given.base_checkpoint
   if given.suite:
     evaluate_suite(run, path, given.annotations, base=base)
   elif given.mode == "perplexity":

@@ -37,4 +37,4 @@ def train_from_config(config: Mapping[str, Any]) -> Path:
     answers = activation.answers_file(run)
     print(f"edit {answers}, then run the same command with --config.activation.review=False")
     return run.workdir
-  return train(run, [PerplexityEvaluator] if run.probe.shards else [])
+  return train(run, [PerplexityEvaluator] if run.perplexity.shards else [])

@@ -4,18 +4,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mooer_jax import checkpoint
-from mooer_jax.config import SpeechLLMConfig, build, model_config, unknown_key
+from mooer_jax.config import SpeechLLMConfig, build, model_config, unknown_key, with_new_names
 from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.translation import check_tokenizer
-from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation import GenerationConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import read_prompts, task_prompt
 from mooer_jax.training.optimizer import OptimizerConfig
@@ -24,27 +24,30 @@ from mooer_jax.training.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """The loop.
+  """The training loop.
 
   Attributes:
-    steps: updates in all.
-    accumulation: micro-batches an update; data.batch_size is for all of them together.
-    log_every: updates between two lines of metrics.
-    save_every: updates between two checkpoints; the last update always saves.
-    keep: checkpoints that are kept, the newest ones.
+    steps: number of optimizer steps.
+    gradient_accumulation_steps: micro-batches per optimizer step; data.batch_size is their sum.
+    log_every: steps between two lines of metrics.
+    save_every: steps between two checkpoints; the last step always saves.
+    max_to_keep: number of checkpoints to keep, the newest ones.
     cmvn: "estimate" from the first batches, a path of an `am.mvn`, or "" for what the
       initial checkpoint has.
   """
 
+  RENAMED: ClassVar = {"accumulation": "gradient_accumulation_steps", "keep": "max_to_keep"}
   steps: int = 100_000
-  accumulation: int = 1
+  gradient_accumulation_steps: int = 1
   log_every: int = 20
   save_every: int = 1000
-  keep: int = 3
+  max_to_keep: int = 3
   cmvn: str = ""
 
   def __post_init__(self):
-    for name in ("steps", "accumulation", "log_every", "save_every", "keep"):
+    for name in (
+      "steps", "gradient_accumulation_steps", "log_every", "save_every", "max_to_keep"
+    ):  # fmt: skip
       if getattr(self, name) < 1:
         raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
 
@@ -65,33 +68,36 @@ class EvalConfig:
       of the folder of the data.list, FOLDER-FILE for an annotation file, or of what else eval.py
       does: "salmonn" for that suite, "perplexity", "lora_sweep".
     metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
-    space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
+    space_mark: how `▁` in a transcript is read: "space", as models are trained to write it, or
       "keep", as MooER's script does.
     skip_missing: leave utterances without a hypothesis out, as MooER's script does.
     max_s: longest clip, in seconds; default: the model's limit. Longer clips are reported and
       scored as not decoded.
-    cut_longer: truncate longer clips to max_s instead, as SALMONN does; their number is printed.
+    truncate: truncate longer clips to max_s instead, as SALMONN does; their number is printed.
     lora_scale: scale of LoRA; default: that of training.
     bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
       "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
       the model's own, gets BLEU where this is set.
   """
 
+  RENAMED: ClassVar = {"cut_longer": "truncate"}
   shards: str = ""
   references: str = ""
   task: str = "asr"
   batch_size: int = 16
   out: str = ""
   metric: str = "mixed"
-  space_mark: str = "blank"
+  space_mark: str = "space"
   skip_missing: bool = False
   max_s: float | None = None
-  cut_longer: bool = False
+  truncate: bool = False
   lora_scale: float | None = None
   bleu_tokenize: str = ""
 
   def __post_init__(self):
-    for name, allowed in (("metric", sorted(METRICS)), ("space_mark", ["auto", "blank", "keep"])):
+    if self.space_mark == "blank":  # its name in version 0.1
+      object.__setattr__(self, "space_mark", "space")
+    for name, allowed in (("metric", sorted(METRICS)), ("space_mark", ["auto", "space", "keep"])):
       if getattr(self, name) not in allowed:
         raise ValueError(f"eval.{name}={getattr(self, name)!r}: choose one of {allowed}")
     if self.batch_size < 1:
@@ -147,15 +153,14 @@ class ActivationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-  """What a run measures of itself as it trains: perplexities of reference answers, by task.
+class PerplexityConfig:
+  """Perplexities of reference answers, by task, that a run measures while it trains.
 
   Attributes:
     shards: test set, each utterance with its own task; "" measures nothing.
-    instructions: tasks whose prompts are given; besides, always none.
-    every: updates between two measurements; the models that the run starts from and ends with are
-      measured, too.
-    batch_size: utterances at a time.
+    instructions: tasks whose prompts are measured, besides no prompt.
+    every: steps between two measurements; the first and the last model are always measured.
+    batch_size: utterances per batch.
   """
 
   shards: str = ""
@@ -166,7 +171,7 @@ class ProbeConfig:
   def __post_init__(self):
     for name in ("every", "batch_size"):
       if getattr(self, name) < 1:
-        raise ValueError(f"probe.{name}={getattr(self, name)}: must be at least 1")
+        raise ValueError(f"perplexity.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +190,7 @@ class Run:
     characters, specials, eos: a tokenizer of single characters, special tokens and the end token.
   """
 
+  RENAMED: ClassVar = {"probe": "perplexity"}
   model: SpeechLLMConfig
   compute: Compute
   data: DataConfig
@@ -194,7 +200,7 @@ class Run:
   generation: dict[str, Any]
   eval: EvalConfig
   activation: ActivationConfig
-  probe: ProbeConfig
+  perplexity: PerplexityConfig
   trainable: tuple[str, ...]
   workdir: Path
   seed: int = 0
@@ -212,6 +218,7 @@ class Run:
       ValueError: for a key or section that is unknown, missing, mistyped or out of range.
     """
     names = [field.name for field in dataclasses.fields(cls)]
+    config = with_new_names(config, cls.RENAMED, "config")
     for name in config:
       if name not in names:
         raise ValueError(unknown_key(name, names))
@@ -233,7 +240,7 @@ class Run:
     model = model_config(config["model"], compute)
     values["model"] = _with_tasks_of(values["data"].prompts, model)
     values["generation"] = dict(config.get("generation", {}))
-    build(GenerationOptions, values["generation"], "generation")
+    build(GenerationConfig, values["generation"], "generation")
     values["trainable"] = tuple(config["trainable"])
     values["specials"] = tuple(values.get("specials", ()))
     values["workdir"] = Path(config["workdir"])
@@ -243,10 +250,10 @@ class Run:
   def replace(self, **changes) -> "Run":
     return dataclasses.replace(self, **changes)
 
-  def decoding_defaults(self) -> GenerationOptions:
+  def decoding_defaults(self) -> GenerationConfig:
     """Generation options of the run's checkpoints: the config's, over those of init_from."""
     inherited = checkpoint.describe(self.init_from).generation if self.init_from else {}
-    return build(GenerationOptions, {**inherited, **self.generation}, "generation")
+    return build(GenerationConfig, {**inherited, **self.generation}, "generation")
 
   def check_training(self) -> None:
     """Checks what only training needs, before anything is loaded.
@@ -271,10 +278,10 @@ class Run:
           f"train.cmvn={self.train.cmvn!r}, but the encoder of init_from was trained with its own"
           " CMVN; set train.cmvn=''"
         )
-    if self.data.batch_size % self.train.accumulation:
+    if self.data.batch_size % self.train.gradient_accumulation_steps:
       raise ValueError(
-        f"data.batch_size={self.data.batch_size} must be divisible by train.accumulation="
-        f"{self.train.accumulation}"
+        f"data.batch_size={self.data.batch_size} must be divisible by"
+        f" train.gradient_accumulation_steps={self.train.gradient_accumulation_steps}"
       )
     if self.optimizer.decay != "constant" and self.train.steps > self.optimizer.total_steps:
       raise ValueError(
@@ -292,9 +299,9 @@ class Run:
       raise ValueError(
         f"data.max_s={self.data.max_s} is longer than model.max_audio_s={self.model.max_audio_s}"
       )
-    if self.probe.shards and not Path(self.probe.shards).is_file():
-      raise FileNotFoundError(f"probe.shards={self.probe.shards}: no such file")
-    for instruction in self.probe.instructions:
+    if self.perplexity.shards and not Path(self.perplexity.shards).is_file():
+      raise FileNotFoundError(f"perplexity.shards={self.perplexity.shards}: no such file")
+    for instruction in self.perplexity.instructions:
       task_prompt(instruction, dict(self.model.prompts))
 
 
@@ -319,6 +326,15 @@ _DERIVED = {
   "compute.scan": "training scans layers and decoding unrolls them; leave it out",
   "data.seed": "one seed determines everything; set config.seed",
 }
+
+
+def renamed_keys() -> dict[str, str]:
+  """Deprecated keys of a config and their new names, such as "train.keep": "train.max_to_keep"."""
+  renamed = dict(Run.RENAMED)
+  for section, section_class in SECTIONS.items():
+    names = getattr(section_class, "RENAMED", {})
+    renamed |= {f"{section}.{old}": f"{section}.{new}" for old, new in names.items()}
+  return renamed
 
 
 def default_config() -> ConfigDict:

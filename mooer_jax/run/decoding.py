@@ -37,13 +37,13 @@ def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig
     run.data,
     shards=options.shards,
     batch_size=options.batch_size,
-    window=options.batch_size,
+    shuffle_buffer_size=options.batch_size,
     min_s=0.0,  # what makes no speech token is skipped
     task=options.task,
     task_weights={},
     prompts="",
     cache_features="",
-    cut_longer=options.cut_longer,
+    truncate=options.truncate,
     max_bad_share=1.0,
     max_s=longest_s,
     buckets=(*buckets, longest) if longest > buckets[-1] else buckets,
@@ -152,7 +152,7 @@ def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> Decoded:
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
   if shortened:
-    print(f"{shortened} clips were too long and cut (eval.cut_longer)")
+    print(f"{shortened} clips were too long and cut (eval.truncate)")
   if decoded.cut:
     print(f"{len(decoded.cut)} answers were cut off by generation.max_new_tokens")
   return decoded

@@ -103,7 +103,7 @@ def _stamp(run: Run, params: dict) -> str:
   of = {name: described[name] for name in names}
   of["version"] = FRAMES_VERSION
   of["weights"] = _hash({part: params.get(part, {}) for part in ("frontend", "encoders")})
-  of["cut"] = run.data.max_s if run.data.cut_longer else 0
+  of["cut"] = run.data.max_s if run.data.truncate else 0
   of["dtype"] = run.model.compute.dtype
   text = json.dumps(of, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

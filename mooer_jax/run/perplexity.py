@@ -96,25 +96,25 @@ class PerplexityEvaluator:
       FileNotFoundError, ValueError: for a bad test set, or prompts that do not fit the template.
     """
     self._run, self._tokenizer = run, tokenizer
-    self.every = run.probe.every
+    self.every = run.perplexity.every
     self._sharding = batch_sharding(mesh)
     self._options = EvalConfig(
-      run.probe.shards,
+      run.perplexity.shards,
       task="",
-      batch_size=run.probe.batch_size,
-      cut_longer=run.data.cut_longer,
+      batch_size=run.perplexity.batch_size,
+      truncate=run.data.truncate,
     )
     self._file = run.workdir / "perplexity.json"
     rows = read_perplexities(self._file) if first and self._file.is_file() else []
     self._rows = [row for row in rows if row.step <= first]
     measured = {row.instruction for row in self._rows}
-    if measured and measured != {NONE, *run.probe.instructions}:
+    if measured and measured != {NONE, *run.perplexity.instructions}:
       raise ValueError(
         f"{self._file} was measured under {sorted(measured)}; move it away, or set"
-        " probe.instructions to the same"
+        " perplexity.instructions to the same"
       )
     self._told = False
-    _check(run.probe.instructions, run.model)
+    _check(run.perplexity.instructions, run.model)
     batches_of(run, self._options, self._loaded({}))  # its list and tasks are looked at
 
   def lacks(self, step: int) -> bool:
@@ -129,7 +129,7 @@ class PerplexityEvaluator:
     """
     loaded = self._loaded(params)
     rows: list[Perplexity] = []
-    for instruction in (NONE, *self._run.probe.instructions):
+    for instruction in (NONE, *self._run.perplexity.instructions):
       measured = _measure(
         self._run, self._options, loaded, instruction=instruction, sharding=self._sharding
       )
@@ -248,7 +248,7 @@ def _measure(
     for scale, sums in totals.items()
   }
   said = [f"utterances left out: {causes}"] * bool(causes)
-  said += [f"{shortened} clips were too long and cut (eval.cut_longer)"] * bool(shortened)
+  said += [f"{shortened} clips were too long and cut (eval.truncate)"] * bool(shortened)
   told = f"instruction {instruction}: {', '.join(said)}" if said else ""
   return _Measured(instruction, sums_by_task, told)
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from mooer_jax.run.config import renamed_keys
+
 
 def run_program(
   work: Callable[[], object],
@@ -55,6 +57,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     path = text.partition("--config=")[2].partition(":")[0]
     if path and not Path(path).is_file():
       sys.exit(f"{argv[0]}: --config={path}: no such file")
+  argv = [_with_new_name(text) for text in argv]
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour
@@ -66,6 +69,16 @@ def parse_flags(argv: list[str]) -> list[str]:
       f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags override keys that the"
       " config file sets; set keys of a model part or of `generation` in the file first"
     )
+
+
+def _with_new_name(text: str) -> str:
+  """An argument whose config key, if it is deprecated, is replaced by its new name."""
+  flag, equals, value = text.partition("=")
+  for old, new in renamed_keys().items():
+    if flag == f"--config.{old}" or flag.startswith(f"--config.{old}."):
+      print(f"config.{old} is deprecated; use config.{new}", file=sys.stderr)
+      return f"--config.{new}{flag.removeprefix(f'--config.{old}')}{equals}{value}"
+  return text
 
 
 def one_line_errors(work: Callable[[], object], *, program: str) -> None:

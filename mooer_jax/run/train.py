@@ -107,7 +107,7 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
   jitted = jitted_step(
     run.model,
     run.optimizer,
-    accumulation=run.train.accumulation,
+    accumulation=run.train.gradient_accumulation_steps,
     mesh=mesh,
     shardings=shardings,
   )
@@ -169,17 +169,17 @@ def _base_of(resumed: Path, init_from: Path | None) -> Path | None:
 
 def _check_rows(run: Run, mesh):
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if run.probe.shards and run.probe.batch_size % ways:
+  if run.perplexity.shards and run.perplexity.batch_size % ways:
     raise ValueError(
-      f"probe.batch_size={run.probe.batch_size} does not divide into rows for mesh.data="
+      f"perplexity.batch_size={run.perplexity.batch_size} does not divide into rows for mesh.data="
       f"{mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} devices; make it a multiple of {ways}"
     )
-  if run.data.batch_size % (run.train.accumulation * ways):
+  if run.data.batch_size % (run.train.gradient_accumulation_steps * ways):
     raise ValueError(
-      f"data.batch_size={run.data.batch_size} does not divide into train.accumulation="
-      f"{run.train.accumulation} micro-batches of rows for mesh.data={mesh.shape['data']} x"
-      f" mesh.fsdp={mesh.shape['fsdp']} devices; make it a multiple of"
-      f" {run.train.accumulation * ways}"
+      f"data.batch_size={run.data.batch_size} must be divisible by"
+      f" train.gradient_accumulation_steps={run.train.gradient_accumulation_steps} x mesh.data="
+      f"{mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}; make it a multiple of"
+      f" {run.train.gradient_accumulation_steps * ways}"
     )
 
 
@@ -202,5 +202,5 @@ def save(
     train_state=dataclasses.replace(state, trainable=None),
     data_state=data_state,
   )
-  checkpoint.keep_last(run.workdir, run.train.keep)
+  checkpoint.keep_last(run.workdir, run.train.max_to_keep)
   return folder

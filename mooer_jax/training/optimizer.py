@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -113,9 +114,10 @@ class OptimizerConfig:
     betas: decay rates of Adam's first and second moment.
     eps: added to the root of the second moment.
     weight_decay: decoupled (AdamW); not applied to norms and biases. 0 is plain Adam.
-    grad_clip: largest global norm of a gradient; 0 does not clip.
+    max_grad_norm: largest global norm of a gradient; 0 does not clip.
   """
 
+  RENAMED: ClassVar = {"grad_clip": "max_grad_norm"}
   peak_lr: float = 1e-4
   warmup_steps: int = 1000
   warmup: str = "log"
@@ -126,12 +128,12 @@ class OptimizerConfig:
   betas: tuple[float, float] = (0.9, 0.999)
   eps: float = 1e-8
   weight_decay: float = 0.0
-  grad_clip: float = 0.0
+  max_grad_norm: float = 0.0
 
   def __post_init__(self):
     if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
       raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
-    for name in ("eps", "weight_decay", "grad_clip"):
+    for name in ("eps", "weight_decay", "max_grad_norm"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must not be negative")
     learning_rate(self)  # unknown names and impossible lengths fail here, not at step 0
@@ -172,6 +174,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   ]
   if config.weight_decay:
     parts.insert(1, optax.add_decayed_weights(config.weight_decay, mask=decays))
-  if config.grad_clip:
-    parts.insert(0, optax.clip_by_global_norm(config.grad_clip))
+  if config.max_grad_norm:
+    parts.insert(0, optax.clip_by_global_norm(config.max_grad_norm))
   return optax.chain(*parts)

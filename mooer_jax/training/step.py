@@ -72,8 +72,8 @@ class NotFiniteError(FloatingPointError):
     self.step = step
     super().__init__(
       f"step {step}: loss {loss} and gradient norm {grad_norm} are not both finite; nothing was "
-      "saved since. Lower optimizer.peak_lr, set optimizer.grad_clip or check the data, and start "
-      "again from the newest checkpoint"
+      "saved since. Lower optimizer.peak_lr, set optimizer.max_grad_norm or check the data, and "
+      "resume from the newest checkpoint"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from mooer_jax.audio.decode import SILENCE
 from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
-from mooer_jax.generation import GenerationOptions, generate
+from mooer_jax.generation import GenerationConfig, generate
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
 from mooer_jax.nn.compute import Compute
@@ -47,13 +47,15 @@ class Transcriber:
     params: dict,
     config: SpeechLLMConfig,
     tokenizer: Tokenizer,
-    options: GenerationOptions = GenerationOptions(),
+    options: GenerationConfig = GenerationConfig(),
   ):
     """Takes per-layer params; most users call `from_checkpoint`."""
     self.params = params
     self.config = config.with_compute(scan=False)
     self.tokenizer = tokenizer
-    self.options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
+    self.options = dataclasses.replace(
+      options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,)
+    )
     longest = num_frames(round(config.max_audio_s * config.sample_rate_hz), config.frontends[0])
     self.buckets = [bucket_lengths(length, config.frontends) for length in _buckets(longest)]
 
@@ -108,7 +110,7 @@ class Transcriber:
       progress: show a progress bar.
       errors: "raise" raises for clips that cannot be used, before anything is decoded; "return"
         returns a Transcript with `error` for each of them and transcribes the others.
-      generation: fields of `GenerationOptions` that override the checkpoint's, such as num_beams=4.
+      generation: fields of `GenerationConfig` that override the checkpoint's, such as num_beams=4.
 
     Raises:
       FileNotFoundError: for a missing file.
@@ -132,7 +134,7 @@ class Transcriber:
     filled = fill_template(template, prompt, question or "")
     check_goes_on(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
     options = build(
-      GenerationOptions, {**dataclasses.asdict(self.options), **generation}, "generation"
+      GenerationConfig, {**dataclasses.asdict(self.options), **generation}, "generation"
     )
     if options.num_return_sequences > 1:
       raise ValueError(
@@ -164,7 +166,7 @@ class Transcriber:
     pieces: Sequence[np.ndarray],
     task: str,
     prompt: tuple[str, str],
-    options: GenerationOptions,
+    options: GenerationConfig,
     *,
     batch_size: int,
     seed: int,

@@ -106,7 +106,12 @@ SMALLER = {
 def batch_of(config):
   """Shapes of a batch with buckets of FRAMES, as training makes them."""
   data = DataConfig(
-    "", batch_size=ROWS, window=ROWS, buckets=(FRAMES,), answer_buckets=(ANSWER,), max_s=0.4
+    "",
+    batch_size=ROWS,
+    shuffle_buffer_size=ROWS,
+    buckets=(FRAMES,),
+    answer_buckets=(ANSWER,),
+    max_s=0.4,
   )
   return Batcher(data, config, types.SimpleNamespace(before=2, after=PROMPT - 2)).shapes()[0]
 
@@ -223,8 +228,9 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name):
   full = repo_root / "configs" / f"{name}.py"
   config.write_text(SMALL_CONFIG.format(full=str(full), more=SMALLER[name].strip()), "utf-8")
   process = aot(
-    f"--config={config}", "--topology=v5e:2x2", f"--json={out}", "--config.data.window=32",
-    "--config.train.accumulation=2",
+    f"--config={config}", "--topology=v5e:2x2", f"--json={out}",
+    "--config.data.shuffle_buffer_size=32",
+    "--config.train.gradient_accumulation_steps=2",
   )  # fmt: skip
   result = result_of(process, out)
   assert (result["chip"], result["chips"]) == ("TPU v5 lite", 4)

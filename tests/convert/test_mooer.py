@@ -134,7 +134,7 @@ def test_what_travels_in_the_checkpoint(released, tmp_path):
     "max_new_tokens": 200,
     "min_length": 1,
     "repetition_penalty": 1.0,
-    "eos_ids": [eos],
+    "eos_token_id": [eos],
     "sequence_bias": [[eos, -0.2]],
   }
 

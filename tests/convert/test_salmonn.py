@@ -138,7 +138,7 @@ def test_what_travels_in_the_checkpoint(imported):
     "min_length": 1,
     "length_penalty": 1.0,
     "repetition_penalty": 1.0,
-    "eos_ids": [2],
+    "eos_token_id": [2],
   }
   assert "<Speech><SpeechHere></Speech>" in dict(config.prompts)["asr"]
   assert any("LoRA: rank 4, alpha 16, on q, v" in note for note in report.notes)

@@ -64,7 +64,7 @@ class Shards:
     values = {
       "shards": str(self.list),
       "batch_size": 4,
-      "window": 12,
+      "shuffle_buffer_size": 12,
       "buckets": (10, 20, 40),
       "answer_buckets": (4, 8),
       "max_s": 2.0,

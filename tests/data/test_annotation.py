@@ -44,7 +44,7 @@ def annotate(tmp_path, wav):
       shards=str(tmp_path / "a.json"),
       task="",
       batch_size=2,
-      window=2,
+      shuffle_buffer_size=2,
       buckets=(20, 40),
       answer_buckets=(8,),
       max_s=2.0,
@@ -90,7 +90,7 @@ def test_what_cannot_be_used_is_named(annotate, letters):
     {"path": "d.wav", "text": "N"},
     {"path": "e.wav", "text": "N", "task": "qa", "Q": "A VERY LONG QUESTION?"},
   ]
-  config = annotate(listed, batch_size=1, window=1)
+  config = annotate(listed, batch_size=1, shuffle_buffer_size=1)
   with contextlib.closing(iter(train_batches(config, letters, MODEL))) as batches:
     hosts = list(itertools.islice(batches, 2))
   causes = {skip.cause: skip.detail for host in hosts for skip in host.skipped}

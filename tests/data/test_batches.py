@@ -26,7 +26,7 @@ def _example(key, samples, frontends, answer=3):
 
 def _batcher(tokenizer, frontends):
   config = DataConfig(
-    "", batch_size=3, window=3, buckets=(9, 20, 34), answer_buckets=(4, 9), max_s=2
+    "", batch_size=3, shuffle_buffer_size=3, buckets=(9, 20, 34), answer_buckets=(4, 9), max_s=2
   )
   model = types.SimpleNamespace(  # of encoders that there are none of
     frontends=frontends, prompts=(("asr", "B<SpeechHere>AFTER"),), template="none", min_audio_s=0.0
@@ -69,7 +69,10 @@ def test_two_encoders_each_get_a_length_that_holds_their_features(tokenizer, sam
     ({"buckets": (20, 10)}, r"data\.buckets=\(20, 10\): .*ascending"),
     ({"answer_buckets": ()}, r"data\.answer_buckets=\(\)"),
     ({"batch_size": 0}, r"data\.batch_size=0: must be at least 1"),
-    ({"window": 100, "batch_size": 64}, r"data\.window=100 .*set it to 64"),
+    (
+      {"shuffle_buffer_size": 100, "batch_size": 64},
+      r"data\.shuffle_buffer_size=100 .*set it to 64",
+    ),
     ({"min_s": 3.0, "max_s": 2.0}, r"data\.min_s=3\.0 and data\.max_s=2\.0"),
     ({"max_bad_share": 1.5}, r"data\.max_bad_share=1\.5"),
     ({"workers": -1}, r"data\.workers=-1"),

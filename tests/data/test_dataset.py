@@ -120,7 +120,7 @@ def test_sorting_saves_padding(shards, take):
     shards.add(32, seconds=(0.3, 2.0))
 
   def padded(window):
-    hosts = take(shards.config(window=window, buckets=tuple(range(1, 41))), 16)
+    hosts = take(shards.config(shuffle_buffer_size=window, buckets=tuple(range(1, 41))), 16)
     return sum(host.batch.features[0].shape[0] * host.batch.features[0].shape[1] for host in hosts)
 
   # Sorted by length in one window a batch pads to its neighbours, unsorted to its longest of 4.
@@ -165,7 +165,7 @@ def test_worker_processes_give_the_same_keys_and_restore(shards, wav, model_side
   _with_bad_ones(shards, wav)
   for _ in range(3):
     shards.add(6)
-  config = shards.config(workers=2, window=8, prefetch=2)
+  config = shards.config(workers=2, shuffle_buffer_size=8, prefetch=2)
   dataset = train_batches(config, *model_side)
   iterator = iter(dataset)
   states, batches = [], []
@@ -179,7 +179,9 @@ def test_worker_processes_give_the_same_keys_and_restore(shards, wav, model_side
     _same(next(iterator), expected)
   iterator.close()
   with pytest.raises(ValueError, match=r"data\.workers was 2 and is 0"):
-    iter(train_batches(shards.config(window=8), *model_side)).set_state(json.loads(states[3]))
+    iter(train_batches(shards.config(shuffle_buffer_size=8), *model_side)).set_state(
+      json.loads(states[3])
+    )
 
 
 def test_processes_share_the_shards(shards, take):
@@ -290,7 +292,7 @@ def test_one_damaged_shard_of_three_is_reported_and_left_behind_each_epoch(shard
 def test_a_single_damaged_shard_stops_at_the_end_of_its_epoch(shards, model_side, make):
   path = _cut(shards.add(20))
   with pytest.raises(BadDataError, match=f"1 of 1 shards read .*{path.name}"):
-    for _ in iter(make(shards.config(window=4), *model_side)):
+    for _ in iter(make(shards.config(shuffle_buffer_size=4), *model_side)):
       pass
 
 
@@ -371,7 +373,7 @@ def test_real_clips_go_from_lists_to_batches(clips, tmp_path, model_side, suffix
   report = pack(
     tmp_path / "wav.scp", tmp_path / "text", tmp_path / "out", processes=1, progress=False
   )
-  config = DataConfig(report.data_list, batch_size=len(clips), window=len(clips))
+  config = DataConfig(report.data_list, batch_size=len(clips), shuffle_buffer_size=len(clips))
   (host,) = list(eval_batches(config, *model_side))
   assert dict(zip(host.keys, host.texts)) == {clip.key: clip.text for clip in clips}
   for frames, key in zip(host.batch.frames[0], host.keys):

@@ -38,7 +38,7 @@ def dataset(shards, wav, tmp_path):
       task_weights={"qa": 1.5},
       prompts=str(tmp_path / "prompts.json"),
       prompt_tokens=12,
-      window=8,
+      shuffle_buffer_size=8,
       workers=workers,
     )
     return train_batches(config, tokenizer, model)

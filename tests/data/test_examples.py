@@ -24,9 +24,9 @@ def test_what_is_just_as_long_as_the_limit_is_not_cut(shards, model_side, wav):
     for key, seconds in lengths.items()
     for member in ((f"{key}.wav", wav(seconds)), (f"{key}.txt", b"A"))
   ])  # fmt: skip
-  for cut_longer in (False, True):
-    (host,) = eval_batches(shards.config(max_s=1.0, cut_longer=cut_longer), *model_side)
-    heard = {"short": 0.5, "just": 1.0} | ({"long": 1.0} if cut_longer else {})
+  for truncate in (False, True):
+    (host,) = eval_batches(shards.config(max_s=1.0, truncate=truncate), *model_side)
+    heard = {"short": 0.5, "just": 1.0} | ({"long": 1.0} if truncate else {})
     assert dict(zip(host.keys, host.seconds, strict=True)) == heard
-    assert host.cut == cut_longer
-    assert [skip.cause for skip in host.skipped] == ["too long"] * (not cut_longer)
+    assert host.cut == truncate
+    assert [skip.cause for skip in host.skipped] == ["too long"] * (not truncate)

@@ -138,7 +138,7 @@ def test_a_stage_is_trained_anew_for_other_recordings_and_settings_and_not_for_o
   stages = types.SimpleNamespace(run=lambda name, made, *_, **__: prints.append(made))
   for recording, clip_at, rows in ((b"a", 1.0, 1), (b"b", 1.0, 1), (b"b", 1.0, 4), (b"b", 0.5, 4)):
     clip.write_bytes(recording)
-    config.optimizer.grad_clip, config.eval.batch_size = clip_at, rows
+    config.optimizer.max_grad_norm, config.eval.batch_size = clip_at, rows
     recipe._train(stages, Recipe(tmp_path), "real")
   first, other, same, set_otherwise = prints
   assert other == same and len({first, other, set_otherwise}) == 3

@@ -8,17 +8,17 @@ from transformers import PreTrainedConfig, PreTrainedModel, logging
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation import GenerationConfig
 
 logging.set_verbosity_error()  # it warns about every min_length beside min_new_tokens
 HASHES = 101  # histories of one length that a table tells apart
 
 
-def random_table(rng, utterances, *, vocab, length, eos_ids, eos_boost) -> np.ndarray:
+def random_table(rng, utterances, *, vocab, length, eos_token_id, eos_boost) -> np.ndarray:
   """Logits [utterances, length * HASHES, vocab]; some tokens are likely everywhere and repeat."""
   table = 1.5 * rng.normal(size=(utterances, length * HASHES, vocab))
   table += 1.5 * rng.normal(size=(utterances, 1, vocab))
-  table[..., list(eos_ids)] += eos_boost
+  table[..., list(eos_token_id)] += eos_boost
   return table.astype(np.float32)
 
 
@@ -57,11 +57,11 @@ class TableModel(PreTrainedModel, GenerationMixin):
     return CausalLMOutputWithPast(logits=self.table[utterance, rows][:, None])
 
 
-def arguments(options: GenerationOptions) -> dict:
+def arguments(options: GenerationConfig) -> dict:
   """Our options as arguments of transformers' generate."""
   given = dict(
     max_new_tokens=options.max_new_tokens,
-    eos_token_id=list(options.eos_ids) or None,
+    eos_token_id=list(options.eos_token_id) or None,
     pad_token_id=0,
     do_sample=options.do_sample,
     num_beams=options.num_beams,
@@ -82,7 +82,7 @@ def arguments(options: GenerationOptions) -> dict:
   return given
 
 
-def answers(model, options: GenerationOptions, inputs_embeds, attention_mask, **inputs):
+def answers(model, options: GenerationConfig, inputs_embeds, attention_mask, **inputs):
   """What transformers generates: ([[tokens of each answer] of each utterance], scores alike).
 
   Tokens up to the first eos, included. With one beam, which transformers does not score, the
@@ -95,7 +95,7 @@ def answers(model, options: GenerationOptions, inputs_embeds, attention_mask, **
       **inputs,
       **arguments(options),
     )
-  tokens = [cut(row, options.eos_ids) for row in found.sequences.tolist()]
+  tokens = [cut(row, options.eos_token_id) for row in found.sequences.tolist()]
   if options.num_beams > 1:
     scores = found.sequences_scores.tolist()
   else:
@@ -109,7 +109,7 @@ def answers(model, options: GenerationOptions, inputs_embeds, attention_mask, **
   return [tokens[i : i + R] for i in rows], [scores[i : i + R] for i in rows]
 
 
-def table_answers(table, options: GenerationOptions, prompt: int):
+def table_answers(table, options: GenerationConfig, prompt: int):
   """transformers' answers where the logits come from a table; `prompt` embeddings stand before."""
   utterances = len(table)
   return answers(
@@ -121,24 +121,24 @@ def table_answers(table, options: GenerationOptions, prompt: int):
   )
 
 
-def cut(tokens: list[int], eos_ids) -> list[int]:
-  ends = [place for place, token in enumerate(tokens) if token in eos_ids]
+def cut(tokens: list[int], eos_token_id) -> list[int]:
+  ends = [place for place, token in enumerate(tokens) if token in eos_token_id]
   return tokens[: ends[0] + 1] if ends else tokens
 
 
 def random_options(rng, *, beams, vocab, max_new_tokens, prompt, eos_from=None):
   """Options of a search without sampling, each of them off in a good part of the draws."""
   eos_from = vocab if eos_from is None else eos_from
-  eos_ids = rng.choice(eos_from, rng.choice([1, 1, 1, 2, 3]), replace=False)
-  eos_ids = tuple(int(token) for token in eos_ids)
+  eos_token_id = rng.choice(eos_from, rng.choice([1, 1, 1, 2, 3]), replace=False)
+  eos_token_id = tuple(int(token) for token in eos_token_id)
   bias = ()
   if rng.random() < 0.6:
-    tokens = [*eos_ids[:1], *rng.choice(vocab, rng.integers(0, 4), replace=False).tolist()]
+    tokens = [*eos_token_id[:1], *rng.choice(vocab, rng.integers(0, 4), replace=False).tolist()]
     values = [float(rng.choice([-0.2, -1.0, 1.0, -3.0])), *rng.normal(size=len(tokens)).tolist()]
     bias = tuple(dict(zip(tokens[::-1], values[: len(tokens)][::-1])).items())
-  return GenerationOptions(
+  return GenerationConfig(
     max_new_tokens=max_new_tokens,
-    eos_ids=eos_ids if rng.random() < 0.95 else (),
+    eos_token_id=eos_token_id if rng.random() < 0.95 else (),
     num_beams=beams,
     num_return_sequences=int(rng.integers(1, beams + 1)),
     length_penalty=float(rng.choice([-1.0, 0.0, 0.5, 0.8, 1.0, 1.0, 1.5, 2.5])),
@@ -151,7 +151,7 @@ def random_options(rng, *, beams, vocab, max_new_tokens, prompt, eos_from=None):
   )
 
 
-def without(options: GenerationOptions) -> dict[str, GenerationOptions]:
+def without(options: GenerationConfig) -> dict[str, GenerationConfig]:
   """The same options but for one, named, that does nothing: to count the answers that it changes.
 
   Early stopping has no such value; True and the others stand against each other.

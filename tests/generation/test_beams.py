@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from mooer_jax import speech_llm
-from mooer_jax.generation import GenerationOptions, generate
+from mooer_jax.generation import GenerationConfig, generate
 from tests import jaxprs
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
-BEAMS = GenerationOptions(max_new_tokens=7, eos_ids=(28, 32), num_beams=4, num_return_sequences=3)
+BEAMS = GenerationConfig(
+  max_new_tokens=7, eos_token_id=(28, 32), num_beams=4, num_return_sequences=3
+)
 DRAWS = dataclasses.replace(BEAMS, num_beams=1, do_sample=True)
-GREEDY = dataclasses.replace(BEAMS, num_beams=1, num_return_sequences=1, eos_ids=(34, 11))
+GREEDY = dataclasses.replace(BEAMS, num_beams=1, num_return_sequences=1, eos_token_id=(34, 11))
 
 # The longest sums: over a frame's features, then over the MLP in each of four layers.
 TERMS = 560 + 4 * 48
@@ -90,7 +92,7 @@ def test_one_token_is_the_most_probable_one(params, config, batch, bound_for):
   one = dataclasses.replace(BEAMS, max_new_tokens=1, num_return_sequences=1, return_hidden=True)
   clips = batch([20, 7])
   found = generate(params, clips, config, one)
-  greedy = generate(params, clips, config, GenerationOptions(max_new_tokens=1))
+  greedy = generate(params, clips, config, GenerationConfig(max_new_tokens=1))
   np.testing.assert_array_equal(found.tokens_BRS, greedy.tokens_BRS)
   bound = bound_for(params, clips, found.tokens_BRS[:, 0])
   assert_within(found.scores_BR, greedy.scores_BR, bound["scores"])
@@ -144,8 +146,8 @@ def test_the_loop_ends_once_every_utterance_is_done(params, config, batch):
     return decode(params, *args, **kwargs)
 
   # Everything ends an answer but four tokens, so the first beams are whole at once.
-  options = GenerationOptions(
-    max_new_tokens=30, eos_ids=tuple(range(36)), num_beams=2, early_stopping=True
+  options = GenerationConfig(
+    max_new_tokens=30, eos_token_id=tuple(range(36)), num_beams=2, early_stopping=True
   )
   decode, speech_llm.decode = speech_llm.decode, count
   try:

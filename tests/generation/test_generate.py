@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mooer_jax import speech_llm, tree
-from mooer_jax.generation import GenerationOptions, generate
+from mooer_jax.generation import GenerationConfig, generate
 
-LENGTH_8 = GenerationOptions(max_new_tokens=8)
+LENGTH_8 = GenerationConfig(max_new_tokens=8)
 
 
 def greedy_without_cache(params, batch, config, steps):
@@ -36,7 +36,7 @@ def test_a_row_stops_at_its_own_eos_and_the_others_go_on(params, config, batch):
   clips = batch([20, 13, 7])
   free = np.asarray(generate(params, clips, config, LENGTH_8).tokens_BS)
   eos = int(free[0, 2])
-  found = generate(params, clips, config, GenerationOptions(max_new_tokens=8, eos_ids=(eos,)))
+  found = generate(params, clips, config, GenerationConfig(max_new_tokens=8, eos_token_id=(eos,)))
   for row, tokens in enumerate(free.tolist()):
     length = tokens.index(eos) + 1 if eos in tokens else 8
     np.testing.assert_array_equal(found.tokens_BS[row, :length], tokens[:length])
@@ -49,7 +49,7 @@ def test_several_eos_ids_each_end_an_answer(params, config, batch):
   clips = batch([20])
   free = np.asarray(generate(params, clips, config, LENGTH_8).tokens_BS)[0]
   ids = (int(free[3]), int(free[1]))
-  found = generate(params, clips, config, GenerationOptions(max_new_tokens=8, eos_ids=ids))
+  found = generate(params, clips, config, GenerationConfig(max_new_tokens=8, eos_token_id=ids))
   assert found.lengths_B[0] == min(free.tolist().index(i) for i in ids) + 1
 
 
@@ -63,7 +63,7 @@ def test_padding_and_neighbours_change_no_answer(params, config, batch):
 
 
 def test_sampling_repeats_with_its_key_and_ignores_the_batch_size(params, config, batch):
-  options = GenerationOptions(max_new_tokens=8, do_sample=True)
+  options = GenerationConfig(max_new_tokens=8, do_sample=True)
   one = generate(params, batch([20]), config, options, key=jax.random.key(1))
   again = generate(params, batch([20, 13]), config, options, key=jax.random.key(1))
   other = generate(params, batch([20]), config, options, key=jax.random.key(2))
@@ -74,9 +74,9 @@ def test_sampling_repeats_with_its_key_and_ignores_the_batch_size(params, config
 def test_sampling_from_the_best_token_alone_is_greedy(params, config, batch):
   greedy = generate(params, batch([20, 7]), config, LENGTH_8)
   for options in (
-    GenerationOptions(max_new_tokens=8, do_sample=True, top_k=1),
-    GenerationOptions(max_new_tokens=8, do_sample=True, top_p=1e-6),
-    GenerationOptions(max_new_tokens=8, do_sample=True, temperature=1e-6),
+    GenerationConfig(max_new_tokens=8, do_sample=True, top_k=1),
+    GenerationConfig(max_new_tokens=8, do_sample=True, top_p=1e-6),
+    GenerationConfig(max_new_tokens=8, do_sample=True, temperature=1e-6),
   ):
     sampled = generate(params, batch([20, 7]), config, options, key=jax.random.key(0))
     np.testing.assert_array_equal(sampled.tokens_BS, greedy.tokens_BS)
@@ -86,7 +86,7 @@ def test_the_loop_ends_with_the_last_row(params, config, batch):
   """An answer of two tokens costs the same number of decode steps whatever the limit is."""
   clips = batch([20])
   free = np.asarray(generate(params, clips, config, LENGTH_8).tokens_BS)[0]
-  options = GenerationOptions(max_new_tokens=8, eos_ids=(int(free[0]),))
+  options = GenerationConfig(max_new_tokens=8, eos_token_id=(int(free[0]),))
   steps = []
 
   def count(params, *args, **kwargs):
@@ -105,24 +105,24 @@ def test_the_loop_ends_with_the_last_row(params, config, batch):
 def test_one_program_for_each_shape(params, config, batch):
   generate.clear_cache()
   for frames in ([20, 13], [7, 5], [16, 1]):
-    generate(params, batch(frames), config, GenerationOptions(max_new_tokens=4))
+    generate(params, batch(frames), config, GenerationConfig(max_new_tokens=4))
   assert generate._cache_size() == 1
 
 
 def test_bad_calls_say_what_to_do(params, config, batch):
   with pytest.raises(ValueError, match="key"):
-    generate(params, batch([20]), config, GenerationOptions(do_sample=True))
+    generate(params, batch([20]), config, GenerationConfig(do_sample=True))
   with pytest.raises(ValueError, match="unstack_layers"):
-    generate(params, batch([20]), config.with_compute(scan=True), GenerationOptions())
+    generate(params, batch([20]), config.with_compute(scan=True), GenerationConfig())
   with pytest.raises(ValueError, match="unstack_layers"):
-    generate(tree.stack_layers(params), batch([20]), config, GenerationOptions())
+    generate(tree.stack_layers(params), batch([20]), config, GenerationConfig())
   for wrong in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-      dataclasses.replace(GenerationOptions(), **wrong)
+      dataclasses.replace(GenerationConfig(), **wrong)
 
 
 def test_bfloat16_decodes(params, config, batch):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   in_half = config.with_compute(dtype="bfloat16")
-  found = generate(half, batch([20]), in_half, GenerationOptions(max_new_tokens=4))
+  found = generate(half, batch([20]), in_half, GenerationConfig(max_new_tokens=4))
   assert (np.asarray(found.tokens_BS) >= 0).all()

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.decoders.llm import LLMConfig
-from mooer_jax.generation import GenerationOptions, generate_from
+from mooer_jax.generation import GenerationConfig, generate_from
 from tests.generation import reference
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 from tests.parity import torch_models
@@ -86,7 +86,7 @@ def prompts(rng, rows):
 def likely_tokens(kind):
   """The tokens that the model says most; of those come the eos, so that answers do end."""
   inputs_BSD, _ = prompts(np.random.default_rng(0), 32)
-  options = GenerationOptions(max_new_tokens=LENGTH)
+  options = GenerationConfig(max_new_tokens=LENGTH)
   tokens, _ = reference.answers(
     model(kind)[0],
     options,
@@ -218,7 +218,7 @@ def test_answers_equal_transformers_on_many_cases():
 def test_scores_of_another_model_exceed_the_bound(kind):
   _, params, config = model(kind)
   inputs_BSD, lengths = prompts(np.random.default_rng(0), 8)
-  options = GenerationOptions(max_new_tokens=LENGTH)
+  options = GenerationConfig(max_new_tokens=LENGTH)
   valid_BS = np.arange(PROMPT) >= PROMPT - lengths[:, None]
   config = config.replace(decoder=dataclasses.replace(config.decoder, rope_theta=2e4))
   found = generate_from(params, inputs_BSD, valid_BS, config, options).scores_BR
@@ -249,9 +249,9 @@ def test_batch_and_single_decoding_agree():
 @pytest.mark.parametrize("values", [{"repetition_penalty": 3.0}, {"min_length": 16}], ids=str)
 def test_where_transformers_batches_differ_we_match_its_single_runs(values):
   rng = np.random.default_rng(1)
-  options = GenerationOptions(
+  options = GenerationConfig(
     max_new_tokens=LENGTH,
-    eos_ids=(14, 17, 25),
+    eos_token_id=(14, 17, 25),
     num_beams=2,
     **values,
   )

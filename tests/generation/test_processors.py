@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.generation import logits_process
 
-from mooer_jax.generation import GenerationOptions, processors, search
+from mooer_jax.generation import GenerationConfig, processors, search
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 VOCAB, SLOTS = 50, 9
@@ -68,7 +68,7 @@ def assert_equal_to_processor(values, theirs, step):
   scores = random_scores()
   tokens = np.random.default_rng(1).integers(0, 3, (len(scores), SLOTS))  # few, so they repeat
   tokens[:, step:] = -1
-  options = GenerationOptions(eos_ids=(3, 7), **values)
+  options = GenerationConfig(eos_token_id=(3, 7), **values)
   min_new = processors.min_new_tokens(jnp.zeros(len(scores), jnp.int32), options)
   found = processors.process(
     jnp.asarray(scores), jnp.asarray(tokens, jnp.int32), jnp.int32(step), min_new, options
@@ -88,19 +88,19 @@ def test_min_length_counts_the_prompt_and_min_new_tokens_does_not():
     ({"min_length": 8, "min_new_tokens": 2}, [2, 2]),
     ({"min_length": 8, "min_new_tokens": 0}, [0, 0]),
   ):
-    options = GenerationOptions(**values)
+    options = GenerationConfig(**values)
     assert processors.min_new_tokens(prompt_B, options).tolist() == expected
 
 
 def test_a_token_outside_of_the_vocabulary_is_refused():
-  for values in ({"eos_ids": (50,)}, {"sequence_bias": ((50, 1.0),)}):
+  for values in ({"eos_token_id": (50,)}, {"sequence_bias": ((50, 1.0),)}):
     with pytest.raises(ValueError, match="token 50; the vocabulary has 50"):
       processors.process(
         jnp.zeros((1, VOCAB)),
         jnp.zeros((1, 2), jnp.int32),
         0,
         jnp.zeros(1, jnp.int32),
-        GenerationOptions(**values),
+        GenerationConfig(**values),
       )
 
 
@@ -115,7 +115,7 @@ def first_tokens(logits_BV, options, keys_B=None):
 def test_draws_follow_the_distribution():
   logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
   draws = 20_000
-  options = GenerationOptions(max_new_tokens=1, do_sample=True, temperature=2.0, top_k=3)
+  options = GenerationConfig(max_new_tokens=1, do_sample=True, temperature=2.0, top_k=3)
   keys = jax.random.split(jax.random.key(0), draws)
   tokens = first_tokens(np.tile(logits, (draws, 1)), options, keys)
   found = np.bincount(tokens, minlength=4) / draws
@@ -126,7 +126,7 @@ def test_draws_follow_the_distribution():
 
 
 def test_greedy_takes_the_first_of_equals():
-  assert first_tokens([[0.0, 1.0, 1.0]], GenerationOptions(max_new_tokens=1)).tolist() == [1]
+  assert first_tokens([[0.0, 1.0, 1.0]], GenerationConfig(max_new_tokens=1)).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -143,4 +143,4 @@ def test_greedy_takes_the_first_of_equals():
 )
 def test_impossible_options_are_refused_by_name(values, message):
   with pytest.raises(ValueError, match=message):
-    GenerationOptions(**values)
+    GenerationConfig(**values)

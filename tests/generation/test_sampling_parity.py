@@ -10,14 +10,14 @@ import pytest
 import scipy.stats
 import torch
 
-from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation import GenerationConfig
 from tests.generation import reference
 from tests.generation.table_search import table_answers
 
 VOCAB, DRAWS, PROMPT = 8, 4000, 3
-BEAMS = GenerationOptions(
+BEAMS = GenerationConfig(
   max_new_tokens=4,
-  eos_ids=(1,),
+  eos_token_id=(1,),
   do_sample=True,
   num_beams=2,
   num_return_sequences=2,
@@ -49,7 +49,7 @@ def table_for(options):
     1,
     vocab=VOCAB,
     length=options.max_new_tokens,
-    eos_ids=options.eos_ids,
+    eos_token_id=options.eos_token_id,
     eos_boost=0.5,
   )
   return np.broadcast_to(0.5 * table, (DRAWS, *table.shape))

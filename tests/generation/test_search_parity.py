@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from mooer_jax.generation import GenerationOptions
+from mooer_jax.generation import GenerationConfig
 from tests.generation import reference
 from tests.generation.table_search import table_answers
 from tests.numerics import assert_within, exceeds_the_bound, rounding
@@ -30,7 +30,7 @@ def tie_free(rng, options):
     rng,
     vocab=VOCAB,
     length=LENGTH,
-    eos_ids=options.eos_ids,
+    eos_token_id=options.eos_token_id,
     eos_boost=2.5,
   )
   table, again = draw(UTTERANCES), 0
@@ -99,8 +99,12 @@ def test_search_equals_transformers():
   "fault", [{"length_penalty": 0.801}, {"repetition_penalty": 1.2001}], ids=str
 )
 def test_scores_of_a_search_that_is_a_little_off_exceed_the_bound(fault):
-  options = GenerationOptions(
-    max_new_tokens=LENGTH, eos_ids=(5,), num_beams=4, length_penalty=0.8, repetition_penalty=1.2
+  options = GenerationConfig(
+    max_new_tokens=LENGTH,
+    eos_token_id=(5,),
+    num_beams=4,
+    length_penalty=0.8,
+    repetition_penalty=1.2,
   )
   table, expected, scores, _ = tie_free(np.random.default_rng(0), options)
   found, found_scores = table_answers(table, options, PROMPT)

@@ -124,13 +124,13 @@ def test_of_longer_clips_the_beginning_is_heard_where_that_is_asked_for(config, 
   train(config)
   config.eval.max_s = 1.0
   for cut, heard in ((False, 16), (True, 24)):
-    config.eval.cut_longer = cut
+    config.eval.truncate = cut
     evaluate(config, config.workdir)
     scored = Path(config.workdir) / "eval" / Path(config.eval.shards).parent.name
     report = json.loads((scored / "report.json").read_text("utf-8"))
     assert len(report["details"]["not_decoded"]) == 24 - heard
     assert len(read_text(scored / "text")) == heard
-    assert ("8 clips were too long and cut (eval.cut_longer)" in capsys.readouterr().out) == cut
+    assert ("8 clips were too long and cut (eval.truncate)" in capsys.readouterr().out) == cut
 
 
 def test_annotations_of_one_folder_are_scored_apart(config, clips, tmp_path):

@@ -48,7 +48,7 @@ def prepared(clips, tmp_path):
   config.model.llm = dict(vocab=48, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
   config.data.shards, config.data.task = str(tmp_path / "train.json"), ""
   config.data.cache_features = str(tmp_path / "cache")
-  config.data.batch_size = config.data.window = 2
+  config.data.batch_size = config.data.shuffle_buffer_size = 2
   config.data.buckets, config.data.max_s = (60, 200), 2.0
   config.data.answer_buckets = (6,)
   plain = Run.read(config).model.with_compute(scan=False)
@@ -114,7 +114,7 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
 
 def test_of_a_clip_that_is_cut_the_whole_length_is_kept_for_training_to_count(prepared):
   run, params, mesh = prepared
-  run = dataclasses.replace(run, data=dataclasses.replace(run.data, max_s=0.5, cut_longer=True))
+  run = dataclasses.replace(run, data=dataclasses.replace(run.data, max_s=0.5, truncate=True))
   cache = fill_feature_cache.fill_cache(run, params, mesh)
   streams = zip(run.model.encoders, run.model.frontends, strict=True)
   heard = [encoder.num_outputs(num_frames(8000, frontend)) for encoder, frontend in streams]

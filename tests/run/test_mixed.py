@@ -60,7 +60,7 @@ def settings(clips, tmp_path_factory):
   config.data.shards = str(folder / "train.json")
   config.data.task = ""
   config.data.prompt_tokens = 60
-  config.data.batch_size, config.data.window = 8, 8
+  config.data.batch_size, config.data.shuffle_buffer_size = 8, 8
   config.data.buckets, config.data.answer_buckets = (400,), (6,)
   config.data.max_s = 4.0
   config.optimizer.warmup = "linear"
@@ -216,14 +216,14 @@ def test_a_run_measures_itself_as_eval_does_and_goes_on_with_it(settings, traine
   config = config.copy_and_resolve_references()
   config.workdir, config.init_from = str(tmp_path / "run"), str(trained)
   config.data.cache_features = ""
-  config.train.steps, config.probe.every = 1, 5
-  config.probe.shards, config.probe.instructions = config.eval.shards, ("asr",)
-  config.probe.batch_size = 8
+  config.train.steps, config.perplexity.every = 1, 5
+  config.perplexity.shards, config.perplexity.instructions = config.eval.shards, ("asr",)
+  config.perplexity.batch_size = 8
   train(config)
   probed = tmp_path / "run/perplexity.json"
   measured = read_perplexities(probed)
   write(probed, [*measured, dataclasses.replace(measured[0], step=2)])  # killed before it was saved
-  config.train.steps, config.probe.every = 3, 2
+  config.train.steps, config.perplexity.every = 3, 2
   last = train(config)
   rows = read_perplexities(probed)
   assert [row.step for row in rows] == [step for step in (0, 1, 2, 3) for _ in range(4)]
@@ -235,11 +235,11 @@ def test_a_run_measures_itself_as_eval_does_and_goes_on_with_it(settings, traine
   assert ours[:4] != ours[4:]
   assert (tmp_path / "run/perplexity.png").stat().st_size > 5000
 
-  config.train.steps, config.probe.instructions = 4, ("keyword",)
+  config.train.steps, config.perplexity.instructions = 4, ("keyword",)
   with pytest.raises(ValueError, match=r"measured under \['\(none\)', 'asr'\]; move it away"):
     train(config)
-  config.probe.shards = "nowhere.json"
-  with pytest.raises(FileNotFoundError, match=r"probe\.shards=nowhere\.json"):
+  config.perplexity.shards = "nowhere.json"
+  with pytest.raises(FileNotFoundError, match=r"perplexity\.shards=nowhere\.json"):
     train(config)
   config.data.answer_buckets = (1,)
   with pytest.raises(ValueError, match=r"\(none\): no answer could be measured \(no answer that"):

@@ -139,7 +139,7 @@ def test_an_utterance_that_cannot_be_used_is_counted_once(config):
 def test_a_nan_stops_the_run_and_names_the_step(config):
   config.optimizer.peak_lr = 1e30
   config.optimizer.warmup_steps = 0
-  config.optimizer.grad_clip = 0.0
+  config.optimizer.max_grad_norm = 0.0
   with pytest.raises(NotFiniteError, match=r"peak_lr") as error:
     train(config)
   finite = [loss for _, loss in losses(config.workdir)]
@@ -167,7 +167,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"train": {"accumulation": 3}}, "train.accumulation=3"),
+    ({"train": {"gradient_accumulation_steps": 3}}, "train.gradient_accumulation_steps=3"),
     ({"model": {"llm": {"vocab": 5}}}, "llm.vocab"),
     ({"model": {"sanm": {"heads": 3}}}, "sanm.heads"),
     ({"data": {"max_s": 11.0}}, "max_s"),
@@ -176,7 +176,10 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
     ({"data": {"task": "ast"}}, "ast"),
     ({"compute": {"dtype": "float16"}}, "float16"),
     ({"train": {"steps": 1001}, "optimizer": {"decay": "cosine"}}, "total_steps=1000"),
-    ({"mesh": {"data": 1, "fsdp": 8}, "data": {"batch_size": 12, "window": 24}}, "multiple of 8"),
+    (
+      {"mesh": {"data": 1, "fsdp": 8}, "data": {"batch_size": 12, "shuffle_buffer_size": 24}},
+      "multiple of 8",
+    ),
     ({"trainable": ("connector/.*",)}, "random and frozen"),
     ({"train": {"cmvn": ""}}, r"train\.cmvn=''.*'estimate'"),
     ({"generation": {"max_new_tokens": 7}}, r"max_new_tokens=7 would cut .* 8"),

@@ -59,8 +59,8 @@ def run_torch(config, params, gradients, optimizer, dtype=torch.float32):
   for step, grads in enumerate(gradients):
     for path, gradient in tree.flatten(grads).items():
       params[path].grad = torch.tensor(gradient, dtype=dtype)
-    if config.grad_clip:
-      torch.nn.utils.clip_grad_norm_(list(params.values()), config.grad_clip)
+    if config.max_grad_norm:
+      torch.nn.utils.clip_grad_norm_(list(params.values()), config.max_grad_norm)
     for group in optimizer.param_groups:
       group["lr"] = float(lr(step))
     optimizer.step()
@@ -69,7 +69,7 @@ def run_torch(config, params, gradients, optimizer, dtype=torch.float32):
 
 REFERENCES = {
   "adam": (OptimizerConfig(**FAST), torch.optim.Adam),
-  "clip": (OptimizerConfig(**FAST, warmup="linear", grad_clip=0.5), torch.optim.Adam),
+  "clip": (OptimizerConfig(**FAST, warmup="linear", max_grad_norm=0.5), torch.optim.Adam),
   "adamw": (OptimizerConfig(**FAST, weight_decay=0.1), torch.optim.AdamW),
 }
 GRADIENTS = [toy(seed) for seed in range(1, 11)]
@@ -103,7 +103,7 @@ def test_ten_updates_equal_torch(name):
     ("adam", {"betas": (0.89, 0.999)}),
     ("adam", {"eps": 1e-2}),
     ("adam", {"peak_lr": 1.01e-2}),
-    ("clip", {"grad_clip": 0}),
+    ("clip", {"max_grad_norm": 0}),
     ("clip", {"warmup_steps": 5}),
     ("adamw", {"weight_decay": 0.11}),
   ],
@@ -141,7 +141,7 @@ def test_moments_are_float32_and_lie_beside_the_params():
   [
     {"betas": (0.9, 1.0)},
     {"eps": -1.0},
-    {"grad_clip": -1.0},
+    {"max_grad_norm": -1.0},
     {"decay": "step"},
     {"total_steps": 10},
   ],

@@ -230,5 +230,5 @@ def evaluate_suite(
 
   asked = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)
   of = [checkpoint.describe(folder, base=base).hash, loaded.generation, asked]
-  of += [loaded.model.compute.dtype, options.lora_scale, options.max_s, options.cut_longer]
+  of += [loaded.model.compute.dtype, options.lora_scale, options.max_s, options.truncate]
   return run_suite(annotations, out, decode, check=check, identity=" ".join(map(str, of)))

@@ -1,0 +1,81 @@
+"""Deprecated names of a config still work, each with a message; their new names are what is read."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs import tiny
+from mooer_jax.data.config import DataConfig
+from mooer_jax.run.config import SECTIONS, Run, renamed_keys
+
+OLD = {
+  "train.accumulation": 2,
+  "train.keep": 5,
+  "optimizer.grad_clip": 0.5,
+  "data.window": 64,
+  "data.cut_longer": True,
+  "eval.cut_longer": True,
+  "probe.every": 3,
+}
+
+
+@pytest.mark.parametrize("old, value", OLD.items())
+def test_an_old_key_sets_the_new_one(old, value, capsys):
+  config = tiny.get_config()
+  section, name = old.split(".")
+  if section not in config:
+    config[section] = {}
+  config[section][name] = value
+  run = Run.read(config)
+  assert f"{old.split('.')[0] if section == 'probe' else old}" in capsys.readouterr().err
+  new = renamed_keys().get(old, old.replace("probe.", "perplexity."))
+  section, name = new.split(".")
+  assert getattr(getattr(run, section), name) == value
+
+
+def test_every_old_name_is_tried():
+  assert {key for key in renamed_keys() if "." in key} == OLD.keys() - {"probe.every"}
+  assert DataConfig in SECTIONS.values()
+
+
+def test_blank_as_space_mark_is_read_as_space():
+  config = tiny.get_config()
+  config.eval.space_mark = "blank"
+  assert Run.read(config).eval.space_mark == "space"
+
+
+@pytest.mark.parametrize(
+  "flag, message",
+  [
+    ("config.train.steps=2", "unexpected argument 'config.train.steps=2'"),
+    ("--config.train.keep=0", "train.max_to_keep=0: must be at least 1"),
+  ],
+)
+def test_what_a_flag_sets_is_checked(repo_root, plain_env, flag, message):
+  command = [sys.executable, "train.py", "--config=configs/tiny.py", flag]
+  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["a.wav"], "unexpected argument 'a.wav'"),
+    (["--scales=1"], "--scales has no effect without --mode=perplexity or --mode=lora-sweep"),
+    (["--annotations=a"], "--annotations has no effect without --suite"),
+    (["--config.mesh.fsdp=2"], "mesh.fsdp=2: evaluation runs on one device"),
+    (["--config.eval.metric=wer"], "eval.metric='wer': choose one of"),
+    (["--config.eval.lora_scale=-1"], "eval.lora_scale=-1: must be at least 0"),
+  ],
+)
+def test_eval_refuses_what_would_have_no_effect(repo_root, plain_env, tmp_path, flags, message):
+  folder = tmp_path / "run" / "step_00000001"
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text("{}")
+  command = [sys.executable, "eval.py", "--config=configs/tiny.py", f"--checkpoint={folder}"]
+  command += [f"--config.eval.out={tmp_path}", *flags]
+  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  assert done.returncode != 0
+  assert message in done.stderr + done.stdout
