@@ -71,10 +71,11 @@ class DataConfig:
     for name, least in (("batch_size", 1), ("workers", 0), ("prefetch", 1), ("tolerance", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+    multiple = max(1, self.shuffle_buffer_size // max(1, self.batch_size)) * self.batch_size
     if self.shuffle_buffer_size < 1 or self.shuffle_buffer_size % self.batch_size:
       raise ValueError(
-        f"data.shuffle_buffer_size={self.shuffle_buffer_size} is not a positive multiple of data.batch_size="
-        f"{self.batch_size}; set it to {max(1, self.shuffle_buffer_size // self.batch_size) * self.batch_size}"
+        f"data.shuffle_buffer_size={self.shuffle_buffer_size} is not a positive multiple of"
+        f" data.batch_size={self.batch_size}; set it to {multiple}"
       )
     if not 0 <= self.min_s < self.max_s:
       raise ValueError(f"data.min_s={self.min_s} and data.max_s={self.max_s}: want 0 <= min < max")

@@ -1,4 +1,4 @@
-"""Deprecated names of a config still work, each with a message; their new names are what is read."""
+"""Deprecated names of config keys still work, each with a message; bad flags are refused."""
 
 import subprocess
 import sys
