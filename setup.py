@@ -1,7 +1,7 @@
-"""Lists the packages; everything else stands in pyproject.toml.
+"""Lists the packages; everything else is in pyproject.toml.
 
-The converters live in the top-level folder convert/ (`python -m convert` from a checkout) and ship
-as `mooer_jax.convert`, which needs a mapping that pyproject.toml alone cannot discover.
+The top-level folders convert/ and configs/ ship as `mooer_jax.convert` and `mooer_jax.configs`, a
+mapping that pyproject.toml alone cannot express.
 """
 
 from setuptools import find_namespace_packages, setup
@@ -13,7 +13,10 @@ def packages_in(folder: str) -> list[str]:
   )
 
 
+TOP_LEVEL = ("convert", "configs")
+
 setup(
-  packages=packages_in("mooer_jax") + [f"mooer_jax.{name}" for name in packages_in("convert")],
-  package_dir={"mooer_jax.convert": "convert"},
+  packages=packages_in("mooer_jax")
+  + [f"mooer_jax.{name}" for folder in TOP_LEVEL for name in packages_in(folder)],
+  package_dir={f"mooer_jax.{folder}": folder for folder in TOP_LEVEL},
 )

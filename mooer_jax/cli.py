@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe (or ask), pack, checkpoint, convert."""
+"""The command `mooer-jax`: transcribe, train, eval, pack, checkpoint, convert."""
 
 import argparse
 import importlib
@@ -12,10 +12,10 @@ from mooer_jax.transcribe import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one subcommand.
+  """Runs one subcommand and returns its exit status.
 
-  What the user did wrong, and what the system refuses (no permission, disk full), is one line on
-  stderr and exit status 2.
+  Errors of the user and of the system (no permission, disk full) are one line on stderr and exit
+  status 2; train and eval exit with status 1.
   """
   parser = argparse.ArgumentParser(prog="mooer-jax", description=__doc__)
   parser.add_argument("--version", action="version", version=metadata.version("mooer-jax"))
@@ -23,10 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   command.add_parser(commands)
   _add_pack(commands)
   _add_checkpoint(commands)
-  commands.add_parser("convert", help="PyTorch checkpoints in and out", add_help=False)
+  commands.add_parser("train", help="train a speech LLM", add_help=False)
+  commands.add_parser("eval", help="decode and score a test set", add_help=False)
+  commands.add_parser("convert", help="convert PyTorch checkpoints in and out", add_help=False)
   argv = sys.argv[1:] if argv is None else argv
-  if argv[:1] == ["convert"]:  # it has a parser of its own
+  if argv[:1] == ["convert"]:  # these have parsers of their own
     return _convert(argv[1:])
+  if argv[:1] in (["train"], ["eval"]):
+    program = importlib.import_module(f"mooer_jax.programs.{argv[0]}")
+    return program.main([f"mooer-jax {argv[0]}", *argv[1:]])
   args = parser.parse_args(argv)
   try:
     return args.run(args)

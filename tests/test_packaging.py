@@ -2,9 +2,11 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 
 import pytest
@@ -90,3 +92,48 @@ def test_the_installed_package_holds_the_converters(tmp_path):
     [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
   )
   assert found.stdout.strip() == "mooer_jax.convert"
+
+
+@pytest.fixture(scope="module")
+def installed_wheel(repo_root, tmp_path_factory):
+  """Folder with the contents of the built wheel, as pip unpacks it."""
+  folder = tmp_path_factory.mktemp("wheel")
+  sources = folder / "sources"  # the build writes into its folder
+  for name in ("mooer_jax", "convert", "configs"):
+    shutil.copytree(repo_root / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+  for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    shutil.copyfile(repo_root / name, sources / name)
+  command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+  subprocess.run([sys.executable, *command, "-w", folder, sources], check=True, cwd=folder)
+  [wheel] = folder.glob("*.whl")
+  zipfile.ZipFile(wheel).extractall(folder / "site")
+  return folder / "site"
+
+
+@pytest.mark.parametrize(
+  "arguments, status, message",
+  [
+    (["--version"], 0, "mooer-jax"),
+    (["transcribe", "--help"], 0, "--chunk-length-s"),
+    (["train", "--config=tiny", "--config.data.shards=nowhere"], 1, "nowhere: no such list"),
+    (["train", "--config=salmonn_activation", "--config.workdir=w"], 1, "init_from"),
+    (["train", "--config=other"], 1, "no shipped config (mini_activation, mini_salmonn, mooer_7b"),
+    (
+      ["eval", "--config=configs/tiny.py", "--checkpoint=nowhere"],
+      1,
+      "nowhere: no such checkpoint",
+    ),
+    (["convert", "inspect", "nowhere"], 2, "nowhere: no such file or folder"),
+    (["checkpoint", "verify", "nowhere"], 2, "nowhere"),
+    (["pack", "--wav-scp=a", "--text=b", "--out=c"], 2, "a: "),
+  ],
+  ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_the_installed_wheel_has_every_command(
+  installed_wheel, plain_env, tmp_path, arguments, status, message
+):
+  env = {**plain_env, "PYTHONPATH": str(installed_wheel)}
+  command = [sys.executable, "-m", "mooer_jax.cli", *arguments]
+  done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+  assert message in done.stdout + done.stderr
+  assert done.returncode == status and "Traceback" not in done.stderr

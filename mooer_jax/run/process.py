@@ -1,5 +1,6 @@
 """The process that trains or evaluates: flags, error messages, signals, compilation cache."""
 
+import importlib
 import os
 import re
 import signal
@@ -53,11 +54,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
   A config key that does not exist is one line on stderr and status 1 rather than a traceback.
   """
-  for text in argv:
-    path = text.partition("--config=")[2].partition(":")[0]
-    if path and not Path(path).is_file():
-      sys.exit(f"{argv[0]}: --config={path}: no such file")
-  argv = [_with_new_name(text) for text in argv]
+  argv = [_with_new_name(_with_config_file(text, argv[0])) for text in argv]
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour
@@ -69,6 +66,24 @@ def parse_flags(argv: list[str]) -> list[str]:
       f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags override keys that the"
       " config file sets; set keys of a model part or of `generation` in the file first"
     )
+
+
+def _with_config_file(text: str, program: str) -> str:
+  """--config=NAME as the path of a shipped config, unless it is a file; exits if it is neither."""
+  flag, equals, value = text.partition("=")
+  path, colon, parameters = value.partition(":")
+  if flag != "--config" or Path(path).is_file():
+    return text
+  package = Path(__file__).parents[1]
+  # In a wheel the folder configs/ is in the package, in a checkout beside it.
+  folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+  shipped = folder / f"{Path(path).stem}.py"
+  if path not in (shipped.stem, f"configs/{shipped.name}") or not shipped.is_file():
+    names = ", ".join(sorted(file.stem for file in folder.glob("[a-z]*.py")))
+    sys.exit(f"{program}: --config={path}: no such file, and no shipped config ({names})")
+  if folder.parent == package:  # some configs import others, as `configs`
+    sys.modules.setdefault("configs", importlib.import_module("mooer_jax.configs"))
+  return f"{flag}{equals}{shipped}{colon}{parameters}"
 
 
 def _with_new_name(text: str) -> str:
