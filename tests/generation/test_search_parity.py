@@ -92,7 +92,7 @@ def check(seeds):
 
 
 def test_search_equals_transformers():
-  check(range(8))
+  check(range(32))
 
 
 @pytest.mark.parametrize(
