@@ -30,7 +30,7 @@ from mooer_jax.speech_llm import Batch
 from mooer_jax.training.sharding import batch_sharding
 
 # Raise it when the same weights and audio come to give other frames: what was cached is then old.
-FRAMES_VERSION = 1
+FRAMES_VERSION = 2
 
 
 def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
