@@ -11,8 +11,8 @@ from convert.main import main
 from convert.parts.hf_config import hf_config, llm_config
 from mooer_jax.config import DECODERS
 from tests.convert.folders_of import SIZES, saved_llm
+from tests.convert.parts.test_language_model import assert_same_tensors
 from tests.convert.releases import funasr_folder, release
-from tests.convert.test_language_model import assert_same_tensors
 
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **SIZES}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}

@@ -13,7 +13,7 @@ from convert.importing import Options, import_checkpoint
 from mooer_jax import checkpoint
 from mooer_jax.config import part_from_json
 from tests.convert.folders_of import saved_llm, with_lora
-from tests.convert.test_language_model import assert_same_logits, assert_same_tensors
+from tests.convert.parts.test_language_model import assert_same_logits, assert_same_tensors
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -16,8 +16,8 @@ from convert.readers import ReadError
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import from_json
 from tests.convert.folders_of import vary
+from tests.convert.parts.test_language_model import assert_same_tensors
 from tests.convert.releases import release
-from tests.convert.test_language_model import assert_same_tensors
 from tests.tiny import SANM
 
 FILES = ("paraformer_encoder/paraformer-encoder.pth", "asr/adapter_project.pt", "asr/lora_weights",

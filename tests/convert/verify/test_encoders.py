@@ -10,7 +10,7 @@ import torch
 from convert.importing import import_checkpoint
 from convert.main import main
 from mooer_jax.audio.decode import load_audio
-from tests.convert import test_beats, test_whisper
+from tests.convert.parts import test_beats, test_whisper
 from tests.parity import torch_beats
 
 
@@ -114,7 +114,7 @@ def test_beats_is_the_published_structure(tmp_path, run, clips, name):
 
 def test_the_features_of_beats_are_compared(tmp_path, run, clips, monkeypatch):
   test_beats.write(tmp_path / "a.pt")
-  monkeypatch.setattr("convert.beats.MEAN", np.float64(15.5))
+  monkeypatch.setattr("convert.parts.beats.MEAN", np.float64(15.5))
   import_checkpoint("beats", tmp_path / "a.pt", tmp_path / "ours")
   status, printed = run("beats", tmp_path / "a.pt", tmp_path / "ours", clips[0].path)
   assert status == 1 and "FAILED, over the bound: features" in printed

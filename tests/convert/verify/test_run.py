@@ -18,8 +18,7 @@ from convert.verify.run import verify
 from convert.verify.verdict import BOUNDS, Error, Verdict, accuracy, same_tokens, stage_errors
 from mooer_jax import checkpoint, tree
 from tests.convert.folders_of import llm, saved_llm, with_lora
-from tests.convert.releases import release
-from tests.convert.test_kinds import funasr_folder
+from tests.convert.releases import funasr_folder, release
 
 STAGES = ["features", "encoder", "adapter", "prompt", "logits"]
 

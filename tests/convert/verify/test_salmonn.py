@@ -10,7 +10,7 @@ import torch
 
 from convert.importing import Options, import_checkpoint
 from convert.main import main
-from tests.convert.test_verification import fine_tune
+from tests.convert.verify.test_run import fine_tune
 from tests.parity import torch_salmonn
 from tests.text.spm_training import train
 

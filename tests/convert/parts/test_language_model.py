@@ -2,12 +2,12 @@
 
 import shutil
 
-import convert.folders
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from convert.core import folders
 from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import Options, import_checkpoint
@@ -158,7 +158,7 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path):
 
 
 def test_a_value_that_is_not_finite_is_found_before_anything_is_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(convert.folders, "save", None)
+  monkeypatch.setattr(folders, "save", None)
   _, source = saved_llm(tmp_path / "hf", "qwen2")
 
   def spoil(state):

@@ -13,10 +13,10 @@ from convert.importing import Options, import_checkpoint
 from convert.main import main
 from mooer_jax import checkpoint
 from mooer_jax.config import from_json
+from tests.convert.families.test_mooer import assert_same_model, cmvn_of
 from tests.convert.folders_of import llm, with_lora
 from tests.convert.readers.zero_folders import write_zero
 from tests.convert.releases import adapter, encoder, release
-from tests.convert.test_mooer import assert_same_model, cmvn_of
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 BUFFER = "llm.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
