@@ -19,14 +19,14 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compile_step import compile_step, prompt_tokens
 from mooer_jax.run.config import Run
-from mooer_jax.run.flags import one_line_errors, parse_flags
+from mooer_jax.run.process import run_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
@@ -59,11 +59,6 @@ def table(result: dict) -> Table:
   return rows
 
 
-def main(argv):
-  del argv
-  one_line_errors(compile_config)
-
-
 def compile_config():
   """What the flags say."""
   run = Run.read(_CONFIG.value)
@@ -78,5 +73,4 @@ def compile_config():
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=parse_flags)
+  run_program(compile_config, needs=["config"])

@@ -21,8 +21,7 @@ import numpy as np
 
 from mooer_jax import speech_llm
 from mooer_jax.config import DECODERS, SpeechLLMConfig
-from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM
+from mooer_jax.decoders.llm import LLM, KVCache
 from mooer_jax.generation import GenerationOptions, generate_from, search
 from mooer_jax.nn.compute import Compute
 

@@ -10,10 +10,10 @@ from jax.experimental import topologies
 
 from benchmarks import flops
 from mooer_jax import tree
-from mooer_jax.data.batching import Batcher
+from mooer_jax.data.batches import Batcher
 from mooer_jax.run.config import Run
-from mooer_jax.run.program import abstract_state, jitted_step
 from mooer_jax.speech_llm import Batch
+from mooer_jax.training.program import abstract_state, jitted_step
 from mooer_jax.training.sharding import make_mesh
 
 GIB = 2**30

@@ -11,8 +11,7 @@ import numpy as np
 from mooer_jax import kernels, tree
 from mooer_jax.config import DECODERS
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
-from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM, LLMConfig
+from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder

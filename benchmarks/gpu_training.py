@@ -13,11 +13,11 @@ from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.nn.compute import Compute
-from mooer_jax.run.program import jitted_step
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mooer_jax.training.program import jitted_step
 from mooer_jax.training.sharding import batch_sharding, make_mesh, param_shardings
-from mooer_jax.training.state import create, state_shardings
+from mooer_jax.training.step import create, state_shardings
 
 TRAINED = ("encoders/.*", "connector/.*", "decoder/.*")
 WORDS, LENGTH, FRAMES = 10, 4, 6  # every clip: LENGTH of WORDS, FRAMES steps each

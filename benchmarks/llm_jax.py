@@ -11,11 +11,9 @@ import optax
 from benchmarks.llm_sizes import DRY, FULL, LR, Sizes, median_seconds
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM
+from mooer_jax.decoders.llm import LLM, KVCache
 from mooer_jax.nn.compute import Compute
-from mooer_jax.training.state import create
-from mooer_jax.training.step import make_train_step
+from mooer_jax.training.step import create, make_train_step
 
 GB = 1e9
 

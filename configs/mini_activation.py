@@ -1,7 +1,7 @@
-"""Activation tuning of the mini SALMONN: its own stories, told at a discounted LoRA scale.
+"""Activation tuning of the mini SALMONN, on stories that it generates at a reduced LoRA scale.
 
-Command:   make mini-salmonn MINI_ARGS=--activation    (or, after make mini-salmonn, python train.py
-           --config=configs/mini_activation.py)
+Command:   make mini-salmonn MINI_ARGS=--activation
+           (or, after make mini-salmonn: python train.py --config=configs/mini_activation.py)
 Hardware:  2 CPU cores
 Time:      docs/salmonn.md
 Expected:  docs/salmonn.md
@@ -16,17 +16,17 @@ def get_config():
   config.init_from = f"out/mini/tasks/step_{mini_salmonn.STEPS['tasks']:08d}"
   config.activation.shards = "out/mini/data/train_digits.json"
   config.activation.task = "story"
-  # A quarter of the trained one: at half of it, some answers are still transcripts.
+  # A quarter of the trained scale: at half of it, some answers are still transcripts.
   config.activation.lora_scale = 1.0
-  config.activation.clips = 20  # some run into the limit and are left out
+  config.activation.clips = 20  # some answers reach max_new_tokens and are left out
 
   config.data.prompts = ""
   config.data.task_weights = {}
   config.data.cache_features = ""
   config.data.batch_size, config.data.window = 1, 1
   config.data.buckets, config.data.answer_buckets = (502,), (48, 256)
-  config.generation.max_new_tokens = 256  # a story that is cut off is not trained on
-  config.optimizer.peak_lr = 3e-4  # 12 updates at 1e-4 change perplexities, but no answer
+  config.generation.max_new_tokens = 256  # stories that are cut off are not trained on
+  config.optimizer.peak_lr = 3e-4  # 12 steps at 1e-4 change perplexities, but no answer
   config.optimizer.warmup_steps = 0
   config.optimizer.decay = "constant"
   config.train.steps = 12

@@ -1,21 +1,23 @@
-"""A small SALMONN: Whisper tiny.en and SmolLM2-135M as released, a Q-Former between them.
+"""A small SALMONN: released Whisper tiny.en and SmolLM2-135M, connected by a Q-Former.
 
-Command:   make mini-salmonn    (or, with the pieces that it makes, python train.py
-           --config=configs/mini_salmonn.py:digits, and then :tasks)
-Stages:    digits, from the joined parts: strings of digits, to be transcribed. tasks, from there:
-           also to be translated into Spanish, counted, and searched for a word. From tasks, real:
-           strings of real speakers; and sentences: an open vocabulary.
+Command:   make mini-salmonn
+           (or, with the parts and data that it makes: python train.py
+           --config=configs/mini_salmonn.py:digits, then :tasks)
+Stages:    digits      transcription of digit strings; starts from the joined parts
+           tasks       also translation into Spanish, counting, word detection; starts from digits
+           real        digit strings of real speakers; starts from tasks
+           sentences   an open vocabulary; starts from tasks
 Hardware:  2 CPU cores
 Time:      docs/salmonn.md
 Expected:  docs/salmonn.md
 """
 
 from mooer_jax.prompts import read_prompts
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run.config import default_config
 
 PROMPTS = "configs/prompts/mini_salmonn.json"
-# On transcription alone, three of four words are right after 120 updates; among the other tasks
-# it takes 250.
+# Trained on transcription alone, 3 of 4 words are correct after 120 steps; with the other tasks,
+# after 250.
 STEPS = dict(digits=600, tasks=400, real=800, sentences=400)
 STAGES = tuple(STEPS)
 INIT_FROM = dict(digits="base", tasks="digits", real="tasks", sentences="tasks")
@@ -23,7 +25,7 @@ INIT_FROM = dict(digits="base", tasks="digits", real="tasks", sentences="tasks")
 
 def get_config(stage: str = "tasks"):
   if stage not in STAGES:
-    raise ValueError(f"configs/mini_salmonn.py:{stage}: the stages are {', '.join(STAGES)}")
+    raise ValueError(f"configs/mini_salmonn.py:{stage}: must be one of {', '.join(STAGES)}")
   config = default_config()
   config.workdir = f"out/mini/{stage}"
   before = INIT_FROM[stage]
@@ -39,7 +41,7 @@ def get_config(stage: str = "tasks"):
   config.model.template = "chatml"
   config.model.prompts = {task: texts[0] for task, texts in read_prompts(PROMPTS).items()}
   config.model.max_audio_s = 10.0
-  # 10 s in place of Whisper's 30, and nothing of the silence after a clip: 7 times as fast.
+  # A context of 10 s instead of Whisper's 30 s, without the silence after a clip: 7 times as fast.
   config.model.whisper = dict(context=500, trim=True)
   config.model.qformer = dict(
     window=17, stride=17, queries=2, width=384, heads=6, mlp_width=1536, edge="pad", dropout=0.1
@@ -47,11 +49,11 @@ def get_config(stage: str = "tasks"):
   config.model.llm = dict(lora_rank=8, lora_alpha=32.0, lora_dropout=0.1, lora_targets=("q", "v"))
 
   config.data.prompts = PROMPTS
-  config.data.prompt_tokens = 12  # of a prompt with a question
+  config.data.prompt_tokens = 12  # longest prompt with a question
   config.data.batch_size = 16
   config.data.window = 1024
   config.data.min_s = 0.1
-  # Log-mel frames of 10 ms. On the CPU a step's time is that of its tokens: 16 clips are about 600.
+  # Log-mel frames of 10 ms. On a CPU, a step's time grows with its tokens: 16 clips have about 600.
   if stage == "sentences":
     config.data.max_s, config.data.buckets = 6.1, (200, 300, 400, 612)
     config.data.answer_buckets = (12,)
@@ -62,7 +64,7 @@ def get_config(stage: str = "tasks"):
   folder = "recordings" if stage == "real" else "data"
   config.data.shards = f"out/mini/{folder}/train_{stage}.json"
   if stage == "tasks":
-    config.data.task = ""  # each utterance's own
+    config.data.task = ""  # the task of each utterance
     config.data.task_weights = dict(asr=1.0, translate=0.4, count=0.4, keyword=0.4)
 
   config.optimizer.peak_lr = 1e-3 if stage in ("digits", "tasks") else 5e-4
@@ -77,7 +79,7 @@ def get_config(stage: str = "tasks"):
   config.train.keep = 2
 
   config.generation.max_new_tokens = 32
-  config.generation.num_beams = 1  # SALMONN's own: 4
+  config.generation.num_beams = 1  # SALMONN: 4
   config.eval.shards = "out/mini/data/test_tasks.json"
   config.eval.task = ""
   config.eval.batch_size = 50

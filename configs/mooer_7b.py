@@ -1,15 +1,15 @@
-"""MooER-MTL's speech recogniser at full size: Paraformer-large, adapter, Qwen2-7B with LoRA.
+"""Speech recognition of MooER-MTL at full size: Paraformer-large, adapter, Qwen2-7B with LoRA.
 
 Command:   python train.py --config=configs/mooer_7b.py --config.init_from=CKPT
            --config.data.shards=.../data.list
-Hardware:  16 TPU v5e (4x4) or more, or 8 GPUs of 80 GB; memory for a mesh without hardware:
+Hardware:  16 TPU v5e (4x4) or more, or 8 GPUs of 80 GB. To compute the memory that a mesh needs:
            python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4
 Time:      not measured yet
-Expected:  the published figures of MooER-5K (aishell1 CER 1.93 %), not reproduced yet: that needs
-           the 5,000 hours
+Expected:  the published CER of MooER-5K (aishell1 1.93 %), which needs its 5,000 hours of training
+           data; not reproduced yet
 """
 
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run.config import default_config
 
 
 def get_config():
@@ -29,9 +29,9 @@ def get_config():
   config.compute.remat = "full"
 
   config.data.shards = ""
-  config.data.batch_size = 256  # MooER: 8 a GPU and 2 micro-batches on 16 GPUs
+  config.data.batch_size = 256  # MooER: 8 per GPU, 16 GPUs, 2 micro-batches
   config.data.buckets = (50, 100, 167, 250, 334)  # LFR steps of 60 ms, up to 20 s
-  config.data.answer_buckets = (32, 96, 256)  # x 5 buckets: 15 programs, compiled at the start
+  config.data.answer_buckets = (32, 96, 256)  # x 5 buckets: 15 compiled programs
   config.data.workers = 8
 
   config.optimizer.peak_lr = 1e-4

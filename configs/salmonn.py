@@ -1,32 +1,35 @@
-"""SALMONN's training stages, at 7B and 13B; the argument says which: SIZE,STAGE.
+"""Training stages 1 and 2 of SALMONN, 7B and 13B; the config argument is SIZE,STAGE.
 
 Command:   python -m convert join out/salmonn/base CKPT/whisper CKPT/beats CKPT/vicuna
            python train.py --config=configs/salmonn.py:7b,1 --config.init_from=out/salmonn/base
            --config.data.shards=stage1.json
            python train.py --config=configs/salmonn.py:7b,2
            --config.init_from=out/salmonn_7b_1/step_00090000 --config.data.shards=stage2.json
-Stages:    1, pre-training: speech recognition and audio captioning. 2, instruction tuning: the 12
-           tasks, about 4,400 hours. Only the annotation files and what they begin with make them
-           different; SALMONN publishes one schedule. 3, activation tuning:
-           configs/salmonn_activation.py.
-Hardware:  16 TPU v5e (4x4): the compiled train step plans 4.2 GiB of a chip's 16 at 7B (stage 1)
-           and 6.0 at 13B (stage 2), 64 clips of 30 s an update; not run or trained yet:
-           python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
+Stages:    1   pre-training: speech recognition and audio captioning
+           2   instruction tuning: the 12 tasks, about 4,400 hours
+           3   activation tuning: configs/salmonn_activation.py
+           Stages 1 and 2 differ only in annotation files and initial checkpoint, because SALMONN
+           publishes one schedule.
+Hardware:  16 TPU v5e (4x4). The compiled train step needs 4.2 GiB of a chip's 16 GiB at 7B (stage
+           1) and 6.0 GiB at 13B (stage 2), with 64 clips of 30 s in an optimizer step; it has not
+           run yet: python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
 Time:      not measured
-Expected:  the published figures (`eval.py --suite=salmonn` prints them), not reproduced yet
+Expected:  the published scores, which `eval.py --suite=salmonn` prints; not reproduced yet
 """
 
 from mooer_jax.prompts import SALMONN_PROMPTS, read_prompts
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run.config import default_config
 
 SIZES = {"7b": "vicuna_7b", "13b": "vicuna_13b"}
-ITERATIONS = 3000  # of what SALMONN calls an epoch
+ITERATIONS = 3000  # optimizer steps in an epoch, as SALMONN counts it
 
 
 def get_config(chosen: str = "7b,1"):
   size, _, stage = chosen.partition(",")
   if size not in SIZES or stage not in ("1", "2"):
-    raise ValueError(f"configs/salmonn.py:{chosen}: write 7b or 13b, a comma, and 1 or 2")
+    raise ValueError(
+      f"configs/salmonn.py:{chosen}: must be SIZE,STAGE with SIZE 7b or 13b and STAGE 1 or 2"
+    )
   config = default_config()
   config.workdir = f"out/salmonn_{size}_{stage}"
   config.trainable = ("encoder_norms/.*", "connector/.*", "decoder/.*/lora_[ab]")
@@ -47,12 +50,12 @@ def get_config(chosen: str = "7b,1"):
   config.compute.remat = "full"
 
   config.data.shards = ""
-  config.data.task = ""  # each utterance's own
+  config.data.task = ""  # the task of each utterance
   config.data.prompts = str(SALMONN_PROMPTS)
   config.data.prompt_tokens = 128
-  config.data.batch_size = 64  # SALMONN: 8 a GPU
+  config.data.batch_size = 64  # SALMONN: 8 per GPU
   config.data.window = 2048
-  config.data.buckets = (3000,)  # log-mel frames: Whisper always hears 30 s
+  config.data.buckets = (3000,)  # log-mel frames of 10 ms: Whisper always takes 30 s
   config.data.answer_buckets = (64, 300)
   config.data.min_s = 0.1
   config.data.max_s = 30.0

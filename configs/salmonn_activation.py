@@ -1,12 +1,12 @@
-"""SALMONN's third stage: activation tuning, on 12 answers of its own at a discounted LoRA scale.
+"""Activation tuning, stage 3 of SALMONN: 12 answers that it generates at a reduced LoRA scale.
 
 Command:   python train.py --config=configs/salmonn_activation.py:7b
            --config.init_from=out/salmonn_7b_2/step_00090000 --config.activation.shards=stories.json
-           --config.probe.shards=probe.json
-Hardware:  one device decodes the answers, so it must hold the whole model; the others share in the
-           training. Not run, and not compiled
+           --config.perplexity.shards=probe.json
+Hardware:  one device decodes the answers, so the whole model must fit on it; training uses all
+           devices. Neither run nor compiled yet
 Time:      not measured
-Expected:  the published change of the 15 tasks (`eval.py --suite=salmonn`), not reproduced yet
+Expected:  the published change of the 15 tasks (`eval.py --suite=salmonn`); not reproduced yet
 """
 
 from configs import salmonn
@@ -16,7 +16,7 @@ def get_config(size: str = "7b"):
   config = salmonn.get_config(f"{size},2")
   config.workdir = f"out/salmonn_{size}_3"
   config.activation.task = "audio_story_telling"
-  config.activation.lora_scale = 2.0  # half of the trained one
+  config.activation.lora_scale = 2.0  # half of the trained scale
   config.activation.clips = 12
   config.probe.instructions = ("audio_story_telling", "speech_audio_coreasoning")
   config.probe.batch_size = 1

@@ -1,10 +1,10 @@
-"""The demo's model with three real speakers added to its synthetic voices.
+"""The demo's model, trained on three real speakers in addition to the synthetic voices.
 
-Command:   make demo, then see docs/real-speech.md for the recordings and the shard list, then
+Command:   make demo; then the recordings and the shard list of docs/real-speech.md; then
            python train.py --config=configs/tiny_real.py
 Hardware:  2 CPU cores
-Time:      53 minutes of training beside other work
-Expected:  CER 5.6 % on a fourth speaker, docs/real-speech.md
+Time:      53 minutes of training, beside other work
+Expected:  CER 5.6 % on a fourth speaker (docs/real-speech.md)
 """
 
 from configs import tiny

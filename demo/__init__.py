@@ -1,1 +1,1 @@
-"""`make demo`: synthetic spoken digits, a small model trained on them, and its honest score."""
+"""`make demo`: a small model, trained and tested on synthetic spoken digits."""

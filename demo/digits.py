@@ -1,7 +1,7 @@
-"""`make demo`: speech, shards, training, evaluation and transcription from nothing but a seed.
+"""`make demo`: synthesize speech, pack shards, train, evaluate and transcribe, without downloads.
 
-Run it as `python -m demo.digits` from the checkout. Every step is a command that works on any other
-data too; what it ran is printed. `--quick` is a shortened run that checks that learning happens.
+Run as `python -m demo.digits` from the clone. Every step is a command that works on other data too;
+the commands are printed. `--quick` trains a shorter time and only checks that the loss falls.
 """
 
 import argparse
@@ -20,22 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.tiny import get_config
 from demo.report import failures, show
-from demo.stages import Stages, call, fingerprint
+from demo.stages import Stages, call, fingerprint, imported_sources
 from demo.synthesize import TEST_VARIANTS, SpeechConfig, plan, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
-# Sources of the first step, and those of the library that training never reaches: with them known,
-# a change elsewhere does not redo minutes of work.
+# Sources of the first step.
 SYNTHESIZER = ("espeak", "synthesize")
-AFTER_TRAINING = (
-  "cli.py",
-  "transcribe.py",
-  "transcript.py",
-  "run/decoding.py",
-  "run/evaluate.py",
-  "run/probe.py",
-  "run/suite.py",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +33,10 @@ class DemoConfig:
   """One size of the demo.
 
   Attributes:
-    folder: where everything goes, relative to the checkout.
-    speech: what is synthesized.
-    steps: updates, with the schedule shortened to match; 0 leaves configs/tiny.py as it is.
-    goal_cer: character error rate on held-out voices that counts as success.
+    folder: output folder, relative to the clone.
+    speech: the speech to synthesize.
+    steps: optimizer steps, with a schedule of the same length; 0 uses those of configs/tiny.py.
+    goal_cer: largest character error rate on held-out voices that counts as success.
   """
 
   folder: str
@@ -55,7 +45,7 @@ class DemoConfig:
   goal_cer: float
 
   def overrides(self) -> list[str]:
-    """Arguments for train.py and eval.py over configs/tiny.py."""
+    """Config overrides of configs/tiny.py, for train.py and eval.py."""
     if not self.steps:
       return []
     return [
@@ -66,7 +56,7 @@ class DemoConfig:
 
 
 FULL = DemoConfig("out/demo", SpeechConfig(), steps=0, goal_cer=0.05)
-# Too short to learn digits well; that the loss falls by half and answers come is what counts.
+# Too short to learn digits well. It succeeds if the loss halves and there are transcripts.
 QUICK = DemoConfig(
   "out/demo-quick",
   SpeechConfig(train_clips=4000, test_clips=60, max_digits=3),
@@ -76,7 +66,7 @@ QUICK = DemoConfig(
 
 
 def run(config: DemoConfig) -> dict:
-  """Goes through all steps and writes `report.json`.
+  """Run all steps and write `report.json`.
 
   Returns:
     The report.
@@ -104,15 +94,12 @@ def run(config: DemoConfig) -> dict:
     f"--config.eval.out={scored}",
     *config.overrides(),
   ]
-  library = set(ROOT.glob("mooer_jax/**/*.py"))
-  after_training = {ROOT / "mooer_jax" / name for name in AFTER_TRAINING}
-  made_from = fingerprint(
-    configured, [ROOT / "configs" / "tiny.py", ROOT / "train.py", *library - after_training]
-  )
+  sources = imported_sources(ROOT / "train.py", ROOT)
+  made_from = fingerprint(configured, [ROOT / "configs" / "tiny.py", *sources])
   seconds["training"] = stages.run(
     "training", made_from, lambda: _train(config, configured, work), makes=work, resumable=True,
   )  # fmt: skip
-  made_from = fingerprint("", [ROOT / "eval.py", *library])
+  made_from = fingerprint("", imported_sources(ROOT / "eval.py", ROOT))
   seconds["evaluation"] = stages.run(
     "evaluation", made_from,
     lambda: _call([sys.executable, "eval.py", *configured, f"--checkpoint={work}"]), makes=scored,
@@ -152,7 +139,9 @@ def _train(config: DemoConfig, configured: list[str], work: Path):
   _call([sys.executable, "train.py", *configured])
   steps = config.steps or get_config().train.steps
   if not (work / f"step_{steps:08d}").is_dir():
-    raise RuntimeError(f"{work}: training stopped before step {steps}; the same command goes on")
+    raise RuntimeError(
+      f"{work}: training stopped before step {steps}; rerun the same command to resume"
+    )
 
 
 def _transcribe(work: Path, clip: Path, folder: Path):
@@ -162,10 +151,10 @@ def _transcribe(work: Path, clip: Path, folder: Path):
 
 
 def command() -> str:
-  """Path of the installed command `mooer-jax`.
+  """Return the path of the installed command `mooer-jax`.
 
   Raises:
-    FileNotFoundError: if the package is not installed beside this Python.
+    FileNotFoundError: if the package is not installed in this Python environment.
   """
   path = Path(sys.executable).parent / "mooer-jax"
   if not path.exists():
@@ -174,7 +163,7 @@ def command() -> str:
 
 
 def _call(arguments: list[str]):
-  # Shown as a user would type it from the checkout.
+  # Printed as a user would type it in the clone.
   here = f"{ROOT}{os.sep}"
   shown = [a.removeprefix(here) for a in arguments]
   shown[0] = "python" if arguments[0] == sys.executable else Path(arguments[0]).name
@@ -183,7 +172,7 @@ def _call(arguments: list[str]):
 
 
 def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]) -> dict:
-  """Collects what the steps left in the run's folder."""
+  """Collect the results of all steps from the output folder."""
   out = Path(config.folder)
   scored = json.loads((out / "eval" / "report.json").read_text("utf-8"))
   rows = (out / "train" / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -199,7 +188,6 @@ def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]
     }
     for utterance in test
   ]
-  # Not `or`: a rate of 0 is a rate.
   cer = scored["details"]["rates"]["character"]
   result = json.loads((out / "transcribe" / "result.json").read_text("utf-8"))
   return {
@@ -212,7 +200,7 @@ def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]
     "seconds": {name: round(value, 1) for name, value in seconds.items()},
     "steps_done_in_this_run": redone,
     "n_train_utterances": config.speech.train_clips,
-    "updates": len(losses),
+    "optimizer_steps": len(losses),
     "loss_first": sum(losses[:10]) / len(losses[:10]),
     "loss_last": sum(losses[-10:]) / len(losses[-10:]),
     "held_out_voices": list(TEST_VARIANTS),
@@ -232,8 +220,10 @@ def _read_hypotheses(path: Path) -> dict[str, str]:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description="Trains and tests a small model on spoken digits.")
-  parser.add_argument("--quick", action="store_true", help="shortened; checks that it learns")
+  parser = argparse.ArgumentParser(description="Train and test a small model on spoken digits.")
+  parser.add_argument(
+    "--quick", action="store_true", help="train a shorter time; only check that the loss falls"
+  )
   args = parser.parse_args()
   os.chdir(ROOT)
   config = QUICK if args.quick else FULL
@@ -241,7 +231,8 @@ def main() -> int:
     report = run(config)
   except subprocess.CalledProcessError as error:
     print(
-      f"make demo: {Path(error.cmd[0]).name} {error.cmd[1]} failed, status {error.returncode}",
+      f"make demo: {Path(error.cmd[0]).name} {error.cmd[1]} failed with exit status"
+      f" {error.returncode}",
       file=sys.stderr,
     )
     return 1
@@ -249,7 +240,7 @@ def main() -> int:
     print(f"make demo: {error}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print("make demo: interrupted; the same command goes on", file=sys.stderr)
+    print("make demo: interrupted; rerun the same command to resume", file=sys.stderr)
     return 130
   show(report, config.folder)
   problems = failures(report)

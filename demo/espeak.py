@@ -21,12 +21,12 @@ _CALLBACK = ctypes.CFUNCTYPE(
 
 @dataclasses.dataclass(frozen=True)
 class Manner:
-  """How a sentence is spoken.
+  """Voice and prosody of a sentence.
 
   Attributes:
     voice: an accent, a plus sign and a variant, such as "en-us+f3".
-    words_per_minute: 80 to 450.
-    pitch: base pitch within the voice's own range, 0 to 100 (50 is the voice's normal).
+    words_per_minute: tempo, 80 to 450.
+    pitch: base pitch within the range of the voice, 0 to 100 (default of the voice: 50).
     pitch_range: 0 (monotone) to 100 (lively).
     word_gap: silence between words, in units of 10 ms at the default rate.
   """
@@ -46,7 +46,7 @@ class Espeak:
       import espeakng_loader
     except ModuleNotFoundError as error:
       raise ModuleNotFoundError(
-        "the demo's speech comes from the package espeakng-loader; pip install mooer-jax[demo]"
+        "the demo needs the package espeakng-loader for speech; pip install 'mooer-jax[demo]'"
       ) from error
     self._library = ctypes.CDLL(espeakng_loader.get_library_path())
     data = self._own_voices(Path(espeakng_loader.get_data_path()))
@@ -64,9 +64,9 @@ class Espeak:
     self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
 
   def _own_voices(self, data: Path) -> Path:
-    """A folder of links to espeak-ng's data, in which `define` can add voice variants.
+    """Create a folder of links to espeak-ng's data, to which `define` can add voice variants.
 
-    Its path is short, too: espeak-ng cuts long ones off.
+    Its path is short, because espeak-ng truncates long paths.
     """
     self._folder = tempfile.TemporaryDirectory(prefix="espeak")
     own = Path(self._folder.name) / data.name
@@ -80,7 +80,7 @@ class Espeak:
     return own
 
   def define(self, name: str, description: str):
-    """Adds a voice variant, to be used as ACCENT+NAME; a text in espeak-ng's voice format."""
+    """Add the voice variant ACCENT+NAME, described in espeak-ng's voice format."""
     (self._variants / name).write_text(description, encoding="ascii")
 
   def _receive(self, samples, count, _events) -> int:
@@ -89,7 +89,7 @@ class Espeak:
     return 0
 
   def say(self, text: str, manner: Manner) -> np.ndarray:
-    """Speaks a sentence.
+    """Synthesize a sentence.
 
     Returns:
       int16 [samples] at `sample_rate_hz`.
@@ -115,17 +115,17 @@ class Espeak:
     return np.concatenate(self._chunks)
 
   def restart_noise(self):
-    """Makes what is said next independent of other libraries in the process.
+    """Make the next sentence independent of other libraries in the process.
 
-    The klatt voices take their noise from the C library's generator, which all share.
+    The klatt voices draw their noise from the C library's generator, which all libraries share.
     """
     ctypes.CDLL(None).srand(1)
     self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
 
   def phonemes(self, text: str, voice: str) -> str:
-    """Returns how a voice would say a text, in the International Phonetic Alphabet.
+    """Return the phonemes of a text in the International Phonetic Alphabet.
 
-    Clauses are parted by spaces; punctuation is lost.
+    Clauses are separated by spaces; punctuation is dropped.
 
     Raises:
       ValueError: if espeak-ng does not have the voice.
@@ -151,5 +151,5 @@ class Espeak:
 
 @functools.cache
 def synthesizer() -> Espeak:
-  """The one synthesizer of this process."""
+  """Return the synthesizer of this process."""
   return Espeak()

@@ -1,11 +1,11 @@
-"""Digit strings out of the Free Spoken Digit Dataset, to hear how a demo model fares on people.
+"""Digit strings of real speakers, joined from the Free Spoken Digit Dataset.
 
     python -m demo.real_speech --fsdd FOLDER --held-out theo --out out/real/speech
 
-joins single digits of one speaker, with pauses, into strings of 1 to 5: `test` from the held-out
-speaker, `train` from the others with throats, tempo, rooms and noise varied, as wav.scp and text
-for `mooer-jax pack`. The recordings ({digit}_{speaker}_{n}.wav, 8 kHz; Jackson and others,
-CC BY-SA 4.0) are not part of this project.
+Joins single digits of one speaker, with pauses, into strings of 1 to 5: `test` from the held-out
+speaker, `train` from the others with varied vocal tract length, tempo, room and noise. Writes
+wav.scp and text for `mooer-jax pack`. The recordings ({digit}_{speaker}_{n}.wav, 8 kHz; Jackson and
+others, CC BY-SA 4.0) are not part of this project.
 """
 
 import argparse
@@ -20,29 +20,32 @@ from demo.synthesize import SAMPLE_RATE_HZ, add_noise, add_room, write_clip
 from mooer_jax.audio.decode import load_audio
 
 MAX_DIGITS = 5
-# Three throats are few. Resampling moves pitch and formants together, as a longer or shorter vocal
-# tract does; stretching moves the tempo alone.
+# Three voices are few. Resampling shifts pitch and formants together, like another vocal tract
+# length; stretching changes only the tempo.
 RATES = (0.78, 1.28)
 STRETCHES = (0.8, 0.9, 1.0, 1.15, 1.3)
 
 
 def find_recordings(folder: Path) -> list[Path]:
-  """The recordings in the dataset's folder, or in its `recordings/`.
+  """Return the recordings in the dataset's folder, or in its `recordings/`.
 
   Raises:
-    FileNotFoundError: if there is none of that naming.
+    FileNotFoundError: if there are no files with names of that form.
   """
   for place in (folder, folder / "recordings"):
     if found := sorted(place.glob("[0-9]_*_*.wav")):
       return found
-  raise FileNotFoundError(f"{folder}: no {{digit}}_{{speaker}}_{{n}}.wav, nor in its recordings/")
+  raise FileNotFoundError(
+    f"{folder}: no {{digit}}_{{speaker}}_{{n}}.wav in it or in its recordings/; give the folder of"
+    " the Free Spoken Digit Dataset"
+  )
 
 
 def read_recordings(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
-  """Returns {speaker: {digit: [waveform at 16 kHz]}}.
+  """Return {speaker: {digit: [waveform at 16 kHz]}}.
 
   Raises:
-    FileNotFoundError: if the folder holds no recordings.
+    FileNotFoundError: if the folder contains no recordings.
   """
   recordings: dict = collections.defaultdict(lambda: collections.defaultdict(list))
   for path in find_recordings(folder):
@@ -52,7 +55,7 @@ def read_recordings(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
 
 
 def stretched(voice: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
-  """Every recording at every tempo of STRETCHES, pitch unchanged."""
+  """Return every recording at every tempo of STRETCHES, with the same pitch."""
   from librosa.effects import time_stretch
 
   return {
@@ -62,7 +65,7 @@ def stretched(voice: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]
 
 
 def join(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
-  """Speaks a string with one speaker's recordings as they are: 0.05 to 0.25 s and a faint noise."""
+  """Join one speaker's unchanged recordings, with pauses of 0.05 to 0.25 s and a faint noise."""
   pieces = []
   for digit in digits:
     spoken = _one_of(voice[digit], rng)
@@ -75,13 +78,13 @@ def join(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
 def join_varied(
   voice: dict[str, list[np.ndarray]], digits: str, rng, *, hesitation_s: float = 0.0
 ) -> np.ndarray:
-  """The same for training, with throat, pauses, colour, room, noise and level drawn anew.
+  """Join recordings for training, with random vocal tract, pauses, response, room, noise and level.
 
   Args:
     voice: {digit: [waveform at 16 kHz]} of a speaker.
-    digits: the string to speak.
-    rng: decides everything.
-    hesitation_s: a further pause of so many seconds, after any digit but the last.
+    digits: the digit string.
+    rng: random generator of all choices.
+    hesitation_s: length of an additional pause after any digit but the last, seconds.
   """
   rate = np.exp(rng.uniform(*np.log(RATES)))
   longest_s = rng.choice((0.02, 0.1, 0.25))
@@ -125,7 +128,7 @@ def _colour(speech, rng):
 
 
 def write_split(voices: dict, folder: Path, clips: int, *, seed: int, vary: bool):
-  """Writes `wav/KEY.wav`, `wav.scp` and `text`; every length from 1 to 5 is equally often there."""
+  """Write `wav/KEY.wav`, `wav.scp` and `text`, with equally many strings of each length, 1 to 5."""
   (folder / "wav").mkdir(parents=True, exist_ok=True)
   rows = []
   speakers = sorted(voices)
@@ -145,16 +148,16 @@ def write_split(voices: dict, folder: Path, clips: int, *, seed: int, vary: bool
 
 
 def main():
-  parser = argparse.ArgumentParser(description="Joins recorded digits into strings.")
-  parser.add_argument("--fsdd", type=Path, required=True, help="folder of the recordings")
-  parser.add_argument("--held-out", required=True, help="the speaker of the test set")
-  parser.add_argument("--out", type=Path, required=True)
-  parser.add_argument("--train-clips", type=int, default=24000)
-  parser.add_argument("--test-clips", type=int, default=300)
+  parser = argparse.ArgumentParser(description="Join recorded digits into strings.")
+  parser.add_argument("--fsdd", type=Path, required=True, help="folder of the dataset")
+  parser.add_argument("--held-out", required=True, help="speaker of the test set")
+  parser.add_argument("--out", type=Path, required=True, help="output folder")
+  parser.add_argument("--train-clips", type=int, default=24000, help="default: 24000")
+  parser.add_argument("--test-clips", type=int, default=300, help="default: 300")
   args = parser.parse_args()
   recordings = read_recordings(args.fsdd)
   if args.held_out not in recordings:
-    parser.error(f"--held-out={args.held_out}: the speakers are {sorted(recordings)}")
+    parser.error(f"--held-out={args.held_out}: must be one of {sorted(recordings)}")
   others = {speaker: voice for speaker, voice in recordings.items() if speaker != args.held_out}
   write_split(others, args.out / "train", args.train_clips, seed=1, vary=True)
   held_out = {args.held_out: recordings[args.held_out]}

@@ -1,5 +1,6 @@
-"""Steps that are done once: a step runs again only when what it is made from has changed."""
+"""Steps of a demo: a finished step runs again only if its inputs have changed."""
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -13,15 +14,41 @@ from typing import Any
 
 
 def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
-  """Hash of a JSON value and of the contents of files."""
+  """Return a hash of a JSON value and of the contents of files."""
   digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
   for path in sorted(files):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
 
 
+def imported_sources(program: Path, root: Path) -> set[Path]:
+  """The program and every file below `root` that it imports, directly or not.
+
+  A change in any other file cannot change its result.
+  """
+  found: set[Path] = set()
+  waiting = [program]
+  while waiting:
+    path = waiting.pop()
+    if path in found or not path.is_file():
+      continue
+    found.add(path)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+      if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom) and node.module:
+        modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+      else:
+        continue
+      for module in modules:
+        parts = module.split(".")
+        waiting.append(root.joinpath(*parts).with_suffix(".py"))
+        waiting += [root.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
+  return found
+
+
 class Terminated(KeyboardInterrupt):
-  """SIGTERM, which ends a step or command that runs as Ctrl-C does."""
+  """SIGTERM, which stops a step or command in the same way as Ctrl-C."""
 
 
 @contextlib.contextmanager
@@ -37,11 +64,11 @@ def _terminable() -> Iterator[None]:
 
 
 def call(command: Sequence[str]):
-  """Runs a command; interrupted, waits until it has ended, for it may be saving.
+  """Run a command; on an interrupt, wait until it has ended, because it may be saving.
 
   Raises:
     subprocess.CalledProcessError: if it fails.
-    Terminated: on SIGTERM, which the command gets as well.
+    Terminated: on SIGTERM, which is passed on to the command.
   """
   interrupted: KeyboardInterrupt | None = None
   with _terminable(), subprocess.Popen(command) as process:
@@ -50,7 +77,7 @@ def call(command: Sequence[str]):
         process.wait()
       except KeyboardInterrupt as error:
         interrupted = error
-        if isinstance(error, Terminated):  # Ctrl-C goes to the child, too; this does not
+        if isinstance(error, Terminated):  # the child receives Ctrl-C, but not SIGTERM
           process.terminate()
   if interrupted:
     raise interrupted
@@ -61,12 +88,12 @@ def call(command: Sequence[str]):
 class Stages:
   """The steps of one run, recorded in `stages.json` of its folder.
 
-  Each step's fingerprint includes that of the step it goes on from, so that a change early in the
-  chain redoes everything after it.
+  The fingerprint of a step includes that of its predecessor, so a change in an early step repeats
+  all later steps.
   """
 
   def __init__(self, folder: Path):
-    """Takes the run's folder, which is made if needed."""
+    """Read the records of a run's folder, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     self._path = folder / "stages.json"
     self._records = json.loads(self._path.read_text("utf-8")) if self._path.exists() else {}
@@ -84,38 +111,38 @@ class Stages:
     resumable: bool = False,
     after: str | None = None,
   ) -> float:
-    """Runs a step, unless it was finished from the same inputs before.
+    """Run a step, unless it has already finished with the same inputs.
 
     Args:
-      name: of the step.
-      made_from: fingerprint of its own inputs.
-      work: what to do.
-      makes: folder that the step fills; what it made there from other inputs is removed first.
-      resumable: whether `work` goes on from what an interrupted run left in the folder.
-      after: the step that it goes on from; None: the one that was run last.
+      name: name of the step.
+      made_from: fingerprint of the step's own inputs.
+      work: function that runs the step.
+      makes: output folder of the step. Its outputs from other inputs are removed first.
+      resumable: whether `work` resumes from the outputs of an interrupted run.
+      after: name of the preceding step; default: the step that was run last.
 
     Returns:
-      Seconds that the step took, in this run or in the one that finished it; of a resumable step,
-      those of interrupted runs, too.
+      Seconds that the step took, in this run or in the run that finished it; for a resumable step,
+      interrupted runs included.
 
     Raises:
-      RuntimeError: if the folder is there and no step of this name is recorded.
-      Terminated: on SIGTERM, once the time spent is written down.
+      RuntimeError: if the output folder exists, but no step of this name is recorded.
+      Terminated: on SIGTERM, after the time spent is recorded.
     """
     before = self._chains[self._last if after is None else after]
     self._last, self._chains[name] = name, fingerprint([before, made_from])
     record = self._records.get(name, {})
     same = record.get("made_from") == self._chains[name] and makes.exists()
     if same and record.get("done"):
-      print(f"{name}: done before in {record['seconds']:.0f} s, from the same inputs", flush=True)
+      print(f"{name}: already done with the same inputs, in {record['seconds']:.0f} s", flush=True)
       return record["seconds"]
     spent = record.get("seconds", 0.0) if same and resumable else 0.0
     if not (same and resumable) and makes.exists():
       if not record:
         raise RuntimeError(
-          f"{makes} is where {name} would go, but was not made by this command: move it away"
+          f"{makes} is the output folder of {name}, but another program made it; move it away"
         )
-      print(f"{name}: {makes} was made from other inputs, or not finished; made again", flush=True)
+      print(f"{name}: {makes} has other inputs or is incomplete; running again", flush=True)
       shutil.rmtree(makes)
     self._write(name, done=False, seconds=spent)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Makes the demo's speech: strings of 1 to 6 English digits in many synthetic voices.
+"""Synthesize the demo's speech: strings of 1 to 6 English digits in many synthetic voices.
 
-Voices and strings of the test set never occur in training. Everything follows from one seed,
-however many processes work. Run alone: `python -m demo.synthesize --out out/speech`.
+Voices and strings of the test set do not occur in training. One seed determines everything, for any
+number of processes. To run it alone: `python -m demo.synthesize --out out/speech`.
 """
 
 import argparse
@@ -31,13 +31,13 @@ ACCENTS = (
   "en", "en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd",
   "en-029",
 )  # fmt: skip
-# Held out whole: in no accent does one of these speak in training. By the formants of their
-# definitions each differs by at least 5 % on average from every voice of training.
+# Held out in all accents. The formants in their definitions differ by at least 5 % on average from
+# those of every training voice.
 TEST_VARIANTS = (
   "Alicia", "Annie", "belinda", "linda", "grandma", "shelby", "m2", "m5", "gustave", "pablo",
   "victor", "ed", "ian", "boris", "antonio",
 )  # fmt: skip
-# Training alone: voices drawn at random (see `random_voice`), and the range of frequency shifts.
+# Training only: random voices (see `random_voice`), and the range of frequency shifts.
 RANDOM_VARIANTS = tuple(f"random{number}" for number in range(100))
 SHIFTS = (0.82, 1.22)
 # Left out: Demonic, UniRobot, anikaRobot, AnxiousAndy, Tweaky, croak, fast, kaukovalta, whisper,
@@ -52,20 +52,20 @@ TRAIN_VARIANTS = (
   "robert", "robosoft", "robosoft2", "robosoft3", "robosoft4", "robosoft6", "sandro", "steph",
   "steph2", "steph3", "travis", "zac",
 )  # fmt: skip
-# espeak-ng keeps state from one sentence to the next, so the work is cut into lanes of a fixed size
-# and each lane has a process of its own: the result does not depend on the machine.
+# espeak-ng keeps state from one sentence to the next. The work is therefore split into lanes of a
+# fixed size, each with its own process, so that the result does not depend on the machine.
 LANE_CLIPS = 750
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeechConfig:
-  """What to synthesize.
+  """Size and seed of the synthetic speech.
 
   Attributes:
     train_clips: clips for training.
     test_clips: clips of held-out voices and strings.
     max_digits: longest string; lengths are uniform from 1 (test: from 2) to this.
-    seed: decides everything.
+    seed: random seed.
   """
 
   train_clips: int = 12000
@@ -76,10 +76,10 @@ class SpeechConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-  """One clip to make: the digits, how they are spoken, and the seed of its acoustics.
+  """One clip: its digits, voice and prosody, and the seed of its acoustics.
 
-  `shift` multiplies all frequencies, formants included, and so makes a shorter or longer vocal
-  tract; the clip is shorter by the same factor.
+  `shift` multiplies all frequencies, formants included, like a shorter or longer vocal tract; the
+  clip is shorter by the same factor.
   """
 
   key: str
@@ -90,17 +90,18 @@ class Utterance:
 
 
 def is_held_out(digits: str) -> bool:
-  """Whether a string belongs to the test set only: a fifth of all strings of two or more digits."""
+  """Return whether a string is in the test set: a fifth of all strings of two or more digits."""
   return len(digits) > 1 and zlib.crc32(digits.encode()) % 5 == 0
 
 
 def plan(config: SpeechConfig, split: str) -> list[Utterance]:
-  """Decides every clip of a split ("train" or "test").
+  """List the clips of a split ("train" or "test").
 
-  One-digit strings cannot be held out (there are ten), so the test set starts at two digits.
+  There are only ten one-digit strings, which cannot be held out, so the test set starts at two
+  digits.
 
   Raises:
-    ValueError: for an unknown split or a config that leaves no string for the test set.
+    ValueError: for an unknown split or a config without strings for the test set.
   """
   if split not in ("train", "test"):
     raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
@@ -114,7 +115,7 @@ def plan(config: SpeechConfig, split: str) -> list[Utterance]:
   for index in range(count):
     digits = draw_digits(rng, config.max_digits, held_out=test)
     manner = Manner(
-      # Voices take turns, so that each speaks equally often.
+      # Voices alternate, so that each is equally frequent.
       voice=f"{ACCENTS[rng.integers(len(ACCENTS))]}+{variants[index % len(variants)]}",
       words_per_minute=int(rng.integers(120, 231)),
       pitch=int(rng.integers(20, 81)),
@@ -122,16 +123,16 @@ def plan(config: SpeechConfig, split: str) -> list[Utterance]:
       word_gap=int(rng.integers(0, 13)) if rng.random() < 0.6 else 0,
     )
     key = f"{split}-{index:05d}-{manner.voice.replace('+', '-')}"
-    # Training alone: more throats than there are voices. The test voices speak as they are.
+    # Training only: more vocal tracts than there are voices. Test voices are unchanged.
     shift = 1.0 if test or rng.random() < 0.3 else float(np.exp(rng.uniform(*np.log(SHIFTS))))
     utterances.append(Utterance(key, digits, manner, (config.seed, int(test), index), shift))
   return utterances
 
 
 def random_voice(name: str) -> str:
-  """Describes one of RANDOM_VARIANTS in espeak-ng's voice format; the name decides everything.
+  """Describe one of RANDOM_VARIANTS in espeak-ng's voice format; its name is the random seed.
 
-  Each formant moves by itself, since voices differ in more than the length of the throat.
+  Each formant is shifted by itself, because voices differ in more than vocal tract length.
   """
   rng = np.random.default_rng(zlib.crc32(name.encode()))
   tract = np.exp(rng.uniform(np.log(0.85), np.log(1.32)))
@@ -154,9 +155,9 @@ def random_voice(name: str) -> str:
 
 
 def draw_digits(rng, max_digits: int, *, held_out: bool, repeats: float = 0.0) -> str:
-  """Draws a string of 1 (held out: 2) to `max_digits` digits, each length equally often.
+  """Draw a string of 1 (held out: 2) to `max_digits` digits; all lengths are equally probable.
 
-  Of `repeats` of the digits nothing new is drawn: they are the one before.
+  `repeats` is the probability that a digit repeats its predecessor.
   """
   length = int(rng.integers(2 if held_out else 1, max_digits + 1))
   while True:
@@ -166,7 +167,7 @@ def draw_digits(rng, max_digits: int, *, held_out: bool, repeats: float = 0.0) -
 
 
 def random_digits(rng, length: int, repeats: float = 0.0) -> str:
-  """Draws `length` digits; each but the first is the one before with the chance `repeats`."""
+  """Draw `length` digits; each repeats its predecessor with probability `repeats`."""
   digits = rng.integers(0, 10, length)
   if repeats:
     for i in np.flatnonzero(rng.random(length - 1) < repeats) + 1:
@@ -175,7 +176,7 @@ def random_digits(rng, length: int, repeats: float = 0.0) -> str:
 
 
 def render(utterance: Utterance) -> np.ndarray:
-  """Speaks one utterance and sends it through a random room and microphone.
+  """Synthesize one utterance, with a random room and microphone.
 
   Returns:
     float32 [samples] in [-1, 1] at 16 kHz.
@@ -203,7 +204,7 @@ def render(utterance: Utterance) -> np.ndarray:
 
 
 def add_room(speech, rng):
-  """Convolves with exponentially decaying noise, the simplest model of a room's late echoes."""
+  """Convolve with exponentially decaying noise, the simplest model of late reverberation."""
   seconds = rng.uniform(0.1, 0.35)
   times = np.arange(int(seconds * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
   echo = rng.standard_normal(len(times)) * np.exp(-6.9 * times / seconds)
@@ -224,7 +225,7 @@ def _limit_band(speech, rng):
 
 
 def add_noise(speech, snr_db: float, rng):
-  """Adds noise to speech of unit power."""
+  """Add noise to speech of unit power."""
   return speech + 10 ** (-snr_db / 20) * _noise(len(speech), rng)
 
 
@@ -244,7 +245,7 @@ def _fast_size(samples: int) -> int:
 
 
 def write_clip(path: Path, speech) -> None:
-  """Writes float samples as 16-bit wav."""
+  """Write float samples as 16-bit wav."""
   soundfile.write(path, speech, SAMPLE_RATE_HZ, subtype="PCM_16")
 
 
@@ -265,9 +266,10 @@ def _lanes(utterances: list[Utterance]) -> list[list[Utterance]]:
 
 @contextlib.contextmanager
 def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor]:
-  """A new process for each piece of work, all cores' worth at a time if no number is given.
+  """Yield a pool that runs each task in a new process; default number: the number of cores.
 
-  Ctrl-C is left to this process, which then ends them; all that it has started, for it is a script.
+  Workers ignore Ctrl-C. This process handles it and terminates all its child processes, because it
+  is a script.
   """
   with concurrent.futures.ProcessPoolExecutor(
     number or os.cpu_count() or 1,
@@ -279,7 +281,7 @@ def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor
     try:
       yield pool
     except BaseException:
-      # What the pool has queued it does not cancel: a process that ends is followed by another.
+      # The pool does not cancel queued tasks: when a process ends, it starts another.
       ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
       ending.start()
       while ending.is_alive():
@@ -292,10 +294,10 @@ def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor
 def write_split(
   utterances: list[Utterance], folder: Path, processes: int | None = None
 ) -> Iterator[tuple[int, float]]:
-  """Renders clips and writes `wav/KEY.wav`, `wav.scp` and `text`.
+  """Synthesize clips and write `wav/KEY.wav`, `wav.scp` and `text`.
 
   Yields:
-    after each lane, (clips done, seconds of audio done).
+    (finished clips, finished seconds of audio) after each lane.
   """
   (folder / "wav").mkdir(parents=True, exist_ok=True)
   clips, seconds = 0, 0.0
@@ -314,8 +316,8 @@ def _write_lines(path: Path, rows: Iterable[tuple[str, object]]) -> None:
 
 
 def main():
-  parser = argparse.ArgumentParser(description="Synthesizes spoken digits.")
-  parser.add_argument("--out", type=Path, required=True)
+  parser = argparse.ArgumentParser(description="Synthesize spoken digits.")
+  parser.add_argument("--out", type=Path, required=True, help="output folder")
   for field in dataclasses.fields(SpeechConfig):
     option = "--" + field.name.replace("_", "-")
     parser.add_argument(option, type=int, default=field.default, dest=field.name)

@@ -1,22 +1,22 @@
-"""Draws docs/architecture.png: python docs/draw_architecture.py"""
+"""Draw docs/architecture.png: python docs/draw_architecture.py"""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-PARTS = (  # title, what MooER has there, colour
+PARTS = (  # title, the part of MooER, colour
   ("features", "Kaldi fbank 80\nlow frame rate 7/6\n560 values / 60 ms", "#dbe9f6"),
   ("encoder", "SAN-M (Paraformer)\n50 layers × 512\n158 M, frozen", "#cfe8cf"),
-  ("connector", "join 2 frames\nlinear, ReLU, linear\n1 token / 120 ms", "#fde7c3"),
-  ("splice", "speech tokens where\nthe template says\n(MooER: first)", "#eeeeee"),
+  ("connector", "stack 2 frames\nlinear, ReLU, linear\n1 token / 120 ms", "#fde7c3"),
+  ("splice", "insert speech tokens\ninto the prompt\n(MooER: first)", "#eeeeee"),
   ("decoder", "Qwen2 0.5B – 7B\nLoRA, KV cache\ncausal", "#f3d3d3"),
 )
 WIDTH, HEIGHT, GAP = 2.2, 1.7, 0.6
 
 
 def draw() -> Figure:
-  """Returns the picture: five boxes in a row, what flows between them, and what is trained."""
+  """Draw five parts in a row, the arrays between them, and which parts are trained."""
   figure = Figure(figsize=(12.5, 3.3), layout="constrained")
   axes = figure.add_subplot()
   axes.axis("off")
@@ -37,7 +37,7 @@ def draw() -> Figure:
     )
     axes.add_patch(arrow)
     axes.text((start + end) / 2, HEIGHT + 0.12, flow, ha="center", va="bottom", size=9)
-  below = {1: "frozen", 2: "trained", 4: "LoRA trained, the rest frozen"}
+  below = {1: "frozen", 2: "trained", 4: "LoRA trained, rest frozen"}
   for number, text in below.items():
     axes.text(number * (WIDTH + GAP) + WIDTH / 2, -0.25, text, ha="center", size=9, style="italic")
   axes.text(

@@ -2,28 +2,13 @@
 
 import argparse
 import importlib
-import json
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
-
-_GENERATION = {
-  "num_beams": (int, "answers followed side by side"),
-  "length_penalty": (float, "above 0 favours long answers of several beams"),
-  "max_new_tokens": (int, "longest answer"),
-  "min_new_tokens": (int, "shortest answer"),
-  "repetition_penalty": (float, "above 1 keeps tokens from coming again"),
-  "no_repeat_ngram_size": (int, "no so many tokens in a row come twice"),
-  "do_sample": (bool, "draw instead of taking the most probable"),
-  "temperature": (float, "of drawing"),
-  "top_k": (int, "draw from so many tokens; 0 = all"),
-  "top_p": (float, "draw from this much probability"),
-}
+from mooer_jax.transcribe import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="mooer-jax", description=__doc__)
   parser.add_argument("--version", action="version", version=metadata.version("mooer-jax"))
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-  _add_transcribe(commands)
+  command.add_parser(commands)
   _add_pack(commands)
   commands.add_parser("convert", help="PyTorch checkpoints in and out", add_help=False)
   argv = sys.argv[1:] if argv is None else argv
@@ -50,102 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f"mooer-jax {args.command}: interrupted", file=sys.stderr)
     return 130
-
-
-def _add_transcribe(commands):
-  # usage: argparse would show the other name for an alias
-  usage = "mooer-jax {transcribe,ask} --checkpoint CKPT [options] audio [audio ...]"
-  about = "audio files to text"
-  parser = commands.add_parser("transcribe", aliases=["ask"], help=about, usage=usage)
-  parser.add_argument("audio", nargs="+", help="wav, flac, ogg, opus, mp3; with [data] m4a, wma")
-  parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
-  parser.add_argument("--base", help="where the base of a fine-tune lies, if it moved")
-  parser.add_argument("--task", default=None, help="default: the only one, else asr")
-  parser.add_argument(
-    "--prompt",
-    help=f"what to ask instead of the task's prompt; {SPEECH} in it is where the speech stands, \\n"
-    " a line break",
-  )
-  parser.add_argument(
-    "--template",
-    choices=sorted(TEMPLATES),
-    help="chat format around the prompt; none: as it stands; default: the checkpoint's",
-  )
-  parser.add_argument("--question", help=f"what stands for {QUESTION} in the prompt")
-  parser.add_argument(
-    "--chunk-s",
-    type=float,
-    metavar="SECONDS",
-    help="cut longer audio at pauses into pieces of at most so many seconds, and join what is said"
-    " of them; so many files as --batch-size says are read, and then printed, at a time; default:"
-    " audio longer than the model takes is refused",
-  )
-  parser.add_argument("--json", type=Path, help="also write the results here")
-  parser.add_argument(
-    "--dtype",
-    choices=("float32", "bfloat16"),
-    default=None,
-    help="default: float32 on CPU, else bfloat16",
-  )
-  parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
-  parser.add_argument("--seed", type=int, default=0, help="of sampling, if the model samples")
-  group = parser.add_argument_group("decoding; defaults come from the checkpoint")
-  for name, (kind, text) in _GENERATION.items():
-    flag = "--beams" if name == "num_beams" else "--" + name.replace("_", "-")
-    if kind is bool:
-      group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
-    else:
-      group.add_argument(flag, dest=name, type=kind, help=text)
-  parser.set_defaults(run=_transcribe)
-
-
-def _transcribe(args) -> int:
-  from mooer_jax.run.setup import prepare_process
-  from mooer_jax.transcribe import Transcriber
-
-  prepare_process()
-  if args.json:
-    _check_writable(args.json)
-  if absent := [path for path in args.audio if not Path(path).is_file()]:
-    raise FileNotFoundError(f"no such audio file: {', '.join(absent)}")
-  transcriber = Transcriber.from_checkpoint(args.checkpoint, dtype=args.dtype, base=args.base)
-  rows = []
-  # Of long recordings memory holds only some, and what is done is said.
-  size = len(args.audio) if args.chunk_s is None else max(1, args.batch_size)
-  for group in (args.audio[i : i + size] for i in range(0, len(args.audio), size)):
-    results = transcriber.transcribe(
-      group,
-      task=args.task,
-      prompt=None if args.prompt is None else args.prompt.replace("\\n", "\n"),
-      question=args.question,
-      template=args.template,
-      chunk_s=args.chunk_s,
-      batch_size=args.batch_size,
-      seed=args.seed,
-      progress=sys.stderr.isatty() and (len(args.audio) > 1 or args.chunk_s is not None),
-      **{name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None},
-    )
-    for result in results:
-      print(f"{result.path}\t{result.text}" if len(args.audio) > 1 else result.text, flush=True)
-      for complaint in result.complaints():
-        print(f"{result.path}: {complaint}", file=sys.stderr)
-    rows += [result.to_json() for result in results]
-    if args.json:
-      text = json.dumps(rows, ensure_ascii=False, indent=2)
-      args.json.write_text(text + "\n", encoding="utf-8")
-  return 0
-
-
-def _check_writable(path: Path):
-  """What cannot be written should fail before minutes of work, and leave no empty file behind."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if path.is_dir():
-    raise IsADirectoryError(f"{path}: a folder; name a file")
-  if path.exists():
-    path.open("a").close()
-  else:
-    with tempfile.TemporaryFile(dir=path.parent):
-      pass
 
 
 def _add_pack(commands):

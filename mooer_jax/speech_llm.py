@@ -19,12 +19,11 @@ from mooer_jax.audio.frontend import features_jax, num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig, LinearConnector
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
-from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM, Placement
+from mooer_jax.decoders.llm import LLM, KVCache, Placement
 from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import LayerNorm
 
 Array = jax.Array | np.ndarray  # batches are made in NumPy
 ENCODERS = {SANMConfig: SANMEncoder, WhisperConfig: WhisperEncoder, BEATsConfig: BEATsEncoder}

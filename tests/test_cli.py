@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import mooer_jax.transcribe
+import mooer_jax.transcribe.transcriber
 from mooer_jax import cli
 
 
@@ -19,15 +19,15 @@ class Model:
   def __init__(self, error):
     self.error, self.loads = error, 0
 
-  def from_checkpoint(self, folder, *, dtype, base):
-    del folder, dtype, base
+  def from_checkpoint(self, folder, *, dtype, base_checkpoint):
+    del folder, dtype, base_checkpoint
     self.loads += 1
     raise self.error
 
 
 def transcribe(monkeypatch, error, *arguments):
   model = Model(error)
-  monkeypatch.setattr(mooer_jax.transcribe, "Transcriber", model)
+  monkeypatch.setattr(mooer_jax.transcribe.transcriber, "Transcriber", model)
   return cli.main(["transcribe", "--checkpoint", "c", *arguments, __file__]), model.loads
 
 

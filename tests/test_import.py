@@ -49,7 +49,7 @@ assert isinstance(loaded, type) and callable(loaded.from_checkpoint)
 print(json.dumps([[*before], [*sys.modules]]))
 """
   before, after = (set(modules) for modules in json.loads(_run(code, plain_env)))
-  ours = {"mooer_jax.transcribe", "mooer_jax.speech_llm", "mooer_jax.checkpoint"}
+  ours = {"mooer_jax.transcribe.transcriber", "mooer_jax.speech_llm", "mooer_jax.checkpoint"}
   assert not ({"jax", "flax", "numpy", *FORBIDDEN} | ours) & before
   assert ours <= after
 
@@ -57,3 +57,8 @@ print(json.dumps([[*before], [*sys.modules]]))
 def test_an_unknown_name_of_the_package_is_refused():
   with pytest.raises(AttributeError, match="no_such_name"):
     _ = mooer_jax.no_such_name
+
+
+def test_every_public_name_exists():
+  for name in mooer_jax.__all__:
+    assert callable(getattr(mooer_jax, name))

@@ -84,7 +84,7 @@ def test_the_installed_package_holds_the_converters(tmp_path):
     metadata.distribution("mooer-jax")
   except metadata.PackageNotFoundError:
     pytest.skip("mooer-jax is not installed in this Python; `make test` installs it")
-  code = "import mooer_jax.convert, mooer_jax.nn.dense; print(mooer_jax.convert.__name__)"
+  code = "import mooer_jax.convert, mooer_jax.nn.layers; print(mooer_jax.convert.__name__)"
   # From another folder, so that the checkout is not on the path by itself.
   found = subprocess.run(
     [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.text import spm
+from mooer_jax.text import sentencepiece
 
 from .gguf_header import GGUFHeader, read_header
 from .source import ReadError
@@ -36,7 +36,7 @@ def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
   if kind not in ("gpt2", "llama"):
     raise ReadError(f"{path}: tokenizer of kind {kind!r}; read are 'gpt2' and 'llama'")
   tokens = _texts(header, "tokenizer.ggml.tokens")
-  kinds = header.get("tokenizer.ggml.token_type", list, [spm.NORMAL] * len(tokens))
+  kinds = header.get("tokenizer.ggml.token_type", list, [sentencepiece.NORMAL] * len(tokens))
   if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
     raise ReadError(
       f"{path}: {len(tokens)} tokens ({len(set(tokens))} distinct), {len(kinds)} token types"
@@ -68,7 +68,7 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   vocabulary = {
     token: i
     for i, (token, kind) in enumerate(zip(tokens, kinds))
-    if not (kind == spm.UNUSED and token == f"[PAD{i}]")
+    if not (kind == sentencepiece.UNUSED and token == f"[PAD{i}]")
   }  # fills up the embedding
   # LLaMA 3's whole words are tokens even where no chain of merges leads to them.
   tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
@@ -86,9 +86,9 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_tokens(
     [
-      AddedToken(token, normalized=False, special=kind != spm.USER_DEFINED)
+      AddedToken(token, normalized=False, special=kind != sentencepiece.USER_DEFINED)
       for token, kind in zip(tokens, kinds)
-      if kind in (spm.UNKNOWN, spm.CONTROL, spm.USER_DEFINED)
+      if kind in (sentencepiece.UNKNOWN, sentencepiece.CONTROL, sentencepiece.USER_DEFINED)
     ]
   )
   return tokenizer
@@ -98,9 +98,9 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   scores = header.get("tokenizer.ggml.scores", list)
   if len(scores) != len(tokens):
     raise ReadError(f"{header.path}: {len(tokens)} tokens, {len(scores)} scores")
-  return spm.build_tokenizer(
-    spm.SentencePieceModel(
-      tuple(map(spm.Piece, tokens, scores, kinds)),
+  return sentencepiece.build_tokenizer(
+    sentencepiece.SentencePieceModel(
+      tuple(map(sentencepiece.Piece, tokens, scores, kinds)),
       prefix_blank=header.get("tokenizer.ggml.add_space_prefix", bool, True),
       squeeze_blanks=header.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
     )

@@ -1,1 +1,1 @@
-"""The mini SALMONN's training and test material."""
+"""`make mini-salmonn`: data and commands of the mini SALMONN."""

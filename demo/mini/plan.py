@@ -1,4 +1,4 @@
-"""Decides every clip of the mini SALMONN's speech, and with it every label."""
+"""The clips of the mini SALMONN and their labels."""
 
 import collections
 import dataclasses
@@ -18,25 +18,25 @@ SPLITS = ("train", "test")
 SPANISH = dict(
   zip(WORDS, ("cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve"))
 )
-TRANSLATED = 3  # digits at most: a Spanish one is two or three tokens
-# How often a digit of the training is the one before it: a model loses count of them soonest.
+TRANSLATED = 3  # most digits in a translation: a Spanish digit has two or three tokens
+# Probability that a training digit repeats its predecessor: models miscount repeated digits first.
 REPEATS = 0.25
-# Seconds: of a string of digits, and of everything else.
+# Longest clip in seconds: digit strings, and all others.
 DIGITS_LIMIT_S, LIMIT_S = 5.0, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeechConfig:
-  """What to synthesize.
+  """Size and seed of the synthetic speech.
 
   Attributes:
-    digit_clips: training clips of strings of digits.
+    digit_clips: training clips of digit strings.
     sentence_clips: training clips of open vocabulary.
     test_digit_clips: digit clips of held-out voices and strings.
-    test_entries: of each task but transcription, and of sentences, in the test.
+    test_entries: test entries for sentences and for each task except transcription.
     max_digits: longest string; lengths are uniform from 1 (test: from 2) to this.
-    engines: which of ENGINES speak in training; the test voices are espeak's.
-    seed: decides everything.
+    engines: text-to-speech engines of the training voices; the test voices are espeak's.
+    seed: random seed.
   """
 
   digit_clips: int = 2700
@@ -49,12 +49,12 @@ class SpeechConfig:
 
   def __post_init__(self):
     if "espeak" not in self.engines or not {*self.engines} <= {*ENGINES}:
-      raise ValueError(f"engines={self.engines}: espeak and any of the others of {ENGINES}")
+      raise ValueError(f"engines={self.engines}: must contain espeak, and only names in {ENGINES}")
     if not 2 <= self.max_digits <= 8:
       raise ValueError(f"max_digits={self.max_digits}: allowed are 2 to 8 (5 s)")
 
   def quick(self) -> "SpeechConfig":
-    """A tenth of everything, to try things out."""
+    """Return a config of a tenth of the size, for a smoke test."""
     counts = [field.name for field in dataclasses.fields(self) if field.name.endswith("clips")]
     counts.append("test_entries")
     return dataclasses.replace(self, **{name: getattr(self, name) // 10 for name in counts})
@@ -62,7 +62,7 @@ class SpeechConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-  """A task that a clip serves: the answer, and the question where the prompt has one."""
+  """A task for a clip: its answer, and its question if the prompt takes one."""
 
   task: str
   text: str
@@ -71,15 +71,15 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One recording to make.
+  """One clip to synthesize.
 
   Attributes:
-    key: its name.
-    speaker: who speaks.
-    pieces: what is said, each by itself, joined with pauses.
-    labels: the tasks that it serves.
-    seed: decides its acoustics.
-    limit_s: its longest duration.
+    key: name of the clip.
+    speaker: its voice.
+    pieces: texts that are synthesized one by one and joined with pauses.
+    labels: its tasks.
+    seed: random seed of its acoustics.
+    limit_s: longest duration, seconds.
   """
 
   key: str
@@ -91,7 +91,7 @@ class Clip:
 
 
 def plan(config: SpeechConfig, split: str) -> list[Clip]:
-  """Decides every clip of a split ("train" or "test").
+  """List the clips of a split ("train" or "test").
 
   Raises:
     ValueError: for an unknown split.
@@ -121,7 +121,7 @@ def _digits(rng, casting, index, *, test, max_digits) -> Clip:
   words = tuple(WORDS[int(digit)] for digit in digits)
   text = " ".join(words)
   speaker = casting.draw()
-  # Yes and no take turns, and the word asked for says nothing of the answer.
+  # Yes and no alternate, and the word in the question does not predict the answer.
   absent = [word for word in WORDS if word not in words]
   asked = absent if index % 2 else words
   labels: tuple[Label, ...] = (
@@ -139,20 +139,20 @@ def _digits(rng, casting, index, *, test, max_digits) -> Clip:
 
 def _sentence(rng, casting, index, *, test, max_digits) -> Clip:
   sentences = sentences_of(test)
-  # A stride that shares no factor with the list visits every sentence before one comes again.
+  # A stride that is coprime to the length of the list visits every sentence before it repeats one.
   sentence = sentences[index * _stride(len(sentences)) % len(sentences)]
   return Clip("", casting.draw(), (sentence,), (Label("asr", sentence),), ())
 
 
 @functools.cache
 def untrained() -> list[dict[str, str]]:
-  """Answers to instructions that training never gives, with {} for the digits of a clip."""
+  """Return answers to instructions that are not in training, with {} for the digits of a clip."""
   return json.loads((Path(__file__).parent / "untrained.json").read_text("utf-8"))
 
 
 @functools.cache
 def sentences_of(test: bool) -> list[str]:
-  """The sentences of a split; about a tenth of all belongs to the test only."""
+  """Return the sentences of a split; about a tenth of all sentences are in the test split."""
   lines = (Path(__file__).parent / "sentences.txt").read_text("utf-8").splitlines()
   return [line for line in lines if (zlib.crc32(line.encode()) % 10 == 0) == test]
 
@@ -162,7 +162,7 @@ def _stride(count: int) -> int:
 
 
 def balanced(pairs: Iterable[tuple[Clip, Label]], limit: int) -> list[tuple[Clip, Label]]:
-  """At most `limit` of the pairs; the answers take turns, as far as each of them is there."""
+  """Select at most `limit` pairs, with the different answers in equal numbers where possible."""
   by_answer: dict[str, list] = collections.defaultdict(list)
   for clip, label in pairs:
     by_answer[label.text].append((clip, label))

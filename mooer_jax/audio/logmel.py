@@ -215,26 +215,15 @@ def _padding(frames: int, config: LogMelConfig) -> tuple[int, int, int]:
 def constants(config: LogMelConfig) -> tuple[np.ndarray, np.ndarray]:
   """The window [L] and the mel filter bank [K, F], both in float64.
 
-  Source: Slaney's Auditory Toolbox: 15 mel per 1000 Hz, and from there on 27 mel per factor 6.4;
-  triangles are straight in Hz and have the same area.
+  Source: Slaney's Auditory Toolbox, as librosa implements it.
   """
+  import librosa.filters
+
   window_L = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.frame_length) / config.frame_length)
-  hz_K1 = np.fft.rfftfreq(config.frame_length, 1 / config.sample_rate_hz)[:, None]
-  highest_mel = _mel(config.sample_rate_hz / 2)
-  edges_hz = _hz(np.linspace(0, highest_mel, config.bins + 2))
-  left_F, centre_F, right_F = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
-  rising_KF = (hz_K1 - left_F) / (centre_F - left_F)
-  falling_KF = (right_F - hz_K1) / (right_F - centre_F)
-  triangles_KF = np.maximum(0, np.minimum(rising_KF, falling_KF))
-  return window_L, triangles_KF * (2 / (right_F - left_F))
-
-
-def _mel(hz: float) -> float:
-  return hz * 0.015 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4)
-
-
-def _hz(mel: np.ndarray) -> np.ndarray:
-  return np.where(mel < 15, mel / 0.015, 1000 * 6.4 ** ((mel - 15) / 27))
+  mel_FK = librosa.filters.mel(
+    sr=config.sample_rate_hz, n_fft=config.frame_length, n_mels=config.bins, dtype=np.float64
+  )
+  return window_L, np.ascontiguousarray(mel_FK.T)
 
 
 @functools.cache

@@ -13,8 +13,7 @@ A folder is written beside its place as `.tmp-NAME` and renamed when it is compl
 has its name is whole. With several processes, all call `save` and `load` on a shared file system.
 """
 
-from mooer_jax.checkpoint.arrays import Lazy
-from mooer_jax.checkpoint.errors import CheckpointError, SaveError
+from mooer_jax.checkpoint.leaves import CheckpointError, Lazy, SaveError
 from mooer_jax.checkpoint.reading import (
   Checkpoint,
   describe,

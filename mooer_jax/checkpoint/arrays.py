@@ -1,10 +1,8 @@
 """Arrays of a checkpoint: nested dicts written and read with Orbax."""
 
-import dataclasses
 import hashlib
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,35 +10,10 @@ import jax
 import numpy as np
 
 from mooer_jax import tree
-from mooer_jax.checkpoint.errors import CheckpointError
+from mooer_jax.checkpoint.leaves import CheckpointError, Lazy, as_lazy, hash_file
 
 _STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's: when and where it wrote
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
-
-
-@dataclasses.dataclass(frozen=True)
-class Lazy:
-  """A leaf that is read when it is its turn to be written, so that no model need fit in memory.
-
-  Attributes:
-    shape, dtype: of the array.
-    read: gives the array (NumPy, on the host); may be called more than once.
-  """
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  read: Callable[[], np.ndarray]
-
-  @property
-  def nbytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
-
-
-def as_lazy(leaf) -> Lazy:
-  """An array that is there already, as a `Lazy`."""
-  if isinstance(leaf, Lazy):
-    return leaf
-  return Lazy(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
 def write(folder: Path, arrays: Mapping) -> dict[str, str]:
@@ -113,12 +86,6 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
 def shapes(params: Mapping) -> dict:
   """Gives path -> [shape, name of the dtype], as JSON values."""
   return {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(params).items()}
-
-
-def hash_file(file: Path) -> str:
-  """SHA-256 (hex) of a file."""
-  with file.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_files(

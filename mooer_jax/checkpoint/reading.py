@@ -13,7 +13,7 @@ import numpy as np
 
 from mooer_jax import tree
 from mooer_jax.checkpoint import arrays
-from mooer_jax.checkpoint.errors import CheckpointError
+from mooer_jax.checkpoint.leaves import CheckpointError
 from mooer_jax.checkpoint.steps import latest
 
 FORMAT = 1

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from mooer_jax.checkpoint.arrays import Lazy, hash_file
+from mooer_jax.checkpoint.leaves import Lazy, hash_file
 
 GROUP_BYTES = 256 * 2**20  # at most two groups are in memory: one is written, the next is read
 

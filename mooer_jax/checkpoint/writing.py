@@ -11,7 +11,7 @@ import jax
 
 from mooer_jax import tree
 from mooer_jax.checkpoint import arrays
-from mooer_jax.checkpoint.errors import SaveError
+from mooer_jax.checkpoint.leaves import SaveError
 from mooer_jax.checkpoint.reading import FORMAT, data_file, open_folder
 
 

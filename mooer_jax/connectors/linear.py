@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
+from einops import rearrange, reduce
 
 from mooer_jax.nn.compute import Compute
-from mooer_jax.nn.dense import Dense
+from mooer_jax.nn.layers import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,8 @@ class LinearConnector(nn.Module):
   def __call__(self, frames_BTD: jax.Array, valid_BT: jax.Array):
     """Returns (tokens [B, T // stack, output_width], valid bool [B, T // stack])."""
     c, dtype = self.config, self.compute.jnp_dtype
-    B, T, D = frames_BTD.shape
-    S = T // c.stack
-    valid_BS = valid_BT[:, : S * c.stack].reshape(B, S, c.stack).all(-1)
-    joined = frames_BTD[:, : S * c.stack].reshape(B, S, c.stack * D)
-    hidden = jax.nn.relu(Dense(c.hidden_width, True, dtype=dtype, name="linear1")(joined))
-    return Dense(self.output_width, True, dtype=dtype, name="linear2")(hidden), valid_BS
+    used = frames_BTD.shape[1] // c.stack * c.stack
+    valid_BS = reduce(valid_BT[:, :used], "B (S stack) -> B S", "all", stack=c.stack)
+    joined = rearrange(frames_BTD[:, :used], "B (S stack) D -> B S (stack D)", stack=c.stack)
+    hidden = jax.nn.relu(Dense(c.hidden_width, use_bias=True, dtype=dtype, name="linear1")(joined))
+    return Dense(self.output_width, use_bias=True, dtype=dtype, name="linear2")(hidden), valid_BS

@@ -1,17 +1,18 @@
 """SALMONN's window-level Q-Former: each window of frames becomes the same number of tokens."""
 
 import dataclasses
+import functools
 from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, repeat
 
 from mooer_jax import kernels
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 
 # What BERT's kernels and queries start from.
 _INIT = nn.initializers.normal(0.02)
@@ -93,7 +94,7 @@ def cut_windows(frames_BTD: jax.Array, config: QFormerConfig) -> jax.Array:
     ValueError: if T frames give no window.
   """
   c = config
-  B, T, D = frames_BTD.shape
+  T = frames_BTD.shape[1]
   windows = num_tokens(T, c) // c.queries
   if not windows:
     raise ValueError(
@@ -104,7 +105,7 @@ def cut_windows(frames_BTD: jax.Array, config: QFormerConfig) -> jax.Array:
   end = (windows - 1) * c.stride + c.window
   frames_BTD = jnp.pad(frames_BTD, ((0, 0), (0, max(end - T, 0)), (0, 0)))[:, :end]
   if c.stride == c.window:  # a gather would copy, and its gradient scatter
-    return frames_BTD.reshape(B, windows, c.window, D)
+    return rearrange(frames_BTD, "B (W L) D -> B W L D", L=c.window)
   return frames_BTD[:, c.stride * np.arange(windows)[:, None] + np.arange(c.window)]
 
 
@@ -128,10 +129,13 @@ class QFormerAttention(nn.Module):
   @nn.compact
   def __call__(self, x_NQD: jax.Array, keys_NSE: jax.Array) -> jax.Array:
     c = self.config
+    dense = functools.partial(
+      Dense, c.width, use_bias=True, dtype=self.compute.jnp_dtype, kernel_init=_INIT
+    )
 
     def project(inputs, name):
-      y = Dense(c.width, True, dtype=self.compute.jnp_dtype, kernel_init=_INIT, name=name)(inputs)
-      return y.reshape(*inputs.shape[:2], c.heads, c.width // c.heads)
+      y = dense(name=name)(inputs)
+      return rearrange(y, "N S (H C) -> N S H C", H=c.heads)
 
     N, Q, S = *x_NQD.shape[:2], keys_NSE.shape[1]
     scale_NHQS = None
@@ -146,10 +150,7 @@ class QFormerAttention(nn.Module):
       weight_scale_BHTS=scale_NHQS,
       implementation=self.compute.attention,
     )
-    out_NQD = out_NQHC.reshape(N, Q, c.width)
-    return Dense(c.width, True, dtype=self.compute.jnp_dtype, kernel_init=_INIT, name="out")(
-      out_NQD
-    )
+    return dense(name="out")(rearrange(out_NQHC, "N Q H C -> N Q (H C)"))
 
 
 class FeedForward(nn.Module):
@@ -161,9 +162,9 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_NQD: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
-    hidden = Dense(c.mlp_width, True, dtype=dtype, kernel_init=_INIT, name="up")(x_NQD)
+    hidden = Dense(c.mlp_width, use_bias=True, dtype=dtype, kernel_init=_INIT, name="up")(x_NQD)
     hidden = jax.nn.gelu(hidden, approximate=False)
-    return Dense(c.width, True, dtype=dtype, kernel_init=_INIT, name="down")(hidden)
+    return Dense(c.width, use_bias=True, dtype=dtype, kernel_init=_INIT, name="down")(hidden)
 
 
 class QFormerLayer(nn.Module):
@@ -239,11 +240,11 @@ class WindowedQFormer(nn.Module):
     c = self.config
     frames_BTD = jnp.where(valid_BT[..., None], frames_BTD, 0)
     windows_BWLD = cut_windows(frames_BTD, c)
-    B, W, L, D = windows_BWLD.shape
+    W = windows_BWLD.shape[1]
     valid_BW = valid_windows(valid_BT.sum(1), W, c)
     queries_QD = self.param("queries", _INIT, (c.queries, c.width))
     qformer = QFormer(c, self.compute, name="qformer")
-    hidden_NQD = qformer(queries_QD, windows_BWLD.reshape(B * W, L, D))
-    project = Dense(self.output_width, True, dtype=self.compute.jnp_dtype, name="project")
-    tokens_BSD = project(hidden_NQD).reshape(B, W * c.queries, self.output_width)
-    return tokens_BSD, jnp.repeat(valid_BW, c.queries, axis=1)
+    hidden_NQD = qformer(queries_QD, rearrange(windows_BWLD, "B W L D -> (B W) L D"))
+    project = Dense(self.output_width, use_bias=True, dtype=self.compute.jnp_dtype, name="project")
+    tokens_BSD = rearrange(project(hidden_NQD), "(B W) Q D -> B (W Q) D", W=W)
+    return tokens_BSD, repeat(valid_BW, "B W -> B (W Q)", Q=c.queries)

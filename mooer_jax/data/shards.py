@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Generator
 from pathlib import Path
 
+SPACE = "▁"  # stands in transcripts for the space between two words in Latin letters
 AUDIO_SUFFIXES = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "wma", "webm", "aac")
 CAUSES = (
   "bad shard",  # truncated or damaged tar: what follows the damage is lost

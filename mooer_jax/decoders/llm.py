@@ -4,16 +4,62 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from mooer_jax import kernels
-from mooer_jax.decoders.kv_cache import KVCache, write
-from mooer_jax.kernels.precision import precision
+from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import RMSNorm
+from mooer_jax.nn.layers import Dense, RMSNorm
 from mooer_jax.nn.positions import rope_angles, rotate
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of every layer, in slots that fill from the left.
+
+  Attributes:
+    layers: one (keys, values) pair a layer, each [B, S, K, C], S slots.
+    valid_BS: bool, True where a filled slot may be attended to.
+    filled: int32 scalar, slots filled so far, the same for all rows.
+    positions_B: int32, rotary position of each row's next token.
+  """
+
+  layers: tuple[tuple[jax.Array, jax.Array], ...]
+  valid_BS: jax.Array
+  filled: jax.Array
+  positions_B: jax.Array
+
+  @classmethod
+  def create(cls, *, layers: int, batch: int, slots: int, kv_heads: int, channels: int, dtype):
+    """An empty cache; `slots` bounds prompt plus generated tokens."""
+    shape = (batch, slots, kv_heads, channels)
+    return cls(
+      layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)),
+      valid_BS=jnp.zeros((batch, slots), bool),
+      filled=jnp.zeros((), jnp.int32),
+      positions_B=jnp.zeros((batch,), jnp.int32),
+    )
+
+  def grow(self, slots: int) -> "KVCache":
+    """The same with room for `slots` more; a prompt read before it attends to no empty slots."""
+
+    def longer(x):
+      return jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)])
+
+    return self.replace(  # type: ignore[attr-defined]
+      layers=jax.tree.map(longer, self.layers), valid_BS=longer(self.valid_BS)
+    )
+
+
+def write(slots_BSKC: jax.Array, new_BTKC: jax.Array, filled: jax.Array) -> jax.Array:
+  """Writes T new entries behind the filled slots; XLA does it in place inside a loop."""
+  return jax.lax.dynamic_update_slice_in_dim(
+    slots_BSKC, new_BTKC.astype(slots_BSKC.dtype), filled, axis=1
+  )
+
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -93,15 +139,15 @@ class _Block(nn.Module):
   config: LLMConfig
   compute: Compute
 
-  def dense(self, name: str, features: int, use_bias: bool = False) -> Dense:
+  def dense(self, name: str, features: int, *, use_bias: bool = False) -> Dense:
     c = self.config
     rank = c.lora_rank if name in c.lora_targets else 0
     return Dense(
       features,
-      use_bias,
-      rank,
-      c.lora_dropout,
-      self.compute.jnp_dtype,
+      use_bias=use_bias,
+      rank=rank,
+      dropout=c.lora_dropout,
+      dtype=self.compute.jnp_dtype,
       name=name,
     )
 
@@ -112,13 +158,14 @@ class Attention(_Block):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None):
     c, scale = self.config, context.lora_scale
-    B, S, D = x_BSD.shape
-    q = self.dense("q", c.heads * c.head_width, c.qkv_bias)(x_BSD, scale)
-    k = self.dense("k", c.kv_heads * c.head_width, c.qkv_bias)(x_BSD, scale)
-    v = self.dense("v", c.kv_heads * c.head_width, c.qkv_bias)(x_BSD, scale)
-    q_BSHC = rotate(q.reshape(B, S, c.heads, c.head_width), context.angles_BSC)
-    k_BSKC = rotate(k.reshape(B, S, c.kv_heads, c.head_width), context.angles_BSC)
-    v_BSKC = v.reshape(B, S, c.kv_heads, c.head_width)
+    q = self.dense("q", c.heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
+    k = self.dense("k", c.kv_heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
+    v = self.dense("v", c.kv_heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
+    q_BSHC, k_BSKC, v_BSKC = (
+      rearrange(x, "B S (H C) -> B S H C", C=c.head_width) for x in (q, k, v)
+    )
+    q_BSHC = rotate(q_BSHC, context.angles_BSC)
+    k_BSKC = rotate(k_BSKC, context.angles_BSC)
     if cache is not None:
       cache = tuple(
         write(slots, new, context.filled)
@@ -135,7 +182,8 @@ class Attention(_Block):
       sees_BTS=context.sees_BST,
       implementation=self.compute.attention,
     )
-    return self.dense("o", D)(out_BSHC.reshape(B, S, -1), scale), cache
+    out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
+    return self.dense("o", c.width)(out_BSD, scale), cache
 
 
 class MLP(_Block):

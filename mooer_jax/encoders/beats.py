@@ -8,14 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, reduce, repeat
 
 from mooer_jax import kernels
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
-from mooer_jax.kernels.precision import precision
+from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 
 # Sums of as many outputs of a linear layer make the two gates of a query.
 _GATE_TERMS = 4
@@ -135,7 +135,7 @@ class RelativeBias(nn.Module):
     by_distance = jnp.take(table.astype(jnp.float32), rows, axis=0)
     places = jnp.arange(length)
     bias_TSH = jnp.take(by_distance, places[None] - places[:, None] + length - 1, axis=0)
-    return jnp.moveaxis(bias_TSH, -1, 0)
+    return rearrange(bias_TSH, "T S H -> H T S")
 
 
 class PositionConv(nn.Module):
@@ -169,8 +169,8 @@ class PositionConv(nn.Module):
 
     # One group after the other: XLA does not split a grouped convolution by rows, and every device
     # would gather the whole batch.
-    split = [jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1), 2, 0) for x in (x_BTD, kernel_KCD)]
-    out_BTD = jnp.moveaxis(jax.lax.map(convolve, split), 0, 2).reshape(x_BTD.shape)
+    split = [rearrange(x, "B T (G D) -> G B T D", G=groups) for x in (x_BTD, kernel_KCD)]
+    out_BTD = rearrange(jax.lax.map(convolve, split), "G B T D -> B T (G D)")
     return _gelu(out_BTD + bias_D)
 
 
@@ -186,8 +186,8 @@ class Gate(nn.Module):
   def __call__(self, q_BTHC: jax.Array) -> jax.Array:
     scale_H = self.param("scale", nn.initializers.ones, (q_BTHC.shape[2],)).astype(jnp.float32)
     terms = Dense(2 * _GATE_TERMS, use_bias=True, dtype=self.dtype, name="linear")(q_BTHC)
-    sums = terms.astype(jnp.float32).reshape(*q_BTHC.shape[:3], 2, _GATE_TERMS).sum(-1)
-    update_BTH, reset_BTH = jnp.moveaxis(jax.nn.sigmoid(sums), -1, 0)
+    sums = reduce(terms.astype(jnp.float32), "B T H (n terms) -> n B T H", "sum", n=2)
+    update_BTH, reset_BTH = jax.nn.sigmoid(sums)
     return update_BTH * (reset_BTH * scale_H - 1) + 2
 
 
@@ -200,11 +200,15 @@ class BEATsAttention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, bias_HTS: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
-    split = (*x_BTD.shape[:2], c.heads, c.width // c.heads)
     q_BTHC, k_BTHC, v_BTHC = (
-      Dense(c.width, use_bias=True, dtype=dtype, name=name)(x_BTD).reshape(split) for name in "qkv"
+      rearrange(
+        Dense(c.width, use_bias=True, dtype=dtype, name=name)(x_BTD),
+        "B T (H C) -> B T H C",
+        H=c.heads,
+      )
+      for name in "qkv"
     )
-    gate_BHT = jnp.swapaxes(Gate(dtype, name="gate")(q_BTHC), 1, 2)
+    gate_BHT = rearrange(Gate(dtype, name="gate")(q_BTHC), "B T H -> B H T")
     out_BTHC = kernels.attention(
       q_BTHC,
       k_BTHC,
@@ -213,7 +217,7 @@ class BEATsAttention(nn.Module):
       bias_BHTS=gate_BHT[..., None] * bias_HTS,
       implementation=self.compute.attention,
     )
-    out_BTD = out_BTHC.reshape(x_BTD.shape)
+    out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD)
 
 
@@ -288,7 +292,7 @@ class BEATsEncoder(nn.Module):
 
 def _cut_patches(features_BTF, valid_BT, c: BEATsConfig):
   """[B, T, F] as [B, S, patch * patch], frame by frame within a patch, and which are valid."""
-  B, T, F = features_BTF.shape
+  _, T, F = features_BTF.shape
   if F != c.input_width:
     raise ValueError(f"beats takes features of width {c.input_width}, got {F}")
   steps = T // c.patch
@@ -298,7 +302,11 @@ def _cut_patches(features_BTF, valid_BT, c: BEATsConfig):
       f" {c.patch} frames then has no valid token)"
     )
   whole = steps * c.patch
-  patches = features_BTF[:, :whole].reshape(B, steps, c.patch, c.bands, c.patch)
-  patches_BSP = jnp.swapaxes(patches, 2, 3).reshape(B, steps * c.bands, c.patch**2)
-  valid_steps = valid_BT[:, :whole].reshape(B, steps, c.patch).all(-1)
-  return patches_BSP, jnp.repeat(valid_steps, c.bands, axis=1)
+  patches_BSP = rearrange(
+    features_BTF[:, :whole],
+    "B (steps t) (bands f) -> B (steps bands) (t f)",
+    t=c.patch,
+    f=c.patch,
+  )
+  valid_steps = reduce(valid_BT[:, :whole], "B (steps t) -> B steps", "all", t=c.patch)
+  return patches_BSP, repeat(valid_steps, "B steps -> B (steps bands)", bands=c.bands)

@@ -6,11 +6,11 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from mooer_jax import kernels
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 from mooer_jax.nn.positions import sinusoids
 
 
@@ -104,15 +104,17 @@ class SANMAttention(nn.Module):
     qkv = Dense(3 * c.width, use_bias=True, dtype=dtype, name="qkv")(x_BTD)
     q_BTD, k_BTD, v_BTD = jnp.split(qkv, 3, axis=-1)
     memory_BTD = Memory(c.memory_kernel, name="fsmn")(v_BTD, valid_BT)
-    split = (*x_BTD.shape[:2], c.heads, c.width // c.heads)
+    q_BTHC, k_BTHC, v_BTHC = (
+      rearrange(x, "B T (H C) -> B T H C", H=c.heads) for x in (q_BTD, k_BTD, v_BTD)
+    )
     out_BTHC = kernels.attention(
-      q_BTD.reshape(split),
-      k_BTD.reshape(split),
-      v_BTD.reshape(split),
+      q_BTHC,
+      k_BTHC,
+      v_BTHC,
       valid_BS=valid_BT,
       implementation=self.compute.attention,
     )
-    out_BTD = out_BTHC.reshape(*x_BTD.shape[:2], c.width)
+    out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD) + memory_BTD
 
 
@@ -144,8 +146,8 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = self.compute.jnp_dtype
-    hidden = jax.nn.relu(Dense(self.config.mlp_width, True, dtype=dtype, name="up")(x_BTD))
-    return Dense(self.config.width, True, dtype=dtype, name="down")(hidden)
+    hidden = jax.nn.relu(Dense(self.config.mlp_width, use_bias=True, dtype=dtype, name="up")(x_BTD))
+    return Dense(self.config.width, use_bias=True, dtype=dtype, name="down")(hidden)
 
 
 class SANMEncoder(nn.Module):

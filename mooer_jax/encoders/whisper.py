@@ -6,12 +6,12 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange, reduce
 
 from mooer_jax import kernels
-from mooer_jax.kernels.precision import precision
+from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
-from mooer_jax.nn.dense import Dense
-from mooer_jax.nn.norms import LayerNorm
+from mooer_jax.nn.layers import Dense, LayerNorm
 from mooer_jax.nn.positions import sinusoids
 
 # Log-mel features to one output: the stride of the second convolution.
@@ -99,15 +99,18 @@ class WhisperAttention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
-    split = (*x_BTD.shape[:2], c.heads, c.width // c.heads)
     q_BTHC, k_BTHC, v_BTHC = (
-      Dense(c.width, use_bias=name != "k", dtype=dtype, name=name)(x_BTD).reshape(split)
+      rearrange(
+        Dense(c.width, use_bias=name != "k", dtype=dtype, name=name)(x_BTD),
+        "B T (H C) -> B T H C",
+        H=c.heads,
+      )
       for name in ("q", "k", "v")
     )
     out_BTHC = kernels.attention(
       q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, implementation=self.compute.attention
     )
-    out_BTD = out_BTHC.reshape(x_BTD.shape)
+    out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD)
 
 
@@ -120,8 +123,8 @@ class WhisperMLP(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = self.compute.jnp_dtype
-    hidden = _gelu(Dense(self.config.mlp_width, True, dtype=dtype, name="up")(x_BTD))
-    return Dense(self.config.width, True, dtype=dtype, name="down")(hidden)
+    hidden = _gelu(Dense(self.config.mlp_width, use_bias=True, dtype=dtype, name="up")(x_BTD))
+    return Dense(self.config.width, use_bias=True, dtype=dtype, name="down")(hidden)
 
 
 class WhisperLayer(nn.Module):
@@ -184,7 +187,7 @@ class WhisperEncoder(nn.Module):
     x_BTD = x_BTD + self.positions[: c.context].astype(x_BTD.dtype)
     every_BT = jnp.ones(x_BTD.shape[:2], bool)
     x_BTD, _ = run_layers(self.layers, x_BTD, every_BT)
-    reached_BT = valid_BT.reshape(-1, c.context, STRIDE).any(-1)
+    reached_BT = reduce(valid_BT, "B (T stride) -> B T", "any", stride=STRIDE)
     if not c.trim:
       reached_BT = every_BT & reached_BT.any(-1, keepdims=True)
     return self.final_norm(x_BTD), reached_BT

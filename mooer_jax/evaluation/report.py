@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mooer_jax.evaluation.alignment import Counts, Pair
-from mooer_jax.evaluation.score import Score, Utterance
+from mooer_jax.evaluation.error_rate import METRICS, Score, Utterance
 from mooer_jax.evaluation.text_files import replace_file
-from mooer_jax.evaluation.tokens import METRICS
 
 _LINE_WIDTH = 100
 _KEYS_SHOWN = 20

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import Placement
+from mooer_jax.decoders.llm import KVCache, Placement
 from mooer_jax.generation import search
 from mooer_jax.generation.options import GenerationOptions
 from mooer_jax.generation.processors import min_new_tokens

@@ -1,6 +1,7 @@
 """How an answer is searched for: the options of `transformers.generate`, by their names."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -60,16 +61,27 @@ class GenerationOptions:
       value = getattr(self, name)
       if value is not None and value < least:
         raise ValueError(f"generation.{name}={value}: at least {least}")
-    if self.temperature <= 0:
+    if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
       raise ValueError(
-        f"generation.temperature={self.temperature}: must be > 0; for greedy set do_sample=False"
+        f"generation.min_new_tokens={self.min_new_tokens} exceeds max_new_tokens="
+        f"{self.max_new_tokens}"
+      )
+    if not 0 < self.temperature < math.inf:
+      raise ValueError(
+        f"generation.temperature={self.temperature}: must be a number above 0; for greedy decoding"
+        " set do_sample=False"
       )
     if not 0 < self.top_p <= 1:
       raise ValueError(f"generation.top_p={self.top_p}: must be in (0, 1]")
-    if self.repetition_penalty <= 0:
+    if not 0 < self.repetition_penalty < math.inf:
       raise ValueError(
-        f"generation.repetition_penalty={self.repetition_penalty}: must be > 0; 1 does nothing"
+        f"generation.repetition_penalty={self.repetition_penalty}: must be a number above 0; 1 is"
+        " no penalty"
       )
+    if not math.isfinite(self.length_penalty):
+      raise ValueError(f"generation.length_penalty={self.length_penalty}: must be a finite number")
+    if not all(math.isfinite(value) for _, value in self.sequence_bias):
+      raise ValueError(f"generation.sequence_bias={self.sequence_bias}: values must be finite")
     if self.early_stopping not in (True, False, "never"):
       raise ValueError(f"generation.early_stopping={self.early_stopping!r}: True, False or 'never'")
     biased = [token for token, _ in self.sequence_bias]

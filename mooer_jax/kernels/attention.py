@@ -1,11 +1,17 @@
 """The one attention function of the project and its plain reference."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-
-from mooer_jax.kernels.precision import precision
+from einops import rearrange
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+  """Float32 means float32 on every backend: GPUs would use TF32, TPUs bfloat16 passes."""
+  return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def attention(
@@ -65,9 +71,8 @@ def attention(
 
 
 def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS, weight_scale_BHTS):
-  B, T, H, C = q_BTHC.shape
-  K = k_BSKC.shape[2]
-  q_BTKGC = (q_BTHC * C**-0.5).reshape(B, T, K, H // K, C)
+  K, C = k_BSKC.shape[2:]
+  q_BTKGC = rearrange(q_BTHC * C**-0.5, "B T (K G) C -> B T K G C", K=K)
   scores_BKGTS = jnp.einsum(
     "BTKGC,BSKC->BKGTS",
     q_BTKGC,
@@ -76,19 +81,19 @@ def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS, weight_scale_BHTS):
     preferred_element_type=jnp.float32,
   )
   if bias_BHTS is not None:
-    scores_BKGTS += bias_BHTS.reshape(scores_BKGTS.shape)
+    scores_BKGTS += rearrange(bias_BHTS, "B (K G) T S -> B K G T S", K=K)
   mask_B11TS = mask_BTS[:, None, None]
   scores_BKGTS = jnp.where(mask_B11TS, scores_BKGTS, jnp.finfo(jnp.float32).min)
   weights_BKGTS = jnp.where(mask_B11TS, jax.nn.softmax(scores_BKGTS, axis=-1), 0.0)
   if weight_scale_BHTS is not None:
-    weights_BKGTS = weights_BKGTS * weight_scale_BHTS.reshape(weights_BKGTS.shape)
+    weights_BKGTS *= rearrange(weight_scale_BHTS, "B (K G) T S -> B K G T S", K=K)
   out_BTKGC = jnp.einsum(
     "BKGTS,BSKC->BTKGC",
     weights_BKGTS.astype(v_BSKC.dtype),
     v_BSKC,
     precision=precision(q_BTHC.dtype),
   )
-  return out_BTKGC.reshape(B, T, H, C).astype(q_BTHC.dtype)
+  return rearrange(out_BTKGC, "B T K G C -> B T (K G) C").astype(q_BTHC.dtype)
 
 
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS):

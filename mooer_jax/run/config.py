@@ -1,95 +1,301 @@
-"""A training config, read and checked before anything is loaded."""
+"""The config of training and evaluation, read once into frozen dataclasses."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from mooer_jax import checkpoint
-from mooer_jax.config import SpeechLLMConfig, build
+from mooer_jax.config import SpeechLLMConfig, build, model_config, unknown_key
 from mooer_jax.data.config import DataConfig
+from mooer_jax.evaluation.error_rate import METRICS
+from mooer_jax.evaluation.translation import check_tokenizer
 from mooer_jax.generation import GenerationOptions
+from mooer_jax.nn.compute import Compute
 from mooer_jax.prompts import read_prompts, task_prompt
-from mooer_jax.run.setup import ProbeConfig, TrainConfig, check_sections, read_model, section
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop.
+
+  Attributes:
+    steps: updates in all.
+    accumulation: micro-batches an update; data.batch_size is for all of them together.
+    log_every: updates between two lines of metrics.
+    save_every: updates between two checkpoints; the last update always saves.
+    keep: checkpoints that are kept, the newest ones.
+    cmvn: "estimate" from the first batches, a path of an `am.mvn`, or "" for what the
+      initial checkpoint has.
+  """
+
+  steps: int = 100_000
+  accumulation: int = 1
+  log_every: int = 20
+  save_every: int = 1000
+  keep: int = 3
+  cmvn: str = ""
+
+  def __post_init__(self):
+    for name in ("steps", "accumulation", "log_every", "save_every", "keep"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """A test set, how it is decoded and how it is scored.
+
+  Batches have the buckets of `data`, and one more for max_s if that is longer.
+
+  Attributes:
+    shards: `data.list` of the test set, or its annotation file (.json).
+    references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
+      MooER's test sets, else the transcripts in the shards or the annotation.
+    task: the prompt; "": each utterance's own task, and each is scored by itself.
+    batch_size: utterances decoded together.
+    out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
+      of the folder of the data.list, FOLDER-FILE for an annotation file, or of what else eval.py
+      does: "salmonn" for that suite, "perplexity", "lora_sweep".
+    metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
+    space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
+      "keep", as MooER's script does.
+    skip_missing: leave utterances without a hypothesis out, as MooER's script does.
+    max_s: longest clip, in seconds; default: the model's limit. Longer clips are reported and
+      scored as not decoded.
+    cut_longer: truncate longer clips to max_s instead, as SALMONN does; their number is printed.
+    lora_scale: scale of LoRA; default: that of training.
+    bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
+      "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
+      the model's own, gets BLEU where this is set.
+  """
+
+  shards: str = ""
+  references: str = ""
+  task: str = "asr"
+  batch_size: int = 16
+  out: str = ""
+  metric: str = "mixed"
+  space_mark: str = "blank"
+  skip_missing: bool = False
+  max_s: float | None = None
+  cut_longer: bool = False
+  lora_scale: float | None = None
+  bleu_tokenize: str = ""
+
+  def __post_init__(self):
+    for name, allowed in (("metric", sorted(METRICS)), ("space_mark", ["auto", "blank", "keep"])):
+      if getattr(self, name) not in allowed:
+        raise ValueError(f"eval.{name}={getattr(self, name)!r}: choose one of {allowed}")
+    if self.batch_size < 1:
+      raise ValueError(f"eval.batch_size={self.batch_size}: must be at least 1")
+    if self.max_s is not None and not 0 < self.max_s < math.inf:
+      raise ValueError(
+        f"eval.max_s={self.max_s:g}: must be a number of seconds above 0; leave it out for the"
+        " model's limit"
+      )
+    if self.lora_scale is not None and not 0 <= self.lora_scale < math.inf:
+      raise ValueError(
+        f"eval.lora_scale={self.lora_scale:g}: must be at least 0; leave it out for the scale of"
+        " training"
+      )
+    if self.bleu_tokenize:
+      check_tokenizer(self.bleu_tokenize)
+      if not self.task:
+        raise ValueError(
+          f"eval.bleu_tokenize={self.bleu_tokenize!r} applies to one task; set eval.task, or leave"
+          " it out, and each task is scored with its own tokenizer"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationConfig:
+  """What the model is asked at the discounted scale.
+
+  Attributes:
+    shards: annotation file (.json) of the clips; "": no activation tuning.
+    task: which of the model's prompts; it should allow for long and diverse answers.
+    lora_scale: while answering.
+    clips: so many of the first ones (SALMONN: 12).
+    review: stop when the answers are written, so that a person may edit them; the same command
+      with False then trains on them.
+  """
+
+  shards: str = ""
+  task: str = ""
+  lora_scale: float = 0.0
+  clips: int = 12
+  review: bool = False
+
+  def __post_init__(self):
+    if self.shards and not self.shards.endswith(".json"):
+      raise ValueError(f"activation.shards={self.shards!r}: an annotation file (.json) is needed")
+    if self.shards and not self.task:
+      raise ValueError("activation.task is missing: name the task whose prompt is asked")
+    if self.clips < 1 or self.lora_scale < 0:
+      raise ValueError(
+        f"activation.clips={self.clips} must be at least 1, activation.lora_scale={self.lora_scale}"
+        " at least 0"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+  """What a run measures of itself as it trains: perplexities of reference answers, by task.
+
+  Attributes:
+    shards: test set, each utterance with its own task; "" measures nothing.
+    instructions: tasks whose prompts are given; besides, always none.
+    every: updates between two measurements; the models that the run starts from and ends with are
+      measured, too.
+    batch_size: utterances at a time.
+  """
+
+  shards: str = ""
+  instructions: tuple[str, ...] = ()
+  every: int = 1
+  batch_size: int = 16
+
+  def __post_init__(self):
+    for name in ("every", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"probe.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
-  """A config, read and checked."""
+  """The whole config of `train.py` and `eval.py`, read once; a field is a key of the config.
+
+  Attributes:
+    model: the model that is trained, with `compute.scan`; evaluation takes the checkpoint's.
+    compute: how the model runs; `scan` is set by training and decoding themselves.
+    generation: options that override those of the checkpoint (or of init_from).
+    trainable: patterns of parameter paths; everything else stays frozen.
+    workdir: folder of the run.
+    seed: of everything random.
+    init_from: checkpoint that training starts from.
+    tokenizer: folder of a tokenizer; "" takes the checkpoint's, or makes one of `characters`.
+    characters, specials, eos: a tokenizer of single characters, special tokens and the end token.
+  """
 
   model: SpeechLLMConfig
+  compute: Compute
   data: DataConfig
   optimizer: OptimizerConfig
   train: TrainConfig
   mesh: MeshConfig
-  generation: GenerationOptions
+  generation: dict[str, Any]
+  eval: EvalConfig
+  activation: ActivationConfig
   probe: ProbeConfig
   trainable: tuple[str, ...]
   workdir: Path
-  seed: int
-  init_from: Path | None
+  seed: int = 0
+  init_from: Path | None = None
+  tokenizer: str = ""
+  characters: str = ""
+  specials: tuple[str, ...] = ()
+  eos: str = ""
 
   @classmethod
-  def read(cls, config: ConfigDict) -> "Run":
-    """Raises ValueError for anything that is unknown, mistyped or does not fit."""
-    check_sections(config)
+  def read(cls, config: Mapping[str, Any]) -> "Run":
+    """Reads and checks a config.
+
+    Raises:
+      ValueError: for a key or section that is unknown, missing, mistyped or out of range.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in config:
+      if name not in names:
+        raise ValueError(unknown_key(name, names))
+    for name in ("model", "data", "workdir", "trainable"):
+      if name not in config:
+        raise ValueError(f"the config has no {name!r}")
+    if isinstance(config["trainable"], str):
+      raise ValueError(f"trainable={config['trainable']!r}: give a tuple of patterns, not a string")
+    for key, why in _DERIVED.items():
+      section, _, name = key.partition(".")
+      if name in config.get(section, {}):
+        raise ValueError(f"{key}: {why}")
+    values: dict[str, Any] = {name: config[name] for name in _VALUES if name in config}
+    for name, section_class in SECTIONS.items():
+      values[name] = build(section_class, dict(config.get(name, {})), name)
+    seed = values.get("seed", 0)
+    values["data"] = dataclasses.replace(values["data"], seed=seed)
+    compute = {**dict(config.get("compute", {})), "scan": True}
+    model = model_config(config["model"], compute)
+    values["model"] = _with_tasks_of(values["data"].prompts, model)
+    values["generation"] = dict(config.get("generation", {}))
+    build(GenerationOptions, values["generation"], "generation")
+    values["trainable"] = tuple(config["trainable"])
+    values["specials"] = tuple(values.get("specials", ()))
+    values["workdir"] = Path(config["workdir"])
+    values["init_from"] = Path(config["init_from"]) if config.get("init_from") else None
+    return cls(**values)
+
+  def replace(self, **changes) -> "Run":
+    return dataclasses.replace(self, **changes)
+
+  def decoding_defaults(self) -> GenerationOptions:
+    """Generation options of the run's checkpoints: the config's, over those of init_from."""
+    inherited = checkpoint.describe(self.init_from).generation if self.init_from else {}
+    return build(GenerationOptions, {**inherited, **self.generation}, "generation")
+
+  def check_training(self) -> None:
+    """Checks what only training needs, before anything is loaded.
+
+    Raises:
+      FileNotFoundError, ValueError: for an initial checkpoint or data set that is not there, or
+        settings that do not fit together.
+    """
     if jax.process_count() > 1:
       raise ValueError(
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
       )
-    init_from = _initial_checkpoint(config.get("init_from"))
-    seed = config.get("seed", 0)
-    if "seed" in config["data"]:
-      raise ValueError("data.seed: one seed decides everything; set config.seed")
-    data = section(config, "data", DataConfig, seed=seed)
-    model = _with_tasks_of(data.prompts, read_model(config, scan=True))
-    run = cls(
-      model=model,
-      data=data,
-      optimizer=section(config, "optimizer", OptimizerConfig),
-      train=section(config, "train", TrainConfig),
-      mesh=section(config, "mesh", MeshConfig),
-      generation=_generation(config, init_from),
-      probe=section(config, "probe", ProbeConfig),
-      trainable=tuple(config["trainable"]),
-      workdir=Path(config["workdir"]),
-      seed=seed,
-      init_from=init_from,
-    )
-    if run.data.batch_size % run.train.accumulation:
+    if self.init_from is not None:
+      folder = checkpoint.find(self.init_from)
+      if folder != self.init_from:
+        # A fine-tune points to its base for good, and a resumed run deletes its older steps.
+        raise ValueError(
+          f"init_from={self.init_from} is the folder of a run; name the checkpoint: {folder}"
+        )
+      if self.train.cmvn:
+        raise ValueError(
+          f"train.cmvn={self.train.cmvn!r}, but the encoder of init_from was trained with its own"
+          " CMVN; set train.cmvn=''"
+        )
+    if self.data.batch_size % self.train.accumulation:
       raise ValueError(
-        f"data.batch_size={run.data.batch_size} does not divide into"
-        f" train.accumulation={run.train.accumulation} micro-batches"
+        f"data.batch_size={self.data.batch_size} must be divisible by train.accumulation="
+        f"{self.train.accumulation}"
       )
-    if run.optimizer.decay != "constant" and run.train.steps > run.optimizer.total_steps:
+    if self.optimizer.decay != "constant" and self.train.steps > self.optimizer.total_steps:
       raise ValueError(
-        f"train.steps={run.train.steps} goes on after optimizer.total_steps="
-        f"{run.optimizer.total_steps}, where the learning rate is"
-        f" {run.optimizer.end_lr:g}; set both alike"
+        f"train.steps={self.train.steps} exceeds optimizer.total_steps="
+        f"{self.optimizer.total_steps}, where the learning rate is {self.optimizer.end_lr:g};"
+        " set both to the same number"
       )
-    if init_from and run.train.cmvn:
+    longest, limit = self.data.answer_buckets[-1], self.decoding_defaults().max_new_tokens
+    if limit < longest:
       raise ValueError(
-        f"train.cmvn={run.train.cmvn!r}, but the encoder of init_from was trained with its own"
-        " CMVN; set train.cmvn=''"
+        f"generation.max_new_tokens={limit} would truncate answers that are trained on:"
+        f" data.answer_buckets go up to {longest}; set it to at least that"
       )
-    longest = run.data.answer_buckets[-1]
-    if run.generation.max_new_tokens < longest:
+    if self.data.max_s > self.model.max_audio_s:
       raise ValueError(
-        f"generation.max_new_tokens={run.generation.max_new_tokens} would cut answers that are"
-        f" trained on: data.answer_buckets go up to {longest}; set it to at least that"
+        f"data.max_s={self.data.max_s} is longer than model.max_audio_s={self.model.max_audio_s}"
       )
-    if run.data.max_s > model.max_audio_s:
-      raise ValueError(
-        f"data.max_s={run.data.max_s} is longer than model.max_audio_s={model.max_audio_s}"
-      )
-    if run.probe.shards and not Path(run.probe.shards).is_file():
-      raise FileNotFoundError(f"probe.shards={run.probe.shards}: no such file")
-    for instruction in run.probe.instructions:
-      task_prompt(instruction, dict(model.prompts))
-    return run
+    if self.probe.shards and not Path(self.probe.shards).is_file():
+      raise FileNotFoundError(f"probe.shards={self.probe.shards}: no such file")
+    for instruction in self.probe.instructions:
+      task_prompt(instruction, dict(self.model.prompts))
 
 
 def _with_tasks_of(path: str, model: SpeechLLMConfig) -> SpeechLLMConfig:
@@ -100,17 +306,44 @@ def _with_tasks_of(path: str, model: SpeechLLMConfig) -> SpeechLLMConfig:
   return model.replace(prompts=(*model.prompts, *new))
 
 
-def _initial_checkpoint(path: str | None) -> Path | None:
-  if not path:
-    return None
-  folder = checkpoint.find(path)
-  if folder != Path(path):
-    # A fine-tune points to its base for good, and a run that goes on deletes its older steps.
-    raise ValueError(f"init_from={path} is the folder of a run; name the checkpoint: {folder}")
-  return folder
+# Sections that are dataclasses with defaults, and the plain values of a config.
+SECTIONS: dict[str, type] = {
+  field.name: cast(type, field.type)
+  for field in dataclasses.fields(Run)
+  if dataclasses.is_dataclass(field.type) and field.name != "model"
+}
+_VALUES = [
+  field.name for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING
+]
+_DERIVED = {
+  "compute.scan": "training scans layers and decoding unrolls them; leave it out",
+  "data.seed": "one seed determines everything; set config.seed",
+}
 
 
-def _generation(config: ConfigDict, init_from: Path | None) -> GenerationOptions:
-  """Decoding defaults that the run's checkpoints get: the config's, over those of init_from."""
-  inherited = checkpoint.describe(init_from).generation if init_from else {}
-  return build(GenerationOptions, {**inherited, **config.get("generation", {})}, "generation")
+def default_config() -> ConfigDict:
+  """A config for `train.py` and `eval.py` with the defaults of its sections.
+
+  Keys without a default are absent: a config file assigns workdir, trainable, `model` and
+  `data.shards`. `generation` holds only what a file sets, since it overrides the checkpoint's.
+  """
+  config = ConfigDict()
+  config.seed = 0
+  config.init_from = ""
+  config.tokenizer = ""
+  config.model = ConfigDict()
+  config.generation = ConfigDict()
+  for name, section_class in SECTIONS.items():
+    config[name] = {
+      field.name: _default(field)
+      for field in dataclasses.fields(section_class)
+      if _default(field) is not dataclasses.MISSING and f"{name}.{field.name}" not in _DERIVED
+    }
+  return config
+
+
+def _default(field: dataclasses.Field):
+  made = field.default_factory
+  default = field.default if made is dataclasses.MISSING else made()
+  # A flag needs the type of a value that is None by default.
+  return placeholder(float) if default is None and field.type == float | None else default

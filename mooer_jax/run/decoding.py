@@ -1,9 +1,7 @@
 """Decoding a test set, and what it is read with."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -11,59 +9,17 @@ from rich.progress import Progress
 
 from mooer_jax import checkpoint
 from mooer_jax.audio.frontend import num_frames
-from mooer_jax.config import SpeechLLMConfig, build
+from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.pipeline import Batches, eval_batches
+from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.shards import Skip
-from mooer_jax.generation import GenerationOptions, generate
-from mooer_jax.nn.compute import Compute
-from mooer_jax.run.setup import section
-from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe import load_model
+from mooer_jax.generation import generate
+from mooer_jax.generation.loading import Loaded, load_model
+from mooer_jax.run.config import EvalConfig, Run
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-  """What is decoded and how it is scored; batch buckets are those of `data`, and one for max_s.
-
-  Attributes:
-    shards: `data.list` of the test set, or its annotation file.
-    references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
-      MooER's test sets, else the transcripts in the shards or the annotation.
-    task: the prompt; "": each utterance's own task, and each is scored by itself.
-    batch_size: utterances decoded together.
-    out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
-      of the folder of the data.list, FOLDER-FILE for an annotation file, or of what else eval.py
-      does: "salmonn" for that suite, "perplexity", "lora_sweep".
-    metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
-    space_mark: what `▁` in a transcript is; "blank", which models are trained to write for it, or
-      "keep", as MooER's script does.
-    skip_missing: leave utterances without a hypothesis out, as MooER's script does.
-    max_s: longest clip, 0 for what the model takes; longer ones are reported, and scored as not
-      decoded.
-    cut_longer: take the first max_s of longer clips instead, as SALMONN does, and say of how many.
-    lora_scale: of LoRA, -1 for that of training.
-    bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
-      "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
-      the model's own, gets BLEU where this is set.
-  """
-
-  shards: str
-  references: str = ""
-  task: str = "asr"
-  batch_size: int = 16
-  out: str = ""
-  metric: str = "mixed"
-  space_mark: str = "blank"
-  skip_missing: bool = False
-  max_s: float = 0.0
-  cut_longer: bool = False
-  lora_scale: float = -1.0
-  bleu_tokenize: str = ""
-
-
-def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
-  """How a test set is read: every clip that the model takes, in order.
+def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
+  """The data config of a test set: every clip that the model takes, in order.
 
   Raises:
     ValueError: if eval.max_s is more than the model takes.
@@ -76,11 +32,9 @@ def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConf
   frontend = model.frontends[0]
   longest_s = max(longest_s, model.min_audio_s)
   longest = num_frames(int(longest_s * frontend.sample_rate_hz), frontend)
-  buckets = section(config, "data", DataConfig).buckets
-  return section(
-    config,
-    "data",
-    DataConfig,
+  buckets = run.data.buckets
+  return dataclasses.replace(
+    run.data,
     shards=options.shards,
     batch_size=options.batch_size,
     window=options.batch_size,
@@ -92,7 +46,7 @@ def data_of(config: Mapping[str, Any], options: EvalConfig, model: SpeechLLMConf
     cut_longer=options.cut_longer,
     max_bad_share=1.0,
     max_s=longest_s,
-    **({"buckets": (*buckets, longest)} if longest > buckets[-1] else {}),
+    buckets=(*buckets, longest) if longest > buckets[-1] else buckets,
   )
 
 
@@ -117,29 +71,31 @@ class Decoded:
   cut: list[str] = dataclasses.field(default_factory=list)
 
 
-class Loaded(NamedTuple):
-  """What `load_model` gives."""
+def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
+  """Loads a checkpoint to run as the sections `compute` and `generation` of a config say.
 
-  params: dict
-  model: SpeechLLMConfig
-  tokenizer: Tokenizer
-  generation: GenerationOptions
+  Raises:
+    ValueError: if the config asks for a mesh of several devices, and as `load_model`.
+  """
+  if asked := {n: k for n, k in dataclasses.asdict(run.mesh).items() if k > 1}:
+    sizes = ", ".join(f"mesh.{name}={size}" for name, size in asked.items())
+    raise ValueError(
+      f"{sizes}: evaluation runs on one device; set"
+      f" {' '.join(f'--config.mesh.{name}=1' for name in asked)}"
+    )
+  return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
 
 
-def load(config: Mapping[str, Any], folder: Path, base: str | None = None) -> Loaded:
-  """Loads a checkpoint to run as the sections `compute` and `generation` of a config say."""
-  compute = build(Compute, {**dict(config.get("compute", {})), "scan": False}, "compute")
-  return Loaded(*load_model(folder, compute, base=base, generation=config.get("generation", {})))
-
-
-def batches_of(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Batches:
-  """The batches of a test set; to make them checks all but the clips.
+def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
+  """The batches of a test set; making them checks everything but the clips.
 
   Raises:
     FileNotFoundError, ValueError: for a bad list or annotation, limits that the model does not
       take, or tasks that it has no prompt for.
   """
-  data = data_of(config, options, loaded.model)
+  if not options.shards:
+    raise ValueError("eval.shards is missing: name the data.list or annotation file of a test set")
+  data = data_of(run, options, loaded.model)
   return eval_batches(data, loaded.tokenizer, loaded.model)
 
 
@@ -158,23 +114,24 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   return out
 
 
-def decode_set(config: Mapping[str, Any], options: EvalConfig, loaded: Loaded) -> Decoded:
+def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> Decoded:
   """Decodes every utterance of a test set that can be read, in the order of its shards.
 
   Says how many answers were cut off.
   """
   params, model, tokenizer, generation = loaded
-  lora_scale = None if options.lora_scale < 0 else options.lora_scale
-  key = jax.random.key(config.get("seed", 0))
+  key = jax.random.key(run.seed)
   decoded = Decoded({}, {}, {}, [])
-  batches = batches_of(config, options, loaded)
+  batches = batches_of(run, options, loaded)
   shortened = 0
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("decoding", total=None)
     for number, host_batch in enumerate(batches):
       batch_key = jax.random.fold_in(key, number)
       generated = jax.device_get(
-        generate(params, host_batch.batch, model, generation, key=batch_key, lora_scale=lora_scale)
+        generate(
+          params, host_batch.batch, model, generation, key=batch_key, lora_scale=options.lora_scale
+        )
       )
       for row, name in enumerate(host_batch.keys):
         tokens = generated.tokens_BS[row, : generated.lengths_B[row]]

@@ -1,41 +1,37 @@
 """Decodes a test set, writes the hypotheses, scores them."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from mooer_jax import checkpoint
-from mooer_jax.config import to_json
-from mooer_jax.data.annotation import is_annotation, read_annotation
+from mooer_jax.data.annotation import is_annotation
 from mooer_jax.evaluation import report
-from mooer_jax.evaluation.by_task import score_by_task
-from mooer_jax.evaluation.by_task import table as task_table
-from mooer_jax.evaluation.by_task import write as write_by_task
-from mooer_jax.evaluation.score import Score, ScoreConfig, score
+from mooer_jax.evaluation.answers import score_by_task
+from mooer_jax.evaluation.answers import table as task_table
+from mooer_jax.evaluation.answers import write as write_by_task
+from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
-from mooer_jax.evaluation.tokens import METRICS
-from mooer_jax.evaluation.translation import Bleu, bleu_of_task, check_tokenizer
+from mooer_jax.evaluation.translation import Bleu, bleu_of_task
 from mooer_jax.prompts import split_answer
-from mooer_jax.run.decoding import EvalConfig, batches_of, decode_set, load, out_folder
-from mooer_jax.run.setup import prepare_process, section
-from mooer_jax.run.suite import run_suite
+from mooer_jax.run.config import EvalConfig, Run
+from mooer_jax.run.decoding import decode_set, load, out_folder
+from mooer_jax.run.process import prepare_process
 
 _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
 
 
 def evaluate(
-  config: Mapping[str, Any], path: str, *, base: str | None = None
+  run: Run, path: str, *, base: str | None = None
 ) -> tuple[dict[str, Score], Bleu | None]:
   """Runs `eval.py`: leaves `text`, report.json, report.txt.
 
   Args:
-    config: with sections `eval`, `data`, and what overrides the checkpoint's `generation`.
+    run: the config; its `generation` overrides the options of the checkpoint.
     path: checkpoint folder, or training workdir.
     base: where the base of a fine-tune lies, if it moved.
 
@@ -47,22 +43,13 @@ def evaluate(
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or reference file.
   """
   prepare_process()
-  options = section(config, "eval", EvalConfig)
-  if options.metric not in METRICS:
-    raise ValueError(f"eval.metric={options.metric!r}: choose one of {sorted(METRICS)}")
-  if options.bleu_tokenize:
-    check_tokenizer(options.bleu_tokenize)
-    if not options.task:
-      raise ValueError(
-        f"eval.bleu_tokenize={options.bleu_tokenize!r} is for answers of one task: set eval.task or"
-        " leave it out, and each task is scored in its own way"
-      )
+  options = run.eval
   folder = checkpoint.find(path)
   shards = Path(options.shards).absolute()
   out = out_folder(options, folder, _name(shards))
   references = _given_references(options, out)  # before minutes of work, for it may be wrong
   start = time.perf_counter()
-  decoded = decode_set(config, options, load(config, folder, base))
+  decoded = decode_set(run, options, load(run, folder, base))
   seconds = time.perf_counter() - start
   write_text(out / "text", decoded.hypotheses)
 
@@ -110,50 +97,6 @@ def evaluate(
     console.print(f"not decoded: {s.key}: {s.cause} {s.detail}", markup=False)
   console.print(f"hypotheses and reports in {out}", markup=False, soft_wrap=True)
   return scores, translated
-
-
-def evaluate_suite(
-  config: Mapping[str, Any], path: str, annotations: str, *, base: str | None = None
-) -> dict[str, Any]:
-  """Runs `eval.py --suite=salmonn`: see `run.suite.run_suite` for files and results.
-
-  Args:
-    config: with sections `eval`, `data`, and what overrides the checkpoint's `generation`.
-    path: checkpoint folder, or training workdir.
-    annotations: folder of the annotation files.
-    base: where the base of a fine-tune lies, if it moved.
-
-  Raises:
-    FileNotFoundError, ValueError: for a bad config, checkpoint or annotation file.
-  """
-  prepare_process()
-  folder = checkpoint.find(path)
-  options = section(config, "eval", EvalConfig)
-  out = out_folder(options, folder, "salmonn")
-  loaded = load(config, folder, base)
-
-  def of_file(file: Path) -> EvalConfig:
-    return dataclasses.replace(options, shards=str(file), task="")
-
-  def check(file: Path):
-    lacking = [n for n, e in enumerate(read_annotation(str(file))) if not e.get("task")]
-    if lacking:
-      raise ValueError(
-        f"{file}: annotation[{lacking[0]}] and {len(lacking) - 1} others name no task; give each"
-        ' its "task"'
-      )
-    batches_of(config, of_file(file), loaded)
-
-  def decode(file: Path) -> dict[str, str]:
-    decoded = decode_set(config, of_file(file), loaded)
-    for s in decoded.skipped:
-      print(f"{file.name}: not decoded: {s.key}: {s.cause} {s.detail}")
-    return decoded.hypotheses
-
-  asked = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)
-  of = [checkpoint.describe(folder, base=base).hash, loaded.generation, asked]
-  of += [loaded.model.compute.dtype, options.lora_scale, options.max_s, options.cut_longer]
-  return run_suite(annotations, out, decode, check=check, identity=" ".join(map(str, of)))
 
 
 def _name(shards: Path) -> str:

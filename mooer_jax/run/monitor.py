@@ -2,20 +2,45 @@
 
 import dataclasses
 import json
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mooer_jax.evaluation.probe_report import Perplexity
+
+class Evaluation(NamedTuple):
+  """The result of an evaluator.
+
+  Attributes:
+    scalars: values for TensorBoard, by name.
+    line: a summary for the log.
+  """
+
+  scalars: dict[str, float]
+  line: str
+
+
+class Evaluator(Protocol):
+  """Measures a model while it is trained.
+
+  Attributes:
+    every: optimizer steps between two measurements; the first and the last model are always
+      measured.
+  """
+
+  every: int
+
+  def lacks(self, step: int) -> bool:
+    """Whether this step has not been measured yet, by an earlier part of the run."""
+
+  def __call__(self, step: int, params: dict) -> Evaluation:
+    """Measures the parameters after a step."""
 
 
 class Monitor:
@@ -127,19 +152,15 @@ class Monitor:
     if not self._console.is_terminal:
       self.message(f"step {step}/{self._steps}  {line}")
 
-  def measure(self, probe: Callable[[int, dict], Sequence[Perplexity]], step: int, params: dict):
-    """Lets a probe measure, and records it; the time does not count as that of steps."""
+  def evaluate(self, evaluator: Callable[[int, dict], Evaluation], step: int, params: dict):
+    """Runs an evaluator and records its result; its time does not count as training."""
     before = time.perf_counter()
-    rows = probe(step, params)
+    evaluation = evaluator(step, params)
     start, steps, audio_s = self._since
     self._since = start + time.perf_counter() - before, steps, audio_s
-    said: dict[str, list[str]] = {}
-    for row in rows:
-      name = f"perplexity/{row.instruction.strip('()')}/{row.task}"
-      self._tensorboard.add_scalar(name, row.perplexity, row.step)
-      said.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
-    shown = ("  ".join((f"under {name}:", *values)) for name, values in said.items())
-    self.message(f"step {rows[0].step}  perplexities {'; '.join(shown)}")
+    for name, value in evaluation.scalars.items():
+      self._tensorboard.add_scalar(name, value, step)
+    self.message(f"step {step}  {evaluation.line}")
 
   def message(self, text: str):
     """Prints a line above the progress bar."""
@@ -198,25 +219,3 @@ def _draw(axes, rows, name, color):
   means = np.convolve(values, np.ones(window) / window, mode="valid")
   axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.35)
   axes.plot(steps[window - 1 :], means, color=color, linewidth=1.5)
-
-
-class StopRequest:
-  """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second one kills."""
-
-  def __init__(self):
-    self.requested = False
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self):
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._previous[number] = signal.signal(number, self._handle)
-    return self
-
-  def _handle(self, number, frame):
-    self.requested = True
-    print("stopping after this step; once more to stop at once", file=sys.stderr)
-    signal.signal(number, self._previous[number])
-
-  def __exit__(self, *error):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)

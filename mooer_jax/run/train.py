@@ -2,53 +2,56 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
-from mooer_jax.data.pipeline import train_batches
-from mooer_jax.run.activation import with_own_answers
+from mooer_jax.data.dataset import train_batches
 from mooer_jax.run.config import Run
-from mooer_jax.run.feature_cache import fill_cache
-from mooer_jax.run.initial import initial_params, initial_state, measure_cmvn
-from mooer_jax.run.monitor import Monitor, StopRequest
-from mooer_jax.run.probe import Probe
-from mooer_jax.run.program import CompiledStep, jitted_step
-from mooer_jax.run.setup import (
+from mooer_jax.run.fill_feature_cache import fill_cache
+from mooer_jax.run.monitor import Evaluator, Monitor
+from mooer_jax.run.process import StopRequest, prepare_process
+from mooer_jax.run.start import (
   check_vocabulary,
-  prepare_process,
+  initial_params,
+  initial_state,
+  measure_cmvn,
   read_tokenizer,
 )
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
+from mooer_jax.training.program import CompiledStep, jitted_step
 from mooer_jax.training.sharding import (
   batch_sharding,
   make_mesh,
 )
-from mooer_jax.training.state import TrainState
-from mooer_jax.training.step import check_finite
+from mooer_jax.training.step import TrainState, check_finite
+
+MakeEvaluator = Callable[[Run, Tokenizer, jax.sharding.Mesh, int], Evaluator]
 
 
-def train(config: ConfigDict) -> Path:
+def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
   """Trains as the config says and returns the folder of the last checkpoint.
 
-  A workdir that holds checkpoints is gone on with, bit for bit; Ctrl-C or SIGTERM saves first.
+  If the workdir contains checkpoints, training resumes from the latest, bit for bit. Ctrl-C or
+  SIGTERM saves a checkpoint first.
+
+  Args:
+    run: the config.
+    evaluators: make what measures the model while it trains, from (run, tokenizer, mesh, the step
+      that training starts or resumes from).
 
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint.
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
-  run = Run.read(config)  # a mistake shows before anything is loaded
+  run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   _check_rows(run, mesh)
-  with_answers = with_own_answers(config)
-  if with_answers is None:
-    return Path(config["workdir"])
-  run = Run.read(with_answers)
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
   measured = any(frontend.normalised for frontend in run.model.frontends)
@@ -59,16 +62,19 @@ def train(config: ConfigDict) -> Path:
     )
   base = _base_of(resumed, run.init_from) if resumed else run.init_from
   if resumed:
-    print(f"goes on from {resumed}")
+    print(f"resuming from {resumed}")
     if checkpoint.step_of(resumed) >= run.train.steps:
-      print(f"all train.steps={run.train.steps} are done; for more, raise it and total_steps")
-      if run.probe.shards:
-        print("a run that is done is measured by: eval.py --mode=perplexity")
+      print(
+        f"all train.steps={run.train.steps} are done; for more, raise train.steps and"
+        " optimizer.total_steps"
+      )
+      if evaluators:
+        print("to measure a finished run: eval.py --mode=perplexity")
       return resumed
-  tokenizer = read_tokenizer(config, start_from)
+  tokenizer = read_tokenizer(run, start_from)
   check_vocabulary(tokenizer, run.model)
   first = checkpoint.step_of(resumed) if resumed else 0
-  probe = Probe(with_answers, run, tokenizer, mesh=mesh, first=first) if run.probe.shards else None
+  measuring = [make(run, tokenizer, mesh, first) for make in evaluators]
 
   params = initial_params(
     run, mesh, start_from, exactly=bool(resumed), base=base if resumed else None
@@ -107,8 +113,9 @@ def train(config: ConfigDict) -> Path:
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
     train_step = CompiledStep(jitted, state, frozen, dataset.shapes, monitor.message)
-    if probe and probe.lacks(first):
-      monitor.measure(probe, first, tree.merge(state.trainable, frozen))
+    for evaluator in measuring:
+      if evaluator.lacks(first):
+        monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
     for step in range(first + 1, run.train.steps + 1):
       host_batch = next(batches)
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
@@ -119,20 +126,20 @@ def train(config: ConfigDict) -> Path:
       pending = (metrics, host_batch)
       last = step == run.train.steps or stop.requested
       saves = last or step % run.train.save_every == 0
-      measures = probe and (last or step % run.probe.every == 0) and not stop.requested
-      if saves or measures:
+      due = [e for e in measuring if (last or step % e.every == 0) and not stop.requested]
+      if saves or due:
         check_finite(metrics)
         monitor.record(*pending)
         pending = None
       if saves:
         folder = save(run, state, frozen, tokenizer, batches.get_state(), base)
         monitor.message(f"saved {folder}")
-      if probe and measures:
-        monitor.measure(probe, step, tree.merge(state.trainable, frozen))
+      for evaluator in due:
+        monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
       if last:
         break
   if stop.requested:
-    print(f"stopped at step {step}; the same command goes on from there")
+    print(f"stopped at step {step}; rerun the same command to resume")
   assert folder is not None
   return folder
 
@@ -181,7 +188,7 @@ def save(
     params=jax.jit(tree.unstack_layers)(params),  # jit: eager slicing needs all shards here
     config_json=to_json(run.model),
     tokenizer=tokenizer.save,
-    generation=dataclasses.asdict(run.generation),
+    generation=dataclasses.asdict(run.decoding_defaults()),
     base=base,
     train_state=dataclasses.replace(state, trainable=None),
     data_state=data_state,

@@ -213,12 +213,12 @@ def _from_sentencepiece(folder: Path, config: dict):
   """The tokenizer of `tokenizer.model` with the tokens that were added later, and its config."""
   from tokenizers import AddedToken
 
-  from mooer_jax.text import spm
+  from mooer_jax.text import sentencepiece
 
   file = folder / _SENTENCEPIECE_FILE
-  pieces = spm.read_model(file)
+  pieces = sentencepiece.read_model(file)
   try:
-    model = spm.build_tokenizer(pieces, legacy=config.get("legacy") is not False)
+    model = sentencepiece.build_tokenizer(pieces, legacy=config.get("legacy") is not False)
   except ValueError as error:
     raise ValueError(f"{file}: {error}") from error
   added = {

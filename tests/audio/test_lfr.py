@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooer_jax.audio.lfr import num_stacks, stack_frames, stack_frames_jax
+from mooer_jax.audio.frontend import num_stacks, stack_frames, stack_frames_jax
 
 stack = jax.jit(stack_frames_jax, static_argnames=("window", "stride"))
 
@@ -67,7 +67,7 @@ def test_no_frames_are_refused():
 
 
 @pytest.mark.parametrize(("window", "stride"), [(3, 4), (7, 0)])
-def test_settings_that_would_lose_frames_are_refused(window, stride):
+def test_stacking_that_would_lose_frames_is_refused(window, stride):
   with pytest.raises(ValueError, match=f"window is {window}, stride {stride}"):
     stack_frames(frames(10), window=window, stride=stride)
   with pytest.raises(ValueError, match=f"window is {window}, stride {stride}"):

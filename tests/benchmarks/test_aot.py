@@ -21,15 +21,15 @@ from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.connectors.qformer import QFormerConfig
-from mooer_jax.data.batching import Batcher
+from mooer_jax.data.batches import Batcher
 from mooer_jax.data.config import DataConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.nn.compute import Compute
-from mooer_jax.run.program import abstract_state, jitted_step
 from mooer_jax.training.optimizer import OptimizerConfig
+from mooer_jax.training.program import abstract_state, jitted_step
 from mooer_jax.training.sharding import make_mesh
 
 ROWS, FRAMES, PROMPT, ANSWER = 48, 50, 7, 9

@@ -8,8 +8,7 @@ import pytest
 
 from mooer_jax import tree
 from mooer_jax.config import DECODERS
-from mooer_jax.decoders.kv_cache import KVCache
-from mooer_jax.decoders.llm import LLM, LLMConfig, Placement
+from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig, Placement
 from mooer_jax.nn.compute import Compute
 from tests import tiny
 

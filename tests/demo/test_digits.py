@@ -81,13 +81,13 @@ def _report(**changes):
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"loss_last": 1.01}, "not down by half"),
-    ({"loss_last": float("nan")}, "not down by half"),
+    ({"loss_last": 1.01}, "did not fall by half"),
+    ({"loss_last": float("nan")}, "did not fall by half"),
     ({"cer": 0.06}, "CER is 6.00 %"),
     ({"cer": None}, "CER is undefined"),
     ({"utterances": [{"hypothesis": "1"}, {"hypothesis": None}]}, "no transcript"),
     ({"utterances": [{"hypothesis": ""}]}, "every transcript is empty"),
-    ({"transcribed": {"text": ""}}, "heard nothing"),
+    ({"transcribed": {"text": ""}}, "empty transcript"),
   ],
 )
 def test_a_run_that_did_not_learn_is_a_failure(changes, message):

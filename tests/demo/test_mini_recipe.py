@@ -93,7 +93,7 @@ def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, 
   monkeypatch.setattr(recipe, "weights", lambda *_: (tmp_path, tmp_path))
   monkeypatch.setattr(recipe.Stages, "run", lambda *_, **__: 0.0)
   monkeypatch.setattr(recipe, "_score", lambda _, model, test, beams: scored.append(beams) or {})
-  with pytest.raises(FileNotFoundError, match="no {digit}_{speaker}_{n}.wav, nor in its record"):
+  with pytest.raises(FileNotFoundError, match="no {digit}_{speaker}_{n}.wav in it or in its"):
     recipe.run(Recipe(tmp_path), fsdd=tmp_path)  # at once
   (tmp_path / "recordings").mkdir()
   (tmp_path / "recordings/0_theo_0.wav").touch()

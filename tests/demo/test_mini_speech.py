@@ -203,7 +203,7 @@ def test_lanes_hold_every_clip_once(plans):
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"engines": ("hibari",)}, "espeak and any"),
+    ({"engines": ("hibari",)}, "must contain espeak"),
     ({"engines": ("espeak", "festival")}, "festival"),
     ({"max_digits": 9}, "2 to 8"),
   ],

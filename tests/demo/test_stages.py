@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from demo.stages import Stages, Terminated, call
+from demo.stages import Stages, Terminated, call, imported_sources
 
 # The command says that it is there, then ends as train.py does: it saves first.
 COMMAND = """
@@ -112,8 +112,19 @@ def test_what_is_made_again_is_said_and_what_others_made_is_left_alone(tmp_path,
   made = tmp_path / "made"
   for made_from in ("1", "2"):
     Stages(tmp_path).run("step", made_from, made.mkdir, makes=made)
-  assert f"{made} was made from other inputs" in capsys.readouterr().out
+  assert f"{made} has other inputs or is incomplete" in capsys.readouterr().out
   (tmp_path / "stages.json").unlink()
-  with pytest.raises(RuntimeError, match="made is where step would go, .*: move it away"):
+  with pytest.raises(RuntimeError, match="made is the output folder of step, .* move it away"):
     Stages(tmp_path).run("step", "2", made.mkdir, makes=made)
   assert made.exists()
+
+
+def test_the_sources_of_a_program_are_those_that_it_imports(tmp_path):
+  (tmp_path / "package").mkdir()
+  (tmp_path / "package" / "__init__.py").write_text("")
+  (tmp_path / "package" / "used.py").write_text("def f():\n  import package.deep\n")
+  (tmp_path / "package" / "deep.py").write_text("import json\n")
+  (tmp_path / "package" / "unused.py").write_text("")
+  (tmp_path / "program.py").write_text("from package import used\n")
+  found = imported_sources(tmp_path / "program.py", tmp_path)
+  assert {path.name for path in found} == {"program.py", "__init__.py", "used.py", "deep.py"}

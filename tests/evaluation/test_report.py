@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooer_jax.evaluation.alignment import align
+from mooer_jax.evaluation.error_rate import ScoreConfig, score
 from mooer_jax.evaluation.report import (
   alignment_lines,
   as_dict,
@@ -16,7 +17,6 @@ from mooer_jax.evaluation.report import (
   table,
   write_report,
 )
-from mooer_jax.evaluation.score import ScoreConfig, score
 
 
 @pytest.fixture

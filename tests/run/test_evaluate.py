@@ -10,9 +10,8 @@ import sacrebleu
 import mooer_jax.run.decoding
 from mooer_jax.data.shards import read_list
 from mooer_jax.evaluation.text_files import read_text
-from mooer_jax.run.evaluate import evaluate
-from mooer_jax.run.train import train
 from mooer_jax.text.tokenizer import Tokenizer
+from tests.run.programs import evaluate, train
 
 
 def test_evaluation_decodes_all_and_scores(config, data_list, tmp_path):

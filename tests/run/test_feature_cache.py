@@ -14,11 +14,10 @@ from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import to_json
-from mooer_jax.data.cache import digest
+from mooer_jax.data.feature_cache import digest
 from mooer_jax.data.shards import RawUtterance
-from mooer_jax.run import feature_cache
-from mooer_jax.run.config import Run
-from mooer_jax.run.defaults import default_config
+from mooer_jax.run import fill_feature_cache
+from mooer_jax.run.config import Run, default_config
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import make_mesh
 from tests import tiny
@@ -88,7 +87,7 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
   prepared, monkeypatch
 ):
   run, params, mesh = prepared
-  cache = feature_cache.fill_cache(run, params, mesh)
+  cache = fill_feature_cache.fill_cache(run, params, mesh)
   folder = run.init_from.parent
   paths = sorted(folder.glob("*.wav"))
   assert sorted(cache.names()) == sorted(map(_digest, paths))
@@ -99,23 +98,23 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
       np.testing.assert_allclose(kept_TD, expected_TD, rtol=2e-3, atol=2e-3)
 
   with monkeypatch.context() as patch:  # nothing is read again where nothing changed
-    patch.setattr(feature_cache, "uncached_batches", None)
-    assert len(feature_cache.fill_cache(run, params, mesh)) == 3
+    patch.setattr(fill_feature_cache, "uncached_batches", None)
+    assert len(fill_feature_cache.fill_cache(run, params, mesh)) == 3
   before = paths[0].stat()
   paths[0].write_bytes(paths[1].read_bytes()[:-2000])
   os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-  changed = feature_cache.fill_cache(run, params, mesh)
+  changed = fill_feature_cache.fill_cache(run, params, mesh)
   assert changed.folder == cache.folder and len(changed) == 4
   assert changed.get(_digest(paths[0])) is not None
 
-  monkeypatch.setattr(feature_cache, "FRAMES_VERSION", feature_cache.FRAMES_VERSION + 1)
-  assert feature_cache.fill_cache(run, params, mesh).folder != cache.folder
+  monkeypatch.setattr(fill_feature_cache, "FRAMES_VERSION", fill_feature_cache.FRAMES_VERSION + 1)
+  assert fill_feature_cache.fill_cache(run, params, mesh).folder != cache.folder
 
 
 def test_of_a_clip_that_is_cut_the_whole_length_is_kept_for_training_to_count(prepared):
   run, params, mesh = prepared
   run = dataclasses.replace(run, data=dataclasses.replace(run.data, max_s=0.5, cut_longer=True))
-  cache = feature_cache.fill_cache(run, params, mesh)
+  cache = fill_feature_cache.fill_cache(run, params, mesh)
   streams = zip(run.model.encoders, run.model.frontends, strict=True)
   heard = [encoder.num_outputs(num_frames(8000, frontend)) for encoder, frontend in streams]
   for path in sorted(run.init_from.parent.glob("*.wav")):
@@ -128,8 +127,8 @@ def test_of_a_clip_that_is_cut_the_whole_length_is_kept_for_training_to_count(pr
 def test_the_next_stage_shares_the_frames_and_other_encoders_do_not(prepared, dtype):
   run, params, mesh = prepared
   params = jax.tree.map(lambda x: x.astype(dtype), params)
-  first = feature_cache.fill_cache(run, params, mesh)
+  first = fill_feature_cache.fill_cache(run, params, mesh)
   tuned = {**params, "connector": jax.tree.map(lambda x: x + 1, params["connector"])}
-  assert feature_cache.fill_cache(run, tuned, mesh).folder == first.folder
+  assert fill_feature_cache.fill_cache(run, tuned, mesh).folder == first.folder
   others = {**params, "encoders": jax.tree.map(lambda x: x * 2, params["encoders"])}
-  assert feature_cache.fill_cache(run, others, mesh).folder != first.folder
+  assert fill_feature_cache.fill_cache(run, others, mesh).folder != first.folder

@@ -8,23 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-import mooer_jax.run.activation
+import mooer_jax.projects.salmonn.activation
 import mooer_jax.run.decoding
 from convert.joining import join
 from mooer_jax import checkpoint, speech_llm
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.config import part_to_json
-from mooer_jax.evaluation.probe_report import read_perplexities, write
+from mooer_jax.evaluation.perplexity import read_perplexities, write
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.prompts import encode_prompt, fill_template
-from mooer_jax.run.decoding import decode_set, load
-from mooer_jax.run.defaults import default_config
-from mooer_jax.run.evaluate import evaluate, evaluate_suite
-from mooer_jax.run.probe import lora_sweep, perplexity
-from mooer_jax.run.setup import read_model
-from mooer_jax.run.train import train
+from mooer_jax.run.config import Run, default_config
+from mooer_jax.run.decoding import decode_set
 from mooer_jax.text.tokenizer import Tokenizer
+from tests.run.programs import evaluate, evaluate_suite, load, lora_sweep, perplexity, train
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 ?\n<>/SH"
@@ -80,7 +77,7 @@ def settings(clips, tmp_path_factory):
 def base(settings):
   """The joined checkpoint, of random parts."""
   folder, config = settings
-  model = read_model(config, scan=False)
+  model = Run.read(config).model.with_compute(scan=False)
   params = speech_llm.init(jax.random.key(0), model)
   tokenizer = Tokenizer.from_characters(CHARACTERS, SPECIALS, eos="<|im_end|>")
   heard = checkpoint.save(
@@ -342,7 +339,7 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
 
   config.activation.review = True
   with monkeypatch.context() as patch:
-    patch.setattr(mooer_jax.run.activation, "decode_set", decode_some)
+    patch.setattr(mooer_jax.projects.salmonn.activation, "decode_set", decode_some)
     assert checkpoint.latest(train(config)) is None  # stops for the person
   config.activation.review = False
   tuned = train(config)
@@ -353,7 +350,7 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   made = tmp_path / "tuned/activation.json"
   answers = json.loads(made.read_text())["annotation"]
   assert [(entry["text"], entry["task"]) for entry in answers] == [("a yes", "asr")] * 3
-  assert "the answer was cut off by generation.max_new_tokens, left out" in capsys.readouterr().out
+  assert "the answer reached generation.max_new_tokens; left out" in capsys.readouterr().out
   assert _metrics(tmp_path / "tuned")[0]["tokens"] == 8 * len("a yes") + 8
 
   config.train.steps = 2
@@ -370,15 +367,15 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   train(config)
   assert _metrics(tmp_path / "again")[0]["tokens"] == 8 * len("no") + 8
   config.activation.lora_scale = 1.5
-  with pytest.raises(ValueError, match=r"was made with lora_scale=0.0, now 1.5\."):
+  with pytest.raises(ValueError, match=r"was generated with lora_scale=0.0, now 1.5\."):
     train(config)
   config.activation.lora_scale, config.generation.max_new_tokens = 0.0, 7
   train(config)  # longer answers may be written by hand
   config.generation.num_beams = 2
-  with pytest.raises(ValueError, match="was made with generation=.*'num_beams': 2"):
+  with pytest.raises(ValueError, match="was generated with generation=.*'num_beams': 2"):
     train(config)
   config.generation.num_beams, config.init_from = 1, str(base)
-  with pytest.raises(ValueError, match="begins with a trained model; this holds encoders"):
+  with pytest.raises(ValueError, match="trained model; this checkpoint has only encoders"):
     train(config)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mooer_jax.data.batching import HostBatch
+from mooer_jax.data.batches import HostBatch
 from mooer_jax.run.monitor import Monitor
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, tree
-from mooer_jax.run.evaluate import evaluate
-from mooer_jax.run.train import train
 from mooer_jax.training import sharding
 from mooer_jax.training.step import NotFiniteError
+from tests.run.programs import evaluate, train
 
 
 def losses(workdir) -> list[tuple[int, float]]:

@@ -1,0 +1,179 @@
+"""Tables and figures of what `run/perplexity.py` measures."""
+
+import dataclasses
+import itertools
+import json
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Column, Table
+
+from mooer_jax.evaluation.answers import TaskScore
+
+NONE = "(none)"  # what the absence of an instruction is called
+_STYLES = ("-", "--", ":", "-.")  # of the lines of several LoRA scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+  """Of the reference answers to one task.
+
+  Attributes:
+    checkpoint: its folder, or that of a run that is measured as it trains.
+    step: of the checkpoint in its run, 0 where it is in none.
+    scale: of LoRA.
+    instruction: the task whose prompt was given, "(none)" without.
+    task: whose answers they are.
+    perplexity: exp(nats per token).
+    tokens: in them, eos included.
+  """
+
+  checkpoint: str
+  step: int
+  scale: float
+  instruction: str
+  task: str
+  perplexity: float
+  tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+  """How the answers to a task are at a LoRA scale."""
+
+  scale: float
+  task: str
+  score: TaskScore
+
+
+def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None:
+  """Writes them as JSON."""
+  made = [dataclasses.asdict(row) for row in rows]
+  beside = path.with_suffix(".tmp")
+  beside.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+  beside.replace(path)
+
+
+def read_perplexities(path: Path) -> list[Perplexity]:
+  """Reads what `write` wrote."""
+  return [Perplexity(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def perplexity_table(rows: Sequence[Perplexity]) -> Table:
+  """A line for each checkpoint, scale and instruction, a column for each task."""
+  tasks = list(dict.fromkeys(row.task for row in rows))
+  whole = Column("checkpoint", overflow="fold")
+  table = Table(whole, "step", "LoRA scale", "instruction", *tasks, title="perplexity")
+  lines: dict[tuple, dict[str, float]] = {}
+  for r in rows:
+    line = lines.setdefault((r.checkpoint, r.step, r.scale, r.instruction), {})
+    line[r.task] = r.perplexity
+  for (folder, step, scale, instruction), found in lines.items():
+    shown = (f"{found[task]:.2f}" if task in found else "" for task in tasks)
+    table.add_row(_name(folder), str(step), f"{scale:g}", instruction, *shown)
+  return table
+
+
+def sweep_table(points: Sequence[SweepPoint]) -> Table:
+  """A line for each scale, a column for each task: accuracy, and WER in brackets; or BLEU."""
+  tasks = list(dict.fromkeys(point.task for point in points))
+  table = Table("LoRA scale", *tasks, title="accuracy % (WER %), or BLEU")
+  found = {(p.scale, p.task): p for p in points}
+  for scale in dict.fromkeys(p.scale for p in points):
+    cells = (found[scale, task] for task in tasks)
+    table.add_row(f"{scale:g}", *(_cell(c) for c in cells))
+  return table
+
+
+def _cell(point: SweepPoint) -> str:
+  if point.score.bleu is not None:
+    return f"BLEU {point.score.bleu:.1f}"
+  wer = "–" if point.score.wer is None else f"{point.score.wer:.1f}"
+  return f"{100 * point.score.accuracy:.1f} ({wer})"
+
+
+def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
+  """P(Y|X) above P(Y|X, I), a column for each instruction, as the paper's figure 4.
+
+  A column shows the tasks but those of the other instructions. Against the step, the LoRA scale of
+  a single checkpoint, or the checkpoints in their order where their steps do not grow.
+  """
+  from matplotlib.figure import Figure
+
+  given = [name for name in dict.fromkeys(row.instruction for row in rows) if name != NONE]
+  tasks = list(dict.fromkeys(row.task for row in rows))
+  scales = sorted({row.scale for row in rows})
+  folders = list(dict.fromkeys((row.checkpoint, row.step) for row in rows))
+  over_scales = len(folders) == 1
+  by_step = all(a < b for (_, a), (_, b) in itertools.pairwise(folders))
+
+  def x_of(row: Perplexity) -> float:
+    if over_scales:
+      return row.scale
+    return row.step if by_step else folders.index((row.checkpoint, row.step))
+
+  def draw(axes, shown: Sequence[Perplexity]):
+    lines: dict[tuple[str, float | None], list[Perplexity]] = {}
+    for row in sorted(shown, key=x_of):
+      lines.setdefault((row.task, None if over_scales else row.scale), []).append(row)
+    for (task, scale), line in sorted(lines.items(), key=lambda item: tasks.index(item[0][0])):
+      label, style = task, "-"
+      if scale is not None and len(scales) > 1:
+        label, style = f"{task}, {scale:g}", _STYLES[scales.index(scale) % len(_STYLES)]
+      x, y = [x_of(row) for row in line], [row.perplexity for row in line]
+      color = f"C{tasks.index(task)}"
+      axes.plot(x, y, "o", linestyle=style, color=color, label=label, markersize=4)
+    axes.set_yscale("log")
+    axes.legend(fontsize="small")
+
+  columns, height = max(1, len(given)), 2 if given else 1
+  figure = Figure(figsize=(max(4.6 * columns, 5.2), 3.4 * height), layout="constrained")
+  grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
+  letters = itertools.chain(string.ascii_lowercase, map(str, itertools.count(27)))
+  for instructions, panels in zip(([NONE] * columns, given), grid, strict=False):
+    for column, (instruction, axes) in enumerate(zip(instructions, panels, strict=True)):
+      others = {*given} - {*given[column : column + 1]}
+      draw(axes, [r for r in rows if r.instruction == instruction and r.task not in others])
+      what = "P(Y|X)" if instruction == NONE else f"P(Y|X, I), I of {instruction}"
+      axes.set_title(f"({next(letters)}) {what}" if given else what)
+  for axes in grid[-1]:
+    axes.set_xlabel("LoRA scale" if over_scales else "step" if by_step else "")
+    if not by_step:
+      axes.set_xticks(range(len(folders)), [_name(f) for f, _ in folders], rotation=30, ha="right")
+  for panels in grid:
+    panels[0].set_ylabel("perplexity of the references")
+  figure.savefig(path, dpi=120)
+  return path
+
+
+def _name(folder: str) -> str:
+  return "/".join(Path(folder).parts[-2:])
+
+
+def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path:
+  """Accuracy, word error rate and, of tasks that translate, BLEU against the LoRA scale."""
+  from matplotlib.figure import Figure
+
+  translates = any(point.score.bleu is not None for point in points)
+  panels = 3 if translates else 2
+  figure = Figure(figsize=(4.5 * panels, 3.8), layout="constrained")
+  accuracy, wer, *bleu = figure.subplots(1, panels)
+  for number, task in enumerate(dict.fromkeys(point.task for point in points)):
+    line = sorted((p for p in points if p.task == task), key=lambda p: p.scale)
+    scales, style = [p.scale for p in line], dict(marker="o", color=f"C{number}")
+    accuracy.plot(scales, [100 * p.score.accuracy for p in line], label=task, **style)
+    rates = [p.score.wer for p in line]
+    wer.plot(scales, [None if rate is None else min(rate, 200) for rate in rates], **style)
+    if line[0].score.bleu is not None:
+      bleu[0].plot(scales, [p.score.bleu for p in line], **style)
+  accuracy.set(ylabel="answers that are right, %", ylim=(-3, 103))
+  wer.set(ylabel="word error rate, % (above 200 at 200)")
+  if bleu:
+    bleu[0].set(ylabel="BLEU", ylim=(-3, 103))
+  for axes in (accuracy, wer, *bleu):
+    axes.set_xlabel("LoRA scale")
+    axes.axvline(trained, color="grey", linewidth=0.8, linestyle="--")
+  accuracy.legend(fontsize="small")
+  figure.savefig(path, dpi=120)
+  return path

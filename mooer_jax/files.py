@@ -1,0 +1,106 @@
+"""Files that are replaced as a whole, JSON files, and the lock of a folder."""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+  """Yield a path beside `path` to write to; when the block succeeds, it replaces `path`.
+
+  The folder is created if needed. The temporary name is unique, so concurrent writers do not mix
+  their content, and the content is on the disk before the rename. If the block fails or is
+  interrupted, the temporary file is removed and `path` is unchanged.
+  """
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+  try:
+    yield beside
+    with open(beside, "rb+") as file:
+      os.fsync(file.fileno())
+    os.replace(beside, path)
+  finally:
+    beside.unlink(missing_ok=True)
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+  """Read a JSON file that holds an object; a byte order mark is allowed.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is not UTF-8, not JSON or not an object; one line that names the file.
+  """
+  try:
+    value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is not readable as JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} must hold a JSON object, but holds a {type(value).__name__}")
+  return value
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | Path, say: Callable[[str], Any] = print) -> Iterator[None]:
+  """Hold the lock of a folder, so that no second process writes to it.
+
+  The lock is an `flock` on the file `.lock`, which also works on NFS. The kernel releases it when
+  the process ends, for whatever reason, so a lock is never left behind.
+
+  Args:
+    folder: created if needed.
+    say: receives a line if the last process was killed while it held the lock, or if the file
+      system has no locks, in which case the block runs without one.
+
+  Raises:
+    ValueError: if another process holds the lock; names its host, process id and start time.
+  """
+  import fcntl  # not on Windows; this module is imported by everything
+
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / LOCK_FILE
+  with open(path, "a+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(
+        f"{folder} is in use by {_holder(file)[0]}; wait until it ends, stop it, or choose another"
+        " folder"
+      ) from None
+    except OSError as error:
+      say(f"{folder} cannot be locked ({error}); make sure that no other process writes to it")
+      yield
+      return
+    holder, host = _holder(file)
+    if host:
+      elsewhere = "" if host == socket.gethostname() else "; if it still runs, stop one of the two"
+      say(f"{folder}: {holder} ended without releasing its lock, which is taken over{elsewhere}")
+    file.truncate(0)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
+    file.flush()
+    os.fsync(file.fileno())
+    try:
+      yield
+    finally:
+      file.truncate(0)
+
+
+def _holder(file) -> tuple[str, str]:
+  """Description and host of the process that wrote a lock file; the host is "" if none did."""
+  file.seek(0)
+  try:
+    about = json.loads(file.read())
+    return f"process {about['pid']} on {about['host']} since {about['since']}", about["host"]
+  except (ValueError, KeyError, TypeError):  # empty, or the process was killed while it wrote
+    return "another process", ""

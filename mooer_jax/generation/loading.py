@@ -1,0 +1,57 @@
+"""Loading a checkpoint for decoding."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mooer_jax import checkpoint
+from mooer_jax.config import SpeechLLMConfig, build, from_json
+from mooer_jax.generation import GenerationOptions
+from mooer_jax.nn.compute import Compute
+from mooer_jax.text.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+  """A model that was loaded for decoding."""
+
+  params: dict
+  model: SpeechLLMConfig
+  tokenizer: Tokenizer
+  generation: GenerationOptions
+
+
+def load_model(
+  path: str | Path,
+  compute: Compute,
+  *,
+  base_checkpoint: str | Path | None = None,
+  generation: Mapping[str, Any] | None = None,
+) -> Loaded:
+  """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
+
+  Args:
+    path: the folder.
+    compute: how the model runs; its dtype is that of the weight matrices.
+    base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
+    generation: options that override those of the checkpoint.
+
+  Returns:
+    Per-layer params, model config, tokenizer, and generation options with the eos ids.
+
+  Raises:
+    FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
+      that is unknown or out of range.
+  """
+  folder = checkpoint.find(path)
+  about = checkpoint.describe(folder, base=base_checkpoint)
+  if "connector" not in about.config:
+    raise ValueError(
+      f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot generate"
+      " text by itself"
+    )
+  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
+  options = build(GenerationOptions, {**loaded.generation, **(generation or {})}, "generation")
+  tokenizer = Tokenizer.from_folder(loaded.tokenizer)
+  options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
+  return Loaded(loaded.params, from_json(loaded.config, compute), tokenizer, options)

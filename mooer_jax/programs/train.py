@@ -1,0 +1,40 @@
+"""Trains a speech LLM: train.py --config=configs/tiny.py [--config.key=value ...]"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_flags
+
+from mooer_jax.projects.salmonn import activation
+from mooer_jax.run.config import Run
+from mooer_jax.run.perplexity import PerplexityEvaluator
+from mooer_jax.run.process import prepare_process, run_program
+from mooer_jax.run.train import train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Parses flags, trains, and exits; errors of the user are one line on stderr and status 1."""
+  config = config_flags.DEFINE_config_file("config", lock_config=True)
+  run_program(lambda: train_from_config(config.value), argv, needs=["config"], doc=__doc__)
+
+
+def train_from_config(config: Mapping[str, Any]) -> Path:
+  """Trains as a config says.
+
+  Returns:
+    The folder of the last checkpoint; with activation.review, the workdir with the answers.
+
+  Raises:
+    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint.
+    NotFiniteError: when the loss or a gradient is NaN, with the step number.
+  """
+  prepare_process()
+  run = Run.read(config)
+  run.check_training()
+  run = activation.prepare(run)
+  if run.activation.shards and run.activation.review:
+    answers = activation.answers_file(run)
+    print(f"edit {answers}, then run the same command with --config.activation.review=False")
+    return run.workdir
+  return train(run, [PerplexityEvaluator] if run.probe.shards else [])

@@ -1,0 +1,1 @@
+"""What single papers train or measure; imported by the entry points only."""

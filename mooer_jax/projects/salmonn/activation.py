@@ -1,0 +1,152 @@
+"""Activation tuning: training on answers that the model generates at a lower LoRA scale.
+
+At a lower LoRA scale, a model that is over-fitted to its training tasks follows diverse
+instructions again. A few optimizer steps on a few such answers restore this at the full scale.
+
+The few answers are decoded as `eval.py` does it, on one device. Training uses all devices.
+
+Source: SALMONN (Tang et al., 2023), sections 3.2 and 5.4.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mooer_jax import checkpoint
+from mooer_jax.data.annotation import entry_key, read_annotation
+from mooer_jax.evaluation.text_files import replace_file
+from mooer_jax.prompts import task_prompt
+from mooer_jax.run.config import Run
+from mooer_jax.run.decoding import decode_set, load
+
+ANSWERS = "activation.json"
+
+
+def prepare(run: Run) -> Run:
+  """The run that trains on the model's own answers, which are generated if they do not exist.
+
+  They are in the run's folder, in `activation.json`. A person may edit that file before training.
+
+  Args:
+    run: with section `activation`; without activation.shards it is returned unchanged.
+
+  Returns:
+    The run, with the answers as its data set and the prompts and template of the checkpoint that
+    generated them.
+
+  Raises:
+    FileNotFoundError, ValueError: for a bad checkpoint or annotation; if no answer is complete; if
+      existing answers were generated with other settings, or edited after training began.
+  """
+  if not run.activation.shards:
+    return run
+  if run.init_from is None:
+    raise ValueError("activation tuning starts from a trained model: set init_from")
+  settings, answers = _settings(run, run.init_from), answers_file(run)
+  if not answers.is_file():
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    content = {"made_with": settings, "annotation": _generate_answers(run, run.init_from)}
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    replace_file(answers, text + "\n")
+    print(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
+  _check_answers(answers, settings, run.workdir)
+  of = checkpoint.describe(run.init_from).config
+  model = run.model.replace(prompts=tuple(of["prompts"].items()), template=of["template"])
+  data = dataclasses.replace(
+    run.data,
+    prompts="",
+    shards=str(answers),
+    task=run.activation.task,  # no other prompts
+  )
+  return run.replace(model=model, data=data)
+
+
+def answers_file(run: Run) -> Path:
+  """Where the answers of a run are."""
+  return run.workdir / ANSWERS
+
+
+def _check_answers(answers: Path, settings: dict[str, Any], workdir: Path) -> None:
+  made_with = json.loads(answers.read_text(encoding="utf-8")).get("made_with")
+  made_with = made_with if isinstance(made_with, dict) else {}
+  other = [
+    f"{name}={made_with.get(name)!r}, now {value!r}"
+    for name, value in settings.items()
+    if made_with.get(name) != value
+  ]
+  if other:
+    raise ValueError(
+      f"{answers} was generated with {'; '.join(other)}. Restore these settings, use another"
+      " workdir, or move the file away"
+    )
+  latest = checkpoint.latest(workdir)
+  if latest and answers.stat().st_mtime > (latest / "checkpoint.json").stat().st_mtime:
+    raise ValueError(
+      f"{answers} was edited after training on it began; train in another workdir (copy it there)"
+      " or remove the checkpoints"
+    )
+
+
+def _settings(run: Run, init_from: Path) -> dict[str, Any]:
+  """The settings that determine the answers, besides the clips and the arithmetic.
+
+  generation.max_new_tokens is not among them: longer answers, edited by a person, need a higher
+  limit.
+  """
+  wanted, about = run.activation, checkpoint.describe(init_from)
+  if "prompts" not in about.config:
+    raise ValueError(
+      f"init_from={init_from}: activation tuning starts from a trained model; this checkpoint"
+      f" has only {', '.join(about.config)}"
+    )
+  generation = {**about.generation, **run.generation}
+  generation.pop("max_new_tokens", None)
+  made = {
+    **dataclasses.asdict(dataclasses.replace(wanted, review=False)),
+    "weights": about.hash,
+    "prompt": task_prompt(wanted.task, about.config["prompts"]),
+    "template": about.config["template"],
+    "generation": generation,
+    "seed": run.seed,
+  }
+  return json.loads(json.dumps(made))  # as it is read back
+
+
+def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
+  wanted = run.activation
+  folder = Path(wanted.shards).parent
+  chosen = [
+    {**entry, "path": str((folder / entry["path"]).absolute()), "task": wanted.task}
+    for entry in read_annotation(wanted.shards)[: wanted.clips]
+  ]
+  for entry in chosen:
+    entry["expand_wav"] = [str((folder / p).absolute()) for p in entry.get("expand_wav", [])]
+  clips = run.workdir / "activation_clips.json"
+  clips.write_text(json.dumps({"annotation": chosen}, ensure_ascii=False), encoding="utf-8")
+  options = dataclasses.replace(
+    run.eval,
+    shards=str(clips),
+    task=wanted.task,
+    lora_scale=wanted.lora_scale,
+  )
+  decoded = decode_set(run, options, load(run, checkpoint.find(init_from)))
+  entries = []
+  by_key = {entry_key(number, entry): entry for number, entry in enumerate(chosen)}
+  for key, text in decoded.hypotheses.items():
+    of = by_key[key]
+    kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}
+    if key in decoded.cut:  # training on it needs an end
+      print(f"{of['path']}: the answer reached generation.max_new_tokens; left out")
+    elif text.strip():
+      entries.append({**kept, "text": text.strip(), "task": wanted.task})
+    else:
+      print(f"{of['path']}: empty answer; left out")
+  for skip in decoded.skipped:
+    print(f"{skip.key}: {skip.cause} {skip.detail}; left out")
+  if not entries:
+    raise ValueError(
+      f"no answer at activation.lora_scale={wanted.lora_scale} is complete and not empty;"
+      " try another scale, or a higher generation.max_new_tokens"
+    )
+  return entries

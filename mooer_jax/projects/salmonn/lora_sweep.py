@@ -1,0 +1,54 @@
+"""Scores of every task against the LoRA scale."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from mooer_jax import checkpoint
+from mooer_jax.evaluation.answers import score_by_task
+from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table, write
+from mooer_jax.run.config import Run
+from mooer_jax.run.decoding import decode_set, load, out_folder
+from mooer_jax.run.perplexity import check_scales
+from mooer_jax.run.process import prepare_process
+
+
+def lora_sweep(
+  run: Run, path: str, *, scales: Sequence[float], base: str | None = None
+) -> list[SweepPoint]:
+  """Runs `eval.py --mode=lora-sweep`: leaves lora_sweep.json and lora_sweep.png.
+
+  Args:
+    run: the config; each utterance has its own task.
+    path: checkpoint folder, or training workdir.
+    scales: LoRA scales; none: eight from 0 to that of training.
+    base: where the base of a fine-tune lies, if it moved.
+
+  Returns:
+    The scores of each task at each scale.
+
+  Raises:
+    FileNotFoundError, ValueError: for a bad config, checkpoint, test set or scale.
+  """
+  prepare_process()
+  check_scales(scales)
+  options = dataclasses.replace(run.eval, task="")
+  folder = checkpoint.find(path)
+  out = out_folder(options, folder, "lora_sweep")
+  loaded = load(run, folder, base)
+  trained = loaded.model.decoder.lora_scale
+  if not trained:
+    raise ValueError(f"{path} has no LoRA whose scale could be changed")
+  points: list[SweepPoint] = []
+  for scale in scales or [trained * eighths / 8 for eighths in range(9)]:
+    decoded = decode_set(run, dataclasses.replace(options, lora_scale=scale), loaded)
+    if not points:
+      for s in decoded.skipped:
+        print(f"not decoded: {s.key}: {s.cause} {s.detail}")
+    scores = score_by_task(decoded.tasks, decoded.transcripts, decoded.hypotheses)
+    points += [SweepPoint(scale, task, s) for task, s in scores.items()]
+    write(out / "lora_sweep.json", points)
+  Console().print(sweep_table(points))
+  print(draw_sweep(points, trained, out / "lora_sweep.png"))
+  return points

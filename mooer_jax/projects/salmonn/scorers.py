@@ -1,0 +1,258 @@
+"""How the tasks of a suite are scored: a function for each kind of task.
+
+Each takes a row of the suite, its annotation entries and the answers by key, and what was read from
+outside; at least one entry has an answer. An entry without one counts as answered with nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mooer_jax.evaluation import answers
+from mooer_jax.evaluation.error_rate import ScoreConfig, score
+from mooer_jax.evaluation.translation import bleu, bleu_of_task
+from mooer_jax.projects.salmonn.outside_scores import judged_share
+
+_TOKEN = re.compile(r"[a-z0-9]+")
+
+
+def rouge_l(reference: str, hypothesis: str) -> float:
+  """F-measure of the longest common subsequence of words, 0 to 1; 0 if either has no words.
+
+  Words are runs of a-z and 0-9 in lower case, without stemming; precision and recall weigh the
+  same.
+
+  Source: Lin (2004), "ROUGE: a package for automatic evaluation of summaries"; words and weights
+  as in Google's package rouge-score, to which it is equal.
+  """
+  wanted, given = _TOKEN.findall(reference.lower()), _TOKEN.findall(hypothesis.lower())
+  common = common_length(wanted, given)
+  return 2 * common / (len(wanted) + len(given)) if common else 0.0
+
+
+def common_length(first: Sequence[str], second: Sequence[str]) -> int:
+  """Length of the longest common subsequence, in O(len(first) * len(second)) time."""
+  best = [0] * (len(second) + 1)
+  for token in first:
+    before = 0  # the entry to the left, one row up
+    for j, other in enumerate(second, start=1):
+      above = best[j]
+      best[j] = before + 1 if token == other else max(above, best[j - 1])
+      before = above
+  return best[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+  """What was read from outside: a tool's scores by metric, judgements by key; None: no file."""
+
+  scores: Mapping[str, float] | None = None
+  judgements: Mapping[str, Mapping[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """What came of a task.
+
+  Attributes:
+    values: one for each metric of the row, in its unit; None where it cannot be told.
+    following_rate: share of the answers that follow the instruction; None where it is not asked
+      for or cannot be told.
+    count: entries scored, those without an answer included.
+    notes: why a value is None, and what a reader should know before trusting the others.
+  """
+
+  values: tuple[float | None, ...]
+  following_rate: float | None
+  count: int
+  notes: tuple[str, ...]
+
+
+Entries = Mapping[str, Mapping[str, Any]]
+Scorer = Callable[["Row", Entries, Mapping[str, str], Extras], Scored]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One test set of the suite.
+
+  Attributes:
+    level: 1 trained, 2 untrained on speech, 3 untrained on audio.
+    task: name of the prompt, as SALMONN's prompt and annotation files have it.
+    file: the annotation file.
+    metrics: what is measured; rates and scores in %, accuracy as a fraction, diversity in words.
+    before, after: the published figures without and with activation tuning.
+    following: the published following rates, without and with, where there are any.
+    judged: what a judge may say of the answers: "follows", "correct".
+    outside: the metrics are read from a public tool's scores.
+  """
+
+  level: int
+  name: str
+  task: str
+  file: str
+  metrics: tuple[str, ...]
+  before: tuple[float, ...]
+  after: tuple[float, ...]
+  scorer: Scorer
+  higher_is_better: bool = True
+  following: tuple[float, float] | None = None
+  judged: tuple[str, ...] = ()
+  outside: bool = False
+
+  @property
+  def stem(self) -> str:
+    return self.file.removesuffix(".json")
+
+
+def error_rate(row, entries, hypotheses, extras):
+  del row, extras
+  references = {key: _normal(entry["text"]) for key, entry in entries.items()}
+  given = {key: _normal(text) for key, text in hypotheses.items()}
+  note = "words in lower case without punctuation"
+  return _rate(references, given, note)
+
+
+def phone_error_rate(row, entries, hypotheses, extras):
+  del row, extras
+  references = {key: entry["text"] for key, entry in entries.items()}
+  return _rate(references, hypotheses, "phones as they are written, in either case")
+
+
+def _rate(references, hypotheses, note):
+  result = score(references, hypotheses, ScoreConfig(metric="word", space_mark="blank"))
+  if not math.isfinite(result.rate):
+    return Scored((None,), None, len(references), ("the references have no tokens",))
+  return Scored((100 * result.rate,), None, len(references), (note, *result.notes))
+
+
+def translation(row, entries, hypotheses, extras):
+  del extras
+  references = {key: entry["text"] for key, entry in entries.items()}
+  result = bleu_of_task(row.task, references, hypotheses)
+  assert result is not None
+  return Scored((result.score,), None, len(references), (*result.notes, result.signature))
+
+
+def music_description(row, entries, hypotheses, extras):
+  del row, extras
+  translated = bleu({key: entry["text"] for key, entry in entries.items()}, hypotheses)
+  rouge = sum(rouge_l(e["text"], hypotheses.get(key, "")) for key, e in entries.items())
+  return Scored(
+    (translated.score, 100 * rouge / len(entries)),
+    None,
+    len(entries),
+    (translated.signature, "ROUGE-L: F-measure, mean over the clips"),
+  )
+
+
+def from_tool(row, entries, hypotheses, extras):
+  del hypotheses
+  if extras.scores is None:
+    note = f"score the answers with aac-metrics and write {row.stem}.scores.json"
+    return Scored((None,) * len(row.metrics), None, len(entries), (note,))
+  values = tuple(100 * extras.scores[name] for name in row.metrics)
+  return Scored(values, None, len(entries), (f"read from {row.stem}.scores.json",))
+
+
+def class_accuracy(forms: Mapping[str, tuple[str, ...]]) -> Scorer:
+  def scorer(row, entries, hypotheses, extras):
+    del extras
+    correct = unread = 0
+    for key, entry in entries.items():
+      wanted = answers.named_class(entry["text"], forms)
+      if wanted is None:
+        raise ValueError(f"{row.file}: {key} has text={entry['text']!r}, none of {list(forms)}")
+      given = answers.named_class(hypotheses.get(key, ""), forms)
+      correct += given == wanted
+      unread += key in hypotheses and given is None
+    note = (f"{unread} answers name none or several of {', '.join(forms)}: wrong",)
+    return Scored((correct / len(entries),), None, len(entries), note if unread else ())
+
+  return scorer
+
+
+def keyword_accuracy(row, entries, hypotheses, extras):
+  del extras
+  total = 0.0
+  for key, entry in entries.items():
+    try:
+      total += answers.keyword_accuracy(hypotheses.get(key, ""), entry["text"])
+    except ValueError as error:
+      raise ValueError(f"{row.file}: {key}: {error}") from error
+  note = "share of three keywords that the reference has, word for word"
+  return Scored((total / len(entries),), None, len(entries), (note,))
+
+
+def judged_accuracy(row, entries, hypotheses, extras):
+  """Accuracy from the judgements alone: answers are free text."""
+  correct, why = _judged("correct", row, entries, hypotheses, extras)
+  following, *notes = _following(row, entries, hypotheses, extras)
+  return Scored((correct,), following, len(entries), _said(why, *notes))
+
+
+def slot_accuracy(row, entries, hypotheses, extras):
+  """Accuracy from the judgements, else by comparison with the slot's value."""
+  following, *notes = _following(row, entries, hypotheses, extras)
+  if extras.judgements is not None:
+    correct, why = _judged("correct", row, entries, hypotheses, extras)
+    return Scored((correct,), following, len(entries), _said(why, *notes))
+  tell = _all_have_transcripts(entries)
+  right = 0
+  for key, entry in entries.items():
+    if not answers.words(entry["text"]):
+      raise ValueError(f"{row.file}: {key} has text={entry['text']!r}; the slot's value is needed")
+    answer = hypotheses.get(key, "")
+    # The transcript holds the value too, so a sentence counts only where it is told from one.
+    sentence = tell and not answers.is_transcript(answer, entry["transcript"])
+    right += (
+      answers.contains(answer, entry["text"])
+      if sentence
+      else answers.words(answer) == answers.words(entry["text"])
+    )
+  note = (
+    "correct: holds the value and is no transcript"
+    if tell
+    else "correct: the value and no word more; sentences need `transcript` or judgements"
+  )
+  return Scored((right / len(entries),), following, len(entries), _said(note, *notes))
+
+
+def diversity(row, entries, hypotheses, extras):
+  following, why = _judged("follows", row, entries, hypotheses, extras)
+  total = sum(answers.distinct_words(hypotheses.get(key, "")) for key in entries)
+  return Scored((total / len(entries),), following, len(entries), _said(why))
+
+
+def _following(row, entries, hypotheses, extras):
+  """(following rate or None, notes …): judged, else the share that is not a mere transcript."""
+  if extras.judgements is not None or not _all_have_transcripts(entries):
+    return _judged("follows", row, entries, hypotheses, extras)
+  followed = sum(
+    bool(answers.words(text)) and not answers.is_transcript(text, entry["transcript"])
+    for key, entry in entries.items()
+    if (text := hypotheses.get(key)) is not None
+  )
+  return followed / len(entries), "follows: says something and does not merely transcribe"
+
+
+def _judged(field, row, entries, hypotheses, extras):
+  if extras.judgements is None:
+    return None, f"{field!r} needs {row.stem}.judgements.json; its form is in to_judge/"
+  return judged_share(extras.judgements, field, list(entries), hypotheses)
+
+
+def _all_have_transcripts(entries) -> bool:
+  return all(entry.get("transcript") for entry in entries.values())
+
+
+def _normal(text: str) -> str:
+  return " ".join(answers.words(text))
+
+
+def _said(*notes: str) -> tuple[str, ...]:
+  return tuple(dict.fromkeys(note for note in notes if note))

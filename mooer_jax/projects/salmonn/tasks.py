@@ -1,0 +1,212 @@
+"""SALMONN's 15 evaluation tasks: what is measured on which set, and what was published.
+
+Where the paper leaves a measure open, the functions in `answers` and the notes of a result say what
+is done here. Following rates and what only a judge can decide come from `outside_scores`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mooer_jax.projects.salmonn.scorers import (
+  Entries,
+  Extras,
+  Row,
+  Scored,
+  class_accuracy,
+  diversity,
+  error_rate,
+  from_tool,
+  judged_accuracy,
+  keyword_accuracy,
+  music_description,
+  phone_error_rate,
+  slot_accuracy,
+  translation,
+)
+
+# IEMOCAP's four classes, as usual with "excited" among the happy ones.
+EMOTIONS = {
+  "neutral": ("neutral", "neutrality", "calm"),
+  "happy": ("happy", "happiness", "joy", "joyful", "excited", "excitement"),
+  "sad": ("sad", "sadness"),
+  "angry": ("angry", "anger"),
+}
+YES_NO = {"yes": ("yes",), "no": ("no",)}
+
+
+def score_task(
+  row: Row, entries: Entries, hypotheses: Mapping[str, str], extras: Extras = Extras()
+) -> Scored:
+  """Scores one task.
+
+  Args:
+    row: one of ROWS.
+    entries: annotation entries by key: `text` is the reference, `Q` the question or slot name.
+      `transcript`, where every entry has one, tells answers that merely transcribe.
+    hypotheses: answers by key. An entry without one counts as answered with nothing.
+    extras: scores and judgements from outside.
+
+  Raises:
+    ValueError: if there are no entries, if one is of another task, or a reference is none of its
+      kind, by key.
+  """
+  if not entries:
+    raise ValueError(f"{row.file}: no entries to score")
+  for key, entry in entries.items():
+    if entry.get("task", row.task) != row.task:
+      raise ValueError(
+        f"{row.file}: {key} has task={entry['task']!r}; the figure is of task {row.task!r}, whose"
+        " prompt asks for what is scored"
+      )
+  missing = [key for key in entries if key not in hypotheses]
+  if len(missing) == len(entries):
+    return Scored((None,) * len(row.metrics), None, len(entries), ("no entry has an answer",))
+  notes = []
+  if missing:
+    notes.append(f"{len(missing)} of {len(entries)} entries have no answer, first {missing[0]}")
+  scored = row.scorer(row, entries, hypotheses, extras)
+  return dataclasses.replace(scored, notes=(*notes, *scored.notes))
+
+
+def _row(level, name, task, stem, scorer, *figures, **more) -> Row:
+  """A row; a figure is (metric, published without, published with activation tuning)."""
+  metrics, before, after = zip(*figures)
+  return Row(level, name, task, f"{stem}.json", metrics, before, after, scorer, **more)
+
+
+_LOWER: dict[str, Any] = dict(higher_is_better=False)
+_JUDGED = ("follows", "correct")
+
+# Figures: SALMONN (arXiv 2310.13289), table 3.
+# fmt: off
+ROWS = (
+  _row(1, "ASR, LibriSpeech test-clean", "asr", "librispeech_test_clean", error_rate,
+       ("WER", 2.1, 2.1), **_LOWER),
+  _row(1, "ASR, LibriSpeech test-other", "asr", "librispeech_test_other", error_rate,
+       ("WER", 4.9, 4.9), **_LOWER),
+  _row(1, "ASR, GigaSpeech test", "asr", "gigaspeech_test", error_rate,
+       ("WER", 9.1, 10.0), **_LOWER),
+  _row(1, "En→Zh, CoVoST2", "translation_ec", "covost2_en_zh", translation,
+       ("BLEU4", 34.4, 33.1)),
+  _row(1, "audio captioning, AudioCaps", "audiocaption", "audiocaps", from_tool,
+       ("METEOR", 25.6, 24.0), ("SPIDEr", 47.6, 40.3), outside=True),
+  _row(1, "phone recognition, LibriSpeech", "phone_recognition", "librispeech_phones",
+       phone_error_rate, ("PER", 4.2, 4.2), **_LOWER),
+  _row(1, "emotion recognition, IEMOCAP", "emotion_recognition", "iemocap",
+       class_accuracy(EMOTIONS), ("accuracy", 0.63, 0.69)),
+  _row(1, "music captioning, MusicCaps", "music_description", "musiccaps", music_description,
+       ("BLEU4", 3.5, 5.5), ("ROUGE-L", 22.1, 21.8)),
+  _row(1, "overlapped speech, LibriMix", "speech_separation", "librimix", error_rate,
+       ("WER", 20.7, 23.0), **_LOWER),
+  _row(1, "speaker verification, VoxCeleb1", "speaker_verification", "voxceleb1",
+       class_accuracy(YES_NO), ("accuracy", 0.93, 0.94)),
+  _row(2, "En→De, CoVoST2", "translation_en2de", "covost2_en_de", translation,
+       ("BLEU4", 19.7, 18.6)),
+  _row(2, "En→Ja, CoVoST2", "translation_en2ja", "covost2_en_ja", translation,
+       ("BLEU4", 22.0, 22.7)),
+  _row(2, "keyword extraction, Inspec", "keywords", "inspec", keyword_accuracy,
+       ("accuracy", 0.30, 0.32)),
+  _row(2, "spoken question answering, WikiQA", "speech_query", "wikiqa", judged_accuracy,
+       ("accuracy", 0.19, 0.41), following=(0.29, 0.98), judged=_JUDGED),
+  _row(2, "slot filling, SLURP", "slot_filling", "slurp", slot_accuracy,
+       ("accuracy", 0.33, 0.41), following=(0.77, 0.99), judged=_JUDGED),
+  _row(3, "storytelling, AudioCaps", "audio_story_telling", "audiocaps_story", diversity,
+       ("diversity", 7.77, 82.57), following=(0.00, 1.00), judged=("follows",)),
+  _row(3, "speech-audio co-reasoning", "speech_audio_coreasoning", "sac", judged_accuracy,
+       ("accuracy", 0.02, 0.50), following=(0.04, 0.73), judged=_JUDGED),
+)
+# fmt: on
+
+
+# A task's result, or why it was not run; by `Row.stem`.
+Results = Mapping[str, Scored | str]
+_DECIMALS = {"accuracy": 2, "diversity": 2}
+
+
+def table(rows: Sequence[Row], results: Results):
+  """Returns a `rich` table: a line for each metric of each row.
+
+  A rate of following the instruction stands in brackets. A dash is a figure that is not there;
+  why stands in the cell where the task was not run, else in the lines of `notes`.
+  """
+  import rich.table
+  import rich.text
+
+  result = rich.table.Table()
+  for column in ("level", "task", "metric", "clips", "measured", "published", "activation-tuned"):
+    result.add_column(column, justify="left" if column in ("task", "metric") else "right")
+  for row in rows:
+    for cells in _lines(row, results[row.stem]):
+      result.add_row(*(rich.text.Text(cell) for cell in cells))
+  return result
+
+
+def notes(rows: Sequence[Row], results: Results) -> list[str]:
+  """What a reader of the table should know, a line for each note, after the task's name."""
+  return [
+    f"{row.name}: {note}"
+    for row in rows
+    if isinstance(scored := results[row.stem], Scored)
+    for note in scored.notes
+  ]
+
+
+def as_dict(rows: Sequence[Row], results: Results) -> list[dict[str, Any]]:
+  """Returns the table as JSON values; what is not there is null, with its reason."""
+  return [_row_dict(row, results[row.stem]) for row in rows]
+
+
+def _row_dict(row: Row, result: Scored | str) -> dict[str, Any]:
+  scored = result if isinstance(result, Scored) else None
+  values = scored.values if scored else (None,) * len(row.metrics)
+  return {
+    "name": row.name,
+    "level": row.level,
+    "task": row.task,
+    "file": row.file,
+    "not_run": None if isinstance(result, Scored) else result,
+    "count": scored.count if scored else None,
+    "higher_is_better": row.higher_is_better,
+    "metrics": {
+      metric: {"measured": value, "published": before, "activation_tuned": after}
+      for metric, value, before, after in zip(row.metrics, values, row.before, row.after)
+    },
+    "following_rate": {
+      "measured": scored.following_rate if scored else None,
+      "published": row.following[0],
+      "activation_tuned": row.following[1],
+    }
+    if row.following
+    else None,
+    "notes": list(scored.notes) if scored else [],
+  }
+
+
+def _lines(row: Row, result: Scored | str) -> Iterator[tuple[str, ...]]:
+  for i, metric in enumerate(row.metrics):
+    published = [
+      _cell(metric, figures[i], row, which) for which, figures in enumerate((row.before, row.after))
+    ]
+    if isinstance(result, Scored):
+      count = f"{result.count:,}"
+      measured = _number(metric, result.values[i])
+      if row.following:
+        measured += f" ({_number('accuracy', result.following_rate)})"
+    else:
+      count, measured = "–", f"– {result}"
+    first = (str(row.level), row.name) if i == 0 else ("", "")
+    better = "↑" if row.higher_is_better else "↓"
+    rate = " (following)" if row.following else ""
+    yield (*first, f"{metric} {better}{rate}", count, measured, *published)
+
+
+def _cell(metric: str, value: float, row: Row, which: int) -> str:
+  rate = f" ({_number('accuracy', row.following[which])})" if row.following else ""
+  return _number(metric, value) + rate
+
+
+def _number(metric: str, value: float | None) -> str:
+  return "–" if value is None else f"{value:.{_DECIMALS.get(metric, 1)}f}"

@@ -1,0 +1,266 @@
+"""How strongly a model is bound to the tasks that it was trained on, and at which LoRA scale.
+
+Trained on short, certain answers, a speech LLM comes to give them whatever it is asked: its P(Y|X),
+the probability of an answer without any instruction, outweighs what the instruction says. The
+perplexity of reference answers under P(Y|X) and P(Y|X,I) shows it, and so do the scores of every
+task as the LoRA scale goes down.
+
+Source: SALMONN (Tang et al., 2023), section 5.4 and figure 4.
+"""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from mooer_jax import checkpoint, speech_llm
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.evaluation.perplexity import (
+  NONE,
+  Perplexity,
+  draw_perplexities,
+  perplexity_table,
+  read_perplexities,
+  write,
+)
+from mooer_jax.generation.loading import Loaded
+from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
+from mooer_jax.run.config import EvalConfig, Run
+from mooer_jax.run.decoding import batches_of, load, out_folder
+from mooer_jax.run.monitor import Evaluation
+from mooer_jax.run.process import prepare_process
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.training.sharding import batch_sharding
+
+
+def perplexity(
+  run: Run,
+  paths: Sequence[str],
+  *,
+  instructions: Sequence[str] = (),
+  scales: Sequence[float] = (),
+  base: str | None = None,
+) -> list[Perplexity]:
+  """Runs `eval.py --mode=perplexity`: leaves perplexity.json and perplexity.png.
+
+  Args:
+    run: the config; each utterance has its own task.
+    paths: checkpoint folders; of the folder of a run every checkpoint is taken.
+    instructions: tasks of the model whose prompts are given as I; no instruction always is.
+    scales: LoRA scales; none: that of training. A checkpoint without LoRA is measured once.
+    base: where the base of a fine-tune lies, if it moved.
+
+  Returns:
+    A row for each checkpoint, scale, instruction and task.
+
+  Raises:
+    FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
+  """
+  prepare_process()
+  check_scales(scales)
+  options = dataclasses.replace(run.eval, task="")
+  out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
+  rows: list[Perplexity] = []
+  found = [step for path in paths for step in _steps(path, base)]
+  steps = list({folder.resolve(): (step, folder) for step, folder in reversed(found)}.values())
+  for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
+    loaded = load(run, folder, base if checkpoint.has_base(folder) else None)
+    _check(instructions, loaded.model)
+    able = scales if loaded.model.decoder.lora_scale else ()
+    for instruction in (NONE, *instructions):
+      measured = _measure(run, options, loaded, instruction=instruction, scales=able)
+      rows += measured.rows(str(folder), step)
+      if measured.left_out:
+        print(measured.left_out)
+      write(out / "perplexity.json", rows)
+  Console().print(perplexity_table(rows))
+  print(draw_perplexities(rows, out / "perplexity.png"))
+  return rows
+
+
+class PerplexityEvaluator:
+  """Measures a run while it trains: perplexity.json and perplexity.png in its folder."""
+
+  def __init__(self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, first: int):
+    """Reads the measurements up to step `first`, where training starts or resumes.
+
+    Raises:
+      FileNotFoundError, ValueError: for a bad test set, or prompts that do not fit the template.
+    """
+    self._run, self._tokenizer = run, tokenizer
+    self.every = run.probe.every
+    self._sharding = batch_sharding(mesh)
+    self._options = EvalConfig(
+      run.probe.shards,
+      task="",
+      batch_size=run.probe.batch_size,
+      cut_longer=run.data.cut_longer,
+    )
+    self._file = run.workdir / "perplexity.json"
+    rows = read_perplexities(self._file) if first and self._file.is_file() else []
+    self._rows = [row for row in rows if row.step <= first]
+    measured = {row.instruction for row in self._rows}
+    if measured and measured != {NONE, *run.probe.instructions}:
+      raise ValueError(
+        f"{self._file} was measured under {sorted(measured)}; move it away, or set"
+        " probe.instructions to the same"
+      )
+    self._told = False
+    _check(run.probe.instructions, run.model)
+    batches_of(run, self._options, self._loaded({}))  # its list and tasks are looked at
+
+  def lacks(self, step: int) -> bool:
+    """Whether a step was not measured."""
+    return all(row.step != step for row in self._rows)
+
+  def __call__(self, step: int, params: dict) -> Evaluation:
+    """Perplexities of these parameters, at the LoRA scale of training.
+
+    Raises:
+      ValueError: if none of the answers can be measured.
+    """
+    loaded = self._loaded(params)
+    rows: list[Perplexity] = []
+    for instruction in (NONE, *self._run.probe.instructions):
+      measured = _measure(
+        self._run, self._options, loaded, instruction=instruction, sharding=self._sharding
+      )
+      rows += measured.rows(str(self._run.workdir), step)
+      if measured.left_out and not self._told:
+        print(measured.left_out)
+    self._told = True
+    self._rows += rows
+    write(self._file, self._rows)
+    draw_perplexities(self._rows, self._file.with_suffix(".png"))
+    scalars = {f"perplexity/{r.instruction.strip('()')}/{r.task}": r.perplexity for r in rows}
+    said: dict[str, list[str]] = {}
+    for row in rows:
+      said.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
+    shown = ("  ".join((f"under {name}:", *values)) for name, values in said.items())
+    return Evaluation(scalars, f"perplexities {'; '.join(shown)}")
+
+  def _loaded(self, params: dict) -> Loaded:
+    return Loaded(params, self._run.model, self._tokenizer, self._run.decoding_defaults())
+
+
+def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
+  for instruction in instructions:
+    task_prompt(instruction, dict(model.prompts))
+  if not fill_template(model.template, bare_prompt(model))[1]:
+    raise ValueError(
+      f"template {model.template!r} has nothing after the speech where there is no instruction, and"
+      " an answer is read off what stands there: P(Y|X) cannot be measured"
+    )
+
+
+def check_scales(scales: Sequence[float]) -> None:
+  if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+    raise ValueError(
+      f"--scales={','.join(f'{s:g}' for s in scales)}: must be numbers of at least 0"
+    )
+
+
+def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
+  """The checkpoints of a run, after the model that it began with; or the one that is named."""
+  folders = checkpoint.all_steps(path)
+  if not folders:
+    folder = checkpoint.find(path)
+    of_run = folder in checkpoint.all_steps(folder.parent)
+    return [(checkpoint.step_of(folder) if of_run else 0, folder)]
+  first = checkpoint.describe(folders[0], base=base)
+  steps = [(checkpoint.step_of(folder), folder) for folder in folders]
+  whole = first.base is not None and "connector" in checkpoint.describe(first.base).config
+  return [(0, first.base), *steps] if whole and first.base else steps
+
+
+class _Measured(NamedTuple):
+  """What came of an instruction.
+
+  Attributes:
+    instruction: which.
+    sums: by scale and task, nats of the reference answers and their tokens.
+    left_out: what could not be measured, or not whole, for a person; empty if nothing.
+  """
+
+  instruction: str
+  sums: dict[float, dict[str, tuple[float, int]]]
+  left_out: str
+
+  def rows(self, folder: str, step: int) -> list[Perplexity]:
+    return [
+      Perplexity(folder, step, scale, self.instruction, task, math.exp(nats / tokens), tokens)
+      for scale, of_tasks in self.sums.items()
+      for task, (nats, tokens) in of_tasks.items()
+    ]
+
+
+def _measure(
+  run: Run,
+  options: EvalConfig,
+  loaded: Loaded,
+  *,
+  instruction: str,
+  scales: Sequence[float] = (),
+  sharding: jax.sharding.Sharding | None = None,
+) -> _Measured:
+  """Goes through the test set once; `sharding` says how its rows lie on a mesh."""
+  model = loaded.model
+  asked = bare_prompt(model) if instruction == NONE else task_prompt(
+    instruction, dict(model.prompts)
+  )  # fmt: skip
+  tasks = [task for task, _ in model.prompts]
+  model = model.replace(prompts=tuple((task, asked) for task in tasks))
+  # What is compiled knows no prompt, so that those of one length share it.
+  program = model.replace(prompts=tuple((task, "") for task in tasks))
+  wanted = list(scales) or [model.decoder.lora_scale]
+  totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
+  left_out: Counter[str] = Counter()
+  shortened = 0
+  for host in batches_of(run, options, loaded._replace(model=model)):
+    left_out.update(skip.cause for skip in host.skipped)
+    shortened += host.cut
+    for row_S, text in zip(host.batch.answer_BS, host.texts, strict=False):  # the rest is padding
+      if row_S[0] < 0:
+        left_out["no answer that fits data.answer_buckets" if text else "empty text"] += 1
+    batch = host.batch if sharding is None else jax.device_put(host.batch, sharding)
+    for scale in wanted:
+      sums = _task_sums(loaded.params, batch, scale, model=program, sharding=sharding)
+      totals[scale] += jax.device_get(sums)
+  causes = ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n)
+  if not any(tokens for _, tokens, _ in totals[wanted[0]]):
+    raise ValueError(
+      f"{options.shards}, instruction {instruction}: no answer could be measured ({causes})"
+    )
+  sums_by_task = {
+    scale: {
+      task: (nats, int(tokens))
+      for task, (nats, tokens, _) in zip(tasks, sums, strict=True)
+      if tokens
+    }
+    for scale, sums in totals.items()
+  }
+  said = [f"utterances left out: {causes}"] * bool(causes)
+  said += [f"{shortened} clips were too long and cut (eval.cut_longer)"] * bool(shortened)
+  told = f"instruction {instruction}: {', '.join(said)}" if said else ""
+  return _Measured(instruction, sums_by_task, told)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sharding"))
+def _task_sums(params, batch, scale, *, model: SpeechLLMConfig, sharding):
+  return speech_llm.loss(params, batch, model, lora_scale=scale, rows=sharding)[1]["task_sums"]
+
+
+def bare_prompt(model: SpeechLLMConfig) -> str:
+  """A prompt of the speech and no instruction; in tags if all of the model's prompts have them."""
+  if SPEECH in TEMPLATES[model.template]:
+    return ""
+  tagged = f"<Speech>{SPEECH}</Speech>"
+  return tagged if all(tagged in prompt for _, prompt in model.prompts) else SPEECH

@@ -1,0 +1,108 @@
+"""The process that trains or evaluates: flags, error messages, signals, compilation cache."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+
+def run_program(
+  work: Callable[[], object],
+  argv: Sequence[str] | None = None,
+  *,
+  needs: Sequence[str] = (),
+  doc: str | None = None,
+) -> None:
+  """Parses absl flags, runs a program and exits.
+
+  Errors of the user or the system are one line on stderr and status 1; defects of the program keep
+  their traceback.
+
+  Args:
+    work: the program; it reads its flags.
+    argv: program name and arguments; default: sys.argv.
+    needs: names of required flags.
+    doc: text above the list of flags in --help.
+  """
+  logging.set_verbosity(logging.WARNING)  # Orbax logs every file; --verbosity=0 shows that again
+  if doc:
+    sys.modules["__main__"].__doc__ = doc
+  flags.mark_flags_as_required(needs)
+
+  def main(arguments):
+    if arguments[1:]:
+      sys.exit(
+        f"{arguments[0]}: unexpected argument {arguments[1]!r}; config keys are set with"
+        " --config.key=value, and values with spaces need quotes"
+      )
+    one_line_errors(work, program=arguments[0])
+
+  app.run(main, None if argv is None else list(argv), flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses as absl does, for `app.run(main, flags_parser=parse_flags)`.
+
+  A config key that does not exist is one line on stderr and status 1 rather than a traceback.
+  """
+  for text in argv:
+    path = text.partition("--config=")[2].partition(":")[0]
+    if path and not Path(path).is_file():
+      sys.exit(f"{argv[0]}: --config={path}: no such file")
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour
+    key = (re.findall(r"\w+", str(error)) or ["?"])[0]
+    found = re.search(r'Did you mean "(\w+)"', str(error))
+    hint = f"; did you mean {found[1]!r}?" if found else ""
+    given = [text for text in argv if text.startswith("--config.") and key in text]
+    sys.exit(
+      f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags override keys that the"
+      " config file sets; set keys of a model part or of `generation` in the file first"
+    )
+
+
+def one_line_errors(work: Callable[[], object], *, program: str) -> None:
+  """Runs `work`; errors of the user or the system become one line on stderr and status 1."""
+  try:
+    work()
+  except (ValueError, OSError, FloatingPointError) as error:
+    sys.exit(f"{program}: {' '.join(str(error).split())}")
+  except KeyboardInterrupt:
+    print(f"{program}: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+def prepare_process():
+  """Turns on the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR says where."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mooer_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+class StopRequest:
+  """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second one kills."""
+
+  def __init__(self):
+    self.requested = False
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def _handle(self, number, frame):
+    self.requested = True
+    print("stopping after this step; once more to stop at once", file=sys.stderr)
+    signal.signal(number, self._previous[number])
+
+  def __exit__(self, *error):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,192 @@
+"""What a training run begins with: parameters, CMVN, optimizer state, on their mesh."""
+
+import contextlib
+import itertools
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mooer_jax import checkpoint, speech_llm, tree
+from mooer_jax.audio.cmvn import estimate, read_mvn
+from mooer_jax.audio.frontend import width
+from mooer_jax.config import (
+  SpeechLLMConfig,
+  from_json,
+  frontend_from_json,
+  json_differences,
+  part_from_json,
+  part_to_json,
+  to_json,
+)
+from mooer_jax.run.config import Run
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.training.program import stored
+from mooer_jax.training.sharding import param_shardings
+from mooer_jax.training.step import create, state_shardings
+
+CMVN_BATCHES = 32
+
+
+def initial_params(
+  run: Run, mesh, start_from: Path | None, *, exactly: bool, base: Path | None = None
+) -> dict:
+  """Params with stacked layers on the mesh: from a checkpoint, or fresh.
+
+  Args:
+    run: the config.
+    mesh: where they go.
+    start_from: checkpoint folder or None.
+    exactly: whether the checkpoint must be of this very model. If not, prompts, limits and dropout
+      may differ, and LoRA that the checkpoint lacks starts fresh.
+    base: where the base of that checkpoint lies.
+
+  Raises:
+    ValueError: if the checkpoint holds another model, or something frozen would be random.
+  """
+  key = jax.random.fold_in(jax.random.key(run.seed), 0)
+  wanted = jax.eval_shape(lambda: speech_llm.init(key, run.model))
+  trained = tree.flatten(tree.partition(wanted, run.trainable)[0]).keys()
+  dtype = run.model.compute.jnp_dtype
+  have: dict = {}
+  if start_from is not None:
+    saved = checkpoint.describe(start_from, base=base)
+    _check_same_model(saved.config, run.model, start_from, exactly)
+    shardings = param_shardings(mesh, saved.params)
+    loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
+    stacked = jax.eval_shape(tree.stack_layers, loaded)
+    placed = param_shardings(mesh, stacked)
+    stack = lambda params: stored(tree.stack_layers(params), trained, dtype)  # noqa: E731
+    have = jax.jit(stack, out_shardings=placed)(loaded)
+  missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
+  if not missing:
+    return have
+  random = sorted(p for p in missing if p not in trained and not p.startswith("frontend/"))
+  if random:
+    raise ValueError(
+      f"{random[0]} and {len(random) - 1} others would be random and frozen: set init_from to a"
+      " checkpoint that has them, or train them (config.trainable)"
+    )
+
+  def fresh():
+    flat = tree.flatten(stored(speech_llm.init(key, run.model), trained, dtype))
+    return tree.unflatten({path: flat[path] for path in missing})
+
+  placed = param_shardings(mesh, jax.eval_shape(fresh))
+  return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
+
+
+def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactly):
+  """Compares config.json with the config; that of joined parts only says what they are."""
+  free = "" if exactly else r"(prompts|template|max_audio_s|frontends/\d+/chunk_s).*|.*dropout"
+  if not exactly:
+    free += r"|encoders/\d+/(context|trim)"
+  if not exactly and not saved.get("decoder", {}).get("lora_rank"):
+    free += r"|decoder/lora_.*"
+  described = to_json(wanted)
+  if "connector" not in saved:
+    described = {name: described[name] for name in saved if name in described}
+    saved = {**saved, "encoders": [_again(part_from_json, e) for e in saved.get("encoders", ())]}
+    saved |= {"frontends": [_again(frontend_from_json, f) for f in saved.get("frontends", ())]}
+    saved |= {"decoder": _again(part_from_json, saved["decoder"])} if "decoder" in saved else {}
+  else:
+    saved = to_json(from_json(saved))
+  different = {
+    p: v for p, v in json_differences(saved, described).items() if not re.fullmatch(free, p)
+  }
+  if different:
+    said = "; ".join(f"{p} is {a!r}, the config says {b!r}" for p, (a, b) in different.items())
+    raise ValueError(f"{folder} holds another model than the config describes: {said}")
+
+
+def _again(read, section: dict) -> dict:
+  """A section with all keys that this version has."""
+  return part_to_json(read(section, "config.json"))
+
+
+def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
+  """Shift and scale of the features: read from a file, or measured on the first batches.
+
+  Args:
+    run: the config.
+    dataset: the batches of training.
+    cmvn: what the params have, by encoder; says where the result lies.
+
+  Raises:
+    ValueError: if train.cmvn names a file and not just one encoder's features are normalised.
+  """
+  encoders = [encoder.kind for encoder in run.model.encoders]
+  found = {}
+  if run.train.cmvn != "estimate":
+    if len(cmvn) != 1:
+      raise ValueError(
+        f"train.cmvn={run.train.cmvn!r} is one file, but the features of {len(cmvn)} encoders"
+        f" ({', '.join(cmvn)}) are normalised; set train.cmvn='estimate'"
+      )
+    (name,) = cmvn
+    features = run.model.frontends[encoders.index(name)]
+    found[name] = read_mvn(run.train.cmvn, width=width(features))
+  else:
+    for name in cmvn:
+      number = encoders.index(name)
+      with contextlib.closing(iter(dataset)) as batches:
+        first = itertools.islice(batches, CMVN_BATCHES)
+        found[name] = estimate(clip for host in first for clip in _clips(host.batch, number))
+  values = {
+    name: {"shift": np.asarray(shift_F), "scale": np.asarray(scale_F)}
+    for name, (shift_F, scale_F) in found.items()
+  }
+  return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
+
+
+def _clips(batch, number: int):
+  for x_TF, frames in zip(batch.features[number], batch.frames[number], strict=True):
+    yield x_TF[:frames]
+
+
+def initial_state(run: Run, params, tx, mesh):
+  """Cuts params in two and adds the optimizer's state.
+
+  Returns:
+    (TrainState, frozen params, (state shardings, frozen shardings)).
+  """
+  trainable, frozen = tree.partition(params, run.trainable)
+  key = jax.random.fold_in(jax.random.key(run.seed), 1)
+  abstract = jax.eval_shape(lambda t: create(t, tx, key), trainable)
+  shardings = state_shardings(abstract, tx, param_shardings(mesh, trainable))
+  state = jax.jit(lambda t: create(t, tx, key), out_shardings=shardings)(trainable)
+  return state, frozen, (shardings, param_shardings(mesh, frozen))
+
+
+def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:
+  """The tokenizer: a folder, the initial checkpoint's, or one made of `config.characters`.
+
+  Raises:
+    ValueError: if the config names none of them, or two that differ.
+  """
+  if run.tokenizer:
+    return Tokenizer.from_folder(run.tokenizer)
+  made = None
+  if run.characters:
+    made = Tokenizer.from_characters(run.characters, run.specials, eos=run.eos)
+  if initial is not None:
+    saved = Tokenizer.from_folder(initial / "tokenizer")
+    if made is not None and made.vocabulary() != saved.vocabulary():
+      raise ValueError(
+        f"config.characters and specials make another tokenizer than that of {initial}; set"
+        " config.characters='' to take the checkpoint's"
+      )
+    return saved
+  if made is not None:
+    return made
+  raise ValueError("no tokenizer: set config.tokenizer to a folder, or init_from, or characters")
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: SpeechLLMConfig):
+  """Raises ValueError if the tokenizer has ids beyond the embedding table."""
+  if tokenizer.vocab_size > model.decoder.vocab:
+    raise ValueError(
+      f"the tokenizer has {tokenizer.vocab_size} tokens but llm.vocab={model.decoder.vocab};"
+      " set model.llm.vocab to at least that"
+    )

@@ -1,0 +1,106 @@
+"""The program that a training run compiles; `benchmarks.aot` compiles it without the chips."""
+
+import concurrent.futures
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mooer_jax import speech_llm, tree
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.speech_llm import Batch
+from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
+from mooer_jax.training.sharding import batch_sharding, param_shardings
+from mooer_jax.training.step import create, jit_train_step, make_train_step, state_shardings
+
+COMPILERS = 4  # compilations at a time; each of a 7B step takes about 2 GB
+
+
+def jitted_step(
+  model: SpeechLLMConfig, optimizer: OptimizerConfig, *, accumulation: int, mesh, shardings
+):
+  """The train step (state, frozen, batch) -> (state, metrics), jitted for a mesh.
+
+  Args:
+    model: with compute.scan, as training runs it.
+    optimizer: of the run.
+    accumulation: micro-batches in a batch.
+    mesh: from `make_mesh`; its devices may be those of a described topology.
+    shardings: (of the TrainState, of the frozen params).
+  """
+
+  def loss_fn(trainable, frozen, batch, key):
+    params = tree.merge(trainable, frozen)
+    return speech_llm.loss(params, batch, model, dropout_key=key, rows=batch_sharding(mesh))
+
+  step = make_train_step(
+    loss_fn,
+    make_optimizer(optimizer),
+    schedule=learning_rate(optimizer),
+    accumulation=accumulation,
+  )
+  return jit_train_step(step, mesh, *shardings)
+
+
+class CompiledStep:
+  """The train step, compiled for every shape of batch before the first one comes."""
+
+  def __init__(self, step, state, frozen, batches: Sequence[Batch], message: Callable[[str], None]):
+    """Compiles, several shapes at a time.
+
+    Args:
+      step: from `jitted_step`.
+      state, frozen: as the step takes them.
+      batches: of `ShapeDtypeStruct`s, one for each shape.
+      message: is told what was compiled.
+    """
+    lowered = {_shape(batch): step.lower(state, frozen, batch) for batch in batches}
+    self._compiled = {}
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+      futures = {pool.submit(program.compile): shape for shape, program in lowered.items()}
+      for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+        shape = futures[future]
+        self._compiled[shape] = future.result()
+        frames = " and ".join(map(str, shape[0]))
+        message(f"compiled {number} of {len(futures)}: {frames} frames, {shape[1]} answer tokens")
+
+  def __call__(self, state, frozen, batch: Batch):
+    """(state, metrics), as `make_train_step` says."""
+    return self._compiled[_shape(batch)](state, frozen, batch)
+
+
+def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
+  return tuple(x.shape[1] for x in batch.features), batch.answer_BS.shape[1]
+
+
+def stored(params: dict, trained: Iterable[str], dtype) -> dict:
+  """Params as a run keeps them: float32 if trained, else matrices in the compute dtype."""
+  trained = set(trained)
+
+  def kept(path):
+    vector = path.rsplit("/", 1)[-1] in VECTORS  # small; rounding CMVN or a norm would cost more
+    return jnp.float32 if path in trained or vector else dtype
+
+  return tree.unflatten({path: x.astype(kept(path)) for path, x in tree.flatten(params).items()})
+
+
+def abstract_state(
+  model: SpeechLLMConfig, optimizer: OptimizerConfig, *, trainable: Iterable[str], mesh
+):
+  """Shapes and shardings of a run's state, without making any of it.
+
+  Returns:
+    (TrainState and frozen params as `ShapeDtypeStruct`s, (their shardings)).
+  """
+  key = jax.random.key(0)
+  wanted = jax.eval_shape(lambda: speech_llm.init(key, model))
+  trained = tree.flatten(tree.partition(wanted, trainable)[0])
+  kept = jax.eval_shape(lambda p: stored(p, trained, model.compute.jnp_dtype), wanted)
+  to_train, frozen = tree.partition(kept, trainable)
+  tx = make_optimizer(optimizer)
+  state = jax.eval_shape(lambda t: create(t, tx, key), to_train)
+  shardings = (
+    state_shardings(state, tx, param_shardings(mesh, to_train)),
+    param_shardings(mesh, frozen),
+  )
+  return (state, frozen), shardings

@@ -1,0 +1,1 @@
+"""Transcription of audio files: loading and splitting clips, decoding, joining transcripts."""

@@ -1,0 +1,221 @@
+"""The command `mooer-jax transcribe`: audio files in, a line of text each, optionally JSON."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mooer_jax.files import replace_file
+from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
+
+STDIN = "-"
+_GROUP = 8  # batches that are read and sorted by length together
+_GENERATION = {
+  "num_beams": (int, "number of beams (1: greedy decoding)"),
+  "length_penalty": (
+    float,
+    "exponent of the length in beam scores; above 0 favours long text",
+  ),
+  "max_new_tokens": (int, "maximum number of generated tokens"),
+  "min_new_tokens": (int, "minimum number of generated tokens"),
+  "repetition_penalty": (float, "penalty on repeated tokens; 1 is none"),
+  "no_repeat_ngram_size": (int, "forbid repeating any n-gram of this size; 0 allows all"),
+  "do_sample": (bool, "sample instead of greedy decoding"),
+  "temperature": (float, "sampling temperature"),
+  "top_k": (int, "sample from the k most probable tokens; 0 is all"),
+  "top_p": (float, "nucleus (top-p) sampling threshold"),
+}
+
+
+def add_parser(commands) -> None:
+  """Adds `transcribe` (alias `ask`) to the subparsers of `mooer-jax`."""
+  # usage: argparse would show the other name for an alias
+  usage = "mooer-jax {transcribe,ask} --checkpoint CKPT [options] audio [audio ...]"
+  about = "transcribe audio files"
+  parser = commands.add_parser("transcribe", aliases=["ask"], help=about, usage=usage)
+  parser.add_argument("audio", nargs="+", help="audio files of any common format; - reads stdin")
+  parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
+  _renamed(
+    parser,
+    "--base-checkpoint",
+    old="--base",
+    help="base of a fine-tune, if it has moved",
+  )
+  parser.add_argument("--task", help="task of the model; default: its only one, else asr")
+  parser.add_argument(
+    "--prompt",
+    help=f"prompt instead of the task's; {SPEECH} marks the place of the speech, \\n a line break",
+  )
+  _renamed(
+    parser,
+    "--chat-template",
+    old="--template",
+    choices=sorted(TEMPLATES),
+    help="chat template around the prompt (none: the prompt alone); default: the checkpoint's",
+  )
+  parser.add_argument("--question", help=f"text that replaces {QUESTION} in the prompt")
+  _renamed(
+    parser,
+    "--chunk-length-s",
+    old="--chunk-s",
+    type=float,
+    metavar="SECONDS",
+    help="split longer audio at pauses into chunks of at most SECONDS and join the transcripts;"
+    " default: audio longer than the model's limit is an error",
+  )
+  parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    help="dtype of the computation; default: float32 on CPU, bfloat16 on accelerators",
+  )
+  parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
+  parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+  group = parser.add_argument_group("generation options; defaults come from the checkpoint")
+  for name, (kind, text) in _GENERATION.items():
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+      group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
+    elif name == "num_beams":
+      _renamed(group, flag, old="--beams", type=kind, help=text)
+    else:
+      group.add_argument(flag, dest=name, type=kind, help=text)
+  parser.set_defaults(run=run)
+
+
+def _renamed(parser, flag: str, *, old: str, **options: Any) -> None:
+  """Adds a flag that also has a deprecated name."""
+
+  class Renamed(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+      if option_string == old:
+        print(f"{old} is deprecated; use {flag}", file=sys.stderr)
+      setattr(namespace, self.dest, values)
+
+  dest = flag.removeprefix("--").replace("-", "_")
+  parser.add_argument(flag, dest=dest, action=Renamed, **options)
+  parser.add_argument(old, dest=dest, action=Renamed, **{**options, "help": argparse.SUPPRESS})
+
+
+def run(args: argparse.Namespace) -> int:
+  """Transcribes; a clip that cannot be used is named at the end and costs only itself.
+
+  Returns:
+    Exit status: 0, or 1 if any clip could not be transcribed.
+
+  Raises:
+    FileNotFoundError, ValueError, OSError: for a bad checkpoint, option or output file.
+  """
+  from mooer_jax.run.process import prepare_process
+  from mooer_jax.transcribe.transcriber import Transcriber
+
+  prepare_process()
+  if args.audio.count(STDIN) > 1:
+    raise ValueError("- (stdin) is given twice; it can be read once")
+  if args.json:
+    _check_json_target(args.json, args.audio)
+  if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
+    raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
+  transcriber = Transcriber.from_checkpoint(
+    args.checkpoint, dtype=args.dtype, base_checkpoint=args.base_checkpoint
+  )
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+  # Memory holds some clips at a time; of long recordings only a batch.
+  size = max(1, args.batch_size) * (_GROUP if args.chunk_length_s is None else 1)
+  failed = []
+  with _json_writer(args.json) as write:
+    for start in range(0, len(args.audio), size):
+      names = args.audio[start : start + size]
+      results = transcriber.transcribe(
+        [sys.stdin.buffer.read() if name == STDIN else name for name in names],
+        task=args.task,
+        prompt=None if args.prompt is None else args.prompt.replace("\\n", "\n"),
+        question=args.question,
+        chat_template=args.chat_template,
+        chunk_length_s=args.chunk_length_s,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=sys.stderr.isatty() and (len(args.audio) > 1 or args.chunk_length_s is not None),
+        errors="return",
+        **{name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None},
+      )
+      for name, result in zip(names, results, strict=True):
+        write({**result.to_json(), "path": name})
+        if result.error:
+          failed.append(result.error)
+          continue
+        print(f"{_shown(name)}\t{result.text}" if len(args.audio) > 1 else result.text, flush=True)
+        for warning in result.warnings():
+          print(f"{_shown(name)}: {warning}", file=sys.stderr)
+  for error in failed:
+    print(f"not transcribed: {' '.join(error.split())}", file=sys.stderr)
+  return 1 if failed else 0
+
+
+def _shown(name: str) -> str:
+  """A file name on one line and in one column."""
+  return name.translate({9: "\\t", 10: "\\n", 13: "\\r"})
+
+
+def _check_json_target(path: Path, audio: list[str]) -> None:
+  """Raises OSError or ValueError for a file that cannot or must not be written."""
+  if path.is_dir():
+    raise IsADirectoryError(f"--json {path}: a folder; name a file")
+  if path.exists():
+    if any(os.path.exists(name) and os.path.samefile(name, path) for name in audio):
+      raise ValueError(f"--json {path} is one of the audio files; name another file")
+    if not stat.S_ISREG(path.stat().st_mode):
+      return  # such as /dev/stdout
+    with open(path, "rb") as file:
+      if file.read(64).strip()[:1] not in (b"", b"[", b"{"):
+        raise ValueError(f"--json {path} exists and is no JSON file; name another file")
+    path.open("a").close()
+  else:
+    with replace_file(path) as beside:  # the folder must exist or be creatable, and be writable
+      beside.touch()
+    path.unlink()
+
+
+@contextlib.contextmanager
+def _json_writer(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+  """Yields a function that appends a row; the file is complete when the block ends.
+
+  Rows written before an error or an interruption are kept: the file then holds those.
+  """
+  if path is None:
+    yield lambda row: None
+    return
+  rows = 0
+  with contextlib.ExitStack() as stack:
+    regular = not path.exists() or path.is_file()
+    target = stack.enter_context(replace_file(path)) if regular else path
+    # A lone surrogate of a file name becomes an escape, which JSON has as well.
+    file = open(target, "w", encoding="utf-8", errors="backslashreplace")
+
+    def write(row: dict[str, Any]) -> None:
+      nonlocal rows
+      text = json.dumps(row, ensure_ascii=False, indent=2)
+      file.write((",\n" if rows else "[\n") + text)
+      rows += 1
+
+    failure: BaseException | None = None
+    try:
+      yield write
+    except BaseException as error:
+      failure = error
+    if failure is None or rows:
+      file.write("\n]\n" if rows else "[]\n")
+    file.close()
+    if failure is not None and not rows:
+      raise failure
+  if failure is not None:
+    print(f"{path} holds the {rows} results up to here", file=sys.stderr)
+    raise failure

@@ -1,0 +1,229 @@
+"""Audio in, text out: the class behind `mooer-jax transcribe`."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from mooer_jax.audio.frontend import features, num_frames
+from mooer_jax.config import SpeechLLMConfig, build
+from mooer_jax.generation import GenerationOptions, generate
+from mooer_jax.generation.loading import load_model
+from mooer_jax.nn.compute import Compute
+from mooer_jax.prompts import (
+  check_goes_on,
+  check_question,
+  encode_prompt,
+  fill_template,
+  split_answer,
+  task_prompt,
+)
+from mooer_jax.speech_llm import Batch
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.transcribe.clips import SILENCE, load_clips, raise_first
+from mooer_jax.transcribe.transcript import Transcript, join_transcripts
+
+_BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
+_SMALLEST_BUCKET = 32
+FREE = "prompt"  # the task in results for which only a prompt is given
+
+
+class Transcriber:
+  """A loaded checkpoint that transcribes audio.
+
+  transcriber = mooer_jax.Transcriber.from_checkpoint("out/demo/train")
+  [result] = transcriber.transcribe(["clip.wav"])
+  print(result.text)
+  """
+
+  def __init__(
+    self,
+    params: dict,
+    config: SpeechLLMConfig,
+    tokenizer: Tokenizer,
+    options: GenerationOptions = GenerationOptions(),
+  ):
+    """Takes per-layer params; most users call `from_checkpoint`."""
+    self.params = params
+    self.config = config.with_compute(scan=False)
+    self.tokenizer = tokenizer
+    self.options = dataclasses.replace(options, eos_ids=options.eos_ids or (tokenizer.eos_id,))
+    longest = round(config.max_audio_s * self._rate_hz)
+    self.buckets = [_buckets(num_frames(longest, frontend)) for frontend in config.frontends]
+
+  @classmethod
+  def from_checkpoint(
+    cls, path: str | Path, *, dtype: str | None = None, base_checkpoint: str | Path | None = None
+  ) -> "Transcriber":
+    """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
+
+    Args:
+      path: the folder.
+      base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
+      dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
+
+    Raises:
+      FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    compute = Compute(dtype=dtype)
+    return cls(*load_model(path, compute, base_checkpoint=base_checkpoint))
+
+  def transcribe(
+    self,
+    audio: Sequence[str | os.PathLike | bytes | np.ndarray],
+    *,
+    task: str | None = None,
+    prompt: str | None = None,
+    question: str | None = None,
+    chat_template: str | None = None,
+    chunk_length_s: float | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+    errors: Literal["raise", "return"] = "raise",
+    **generation: Any,
+  ) -> list[Transcript]:
+    """Transcribes clips and returns the results in the same order.
+
+    Args:
+      audio: paths, bytes of audio files, or float arrays [samples] at the model's sample rate in
+        [-1, 1].
+      task: one of the model's tasks; default: its only one, else "asr".
+      prompt: prompt instead of the task's own; `task` then only determines how the generated text
+        is split into transcript and translation.
+      question: text that replaces `{}` in the prompt; required if the prompt has it, and only then.
+      chat_template: a name in prompts.TEMPLATES instead of the model's.
+      chunk_length_s: split longer clips at pauses into chunks of at most this many seconds; each
+        chunk gets the same prompt, and the texts are joined. Silent chunks are skipped. Default: a
+        clip longer than the model's limit is an error.
+      batch_size: chunks decoded together; it changes no result, unless tokens are sampled.
+      seed: seed of sampling, 0 to 2**32 - 1.
+      progress: show a progress bar.
+      errors: "raise" raises for clips that cannot be used, before anything is decoded; "return"
+        returns a Transcript with `error` for each of them and transcribes the others.
+      generation: fields of `GenerationOptions` that override the checkpoint's, such as num_beams=4.
+
+    Raises:
+      FileNotFoundError: for a missing file.
+      ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name; for an
+        unknown task or template; for a prompt that does not have exactly one place for the speech,
+        or ends with it; for a question that is missing, empty or not asked for; for a
+        chunk_length_s or seed out of range.
+    """
+    if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)):
+      raise ValueError("transcribe takes a list of clips: transcribe([clip])")
+    if batch_size < 1:
+      raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    prompts = dict(self.config.prompts)
+    if task is None:
+      task = next(iter(prompts)) if len(prompts) == 1 else "asr"
+      task = task if prompt is None else FREE
+    if prompt is None:
+      prompt = task_prompt(task, prompts)
+    check_question(prompt, question, task)
+    template = chat_template or self.config.template
+    filled = fill_template(template, prompt, question or "")
+    check_goes_on(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
+    options = build(
+      GenerationOptions, {**dataclasses.asdict(self.options), **generation}, "generation"
+    )
+    if options.num_return_sequences > 1:
+      raise ValueError(
+        f"generation.num_return_sequences={options.num_return_sequences}: transcribe returns"
+        " one result per clip; call mooer_jax.generate for more"
+      )
+    if not 0 <= seed < 2**32:
+      raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
+    clips = load_clips(audio, self.config, chunk_length_s=chunk_length_s)
+    if errors == "raise":
+      raise_first(clips)
+    flat = [piece_N for pieces in clips if isinstance(pieces, list) for piece_N in pieces]
+    answers = self._answers(
+      flat, task, filled, options, batch_size=batch_size, seed=seed, progress=progress
+    )
+    results = []
+    for source, pieces in zip(audio, clips, strict=True):
+      if isinstance(pieces, list):
+        result = join_transcripts(answers[: len(pieces)])
+        answers = answers[len(pieces) :]
+      else:
+        result = Transcript("", [], 0.0, task, finished=False, error=str(pieces))
+      path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+      results.append(dataclasses.replace(result, path=path))
+    return results
+
+  def _answers(
+    self,
+    pieces: Sequence[np.ndarray],
+    task: str,
+    prompt: tuple[str, str],
+    options: GenerationOptions,
+    *,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+  ) -> list[Transcript]:
+    """Of each piece, in order; a silent one is not asked and says nothing."""
+    from rich.progress import track
+
+    def transcript(piece_N, tokens=(), **outcome):
+      text = self.tokenizer.decode(tokens)
+      seconds = len(piece_N) / self._rate_hz
+      parts = split_answer(task, text)._asdict()
+      return Transcript(text, list(tokens), seconds, task, **outcome, **parts)
+
+    answers = [transcript(piece_N) for piece_N in pieces]
+    heard = [i for i, piece_N in enumerate(pieces) if np.abs(piece_N).max() >= SILENCE]
+    heard.sort(key=lambda i: len(pieces[i]))
+    batches = [heard[i : i + batch_size] for i in range(0, len(heard), batch_size)]
+    key = jax.random.key(seed)
+    for number, members in enumerate(track(batches, "transcribing", disable=not progress)):
+      rows = min(batch_size, 1 << (len(members) - 1).bit_length())  # few shapes, little padding
+      batch = self._batch([pieces[i] for i in members], prompt, rows)
+      batch_key = jax.random.fold_in(key, number)
+      generated = jax.device_get(generate(self.params, batch, self.config, options, key=batch_key))
+      for row, i in enumerate(members):
+        answers[i] = transcript(
+          pieces[i],
+          generated.tokens_BS[row, : generated.lengths_B[row]].tolist(),
+          score=float(generated.scores_B[row]),
+          finished=bool(generated.finished_B[row]),
+        )
+    return answers
+
+  @property
+  def _rate_hz(self) -> int:
+    return self.config.frontends[0].sample_rate_hz
+
+  def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
+    padded, frames = [], []
+    for frontend, buckets in zip(self.config.frontends, self.buckets, strict=True):
+      made = [features(self.config.filled_up(clip), frontend) for clip in clips]
+      longest = max(len(x_TF) for x_TF in made)
+      length = next(bucket for bucket in buckets if bucket >= longest)
+      padded.append(np.zeros((rows, length, made[0].shape[1]), np.float32))
+      frames.append(np.zeros(rows, np.int32))
+      for row, x_TF in enumerate(made):
+        padded[-1][row, : len(x_TF)] = x_TF
+        frames[-1][row] = len(x_TF)
+    before_S, after_S = encode_prompt(self.tokenizer, prompt)
+    return Batch(
+      features=tuple(padded),
+      frames=tuple(frames),
+      before_BS=np.tile(np.asarray(before_S, np.int32), (rows, 1)),
+      after_BS=np.tile(np.asarray(after_S, np.int32), (rows, 1)),
+      answer_BS=np.full((rows, 1), -1, np.int32),
+    )
+
+
+def _buckets(longest: int) -> tuple[int, ...]:
+  """Lengths that grow by a fixed ratio up to the longest clip; each is compiled once."""
+  lengths = [_SMALLEST_BUCKET]
+  while lengths[-1] < longest:
+    lengths.append(min(longest, int(lengths[-1] * _BUCKET_GROWTH)))
+  return tuple(lengths)

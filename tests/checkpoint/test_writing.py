@@ -1,0 +1,97 @@
+"""Saving either happens or does not."""
+
+import errno
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mooer_jax import checkpoint
+from mooer_jax.checkpoint import SaveError
+from tests.checkpoint.checkpoints_of import assert_same, params, save
+
+RNG = np.random.default_rng(0)
+
+
+def test_an_existing_folder_is_only_replaced_on_demand(tmp_path):
+  folder = save(tmp_path / "c", params())
+  with pytest.raises(FileExistsError, match="overwrite=True"):
+    save(folder, params(1))
+  assert_same(checkpoint.load(folder).params, params())
+  save(folder, params(1), overwrite=True)
+  assert_same(checkpoint.load(folder).params, params(1))
+  assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def full_disk(*_, **__):
+  raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["arrays.write", "_write_json", "put_in_place", "tokenizer"])
+def test_a_failure_while_saving_spares_what_was_there(tmp_path, monkeypatch, where):
+  folder = save(tmp_path / "c", params())
+  options = {}
+  if where == "tokenizer":
+    options["tokenizer"] = full_disk
+  else:
+    target = checkpoint.writing.arrays if "." in where else checkpoint.writing
+    monkeypatch.setattr(target, where.rsplit(".")[-1], full_disk)
+  for name in ("c", "new"):
+    with pytest.raises(SaveError, match=rf"{name}: the checkpoint was not saved .*No space left"):
+      save(tmp_path / name, params(1), overwrite=True, **options)
+  assert [p.name for p in tmp_path.iterdir()] == ["c"]
+  assert_same(checkpoint.load(folder).params, params())
+
+
+def test_a_rename_that_fails_brings_the_old_one_back(tmp_path, monkeypatch):
+  folder = save(tmp_path / "c", params())
+  rename = Path.rename
+  monkeypatch.setattr(
+    Path, "rename", lambda p, to: full_disk() if p.name == ".tmp-c" else rename(p, to)
+  )
+  with pytest.raises(SaveError):
+    save(folder, params(1), overwrite=True)
+  assert [p.name for p in tmp_path.iterdir()] == ["c"]
+  assert_same(checkpoint.load(folder).params, params())
+
+
+def test_files_that_the_system_refuses_to_write(tmp_path):
+  # A limit on file sizes stops the array writer itself (C++), as a full disk would.
+  folder = save(tmp_path / "c", params())
+  big = {"w": RNG.normal(size=(512, 512)).astype(np.float32)}
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+  try:
+    with pytest.raises(SaveError):
+      save(folder, big, overwrite=True)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert [p.name for p in tmp_path.iterdir()] == ["c"]
+  assert_same(checkpoint.load(folder).params, params())
+
+
+def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path, plain_env):
+  save(checkpoint.step_folder(tmp_path, 1), params())
+  program = textwrap.dedent("""
+    import os, signal, sys
+    import numpy as np
+    from mooer_jax import checkpoint
+
+    checkpoint.save(
+      checkpoint.step_folder(sys.argv[1], 2), params={"w": np.zeros(3)}, config_json={},
+      tokenizer=lambda _: os.kill(os.getpid(), signal.SIGKILL), generation={},
+    )
+  """)
+  killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=plain_env)
+  assert killed.returncode == -signal.SIGKILL
+  assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-step_00000002", "step_00000001"]
+  newest = checkpoint.latest(tmp_path)
+  assert newest == checkpoint.step_folder(tmp_path, 1)
+  assert_same(checkpoint.load(newest).params, params())
+  save(checkpoint.step_folder(tmp_path, 2), params(2))  # the same step again, over the remains
+  assert_same(checkpoint.load(checkpoint.latest(tmp_path)).params, params(2))

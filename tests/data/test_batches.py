@@ -1,0 +1,83 @@
+"""Padding: to the smallest bucket that fits, for one or several encoders."""
+
+import types
+
+import numpy as np
+import pytest
+
+from mooer_jax.audio.fbank import FbankConfig
+from mooer_jax.audio.frontend import FrontendConfig, features, num_frames
+from mooer_jax.data.batches import Batcher
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.examples import Asker, Example
+from mooer_jax.data.shards import Skip
+
+MOOER = FrontendConfig()
+FINER = FrontendConfig(fbank=FbankConfig(bins=40), lfr_window=4, lfr_stride=4)
+
+
+def _example(key, samples, frontends, answer=3):
+  waveform_N = np.random.default_rng(samples).uniform(-0.3, 0.3, samples).astype(np.float32)
+  made = tuple(features(waveform_N, frontend) for frontend in frontends)
+  skipped = (Skip("too short", f"before {key}", "a.tar"),)
+  tokens = [np.arange(size, dtype=np.int32) for size in (1, 5, answer)]
+  return Example(key, key, made, "asr", *tokens, samples / 16000, skipped=skipped)
+
+
+def _batcher(tokenizer, frontends):
+  config = DataConfig(
+    "", batch_size=3, window=3, buckets=(9, 20, 34), answer_buckets=(4, 9), max_s=2
+  )
+  model = types.SimpleNamespace(  # of encoders that there are none of
+    frontends=frontends, prompts=(("asr", "B<SpeechHere>AFTER"),), template="none", min_audio_s=0.0
+  )
+  return Batcher(config, model, Asker(config, tokenizer, model))
+
+
+def test_the_smallest_bucket_that_holds_all(tokenizer):
+  batcher = _batcher(tokenizer, [MOOER])
+  # (6 * 9 - 1) hops and a frame are the first 9 steps' last clip; one hop more is a tenth step.
+  for samples, length in ((4000, 9), (53 * 160 + 400 + 159, 9), (54 * 160 + 400, 20), (32000, 34)):
+    host = batcher([_example("a", 4000, [MOOER]), _example("b", samples, [MOOER])])
+    assert host.batch.features[0].shape == (3, length, 560), samples
+    assert host.batch.frames[0].tolist() == [num_frames(4000), num_frames(samples), 0]
+  for answer, length in ((0, 4), (4, 4), (5, 9)):
+    host = batcher([_example("a", 4000, [MOOER], answer)])
+    assert host.batch.answer_BS.shape == (3, length)
+
+
+def test_skips_come_in_order_and_with_those_left_over(tokenizer):
+  last = Skip("no audio", "behind", "a.tar")
+  host = _batcher(tokenizer, [MOOER])([_example(k, 4000, [MOOER]) for k in "ab"], [last])
+  assert [s.key for s in host.skipped] == ["before a", "before b", "behind"]
+
+
+@pytest.mark.parametrize("samples", [1000, 9039, 9040, 20000, 32000])
+def test_two_encoders_each_get_a_length_that_holds_their_features(tokenizer, samples):
+  frontends = [MOOER, FINER]
+  host = _batcher(tokenizer, frontends)([_example("a", samples, frontends)])
+  for x_BTF, frames_B, frontend in zip(host.batch.features, host.batch.frames, frontends):
+    assert frames_B.tolist() == [num_frames(samples, frontend), 0, 0]
+    assert frames_B[0] <= x_BTF.shape[1]
+  # The bucket is chosen by the clip's length, so a second encoder adds no shapes.
+  assert [x.shape[1] for x in host.batch.features] in ([9, 14], [20, 30], [34, 51])
+
+
+@pytest.mark.parametrize(
+  ("values", "words"),
+  [
+    ({"buckets": (20, 10)}, r"data\.buckets=\(20, 10\): .*ascending"),
+    ({"answer_buckets": ()}, r"data\.answer_buckets=\(\)"),
+    ({"batch_size": 0}, r"data\.batch_size=0: must be at least 1"),
+    ({"window": 100, "batch_size": 64}, r"data\.window=100 .*set it to 64"),
+    ({"min_s": 3.0, "max_s": 2.0}, r"data\.min_s=3\.0 and data\.max_s=2\.0"),
+    ({"max_bad_share": 1.5}, r"data\.max_bad_share=1\.5"),
+    ({"workers": -1}, r"data\.workers=-1"),
+    ({"prompt_tokens": -1}, r"data\.prompt_tokens=-1"),
+    ({"task_weights": {"asr": 2.0}}, r"data\.task_weights=.*set data\.task=''"),
+    ({"task": "", "task_weights": {"asr": -1.0}}, r"data\.task_weights\.asr=-1"),
+  ],
+)
+def test_a_bad_config_is_refused_by_name(values, words):
+  with pytest.raises(ValueError, match=words):
+    DataConfig("data.list", **values)

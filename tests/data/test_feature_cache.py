@@ -1,0 +1,111 @@
+"""Encoder frames on disk: what was written is read, whatever interrupted it."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from mooer_jax.data.feature_cache import EncodedCache, digest
+from mooer_jax.data.shards import RawUtterance
+
+WIDTHS = {"one": 3, "two": 2}
+
+
+def clip(name, frames, seed):
+  rng = np.random.default_rng(seed)
+  made = [rng.normal(size=(frames, width)).astype(np.float32) for width in WIDTHS.values()]
+  return name, made, frames / 50
+
+
+def check(cache, clips):
+  for name, frames, seconds in clips:
+    found, found_s = cache.get(name)
+    assert found_s == seconds
+    for ours, theirs in zip(found, frames, strict=True):
+      assert ours.dtype == np.float16
+      np.testing.assert_array_equal(ours, theirs.astype(np.float16))
+
+
+def test_frames_come_back_also_in_another_process(tmp_path):
+  cache = EncodedCache(tmp_path / "a", WIDTHS)
+  clips = [clip("x", 4, 0), clip("y", 1, 1), clip("z", 0, 2)]
+  cache.write(clips[:2])
+  cache.write(clips[2:])
+  check(cache, clips)
+  check(EncodedCache(tmp_path / "a", WIDTHS), clips)
+  check(pickle.loads(pickle.dumps(cache)), clips)
+  assert "x" in cache and "w" not in cache and len(cache) == 3
+
+
+@pytest.mark.parametrize("torn", ["one.float16", "two.float16", "index.jsonl"])
+def test_a_torn_end_is_cut_off(tmp_path, torn):
+  first, second = clip("x", 4, 0), clip("y", 5, 1)
+  EncodedCache(tmp_path, WIDTHS).write([first])
+  with (tmp_path / torn).open("ab") as file:
+    file.write(b'["y", [4')
+  cache = EncodedCache(tmp_path, WIDTHS)
+  assert len(cache) == 1
+  cache.write([second])
+  check(EncodedCache(tmp_path, WIDTHS), [first, second])
+
+
+def test_a_reader_sees_nothing_of_what_another_process_is_writing(tmp_path):
+  clips = [clip("x", 4, 0), clip("y", 5, 1)]
+  EncodedCache(tmp_path, WIDTHS).write(clips[:1])
+  reader, writer = EncodedCache(tmp_path, WIDTHS), EncodedCache(tmp_path, WIDTHS)
+  with (tmp_path / "one.float16").open("ab") as file:
+    file.write(b"odd")  # half a record, before the reader has mapped the file
+  check(reader, clips[:1])
+  writer.write(clips[1:])
+  check(reader, clips[:1])
+  assert reader.get("y") is None
+  check(EncodedCache(tmp_path, WIDTHS), clips)
+
+
+def test_an_index_that_outlived_its_frames_is_cut_and_not_complete(tmp_path):
+  clips = [clip("x", 4, 0), clip("y", 5, 1)]
+  EncodedCache(tmp_path, WIDTHS).write(clips)
+  EncodedCache(tmp_path, WIDTHS).mark_complete("train")
+  frames = tmp_path / "two.float16"
+  frames.write_bytes(frames.read_bytes()[:-1])
+  cache = EncodedCache(tmp_path, WIDTHS)
+  assert cache.names() == ["x"] and not cache.complete("train")
+  cache.write(clips[1:])
+  cache = EncodedCache(tmp_path, WIDTHS)
+  check(cache, clips)
+  assert cache.complete("train")
+
+
+def test_clips_without_frames_can_be_kept_alone(tmp_path):
+  EncodedCache(tmp_path, WIDTHS).write([clip("z", 0, 2)])
+  check(EncodedCache(tmp_path, WIDTHS), [clip("z", 0, 2)])
+
+
+def test_a_data_set_is_complete_once_all_of_it_was_seen(tmp_path):
+  cache = EncodedCache(tmp_path, WIDTHS)
+  assert not cache.complete("train 1")
+  cache.mark_complete("train 1")
+  assert EncodedCache(tmp_path, WIDTHS).complete("train 1") and not cache.complete("train")
+
+
+def test_values_beyond_float16_are_refused(tmp_path):
+  name, frames, seconds = clip("x", 2, 0)
+  frames[1][0, 0] = 1e5
+  with pytest.raises(ValueError, match="two encoder gives values that float16"):
+    EncodedCache(tmp_path, WIDTHS).write([(name, frames, seconds)])
+
+
+def test_a_digest_is_of_the_audio_alone():
+  one = RawUtterance("a", "s.tar", "wav", b"12", b"text", more=(b"3",))
+  assert digest(one) == digest(RawUtterance("b", "t.tar", "mp3", b"12", b"", more=(b"3",)))
+  assert digest(one) != digest(RawUtterance("a", "s.tar", "wav", b"123", b"text"))
+  assert digest(one) != digest(RawUtterance("a", "s.tar", "wav", b"1", b"text", more=(b"23",)))
+
+
+def test_two_processes_do_not_fill_the_same_folder(tmp_path):
+  cache = EncodedCache(tmp_path, WIDTHS)
+  with cache.alone():
+    with pytest.raises(ValueError, match="filled by another process"), cache.alone():
+      pass
+  with cache.alone():
+    cache.write([clip("x", 1, 0)])

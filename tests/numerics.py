@@ -1,0 +1,157 @@
+"""Numeric bounds that hold on every processor, each derived from dtype, size and magnitude.
+
+Two correct programs differ by rounding: processors add in another order, fuse a product with a sum
+or round exp otherwise. A bound is therefore never what one machine happened to show. It is either
+`rounding(...)`, computed from the number of rounded terms and their magnitude, or the error of a
+reference implementation against the same computation in float64 (`assert_as_accurate`).
+"""
+
+import contextlib
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# Orders of summation that differ between processors move an error by a factor of 2 to 3, and the
+# largest of a million errors is 5 times their standard deviation.
+ROOM = 16
+
+
+class BoundExceeded(AssertionError):
+  """Two results differ by more than rounding explains."""
+
+
+def rounding(terms, scale=1.0, dtype=np.float32):
+  """Bound on the difference between two evaluations of the same formula in `dtype`.
+
+  A sum of n rounded terms is off by a random walk of n steps, each at most eps / 2 of the partial
+  sum: sqrt(n) * eps / 2 * scale, for any order. The bound is `ROOM` times eps * sqrt(n) * scale.
+
+  Args:
+    terms: number of roundings between input and output: the terms of the longest sum, times the
+      number of layers if errors add up over layers.
+    scale: magnitude of the values that are rounded, which is not that of the result where terms
+      cancel; a number, an array or a tree of them, for example from `condition`.
+    dtype: floating dtype that the values are rounded to.
+
+  Returns:
+    the bound, in the structure of `scale`.
+  """
+  unit = ROOM * float(jnp.finfo(dtype).eps) * terms**0.5
+  return jax.tree.map(lambda x: unit * np.asarray(x, np.float64), scale)
+
+
+def condition(function, *arguments, draws=3):
+  """Change of each output per relative change of all inputs: the `scale` to give to `rounding`.
+
+  A program that rounds returns what exact arithmetic returns for inputs that are off by a few
+  roundings (backward stability). So all floating leaves of `arguments` (weights too) are moved by
+  one unit in the last place at random, and the largest change is divided by eps. This accounts for
+  depth, cancellation and nonlinearities, and costs no compilation where `function` is jitted.
+
+  Args:
+    function: returns an array or a tree of arrays.
+    arguments: arrays or trees of arrays. Only floating leaves are moved.
+    draws: number of random moves of which the largest change counts.
+
+  Returns:
+    a tree like that of the outputs, of floats: the largest change over eps of the inputs' dtype,
+    and at least the output's own magnitude.
+  """
+  rng = np.random.default_rng(0)
+  eps = [
+    float(jnp.finfo(x.dtype).eps)
+    for x in map(np.asarray, jax.tree.leaves(arguments))
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+
+  def moved(x):
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    up = rng.random(x.shape) < 0.5
+    return np.nextafter(x, np.where(up, np.inf, -np.inf).astype(x.dtype))
+
+  def change(a, b):
+    return float(np.abs(_float64(a) - _float64(b)).max(initial=0)) / max(eps)
+
+  outputs = function(*arguments)
+  found = jax.tree.map(lambda x: float(np.abs(_float64(x)).max(initial=0)), outputs)
+  for _ in range(draws):
+    again = function(*jax.tree.map(moved, arguments))
+    found = jax.tree.map(lambda most, a, b: max(most, change(a, b)), found, again, outputs)
+  return found
+
+
+def assert_within(actual, expected, bound):
+  """Asserts that every element of `actual` is within `bound` of `expected`.
+
+  Args:
+    actual, expected: arrays, or trees of arrays of the same structure. Shapes must be equal.
+    bound: a number or an array that broadcasts, or a tree of them like that of `actual`.
+
+  Raises:
+    BoundExceeded: naming the largest difference, its place and the bound. NaN exceeds any bound.
+    AssertionError: if the shapes differ.
+  """
+  structure = jax.tree.structure(actual)
+  assert structure == jax.tree.structure(expected), "the trees differ in structure"
+  if jax.tree.structure(bound) != structure:
+    bound = jax.tree.map(lambda _: bound, actual)
+  leaves = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), jax.tree.leaves(bound))
+  for (path, _), leaf in zip(jax.tree_util.tree_leaves_with_path(actual), leaves, strict=True):
+    _assert_leaf_within(*leaf, jax.tree_util.keystr(path))
+
+
+def assert_as_accurate(ours, theirs, truth, *, floor):
+  """Asserts that our error against `truth` is at most twice that of a reference plus a floor.
+
+  Args:
+    ours, theirs: results in the same dtype, of the same shape.
+    truth: the same computation in float64.
+    floor: what two correct implementations may differ by on a processor on which the reference
+      rounds luckily: `rounding(...)` at the magnitude of the values.
+
+  Raises:
+    BoundExceeded: naming our largest error and the bound.
+  """
+  theirs = np.abs(_float64(theirs) - _float64(truth)).max(initial=0)
+  assert np.isfinite(theirs), "the reference is not finite"
+  assert_within(ours, truth, 2 * theirs + floor)
+
+
+@contextlib.contextmanager
+def exceeds_the_bound():
+  """Passes if the block raises `BoundExceeded`: for tests that a deliberate fault is noticed."""
+  with pytest.raises(BoundExceeded):
+    yield
+
+
+def _float64(x):
+  return np.asarray(x).astype(np.float64)
+
+
+def _assert_leaf_within(actual, expected, bound, name):
+  actual, expected = _float64(actual), _float64(expected)
+  assert actual.shape == expected.shape, f"{name}: shapes {actual.shape} and {expected.shape}"
+  bound = np.broadcast_to(bound, actual.shape)
+  if not actual.size:
+    return
+  with np.errstate(invalid="ignore"):  # equal infinities do not differ
+    error = np.where(actual == expected, 0, np.abs(actual - expected))
+  share = np.where(error == 0, 0, error / np.maximum(bound, np.finfo(np.float64).tiny))
+  share = np.where(np.isnan(share), np.inf, share)
+  at = np.unravel_index(share.argmax(), share.shape)
+  if log := os.environ.get("MOOER_TEST_BOUNDS_LOG"):
+    with open(log, "a", encoding="utf-8") as file:
+      test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+      print(f"{share[at]:.2e}\t{error[at]:.2e}\t{bound[at]:.2e}\t{test}{name}", file=file)
+  if share[at] > 1:
+    place = ", ".join(map(str, at))
+    raise BoundExceeded(
+      f"{name or 'result'}[{place}] is {actual[at]:.9g}, expected {expected[at]:.9g}: the"
+      f" difference {error[at]:.3g} exceeds {bound[at]:.3g}; {(share > 1).sum()} of {share.size}"
+      " elements do"
+    )
