@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.core.errors import ConversionError
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.readers import ReadError
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import from_json

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 
 from convert.core.errors import ConversionError
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.main import main
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import from_json

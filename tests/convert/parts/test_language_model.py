@@ -9,8 +9,9 @@ import torch
 
 from convert.core import folders
 from convert.core.errors import ConversionError
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.readers import ReadError, open_source
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import part_from_json

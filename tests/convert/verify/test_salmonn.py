@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from convert.importing import Options, import_checkpoint
+from convert.core.options import Options
+from convert.importing import import_checkpoint
 from convert.main import main
 from tests.convert.verify.test_run import fine_tune
 from tests.parity import torch_salmonn
