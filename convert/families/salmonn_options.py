@@ -34,9 +34,7 @@ def read_options(file: Path, problems: Problems, notes: list[str]) -> dict[str, 
   config = content.get("config") if isinstance(content, dict) else None
   section = config.get("model") if isinstance(config, dict) else None
   if not isinstance(section, dict):
-    notes.append(
-      f"{file.name} does not hold its training configuration; the published one is used"
-    )
+    notes.append(f"{file.name} does not hold its training configuration; the published one is used")
     return dict(USUAL)
   options = {**USUAL, **section}
   for name in ("use_speech_Qformer", "window_level_Qformer"):

@@ -188,7 +188,7 @@ def test_overwriting_replaces_an_earlier_result_and_nothing_else(tmp_path):
   out.mkdir()
   (out / "thesis.txt").write_text("mine")
   for run in runs:
-    with pytest.raises(FileExistsError, match=r"no checkpoint|removed?, such as thesis\.txt"):
+    with pytest.raises(FileExistsError, match=r"not a checkpoint|removed?, such as thesis\.txt"):
       run(out, overwrite=True)
     assert (out / "thesis.txt").read_text() == "mine"
 
@@ -208,7 +208,7 @@ def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
   _, source = saved_llm(tmp_path / "hf", "llama")
   (file,) = source.glob("*.safetensors")
   file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-  with pytest.raises(ReadError, match="a Git LFS pointer, .* run `git lfs pull`"):
+  with pytest.raises(ReadError, match="a Git LFS pointer: run git lfs pull"):
     import_checkpoint("llama", source, tmp_path / "out")
 
 
@@ -233,11 +233,11 @@ def test_another_kind_is_named(tmp_path):
   import_checkpoint("qwen2", source, tmp_path / "ours")
   with pytest.raises(ConversionError, match="kind qwen2, not llama"):
     export_checkpoint("llama", tmp_path / "ours", tmp_path / "out")
-  with pytest.raises(ConversionError, match="no SAN-M encoder"):
+  with pytest.raises(ConversionError, match="no sanm encoder"):
     export_checkpoint("paraformer", tmp_path / "ours", tmp_path / "out")
   with pytest.raises(ValueError, match="of a part of a speech LLM"):
     export_checkpoint("mooer", tmp_path / "ours", tmp_path / "out")
-  with pytest.raises(ValueError, match="--task means nothing for the kind 'qwen2'"):
+  with pytest.raises(ValueError, match="--task has no effect on the kind 'qwen2'"):
     import_checkpoint("qwen2", source, tmp_path / "out", Options(task="asr"))
 
 

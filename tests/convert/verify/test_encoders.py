@@ -124,11 +124,11 @@ def test_options_of_other_kinds_and_missing_encoders_are_named(tmp_path, run, ca
   test_beats.write(tmp_path / "a.pt")
   import_checkpoint("beats", tmp_path / "a.pt", tmp_path / "ours")
   status, printed = run("whisper", tmp_path / "a.pt", tmp_path / "ours")
-  assert status == 2 and "no whisper encoder in it" in printed
+  assert status == 2 and "has no encoders/whisper to verify as whisper" in printed
   beats = ["verify", "beats", str(tmp_path / "a.pt"), str(tmp_path / "ours")]
   for more, said in (
-    ([], "verify beats needs a clip"),
-    (["--audio", "a.wav", "--llm", "x"], "--llm means nothing for verify beats"),
+    ([], "verify beats needs clips"),
+    (["--audio", "a.wav", "--llm", "x"], "--llm has no effect on verify beats"),
   ):
     assert main([*beats, *more]) == 2
     assert said in capsys.readouterr().err

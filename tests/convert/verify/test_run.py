@@ -177,7 +177,7 @@ def test_the_task_is_that_of_the_checkpoint(sides, source, run, tmp_path):
   prompts = {"ast": "Translate speech to english text. "}
   fine_tune(tmp_path / "ast", sides[1], {"connector/linear1/bias": 0}, prompts=prompts)
   status, printed = run(sides[0], tmp_path / "ast")
-  assert status == 2 and "(ast); one must be there" in printed
+  assert status == 2 and "(ast); one is needed" in printed
   shutil.copytree(source / "asr", source / "ast")
   rewrite(source / "asr" / "adapter_project.pt", nudged("encoder_projector.linear1.bias"))
   assert run(source, tmp_path / "ast")[0] == 0

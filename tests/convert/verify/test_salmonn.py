@@ -153,8 +153,8 @@ def test_the_lora_is_scaled_as_in_training(sides, run, tmp_path, llm):
 def test_what_is_needed_is_named(sides, run):
   for changes, said in (
     ({"beats": None}, "name the file with --beats"),
-    ({"whisper": None}, "needs the folder or file of Whisper"),
-    ({"llm": None}, "--llm FOLDER"),
+    ({"whisper": None}, "needs --whisper: folder or file of Whisper"),
+    ({"llm": None}, "needs --llm: folder of the LLM"),
   ):
     status, _, printed = run(sides, **changes)
     assert status == 2 and said in printed
