@@ -16,7 +16,7 @@ from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.prompts import SALMONN_PROMPTS, TEMPLATES, read_prompts
 from mooer_jax.text.tokenizer import Tokenizer
 
-from ..core.engine import map_in, map_out, read_out
+from ..core.engine import Mapped, map_in, map_out, read_out
 from ..core.errors import Problems
 from ..core.folders import check_roundtrip, style_of, write_json
 from ..core.kind import Kind, Opened
@@ -98,30 +98,14 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
   parts = [*streams, model]
   below = {path: leaf for part in parts for path, leaf in part.leaves.items()}
 
-  table = trained_table()
   expected = qformer.shapes(connector, sum(s.config.width for s in streams), decoder.width)
   for stream in streams:
     for name in ("scale", "bias"):
       expected[f"encoder_norms/{stream.config.kind}/{name}"] = (stream.config.width,)
   if added is not None:
-    table = Table((*table.rules, *added.table.rules))
     expected |= lora.shapes(decoder)
-  tuned = {}
-  for name in source.tensors:
-    mapped = table.to_jax(name)
-    if mapped and mapped[0] in below:
-      tuned[mapped[0]] = name
-      expected[mapped[0]] = below[mapped[0]].shape
-  copies = dict.fromkeys(_matching(_BIAS_TABLE, source), "encoders/beats/relative_bias/embedding")
-  if decoder.tied:
-    head = rf"{_LLM}{re.escape(language_model.HEAD)}"
-    copies |= dict.fromkeys(_matching(head, source), "decoder/embed/embedding")
-  copies = {name: path for name, path in copies.items() if path in below}
-  ignored = (*BUFFERS, *map(re.escape, copies))
-  mapped_in = map_in(source, table, expected, problems, ignored=ignored)
-  leaves = {**below, **mapped_in.leaves}
-  for name, path in copies.items():
-    _check_copy(source, name, leaves[path], path=path, problems=problems)
+  mapped, tuned = _map_trained(source, below, expected, problems, added=added, tied=decoder.tied)
+  leaves = {**below, **mapped.leaves}
   template = salmonn_options.find_template(training, asked, problems)
   if problems.found:
     return None
@@ -162,9 +146,53 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
     tokenizer=write_tokenizer,
     kept={**model.kept, **speech.kept},
     generation=decoding(tokenizer.eos_id),
-    ignored=(*mapped_in.ignored, *source.ignored, *(n for part in parts for n in part.ignored)),
+    ignored=(*mapped.ignored, *source.ignored, *(n for part in parts for n in part.ignored)),
     notes=(*notes, *source.notes, *(note for part in parts for note in part.notes)),
   )
+
+
+def _map_trained(
+  source: Source,
+  below: Mapping[str, Lazy],
+  expected: dict[str, tuple[int, ...]],
+  problems: Problems,
+  *,
+  added: lora.Lora | None,
+  tied: bool,
+) -> tuple[Mapped, dict[str, str]]:
+  """Maps the tensors of SALMONN's own file.
+
+  Args:
+    source: the file.
+    below: leaves of the encoders and the LLM, some of which may have been trained.
+    expected: path -> shape of the leaves that only this file has.
+    problems: receives everything that does not fit.
+    added: the LoRA in the file.
+    tied: whether the LLM's head is its embedding.
+
+  Returns:
+    The mapped leaves, and path -> name of those that replace a leaf of `below`.
+  """
+  table, expected = trained_table(), dict(expected)
+  if added is not None:
+    table = Table((*table.rules, *added.table.rules))
+  tuned = {}
+  for name in source.tensors:
+    found = table.to_jax(name)
+    if found and found[0] in below:
+      tuned[found[0]] = name
+      expected[found[0]] = below[found[0]].shape
+  copies = dict.fromkeys(_matching(_BIAS_TABLE, source), "encoders/beats/relative_bias/embedding")
+  if tied:
+    head = rf"{_LLM}{re.escape(language_model.HEAD)}"
+    copies |= dict.fromkeys(_matching(head, source), "decoder/embed/embedding")
+  copies = {name: path for name, path in copies.items() if path in below}
+  ignored = (*BUFFERS, *map(re.escape, copies))
+  mapped = map_in(source, table, expected, problems, ignored=ignored)
+  for name, path in copies.items():
+    leaf = mapped.leaves.get(path, below[path])
+    _check_copy(source, name, leaf, path=path, problems=problems)
+  return mapped, tuned
 
 
 def _read_prompts(file: Path) -> dict[str, str]:
