@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from benchmarks.provenance import MODEL, write_result
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
 from convert.families.mooer import ADAPTER_FILE, ENCODER_FILE, ENCODER_FOLDER
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
+from convert.verify.reference.paraformer import sanm_encoder
+from convert.verify.report import print_report
 from convert.verify.run import verify
-from convert.verify.torch_encoders import sanm_encoder
-from convert.verify.verdict import print_verdict
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import FrontendConfig, features
@@ -66,7 +67,7 @@ def main():
   }
   for kind, verdict in found.items():
     print(f"\n{kind}")
-    print_verdict(verdict)
+    print_report(verdict)
   if args.json:
     figures = {kind: dataclasses.asdict(verdict) for kind, verdict in found.items()}
     write_result(args.json, figures, SOURCES)
@@ -76,7 +77,15 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
   folder.mkdir(exist_ok=True)
   config = SANMConfig()
   torch.manual_seed(0)
-  module = sanm_encoder(config)
+  module = sanm_encoder(
+    {
+      "input_size": config.input_width,
+      "output_size": config.width,
+      "linear_units": config.mlp_width,
+      "num_blocks": config.layers,
+      "kernel_size": config.memory_kernel,
+    }
+  )
   torch.save(module.state_dict(), folder / ENCODER_FILE)
   frontend = FrontendConfig()
   heard_TF = np.concatenate(

@@ -28,6 +28,7 @@ from convert.parts.hf_config import hf_config
 from convert.parts.language_model import TABLE, shapes
 from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.text.tokenizer import Tokenizer
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SOURCES = (
@@ -70,6 +71,7 @@ def write_folder(folder: Path, config: LLMConfig) -> int:
       yield values.view(BFLOAT16).reshape(tensor.shape)
 
   write_json(folder / "config.json", hf_config(config, BFLOAT16))
+  Tokenizer.from_characters("a").save(folder)  # an import needs one
   write_shards(folder, tensors, arrays(), shard_bytes=SHARD_BYTES)
   return sum(tensor.nbytes for tensor in tensors)
 

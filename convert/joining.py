@@ -1,4 +1,4 @@
-"""`convert join OUT PART …`: encoders and an LLM in one checkpoint, for training to begin with."""
+"""`convert join OUT PART …`: encoders and an LLM in one checkpoint, to start training from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,28 +8,30 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy, describe, find, read_leaves
 
 from .core.errors import ConversionError
-from .core.folders import SOURCE_FILE, check_target, copier, keep_apart, read_json, save_checkpoint
+from .core.folders import SOURCE_FILE, check_apart, check_target, copier, save_checkpoint
+from .core.kind import Opened
+from .readers import read_object
 
 
 def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[str, Lazy]:
-  """Copies the leaves of several checkpoints into one, tensor by tensor.
+  """Copies the leaves of several checkpoints into one, one tensor at a time.
 
-  What lies between the encoders and the LLM is not there yet; training makes it.
+  The connector between the encoders and the LLM is absent; training initializes it.
 
   Args:
     out: the checkpoint to make.
-    parts: checkpoints of encoders, in the order that their frames shall stand in, and of one LLM.
-    overwrite: replace what is there.
+    parts: checkpoints of encoders, in the order in which their frames are joined, and of one LLM.
+    overwrite: replace an existing checkpoint.
 
   Returns:
-    path -> leaf of all that was written.
+    path -> leaf of everything that was written.
 
   Raises:
     FileNotFoundError, FileExistsError: for a part and the target.
-    ConversionError: if two parts hold the same thing, or one is no such part.
+    ConversionError: if two parts hold the same leaf, or one is not an encoder or LLM alone.
   """
   opened = [describe(find(part)) for part in parts]
-  keep_apart(out, [path for about in opened for path in (about.folder, about.base)])
+  check_apart(out, [path for about in opened for path in (about.folder, about.base)])
   check_target(out, overwrite=overwrite)
   config: dict[str, Any] = {"encoders": [], "frontends": []}
   leaves: dict[str, Lazy] = {}
@@ -40,11 +42,11 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
     unknown = sorted(set(about.config) - {"encoders", "frontends", "decoder"})
     if unknown:
       raise ConversionError(
-        f"{about.folder} is no encoder and no LLM alone: it has {', '.join(unknown)}"
+        f"{about.folder} is not an encoder or an LLM alone: it has {', '.join(unknown)}"
       )
     for path in tree.flatten(about.params):
       if path in leaves:
-        raise ConversionError(f"{about.folder} has {path}, as another part has")
+        raise ConversionError(f"{about.folder} has {path}, which another part has too")
       leaves[path] = _lazy(about, path)
     config["encoders"] += about.config.get("encoders", [])
     config["frontends"] += about.config.get("frontends", [])
@@ -52,21 +54,13 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
       config["decoder"] = about.config["decoder"]
       tokenizer = sorted(about.tokenizer.iterdir())
     for folder in about.sources:
-      style |= read_json(folder / SOURCE_FILE)["style"]
+      style |= read_object(folder / SOURCE_FILE)["style"]
       kept |= {p.name: tuple(sorted(p.iterdir())) for p in sorted(folder.iterdir()) if p.is_dir()}
   if "decoder" not in config or not config["encoders"]:
     found = "no LLM" if config["encoders"] else "no encoder"
-    raise ConversionError(f"{found} among {', '.join(map(str, parts))}; needed are both")
-  save_checkpoint(
-    out,
-    leaves,
-    config=config,
-    kind="join",
-    style=style,
-    tokenizer=copier(tokenizer),
-    kept=kept,
-    overwrite=overwrite,
-  )
+    raise ConversionError(f"{found} among {', '.join(map(str, parts))}; both are needed")
+  joined = Opened(config, leaves, style=style, tokenizer=copier(tokenizer), kept=kept)
+  save_checkpoint(out, joined, kind="join", overwrite=overwrite)
   return leaves
 
 

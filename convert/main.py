@@ -8,15 +8,17 @@ from pathlib import Path
 
 from absl import logging
 
+from .core.options import DESCRIPTIONS, Options, flag
+from .kinds import KINDS
+
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
-_KINDS = ("mooer", "qwen2", "llama", "peft", "paraformer", "whisper", "beats", "salmonn")
-_MOVED = "where the checkpoint lies that this one was trained from, if it moved"
+_MOVED = "base checkpoint of a fine-tune, if it has moved"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
-  """Runs one subcommand; what the user did wrong goes to stderr, with exit status 2."""
+  """Runs one subcommand. User errors go to stderr, with exit status 2."""
   args = _parser(prog).parse_args(argv)
-  logging.set_verbosity(logging.ERROR)  # Orbax warns of what it does not find and nobody needs
+  logging.set_verbosity(logging.ERROR)  # Orbax warns about files that are not needed
   try:
     return args.run(args)
   except ModuleNotFoundError as error:
@@ -38,73 +40,95 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
   importing = commands.add_parser("import", help="PyTorch files to a checkpoint")
-  importing.add_argument("kind", choices=(*_KINDS, "deepspeed"))
+  importing.add_argument("kind", choices=KINDS)
   importing.add_argument("src", type=Path, metavar="SRC", help="folder or file of weights")
   importing.add_argument("out", type=Path, metavar="OUT", help="checkpoint folder to make")
   importing.add_argument("--task", help="mooer, deepspeed: asr, ast or asr_ast_mtl")
-  importing.add_argument("--llm", type=Path, help="LLM's folder (salmonn; mooer if elsewhere)")
-  importing.add_argument(
-    "--merge-lora", action="store_true", help="mooer, salmonn: add LoRA to LLM"
-  )
+  importing.add_argument("--merge-lora", action="store_true", help="add the LoRA to the LLM")
   importing.add_argument("--no-lora", action="store_true", help="mooer: there is no LoRA")
-  importing.add_argument("--base", type=Path, help="peft, deepspeed: checkpoint it was trained on")
-  importing.add_argument(
-    "--lora-config",
-    type=Path,
-    help="deepspeed, salmonn: adapter_config.json of training, or its folder",
+  _add_files(
+    importing,
+    llm="salmonn; mooer, if it is not in SRC",
+    whisper="salmonn",
+    beats="salmonn",
+    lora_config="deepspeed, salmonn",
+    prompts="salmonn",
   )
-  importing.add_argument("--whisper", type=Path, help="salmonn: folder or file of Whisper")
-  importing.add_argument("--beats", type=Path, help="salmonn: file of BEATs, if the model has it")
-  importing.add_argument("--prompts", type=Path, help="salmonn: JSON with a prompt for each task")
-  importing.add_argument("--overwrite", action="store_true")
+  _add_base(importing, "peft, deepspeed: checkpoint that it was trained on")
+  importing.add_argument("--overwrite", action="store_true", help="replace a checkpoint")
   importing.set_defaults(run=_import)
 
   exporting = commands.add_parser("export", help="a checkpoint to PyTorch files")
-  exporting.add_argument("kind", choices=_KINDS)
+  exporting.add_argument("kind", choices=KINDS)
   exporting.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint or run folder")
   exporting.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-  exporting.add_argument("--base", type=Path, help=_MOVED)
-  exporting.add_argument("--shard-size", type=_size, default="5GB", help="default: 5GB")
-  exporting.add_argument("--overwrite", action="store_true")
+  _add_base(exporting, _MOVED)
+  exporting.add_argument(
+    "--shard-size", type=_size, default="5GB", help="maximum size of a file (default: 5GB)"
+  )
+  exporting.add_argument("--overwrite", action="store_true", help="replace an earlier result")
   exporting.set_defaults(run=_export)
 
   verifying = commands.add_parser(
     "verify",
-    help="the original and a checkpoint on the same clips",
-    description="Runs the original and a checkpoint in float32 and prints the largest error of"
-    " every stage and whether both generate the same tokens. Exit status: 0 if every stage is"
-    " within the bound that is printed beside it and all tokens are the same, 1 if not, 2 if they"
-    " could not be run.",
+    help="compare the original and a checkpoint on the same clips",
+    description="Runs the original and a checkpoint in float32. Prints the largest error of every"
+    " stage, and whether both generate the same tokens. Exit status: 0 if every stage is within its"
+    " bound and all tokens are equal, 1 if not, 2 if they could not be run.",
   )
-  verifying.add_argument("kind", choices=(*_KINDS, "deepspeed"))
-  verifying.add_argument("src", type=Path, metavar="SRC", help="what was imported")
+  verifying.add_argument("kind", choices=KINDS)
+  verifying.add_argument("src", type=Path, metavar="SRC", help="the imported source")
   verifying.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint or run folder")
   verifying.add_argument(
-    "--audio", type=Path, nargs="+", default=(), help="recordings, for all that hear"
+    "--audio", type=Path, nargs="+", default=(), help="audio files, for kinds with an encoder"
   )
+  _add_files(
+    verifying,
+    llm="peft, salmonn; mooer, if it is not in SRC",
+    whisper="salmonn",
+    beats="salmonn",
+    lora_config="salmonn, if it was imported with it",
+  )
+  _add_base(verifying, _MOVED)
   verifying.add_argument(
-    "--llm", type=Path, help="the LLM's folder (peft, salmonn; mooer if elsewhere)"
+    "--max-new-tokens", type=int, default=40, help="maximum number of tokens (default: 40)"
   )
-  verifying.add_argument("--whisper", type=Path, help="salmonn: folder or file of Whisper")
-  verifying.add_argument("--beats", type=Path, help="salmonn: file of BEATs, if the model has it")
-  verifying.add_argument(
-    "--lora-config", type=Path, help="salmonn: as it was imported with, if it was"
-  )
-  verifying.add_argument("--base", type=Path, help=_MOVED)
-  verifying.add_argument("--max-new-tokens", type=int, default=40)
   verifying.set_defaults(run=_verify)
 
-  joining = commands.add_parser("join", help="encoders and an LLM in one checkpoint, to train on")
+  joining = commands.add_parser("join", help="encoders and an LLM to one checkpoint, to train on")
   joining.add_argument("out", type=Path, metavar="OUT", help="checkpoint folder to make")
   joining.add_argument("parts", type=Path, nargs="+", metavar="PART", help="imported parts")
-  joining.add_argument("--overwrite", action="store_true")
+  joining.add_argument("--overwrite", action="store_true", help="replace a checkpoint")
   joining.set_defaults(run=_join)
 
-  inspecting = commands.add_parser("inspect", help="what is in a file or folder")
-  inspecting.add_argument("path", type=Path, metavar="PATH")
+  inspecting = commands.add_parser("inspect", help="list the content of a file or folder")
+  inspecting.add_argument(
+    "path", type=Path, metavar="PATH", help="weights, checkpoint or run folder"
+  )
   inspecting.add_argument("--short", action="store_true", help="totals only")
+  _add_base(inspecting, _MOVED)
   inspecting.set_defaults(run=_inspect)
   return parser
+
+
+def _add_files(parser, **kinds: str) -> None:
+  for name, users in kinds.items():
+    parser.add_argument(flag(name), type=Path, help=f"{DESCRIPTIONS[name]} ({users})")
+
+
+class _Base(argparse.Action):
+  """--base-checkpoint; its old name --base is deprecated."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    if option_string == "--base":
+      print("--base is deprecated; use --base-checkpoint", file=sys.stderr)
+    namespace.base_checkpoint = values
+
+
+def _add_base(parser, text: str) -> None:
+  options: dict = {"dest": "base_checkpoint", "action": _Base, "type": Path, "metavar": "CKPT"}
+  parser.add_argument("--base-checkpoint", help=text, **options)
+  parser.add_argument("--base", help=argparse.SUPPRESS, **options)
 
 
 def _size(text: str) -> int:
@@ -116,19 +140,16 @@ def _size(text: str) -> int:
 
 
 def _import(args) -> int:
-  from .importing import Options, import_checkpoint
+  from .importing import import_checkpoint
 
   options = Options(
     task=args.task,
-    llm=args.llm,
     lora=not args.no_lora,
     merge_lora=args.merge_lora,
-    base=args.base,
-    lora_config=args.lora_config,
-    whisper=args.whisper,
-    beats=args.beats,
+    base_checkpoint=args.base_checkpoint,
     prompts=args.prompts,
     overwrite=args.overwrite,
+    **_files(args),
   )
   report = import_checkpoint(args.kind, args.src, args.out, options)
   count = sum(math.prod(leaf.shape) for leaf in report.leaves.values())
@@ -151,7 +172,7 @@ def _export(args) -> int:
     args.kind,
     args.checkpoint,
     args.out,
-    base=args.base,
+    base=args.base_checkpoint,
     shard_bytes=args.shard_size,
     overwrite=args.overwrite,
   ))  # fmt: skip
@@ -168,27 +189,28 @@ def _join(args) -> int:
 
 
 def _verify(args) -> int:
+  from .verify.report import print_report
   from .verify.run import verify
-  from .verify.verdict import print_verdict
 
-  verdict = verify(
+  report = verify(
     args.kind,
     args.src,
     args.checkpoint,
     audio=args.audio,
-    llm=args.llm,
-    whisper=args.whisper,
-    beats=args.beats,
-    lora_config=args.lora_config,
-    base=args.base,
+    options=Options(**_files(args)),
+    base=args.base_checkpoint,
     max_new_tokens=args.max_new_tokens,
   )
-  print_verdict(verdict)
-  return 1 if verdict.failed else 0
+  print_report(report)
+  return 1 if report.failed else 0
+
+
+def _files(args) -> dict[str, Path | None]:
+  return {name: getattr(args, name) for name in ("llm", "whisper", "beats", "lora_config")}
 
 
 def _inspect(args) -> int:
   from .inspection import inspect
 
-  inspect(args.path, names=not args.short)
+  inspect(args.path, names=not args.short, base=args.base_checkpoint)
   return 0

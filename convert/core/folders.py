@@ -1,4 +1,4 @@
-"""Folders that are complete or not there, and the files that travel in a checkpoint's source/."""
+"""Folders that are complete or absent, and the source/ folder of an imported checkpoint."""
 
 import contextlib
 import dataclasses
@@ -14,26 +14,21 @@ from rich.console import Console
 from rich.progress import track
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy, SaveError, put_in_place, save
-from mooer_jax.config import SpeechLLMConfig, differences
+from mooer_jax.checkpoint import Checkpoint, SaveError, put_in_place, save
+from mooer_jax.config import (
+  SpeechLLMConfig,
+  differences,
+  frontend_from_json,
+  part_from_json,
+)
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
 
-from ..readers import ReadError
+from ..readers import ReadError, read_object
 from .errors import ConversionError, Problems
+from .kind import Opened
 
 SOURCE_FILE = "source.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """Raises ValueError, naming the file, if it is not a JSON object."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not readable as JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-  return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -41,13 +36,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def beside(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-  """Gives a folder to write into that becomes `out` if the block succeeds, else is removed.
+def complete_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+  """Yields a folder to write into. It becomes `out` if the block succeeds, else it is removed.
 
-  It lies beside `out` under a name of its own, so that runs at the same time keep apart.
+  Its name is unique, so concurrent runs do not mix.
 
   Raises:
-    FileExistsError: if `out` exists, before or after the block, and overwrite is False.
+    FileExistsError: if `out` exists, before or after the block, and overwrite is False; or if it
+      holds files that are not written again.
   """
   out = out.absolute()
 
@@ -60,15 +56,15 @@ def beside(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     raise FileExistsError(f"{out} is a file; choose another name")
   out.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.parent) as own:
-    part = Path(own) / out.name  # a plain folder; `own` itself is closed to others
+    part = Path(own) / out.name  # a plain folder; other users cannot read `own` itself
     part.mkdir()
     yield part
     check()
-    _lose_nothing(part, out)
+    _check_nothing_lost(part, out)
     put_in_place(part, out)
 
 
-def _lose_nothing(part: Path, out: Path) -> None:
+def _check_nothing_lost(part: Path, out: Path) -> None:
   """Raises FileExistsError if `out` holds a file that is not written again."""
   files = [
     {f.relative_to(folder) for f in folder.rglob("*") if f.is_file()} for folder in (out, part)
@@ -80,8 +76,8 @@ def _lose_nothing(part: Path, out: Path) -> None:
     )
 
 
-def keep_apart(out: Path, sources: Iterable[Path | None]) -> None:
-  """Raises ValueError if replacing `out` would remove what is read, or a part of it."""
+def check_apart(out: Path, sources: Iterable[Path | None]) -> None:
+  """Raises ValueError if replacing `out` would remove one of the sources or a part of it."""
   out = out.resolve()
   for source in filter(None, sources):
     read = source.resolve()
@@ -94,19 +90,22 @@ def keep_apart(out: Path, sources: Iterable[Path | None]) -> None:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-  """Raises FileExistsError if a checkpoint cannot be made there; only a checkpoint is replaced."""
+  """Raises FileExistsError if no checkpoint can be written to `out`.
+
+  Only another checkpoint or an empty folder is replaced.
+  """
   if not out.exists():
     return
   if not overwrite:
     raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
   if not (out / "checkpoint.json").is_file() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(
-      f"{out} is no checkpoint, and --overwrite replaces nothing else; choose another folder"
+      f"{out} is not a checkpoint, and --overwrite replaces nothing else; choose another folder"
     )
 
 
 def copier(files: Iterable[Path]) -> Callable[[Path], None]:
-  """A function that copies files into the folder it is given."""
+  """A function that copies the files into the folder that it is given."""
 
   def copy(folder: Path):
     for file in files:
@@ -115,71 +114,43 @@ def copier(files: Iterable[Path]) -> Callable[[Path], None]:
   return copy
 
 
-@dataclasses.dataclass(frozen=True)
-class Release:
-  """A whole speech LLM whose files were opened; no tensor is read."""
-
-  config: SpeechLLMConfig
-  leaves: dict[str, Lazy]
-  style: dict[str, Any]
-  tokenizer: Callable[[Path], Any]
-  kept: dict[str, tuple[Path, ...]]
-  ignored: tuple[str, ...]
-  notes: tuple[str, ...]
-
-
-def save_checkpoint(
-  out: Path,
-  leaves: Mapping[str, Lazy],
-  *,
-  config: Mapping[str, Any],
-  kind: str,
-  style: Mapping[str, Any],
-  tokenizer: Callable[[Path], Any] = lambda folder: None,
-  kept: Mapping[str, Iterable[Path]] | None = None,
-  generation: Mapping[str, Any] | None = None,
-  base: Path | None = None,
-  overwrite: bool = False,
-) -> Path:
-  """Saves imported leaves with all that an export needs to make the files again.
+def save_checkpoint(out: Path, opened: Opened, *, kind: str, overwrite: bool = False) -> Path:
+  """Saves an opened source, with everything that an export needs to write the same files again.
 
   Args:
-    out: the checkpoint's folder.
-    leaves: path -> leaf, read one after another.
-    config: content of config.json.
-    kind: what was imported.
-    style: how its files were written where that is a choice.
-    tokenizer: writes the files for tokenizer/.
-    kept: folder below source/ -> files that go there.
-    generation: content of generation.json.
-    base: checkpoint that the other leaves are in.
-    overwrite: replace a checkpoint that is there.
+    out: folder of the checkpoint.
+    opened: the source; its leaves are read one at a time.
+    kind: name of what was imported.
+    overwrite: replace an existing checkpoint.
+
+  Raises:
+    ReadError, ConversionError: if a tensor cannot be read.
   """
 
   def write_source(folder: Path):
-    write_json(folder / SOURCE_FILE, {"kind": kind, "style": dict(style)})
-    for name, files in (kept or {}).items():
+    write_json(folder / SOURCE_FILE, {"kind": kind, "style": opened.style})
+    for name, files in opened.kept.items():
       (folder / name).mkdir()
       copier(files)(folder / name)
 
-  # Values that are not finite are found before anything is written; that costs a second reading.
-  console = Console(stderr=True)
+  # Values that are not finite are found before anything is written, at the cost of reading twice.
+  console, leaves = Console(stderr=True), opened.leaves
   for leaf in track(leaves.values(), "checking", console=console, disable=not console.is_terminal):
     leaf.read()
   try:
     return save(
       out,
       params=tree.unflatten(leaves),
-      config_json=config,
-      tokenizer=tokenizer,
-      generation=generation or {},
+      config_json=opened.config,
+      tokenizer=opened.tokenizer,
+      generation=opened.generation,
       source=write_source,
-      base=base,
+      base=opened.base,
       overwrite=overwrite,
     )
   except SaveError as error:
     cause: BaseException | None = error
-    while cause is not None:  # a tensor that cannot be read says so itself
+    while cause is not None:  # the error of a tensor that cannot be read names it
       if isinstance(cause, ReadError | ConversionError):
         raise cause from error
       cause = cause.__cause__
@@ -187,16 +158,16 @@ def save_checkpoint(
 
 
 def style_of(about: Checkpoint, part: str) -> dict[str, Any]:
-  """How the files of a part were written that it was imported from; {} if it was not."""
+  """How the imported files of a part were written; {} if it was not imported."""
   for folder in about.sources:
-    style = read_json(folder / SOURCE_FILE)["style"]
+    style = read_object(folder / SOURCE_FILE)["style"]
     if part in style:
       return style[part]
   return {}
 
 
 def kept_files(about: Checkpoint, name: str) -> list[Path]:
-  """The files in a folder of source/, of the checkpoint itself or of the base it was tuned from."""
+  """The files in a folder of source/: of the checkpoint, else of its base."""
   for folder in about.sources:
     if (folder / name).is_dir():
       return sorted((folder / name).iterdir())
@@ -204,21 +175,36 @@ def kept_files(about: Checkpoint, name: str) -> list[Path]:
 
 
 def kept_json(about: Checkpoint, name: str, file: str) -> dict[str, Any] | None:
-  """A JSON file in a folder of source/, or None if it is not there."""
-  return next((read_json(path) for path in kept_files(about, name) if path.name == file), None)
+  """A JSON file in a folder of source/; None if it is absent."""
+  return next((read_object(path) for path in kept_files(about, name) if path.name == file), None)
 
 
-def check_same(meant: SpeechLLMConfig, read: SpeechLLMConfig, problems: Problems) -> None:
-  """Adds everything in which a model and its exported form, read again, are different models.
+def encoder_of(about: Checkpoint, kind: str) -> tuple[Any, Any]:
+  """Configs of an encoder of a checkpoint and of its features.
 
-  Dropout of encoder and connector, which only training knows, is nobody's business here.
+  Raises:
+    ConversionError: if it has no encoder of that kind.
+  """
+  encoders = about.config.get("encoders", ())
+  for n, section in enumerate(encoders):
+    if section.get("kind") == kind:
+      frontend = frontend_from_json(about.config["frontends"][n], f"frontends[{n}]")
+      return part_from_json(section, f"encoders[{n}]"), frontend
+  held = ", ".join(section.get("kind", "?") for section in encoders) or "no encoder"
+  raise ConversionError(f"{about.folder}: no {kind} encoder in it; it holds {held}")
+
+
+def check_roundtrip(meant: SpeechLLMConfig, read: SpeechLLMConfig, problems: Problems) -> None:
+  """Adds every difference between a model and its exported files, read again.
+
+  The dropout of encoders and connector only matters in training and is not compared.
   """
   for path, (ours, theirs) in differences(_essence(meant), _essence(read)).items():
     numbers = isinstance(ours, float) and isinstance(theirs, float)
     if not (numbers and math.isclose(ours, theirs, rel_tol=1e-12)):
       problems.add(
-        f"{path} is {ours!r} in config.json, which these files cannot say: who reads them takes"
-        f" {theirs!r}; pass on the checkpoint itself, or make a model with that value"
+        f"{path} is {ours!r} in config.json, which these files cannot express: they are read as"
+        f" {theirs!r}; share the checkpoint itself, or train a model with that value"
       )
 
 

@@ -1,21 +1,23 @@
-"""Training checkpoints of MooER's own program: DeepSpeed folders, in only.
+"""Training checkpoints of MooER's own program: DeepSpeed folders, import only.
 
 They hold what was trained (adapter, LoRA, perhaps encoder or LLM) under the names of the whole
-model; what was frozen, the tokenizer and the prompts come from a checkpoint made of the release.
+model; what was frozen, the tokenizer and the prompts come from the checkpoint of a release.
 """
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy
-from mooer_jax.config import SpeechLLMConfig, from_json
+from mooer_jax.checkpoint import Checkpoint, describe, find
+from mooer_jax.config import SpeechLLMConfig, from_json, to_json
+from mooer_jax.encoders.sanm import SANMConfig
 
 from ..core.engine import map_in
 from ..core.errors import ConversionError, Problems
-from ..core.folders import style_of
+from ..core.folders import copier, encoder_of, style_of
+from ..core.kind import Kind, Opened
+from ..core.options import Options
 from ..core.rules import Table
 from ..parts import language_model, lora, paraformer
 from ..readers import Source, open_source
@@ -23,54 +25,38 @@ from . import mooer
 
 LLM = "llm."
 WRAPPED = LLM + language_model.WRAPPED
-# MooER's PeftConfig. The rank shows in the shapes; the file tells nothing of the others.
+# MooER's PeftConfig. The shapes show the rank; the folder does not hold the other values.
 USUAL = {"peft_type": "LORA", "r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
 BUFFERS = (r"llm\.(base_model\.model\.)?model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 LLM_TABLE = language_model.wrapped_table(LLM)
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-  """A training checkpoint that was opened; no tensor is read.
-
-  Attributes:
-    config: of the whole model.
-    leaves: what the checkpoint has of its own.
-    style: what an export as a release needs to know.
-    ignored, notes: what a user should know.
-  """
-
-  config: SpeechLLMConfig
-  leaves: dict[str, Lazy]
-  style: dict[str, Any]
-  ignored: tuple[str, ...]
-  notes: tuple[str, ...]
-
-
-def open_training(
-  folder: Path,
-  about: Checkpoint,
-  problems: Problems,
-  *,
-  lora_config: Path | None = None,
-  task: str | None = None,
-) -> Trained | None:
+def open_training(folder: Path, options: Options, problems: Problems) -> Opened | None:
   """Opens a training checkpoint.
 
   Args:
-    folder: as DeepSpeed wrote it (`latest`, `global_step*/`), or a file of its merged weights.
-    about: checkpoint of the speech LLM that supplies what was frozen.
-    problems: gets everything that does not fit.
-    lora_config: the adapter_config.json of training; None: MooER's usual values.
-    task: what the model was trained for; None: what the base does.
+    folder: as written by DeepSpeed (`latest`, `global_step*/`), or a file of its merged weights.
+    options: base_checkpoint, the speech LLM that supplies what was frozen; lora_config (default:
+      MooER's usual values); task that the model was trained for (default: that of the base).
+    problems: receives everything that does not fit.
 
   Returns:
-    Trained, or None if there were problems.
+    The fine-tune; None if there were problems.
+
+  Raises:
+    ValueError: if an option is missing or unknown.
   """
+  if options.base_checkpoint is None:
+    raise ValueError(
+      "deepspeed needs the imported release that training started from: --base-checkpoint CKPT"
+    )
+  task = None if options.task is None else mooer.known_task(options.task)
+  about = describe(find(options.base_checkpoint))
+  where = f"--base-checkpoint {about.folder}"
   if missing := [part for part in ("encoders", "connector", "decoder") if part not in about.config]:
-    raise ConversionError(f"--base {about.folder} has no {missing[0]}; give an imported release")
+    raise ConversionError(f"{where} has no {missing[0]}; give an imported release")
   config = from_json(about.config)
-  heard, _ = paraformer.sanm_of(about)
+  encoder, _ = encoder_of(about, SANMConfig.kind)
   source = open_source(folder)
   below = {path: tuple(leaf.shape) for path, leaf in tree.flatten(about.params).items()}
   expected: dict[str, tuple[int, ...]] = {}
@@ -79,46 +65,52 @@ def open_training(
   )
   notes = list(source.notes)
   if any(name.startswith("encoder_projector.") for name in source.tensors):
-    connector = mooer.connector_config(source, heard.width, problems)
+    connector = mooer.connector_config(source, encoder.width, problems)
     if connector is not None:
       config = config.replace(connector=connector)
-      expected |= mooer.connector_shapes(connector, heard, config.decoder.width)
+      expected |= mooer.connector_shapes(connector, encoder, config.decoder.width)
   added = None
   if any(".lora_" in name for name in source.tensors):
-    added = _open_lora(source, lora_config, problems, notes)
+    added = _open_lora(source, options.lora_config, problems, notes)
     if added is not None:
       _check_base(about, config, added, problems)
       config = config.replace(decoder=added.added_to(config.decoder))
       expected |= lora.shapes(config.decoder)
       table = Table((*table.rules, *added.table.rules))
-  elif lora_config is not None:
+  elif options.lora_config is not None:
     problems.add("--lora-config: there is no LoRA in the folder")
   if problems.found:
     return None
   _check_merged(source, about, added, problems)
-  # Of encoder and LLM, any part may have been trained; the base has the others.
+  # Any part of encoder and LLM may have been trained; the base has the others.
   for name in source.tensors:
     mapped = table.to_jax(name)
     if mapped and mapped[0].startswith(("encoders/", "decoder/")) and mapped[0] in below:
       expected.setdefault(mapped[0], below[mapped[0]])
   mapped_in = map_in(source, table, expected, problems, ignored=_ignored(source, config))
   if not mapped_in.leaves:
-    problems.add("nothing of a speech LLM in it")
+    problems.add("it has no tensor of a speech LLM")
   if problems.found:
     return None
-  notes.append(f"from {about.folder}: " + ", ".join(sorted(
-    {_part(path) for path in below if path not in mapped_in.leaves} or {"nothing but the tokenizer"}
-  )))  # fmt: skip
+  frozen = {_part(path) for path in below if path not in mapped_in.leaves}
+  notes.append(f"from {about.folder}: {', '.join(sorted(frozen or {'only the tokenizer'}))}")
   style = dict(style_of(about, "mooer"))
   tuned = [path for path in mapped_in.leaves if path.startswith("encoders/")]
   style["tuned_encoder"] = sorted({*style.get("tuned_encoder", ()), *tuned})
   if task is not None:
     style["task"] = task
     config = config.replace(prompts=((task, mooer.TASK_PROMPTS[task]),))
-  return Trained(
-    config=config,
+  kept = {}
+  if options.lora_config is not None:
+    kept["lora"] = (lora.config_file(options.lora_config),)
+  return Opened(
+    config=to_json(config),
     leaves=mapped_in.leaves,
     style={"mooer": style},
+    tokenizer=copier(sorted(about.tokenizer.iterdir())),
+    kept=kept,
+    generation=about.generation,
+    base=about.folder,
     ignored=(*mapped_in.ignored, *source.ignored),
     notes=tuple(notes),
   )
@@ -139,11 +131,11 @@ def _open_lora(
   rank = first.shape[0] if first.shape else 0
   if lora_config is None and rank != USUAL["r"]:
     problems.add(
-      f"the LoRA has rank {rank}, MooER's has {USUAL['r']}, so its alpha is not known; pass the"
+      f"the LoRA has rank {rank}, MooER's has {USUAL['r']}, so its alpha is unknown; pass the"
       " adapter_config.json of training with --lora-config"
     )
     return None
-  origin = "of MooER's usual training (--lora-config tells another)"
+  origin = "of MooER's usual training (--lora-config changes it)"
   notes.append(
     f"LoRA: rank {found.rank}, alpha {found.alpha:g}, on {', '.join(found.targets)}; alpha "
     + (origin if lora_config is None else f"of {lora.config_file(lora_config)}")
@@ -154,24 +146,24 @@ def _open_lora(
 def _check_base(
   about: Checkpoint, config: SpeechLLMConfig, added: lora.Lora, problems: Problems
 ) -> None:
-  """A LoRA was trained on a plain LLM; the base's own is replaced, so none of it may be left."""
+  """A LoRA was trained on a plain LLM and replaces that of the base, all of it."""
   if style_of(about, "mooer").get("lora_merged"):
     problems.add(
-      f"--base {about.folder}: a LoRA was merged into its LLM, and this one was trained on an LLM"
-      " without; import the base without --merge-lora"
+      f"--base-checkpoint {about.folder}: a LoRA was merged into its LLM, and this one was trained"
+      " on an LLM without; import the base without --merge-lora"
     )
   ours = lora.shapes(added.added_to(config.decoder))
   if left := [path for path in lora.paths(about) if path not in ours]:
     problems.add(
-      f"--base {about.folder} has a LoRA on {left[0]} ({len(left)} such leaves), where the training"
-      " folder has none; import the base with --no-lora"
+      f"--base-checkpoint {about.folder} has a LoRA on {left[0]} ({len(left)} such leaves), where"
+      " the training folder has none; import the base with --no-lora"
     )
 
 
 def _check_merged(
   source: Source, about: Checkpoint, added: lora.Lora | None, problems: Problems
 ) -> None:
-  """An LLM that was trained itself had its LoRA merged before; the base's must not come on top."""
+  """A trained LLM had its LoRA merged before, so that of the base must not be added."""
   plain = [
     name
     for name in source.tensors
@@ -179,13 +171,13 @@ def _check_merged(
   ]
   if plain and added is None and lora.paths(about):
     problems.add(
-      f"{plain[0]}: the LLM itself was trained, without LoRA, but --base {about.folder} has one;"
-      " import the base with --merge-lora (if training began with lora_dir) or --no-lora"
+      f"{plain[0]}: the LLM itself was trained, without LoRA, but --base-checkpoint {about.folder}"
+      " has one; import the base with --merge-lora (if training began with lora_dir) or --no-lora"
     )
 
 
 def _ignored(source: Source, config: SpeechLLMConfig) -> list[str]:
-  """Buffers, and a tied head if it is the embedding again."""
+  """Buffers, and a tied head that equals the embedding."""
   ignored = list(BUFFERS)
   for prefix in (LLM, WRAPPED):
     pair = prefix + language_model.EMBEDDING, prefix + language_model.HEAD
@@ -200,3 +192,18 @@ def _part(path: str) -> str:
     return "LoRA"
   top = path.split("/", 1)[0]
   return {"encoders": "encoder", "frontend": "CMVN", "connector": "adapter", "decoder": "LLM"}[top]
+
+
+def _recognises(path: Path, names: Collection[str]) -> str | None:
+  if mooer.KIND.files(path):
+    return None
+  parts = ("llm.", "encoder_projector.") if path.is_dir() else ("llm.",)
+  return "deepspeed" if any(name.startswith(parts) for name in names) else None
+
+
+KIND = Kind(
+  name="deepspeed",
+  open=open_training,
+  recognises=_recognises,
+  options=("base_checkpoint", "lora_config", "task"),
+)

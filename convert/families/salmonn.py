@@ -11,25 +11,28 @@ import torch
 
 from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy
-from mooer_jax.config import SpeechLLMConfig, from_json
+from mooer_jax.config import SpeechLLMConfig, from_json, to_json
 from mooer_jax.connectors.qformer import QFormerConfig
-from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.prompts import SALMONN_PROMPTS, TEMPLATES, read_prompts
 from mooer_jax.text.tokenizer import Tokenizer
 
-from ..core.engine import map_in, map_out, read_out
+from ..core.engine import Mapped, map_in, map_out, read_out
 from ..core.errors import Problems
-from ..core.folders import Release, check_same, style_of, write_json
+from ..core.folders import check_roundtrip, style_of, write_json
+from ..core.kind import Kind, Opened
+from ..core.options import Options
 from ..core.rules import IDENTITY, Rule, Table
 from ..core.writers import to_torch
 from ..parts import beats, language_model, lora, qformer, whisper
-from ..readers import Source, open_source
+from ..parts.tokenizer_files import read_tokenizer
+from ..readers import Source, check_file, open_source
+from ..verify.reference import salmonn as reference
 from . import salmonn_options
 
 FILE, PART = "salmonn_v1.pth", "model"
 WHISPER, BEATS, LLM = "speech_encoder.", "beats.", "llama_model."
 NORMS = {"whisper": "ln_speech", "beats": "ln_audio"}
-# What the model is asked unless a file of prompts says otherwise.
+# Default prompts.
 PROMPTS = {task: texts[0] for task, texts in read_prompts(SALMONN_PROMPTS).items()}
 MIN_AUDIO_S = 1.0  # as the original reads recordings
 DROPOUT = 0.1  # of bert-base, from whose configuration the original makes its Q-Former
@@ -46,103 +49,77 @@ DECODING = {
 
 
 def trained_table() -> Table:
-  """The rules of all that the file can hold, but for LoRA: `lora.table(adapter, LLM)`."""
+  """The rules of everything in the file except LoRA: `lora.table(adapter, LLM)`."""
   rules = list(qformer.TABLE.rules)
   for kind, name in NORMS.items():
     rules.append(Rule(f"{name}.weight", f"encoder_norms/{kind}/scale", IDENTITY))
     rules.append(Rule(f"{name}.bias", f"encoder_norms/{kind}/bias", IDENTITY))
-  # Encoders and LLM are frozen in the published training, and need not be in another.
+  # Encoders and LLM are frozen in the published training, but may be trained in others.
   rules += whisper.table(WHISPER).rules
   rules += [dataclasses.replace(rule, torch=BEATS + rule.torch) for rule in beats.TABLE.rules]
   return Table((*rules, *language_model.wrapped_table(LLM).rules))
 
 
-def open_model(
-  file: Path,
-  problems: Problems,
-  *,
-  whisper_path: Path,
-  llm: Path,
-  beats_path: Path | None = None,
-  lora_config: Path | None = None,
-  merge_lora: bool = False,
-  prompts: Mapping[str, str] | None = None,
-) -> Release | None:
+def open_model(file: Path, options: Options, problems: Problems) -> Opened | None:
   """Opens all parts of a model.
 
   Args:
     file: salmonn_v1.pth, or what the original's training saves.
-    problems: gets everything that does not fit.
-    whisper_path: folder or file with Whisper's encoder.
-    llm: the LLM's folder.
-    beats_path: the file of BEATs; None for a model that hears by Whisper alone.
-    lora_config: an adapter_config.json with the LoRA's alpha, if the file does not tell it.
-    merge_lora: add the LoRA to the LLM's weights instead of keeping it apart.
-    prompts: what each task is asked; None: PROMPTS.
+    options: whisper and llm; beats, if the model has it; lora_config with the LoRA's alpha, if the
+      file does not have it; merge_lora; prompts (default: PROMPTS).
+    problems: receives everything that does not fit.
 
   Returns:
-    Release, or None if there were problems.
+    The model; None if there were problems.
 
   Raises:
     ReadError: if a file is broken.
+    ValueError: if an option is missing.
   """
+  if options.whisper is None or options.llm is None:
+    raise ValueError("salmonn needs --whisper and --llm: its file holds only what was trained")
+  asked = PROMPTS if options.prompts is None else _read_prompts(options.prompts)
+  beats_path = options.beats
   source = open_source(file, part=PART)
   notes: list[str] = []
-  options = salmonn_options.read_options(file, problems, notes)
+  training = salmonn_options.read_options(file, problems, notes)
   if (beats_path is not None) != any(name.startswith(NORMS["beats"]) for name in source.tensors):
     why = "has an ln_audio, so BEATs was used: name its file with --beats"
     problems.add(f"{file.name} {'has no ln_audio: leave out --beats' if beats_path else why}")
-  heard = whisper.open_encoder(whisper_path, problems)
+  speech = whisper.open_encoder(options.whisper, problems)
   audio = None if beats_path is None else beats.open_beats(beats_path, problems)
-  model = language_model.open_model(llm, problems)
-  connector = connector_of(source, options, problems)
-  added = _open_lora(source, options, lora_config, problems, notes)
-  if heard is None or model is None or connector is None or (beats_path and audio is None):
+  model = language_model.open_model(options.llm, problems)
+  connector = connector_of(source, training, problems)
+  added = _open_lora(source, training, options.lora_config, problems, notes)
+  if speech is None or model is None or connector is None or (beats_path and audio is None):
     return None
   decoder = model.config if added is None else added.added_to(model.config)
-  encoders = (heard.config,) if audio is None else (heard.config, audio.config)
-  below = {**heard.leaves, **(audio.leaves if audio else {}), **model.leaves}
+  streams = [speech] if audio is None else [speech, audio]
+  parts = [*streams, model]
+  below = {path: leaf for part in parts for path, leaf in part.leaves.items()}
 
-  table = trained_table()
-  expected = qformer.shapes(connector, sum(c.width for c in encoders), decoder.width)
-  for encoder in encoders:
+  expected = qformer.shapes(connector, sum(s.config.width for s in streams), decoder.width)
+  for stream in streams:
     for name in ("scale", "bias"):
-      expected[f"encoder_norms/{encoder.kind}/{name}"] = (encoder.width,)
+      expected[f"encoder_norms/{stream.config.kind}/{name}"] = (stream.config.width,)
   if added is not None:
-    table = Table((*table.rules, *added.table.rules))
     expected |= lora.shapes(decoder)
-  tuned = {}
-  for name in source.tensors:
-    mapped = table.to_jax(name)
-    if mapped and mapped[0] in below:
-      tuned[mapped[0]] = name
-      expected[mapped[0]] = below[mapped[0]].shape
-  copies = dict.fromkeys(_matching(_BIAS_TABLE, source), "encoders/beats/relative_bias/embedding")
-  if decoder.tied:
-    head = rf"{_LLM}{re.escape(language_model.HEAD)}"
-    copies |= dict.fromkeys(_matching(head, source), "decoder/embed/embedding")
-  copies = {name: path for name, path in copies.items() if path in below}
-  ignored = (*BUFFERS, *map(re.escape, copies))
-  mapped_in = map_in(source, table, expected, problems, ignored=ignored)
-  leaves = {**below, **mapped_in.leaves}
-  for name, path in copies.items():
-    _check_copy(source, name, leaves[path], path, problems)
-  asked = PROMPTS if prompts is None else dict(prompts)
-  template = salmonn_options.find_template(options, asked, problems)
-  tokenizer = salmonn_options.led_by_bos(model.tokenizer)
-  salmonn_options.check_tokens(options, language_model.read_tokenizer(tokenizer), problems)
+  mapped, tuned = _map_trained(source, below, expected, problems, added=added, tied=decoder.tied)
+  leaves = {**below, **mapped.leaves}
+  template = salmonn_options.find_template(training, asked, problems)
   if problems.found:
     return None
+  write_tokenizer = salmonn_options.led_by_bos(model.tokenizer)
+  tokenizer = read_tokenizer(write_tokenizer)
+  salmonn_options.check_tokens(training, tokenizer, problems)
 
-  style: dict[str, Any] = {"llm": {"head_present": model.head_present}, "whisper": heard.style}
-  if audio is not None:
-    style["beats"] = audio.style
+  style: dict[str, Any] = {name: value for part in parts for name, value in part.style.items()}
   style["salmonn"] = {
     "adapter": "default" if added is None else added.adapter,
-    "lora_merged": added is not None and merge_lora,
+    "lora_merged": added is not None and options.merge_lora,
     "tuned": tuned,
   }
-  if added is not None and merge_lora:
+  if added is not None and options.merge_lora:
     pairs = {path: leaf for path, leaf in leaves.items() if path.endswith(("/lora_a", "/lora_b"))}
     plain = {path: leaf for path, leaf in leaves.items() if path not in pairs}
     leaves, decoder = lora.merge(plain, pairs, added.scale), model.config
@@ -150,27 +127,80 @@ def open_model(
     notes.append(
       f"{len(tuned)} tensors of {file.name} replace those of the folders: {_some(tuned)}"
     )
-  parts = [part for part in (heard, audio, model) if part is not None]
-  return Release(
-    config=SpeechLLMConfig(
-      encoders=encoders,
-      frontends=(heard.frontend,) if audio is None else (heard.frontend, audio.frontend),
-      encoder_norm=True,
-      connector=connector,
-      decoder=decoder,
-      template=template,
-      max_audio_s=float(heard.frontend.chunk_s),
-      min_audio_s=MIN_AUDIO_S,
-      channel="first",
-      prompts=tuple(asked.items()),
-    ),
+  config = SpeechLLMConfig(
+    encoders=tuple(stream.config for stream in streams),
+    frontends=tuple(stream.frontend for stream in streams),
+    encoder_norm=True,
+    connector=connector,
+    decoder=decoder,
+    template=template,
+    max_audio_s=float(speech.frontend.chunk_s),
+    min_audio_s=MIN_AUDIO_S,
+    channel="first",
+    prompts=tuple(asked.items()),
+  )
+  return Opened(
+    config=to_json(config),
     leaves=leaves,
     style=style,
-    tokenizer=tokenizer,
-    kept={"llm": model.kept, "whisper": heard.kept},
-    ignored=(*mapped_in.ignored, *source.ignored, *(n for part in parts for n in part.ignored)),
+    tokenizer=write_tokenizer,
+    kept={**model.kept, **speech.kept},
+    generation=decoding(tokenizer.eos_id),
+    ignored=(*mapped.ignored, *source.ignored, *(n for part in parts for n in part.ignored)),
     notes=(*notes, *source.notes, *(note for part in parts for note in part.notes)),
   )
+
+
+def _map_trained(
+  source: Source,
+  below: Mapping[str, Lazy],
+  expected: dict[str, tuple[int, ...]],
+  problems: Problems,
+  *,
+  added: lora.Lora | None,
+  tied: bool,
+) -> tuple[Mapped, dict[str, str]]:
+  """Maps the tensors of SALMONN's own file.
+
+  Args:
+    source: the file.
+    below: leaves of the encoders and the LLM, some of which may have been trained.
+    expected: path -> shape of the leaves that only this file has.
+    problems: receives everything that does not fit.
+    added: the LoRA in the file.
+    tied: whether the LLM's head is its embedding.
+
+  Returns:
+    The mapped leaves, and path -> name of those that replace a leaf of `below`.
+  """
+  table, expected = trained_table(), dict(expected)
+  if added is not None:
+    table = Table((*table.rules, *added.table.rules))
+  tuned = {}
+  for name in source.tensors:
+    found = table.to_jax(name)
+    if found and found[0] in below:
+      tuned[found[0]] = name
+      expected[found[0]] = below[found[0]].shape
+  copies = dict.fromkeys(_matching(_BIAS_TABLE, source), "encoders/beats/relative_bias/embedding")
+  if tied:
+    head = rf"{_LLM}{re.escape(language_model.HEAD)}"
+    copies |= dict.fromkeys(_matching(head, source), "decoder/embed/embedding")
+  copies = {name: path for name, path in copies.items() if path in below}
+  ignored = (*BUFFERS, *map(re.escape, copies))
+  mapped = map_in(source, table, expected, problems, ignored=ignored)
+  for name, path in copies.items():
+    leaf = mapped.leaves.get(path, below[path])
+    _check_copy(source, name, leaf, path=path, problems=problems)
+  return mapped, tuned
+
+
+def _read_prompts(file: Path) -> dict[str, str]:
+  check_file(file)
+  listed = read_prompts(file)
+  if several := [task for task, texts in listed.items() if len(texts) > 1]:
+    raise ValueError(f"{file}: several prompts for {several[0]!r}; leave one of them")
+  return {task: text for task, [text] in listed.items()}
 
 
 def decoding(eos_id: int) -> dict[str, Any]:
@@ -181,7 +211,7 @@ def decoding(eos_id: int) -> dict[str, Any]:
 def connector_of(
   source: Source, options: Mapping[str, Any], problems: Problems
 ) -> QFormerConfig | None:
-  """The Q-Former of a file with such options; None where something does not fit."""
+  """The Q-Former of a file with these training options; None if something does not fit."""
   return qformer.qformer_config(
     source,
     problems,
@@ -202,12 +232,12 @@ def _open_lora(
   first = next((t for name, t in source.tensors.items() if ".lora_A." in name), None)
   if first is None:
     if options.get("lora"):
-      problems.add("its configuration says lora=True, but there is no LoRA in it")
+      problems.add("its configuration has lora=True, but there is no LoRA in it")
     if lora_config is not None:
       problems.add("--lora-config: there is no LoRA in the file")
     return None
   if not options.get("lora", True):
-    problems.add("its configuration says lora=False, but there is a LoRA in it")
+    problems.add("its configuration has lora=False, but there is a LoRA in it")
   rank = first.shape[0] if first.shape else 0
   told: Mapping[str, Any] = {**options, "r": options["lora_rank"], "peft_type": "LORA"}
   if lora_config is not None:
@@ -215,14 +245,14 @@ def _open_lora(
   if told["r"] != rank:
     origin = "--lora-config" if lora_config else "its configuration, or the published one,"
     problems.add(
-      f"the LoRA has rank {rank}, {origin} says {told['r']}, so its alpha is not known; pass the"
+      f"the LoRA has rank {rank}, {origin} says {told['r']}, so its alpha is unknown; pass the"
       " adapter_config.json of training with --lora-config"
     )
   found = lora.from_source(source, {**told, "r": max(rank, 1)}, problems, prefix=LLM)
   if found is not None:
     notes.append(
       f"LoRA: rank {rank}, alpha {found.alpha:g}, on {', '.join(found.targets)}"
-      " (--lora-config tells another alpha)"
+      " (--lora-config changes alpha)"
     )
   return found
 
@@ -231,8 +261,8 @@ def _matching(pattern: str, source: Source) -> list[str]:
   return [name for name in source.tensors if re.fullmatch(pattern, name)]
 
 
-def _check_copy(source: Source, name: str, leaf: Lazy, path: str, problems: Problems) -> None:
-  """PyTorch's state dict repeats a shared tensor, frozen or not; it must be the one that we have.
+def _check_copy(source: Source, name: str, leaf: Lazy, *, path: str, problems: Problems) -> None:
+  """Adds a problem if a repeated tensor of PyTorch's state dict is not the leaf that it shares.
 
   The original adds a row for [PAD] to a shared embedding, which is left out.
   """
@@ -241,7 +271,7 @@ def _check_copy(source: Source, name: str, leaf: Lazy, path: str, problems: Prob
   more = 1 if path.startswith("decoder/") else 0
   if not 0 <= spare <= more or not np.array_equal(copy[: len(ours)], ours.astype(copy.dtype)):
     problems.add(
-      f"{name} is not the tensor of that name in the folders: it was trained with others"
+      f"{name} differs from that tensor in the folders: the model was trained with other files"
     )
 
 
@@ -254,17 +284,17 @@ WHISPER_FOLDER, LLM_FOLDER, PROMPTS_FILE = "whisper", "llm", "test_prompt.json"
 _KINDS = (("whisper",), ("whisper", "beats"))
 
 
-def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
+def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   """Writes salmonn_v1.pth, whisper/, beats.pt, llm/ and test_prompt.json.
 
   Args:
-    about: of a speech LLM with Whisper, perhaps BEATs, and a Q-Former.
+    about: a speech LLM with Whisper, perhaps BEATs, and a Q-Former.
     folder: to write into; it exists.
-    shard_bytes: size that a file of Whisper or the LLM does not exceed unless one tensor does.
+    shard_bytes: maximum size of a file of Whisper or the LLM, unless one tensor is larger.
 
   Raises:
-    ConversionError, ValueError: if the checkpoint holds something that has no place there, or that
-      who reads the files would take for something else.
+    ConversionError, ValueError: if the files cannot express the checkpoint, or would be read as
+      another model.
   """
   config = from_json(about.config)
   problems = Problems()
@@ -274,38 +304,35 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
   if not isinstance(config.connector, QFormerConfig):
     problems.add(f"connector={config.connector.kind!r}: SALMONN's is a qformer")
   if not config.encoder_norm:
-    problems.add("encoder_norm=False: SALMONN's frames pass a LayerNorm")
+    problems.add("encoder_norm=False: SALMONN applies a LayerNorm to the frames of each encoder")
   problems.check(f"{about.folder} cannot be SALMONN")
-  heard, connector = config.encoders[0], config.connector
-  assert isinstance(heard, WhisperConfig) and isinstance(connector, QFormerConfig)
+  assert isinstance(config.connector, QFormerConfig)
 
   (folder / WHISPER_FOLDER).mkdir()
-  prefix = style_of(about, "whisper").get("prefix", whisper.PREFIX)
-  whisper.export(about, heard, folder / WHISPER_FOLDER, prefix=prefix, shard_bytes=shard_bytes)
+  whisper.export(about, folder / WHISPER_FOLDER, shard_bytes)
   if "beats" in kinds:
     beats.export(about, folder / beats.FILE)
   (folder / LLM_FOLDER).mkdir()
   llm_folder = folder / LLM_FOLDER
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
-  _write_trained(about, config, connector, folder / FILE)
+  _write_trained(about, config, config.connector, folder / FILE)
   write_json(folder / PROMPTS_FILE, dict(config.prompts))
 
-  # Whatever no file tells is seen by reading them again.
+  # Reading the files again shows what they cannot express.
   problems = Problems()
-  again = open_model(
-    folder / FILE,
-    problems,
-    whisper_path=folder / WHISPER_FOLDER,
-    beats_path=folder / beats.FILE if "beats" in kinds else None,
+  options = Options(
+    whisper=folder / WHISPER_FOLDER,
+    beats=folder / beats.FILE if "beats" in kinds else None,
     llm=llm_folder,
-    prompts=dict(config.prompts),
+    prompts=folder / PROMPTS_FILE if config.prompts else None,
   )
+  again = open_model(folder / FILE, options, problems)
   if again is not None:
-    check_same(config, again.config, problems)
+    check_roundtrip(config, from_json(again.config), problems)
     if not Tokenizer.from_folder(about.tokenizer).bos_ids:
       problems.add(
-        "tokenizer: its prompts are not led by BOS, SALMONN's are; train with add_bos_token true in"
-        " tokenizer_config.json"
+        "tokenizer: its prompts do not begin with BOS, SALMONN's do; train with add_bos_token true"
+        " in tokenizer_config.json"
       )
   problems.check(str(about.folder))
 
@@ -313,7 +340,7 @@ def export(about: Checkpoint, folder: Path, *, shard_bytes: int) -> None:
 def _write_trained(
   about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig, file: Path
 ) -> None:
-  """Writes {"model": tensors, "config": {"model": what the tensors do not tell}}."""
+  """Writes {"model": tensors, "config": {"model": options that the tensors do not show}}."""
   style = style_of(about, "salmonn")
   tuned = style.get("tuned", {})
   rules = [rule for rule in trained_table().rules if _is_new(rule.jax)]
@@ -360,3 +387,16 @@ def _options(
     options["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
     options["lora_dropout"] = decoder.lora_dropout
   return options
+
+
+KIND = Kind(
+  name="salmonn",
+  open=open_model,
+  export=export,
+  recognises=lambda path, names: "salmonn" if qformer.QUERIES in names else None,
+  options=("whisper", "beats", "llm", "lora_config", "merge_lora", "prompts"),
+  parts=("encoders/whisper/", "connector/", "decoder/"),
+  reference=reference.run,
+  needs=("whisper", "llm"),
+  takes=("beats", "lora_config"),
+)

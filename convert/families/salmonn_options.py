@@ -1,6 +1,6 @@
-"""What SALMONN's training configuration tells of a model, and the published values."""
+"""SALMONN's training configuration, which holds options that its tensors do not show."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template
 from mooer_jax.text.tokenizer import Tokenizer
 
 from ..core.errors import Problems
-from ..core.folders import read_json, write_json
+from ..core.folders import write_json
+from ..core.kind import Writer
+from ..readers import read_object
 from ..readers.torch_file import TorchFile
 
-# The model section of the published configuration: what holds where a file does not tell.
+# The model section of the published configuration: defaults for a file without one.
 USUAL = {
   "use_speech_Qformer": True,
   "window_level_Qformer": True,
@@ -32,9 +34,7 @@ def read_options(file: Path, problems: Problems, notes: list[str]) -> dict[str, 
   config = content.get("config") if isinstance(content, dict) else None
   section = config.get("model") if isinstance(config, dict) else None
   if not isinstance(section, dict):
-    notes.append(
-      f"{file.name} does not hold its training configuration; the published one is taken"
-    )
+    notes.append(f"{file.name} does not hold its training configuration; the published one is used")
     return dict(USUAL)
   options = {**USUAL, **section}
   for name in ("use_speech_Qformer", "window_level_Qformer"):
@@ -49,12 +49,12 @@ def read_options(file: Path, problems: Problems, notes: list[str]) -> dict[str, 
 
 
 def frames_of(seconds: float) -> int:
-  """Frames in a window of so many seconds, as the original counts them."""
+  """Frames in a window, as the original counts them."""
   return round(_FRAMES * seconds / _SECONDS)
 
 
 def seconds_of(frames: int) -> float:
-  """What the original's configuration says for a window of so many frames."""
+  """Inverse of `frames_of`."""
   return frames * _SECONDS / _FRAMES
 
 
@@ -82,16 +82,16 @@ def find_template(
   return template
 
 
-def led_by_bos(write: Callable[[Path], Any]) -> Callable[[Path], None]:
-  """What writes a tokenizer's files, with BOS before every prompt, as the original puts it there.
+def led_by_bos(write: Writer) -> Writer:
+  """Writes a tokenizer's files so that every prompt begins with BOS, as in the original.
 
-  A tokenizer without a BOS stays without.
+  A tokenizer without a BOS is written as it is.
   """
 
   def write_config(folder: Path) -> None:
     write(folder)
     tokenizer, file = Tokenizer.from_folder(folder), folder / "tokenizer_config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_object(file) if file.is_file() else {}
     if not tokenizer.bos_ids and config.get("bos_token"):
       write_json(file, {**config, "add_bos_token": True})
 
@@ -99,9 +99,9 @@ def led_by_bos(write: Callable[[Path], Any]) -> Callable[[Path], None]:
 
 
 def check_tokens(options: Mapping[str, Any], tokenizer: Tokenizer, problems: Problems) -> None:
-  """Prompts must begin with BOS, answers end with the token that ends them here."""
+  """Adds a problem if prompts do not begin with BOS, or if end_sym is not the eos token."""
   if not tokenizer.bos_ids:
-    problems.add("the LLM's tokenizer has no BOS (bos_token), which leads every prompt of SALMONN")
+    problems.add("the LLM's tokenizer has no BOS (bos_token), with which SALMONN's prompts begin")
   end = options.get("end_sym")
   if end is not None and tokenizer.vocabulary().get(end) != tokenizer.eos_id:
-    problems.add(f"end_sym={end!r} is not the token that ends an answer in the LLM's tokenizer")
+    problems.add(f"end_sym={end!r} is not the eos_token of the LLM's tokenizer")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,20 @@ import numpy as np
 import torch
 
 from mooer_jax import tree
-from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
-from mooer_jax.config import part_from_json
 from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder
 from mooer_jax.nn.compute import Compute
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
 from ..core.errors import Problems
-from ..core.folders import style_of
+from ..core.folders import encoder_of, style_of
+from ..core.kind import Kind, Opened, Part
+from ..core.options import Options
 from ..core.rules import CONVOLUTION, TRANSPOSE, Rule, Table, Transform
 from ..core.writers import to_torch
 from ..readers import ReadError, Source, open_source
 from ..readers.torch_file import TorchFile
+from ..verify.reference import beats as reference
 
 FILE = "beats.pt"
 # Mean and standard deviation of the features BEATs was trained with; it divides by two of them.
@@ -36,7 +37,7 @@ _HEAD = r"predictor\.(weight|bias)"
 _LINEAR = (("weight", "kernel", TRANSPOSE), ("bias", "bias", None))
 _NORM = (("weight", "scale", None), ("bias", "bias", None))
 _LAYER = "encoder.layers.{n}"
-# cfg's name of each size, ours, and what the original takes if the file does not say.
+# cfg's name of each size, ours, and the original's default.
 _SIZES = (
   ("input_patch_size", "patch", None),
   ("embed_dim", "patch_width", 512),
@@ -49,7 +50,7 @@ _SIZES = (
   ("num_buckets", "buckets", 320),
   ("max_distance", "max_distance", 1280),
 )
-# What we compute with, and what the original takes if the file does not say.
+# The only value that our encoder implements, and the original's default.
 _ONLY: tuple[tuple[str, Any, Any], ...] = (
   ("conv_bias", False, False),
   ("activation_fn", "gelu", "gelu"),
@@ -58,8 +59,8 @@ _ONLY: tuple[tuple[str, Any, Any], ...] = (
   ("relative_position_embedding", True, False),
   ("gru_rel_pos", True, False),
 )
-# These act in training only, or on the head of a fine-tuned file.
-_PASSED_OVER = (
+# These matter in training only, or for the head of a fine-tuned file.
+_SKIPPED = (
   "layer_wise_gradient_decay_ratio",
   "dropout",
   "attention_dropout",
@@ -143,30 +144,30 @@ TABLE = Table(_rules())
 
 
 def read_cfg(path: Path) -> dict[str, Any]:
-  """The sizes and options that stand beside the weights.
+  """Reads the sizes and options that are stored beside the weights.
 
   Raises:
-    ReadError: if it is no file of torch, or has no dict `cfg` of plain values.
+    ReadError: if it is not a file of torch, or has no dict `cfg` of plain values.
   """
   if path.is_dir():
     raise ReadError(f"{path} is a folder; give the .pt file of BEATs itself")
   content = TorchFile(path).content()
   cfg = content.get("cfg") if isinstance(content, dict) else None
   if not isinstance(cfg, dict):
-    raise ReadError(f"{path}: no dict 'cfg' beside 'model': not a file that BEATs was published as")
+    raise ReadError(f"{path}: no dict 'cfg' beside 'model': not a published BEATs file")
   for key, value in cfg.items():
     if not isinstance(key, str) or not isinstance(value, bool | int | float | str | None):
-      raise ReadError(f"{path}: cfg[{key!r}] is of type {type(value).__name__}, no plain value")
+      raise ReadError(f"{path}: cfg[{key!r}] is of type {type(value).__name__}, not a plain value")
   return dict(cfg)
 
 
 def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | None:
-  """Reads the sizes, and refuses by name what we do not know or compute otherwise.
+  """Reads the sizes; refuses, by name, unknown keys and values that we do not implement.
 
   Returns None, with the reasons in `problems`, if the encoder cannot be expressed.
   """
   before = len(problems.found)
-  known = {*(n for n, *_ in _SIZES), *(n for n, *_ in _ONLY), *_PASSED_OVER}
+  known = {*(n for n, *_ in _SIZES), *(n for n, *_ in _ONLY), *_SKIPPED}
   for key in cfg:
     if key not in known:
       problems.add(
@@ -194,7 +195,7 @@ def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | No
 
 
 def cfg_of(config: BEATsConfig, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """What a file says of an encoder; `given` is the cfg that it was imported with.
+  """The cfg of an encoder; `given` is the cfg that it was imported with.
 
   Raises:
     ConversionError: if the file would describe another encoder: `given` is of another one, or the
@@ -219,40 +220,17 @@ def shapes(config: BEATsConfig) -> dict[str, tuple[int, ...]]:
   return under("encoders/beats", leaf_shapes(module, *inputs))
 
 
-@dataclasses.dataclass(frozen=True)
-class BEATs:
-  """A file that was opened; of its tensors, only copies of the bias table are read.
+def open_beats(path: Path, problems: Problems) -> Part | None:
+  """Maps a BEATs file, fine-tuned or not; of its tensors, only copies of the bias table are read.
 
-  Attributes:
-    config: sizes of the encoder.
-    frontend: the features that it takes.
-    leaves: encoders/beats/… and frontend/beats/{shift,scale}.
-    cfg: the file's `cfg`, which goes back with an export (`style["beats"]`).
-    ignored: names of the tensors and entries that no leaf is made of.
-    notes: what a user should know about the file.
-  """
-
-  config: BEATsConfig
-  frontend: FrontendConfig
-  leaves: dict[str, Lazy]
-  cfg: dict[str, Any]
-  ignored: tuple[str, ...]
-  notes: tuple[str, ...]
-
-  @property
-  def style(self) -> dict[str, Any]:
-    return {"cfg": self.cfg}
-
-
-def open_beats(path: Path, problems: Problems) -> BEATs | None:
-  """Maps a BEATs file, fine-tuned or not; a classifier's head is ignored, by name.
+  The classifier head of a fine-tuned file is listed as ignored.
 
   Args:
     path: the .pt file.
-    problems: gets what does not fit.
+    problems: receives what does not fit.
 
   Returns:
-    BEATs, or None if its cfg cannot be expressed.
+    The encoder; None if its cfg cannot be expressed.
 
   Raises:
     ReadError: if the file is broken or holds no cfg and model.
@@ -264,11 +242,11 @@ def open_beats(path: Path, problems: Problems) -> BEATs | None:
     return None
   copies = tied_copies(source, config, problems)
   mapped = map_in(source, TABLE, shapes(config), problems, ignored=(_HEAD, *map(re.escape, copies)))
-  return BEATs(
+  return Part(
     config=config,
-    frontend=BEATS_FRONTEND,
     leaves={**mapped.leaves, **cmvn_leaves(config.input_width)},
-    cfg=cfg,
+    style={"beats": {"cfg": cfg}},
+    frontend=BEATS_FRONTEND,
     ignored=(*mapped.ignored, *(name for name in source.ignored if name != "cfg")),
     notes=source.notes,
   )
@@ -303,39 +281,47 @@ def cmvn_leaves(width: int) -> dict[str, Lazy]:
   }
 
 
-def find_beats(about: Checkpoint) -> BEATsConfig | None:
-  """The BEATs encoder of a checkpoint, or None."""
-  for i, section in enumerate(about.config.get("encoders", ())):
-    if section.get("kind") == BEATsConfig.kind:
-      return part_from_json(section, f"encoders[{i}]")
-  return None
-
-
 def export(about: Checkpoint, file: Path) -> None:
   """Writes `{"cfg", "model"}` as the original loads it, strictly.
 
-  The layers' copies of the bias table are written as well (the same bytes of the file), and cfg
-  goes out as it came, but for `finetuned_model`: the head of a fine-tuned file is not kept.
+  The layers' copies of the bias table are written as well, and cfg as it was imported, except
+  `finetuned_model`: the head of a fine-tuned file is not kept.
 
   Raises:
-    ConversionError: if the checkpoint has no BEATs, or its features are scaled in another way.
+    ConversionError: if the checkpoint has no BEATs, or its features are scaled differently.
   """
+  config, _ = encoder_of(about, BEATsConfig.kind)
   problems = Problems()
-  config = find_beats(about)
-  if config is None:
-    problems.add("no BEATs encoder in it")
-    problems.check(str(about.folder))
-  assert config is not None
   paths = [path for path in tree.flatten(about.params) if path.startswith("encoders/beats/")]
   tensors = map_out(about, TABLE, paths, problems)
   for path, leaf in cmvn_leaves(config.input_width).items():
     if path in tree.flatten(about.params):
       found = read_leaves(about, [path])[path]
       if not np.allclose(np.asarray(found, np.float32), leaf.read(), rtol=1e-6):
-        problems.add(f"{path} is not what the original has built in; its file has no place for it")
+        problems.add(f"{path} differs from the original's constant, which its file cannot express")
   problems.check(str(about.folder))
   arrays = read_out(about, tensors)
   model = {t.name: to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
   for n in range(1, config.layers):
     model[BIAS_TABLE.format(n=n)] = model[BIAS_TABLE.format(n=0)]
   torch.save({"cfg": cfg_of(config, style_of(about, "beats").get("cfg")), "model": model}, file)
+
+
+def _open(src: Path, options: Options, problems: Problems) -> Opened | None:
+  part = open_beats(src, problems)
+  return None if part is None else part.alone()
+
+
+def _recognises(path: Path, names: Collection[str]) -> str | None:
+  patched = any(name.startswith("patch_embedding.") and TABLE.to_jax(name) for name in names)
+  return "beats" if patched else None
+
+
+KIND = Kind(
+  name="beats",
+  open=_open,
+  export=lambda about, folder, shard_bytes: export(about, folder / FILE),
+  recognises=_recognises,
+  parts=("encoders/beats/",),
+  reference=reference.run,
+)

@@ -1,4 +1,4 @@
-"""FunASR's config.yaml, as far as it tells of the encoder and its features: in and out."""
+"""FunASR's config.yaml, its sections about the encoder and the features: in and out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +11,11 @@ from mooer_jax.config import build
 from mooer_jax.encoders.sanm import SANMConfig
 
 from ..core.errors import Problems
+from ..readers import check_file
 
 FILE = "config.yaml"
-# What FunASR takes where a section is there and does not name the key: the defaults of its
-# SANMEncoder and WavFrontend. Sizes that show in the tensors need none.
+# Defaults of FunASR's SANMEncoder and WavFrontend, for keys that a section does not have. Sizes
+# that the tensors show need none.
 _ABSENT: dict[str, dict[str, Any]] = {
   "encoder_conf": {
     "attention_heads": 4,
@@ -45,7 +46,12 @@ def write_yaml(path: Path, conf: Mapping[str, Any]) -> None:
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-  """Raises ValueError, naming the file, if it is not YAML, or it or a section is no mapping."""
+  """Reads a config.yaml.
+
+  Raises:
+    ValueError: naming the file, if it is not YAML, or it or a section is not a mapping.
+  """
+  check_file(path)
   try:
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -59,16 +65,16 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def heads(conf: Mapping[str, Any]) -> Any:
-  """The number of heads, which the tensors do not tell; as in Paraformer if nothing tells it."""
+  """The number of heads, which the tensors do not show; Paraformer's by default."""
   return _said(conf, "encoder_conf", "attention_heads", SANMConfig.heads)
 
 
 def frontend(
   conf: Mapping[str, Any], input_width: int, problems: Problems
 ) -> FrontendConfig | None:
-  """The features that an encoder of such an input takes; None, with the reason, if none fit.
+  """The features that an encoder with this input width takes; None, with the reason, if none fit.
 
-  Without a frontend_conf they are Paraformer's: 7 frames every 6, of as many bins as that leaves.
+  Without a frontend_conf they are Paraformer's: 7 frames every 6, each of input_width / 7 bins.
   """
   section: dict[str, Any] = {"fbank": {"bins": input_width // FrontendConfig.lfr_window}}
   if conf.get("frontend_conf") is not None:
@@ -133,7 +139,7 @@ def describe(config: SANMConfig, features: FrontendConfig) -> dict[str, Any]:
 def check(
   conf: Mapping[str, Any], config: SANMConfig, features: FrontendConfig, problems: Problems
 ) -> None:
-  """Adds every value by which a config.yaml tells of another model than this one."""
+  """Adds every value by which a config.yaml describes another model."""
   for section, wanted in describe(config, features).items():
     if not isinstance(wanted, dict):
       if (said := conf.get(section, wanted)) != wanted:
@@ -142,29 +148,29 @@ def check(
     for key, value in wanted.items():
       said = _said(conf, section, key, value)
       if said != value and key != "dither":
-        absent = "" if key in conf[section] else ", FunASR's own where it is not given"
+        absent = "" if key in conf[section] else " (FunASR's default)"
         problems.add(
-          f"{FILE}: {section}.{key}={said!r}{absent}; the tensors and this version want {value!r}"
+          f"{FILE}: {section}.{key}={said!r}{absent}; the tensors and this version need {value!r}"
         )
 
 
 def same(conf: Mapping[str, Any], config: SANMConfig, features: FrontendConfig) -> bool:
-  """Whether a config.yaml tells of this model."""
+  """Whether a config.yaml describes this model."""
   problems = Problems()
   check(conf, config, features, problems)
   return frontend(conf, config.input_width, problems) == features and not problems.found
 
 
 def notes(conf: Mapping[str, Any]) -> tuple[str, ...]:
-  """What a user should know of a config.yaml that was taken."""
+  """Sentences for the user about an imported config.yaml."""
   dither = _said(conf, "frontend_conf", "dither", 0.0)
   if not dither:
     return ()
-  return (f"{FILE}: dither={dither!r}: FunASR adds that noise to a clip, here there is none",)
+  return (f"{FILE}: dither={dither!r}: FunASR adds that noise to a clip, this library adds none",)
 
 
 def _said(conf: Mapping[str, Any], section: str, key: str, otherwise: Any) -> Any:
-  """A value of a section, FunASR's own if the section lacks it; `otherwise` without a section."""
+  """A value of a section, FunASR's default if it lacks it; `otherwise` without the section."""
   if conf.get(section) is None:
     return otherwise
   return conf[section].get(key, _ABSENT[section].get(key, otherwise))

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy
+from mooer_jax.checkpoint import Checkpoint
+from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.nn.compute import Compute
 from mooer_jax.text.tokenizer import Tokenizer
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
-from ..core.errors import Problems
-from ..core.folders import copier, kept_files, kept_json, read_json, style_of, write_json
+from ..core.errors import ConversionError, Problems
+from ..core.folders import copier, kept_files, kept_json, style_of, write_json
+from ..core.kind import Kind, Opened, Part, Writer
+from ..core.options import Options
 from ..core.rules import TRANSPOSE, Rule, Table
 from ..core.writers import write_shards
-from ..readers import Source, gguf_config, gguf_tokenizer, open_source
+from ..readers import Source, gguf_config, gguf_tokenizer, open_source, read_object
+from ..verify.reference import language_model as reference
 from .hf_config import hf_config, llm_config
+from .tokenizer_files import check_tokenizer, open_tokenizer
 
 TABLE = Table((
   Rule("model.embed_tokens.weight", "decoder/embed/embedding"),
@@ -49,17 +52,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # A buffer that old versions of transformers saved; it follows from the config.
 BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "vocab.json",
-  "merges.txt",
-  "tokenizer.model",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "chat_template.json",
-)
 KEPT_FILES = ("config.json", "generation_config.json")
 
 
@@ -75,28 +67,6 @@ def wrapped_table(prefix: str) -> Table:
   return Table(rules)
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-  """A folder that was opened; no tensor is read.
-
-  Attributes:
-    config: the model, without LoRA.
-    leaves: decoder/… -> leaf.
-    tokenizer: writes the tokenizer's files into a folder.
-    kept: files for the checkpoint's source/.
-    head_present: whether a tied head stands in the files all the same.
-    ignored, notes: what a user should know.
-  """
-
-  config: LLMConfig
-  leaves: dict[str, Lazy]
-  tokenizer: Callable[[Path], Any]
-  kept: tuple[Path, ...]
-  head_present: bool
-  ignored: tuple[str, ...]
-  notes: tuple[str, ...]
-
-
 def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
   """decoder/… -> shape, LoRA included if the config has any."""
   module = LLM(config, Compute(scan=True))
@@ -104,37 +74,37 @@ def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
   return under("decoder", leaf_shapes(module, *inputs, method=LLM.everything))
 
 
-def open_model(
-  folder: Path, problems: Problems, *, kind: str | None = None
-) -> LanguageModel | None:
-  """Opens a Hugging Face folder or a GGUF file.
+def open_model(folder: Path, problems: Problems, *, kind: str | None = None) -> Part | None:
+  """Opens a Hugging Face folder or a GGUF file; the tokenizer is read, the tensors are not.
 
   Args:
-    folder: with config.json and weights in any format that is read; or a .gguf file.
-    problems: gets what cannot be converted.
-    kind: "qwen2" or "llama" if it must be that; None takes either.
+    folder: with config.json, a tokenizer, and weights in any format that is read; or a .gguf file.
+    problems: receives what cannot be converted.
+    kind: "qwen2" or "llama" if it must be that; None accepts either.
 
   Returns:
-    LanguageModel, or None if its config was not understood.
+    The model, without LoRA; None if its config was not understood.
   """
   is_gguf = folder.is_file() and folder.suffix == ".gguf"
   if not is_gguf and not (folder / "config.json").is_file():
     problems.add(f"{folder}: no config.json; give a folder of Hugging Face or a GGUF file")
     return None
-  hf = gguf_config(folder) if is_gguf else read_json(folder / "config.json")
+  hf = gguf_config(folder) if is_gguf else read_object(folder / "config.json")
   if kind is not None and hf.get("model_type") != kind:
     problems.add(f"{folder}: model_type={hf.get('model_type')!r} is not the kind {kind!r}")
     return None
   config = llm_config(hf, problems)
   if config is None:
     return None
-  source = open_source(folder)
+  source, kept = open_source(folder), ()
   if is_gguf:
-    made = functools.partial(_write_tokenizer, *gguf_tokenizer(folder))
-    return from_source(source, config, problems, tokenizer=made)
-  files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-  kept = tuple(folder / name for name in KEPT_FILES if (folder / name).is_file())
-  return from_source(source, config, problems, tokenizer=copier(files), kept=kept)
+    tokenizer: Writer | None = functools.partial(_write_tokenizer, *gguf_tokenizer(folder))
+  else:
+    tokenizer = open_tokenizer(folder, problems, model_type=hf["model_type"])
+    kept = tuple(folder / name for name in KEPT_FILES if (folder / name).is_file())
+  if tokenizer is not None:
+    check_tokenizer(tokenizer, config.vocab, problems)
+  return _from_source(source, config, problems, tokenizer=tokenizer or copier(()), kept=kept)
 
 
 def _write_tokenizer(tokenizer, config: Mapping[str, Any], folder: Path) -> None:
@@ -142,15 +112,15 @@ def _write_tokenizer(tokenizer, config: Mapping[str, Any], folder: Path) -> None
   write_json(folder / "tokenizer_config.json", config)
 
 
-def from_source(
+def _from_source(
   source: Source,
   config: LLMConfig,
   problems: Problems,
   *,
-  tokenizer: Callable[[Path], Any],
-  kept: tuple[Path, ...] = (),
-) -> LanguageModel:
-  """Maps the tensors of a language model; they bear Hugging Face's names."""
+  tokenizer: Writer,
+  kept: tuple[Path, ...],
+) -> Part:
+  """Maps the tensors of a language model; they have Hugging Face's names."""
   ignored = list(BUFFERS)
   head_present = config.tied and HEAD in source.tensors
   if head_present:
@@ -158,34 +128,18 @@ def from_source(
     if EMBEDDING in source.tensors and not equal(source, EMBEDDING, HEAD):
       problems.add(
         f"{HEAD} differs from {EMBEDDING} although tie_word_embeddings is true; set it to false "
-        "if the head is meant"
+        "to keep the head"
       )
   mapped = map_in(source, TABLE, shapes(config), problems, ignored=ignored)
-  return LanguageModel(
+  return Part(
     config=config,
     leaves=mapped.leaves,
+    style={"llm": {"head_present": head_present}},
     tokenizer=tokenizer,
-    kept=kept,
-    head_present=head_present,
+    kept={"llm": kept},
     ignored=(*(name for name in mapped.ignored if name != HEAD), *source.ignored),
     notes=source.notes,
   )
-
-
-def read_tokenizer(write: Callable[[Path], Any]) -> Tokenizer:
-  """The tokenizer of a model that was opened; `write` is its `LanguageModel.tokenizer`.
-
-  Raises:
-    FileNotFoundError, ValueError: if the model's folder has none that could be read.
-  """
-  with tempfile.TemporaryDirectory() as folder:
-    write(Path(folder))
-    if not any(Path(folder).iterdir()):
-      raise FileNotFoundError("the LLM's folder has no tokenizer.json; download it as well")
-    try:
-      return Tokenizer.from_folder(folder)
-    except (ValueError, OSError) as error:
-      raise ValueError(f"the LLM's folder: {str(error).replace(f'{folder}/', '')}") from error
 
 
 def equal(source: Source, a: str, b: str) -> bool:
@@ -202,57 +156,68 @@ def base_paths(about: Checkpoint) -> list[str]:
   return [path for path in paths if path.rsplit("/", 1)[-1] not in ("lora_a", "lora_b")]
 
 
-def export(
-  about: Checkpoint,
-  config: LLMConfig,
-  folder: Path,
-  *,
-  head_present: bool = False,
-  original: Mapping[str, Any] | None = None,
-  shard_bytes: int,
-) -> list[str]:
-  """Writes config.json and sharded safetensors of the decoder, without its LoRA.
+def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_bytes: int) -> None:
+  """Writes a Hugging Face folder: config.json, safetensors, the tokenizer and other kept files.
 
   Args:
-    about: the checkpoint.
+    about: the checkpoint; its LoRA is not written.
     config: its decoder.
     folder: to write into; it exists.
-    head_present: write a tied head out as well.
-    original: config.json that the model was imported from.
-    shard_bytes: size that a file of weights does not exceed unless one tensor does.
-
-  Returns:
-    Names of the weight files.
+    shard_bytes: maximum size of a file of weights, unless one tensor is larger.
   """
   problems = Problems()
   tensors = map_out(about, TABLE, base_paths(about), problems)
   problems.check(str(about.folder))
   embedding = next(tensor for tensor in tensors if tensor.name == EMBEDDING)
-  if config.tied and head_present:
+  if config.tied and style_of(about, "llm").get("head_present", False):
     tensors.append(dataclasses.replace(embedding, name=HEAD))
-  described = hf_config(config, embedding.dtype, original, eos_id=_eos_id(about))
-  write_json(folder / "config.json", described)
-  return write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)
+  tokenizer = sorted(about.tokenizer.iterdir())
+  eos_id = Tokenizer.from_folder(about.tokenizer).eos_id if tokenizer else None
+  original = kept_json(about, "llm", "config.json")
+  write_json(folder / "config.json", hf_config(config, embedding.dtype, original, eos_id=eos_id))
+  write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)
+  kept = [file for file in kept_files(about, "llm") if file.name != "config.json"]
+  copier([*tokenizer, *kept])(folder)
 
 
-def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_bytes: int) -> None:
-  """Writes the whole Hugging Face folder: `export`, the tokenizer and what else was kept."""
-  export(
-    about,
-    config,
-    folder,
-    head_present=style_of(about, "llm").get("head_present", False),
-    original=kept_json(about, "llm", "config.json"),
-    shard_bytes=shard_bytes,
+def decoder_of(about: Checkpoint) -> LLMConfig:
+  """The language model of a checkpoint. Raises ConversionError if it has none."""
+  if "decoder" not in about.config:
+    raise ConversionError(f"{about.folder} has no LLM; it holds {', '.join(about.config)}")
+  return part_from_json(about.config["decoder"], "decoder")
+
+
+def _kind(name: str) -> Kind:
+  def open_alone(src: Path, options: Options, problems: Problems) -> Opened | None:
+    model = open_model(src, problems, kind=name)
+    return None if model is None else model.alone()
+
+  def export_alone(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
+    config = decoder_of(about)
+    if config.qkv_bias != (name == "qwen2"):
+      other = "qwen2" if config.qkv_bias else "llama"
+      raise ConversionError(f"{about.folder}: this LLM is of the kind {other}, not {name}")
+    if config.lora_rank:
+      raise ConversionError(
+        f"{about.folder}: a plain {name} folder cannot hold its LoRA; export it with the kind peft"
+        " (its base with this one), or import with --merge-lora"
+      )
+    export_folder(about, config, folder, shard_bytes=shard_bytes)
+
+  def recognises(path: Path, names: Collection[str]) -> str | None:
+    if not any(TABLE.to_jax(tensor) for tensor in names):
+      return None
+    biased = any(tensor.endswith("q_proj.bias") for tensor in names)
+    return name if biased == (name == "qwen2") else None
+
+  return Kind(
+    name=name,
+    open=open_alone,
+    export=export_alone,
+    recognises=recognises,
+    parts=("decoder/",),
+    reference=reference.run,
   )
-  for file in about.tokenizer.iterdir():
-    shutil.copyfile(file, folder / file.name)
-  for file in kept_files(about, "llm"):
-    if file.name != "config.json":
-      shutil.copyfile(file, folder / file.name)
 
 
-def _eos_id(about: Checkpoint) -> int | None:
-  if not (about.tokenizer / "tokenizer.json").is_file():
-    return None
-  return Tokenizer.from_folder(about.tokenizer).eos_id
+QWEN2, LLAMA = _kind("qwen2"), _kind("llama")

@@ -19,13 +19,12 @@ from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
 
 from ..core.engine import Mapped, map_in
 from ..core.errors import ConversionError, Problems
-from ..core.folders import read_json
 from ..core.rules import TRANSPOSE, Rule, Table
-from ..readers import Source, open_source
+from ..readers import Source, open_source, read_object
 from . import language_model
 
 CONFIG_FILE = "adapter_config.json"
-# Options of peft that change nothing in what is computed from the weights.
+# Options of peft that do not change what is computed from the weights.
 _HARMLESS = {
   "auto_mapping",
   "base_model_name_or_path",
@@ -58,10 +57,10 @@ class Lora:
   Attributes:
     rank, alpha, dropout: of training.
     rslora: whether the scale is alpha / sqrt(rank) rather than alpha / rank.
-    targets: what it changes in a layer, in the order of LORA_TARGETS.
+    targets: the adapted projections of a layer, in the order of LORA_TARGETS.
     source: the tensors.
     adapter: the word between `lora_A` and `weight` in their names, or "".
-    prefix: what stands before peft's own names, such as "llm." where the LLM is part of a model.
+    prefix: comes before peft's own names, such as "llm." where the LLM is part of a model.
   """
 
   rank: int
@@ -123,7 +122,7 @@ def table(adapter: str = "", prefix: str = "") -> Table:
 
 
 def from_json(section: Mapping[str, Any]) -> LLMConfig:
-  """Inverse of `Lora.to_json`; the sizes that are not LoRA's mean nothing."""
+  """Inverse of `Lora.to_json`; sizes other than those of the LoRA are defaults."""
   return build(LLMConfig, {f"lora_{name}": section[name] for name in _FIELDS}, "lora")
 
 
@@ -132,10 +131,10 @@ def open_folder(folder: Path, problems: Problems) -> Lora | None:
 
   Args:
     folder: with adapter_config.json and adapter_model.safetensors or .bin.
-    problems: gets, by name, every option that cannot be expressed.
+    problems: receives, by name, every option that cannot be expressed.
 
   Returns:
-    The LoRA, or None if its options were not understood.
+    The LoRA; None if its options were not understood.
   """
   if not (folder / CONFIG_FILE).is_file():
     problems.add(f"{folder}: no {CONFIG_FILE}; give the folder that peft's save_pretrained wrote")
@@ -151,7 +150,7 @@ def config_file(path: Path) -> Path:
 
 def read_options(file: Path, problems: Problems) -> dict[str, Any] | None:
   """Reads an adapter_config.json; None, with the reasons, if it cannot be expressed."""
-  options = read_json(file)
+  options = read_object(file)
   before = len(problems.found)
   _refuse(options, problems)
   rank, alpha = options.get("r"), options.get("lora_alpha")
@@ -169,8 +168,8 @@ def from_source(
   Args:
     source: the tensors; others may be among them.
     options: content of an adapter_config.json that `read_options` took.
-    problems: gets the reason if there is not exactly one adapter.
-    prefix: what stands before peft's own names.
+    problems: receives the reason if there is not exactly one adapter.
+    prefix: comes before peft's own names.
   """
   adapters = {
     name.split(".lora_A.")[1].removesuffix("weight").strip(".")

@@ -1,27 +1,28 @@
 """Paraformer's SAN-M encoder and its CMVN: FunASR's model folders, and MooER's encoder file."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from mooer_jax import tree
 from mooer_jax.audio.cmvn import read_mvn, write_mvn
-from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
-from mooer_jax.config import SpeechLLMConfig, build, frontend_from_json, part_from_json
+from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.nn.compute import Compute
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
-from ..core.errors import ConversionError, Problems
-from ..core.folders import check_same, copier, kept_files
+from ..core.errors import Problems
+from ..core.folders import check_roundtrip, copier, encoder_of, kept_files, style_of
+from ..core.kind import Kind, Opened, Part
+from ..core.options import Options
 from ..core.rules import DEPTHWISE, TRANSPOSE, Rule, Table
 from ..core.writers import write_torch
-from ..readers import Source, open_source
+from ..readers import Source, check_file, open_source
+from ..verify.reference import paraformer as reference
 from . import funasr_config
 
 CMVN_FILE = "am.mvn"
@@ -66,40 +67,30 @@ def shapes(config: SANMConfig) -> dict[str, tuple[int, ...]]:
   return under("encoders/sanm", leaf_shapes(module, *inputs))
 
 
-def find_prefix(source: Source) -> str | None:
-  """What stands before the encoder's names: nothing in MooER's file, `encoder.` in FunASR's."""
+def find_prefix(names: Collection[str]) -> str | None:
+  """The prefix of the encoder's names: none in MooER's file, `encoder.` in FunASR's."""
   for prefix in PREFIXES:
-    if any(name.startswith(f"{prefix}encoders0.0.") for name in source.tensors):
+    if any(name.startswith(f"{prefix}encoders0.0.") for name in names):
       return prefix
   return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-  """An encoder file that was opened; no tensor is read."""
-
-  config: SANMConfig
-  frontend: FrontendConfig
-  leaves: dict[str, Lazy]
-  prefix: str
-  ignored: tuple[str, ...]
-
-
 def open_encoder(
   source: Source, cmvn: Path, problems: Problems, *, conf: Mapping[str, Any] | None = None
-) -> Encoder | None:
-  """Maps a SAN-M encoder and its CMVN; whatever else stands in the file is ignored, by name.
+) -> Part | None:
+  """Maps a SAN-M encoder and its CMVN; other tensors of the file are ignored, by name.
 
   Args:
     source: the file.
     cmvn: path of its am.mvn.
-    problems: gets what does not fit.
-    conf: content of FunASR's config.yaml; without, what the tensors do not tell is Paraformer's.
+    problems: receives what does not fit.
+    conf: content of FunASR's config.yaml; without it, Paraformer's values replace what the tensors
+      do not show.
 
   Returns:
-    Encoder, or None if there is none in the file.
+    The encoder; None if there is none in the file.
   """
-  prefix = find_prefix(source)
+  prefix = find_prefix(source.tensors)
   if prefix is None:
     problems.add(f"{source.path}: no SAN-M encoder (encoders0.0.…) in it")
     return None
@@ -110,27 +101,28 @@ def open_encoder(
   rules = table(prefix)
   names = [name for name in source.tensors if rules.to_jax(name) is not None]
   mapped = map_in(source, rules, shapes(config), problems, names=names)
-  leaves = {**mapped.leaves, **cmvn_leaves(cmvn, config.input_width, problems)}
+  leaves = {**mapped.leaves, **_cmvn_leaves(cmvn, config.input_width, problems)}
   chosen = set(names)
   frontend = funasr_config.frontend(conf, config.input_width, problems)
   if frontend is None:
     return None
   funasr_config.check(conf, config, frontend, problems)
-  return Encoder(
+  return Part(
     config=config,
-    frontend=frontend,
     leaves=leaves,
-    prefix=prefix,
+    style={"paraformer": {"prefix": prefix}},
+    frontend=frontend,
     ignored=(*(name for name in source.tensors if name not in chosen), *source.ignored),
+    notes=source.notes,
   )
 
 
 def sanm_config(
   source: Source, prefix: str, problems: Problems, *, heads: int = SANMConfig.heads
 ) -> SANMConfig | None:
-  """Reads the sizes off the tensors; their number of heads leaves no trace and must be known.
+  """Derives the sizes from the tensors, which do not show the number of heads.
 
-  Returns None, with the reason in `problems`, if a tensor that is needed for it is missing.
+  Returns None, with the reason in `problems`, if a tensor that is needed is missing.
   """
   tensors = source.tensors
   needed = {
@@ -163,26 +155,18 @@ def sanm_config(
     return None
 
 
-def cmvn_leaves(path: Path, width: int, problems: Problems) -> dict[str, Lazy]:
+def _cmvn_leaves(path: Path, width: int, problems: Problems) -> dict[str, Lazy]:
   """frontend/sanm/… of an am.mvn."""
   try:
+    check_file(path)
     shift_F, scale_F = read_mvn(path, width=width)
   except (ValueError, FileNotFoundError) as error:
     problems.add(str(error))
     return {}
   return {
-    "frontend/sanm/shift": _given(shift_F),
-    "frontend/sanm/scale": _given(scale_F),
+    "frontend/sanm/shift": Lazy(shift_F.shape, shift_F.dtype, lambda: shift_F),
+    "frontend/sanm/scale": Lazy(scale_F.shape, scale_F.dtype, lambda: scale_F),
   }
-
-
-def _given(array: np.ndarray) -> Lazy:
-  return Lazy(array.shape, array.dtype, lambda: array)
-
-
-def paths(about: Checkpoint) -> list[str]:
-  """The encoder's leaves of a checkpoint."""
-  return [path for path in tree.flatten(about.params) if path.startswith("encoders/sanm/")]
 
 
 def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:
@@ -191,40 +175,45 @@ def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:
   Raises:
     ConversionError: if the checkpoint has no SAN-M encoder.
   """
+  encoder_of(about, SANMConfig.kind)
   problems = Problems()
-  if not paths(about):
-    problems.add("no SAN-M encoder in it")
-  tensors = map_out(about, table(prefix), paths(about), problems)
+  paths = [path for path in tree.flatten(about.params) if path.startswith("encoders/sanm/")]
+  tensors = map_out(about, table(prefix), paths, problems)
   problems.check(str(about.folder))
   write_torch(file, tensors, read_out(about, tensors))
   cmvn = read_leaves(about, ["frontend/sanm/shift", "frontend/sanm/scale"])
   write_mvn(file.with_name(CMVN_FILE), *cmvn.values())
 
 
-def sanm_of(about: Checkpoint) -> tuple[SANMConfig, FrontendConfig]:
-  """The sizes and the features of a checkpoint's SAN-M.
+def _open(src: Path, options: Options, problems: Problems) -> Opened | None:
+  if not (src / FUNASR_FILE).is_file():
+    hint = ""
+    if (src / "paraformer-encoder.pth").is_file():
+      hint = "; this is the encoder of a MooER release: import that with the kind mooer"
+    raise FileNotFoundError(
+      f"{src / FUNASR_FILE}: not found; SRC is FunASR's folder with {FUNASR_FILE} and"
+      f" {CMVN_FILE}{hint}"
+    )
+  described = src / funasr_config.FILE
+  kept = (described,) if described.is_file() else ()
+  conf = funasr_config.read_yaml(described) if kept else {}
+  part = open_encoder(open_source(src / FUNASR_FILE), src / CMVN_FILE, problems, conf=conf)
+  if part is None:
+    return None
+  notes = (*part.notes, *funasr_config.notes(conf))
+  return dataclasses.replace(part, kept={"encoder": kept}, notes=notes).alone()
+
+
+def _export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
+  """Writes FunASR's files of the encoder: `export`, and a config.yaml with the other settings.
+
+  The imported config.yaml is written back if it still describes this encoder.
 
   Raises:
-    ConversionError: if it has none.
+    ConversionError: if there is no SAN-M encoder, or the files cannot express it.
   """
-  for number, section in enumerate(about.config.get("encoders", ())):
-    if section.get("kind") == SANMConfig.kind:
-      config = part_from_json(section, f"encoders[{number}]")
-      features = frontend_from_json(about.config["frontends"][number], f"frontends[{number}]")
-      if isinstance(features, FrontendConfig):
-        return config, features
-  raise ConversionError(f"{about.folder}: no SAN-M encoder in it")
-
-
-def export_folder(about: Checkpoint, folder: Path, *, prefix: str = "") -> None:
-  """Writes FunASR's files of the encoder: `export`, and a config.yaml that tells the rest.
-
-  The config.yaml of the import comes back as it was if it still tells of this encoder.
-
-  Raises:
-    ConversionError: if there is no SAN-M encoder, or it has what the files cannot say.
-  """
-  config, features = sanm_of(about)
+  config, features = encoder_of(about, SANMConfig.kind)
+  prefix = style_of(about, "paraformer").get("prefix", "encoder.")
   export(about, folder / FUNASR_FILE, prefix=prefix)
   described = folder / funasr_config.FILE
   copier(kept_files(about, "encoder"))(folder)
@@ -238,5 +227,15 @@ def export_folder(about: Checkpoint, folder: Path, *, prefix: str = "") -> None:
   if read is not None:
     meant = SpeechLLMConfig(encoders=(config,), frontends=(features,))
     again = SpeechLLMConfig(encoders=(read.config,), frontends=(read.frontend,))
-    check_same(meant, again, problems)
+    check_roundtrip(meant, again, problems)
   problems.check(str(about.folder))
+
+
+KIND = Kind(
+  name="paraformer",
+  open=_open,
+  export=_export,
+  recognises=lambda path, names: None if find_prefix(names) is None else "paraformer",
+  parts=("encoders/sanm/",),
+  reference=reference.run,
+)

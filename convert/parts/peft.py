@@ -1,46 +1,70 @@
-"""The LoRA of a checkpoint as peft's folder."""
+"""LoRA folders of the package peft, in and out: with the model they were trained on, or alone."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.checkpoint import Checkpoint
+from mooer_jax.checkpoint import Checkpoint, describe, find
+from mooer_jax.config import part_to_json
 from mooer_jax.decoders.llm import LLMConfig
 
-from ..core.engine import map_out, read_out
+from ..core.engine import map_in, map_out, read_out
 from ..core.errors import Problems
-from ..core.folders import write_json
+from ..core.folders import copier, kept_json, style_of, write_json
+from ..core.kind import Kind, Opened
+from ..core.options import Options
 from ..core.writers import write_shards, write_torch
-from .lora import CONFIG_FILE, paths, table
+from ..verify.reference import language_model as reference
+from . import lora
+from .language_model import decoder_of
 
 
-def export(
-  about: Checkpoint,
-  config: LLMConfig,
-  folder: Path,
-  *,
-  style: Mapping[str, Any],
-  original: Mapping[str, Any] | None = None,
-) -> None:
-  """Writes the LoRA of a checkpoint as peft does.
+def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
+  """Opens a folder of `save_pretrained`; with --base-checkpoint, as a fine-tune of that."""
+  opened = lora.open_folder(src, problems)
+  if opened is None:
+    return None
+  shared: dict[str, Any] = dict(
+    style={"peft": opened.style},
+    kept={"lora": (src / lora.CONFIG_FILE,)},
+    ignored=opened.source.ignored,
+    notes=opened.source.notes,
+  )
+  if options.base_checkpoint is None:
+    leaves = map_in(opened.source, opened.table, lora.shapes_alone(opened), problems).leaves
+    return Opened({"lora": opened.to_json()}, leaves, **shared)
+  about = describe(find(options.base_checkpoint))
+  decoder = opened.added_to(decoder_of(about))
+  if own := lora.paths(about):
+    problems.add(
+      f"{about.folder} has a LoRA of its own (on {own[0]} and {len(own) - 1} more): import that"
+      " model with --no-lora, or with --merge-lora if this one was trained on the merged weights"
+    )
+  return Opened(
+    {**about.config, "decoder": part_to_json(decoder)},
+    lora.map_lora(opened, decoder, problems).leaves,
+    tokenizer=copier(sorted(about.tokenizer.iterdir())),
+    generation=about.generation,
+    base=about.folder,
+    **shared,
+  )
 
-  Args:
-    about: the checkpoint.
-    config: rank, alpha, dropout and targets.
-    folder: to write into; it exists.
-    style: as in `Lora.style`.
-    original: adapter_config.json that it was imported from; kept if it describes this LoRA.
 
-  Raises:
-    ConversionError: if the checkpoint has no LoRA.
-  """
+def export(about: Checkpoint, folder: Path) -> None:
+  """Writes the LoRA of a checkpoint as peft does. Raises ConversionError if it has none."""
+  if "lora" in about.config:
+    config = lora.from_json(about.config["lora"])
+  else:
+    config = decoder_of(about)
+  style = style_of(about, "peft")
   problems = Problems()
-  if not paths(about):
+  if not lora.paths(about):
     problems.add("no LoRA in it (lora_rank is 0)")
-  tensors = map_out(about, table(style.get("adapter", "")), paths(about), problems)
+  tensors = map_out(about, lora.table(style.get("adapter", "")), lora.paths(about), problems)
   problems.check(str(about.folder))
-  write_json(folder / CONFIG_FILE, _options(config, original))
+  original = kept_json(about, "lora", lora.CONFIG_FILE)
+  write_json(folder / lora.CONFIG_FILE, _options(config, original))
   file = style.get("file", "adapter_model.safetensors")
   if file.endswith(".safetensors"):
     stem = file.removesuffix(".safetensors")
@@ -80,3 +104,15 @@ def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str,
     **described,
     "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
   }
+
+
+KIND = Kind(
+  name="peft",
+  open=open_peft,
+  export=lambda about, folder, shard_bytes: export(about, folder),
+  recognises=lambda path, names: "peft" if any(".lora_A." in name for name in names) else None,
+  options=("base_checkpoint",),
+  parts=("decoder/",),
+  reference=reference.run_peft,
+  needs=("llm",),
+)

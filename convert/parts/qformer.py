@@ -1,4 +1,4 @@
-"""SALMONN's window-level Q-Former and its projection, as they stand in salmonn_v1.pth."""
+"""SALMONN's window-level Q-Former and its projection, as in salmonn_v1.pth."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ UNBATCHED = Transform(
 QUERIES = "speech_query_tokens"
 _BERT = "speech_Qformer.bert"
 _LAYERS = f"{_BERT}.encoder.layer."
-# The numbers 0 to 511, which the original saves although the embedding that they pick from is gone.
+# The numbers 0 to 511, which the original saves although their embedding was removed.
 IGNORED = (r"speech_Qformer\.bert\.embeddings\.position_ids",)
 _DENSE = (
   ("attention.self.query", "attention/q"),
@@ -69,18 +69,18 @@ def shapes(config: QFormerConfig, input_width: int, output_width: int) -> dict[s
 
 
 def qformer_config(
-  source: Source, problems: Problems, *, heads: int = QFormerConfig.heads, **untold: Any
+  source: Source, problems: Problems, *, heads: int = QFormerConfig.heads, **others: Any
 ) -> QFormerConfig | None:
-  """Reads the sizes off the tensors: queries, width, layers, feed-forward.
+  """Derives the sizes from the tensors: queries, width, layers, feed-forward.
 
   Args:
     source: with the Q-Former's tensors.
-    problems: gets what is missing or does not fit.
-    heads: of the attention; the tensors do not tell.
-    untold: further fields of QFormerConfig of which they keep no trace: window, stride, edge.
+    problems: receives what is missing or does not fit.
+    heads: attention heads, which the tensors do not show.
+    others: further fields that they do not show: window, stride, edge, dropout.
 
   Returns:
-    None, with the reason in `problems`, if a tensor that is needed for it is missing.
+    None, with the reason in `problems`, if a tensor that is needed is missing.
   """
   tensors = source.tensors
   up = f"{_LAYERS}0.intermediate_query.dense.weight"
@@ -100,7 +100,7 @@ def qformer_config(
       width=width,
       layers=1 + max(int(n) for n in numbers if n.isdigit()),
       mlp_width=tensors[up].shape[0],
-      **untold,
+      **others,
     )
   except ValueError as error:
     problems.add(str(error))

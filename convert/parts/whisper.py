@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,24 @@ import numpy as np
 
 from mooer_jax import tree
 from mooer_jax.audio.logmel import LogMelConfig
-from mooer_jax.checkpoint import Checkpoint, Lazy
+from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.encoders.whisper import STRIDE, WhisperConfig, WhisperEncoder
 from mooer_jax.nn.compute import Compute
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
 from ..core.errors import ConversionError, Problems
-from ..core.folders import kept_files, read_json, write_json
+from ..core.folders import copier, encoder_of, kept_files, kept_json, style_of, write_json
+from ..core.kind import Kind, Opened, Part
+from ..core.options import Options
 from ..core.rules import CONVOLUTION, IDENTITY, TRANSPOSE, Rule, Table, Transform
 from ..core.writers import write_shards
-from ..readers import Source, Tensor, open_source
+from ..readers import Source, Tensor, open_source, read_object
 from ..readers.torch_file import TorchFile
+from ..verify.reference import whisper as reference
 
 ROOT = "encoders/whisper"
 PREFIX = "model.encoder."
-# What stands before the encoder's names: in a whole model, in one without its head, in the encoder.
+# Prefixes of the encoder's names: in a whole model, in one without its head, in the encoder.
 PREFIXES = (PREFIX, "encoder.", "")
 # (ours, Hugging Face, openai-whisper, CTranslate2)
 _MODULES = (
@@ -61,7 +63,7 @@ _SIZES = {
 
 
 def table(prefix: str = PREFIX, *, openai: bool = False) -> Table:
-  """The rules for Hugging Face's names behind a prefix, or for openai-whisper's."""
+  """The rules for Hugging Face's names after a prefix, or for openai-whisper's."""
   column = 2 if openai else 1
   rules = [Rule(prefix + _POSITIONS[column - 1], f"{ROOT}/positions")]
   for module in _MODULES:
@@ -80,7 +82,7 @@ def _weight(module: str) -> tuple[str, Transform]:
 
 
 def _renaming() -> Table:
-  """CTranslate2's names to Hugging Face's, but for the fused q, k and v."""
+  """CTranslate2's names to Hugging Face's, except the fused q, k and v."""
   rules = [Rule(f"encoder/{_POSITIONS[2]}", f"{PREFIX}{_POSITIONS[0]}")]
   for ours, theirs, _, fast in _MODULES:
     if fast is not None:
@@ -91,22 +93,22 @@ def _renaming() -> Table:
   return Table(rules)
 
 
-def find_format(source: Source) -> tuple[str, str] | None:
-  """("hf", prefix), ("openai", prefix) or ("ctranslate2", prefix): by the names, else None."""
-  names = source.tensors
-  # The first layer as well as the convolution, for speech models of other families have the latter.
-  if {"encoder/conv1/weight", "encoder/layer_0/self_attention/layer_norm/gamma"} <= names.keys():
+def find_format(tensors: Collection[str]) -> tuple[str, str] | None:
+  """("hf", prefix), ("openai", prefix) or ("ctranslate2", prefix) by the names, else None."""
+  names = set(tensors)
+  # The first layer as well as the convolution: speech models of other families have the latter.
+  if {"encoder/conv1/weight", "encoder/layer_0/self_attention/layer_norm/gamma"} <= names:
     return "ctranslate2", "encoder/"
-  if {"encoder.conv1.weight", "encoder.blocks.0.attn_ln.weight"} <= names.keys():
+  if {"encoder.conv1.weight", "encoder.blocks.0.attn_ln.weight"} <= names:
     return "openai", "encoder."
   for prefix in PREFIXES:
-    if {f"{prefix}conv1.weight", f"{prefix}layers.0.self_attn_layer_norm.weight"} <= names.keys():
+    if {f"{prefix}conv1.weight", f"{prefix}layers.0.self_attn_layer_norm.weight"} <= names:
       return "hf", prefix
   return None
 
 
 def split_ctranslate2(source: Source, problems: Problems) -> Source:
-  """CTranslate2's encoder under Hugging Face's names, q, k and v by themselves."""
+  """CTranslate2's encoder under Hugging Face's names, with separate q, k and v."""
   renaming = _renaming()
 
   def entries() -> Iterator[tuple[Tensor, Any]]:
@@ -149,41 +151,19 @@ def shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
   return under(ROOT, leaf_shapes(module, *inputs))
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-  """An encoder that was opened; no tensor is read.
-
-  Attributes:
-    config: its sizes.
-    frontend: the features that it takes.
-    leaves: encoders/whisper/… -> leaf.
-    style: how its files were written, for an export.
-    kept: files for the checkpoint's source/.
-    ignored, notes: what a user should know.
-  """
-
-  config: WhisperConfig
-  frontend: LogMelConfig
-  leaves: dict[str, Lazy]
-  style: dict[str, Any]
-  kept: tuple[Path, ...]
-  ignored: tuple[str, ...]
-  notes: tuple[str, ...]
-
-
-def open_encoder(src: Path, problems: Problems) -> Encoder | None:
-  """Maps the encoder of a Whisper model; the decoder is ignored, by name.
+def open_encoder(src: Path, problems: Problems) -> Part | None:
+  """Maps the encoder of a Whisper model; the names of the decoder are listed as ignored.
 
   Args:
     src: folder of Hugging Face (config.json and weights) or of faster-whisper, or openai-whisper's
       .pt file.
-    problems: gets what does not fit.
+    problems: receives what does not fit.
 
   Returns:
-    Encoder, or None if there is none, or its sizes are not known.
+    The encoder; None if there is none or its sizes are unknown.
   """
   source = open_source(src)
-  found = find_format(source)
+  found = find_format(source.tensors)
   if found is None:
     problems.add(f"{src}: no Whisper encoder in it: no conv1 and first layer by any known names")
     return None
@@ -202,9 +182,9 @@ def open_encoder(src: Path, problems: Problems) -> Encoder | None:
     rules = table(prefix, openai=True)
   else:
     if not (src / "config.json").is_file():
-      problems.add(f"{src}: no config.json, which tells the number of heads; give the folder")
+      problems.add(f"{src}: no config.json, which holds the number of heads; give the folder")
       return None
-    described = read_json(src / "config.json")
+    described = read_object(src / "config.json")
     heads = described.get(_SIZES["heads"])
     kept = tuple(src / name for name in KEPT_FILES if (src / name).is_file())
   config = _sizes(given, rules, heads, problems)
@@ -214,15 +194,14 @@ def open_encoder(src: Path, problems: Problems) -> Encoder | None:
     _check_config(described, config, problems)
   frontend = features_of(config)
   if (src / KEPT_FILES[1]).is_file():
-    _check_features(read_json(src / KEPT_FILES[1]), frontend, problems)
+    _check_features(read_object(src / KEPT_FILES[1]), frontend, problems)
   names = [n for n in given.tensors if given is not source or n.startswith(prefix)]
-  mapped = map_in(given, rules, shapes(config), problems, names=names)
-  return Encoder(
+  return Part(
     config=config,
+    leaves=map_in(given, rules, shapes(config), problems, names=names).leaves,
+    style={"whisper": {"format": style, "prefix": prefix if style == "hf" else PREFIX}},
     frontend=frontend,
-    leaves=mapped.leaves,
-    style={"format": style, "prefix": prefix if style == "hf" else PREFIX},
-    kept=kept,
+    kept={"whisper": kept},
     ignored=(*outside, *source.ignored),
     notes=source.notes,
   )
@@ -236,7 +215,7 @@ def features_of(config: WhisperConfig) -> LogMelConfig:
 
 
 def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> WhisperConfig | None:
-  """Reads the sizes off the tensors; the number of heads leaves no trace in them."""
+  """Derives the sizes from the tensors; they do not show the number of heads."""
   found = {}
   for path in ("conv1/kernel", "positions", "layers_0/mlp/up/kernel"):
     name, transform = rules.to_torch(f"{ROOT}/{path}") or ("", IDENTITY)
@@ -250,7 +229,9 @@ def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> Whis
       return None
     found[path] = transform.shape(tensor.shape)
   if type(heads) is not int:
-    problems.add(f"{source.path}: number of heads is {heads!r}; it must stand beside the weights")
+    problems.add(
+      f"{source.path}: number of heads is {heads!r}; it must be stored beside the weights"
+    )
     return None
   paths = [mapped[0] for name in source.tensors if (mapped := rules.to_jax(name))]
   numbered = [re.match(rf"{ROOT}/layers_(\d+)/", path) for path in paths]
@@ -270,7 +251,7 @@ def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> Whis
 
 
 def _openai_heads(source: Source, problems: Problems) -> int | None:
-  """The number of heads, which stands beside the weights."""
+  """The number of heads, which is stored beside the weights."""
   file = next(iter(source.tensors.values())).file
   content = TorchFile(file).content()
   dims = content.get("dims") if isinstance(content, dict) else None
@@ -281,7 +262,7 @@ def _openai_heads(source: Source, problems: Problems) -> int | None:
 
 
 def _check_config(hf: Mapping[str, Any], config: WhisperConfig, problems: Problems) -> None:
-  """Refuses what we compute otherwise, and a config.json of another model."""
+  """Refuses options that our encoder does not have, and a config.json of another model."""
   for key, value in (("model_type", "whisper"), ("activation_function", "gelu")):
     if hf.get(key, value) != value:
       problems.add(f"config.json: {key}={hf[key]!r}: only {value!r} can be converted")
@@ -315,9 +296,9 @@ def hf_config(
 
   Args:
     config: the encoder.
-    dtype: what its matrices are stored in.
+    dtype: dtype of its matrices in the files.
     original: the config.json that it was imported from; kept if it describes this encoder. Without
-      one, the model has a decoder without layers.
+      it, the model has a decoder without layers.
   """
   name = np.dtype(dtype).name
   sizes = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
@@ -336,27 +317,39 @@ def hf_config(
   }
 
 
-def export(
-  about: Checkpoint, config: WhisperConfig, folder: Path, *, prefix: str, shard_bytes: int
-) -> None:
-  """Writes config.json and safetensors of the encoder as Hugging Face lays them out.
+def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
+  """Writes config.json and safetensors of the encoder in the layout of Hugging Face.
 
   Raises:
-    ConversionError: if the encoder has no place there.
+    ConversionError: if there is no Whisper encoder, or the files cannot express it.
   """
+  config, _ = encoder_of(about, WhisperConfig.kind)
   if config.norm_eps != WhisperConfig.norm_eps:
     raise ConversionError(
       f"{about.folder}: whisper.norm_eps={config.norm_eps}; Hugging Face's is 1e-5"
     )
+  prefix = style_of(about, "whisper").get("prefix", PREFIX)
   problems = Problems()
   paths = [path for path in tree.flatten(about.params) if path.startswith(f"{ROOT}/")]
   tensors = map_out(about, table(prefix), paths, problems)
   problems.check(str(about.folder))
-  kept = {file.name: file for file in kept_files(about, "whisper")}
-  original = read_json(kept["config.json"]) if "config.json" in kept else None
+  original = kept_json(about, "whisper", "config.json")
   dtype = next(tensor.dtype for tensor in tensors if tensor.name == f"{prefix}conv1.weight")
   write_json(folder / "config.json", hf_config(config, dtype, original))
-  for name, file in kept.items():
-    if name != "config.json":
-      shutil.copyfile(file, folder / name)
+  copier(file for file in kept_files(about, "whisper") if file.name != "config.json")(folder)
   write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)
+
+
+def _open(src: Path, options: Options, problems: Problems) -> Opened | None:
+  part = open_encoder(src, problems)
+  return None if part is None else part.alone()
+
+
+KIND = Kind(
+  name="whisper",
+  open=_open,
+  export=export,
+  recognises=lambda path, names: "whisper" if find_format(names) else None,
+  parts=(f"{ROOT}/",),
+  reference=reference.run,
+)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .source import ReadError
+from .source import ReadError, check_file
 
 _VERSIONS = (2, 3)
 _SCALARS = {
@@ -70,9 +70,8 @@ def read_header(path: Path) -> GGUFHeader:
 
   Source: the GGUF specification in ggml's documentation.
   """
+  check_file(path)
   size = path.stat().st_size
-  if size == 0:
-    raise ReadError(f"{path}: empty, 0 bytes; copy it again")
   with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
     if data[:4] != b"GGUF":
       raise ReadError(f"{path}: not a GGUF file; it begins with {data[:4]!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from .source import ReadError
 
 _LETTER_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How the models' own tokenizers cut text before any merge: one digit at a time, or up to three.
+# How the models' own tokenizers split text before any merge: one digit at a time, or up to three.
 _PATTERNS = {
   "qwen2": _LETTER_WORDS + r"\p{N}" + _REST,
   "llama-bpe": _LETTER_WORDS + r"\p{N}{1,3}" + _REST,
 }
-_PRE_TOKENIZERS = (*_PATTERNS, "smollm", "gpt-2")
+PRE_TOKENIZERS = (*_PATTERNS, "smollm", "gpt-2")
 _NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -28,8 +29,8 @@ def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
     A `tokenizers.Tokenizer`, and what Hugging Face's `tokenizer_config.json` would say.
 
   Raises:
-    ReadError: if the file has none, contradicts itself, or has a kind that is not known here: read
-      are byte-level BPE ("gpt2") cut as smollm, qwen2, llama-bpe or gpt-2, and LLaMA's own.
+    ReadError: if the file has none, contradicts itself, or has an unknown kind. Known are
+      byte-level BPE ("gpt2") with the pre-tokenizers in PRE_TOKENIZERS, and LLaMA's own.
   """
   header = read_header(Path(path))
   kind = header.get("tokenizer.ggml.model", str)
@@ -52,45 +53,72 @@ def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
-  from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-  from tokenizers import pre_tokenizers as pre
+  from tokenizers import AddedToken
 
   name = header.get("tokenizer.ggml.pre", str)
-  if name not in _PRE_TOKENIZERS:
+  if name not in PRE_TOKENIZERS:
     raise ReadError(
-      f"{header.path}: its text is cut as {name!r} before the merges; known are "
-      f"{', '.join(_PRE_TOKENIZERS)}"
+      f"{header.path}: pre-tokenizer {name!r} is unknown; known are {', '.join(PRE_TOKENIZERS)}"
     )
   pairs = _texts(header, "tokenizer.ggml.merges")
   if odd := [pair for pair in pairs if pair.count(" ") != 1]:
     raise ReadError(f"{header.path}: the merge {odd[0]!r} is not of two tokens")
-  merges = [(first, second) for first, _, second in (pair.partition(" ") for pair in pairs)]
   vocabulary = {
     token: i
     for i, (token, kind) in enumerate(zip(tokens, kinds))
     if not (kind == sentencepiece.UNUSED and token == f"[PAD{i}]")
   }  # fills up the embedding
-  # LLaMA 3's whole words are tokens even where no chain of merges leads to them.
-  tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
-  blank = header.get("tokenizer.ggml.add_space_prefix", bool, False)
-  if name == "qwen2":
-    tokenizer.normalizer = normalizers.NFC()
-  first: list[Any] = []
-  if name in _PATTERNS:
-    first = [pre.Split(Regex(_PATTERNS[name]), behavior="isolated")]
-  elif name == "smollm":
-    first = [pre.Digits(individual_digits=True)]
-  tokenizer.pre_tokenizer = pre.Sequence(
-    [*first, pre.ByteLevel(add_prefix_space=blank, use_regex=name not in _PATTERNS)]
-  )
-  tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_tokens(
-    [
+  return byte_level_bpe(
+    vocabulary,
+    [(first, second) for first, _, second in (pair.partition(" ") for pair in pairs)],
+    pre_tokenizer=name,
+    added=[
       AddedToken(token, normalized=False, special=kind != sentencepiece.USER_DEFINED)
       for token, kind in zip(tokens, kinds)
       if kind in (sentencepiece.UNKNOWN, sentencepiece.CONTROL, sentencepiece.USER_DEFINED)
-    ]
+    ],
+    add_prefix_space=header.get("tokenizer.ggml.add_space_prefix", bool, False),
   )
+
+
+def byte_level_bpe(
+  vocabulary: dict[str, int],
+  merges: list[tuple[str, str]],
+  *,
+  pre_tokenizer: str,
+  added: Sequence[Any],
+  add_prefix_space: bool = False,
+) -> Any:
+  """Makes a byte-level BPE tokenizer.
+
+  Args:
+    vocabulary: token -> id.
+    merges: pairs of tokens, the first to be merged first.
+    pre_tokenizer: a name in PRE_TOKENIZERS: how text is split before any merge.
+    added: `tokenizers.AddedToken`s, which are found whole in a text before any merge.
+    add_prefix_space: whether a space is put before a text.
+
+  Returns:
+    A `tokenizers.Tokenizer`.
+  """
+  from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+  from tokenizers import pre_tokenizers as pre
+
+  # LLaMA 3's whole words are tokens even where no chain of merges leads to them.
+  tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre_tokenizer == "llama-bpe"))
+  if pre_tokenizer == "qwen2":
+    tokenizer.normalizer = normalizers.NFC()
+  first: list[Any] = []
+  if pre_tokenizer in _PATTERNS:
+    first = [pre.Split(Regex(_PATTERNS[pre_tokenizer]), behavior="isolated")]
+  elif pre_tokenizer == "smollm":
+    first = [pre.Digits(individual_digits=True)]
+  plain = pre_tokenizer not in _PATTERNS
+  tokenizer.pre_tokenizer = pre.Sequence(
+    [*first, pre.ByteLevel(add_prefix_space=add_prefix_space, use_regex=plain)]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_tokens(list(added))
   return tokenizer
 
 

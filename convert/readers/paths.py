@@ -8,7 +8,7 @@ from .ctranslate2_file import is_ctranslate2, open_ctranslate2
 from .deepspeed_folder import is_deepspeed, open_deepspeed
 from .gguf_file import open_gguf
 from .safetensors_file import open_safetensors
-from .source import ReadError, Source, join_sources, read_object
+from .source import ReadError, Source, check_file, join_sources, read_object
 from .torch_file import open_torch
 
 _TORCH = (".bin", ".pt", ".pth")
@@ -21,9 +21,6 @@ _MODEL = (
   "pytorch_model.bin.index.json",
 )
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-_LFS = b"version https://git-lfs"
 
 
 def open_source(path: str | Path, part: str | None = None) -> Source:
@@ -54,11 +51,7 @@ def open_source(path: str | Path, part: str | None = None) -> Source:
 def _open_file(path: Path, part: str | None) -> Source:
   if path.suffix not in _EXTENSIONS:
     raise ReadError(f"{path}: unknown extension {path.suffix!r}; read are {', '.join(_EXTENSIONS)}")
-  if path.stat().st_size == 0:
-    raise ReadError(f"{path}: empty, 0 bytes; copy it again")
-  with path.open("rb") as file:
-    if file.read(len(_LFS)) == _LFS:
-      raise ReadError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` there")
+  check_file(path)
   ctranslate2 = path.suffix == ".bin" and is_ctranslate2(path)
   if path.suffix in _TORCH and not ctranslate2:
     return open_torch(path, part)

@@ -17,6 +17,7 @@ _EXPONENTS = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
 _CHECKED_AT_ONCE = 1 << 22
 _MAX_DIMS = 32
 # An integer tensor under one of these names is a quantized weight; others are plain buffers.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _WEIGHT_NAMES = ("weight", "qweight", "qzeros", "scales", "weight_packed")
 
 
@@ -164,5 +165,26 @@ def parse_object(where: str, text: bytes | str) -> dict:
 
 
 def read_object(path: Path) -> dict:
-  """Reads a JSON file that holds an object."""
+  """Reads a JSON file that holds an object.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ReadError: as `check_file` and `parse_object`.
+  """
+  check_file(path)
   return parse_object(str(path), path.read_bytes())
+
+
+def check_file(path: Path) -> None:
+  """Checks that a file has content of its own, before a reader complains about its format.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ReadError: if it is empty, or a Git LFS pointer in place of the file.
+  """
+  with path.open("rb") as file:
+    start = file.read(len(_LFS_POINTER))
+  if not start:
+    raise ReadError(f"{path}: empty, 0 bytes; copy it again")
+  if start == _LFS_POINTER:
+    raise ReadError(f"{path}: a Git LFS pointer: run git lfs pull")

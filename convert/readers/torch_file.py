@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from .source import ReadError, Source, Tensor
+from .source import ReadError, Source, Tensor, check_file
 
 # Where training programs put the weights, beside their optimizer's state.
 KNOWN_PARTS = ("state_dict", "model_state_dict", "model", "module", "generator", "speaker_encoder")
@@ -43,7 +43,7 @@ _DTYPES = {
 # torch.load builds only the classes it is given. DeepSpeed's files name classes of that package for
 # values that a converter has no use for; these stubs are built in their place, so that DeepSpeed
 # need not be installed and nothing of it runs.
-class Inert:
+class Stub:
   """Takes any arguments and any state and does nothing with them."""
 
   def __init__(self, *args):
@@ -57,12 +57,12 @@ class Stage(int):
   """The number that DeepSpeed's enumeration of ZeRO's stages stands for."""
 
 
-STAND_INS: tuple[tuple[type, str], ...] = (
+PICKLE_STUBS: tuple[tuple[type, str], ...] = (
   (Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-  (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-  (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScalerBase"),
-  (Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-  (Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+  (Stub, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+  (Stub, "deepspeed.runtime.fp16.loss_scaler.LossScalerBase"),
+  (Stub, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+  (Stub, "deepspeed.utils.tensor_fragment.fragment_address"),
 )
 
 
@@ -101,6 +101,7 @@ class TorchFile:
   """The content of a file of torch.save, its tensors mapped from disk where the format allows."""
 
   def __init__(self, path: Path, remedy: str = _SAVE_AGAIN):
+    check_file(path)
     self.path, self._remedy = path, remedy
     with path.open("rb") as file:
       self.mapped = file.read(4) == _ZIP_START
@@ -154,10 +155,10 @@ def load_weights_only(path: Path, *, mmap: bool, remedy: str = _SAVE_AGAIN) -> A
     remedy: ends the error about a file that needs more.
   """
   try:
-    with torch.serialization.safe_globals(list(STAND_INS)):
+    with torch.serialization.safe_globals(list(PICKLE_STUBS)):
       return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
   except Exception as error:  # a broken or hostile pickle can raise anything
-    allowed = {name for _, name in STAND_INS}
+    allowed = {name for _, name in PICKLE_STUBS}
     if needed := [name for name in _classes_needed(path) if name not in allowed]:
       raise ReadError(
         f"{path}: needs {', '.join(needed)} to be run or built; files are read as weights only, "

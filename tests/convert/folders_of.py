@@ -4,6 +4,9 @@ from pathlib import Path
 
 import torch
 
+from mooer_jax.text.tokenizer import Tokenizer
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzT. "
 SIZES = dict(
   vocab_size=61,
   hidden_size=40,
@@ -39,9 +42,10 @@ def llm(kind: str, *, dtype=torch.float32, seed=0, **changes):
 
 
 def saved_llm(folder: Path, kind: str, *, shard="10GB", dtype=torch.float32, seed=0, **changes):
-  """(module, folder) of a model that was saved with save_pretrained."""
+  """(module, folder) of a model that was saved with save_pretrained, and a tokenizer."""
   module = llm(kind, dtype=dtype, seed=seed, **changes)
   module.save_pretrained(folder, max_shard_size=shard)
+  Tokenizer.from_characters(CHARACTERS).save(folder)
   return module, folder
 
 

@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from convert.core.errors import ConversionError
-from convert.core.folders import beside
+from convert.core.folders import complete_folder
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from mooer_jax import checkpoint
 from mooer_jax.config import from_json
 from tests.convert.releases import changed, release
@@ -44,9 +45,9 @@ def config_of(folder):
     ),
     (
       lambda c: c.update(prompts={"asr": "<|transcribe|>"}),
-      ["{'asr': '<|transcribe|>'} is none that a release knows", "config.model.prompts"],
+      ["{'asr': '<|transcribe|>'} is not a prompt of a release", "config.model.prompts"],
     ),
-    (lambda c: c.update(prompts={"asr": AST}), ["is none that a release knows"]),
+    (lambda c: c.update(prompts={"asr": AST}), ["is not a prompt of a release"]),
     (lambda c: c.update(prompts={"s2s_chat": "Answer my question with speech. "}), ["s2s_chat"]),
     (lambda c: c.update(prompts={}), ["prompts: none"]),
     (lambda c: c.update(template="bare"), ["template='bare'", "config.model.template"]),
@@ -96,10 +97,13 @@ def test_settings_of_lora_and_llm_are_carried(ours, tmp_path):
 
 def test_two_writers_of_one_folder_keep_apart(tmp_path):
   """The second to end is told that there is a folder now; neither sees the other's files."""
-  with beside(tmp_path / "out") as first:
-    with pytest.raises(FileExistsError, match="out exists"), beside(tmp_path / "out") as second:
+  with complete_folder(tmp_path / "out") as first:
+    with (
+      pytest.raises(FileExistsError, match="out exists"),
+      complete_folder(tmp_path / "out") as second,
+    ):
       (second / "b").touch()
-      with beside(tmp_path / "out") as third:
+      with complete_folder(tmp_path / "out") as third:
         (third / "c").touch()
     (first / "a").touch()
     shutil.rmtree(tmp_path / "out")
@@ -108,10 +112,10 @@ def test_two_writers_of_one_folder_keep_apart(tmp_path):
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):
   (tmp_path / "plain").mkdir()
-  with beside(tmp_path / "out"):
+  with complete_folder(tmp_path / "out"):
     pass
   assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
-  with pytest.raises(ZeroDivisionError), beside(tmp_path / "out", overwrite=True) as part:
+  with pytest.raises(ZeroDivisionError), complete_folder(tmp_path / "out", overwrite=True) as part:
     (part / "a").touch()
     raise ZeroDivisionError
   assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "plain"]

@@ -6,15 +6,31 @@ import numpy as np
 import pytest
 import torch
 
+from convert import kinds, readers
 from convert.core.errors import ConversionError, Problems
+from convert.core.options import Options
 from convert.main import main
 from convert.parts.hf_config import hf_config, llm_config
 from mooer_jax.config import DECODERS
 from tests.convert.folders_of import SIZES, saved_llm
+from tests.convert.parts.test_language_model import assert_same_tensors
 from tests.convert.releases import funasr_folder, release
-from tests.convert.test_language_model import assert_same_tensors
 
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **SIZES}
+LFS_FILES = {  # file -> kind and options of its import
+  "model.gguf": "llama",
+  "beats.pt": "beats",
+  "large.pt": "whisper",
+  "salmonn_v1.pth": "salmonn --whisper FOLDER --llm FOLDER",
+  "model.pt": "paraformer",
+  "am.mvn": "paraformer",
+  "config.yaml": "paraformer",
+  "config.json": "qwen2",
+  "model.safetensors": "qwen2",
+  "tokenizer.json": "qwen2",
+  "tokenizer_config.json": "llama",
+  "adapter_config.json": "peft",
+}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
 
 
@@ -133,3 +149,74 @@ def test_what_the_user_did_wrong_is_told(tmp_path, capsys, monkeypatch, args, me
   said = capsys.readouterr()
   assert message in said.err and said.out == ""
   assert list(tmp_path.iterdir()) == []
+
+
+def test_every_kind_is_found_by_its_name():
+  for name in kinds.KINDS:
+    kind = kinds.find_kind(name)
+    assert kind.name == name
+    assert {*kind.options, *kind.needs, *kind.takes} <= vars(Options()).keys()
+  with pytest.raises(ValueError, match="kind='gpt': choose one of mooer, "):
+    kinds.find_kind("gpt")
+
+
+def test_a_new_kind_is_one_file_and_one_line(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(kinds.KINDS, "toy", "tests.convert.toy_kind:KIND")
+  source, ours, back = (tmp_path / name for name in ("toy", "ours", "back"))
+  source.mkdir()
+  scale = np.arange(5, dtype=np.float32)
+  np.save(source / "toy.npy", scale)
+  assert main(["import", "toy", str(source), str(ours), "--task", "asr"]) == 0
+  assert "1 leaves" in (said := capsys.readouterr().out) and "task: asr" in said
+  assert main(["inspect", str(ours)]) == 0
+  assert "decoder/final_norm/scale" in capsys.readouterr().out
+  assert main(["export", "toy", str(ours), str(back)]) == 0
+  np.testing.assert_array_equal(np.load(back / "toy.npy"), scale)
+  torch.save({"toy.scale": torch.tensor(scale)}, tmp_path / "toy.pt")
+  capsys.readouterr()
+  assert main(["inspect", str(tmp_path / "toy.pt")]) == 0
+  assert "kind: toy" in capsys.readouterr().out
+  np.save(source / "toy.npy", scale[None])
+  assert main(["import", "toy", str(source), str(tmp_path / "no")]) == 2
+  assert "one axis is needed" in capsys.readouterr().err
+  assert main(["import", "toy", str(source), str(tmp_path / "no"), "--no-lora"]) == 2
+  assert "--no-lora has no effect" in capsys.readouterr().err
+  assert main(["verify", "toy", str(source), str(ours)]) == 2
+  assert "not a whole model" in capsys.readouterr().err
+
+
+def test_inspect_takes_a_run_folder(tmp_path, capsys):
+  _, source = saved_llm(tmp_path / "hf", "llama")
+  assert main(["import", "llama", str(source), str(tmp_path / "run" / "step_00000007")]) == 0
+  (tmp_path / "run" / "metrics.jsonl").touch()
+  capsys.readouterr()
+  assert main(["inspect", str(tmp_path / "run")]) == 0
+  said = capsys.readouterr().out
+  assert "decoder/embed/embedding" in said and "kind: run of mooer_jax, step_00000007" in said
+
+
+def test_the_old_name_of_base_checkpoint_warns(tmp_path, capsys):
+  for flag, warned in (("--base", True), ("--base-checkpoint", False)):
+    assert main(["export", "llama", str(tmp_path / "no"), str(tmp_path / "out"), flag, "x"]) == 2
+    assert ("--base is deprecated; use --base-checkpoint" in capsys.readouterr().err) == warned
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+@pytest.mark.parametrize("file", sorted(LFS_FILES))
+def test_a_git_lfs_pointer_is_named_before_any_tensor_is_read(tmp_path, capsys, monkeypatch, file):
+  kind, *more = LFS_FILES[file].split()
+  path = tmp_path / "src" / file
+  path.parent.mkdir()
+  if kind in ("llama", "qwen2") and not file.endswith(".gguf"):
+    saved_llm(path.parent, kind)
+  elif kind == "paraformer":
+    funasr_folder(path.parent)
+  path.write_text(POINTER)
+  source = path if path.suffix in (".gguf", ".pt", ".pth") and kind != "paraformer" else path.parent
+  monkeypatch.setattr(readers.Source, "read", None)
+  others = [str(tmp_path) if word == "FOLDER" else word for word in more]
+  assert main(["import", kind, str(source), str(tmp_path / "ours"), *others]) == 2
+  said = capsys.readouterr().err
+  assert f"{path}: a Git LFS pointer: run git lfs pull" in said and "Traceback" not in said

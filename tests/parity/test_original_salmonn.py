@@ -30,8 +30,9 @@ import torch
 import transformers
 from transformers.generation import GenerationMixin
 
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.parts import beats
 from mooer_jax import Transcriber, speech_llm
 from mooer_jax.audio.decode import load_audio

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from convert.verify.reference.qformer import QFormer, tokens
+from convert.verify.reference.qformer import QFormer
 from mooer_jax import tree
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.nn.compute import Compute
 from tests.parity import torch_qformer
 from tests.parity.torch_models import error
+from tests.parity.torch_qformer import tokens
 
 TOLERANCE = 1e-4  # of the deviation, the bound of the project
 SMALL = dict(width=48, heads=4, mlp_width=80, window=7, queries=3, layers=3)

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from mooer_jax import Transcriber, speech_llm
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features

@@ -1,5 +1,7 @@
 """BEATs in torch on random weights, and those weights in our layout."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -26,7 +28,8 @@ SMALL = BEATsConfig(
 
 def model(config: BEATsConfig, seed=0) -> BEATs:
   torch.manual_seed(seed)
-  return louder(vary_vectors(BEATs(config), seed))
+  cfg = beats.cfg_of(dataclasses.replace(config, input_width=BEATsConfig.input_width))
+  return louder(vary_vectors(BEATs(cfg, config.input_width), seed))
 
 
 def louder(module, seed=1):

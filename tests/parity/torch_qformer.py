@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from convert.parts import qformer
+from convert.verify.reference.qformer import QFormer, Sizes
+from convert.verify.reference.qformer import tokens as run_windows
 from mooer_jax import tree
 from mooer_jax.connectors.qformer import QFormerConfig
 from tests.parity.torch_models import vary_vectors
@@ -49,7 +51,26 @@ class Blip2(nn.Module):
 
 def make(kind: type[nn.Module], c: QFormerConfig, input_width: int, output_width: int, seed=0):
   torch.manual_seed(seed)
-  return vary_vectors(kind(c, input_width, output_width), seed)
+  sizes = sizes_of(c) if kind is QFormer else c
+  return vary_vectors(kind(sizes, input_width, output_width), seed)
+
+
+def sizes_of(c: QFormerConfig) -> Sizes:
+  return Sizes(
+    queries=c.queries,
+    hidden_size=c.width,
+    intermediate_size=c.mlp_width,
+    layers=c.layers,
+    window=c.window,
+    stride=c.stride,
+    heads=c.heads,
+    norm_eps=c.norm_eps,
+    pad_last=c.edge == "pad",
+  )
+
+
+def tokens(module, frames_BTD, c: QFormerConfig):
+  return run_windows(module, frames_BTD, sizes_of(c))
 
 
 def params(tensors) -> dict:

@@ -16,7 +16,7 @@ from torch import nn
 
 from convert.parts import beats
 from convert.verify.reference import beats as reference_beats
-from convert.verify.reference.qformer import QFormer, tokens
+from convert.verify.reference.qformer import QFormer
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from tests.convert.folders_of import vary
@@ -174,7 +174,7 @@ class Salmonn(nn.Module):
 
   @torch.no_grad()
   def speech(self, frames_BTD: torch.Tensor) -> torch.Tensor:
-    return tokens(self.connect[0], frames_BTD, QFORMER)
+    return torch_qformer.tokens(self.connect[0], frames_BTD, QFORMER)
 
   @torch.no_grad()
   def inputs(self, speech_BSD: torch.Tensor, prompt=PROMPT) -> torch.Tensor:

@@ -1,29 +1,88 @@
-"""BEATs rebuilt from torch's primitives by its published structure, under its published names.
-
-Nothing here knows of our own encoder but the names of its sizes.
-"""
+"""BEATs, rebuilt from torch's primitives by its published structure, under its published names."""
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mooer_jax.encoders.beats import BEATsConfig
+from ...core.errors import ConversionError
+from ...core.kind import Original, Request, Stages
+from ...readers import open_source
+from ...readers.torch_file import TorchFile
+from .language_model import State, load_state, state_of
+
+MEL_BINS, RATE_HZ = 128, 16000
+MEAN, DEVIATION = 15.41663, 6.55582  # of the features that BEATs was trained with
+# The original's defaults of the sizes in a file's cfg.
+DEFAULTS = {
+  "embed_dim": 512,
+  "encoder_layers": 12,
+  "encoder_embed_dim": 768,
+  "encoder_ffn_embed_dim": 3072,
+  "encoder_attention_heads": 12,
+  "conv_pos": 128,
+  "conv_pos_groups": 16,
+  "num_buckets": 320,
+  "max_distance": 1280,
+}
+# The options that are rebuilt here.
+OPTIONS = {"layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True, "conv_bias": False}
+
+
+def run(request: Request) -> Original:
+  """Runs the encoder of a BEATs file."""
+  return Original(run_beats_encoder(request.src, request.waveforms))
+
+
+def run_beats_encoder(
+  file: Path, waveforms: Sequence[np.ndarray], *, tuned: State | None = None
+) -> list[Stages]:
+  """Runs features and encoder on clips.
+
+  Args:
+    file: the .pt file.
+    waveforms: clips [N] at 16 kHz.
+    tuned: tensors under the file's names that replace those of the file.
+
+  Returns:
+    Per clip, "features" [T, 128], normalised, and "encoder" [T', D].
+  """
+  cfg = TorchFile(file).content()["cfg"]
+  for key, value in OPTIONS.items():
+    if cfg.get(key, False) != value:
+      raise ConversionError(f"{file}: cfg {key}={cfg.get(key)!r}: only {value} can be verified")
+  state = {**state_of(open_source(file, part="model")), **(tuned or {})}
+  table = "encoder.layers.{}.self_attn.relative_attention_bias.weight"
+  module = BEATs(cfg)
+  for n in range(1, len(module.encoder.layers)):  # a shared tensor, which a file need not repeat
+    state.setdefault(table.format(n), state[table.format(0)])
+  load_state(module, state, file)
+  clips = []
+  for waveform_N in waveforms:
+    features_TF = features(waveform_N)
+    with torch.no_grad():
+      frames_BTD = module(features_TF[None])
+    clips.append({"features": features_TF.numpy(), "encoder": frames_BTD[0].numpy()})
+  return clips
 
 
 class SelfAttention(nn.Module):
-  def __init__(self, c: BEATsConfig):
+  def __init__(self, c: Mapping[str, Any]):
     super().__init__()
-    self.heads, self.one_way, self.reach = c.heads, c.buckets // 2, c.max_distance
+    width, self.heads = c["encoder_embed_dim"], c["encoder_attention_heads"]
+    self.one_way, self.reach = c["num_buckets"] // 2, c["max_distance"]
     for name in "qkv":
-      self.add_module(f"{name}_proj", nn.Linear(c.width, c.width))
-    self.out_proj = nn.Linear(c.width, c.width)
-    self.grep_linear = nn.Linear(c.width // c.heads, 8)
-    self.grep_a = nn.Parameter(torch.ones(1, c.heads, 1, 1))
-    self.relative_attention_bias = nn.Embedding(c.buckets, c.heads)
+      self.add_module(f"{name}_proj", nn.Linear(width, width))
+    self.out_proj = nn.Linear(width, width)
+    self.grep_linear = nn.Linear(width // self.heads, 8)
+    self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
+    self.relative_attention_bias = nn.Embedding(c["num_buckets"], self.heads)
 
   def bias(self, length):
     place = torch.arange(length)
@@ -47,13 +106,14 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-  def __init__(self, c: BEATsConfig):
+  def __init__(self, c: Mapping[str, Any]):
     super().__init__()
+    width, hidden = c["encoder_embed_dim"], c["encoder_ffn_embed_dim"]
     self.self_attn = SelfAttention(c)
-    self.self_attn_layer_norm = nn.LayerNorm(c.width)
-    self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_width), nn.Linear(c.mlp_width, c.width)
-    self.final_layer_norm = nn.LayerNorm(c.width)
-    self.alpha = (2 * c.layers) ** 0.25
+    self.self_attn_layer_norm = nn.LayerNorm(width)
+    self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+    self.final_layer_norm = nn.LayerNorm(width)
+    self.alpha = (2 * c["encoder_layers"]) ** 0.25
 
   def forward(self, x, hidden):
     x = self.self_attn_layer_norm(self.alpha * x + self.self_attn(x, hidden))
@@ -61,19 +121,18 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-  def __init__(self, c: BEATsConfig):
+  def __init__(self, c: Mapping[str, Any]):
     super().__init__()
-    conv = nn.Conv1d(
-      c.width, c.width, c.conv_pos, padding=c.conv_pos // 2, groups=c.conv_pos_groups
-    )
+    width, taps = c["encoder_embed_dim"], c["conv_pos"]
+    conv = nn.Conv1d(width, width, taps, padding=taps // 2, groups=c["conv_pos_groups"])
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", FutureWarning)  # the published names are of this one
       self.pos_conv = nn.Sequential(nn.utils.weight_norm(conv, dim=2), nn.GELU())
-    layers = [Layer(c) for _ in range(c.layers)]
+    layers = [Layer(c) for _ in range(c["encoder_layers"])]
     for layer in layers[1:]:
       layer.self_attn.relative_attention_bias = layers[0].self_attn.relative_attention_bias
     self.layers = nn.ModuleList(layers)
-    self.layer_norm = nn.LayerNorm(c.width)
+    self.layer_norm = nn.LayerNorm(width)
 
   def forward(self, x, hidden):
     x = x.masked_fill(hidden[..., None], 0)
@@ -85,15 +144,22 @@ class Encoder(nn.Module):
 
 
 class BEATs(nn.Module):
-  """Features [B, T, F] and frames [B] in, tokens out."""
+  """Features [B, T, F] and their lengths [B] to frames [B, T', D].
 
-  def __init__(self, c: BEATsConfig):
+  Args:
+    cfg: of a file.
+    mel_bins: width of the features.
+  """
+
+  def __init__(self, cfg: Mapping[str, Any], mel_bins: int = MEL_BINS):
     super().__init__()
-    self.bands = c.input_width // c.patch
-    self.patch_embedding = nn.Conv2d(1, c.patch_width, c.patch, stride=c.patch, bias=False)
-    self.layer_norm = nn.LayerNorm(c.patch_width)
-    if c.patch_width != c.width:
-      self.post_extract_proj = nn.Linear(c.patch_width, c.width)
+    c = {**DEFAULTS, **cfg}
+    patch, patch_width = c["input_patch_size"], c["embed_dim"]
+    self.bands = mel_bins // patch
+    self.patch_embedding = nn.Conv2d(1, patch_width, patch, stride=patch, bias=False)
+    self.layer_norm = nn.LayerNorm(patch_width)
+    if patch_width != c["encoder_embed_dim"]:
+      self.post_extract_proj = nn.Linear(patch_width, c["encoder_embed_dim"])
     self.encoder = Encoder(c)
 
   def forward(self, features, frames=None):
@@ -107,19 +173,19 @@ class BEATs(nn.Module):
 
 
 def features(waveform_N: np.ndarray) -> torch.Tensor:
-  """What the original makes of a waveform at 16 kHz: [T, 128], normalised."""
+  """The original's features of a waveform at 16 kHz: float32 [T, 128], normalised."""
   fbank_TF = kaldi_fbank(
     torch.tensor(waveform_N)[None] * 2**15,
-    num_mel_bins=128,
-    sample_frequency=16000,
+    num_mel_bins=MEL_BINS,
+    sample_frequency=RATE_HZ,
     frame_length=25,
     frame_shift=10,
   )
-  return (fbank_TF - 15.41663) / (2 * 6.55582)
+  return (fbank_TF - MEAN) / (2 * DEVIATION)
 
 
 def kaldi_fbank(waveform, *, num_mel_bins, sample_frequency, frame_length, frame_shift):
-  """What torchaudio.compliance.kaldi.fbank defines by default (Povey window), in float64.
+  """torchaudio.compliance.kaldi.fbank with its defaults (Povey window), in float64.
 
   torchaudio's own float32 is off by up to 0.3 far below a frame's peak.
   """

@@ -146,7 +146,7 @@ def test_llama_pieces_cut_as_sentencepiece_does(tmp_path, spm_training):
   [
     ("bert", {}, "kind 'bert'"),
     ("gpt2", {}, "lack 'tokenizer.ggml.pre'"),
-    ("gpt2", {"tokenizer_pre": "deepseek-coder"}, "cut as 'deepseek-coder'"),
+    ("gpt2", {"tokenizer_pre": "deepseek-coder"}, "pre-tokenizer 'deepseek-coder' is unknown"),
     ("gpt2", {"tokenizer_pre": "qwen2"}, "lack 'tokenizer.ggml.merges'"),
     ("gpt2", {"tokenizer_pre": "qwen2", "token_merges": ["a b c"]}, "'a b c' is not of two"),
     ("gpt2", {"tokenizer_pre": "qwen2", "token_merges": ["a x"]}, "no tokenizer can be made"),

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from convert.core.errors import ConversionError
-from convert.importing import Options, import_checkpoint
+from convert.core.options import Options
+from convert.importing import import_checkpoint
 from convert.main import main
 from convert.verify import ours
+from convert.verify.report import BOUNDS, Error, Report, accuracy, same_tokens, stage_errors
 from convert.verify.run import verify
-from convert.verify.verdict import BOUNDS, Error, Verdict, accuracy, same_tokens, stage_errors
 from mooer_jax import checkpoint, tree
 from tests.convert.folders_of import llm, saved_llm, with_lora
-from tests.convert.releases import release
-from tests.convert.test_kinds import funasr_folder
+from tests.convert.releases import funasr_folder, release
 
 STAGES = ["features", "encoder", "adapter", "prompt", "logits"]
 
@@ -83,10 +83,10 @@ def nudged(name):
 
 def test_a_release_and_its_checkpoint_agree_on_clips(sides, clips):
   audio = [clip.path for clip in clips[:2]]
-  verdict = verify("mooer", *sides, audio=audio, max_new_tokens=4)
-  assert [row.stage for row in verdict.errors] == STAGES
-  assert verdict.failed == [] and verdict.agreement == (8, 8)
-  assert all(0 < row.mean_kl <= row.largest_kl < 0.1 for row in verdict.accuracy)
+  report = verify("mooer", *sides, audio=audio, max_new_tokens=4)
+  assert [row.stage for row in report.errors] == STAGES
+  assert report.failed == [] and report.agreement == (8, 8)
+  assert all(0 < row.mean_kl <= row.largest_kl < 0.1 for row in report.accuracy)
 
 
 def test_the_command_says_so_for_a_run_folder_too(sides, run, tmp_path):
@@ -131,8 +131,8 @@ def test_tokens_are_those_that_each_side_generates(sides, clips, monkeypatch):
   short = np.array([[9, -1, -1, -1]] * 2)
   monkeypatch.setattr(ours, "generate", lambda *_: SimpleNamespace(tokens_BS=short))
   audio = [clip.path for clip in clips[:2]]
-  verdict = verify("mooer", *sides, audio=audio, max_new_tokens=4)
-  assert verdict.failed == ["tokens"] and verdict.agreement in [(n, 8) for n in range(3)]
+  report = verify("mooer", *sides, audio=audio, max_new_tokens=4)
+  assert report.failed == ["tokens"] and report.agreement in [(n, 8) for n in range(3)]
 
 
 def test_an_encoder_that_was_trained_along_is_heard_with(run, tmp_path):
@@ -177,7 +177,7 @@ def test_the_task_is_that_of_the_checkpoint(sides, source, run, tmp_path):
   prompts = {"ast": "Translate speech to english text. "}
   fine_tune(tmp_path / "ast", sides[1], {"connector/linear1/bias": 0}, prompts=prompts)
   status, printed = run(sides[0], tmp_path / "ast")
-  assert status == 2 and "(ast); one must be there" in printed
+  assert status == 2 and "(ast); one is needed" in printed
   shutil.copytree(source / "asr", source / "ast")
   rewrite(source / "asr" / "adapter_project.pt", nudged("encoder_projector.linear1.bias"))
   assert run(source, tmp_path / "ast")[0] == 0
@@ -202,18 +202,18 @@ def test_an_encoder_and_a_language_model_alone(tmp_path, clips):
   funasr_folder(tmp_path / "funasr")
   import_checkpoint("paraformer", tmp_path / "funasr", tmp_path / "encoder")
   files = [clip.path for clip in clips[:2]]
-  verdict = verify("paraformer", tmp_path / "funasr", tmp_path / "encoder", audio=files)
-  assert [row.stage for row in verdict.errors] == ["features", "encoder"]
-  assert verdict.failed == [] and verdict.agreement is None
+  report = verify("paraformer", tmp_path / "funasr", tmp_path / "encoder", audio=files)
+  assert [row.stage for row in report.errors] == ["features", "encoder"]
+  assert report.failed == [] and report.agreement is None
   rewrite(tmp_path / "funasr" / "model.pt", nudged("encoder.after_norm.bias"))
-  verdict = verify("paraformer", tmp_path / "funasr", tmp_path / "encoder", audio=files)
-  assert verdict.failed == ["encoder"]
+  report = verify("paraformer", tmp_path / "funasr", tmp_path / "encoder", audio=files)
+  assert report.failed == ["encoder"]
 
   saved_llm(tmp_path / "hf", "llama")
   import_checkpoint("llama", tmp_path / "hf", tmp_path / "llm")
-  verdict = verify("llama", tmp_path / "hf", tmp_path / "llm", max_new_tokens=5)
-  assert [row.stage for row in verdict.errors] == ["logits"]
-  assert verdict.failed == [] and verdict.agreement == (5, 5)
+  report = verify("llama", tmp_path / "hf", tmp_path / "llm", max_new_tokens=5)
+  assert [row.stage for row in report.errors] == ["logits"]
+  assert report.failed == [] and report.agreement == (5, 5)
 
 
 @pytest.mark.parametrize("dotted", [False, True], ids=["plain", "default-in-names"])
@@ -228,10 +228,12 @@ def test_a_lora_of_peft(tmp_path, dotted):
     state = {n.replace(".weight", ".default.weight"): t for n, t in load_file(file).items()}
     torch.save(state, tmp_path / "lora" / "adapter_model.bin")
     file.unlink()
-  import_checkpoint("peft", tmp_path / "lora", tmp_path / "ours", Options(base=tmp_path / "base"))
-  args = dict(llm=tmp_path / "hf", max_new_tokens=5)
-  verdict = verify("peft", tmp_path / "lora", tmp_path / "ours", **args)
-  assert verdict.failed == [] and verdict.agreement == (5, 5)
+  import_checkpoint(
+    "peft", tmp_path / "lora", tmp_path / "ours", Options(base_checkpoint=tmp_path / "base")
+  )
+  args = dict(options=Options(llm=tmp_path / "hf"), max_new_tokens=5)
+  report = verify("peft", tmp_path / "lora", tmp_path / "ours", **args)
+  assert report.failed == [] and report.agreement == (5, 5)
   described = tmp_path / "lora" / "adapter_config.json"
   described.write_text(json.dumps({**json.loads(described.read_text()), "lora_alpha": 4}))
   assert "logits" in verify("peft", tmp_path / "lora", tmp_path / "ours", **args).failed
@@ -252,7 +254,7 @@ def test_a_model_that_transformers_does_not_find_is_no_measure(tmp_path):
   [
     ("mooer", "--audio"),
     ("peft", "--llm"),
-    ("deepspeed", "export that with the kind mooer"),
+    ("deepspeed", "checkpoint with the kind mooer"),
     ("paraformer --audio a.wav", "has no encoders"),
   ],
 )
@@ -269,7 +271,7 @@ def test_a_lora_without_its_base_cannot_be_verified(tmp_path):
   with_lora(base).save_pretrained(tmp_path / "lora")
   import_checkpoint("peft", tmp_path / "lora", tmp_path / "ours")
   with pytest.raises(ConversionError, match="no decoder .* import it with --base"):
-    verify("peft", tmp_path / "lora", tmp_path / "ours", llm=tmp_path / "hf")
+    verify("peft", tmp_path / "lora", tmp_path / "ours", options=Options(llm=tmp_path / "hf"))
 
 
 def test_only_what_is_within_its_bound_is_held():
@@ -278,8 +280,8 @@ def test_only_what_is_within_its_bound_is_held():
     for size, held in ((bound, True), (1.01 * bound, False), (float("nan"), False)):
       row = Error(stage, size if absolute else 9.0, 9.0 if absolute else size)
       assert row.held == held
-      assert Verdict([row]).failed == ([] if held else [stage])
-  assert Verdict([], (3, 4)).failed == ["tokens"] and Verdict([], (4, 4)).failed == []
+      assert Report([row]).failed == ([] if held else [stage])
+  assert Report([], (3, 4)).failed == ["tokens"] and Report([], (4, 4)).failed == []
 
 
 def test_tokens_that_one_side_lacks_differ():
@@ -314,5 +316,6 @@ def test_a_stage_of_one_value_is_compared_too():
 
 def test_what_does_not_exist_is_named_and_not_sought_on_the_net(sides):
   source, folder = sides
+  missing = Options(llm=Path("lmsys/vicuna-7b-v1.5"))
   with pytest.raises(FileNotFoundError, match="lmsys/vicuna-7b-v1.5: no such file or folder"):
-    verify("mooer", source, folder, audio=["a.wav"], llm=Path("lmsys/vicuna-7b-v1.5"))
+    verify("mooer", source, folder, audio=["a.wav"], options=missing)

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.core.errors import ConversionError
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.readers import ReadError
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import from_json
 from tests.convert.folders_of import vary
+from tests.convert.parts.test_language_model import assert_same_tensors
 from tests.convert.releases import release
-from tests.convert.test_language_model import assert_same_tensors
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounded_to, rounding
 from tests.tiny import SANM
 

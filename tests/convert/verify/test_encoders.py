@@ -10,7 +10,7 @@ import torch
 from convert.importing import import_checkpoint
 from convert.main import main
 from mooer_jax.audio.decode import load_audio
-from tests.convert import test_beats, test_whisper
+from tests.convert.parts import test_beats, test_whisper
 from tests.parity import torch_beats
 
 
@@ -114,7 +114,7 @@ def test_beats_is_the_published_structure(tmp_path, run, clips, name):
 
 def test_the_features_of_beats_are_compared(tmp_path, run, clips, monkeypatch):
   test_beats.write(tmp_path / "a.pt")
-  monkeypatch.setattr("convert.beats.MEAN", np.float64(15.5))
+  monkeypatch.setattr("convert.parts.beats.MEAN", np.float64(15.5))
   import_checkpoint("beats", tmp_path / "a.pt", tmp_path / "ours")
   status, printed = run("beats", tmp_path / "a.pt", tmp_path / "ours", clips[0].path)
   assert status == 1 and "FAILED, over the bound: features" in printed
@@ -124,11 +124,11 @@ def test_options_of_other_kinds_and_missing_encoders_are_named(tmp_path, run, ca
   test_beats.write(tmp_path / "a.pt")
   import_checkpoint("beats", tmp_path / "a.pt", tmp_path / "ours")
   status, printed = run("whisper", tmp_path / "a.pt", tmp_path / "ours")
-  assert status == 2 and "no whisper encoder in it" in printed
+  assert status == 2 and "has no encoders/whisper to verify as whisper" in printed
   beats = ["verify", "beats", str(tmp_path / "a.pt"), str(tmp_path / "ours")]
   for more, said in (
-    ([], "verify beats needs a clip"),
-    (["--audio", "a.wav", "--llm", "x"], "--llm means nothing for verify beats"),
+    ([], "verify beats needs clips"),
+    (["--audio", "a.wav", "--llm", "x"], "--llm has no effect on verify beats"),
   ):
     assert main([*beats, *more]) == 2
     assert said in capsys.readouterr().err

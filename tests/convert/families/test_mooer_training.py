@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from convert.core.errors import ConversionError
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.main import main
 from mooer_jax import checkpoint
 from mooer_jax.config import from_json
+from tests.convert.families.test_mooer import assert_same_model, cmvn_of
 from tests.convert.folders_of import llm, with_lora
 from tests.convert.readers.zero_folders import write_zero
 from tests.convert.releases import adapter, encoder, release
-from tests.convert.test_mooer import assert_same_model, cmvn_of
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 BUFFER = "llm.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -59,7 +60,7 @@ def test_the_model_is_the_one_that_was_trained(released, tmp_path, stage):
   modules = tuned(modules)
   assert any(".lora_A.default.weight" in name for name in trained(modules))
   write(tmp_path / "ds", trained(modules), stage)
-  options = Options(base=base, lora_config=source / "asr" / "lora_weights")
+  options = Options(base_checkpoint=base, lora_config=source / "asr" / "lora_weights")
   report = import_checkpoint("deepspeed", tmp_path / "ds", tmp_path / "ours", options)
   assert report.ignored == (BUFFER,)
   about = checkpoint.describe(tmp_path / "ours")
@@ -89,10 +90,12 @@ def test_rank_and_alpha(released, tmp_path, capsys):
 
   write(tmp_path / "small", trained(tuned(modules)))
   with pytest.raises(ConversionError, match="has rank 4, .*--lora-config"):
-    import_checkpoint("deepspeed", tmp_path / "small", tmp_path / "out", Options(base=base))
+    import_checkpoint(
+      "deepspeed", tmp_path / "small", tmp_path / "out", Options(base_checkpoint=base)
+    )
   written = json.loads((source / "asr" / "lora_weights" / "adapter_config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps({**written, "r": 5}))
-  options = Options(base=base, lora_config=tmp_path / "config.json")
+  options = Options(base_checkpoint=base, lora_config=tmp_path / "config.json")
   with pytest.raises(ConversionError, match="the model needs .*5"):
     import_checkpoint("deepspeed", tmp_path / "small", tmp_path / "out", options)
   assert not (tmp_path / "out").exists()
@@ -105,7 +108,7 @@ def test_encoder_and_frozen_weights_in_the_folder_are_taken(released, tmp_path, 
   heard = {f"encoder.model.{n}": t for n, t in modules["encoder"].state_dict().items()}
   folder = write(tmp_path / "ds", trained(modules) | heard, stage, frozen=frozen_llm(modules))
   assert any(".q_proj.base_layer.weight" in name for name in frozen_llm(modules))
-  options = Options(base=base, lora_config=source / "asr" / "lora_weights")
+  options = Options(base_checkpoint=base, lora_config=source / "asr" / "lora_weights")
   import_checkpoint("deepspeed", folder, tmp_path / "ours", options)
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
   export_checkpoint("mooer", tmp_path / "ours", tmp_path / "back")
@@ -118,7 +121,7 @@ def test_an_adapter_alone_keeps_the_lora_of_the_base(released, tmp_path):
   modules = {**modules, "adapter": adapter(40, seed=5)}
   params = {n: t for n, t in trained(modules).items() if "llm." not in n}
   import_checkpoint(
-    "deepspeed", write(tmp_path / "ds", params), tmp_path / "ours", Options(base=base)
+    "deepspeed", write(tmp_path / "ds", params), tmp_path / "ours", Options(base_checkpoint=base)
   )
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
 
@@ -130,9 +133,11 @@ def test_an_llm_that_was_trained_itself(released, tmp_path):
   params = {n: t for n, t in trained(modules).items() if "lora" not in n} | frozen_llm(modules)
   folder = write(tmp_path / "ds", params)
   with pytest.raises(ConversionError, match="the LLM itself was trained"):
-    import_checkpoint("deepspeed", folder, tmp_path / "ours", Options(base=base))
+    import_checkpoint("deepspeed", folder, tmp_path / "ours", Options(base_checkpoint=base))
   import_checkpoint("mooer", source, tmp_path / "merged", Options(task="asr", merge_lora=True))
-  import_checkpoint("deepspeed", folder, tmp_path / "ours", Options(base=tmp_path / "merged"))
+  import_checkpoint(
+    "deepspeed", folder, tmp_path / "ours", Options(base_checkpoint=tmp_path / "merged")
+  )
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
 
 
@@ -146,7 +151,7 @@ def test_a_tied_head_in_the_folder_is_the_embedding(released, tmp_path):
   modules = {**modules, "adapter": adapter(40, seed=5)}
   modules["llm"] = llm("qwen2", vocab_size=tied.config.vocab_size, tie_word_embeddings=True, seed=9)
   params = {n: t for n, t in trained(modules).items() if "lora" not in n} | frozen_llm(modules)
-  options = Options(base=tmp_path / "base")
+  options = Options(base_checkpoint=tmp_path / "base")
   folder = write(tmp_path / "ds", params)
   report = import_checkpoint("deepspeed", folder, tmp_path / "ours", options)
   assert set(report.ignored) == {BUFFER, "llm.lm_head.weight"}
@@ -165,7 +170,7 @@ def test_everything_that_does_not_fit_is_named(released, tmp_path):
     "encoder.model.encoders.7.norm1.bias": torch.zeros(32),
     "encoder_projector.linear3.bias": torch.zeros(2),
   }
-  options = Options(base=base, lora_config=source / "asr" / "lora_weights")
+  options = Options(base_checkpoint=base, lora_config=source / "asr" / "lora_weights")
   with pytest.raises(ConversionError) as caught:
     import_checkpoint("deepspeed", write(tmp_path / "ds", params), tmp_path / "out", options)
   for part in (
@@ -191,7 +196,9 @@ def test_the_wrong_base_is_refused(released, tmp_path, change, message):
   targets = ALL if change else ("q", "v")
   folder = write(tmp_path / "ds", trained(tuned(modules, rank=64, targets=targets)))
   with pytest.raises(ConversionError, match=message):
-    import_checkpoint("deepspeed", folder, tmp_path / "out", Options(base=tmp_path / "base"))
+    import_checkpoint(
+      "deepspeed", folder, tmp_path / "out", Options(base_checkpoint=tmp_path / "base")
+    )
 
 
 def test_what_is_needed_is_named(released, tmp_path):
@@ -201,10 +208,12 @@ def test_what_is_needed_is_named(released, tmp_path):
     import_checkpoint("deepspeed", folder, tmp_path / "out")
   import_checkpoint("qwen2", source / "Qwen2-tiny", tmp_path / "llm")
   with pytest.raises(ConversionError, match="has no encoders; give an imported release"):
-    import_checkpoint("deepspeed", folder, tmp_path / "out", Options(base=tmp_path / "llm"))
+    import_checkpoint(
+      "deepspeed", folder, tmp_path / "out", Options(base_checkpoint=tmp_path / "llm")
+    )
   folder = write(tmp_path / "other", {"model.norm.weight": torch.ones(40), "x": torch.ones(2, 2)})
   with pytest.raises(ConversionError, match="model.norm.weight .40. is unmapped"):
-    import_checkpoint("deepspeed", folder, tmp_path / "out", Options(base=base))
+    import_checkpoint("deepspeed", folder, tmp_path / "out", Options(base_checkpoint=base))
 
 
 def test_the_merged_form_is_a_release_but_for_a_name(released, tmp_path):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import convert.core.folders
+from convert.core import folders
 from convert.core.errors import ConversionError
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.readers import ReadError, open_source
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import part_from_json
@@ -178,7 +179,7 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path):
 
 
 def test_a_value_that_is_not_finite_is_found_before_anything_is_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(convert.core.folders, "save", None)
+  monkeypatch.setattr(folders, "save", None)
   _, source = saved_llm(tmp_path / "hf", "qwen2")
 
   def spoil(state):
@@ -207,7 +208,7 @@ def test_overwriting_replaces_an_earlier_result_and_nothing_else(tmp_path):
   out.mkdir()
   (out / "thesis.txt").write_text("mine")
   for run in runs:
-    with pytest.raises(FileExistsError, match=r"no checkpoint|removed?, such as thesis\.txt"):
+    with pytest.raises(FileExistsError, match=r"not a checkpoint|removed?, such as thesis\.txt"):
       run(out, overwrite=True)
     assert (out / "thesis.txt").read_text() == "mine"
 
@@ -227,7 +228,7 @@ def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
   _, source = saved_llm(tmp_path / "hf", "llama")
   (file,) = source.glob("*.safetensors")
   file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-  with pytest.raises(ReadError, match="a Git LFS pointer, .* run `git lfs pull`"):
+  with pytest.raises(ReadError, match="a Git LFS pointer: run git lfs pull"):
     import_checkpoint("llama", source, tmp_path / "out")
 
 
@@ -252,11 +253,11 @@ def test_another_kind_is_named(tmp_path):
   import_checkpoint("qwen2", source, tmp_path / "ours")
   with pytest.raises(ConversionError, match="kind qwen2, not llama"):
     export_checkpoint("llama", tmp_path / "ours", tmp_path / "out")
-  with pytest.raises(ConversionError, match="no SAN-M encoder"):
+  with pytest.raises(ConversionError, match="no sanm encoder"):
     export_checkpoint("paraformer", tmp_path / "ours", tmp_path / "out")
   with pytest.raises(ValueError, match="of a part of a speech LLM"):
     export_checkpoint("mooer", tmp_path / "ours", tmp_path / "out")
-  with pytest.raises(ValueError, match="--task means nothing for the kind 'qwen2'"):
+  with pytest.raises(ValueError, match="--task has no effect on the kind 'qwen2'"):
     import_checkpoint("qwen2", source, tmp_path / "out", Options(task="asr"))
 
 

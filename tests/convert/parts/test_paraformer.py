@@ -141,8 +141,8 @@ def test_a_kept_config_yaml_that_no_longer_holds_is_written_anew(tmp_path):
   [
     ("encoder_conf", {"sanm_shfit": 5}, "encoder_conf.sanm_shfit=5"),
     ("encoder_conf", {"input_layer": "conv2d"}, "encoder_conf.input_layer='conv2d'"),
-    ("encoder_conf", {"input_layer": None}, "input_layer='conv2d', FunASR's own"),
-    ("encoder_conf", {"num_blocks": 4}, "num_blocks=4; the tensors .* want 3"),
+    ("encoder_conf", {"input_layer": None}, "input_layer='conv2d' .FunASR's default."),
+    ("encoder_conf", {"num_blocks": 4}, "num_blocks=4; the tensors .* need 3"),
     ("encoder_conf", {"attention_heads": 5}, "heads=5"),
     ("encoder_conf", {"attention_heads": "four"}, "heads='four'"),
     ("encoder", "ConformerEncoder", "only SANMEncoder"),
@@ -162,7 +162,9 @@ def test_another_paraformer_is_refused_by_name(tmp_path, section, change, messag
 def test_dither_that_we_do_not_add_is_told(tmp_path):
   funasr_folder(tmp_path / "funasr")
   notes = import_checkpoint("paraformer", tmp_path / "funasr", tmp_path / "ours").notes
-  assert notes == ("config.yaml: dither=1.0: FunASR adds that noise to a clip, here there is none",)
+  assert notes == (
+    "config.yaml: dither=1.0: FunASR adds that noise to a clip, this library adds none",
+  )
 
 
 def test_a_folder_that_is_not_funasrs_is_told_what_it_is(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from convert.core.engine import map_in, map_out, read_out
 from convert.core.errors import Problems
 from convert.core.folders import save_checkpoint
+from convert.core.kind import Opened
 from convert.parts import qformer
 from convert.readers import open_source
 from convert.verify.reference.qformer import QFormer
@@ -111,7 +112,7 @@ def test_there_and_back_bit_for_bit(source, tensors, tmp_path, dtype):
   mapped = map_in(opened, qformer.TABLE, SHAPES, problems, ignored=qformer.IGNORED)
   problems.check("source")
   assert mapped.ignored == (f"{BERT}.embeddings.position_ids",)
-  save_checkpoint(tmp_path / "ours", mapped.leaves, config={}, kind="test", style={})
+  save_checkpoint(tmp_path / "ours", Opened({}, mapped.leaves), kind="test")
   about = checkpoint.describe(tmp_path / "ours")
   back = map_out(about, qformer.TABLE, SHAPES, problems)
   problems.check("checkpoint")

@@ -218,4 +218,4 @@ def test_the_command_line_knows_the_kind(tmp_path, capsys):
   assert "ignored, 2 in all" in capsys.readouterr().out
   assert main(["export", "beats", ours, back]) == 0
   assert main(["export", "paraformer", ours, str(tmp_path / "no")]) == 2
-  assert "no SAN-M encoder" in capsys.readouterr().err
+  assert "no sanm encoder" in capsys.readouterr().err

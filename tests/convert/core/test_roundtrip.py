@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from convert.core.engine import Outgoing, map_in, map_out, read_out
 from convert.core.errors import ConversionError, Problems
 from convert.core.folders import save_checkpoint
+from convert.core.kind import Opened
 from convert.core.rules import (
   CONVOLUTION,
   DEPTHWISE,
@@ -89,7 +90,7 @@ def test_export_after_import_is_the_identity(part):
     problems = Problems()
     mapped = map_in(open_source(first), table, shapes, problems)
     problems.check("source")
-    save_checkpoint(ours, mapped.leaves, config={}, kind="test", style={})
+    save_checkpoint(ours, Opened({}, mapped.leaves), kind="test")
     about = checkpoint.describe(ours)
     back = map_out(about, table, shapes, problems)
     problems.check("checkpoint")

@@ -1,4 +1,4 @@
-"""What `convert verify` found: the errors of every stage, the bounds on them, the tables."""
+"""Results of `convert verify`: the errors of every stage, their bounds, the tables."""
 
 import dataclasses
 import math
@@ -10,19 +10,18 @@ from scipy.special import log_softmax
 
 from ..core.errors import ConversionError
 
-# Features are bounded as they are: float32 logarithms of small energies set their error, and
-# Kaldi's own float32 FFT is off by up to this (tests/audio/test_fbank.py). The others are in
-# spreads (standard deviations) of the original's values: rounding of float32 in another order costs
-# up to 1e-4 (4e-4 in single frames of Whisper's silence), the logits of weights that were rounded
-# to bfloat16 are off by 2e-2.
+# Bounds of features are absolute: float32 logarithms of small energies set their error, and Kaldi's
+# own float32 FFT is off by up to this (tests/audio/test_fbank.py). The others are in standard
+# deviations of the original's values: float32 sums in another order cost up to 1e-4 (4e-4 in single
+# frames of Whisper's silence); the logits of weights that were rounded to bfloat16 are off by 2e-2.
 BOUNDS = {"features": 2e-3, "encoder": 1e-3, "adapter": 1e-3, "prompt": 1e-3, "logits": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-  """How far apart both sides are at a stage: the largest difference, and in spreads of theirs.
+  """Difference of both sides at a stage: the largest, and in standard deviations of theirs.
 
-  A stage is a name in BOUNDS, behind that of the encoder where there are several.
+  A stage is a name in BOUNDS, after that of the encoder if there are several.
   """
 
   stage: str
@@ -31,7 +30,7 @@ class Error:
 
   @property
   def absolute(self) -> bool:
-    """Whether the difference itself is bounded, not the one in spreads."""
+    """Whether the difference itself is bounded, not the one in standard deviations."""
     return self.stage.endswith("features")
 
   @property
@@ -46,7 +45,7 @@ class Error:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-  """What a dtype costs against float32: KL divergence of the logits in nats, and same tokens."""
+  """A dtype against float32: KL divergence of the logits in nats, and share of equal tokens."""
 
   name: str
   mean_kl: float
@@ -55,14 +54,14 @@ class Accuracy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-  """What `verify` found.
+class Report:
+  """Results of `verify`.
 
   Attributes:
     errors: a row for each stage.
-    agreement: (generated tokens that are the same, tokens), None without an LLM.
+    agreement: (equal generated tokens, all tokens); None without an LLM.
     accuracy: a row for each dtype.
-    notes: what was left out on both sides, in sentences.
+    notes: sentences for the user, such as parts left out on both sides.
   """
 
   errors: list[Error]
@@ -80,7 +79,7 @@ class Verdict:
 
 
 def stage_errors(ours: Mapping[str, Any], theirs: Mapping[str, np.ndarray]) -> list[Error]:
-  """A row for each stage that we have, in their order.
+  """A row for each stage that both sides have, in the order of theirs.
 
   Raises:
     ConversionError: if the shapes of a stage differ.
@@ -92,14 +91,14 @@ def stage_errors(ours: Mapping[str, Any], theirs: Mapping[str, np.ndarray]) -> l
     if array.shape != other.shape:
       raise ConversionError(f"{stage}: ours is {array.shape}, theirs {other.shape}")
     largest, spread = float(np.abs(array - other).max()), float(other.std())
-    # Silence alone makes features that are all the same.
+    # Features of silence are all equal.
     relative = largest / spread if spread else 0.0 if largest == 0 else math.inf
     rows.append(Error(stage, largest, relative))
   return rows
 
 
 def same_tokens(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> tuple[int, int]:
-  """(same, all) over the answers' places; a place that only one side has is not the same."""
+  """(equal, all) over positions; a position that only one side has is not equal."""
   pairs = list(zip(ours, theirs, strict=True))
   same = sum(a == b for answers in pairs for a, b in zip(*answers))
   return same, sum(max(map(len, answers)) for answers in pairs)
@@ -113,23 +112,23 @@ def accuracy(name: str, exact_AV: np.ndarray, other_AV: np.ndarray) -> Accuracy:
   return Accuracy(name, float(kl_A.mean()), float(kl_A.max()), float(same_A.mean()))
 
 
-def print_verdict(verdict: Verdict) -> None:
-  """Prints the tables of `verify`, and which stages are over their bounds."""
-  for note in verdict.notes:
+def print_report(report: Report) -> None:
+  """Prints the tables of `verify`, and the stages that exceed their bounds."""
+  for note in report.notes:
     print(note)
-  print(f"{'stage':18}{'largest error':>16}{'in spreads':>14}  bound")
-  for row in verdict.errors:
-    unit = "" if row.absolute else " spreads"
+  print(f"{'stage':18}{'largest error':>16}{'in std':>14}  bound")
+  for row in report.errors:
+    unit = "" if row.absolute else " std"
     bound = f"{row.bound:.0e}{unit}{'' if row.held else ', exceeded'}"
     print(f"{row.stage:18}{row.largest:16.2e}{row.relative:14.2e}  {bound}")
-  if verdict.agreement is not None:
-    same, tokens = verdict.agreement
+  if report.agreement is not None:
+    same, tokens = report.agreement
     print(f"{'tokens':18}{f'{same} of {tokens} the same':>30}  all")
-  if verdict.accuracy:
+  if report.accuracy:
     print(f"\n{'against float32':18}{'mean KL':>10}{'largest KL':>12}{'same tokens':>13}")
-    for line in verdict.accuracy:
+    for line in report.accuracy:
       print(f"{line.name:18}{line.mean_kl:10.1e}{line.largest_kl:12.1e}{line.agreement:12.1%}")
-  over = ", ".join(verdict.failed)
+  over = ", ".join(report.failed)
   print(
     f"\nFAILED, over the bound: {over}" if over else "\npassed: every stage is within its bound"
   )

@@ -9,8 +9,8 @@ import torch
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from mooer_jax.text.tokenizer import Tokenizer
+from tests.convert.parts.test_language_model import assert_same_logits, assert_same_tensors
 from tests.convert.readers.test_gguf_file import _model, _write
-from tests.convert.test_language_model import assert_same_logits, assert_same_tensors
 
 LETTERS = string.ascii_letters + string.digits[:9] + "."
 TOKENS = ["<eos>", "ab", *LETTERS]

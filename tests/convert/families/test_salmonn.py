@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 
 from convert.core.errors import ConversionError
+from convert.core.options import Options
 from convert.exporting import export_checkpoint
-from convert.importing import Options, import_checkpoint
+from convert.importing import import_checkpoint
 from convert.main import main
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import from_json
@@ -225,7 +226,7 @@ def test_a_tied_head_is_passed_over_if_it_is_the_embedding(tmp_path, llm):
   assert head in report.ignored
   state[head] = state[head] + 1
   (tmp_path / "other").mkdir()
-  with pytest.raises(ConversionError, match="lm_head.weight is not the tensor of that name"):
+  with pytest.raises(ConversionError, match="lm_head.weight differs from that tensor"):
     bring(tmp_path / "other", module, folder, state=state)
 
 
@@ -272,7 +273,7 @@ def test_every_tensor_that_does_not_fit_is_named(module, llm, tmp_path, change, 
     ({"window_level_Qformer": False}, "window_level_Qformer=False"),
     ({"prompt_template": "ASK {}"}, "prompt_template='ASK {}'"),
     ({"end_sym": "###"}, "end_sym='###'"),
-    ({"lora": False}, "says lora=False"),
+    ({"lora": False}, "has lora=False"),
     ({"lora_rank": 8}, "LoRA has rank 4"),
     ({"second_stride": 0.5}, "stride"),
   ],
@@ -302,7 +303,7 @@ def test_bos_leads_whatever_the_tokenizers_files_say(module, llm, tmp_path):
   file = about.tokenizer / "tokenizer_config.json"
   config = json.loads(file.read_text())
   file.write_text(json.dumps({**config, "add_bos_token": False}))
-  with pytest.raises(ConversionError, match="not led by BOS"):
+  with pytest.raises(ConversionError, match="do not begin with BOS"):
     export_checkpoint("salmonn", tmp_path / "ours", tmp_path / "other")
   config = json.loads((source / "tokenizer_config.json").read_text())
   del config["bos_token"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from convert.importing import Options, import_checkpoint
+from convert.core.options import Options
+from convert.importing import import_checkpoint
 from convert.main import main
-from tests.convert.test_verification import fine_tune
+from tests.convert.verify.test_run import fine_tune
 from tests.parity import torch_salmonn
 from tests.text.spm_training import train
 
@@ -152,8 +153,8 @@ def test_the_lora_is_scaled_as_in_training(sides, run, tmp_path, llm):
 def test_what_is_needed_is_named(sides, run):
   for changes, said in (
     ({"beats": None}, "name the file with --beats"),
-    ({"whisper": None}, "needs the folder or file of Whisper"),
-    ({"llm": None}, "--llm FOLDER"),
+    ({"whisper": None}, "needs --whisper: folder or file of Whisper"),
+    ({"llm": None}, "needs --llm: folder of the LLM"),
   ):
     status, _, printed = run(sides, **changes)
     assert status == 2 and said in printed

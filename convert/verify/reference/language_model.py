@@ -1,0 +1,178 @@
+"""Qwen2 and LLaMA by transformers, LoRA by peft; and helpers of all references."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...core.errors import ConversionError
+from ...core.kind import Original, Request, Stages
+from ...readers import Source, open_source
+
+State = Mapping[str, torch.Tensor]
+PROMPT = "Transcribe speech to text. "
+
+
+def run(request: Request) -> Original:
+  """Runs the LLM of a folder or GGUF file."""
+  return _complete(request, load_llm(request.src))
+
+
+def run_peft(request: Request) -> Original:
+  """Runs the LLM of --llm with the LoRA of a folder."""
+  assert request.options.llm is not None
+  return _complete(request, with_lora_of(load_llm(request.options.llm), request.src))
+
+
+def _complete(request: Request, module: Any) -> Original:
+  """Generates after a short prompt."""
+  if request.tokenizer is None:  # a checkpoint of version 0.1 may have none
+    prompt_S = list(range(min(16, request.config.decoder.vocab)))
+  else:
+    prompt_S = request.tokenizer.encode(PROMPT)
+  stages = generate_greedily(
+    module, prompt_S, (), eos_id=request.eos_id, max_new_tokens=request.max_new_tokens
+  )
+  return Original([stages], prompt=(prompt_S, ()))
+
+
+def state_of(source: Source, prefix: str = "") -> dict[str, torch.Tensor]:
+  """float32 tensors whose names begin with the prefix, by the rest of their names."""
+  return {
+    name.removeprefix(prefix): torch.from_numpy(source.read(name).astype(np.float32))
+    for name in source.tensors
+    if name.startswith(prefix)
+  }
+
+
+def load_state(module, state: State, origin: Path) -> Any:
+  """Loads the tensors that a module has; others are skipped.
+
+  Raises:
+    ConversionError: if one is missing or of another shape.
+  """
+  known = module.state_dict()
+  if missing := sorted(known.keys() - state.keys()):
+    raise ConversionError(f"{origin}: {missing[0]} is missing ({len(missing)} such tensors)")
+  for name, tensor in known.items():
+    if tensor.shape != state[name].shape:
+      raise ConversionError(
+        f"{origin}: {name} has shape {list(state[name].shape)}, the original {list(tensor.shape)}"
+      )
+  module.load_state_dict({name: state[name] for name in known})
+  return module.eval()
+
+
+def load_llm(folder: Path) -> Any:
+  """Loads transformers' model of a folder or GGUF file in float32.
+
+  Raises:
+    ConversionError: if transformers does not find a tensor.
+  """
+  from transformers import AutoModelForCausalLM, GenerationConfig
+
+  loader: Any = AutoModelForCausalLM
+  named = {"gguf_file": folder.name} if folder.is_file() else {}
+  source = folder.parent if named else folder
+  module, found = loader.from_pretrained(
+    source, dtype=torch.float32, output_loading_info=True, **named
+  )
+  if missing := sorted(found["missing_keys"]):
+    raise ConversionError(
+      f"{folder}: transformers does not find {missing[0]} ({len(missing)} such tensors), so the"
+      " two cannot be compared; save the model with its save_pretrained"
+    )
+  module.generation_config = GenerationConfig()  # the folder's own may sample or penalize
+  return module.eval()
+
+
+def with_lora_of(module, folder: Path) -> Any:
+  """Wraps a model in the LoRA of a folder that peft's `save_pretrained` wrote."""
+  from peft import PeftConfig
+
+  return with_lora(
+    module, PeftConfig.from_pretrained(str(folder)), state_of(open_source(folder)), folder
+  )
+
+
+def with_lora(module, config: Any, state: State, origin: Path) -> Any:
+  """Wraps a model in peft's LoRA.
+
+  Args:
+    module: the model.
+    config: peft's LoraConfig.
+    state: the LoRA's tensors under peft's names, with or without the adapter's name in them.
+    origin: path for errors.
+
+  Raises:
+    ConversionError: if peft misses a tensor, or does not know one.
+  """
+  from peft import get_peft_model, set_peft_model_state_dict
+
+  wrapped = get_peft_model(module, config)
+  # Some files have the adapter's name in the name of each tensor; peft adds it itself.
+  plain = {
+    re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): tensor
+    for name, tensor in state.items()
+  }
+  loaded: Any = set_peft_model_state_dict(wrapped, plain)
+  odd = [name for name in loaded.missing_keys if ".lora_" in name] + loaded.unexpected_keys
+  if odd:
+    raise ConversionError(
+      f"{origin}: peft misses or does not know {odd[0]} ({len(odd)} such tensors)"
+    )
+  return wrapped.eval()
+
+
+def generate_greedily(
+  module,
+  before_S: Sequence[int],
+  after_S: Sequence[int],
+  *,
+  speech_SD: np.ndarray | None = None,
+  eos_id: int | None,
+  max_new_tokens: int,
+) -> Stages:
+  """Greedy decoding by transformers' generate.
+
+  Args:
+    module: the language model.
+    before_S, after_S: the prompt's tokens before and after the speech; one may be empty.
+    speech_SD: embeddings of the speech.
+    eos_id: token that ends the output.
+    max_new_tokens: maximum number of generated tokens.
+
+  Returns:
+    "prompt" [S, D], the embeddings; "tokens" [A]; "logits" [A, V], with these tokens as input.
+  """
+  from transformers import GenerationConfig
+
+  embed = module.get_input_embeddings()
+  options = GenerationConfig(
+    max_new_tokens=max_new_tokens,
+    do_sample=False,
+    eos_token_id=eos_id,
+    pad_token_id=0 if eos_id is None else eos_id,
+  )
+  with torch.no_grad():
+    parts = [
+      embed(torch.tensor([list(part_S)], dtype=torch.long)) for part_S in (before_S, after_S)
+    ]
+    if speech_SD is not None:
+      parts.insert(1, torch.tensor(speech_SD)[None])
+    inputs_BSD = torch.cat(parts, dim=1)
+    everywhere_BS = torch.ones(inputs_BSD.shape[:2], dtype=torch.long)
+    tokens_BA = module.generate(
+      inputs_embeds=inputs_BSD, attention_mask=everywhere_BS, generation_config=options
+    )
+    given_BSD = torch.cat([inputs_BSD, embed(tokens_BA[:, :-1])], dim=1)
+    logits_BSV = module(inputs_embeds=given_BSD).logits
+  logits_AV = logits_BSV[0, inputs_BSD.shape[1] - 1 :].float().numpy()
+  return {
+    "prompt": inputs_BSD[0].numpy(),
+    "tokens": tokens_BA[0].numpy(),
+    "logits": logits_AV,
+  }

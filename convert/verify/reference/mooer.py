@@ -1,0 +1,75 @@
+"""MooER: funasr's encoder, the adapter, and its LLM with LoRA."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mooer_jax.prompts import fill_template
+
+from ...core.errors import ConversionError
+from ...core.kind import Original, Request, Stages
+from ...readers import open_source
+from .language_model import generate_greedily, load_llm, state_of, with_lora_of
+from .paraformer import run_sanm_encoder
+
+
+def run(
+  request: Request,
+  *,
+  weights: Path,
+  cmvn: Path,
+  adapter: Path,
+  llm: Path,
+  lora: Path | None,
+  prompt: str,
+  notes: Sequence[str] = (),
+) -> Original:
+  """Runs a release.
+
+  Args:
+    request: the comparison.
+    weights: file with the encoder.
+    cmvn: am.mvn.
+    adapter: adapter_project.pt; the tensors of an encoder in it replace those in `weights`, as the
+      original loads one file after the other.
+    llm: folder of the LLM.
+    lora: folder of the LoRA; None runs without.
+    prompt: the prompt of the task.
+    notes: sentences for the user.
+  """
+  tokenizer = request.tokenizer
+  assert tokenizer is not None
+  before_S, after_S = (
+    tokenizer.encode(text) for text in fill_template(request.config.template, prompt)
+  )
+  if before_S:
+    raise ConversionError(f"template {request.config.template!r}: MooER's speech comes first")
+  tuned = state_of(open_source(adapter), "encoder.model.")
+  clips = run_sanm_encoder(weights, cmvn, request.waveforms, tuned=tuned)
+  model = load_llm(llm)
+  if lora is not None:
+    model = with_lora_of(model, lora)
+  for clip in clips:
+    clip["adapter"] = run_adapter(adapter, clip)
+    clip |= generate_greedily(
+      model,
+      before_S,
+      after_S,
+      speech_SD=clip["adapter"],
+      eos_id=request.eos_id,
+      max_new_tokens=request.max_new_tokens,
+    )
+  return Original(clips, prompt=(before_S, after_S), notes=tuple(notes))
+
+
+def run_adapter(adapter: Path, clip: Stages):
+  """Runs MooER's adapter on the frames of a clip: [S, D of the LLM]."""
+  weight = state_of(open_source(adapter), "encoder_projector.")
+  frames_TD = torch.tensor(clip["encoder"])
+  stack = weight["linear1.weight"].shape[1] // frames_TD.shape[1]
+  whole = len(frames_TD) // stack
+  x = frames_TD[: whole * stack].reshape(whole, -1)
+  linear = torch.nn.functional.linear
+  x = torch.relu(linear(x, weight["linear1.weight"], weight["linear1.bias"]))
+  return linear(x, weight["linear2.weight"], weight["linear2.bias"]).numpy()
