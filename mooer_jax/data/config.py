@@ -43,7 +43,7 @@ class DataConfig:
     tolerance: utterances read before max_bad_share is applied (or the end of the first epoch).
   """
 
-  RENAMED: ClassVar = {"window": "shuffle_buffer_size", "truncate": "truncate"}
+  RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
   shards: str
   task: str = "asr"
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)

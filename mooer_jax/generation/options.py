@@ -31,7 +31,7 @@ class GenerationConfig:
     return_hidden: also return the last hidden state at each generated token.
   """
 
-  RENAMED: ClassVar = {"eos_token_id": "eos_token_id"}
+  RENAMED: ClassVar = {"eos_ids": "eos_token_id"}
   max_new_tokens: int = 200
   eos_token_id: tuple[int, ...] = ()
   do_sample: bool = False

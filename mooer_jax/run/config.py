@@ -80,7 +80,7 @@ class EvalConfig:
       the model's own, gets BLEU where this is set.
   """
 
-  RENAMED: ClassVar = {"truncate": "truncate"}
+  RENAMED: ClassVar = {"cut_longer": "truncate"}
   shards: str = ""
   references: str = ""
   task: str = "asr"
@@ -329,7 +329,7 @@ _DERIVED = {
 
 
 def renamed_keys() -> dict[str, str]:
-  """Deprecated keys of a config and their new names, such as "train.max_to_keep": "train.max_to_keep"."""
+  """Deprecated keys of a config and their new names, such as "train.keep": "train.max_to_keep"."""
   renamed = dict(Run.RENAMED)
   for section, section_class in SECTIONS.items():
     names = getattr(section_class, "RENAMED", {})

@@ -117,7 +117,7 @@ class OptimizerConfig:
     max_grad_norm: largest global norm of a gradient; 0 does not clip.
   """
 
-  RENAMED: ClassVar = {"max_grad_norm": "max_grad_norm"}
+  RENAMED: ClassVar = {"grad_clip": "max_grad_norm"}
   peak_lr: float = 1e-4
   warmup_steps: int = 1000
   warmup: str = "log"

@@ -10,13 +10,13 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.run.config import SECTIONS, Run, renamed_keys
 
 OLD = {
-  "train.gradient_accumulation_steps": 2,
-  "train.max_to_keep": 5,
-  "optimizer.max_grad_norm": 0.5,
-  "data.shuffle_buffer_size": 64,
-  "data.truncate": True,
-  "eval.truncate": True,
-  "perplexity.every": 3,
+  "train.accumulation": 2,
+  "train.keep": 5,
+  "optimizer.grad_clip": 0.5,
+  "data.window": 64,
+  "data.cut_longer": True,
+  "eval.cut_longer": True,
+  "probe.every": 3,
 }
 
 
@@ -35,7 +35,7 @@ def test_an_old_key_sets_the_new_one(old, value, capsys):
 
 
 def test_every_old_name_is_tried():
-  assert {key for key in renamed_keys() if "." in key} == OLD.keys() - {"perplexity.every"}
+  assert {key for key in renamed_keys() if "." in key} == OLD.keys() - {"probe.every"}
   assert DataConfig in SECTIONS.values()
 
 
@@ -49,7 +49,7 @@ def test_blank_as_space_mark_is_read_as_space():
   "flag, message",
   [
     ("config.train.steps=2", "unexpected argument 'config.train.steps=2'"),
-    ("--config.train.max_to_keep=0", "train.max_to_keep=0: must be at least 1"),
+    ("--config.train.keep=0", "train.max_to_keep=0: must be at least 1"),
   ],
 )
 def test_what_a_flag_sets_is_checked(repo_root, plain_env, flag, message):
