@@ -44,7 +44,7 @@ def rounding(terms, scale=1.0, dtype=np.float32):
   return jax.tree.map(lambda x: unit * np.asarray(x, np.float64), scale)
 
 
-def log_energy_rounding(exact_TF, *, terms, per_neper=1.0, share=1.0):
+def log_energy_rounding(exact_TF, *, terms, peak_T1=None, per_neper=1.0, share=1.0):
   """Bound on the rounding of log energies in float32, for each element.
 
   The energy and its logarithm are rounded. Before that, a DFT of `terms` samples errs by the
@@ -54,12 +54,15 @@ def log_energy_rounding(exact_TF, *, terms, per_neper=1.0, share=1.0):
   Args:
     exact_TF: float [T, F], log energies, one frame a row.
     terms: samples in a frame.
+    peak_T1: float [T, 1], the largest log energy of each frame before any pre-emphasis; by default
+      that of `exact_TF`.
     per_neper: the factor of the natural logarithm of an energy.
     share: magnitude of the float32 products of the DFT relative to the frame's peak; 0 for a DFT in
       float64.
   """
   exact_TF = np.asarray(exact_TF, np.float64)
-  depth_TF = (exact_TF.max(axis=1, keepdims=True) - exact_TF) / per_neper
+  peak_T1 = exact_TF.max(axis=1, keepdims=True) if peak_T1 is None else peak_T1
+  depth_TF = np.maximum(peak_T1 - exact_TF, 0) / per_neper
   result = rounding(2, np.abs(exact_TF).max(initial=0))
   return result + 2 * per_neper * share * rounding(terms, np.exp(depth_TF / 2))
 
@@ -110,7 +113,7 @@ def assert_within(actual, expected, bound):
   """Asserts that every element of `actual` is within `bound` of `expected`.
 
   Args:
-    actual, expected: arrays, or trees of arrays of the same structure. Shapes must be equal.
+    actual, expected: arrays of the same shape, or trees of them. One number may be expected of all.
     bound: a number or an array that broadcasts, or a tree of them like that of `actual`.
 
   Raises:
@@ -156,8 +159,8 @@ def _float64(x):
 
 def _assert_leaf_within(actual, expected, bound, name):
   actual, expected = _float64(actual), _float64(expected)
-  assert actual.shape == expected.shape, f"{name}: shapes {actual.shape} and {expected.shape}"
-  bound = np.broadcast_to(bound, actual.shape)
+  assert expected.shape in (actual.shape, ()), f"{name}: shapes {actual.shape}, {expected.shape}"
+  bound, expected = (np.broadcast_to(x, actual.shape) for x in (bound, expected))
   if not actual.size:
     return
   with np.errstate(invalid="ignore"):  # equal infinities do not differ
