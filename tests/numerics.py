@@ -67,7 +67,7 @@ def log_energy_rounding(exact_TF, *, terms, peak_T1=None, per_neper=1.0, share=1
   return result + 2 * per_neper * share * rounding(terms, np.exp(depth_TF / 2))
 
 
-def condition(function, *arguments, draws=3):
+def condition(function, *arguments, draws=3, of_rows=False):
   """Change of each output per relative change of all inputs: the `scale` to give to `rounding`.
 
   A program that rounds returns what exact arithmetic returns for inputs that are off by a few
@@ -79,10 +79,12 @@ def condition(function, *arguments, draws=3):
     function: returns an array or a tree of arrays.
     arguments: arrays or trees of arrays. Only floating leaves are moved.
     draws: number of random moves of which the largest change counts.
+    of_rows: if True, the largest change of each row along the last axis, for outputs some of whose
+      rows (frames, slots) are far more sensitive than others; otherwise of the whole array.
 
   Returns:
-    a tree like that of the outputs, of floats: the largest change over eps of the inputs' dtype,
-    and at least the output's own magnitude.
+    a tree like that of the outputs, of arrays that broadcast with them: the largest change over eps
+    of the inputs' dtype, and at least the largest magnitude of the output itself.
   """
   rng = np.random.default_rng(0)
   eps = [
@@ -98,14 +100,17 @@ def condition(function, *arguments, draws=3):
     up = rng.random(x.shape) < 0.5
     return np.nextafter(x, np.where(up, np.inf, -np.inf).astype(x.dtype))
 
+  def largest(x):
+    return np.abs(x).max(axis=-1 if of_rows else None, keepdims=of_rows, initial=0)
+
   def change(a, b):
-    return float(np.abs(_float64(a) - _float64(b)).max(initial=0)) / max(eps)
+    return largest(_float64(a) - _float64(b)) / max(eps)
 
   outputs = function(*arguments)
-  found = jax.tree.map(lambda x: float(np.abs(_float64(x)).max(initial=0)), outputs)
+  found = jax.tree.map(lambda x: largest(_float64(x)), outputs)
   for _ in range(draws):
     again = function(*jax.tree.map(moved, arguments))
-    found = jax.tree.map(lambda most, a, b: max(most, change(a, b)), found, again, outputs)
+    found = jax.tree.map(lambda most, a, b: np.maximum(most, change(a, b)), found, again, outputs)
   return found
 
 
