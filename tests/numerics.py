@@ -44,7 +44,7 @@ def rounding(terms, scale=1.0, dtype=np.float32):
   return jax.tree.map(lambda x: unit * np.asarray(x, np.float64), scale)
 
 
-def log_energy_rounding(exact_TF, *, terms, per_neper=1.0, share=1.0):
+def log_energy_rounding(exact_TF, *, terms, peak_T1=None, per_neper=1.0, share=1.0):
   """Bound on the rounding of log energies in float32, for each element.
 
   The energy and its logarithm are rounded. Before that, a DFT of `terms` samples errs by the
@@ -54,17 +54,20 @@ def log_energy_rounding(exact_TF, *, terms, per_neper=1.0, share=1.0):
   Args:
     exact_TF: float [T, F], log energies, one frame a row.
     terms: samples in a frame.
+    peak_T1: float [T, 1], the largest log energy of each frame before any pre-emphasis; by default
+      that of `exact_TF`.
     per_neper: the factor of the natural logarithm of an energy.
     share: magnitude of the float32 products of the DFT relative to the frame's peak; 0 for a DFT in
       float64.
   """
   exact_TF = np.asarray(exact_TF, np.float64)
-  depth_TF = (exact_TF.max(axis=1, keepdims=True) - exact_TF) / per_neper
+  peak_T1 = exact_TF.max(axis=1, keepdims=True) if peak_T1 is None else peak_T1
+  depth_TF = np.maximum(peak_T1 - exact_TF, 0) / per_neper
   result = rounding(2, np.abs(exact_TF).max(initial=0))
   return result + 2 * per_neper * share * rounding(terms, np.exp(depth_TF / 2))
 
 
-def condition(function, *arguments, draws=3):
+def condition(function, *arguments, draws=3, of_rows=False):
   """Change of each output per relative change of all inputs: the `scale` to give to `rounding`.
 
   A program that rounds returns what exact arithmetic returns for inputs that are off by a few
@@ -76,10 +79,12 @@ def condition(function, *arguments, draws=3):
     function: returns an array or a tree of arrays.
     arguments: arrays or trees of arrays. Only floating leaves are moved.
     draws: number of random moves of which the largest change counts.
+    of_rows: if True, the largest change of each row along the last axis, for outputs some of whose
+      rows (frames, slots) are far more sensitive than others; otherwise of the whole array.
 
   Returns:
-    a tree like that of the outputs, of floats: the largest change over eps of the inputs' dtype,
-    and at least the output's own magnitude.
+    a tree like that of the outputs, of arrays that broadcast with them: the largest change over eps
+    of the inputs' dtype, and at least the largest magnitude of the output itself.
   """
   rng = np.random.default_rng(0)
   eps = [
@@ -95,14 +100,17 @@ def condition(function, *arguments, draws=3):
     up = rng.random(x.shape) < 0.5
     return np.nextafter(x, np.where(up, np.inf, -np.inf).astype(x.dtype))
 
+  def largest(x):
+    return np.abs(x).max(axis=-1 if of_rows else None, keepdims=of_rows, initial=0)
+
   def change(a, b):
-    return float(np.abs(_float64(a) - _float64(b)).max(initial=0)) / max(eps)
+    return largest(_float64(a) - _float64(b)) / max(eps)
 
   outputs = function(*arguments)
-  found = jax.tree.map(lambda x: float(np.abs(_float64(x)).max(initial=0)), outputs)
+  found = jax.tree.map(lambda x: largest(_float64(x)), outputs)
   for _ in range(draws):
     again = function(*jax.tree.map(moved, arguments))
-    found = jax.tree.map(lambda most, a, b: max(most, change(a, b)), found, again, outputs)
+    found = jax.tree.map(lambda most, a, b: np.maximum(most, change(a, b)), found, again, outputs)
   return found
 
 
@@ -110,7 +118,7 @@ def assert_within(actual, expected, bound):
   """Asserts that every element of `actual` is within `bound` of `expected`.
 
   Args:
-    actual, expected: arrays, or trees of arrays of the same structure. Shapes must be equal.
+    actual, expected: arrays of the same shape, or trees of them. One number may be expected of all.
     bound: a number or an array that broadcasts, or a tree of them like that of `actual`.
 
   Raises:
@@ -166,8 +174,8 @@ def _float64(x):
 
 def _assert_leaf_within(actual, expected, bound, name):
   actual, expected = _float64(actual), _float64(expected)
-  assert actual.shape == expected.shape, f"{name}: shapes {actual.shape} and {expected.shape}"
-  bound = np.broadcast_to(bound, actual.shape)
+  assert expected.shape in (actual.shape, ()), f"{name}: shapes {actual.shape}, {expected.shape}"
+  bound, expected = (np.broadcast_to(x, actual.shape) for x in (bound, expected))
   if not actual.size:
     return
   with np.errstate(invalid="ignore"):  # equal infinities do not differ

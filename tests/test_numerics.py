@@ -54,6 +54,13 @@ def test_the_condition_moves_floats_only():
   assert 2 <= found <= 3
 
 
+def test_rows_have_conditions_of_their_own():
+  x_BD = np.float32([[1, 2], [1000, -999.5]])
+  found_B1 = condition(lambda x: x.sum(-1, keepdims=True), x_BD, of_rows=True)
+  assert found_B1.shape == (2, 1) and found_B1[0] <= 4 and found_B1[1] > 100
+  assert condition(lambda x: x.sum(-1, keepdims=True), x_BD) == found_B1.max()
+
+
 def test_trees_have_a_bound_for_each_leaf():
   ours = {"a": np.float32([1, 2]), "b": [np.float32(3)]}
   off = {"a": np.float32([1, 2.5]), "b": [np.float32(3)]}
@@ -74,8 +81,9 @@ def test_what_is_not_finite_exceeds_every_bound_but_equal_infinities():
 
 
 def test_shapes_are_not_broadcast():
-  with pytest.raises(AssertionError, match=r"shapes \(2, 1\) and \(2,\)"):
+  with pytest.raises(AssertionError, match=r"shapes \(2, 1\), \(2,\)"):
     assert_within(np.zeros((2, 1)), np.zeros(2), 1)
+  assert_within(np.ones((2, 1)), 1.5, 0.5)
 
 
 def test_accuracy_is_measured_against_the_truth():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
+from mooer_jax.audio import logmel
 from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.logmel import (
   LogMelConfig,
@@ -18,10 +19,14 @@ from mooer_jax.audio.logmel import (
   num_frames,
   width,
 )
+from tests.numerics import (
+  assert_as_accurate,
+  assert_within,
+  exceeds_the_bound,
+  log_energy_rounding,
+  rounding,
+)
 
-# The project's bound against transformers, whose float32 alone is off by up to 9e-5 here (quiet
-# noise on a loud offset); NumPy's float64 is within 2e-7 of transformers' own float64.
-BOUND = 1e-4
 LONGEST = 4000
 
 
@@ -65,53 +70,99 @@ CLIPS = {
 }
 
 
-@pytest.mark.parametrize("bins", [80, 128])
-@pytest.mark.parametrize("name", sorted(CLIPS))
-def test_they_are_those_of_transformers(name, bins):
-  config, extractor = LogMelConfig(bins=bins), WhisperFeatureExtractor(feature_size=bins)
-  check(CLIPS[name], config, extractor)
+def transformers_float64(waveform_N, extractor):
+  """Features [T, F] as transformers' NumPy code makes them; its torch code is float32."""
+  padded_N = np.pad(waveform_N, (0, extractor.n_samples - len(waveform_N)))
+  return extractor._np_extract_fbank_features([padded_N], "cpu")[0].T
 
 
-def check(waveform_N, config, extractor):
-  theirs_TF = extractor(waveform_N, sampling_rate=16000, return_tensors="np").input_features[0].T
-  ours_TF = features(waveform_N, config)
+def bound_of(run, exact_TF):
+  """Bound on the rounding of `features` (a DFT in float64) or `jax_alone` (in float32)."""
+  share = {features: 0, jax_alone: 1}[run]
+  # log10(energy) / 4
+  return log_energy_rounding(exact_TF, terms=400, per_neper=0.25 / np.log(10), share=share)
+
+
+def check(run, waveform_N, extractor, config=LogMelConfig(), *, before=None, after=None):
+  """Raises unless our features, and silence behind them, are those of transformers in float64.
+
+  `before` and `after` put a fault into the waveform and into the features.
+  """
+  exact_TF = transformers_float64(waveform_N, extractor)
+  ours_TF = run(before(waveform_N) if before else waveform_N, config)
+  ours_TF = after(ours_TF) if after else ours_TF
   assert ours_TF.shape == (num_frames(len(waveform_N), config), width(config))
   assert ours_TF.dtype == np.float32
-  np.testing.assert_allclose(filled(ours_TF), theirs_TF, atol=BOUND, rtol=0)
-  from_jax_TF = jax_alone(waveform_N, config)
-  np.testing.assert_allclose(filled(from_jax_TF), theirs_TF, atol=BOUND, rtol=0)
+  assert_within(filled(ours_TF, len(exact_TF)), exact_TF, bound_of(run, exact_TF))
   # All that was left out is one value: not a frame of sound is missing.
-  assert len(np.unique(theirs_TF[len(ours_TF) :])) <= 1
+  assert len(np.unique(exact_TF[len(ours_TF) :])) <= 1
+
+
+RUNS = pytest.mark.parametrize("run", [features, jax_alone])
+
+
+@RUNS
+@pytest.mark.parametrize("bins", [80, 128])
+@pytest.mark.parametrize("name", sorted(CLIPS))
+def test_they_are_those_of_transformers(name, bins, run):
+  check(run, CLIPS[name], WhisperFeatureExtractor(feature_size=bins), LogMelConfig(bins=bins))
+
+
+@pytest.mark.parametrize("name", ["noise", "a tone", "an offset"])
+def test_ours_are_nearer_to_float64_than_those_of_transformers_in_float32(name):
+  extractor = WhisperFeatureExtractor()
+  theirs_TF = extractor(CLIPS[name], sampling_rate=16000, return_tensors="np").input_features[0].T
+  exact_TF = transformers_float64(CLIPS[name], extractor)
+  for run in (features, jax_alone):
+    ours_TF, floor = filled(run(CLIPS[name])), bound_of(run, exact_TF)
+    assert_as_accurate(ours_TF, theirs_TF, exact_TF, floor=floor)
 
 
 def test_they_are_those_of_transformers_on_real_speech(shared_data):
   names = sorted((shared_data / "fsdd").iterdir())[::700]
   names += sorted((shared_data / "cmn-words").iterdir())[5::700]
-  config, extractor = LogMelConfig(), WhisperFeatureExtractor()
   for name in names:
-    check(load_audio(name), config, extractor)
+    for run in (features, jax_alone):
+      check(run, load_audio(name), WhisperFeatureExtractor())
+
+
+@RUNS
+@pytest.mark.parametrize(
+  "fault",
+  [
+    {"before": lambda x_N: x_N * np.float32(1.001)},
+    {"before": lambda x_N: np.roll(x_N, 1)},
+    {"after": lambda x_TF: np.roll(x_TF, 1, axis=0)},
+    {"after": lambda x_TF: np.roll(x_TF, 1, axis=1)},
+  ],
+  ids=["gain 1.001", "one sample late", "one frame late", "next mel filter"],
+)
+def test_a_fault_exceeds_the_bound(run, fault):
+  with exceeds_the_bound():
+    check(run, CLIPS["noise"], WhisperFeatureExtractor(), **fault)
+
+
+def test_a_symmetric_window_is_noticed(monkeypatch):
+  mel_KF = constants(LogMelConfig())[1]
+  monkeypatch.setattr(logmel, "constants", lambda config: (np.hanning(400), mel_KF))
+  with exceeds_the_bound():
+    check(features, CLIPS["noise"], WhisperFeatureExtractor())
 
 
 @pytest.mark.parametrize("bins", [80, 128])
-def test_numpy_is_transformers_float64(bins):
-  extractor = WhisperFeatureExtractor(feature_size=bins)
+def test_the_mel_filters_are_those_of_transformers(bins):
   window_L, mel_KF = constants(LogMelConfig(bins=bins))
-  np.testing.assert_allclose(mel_KF, extractor.mel_filters, atol=1e-14, rtol=0)
   assert len(window_L) == 400
-  for waveform_N in (CLIPS["an offset"], CLIPS["noise"]):
-    padded_N = np.pad(waveform_N, (0, 480000 - len(waveform_N)))
-    theirs_TF = extractor._np_extract_fbank_features([padded_N], "cpu")[0].T
-    ours_TF = features(waveform_N, LogMelConfig(bins=bins))
-    np.testing.assert_allclose(filled(ours_TF), theirs_TF, atol=2e-7, rtol=0)
+  # Weights of size 0.03 from differences of frequencies up to 8000 Hz, 31 Hz apart.
+  exact_KF = WhisperFeatureExtractor(feature_size=bins).mel_filters
+  assert_within(mel_KF, exact_KF, rounding(4, exact_KF.max() * 8000 / 31, np.float64))
 
 
-def test_a_shorter_chunk_is_a_shorter_chunk_of_transformers():
+@RUNS
+@pytest.mark.parametrize("samples", [16000, 15999, 15900, 3000])
+def test_a_shorter_chunk_is_a_shorter_chunk_of_transformers(run, samples):
   extractor = WhisperFeatureExtractor(chunk_length=1)
-  for samples in (16000, 15999, 15900, 3000):
-    theirs_TF = extractor(noise(samples), sampling_rate=16000, return_tensors="np")
-    ours_TF = features(noise(samples), LogMelConfig(chunk_s=1))
-    theirs_TF = theirs_TF.input_features[0].T
-    np.testing.assert_allclose(filled(ours_TF, 100), theirs_TF, atol=BOUND, rtol=0)
+  check(run, noise(samples), extractor, LogMelConfig(chunk_s=1))
 
 
 # Beside random lengths, those around the edge of a frame (160 k - 200) and of the mirror.
@@ -133,8 +184,8 @@ def test_numpy_equals_jax_row_by_row(counts, seed):
   for row, frames, waveform_N, count in zip(features_BTF, frames_B, waveform_BN, counts):
     assert frames == num_frames(count)
     if frames:
-      # Float32's DFT of noise, whose bins lie within 4 powers of ten.
-      np.testing.assert_allclose(row[:frames], features(waveform_N[:count]), atol=1e-5)
+      exact_TF = features(waveform_N[:count])
+      assert_within(row[:frames], exact_TF, bound_of(jax_alone, exact_TF))
     assert not row[frames:].any()
 
 
@@ -168,7 +219,8 @@ def test_a_clip_that_is_too_long_is_refused_by_name():
   features_BTF, frames_B = batch_features(waveform_BN, np.array([3300, 3200]), config)
   np.testing.assert_array_equal(frames_B, [0, 20])
   assert features_BTF.shape == (2, 20, 80) and not np.asarray(features_BTF[0]).any()
-  np.testing.assert_allclose(features_BTF[1], features(noise(3300)[:3200], config), atol=1e-5)
+  exact_TF = features(noise(3300)[:3200], config)
+  assert_within(features_BTF[1], exact_TF, bound_of(jax_alone, exact_TF))
 
 
 def test_an_empty_clip_is_refused_by_name():

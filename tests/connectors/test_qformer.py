@@ -19,9 +19,11 @@ from mooer_jax.connectors.qformer import (
 )
 from mooer_jax.nn.compute import Compute
 from tests import tiny
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
 SMALL = QFormerConfig(window=5, stride=5, queries=2, width=24, layers=2, heads=3, mlp_width=40)
 WIDTH, OUT = 16, 10
+LONGEST = 40  # terms of the longest sum, that of the MLP
 EDGES = pytest.mark.parametrize("edge", ["drop", "pad"])
 STRIDES = pytest.mark.parametrize("stride", [5, 3])
 
@@ -102,11 +104,34 @@ def test_a_clip_gives_the_same_alone_and_in_any_batch(edge, stride):
   frames_B = [21, 13, 6]
   x_BTD[1, 13:], x_BTD[2, 6:] = 1e4, np.nan
   together, valid = run(connector, params, x_BTD, frames_B)
+  bound = rounding(LONGEST, sensitivity(connector, params, x_BTD, frames_B))
   for n, frames in enumerate(frames_B):
     alone, alone_valid = run(connector, params, x_BTD[n : n + 1, :frames])
     assert alone_valid.all() and valid[n].sum() == alone.shape[1]
-    # Sums of up to 40 terms run in another order when shapes change.
-    np.testing.assert_allclose(together[n, valid[n]], alone[0], atol=2e-5)
+    assert_within(together[n, valid[n]], alone[0], bound[n, valid[n]])
+
+
+def sensitivity(connector, params, x_BTD, frames_B=None):
+  """To rounding of each token: [B, S, 1]."""
+  tokens = lambda *x: run(connector, *x, frames_B)[0]  # noqa: E731
+  return condition(tokens, params, x_BTD, of_rows=True)
+
+
+@pytest.mark.parametrize("fault", ["gain 1.001", "one frame later", "one window later", "eps"])
+def test_a_fault_exceeds_the_bound(fault):
+  connector, params, x_BTD = make()
+  expected, _ = run(connector, params, x_BTD)
+  bound = rounding(LONGEST, sensitivity(connector, params, x_BTD))
+  if fault == "gain 1.001":
+    x_BTD = x_BTD * np.float32(1.001)
+  elif fault == "one frame later":
+    x_BTD = np.roll(x_BTD, 1, axis=1)
+  elif fault == "eps":
+    connector = WindowedQFormer(small(norm_eps=1e-3), OUT)
+  else:
+    x_BTD = np.roll(x_BTD, SMALL.stride, axis=1)
+  with exceeds_the_bound():
+    assert_within(run(connector, params, x_BTD)[0], expected, bound)
 
 
 @EDGES
@@ -117,7 +142,8 @@ def test_one_window_later_in_is_one_window_later_out(edge, stride):
   tokens, _ = run(connector, params, x_BTD)
   shifted, _ = run(connector, params, np.pad(x_BTD, ((0, 0), (stride, 0), (0, 0))))
   assert shifted.shape[1] == tokens.shape[1] + config.queries
-  np.testing.assert_allclose(shifted[:, config.queries :], tokens, atol=2e-5)
+  bound = rounding(LONGEST, sensitivity(connector, params, x_BTD))
+  assert_within(shifted[:, config.queries :], tokens, bound)
 
 
 @EDGES
@@ -162,17 +188,18 @@ def gradient(connector, params, x_BTD, valid_BT):
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (True, "full")])
 def test_scan_and_remat_change_neither_output_nor_gradient(scan, remat):
   valid = np.arange(21) < np.array([[21], [13], [0]])
+  plain, params, x_BTD = make()
+  scale = condition(lambda p: gradient(plain, p, x_BTD, valid), params)
+  # A key's bias moves all scores of a query alike, so its gradient is rounding alone: of gradients
+  # of the size of the others.
+  floor = 0.01 * max(map(np.max, jax.tree.leaves(scale[1])))
+  bound = rounding(LONGEST, jax.tree.map(lambda x: np.maximum(x, floor), scale))
   value, grads = gradient(*make(scan=scan, remat=remat), valid)
-  grads = tree.unstack_layers(grads)
-  expected_value, expected = gradient(*make(), valid)
-  np.testing.assert_allclose(value, expected_value, rtol=1e-4)
-  # Fusions differ, so float32 rounding does, relative to the largest term of a sum. What is zero in
-  # exact numbers (the bias of keys) is noise in both.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-5),
-    grads,
-    expected,
-  )
+  expected = gradient(plain, params, x_BTD, valid)
+  assert_within((value, tree.unstack_layers(grads)), expected, bound)
+  with exceeds_the_bound():
+    louder = gradient(plain, params, x_BTD * np.float32(1.001), valid)
+    assert_within(louder, expected, bound)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -185,7 +212,10 @@ def test_dropout_acts_with_a_key_only(scan):
     run(connector, params, x_BTD, rngs={"dropout": jax.random.key(n)})[0] for n in (1, 1, 2)
   )
   np.testing.assert_array_equal(one, again)
-  assert not np.allclose(one, expected) and not np.allclose(one, two)
+  bound = rounding(LONGEST, sensitivity(plain, params, x_BTD))
+  for other in (expected, two):
+    with exceeds_the_bound():
+      assert_within(one, other, bound)
 
 
 def test_dropout_of_attention_weights_keeps_their_mean():
@@ -232,9 +262,11 @@ def test_bfloat16_is_close_and_takes_bfloat16_params():
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
   tokens, _ = run(WindowedQFormer(SMALL, OUT, Compute(dtype="bfloat16")), rounded, x_BTD)
   assert tokens.dtype == jnp.bfloat16
-  error = np.abs(tokens.astype(np.float32) - expected)
-  # 8 bits of mantissa through 2 layers; outputs are of size 1.
-  assert error.mean() < 0.05 and error.max() < 0.3
+  # Products of bfloat16 are summed in float32, so one rounding of each input is all.
+  bound = rounding(1, sensitivity(connector, params, x_BTD), jnp.bfloat16)
+  assert_within(tokens, expected, bound)
+  with exceeds_the_bound():
+    assert_within(tokens[:, :-1], expected[:, 1:], bound[:, 1:])
 
 
 @pytest.mark.parametrize(

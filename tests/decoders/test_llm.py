@@ -11,11 +11,15 @@ from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig, Placement
 from mooer_jax.nn.compute import Compute
 from tests import tiny
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
 B, S = 3, 11
 # Rows with holes: at the left, in the middle, at the right.
 VALID_BS = np.ones((B, S), bool)
 VALID_BS[1, :3] = VALID_BS[1, 6] = VALID_BS[2, 4:6] = VALID_BS[2, 9:] = False
+
+
+LONGEST = 56  # terms of the longest sum, that of the MLP
 
 
 def shapes_of(config, **compute):
@@ -45,6 +49,14 @@ def run(model, params, inputs, valid, **kwargs):
   return np.asarray(apply(model, params, inputs, valid, **kwargs)[0])
 
 
+@pytest.fixture(scope="module")
+def bound():
+  """Bound on what rounding changes of the hidden states of `make`: [B, S, 1]."""
+  model, params, inputs = make()
+  hidden = lambda params, inputs: run(model, params, inputs, VALID_BS)  # noqa: E731
+  return rounding(LONGEST, condition(hidden, params, inputs, of_rows=True))
+
+
 @pytest.mark.parametrize(
   "name, count",
   [("qwen2_0.5b", 494_032_768), ("qwen2_1.5b", 1_543_714_304), ("qwen2_7b", 7_615_616_512)],
@@ -64,14 +76,35 @@ def test_lora_on_7b_has_161_million_parameters():
   assert sum(leaf.size for leaf in jax.tree.leaves(frozen)) == 7_615_616_512
 
 
-def test_holes_and_batch_size_change_nothing():
-  model, params, inputs = make()
-  together = run(model, params, inputs, VALID_BS)
+def check_rows(together, model, params, inputs, bound, *, valid_BS=VALID_BS, **kwargs):
+  """Each row of a batch is what the model makes of its valid slots alone."""
   for n in range(B):
-    keep = VALID_BS[n]
-    alone = run(model, params, inputs[n : n + 1, keep], np.ones((1, keep.sum()), bool))
-    # Sums run in another order when shapes change; outputs are of size 1.
-    np.testing.assert_allclose(together[n, keep], alone[0], atol=2e-5)
+    keep = valid_BS[n]
+    alone = run(model, params, inputs[n : n + 1, keep], np.ones((1, keep.sum()), bool), **kwargs)
+    assert_within(together[n, keep], alone[0], bound[n, keep])
+
+
+def test_holes_and_batch_size_change_nothing(bound):
+  model, params, inputs = make()
+  check_rows(run(model, params, inputs, VALID_BS), model, params, inputs, bound)
+
+
+@pytest.mark.parametrize(
+  "fault",
+  [
+    {"valid_BS": np.roll(VALID_BS, 1, axis=1)},
+    {"lora_scale": 4 * 1.001},
+    {"config": {"rope_theta": 1.01e6}},
+    {"config": {"norm_eps": 1e-3}},
+  ],
+  ids=["mask one slot later", "LoRA x 1.001", "RoPE theta x 1.01", "norm eps 1e-3"],
+)
+def test_a_fault_exceeds_the_bound(bound, fault):
+  model, params, inputs = make()
+  other = LLM(dataclasses.replace(model.config, **fault.pop("config", {})))
+  together = run(model, params, inputs, VALID_BS)
+  with exceeds_the_bound():
+    check_rows(together, other, params, inputs, bound, **fault)
 
 
 def test_what_stands_in_a_hole_does_not_matter():
@@ -115,16 +148,22 @@ def test_a_row_of_holes_stays_finite_also_backwards():
 
 @pytest.mark.parametrize("scan, remat", [(True, "dots"), (True, "full"), (False, "full")])
 def test_scan_and_remat_change_neither_output_nor_gradient(scan, remat):
-  value, (grads, _) = gradient(*make(scan=scan, remat=remat), VALID_BS)
+  plain, params, inputs = make()
+  expected = gradient(plain, params, inputs, VALID_BS)
+  scale = condition(lambda *x: gradient(plain, *x, VALID_BS), params, inputs)
+  value, (grads, of_inputs) = gradient(*make(scan=scan, remat=remat), VALID_BS)
   grads = tree.unstack_layers(grads) if scan else grads
-  expected_value, (expected, _) = gradient(*make(), VALID_BS)
-  np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-  # Fusions differ, so float32 rounding does, relative to the largest term of a sum.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())),
-    grads,
-    expected,
-  )
+  assert_within((value, (grads, of_inputs)), expected, rounding(LONGEST, scale))
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 16 * 1.001}, {"rope_theta": 1.01e6}], ids=str)
+def test_the_gradient_of_another_model_exceeds_the_bound(change):
+  model, params, inputs = make()
+  scale = condition(lambda *x: gradient(model, *x, VALID_BS), params, inputs)
+  other = LLM(dataclasses.replace(model.config, **change))
+  with exceeds_the_bound():
+    found = gradient(other, params, inputs, VALID_BS)
+    assert_within(found, gradient(model, params, inputs, VALID_BS), rounding(LONGEST, scale))
 
 
 def create_cache(config, slots, dtype=jnp.float32, batch=B):
@@ -139,7 +178,7 @@ def create_cache(config, slots, dtype=jnp.float32, batch=B):
 
 
 @pytest.mark.parametrize("cuts", [[S], [4, *range(5, S + 1)], [4, 5, 9, 10, S]], ids=str)
-def test_cached_decoding_equals_the_full_pass(cuts):
+def test_cached_decoding_equals_the_full_pass(cuts, bound):
   model, params, inputs = make()
   expected = run(model, params, inputs, VALID_BS)
   cache = create_cache(model.config, S + 4)  # more slots than are ever filled
@@ -149,12 +188,25 @@ def test_cached_decoding_equals_the_full_pass(cuts):
     parts.append(hidden)
     start = end
   out = np.concatenate(parts, axis=1)
-  # Sums over S + 4 slots instead of S run in another order; outputs are of size 1.
-  np.testing.assert_allclose(out[VALID_BS], expected[VALID_BS], atol=2e-5)
+  assert_within(out[VALID_BS], expected[VALID_BS], bound[VALID_BS])
   assert int(cache.filled) == S
   np.testing.assert_array_equal(cache.positions_B, VALID_BS.sum(1))
   np.testing.assert_array_equal(cache.valid_BS[:, :S], VALID_BS)
   assert not cache.valid_BS[:, S:].any()
+
+
+@pytest.mark.parametrize("fault", ["a hole less", "one slot more"])
+def test_a_fault_of_the_cache_exceeds_the_bound(fault, bound):
+  model, params, inputs = make()
+  expected = run(model, params, inputs, VALID_BS)
+  _, cache = apply(model, params, inputs[:, :5], VALID_BS[:, :5], create_cache(model.config, S + 4))
+  if fault == "a hole less":
+    cache = cache.replace(valid_BS=cache.valid_BS.at[:, :5].set(True))
+  else:
+    cache = cache.replace(positions_B=cache.positions_B + (VALID_BS[:, 5:].any(1)))
+  hidden, _ = apply(model, params, inputs[:, 5:], VALID_BS[:, 5:], cache)
+  with exceeds_the_bound():
+    assert_within(hidden, expected[:, 5:], bound[:, 5:])
 
 
 def test_a_cache_with_stacked_params_is_refused_with_the_remedy():
@@ -165,31 +217,37 @@ def test_a_cache_with_stacked_params_is_refused_with_the_remedy():
 
 def test_lora_scale_per_row_equals_one_scale_a_call():
   model, params, inputs = make()
-  scales = [0.0, 1.5, 4.0]
-  out = run(model, params, inputs, VALID_BS, lora_scale=jnp.array(scales))
+  scales = np.float32([0.0, 1.5, 4.0])
+  hidden = lambda *x: run(model, *x[:2], VALID_BS, lora_scale=x[2])  # noqa: E731
+  bound = rounding(LONGEST, condition(hidden, params, inputs, scales, of_rows=True))
+  out = run(model, params, inputs, VALID_BS, lora_scale=scales)
   for n, scale in enumerate(scales):
     alone = run(model, params, inputs, VALID_BS, lora_scale=scale)
-    np.testing.assert_allclose(out[n], alone[n], atol=1e-5)
-  assert not np.allclose(out[2], run(model, params, inputs, VALID_BS, lora_scale=0.0)[2])
+    assert_within(out[n], alone[n], bound[n])
+  for scale in (0.0, 4.004):
+    other = run(model, params, inputs, VALID_BS, lora_scale=scale)
+    with exceeds_the_bound():
+      assert_within(out[2], other[2], bound[2])
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_lora_scale_defaults_to_alpha_over_rank_and_may_be_traced(scan):
+def test_lora_scale_defaults_to_alpha_over_rank_and_may_be_traced(scan, bound):
   model, params, inputs = make(scan=scan)
   expected = run(model, params, inputs, VALID_BS)
   for scale in (16.0 / 4, np.full(B, 4.0)):
     out = run(model, params, inputs, VALID_BS, lora_scale=scale)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert_within(out[VALID_BS], expected[VALID_BS], bound[VALID_BS])
 
 
-def test_rank_0_is_the_plain_model():
+def test_rank_0_is_the_plain_model(bound):
   model, params, inputs = make()
   plain_config = dataclasses.replace(tiny.LLM_CONFIG, lora_rank=0)
   _, shapes = shapes_of(plain_config)
   assert not any("lora" in path for path in tree.flatten(shapes))
   _, plain_params = tree.partition(params, [".*/lora_[ab]"])
   expected = run(LLM(plain_config), plain_params, inputs, VALID_BS)
-  np.testing.assert_array_equal(run(model, params, inputs, VALID_BS, lora_scale=0.0), expected)
+  out = run(model, params, inputs, VALID_BS, lora_scale=0.0)
+  assert_within(out[VALID_BS], expected[VALID_BS], bound[VALID_BS])
 
 
 def test_lora_stands_at_the_targets_only():
@@ -199,7 +257,7 @@ def test_lora_stands_at_the_targets_only():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_dropout_acts_with_a_key_only(scan):
+def test_dropout_acts_with_a_key_only(scan, bound):
   config = dataclasses.replace(tiny.LLM_CONFIG, lora_dropout=0.3)
   model, params, inputs = make(config, scan=scan)
   plain, _, _ = make(scan=scan)
@@ -209,14 +267,19 @@ def test_dropout_acts_with_a_key_only(scan):
     run(model, params, inputs, VALID_BS, rngs={"dropout": jax.random.key(n)}) for n in (1, 1, 2)
   )
   np.testing.assert_array_equal(one, again)
-  assert not np.allclose(one, expected) and not np.allclose(one, two)
+  for other in (expected, two):
+    with exceeds_the_bound():
+      assert_within(one[VALID_BS], other[VALID_BS], bound[VALID_BS])
 
 
 def test_tied_logits_are_products_with_the_embedding():
   model, params, inputs = make(dataclasses.replace(tiny.LLM_CONFIG, tied=True))
   assert "head" not in params
   logits = model.apply({"params": params}, inputs, method=LLM.logits)
-  np.testing.assert_allclose(logits, inputs @ params["embed"]["embedding"].T, atol=1e-4)
+  exact = np.float64(inputs) @ np.float64(params["embed"]["embedding"].T)
+  assert_within(logits, exact, rounding(40, np.abs(exact).max()))
+  with exceeds_the_bound():
+    assert_within(logits * 1.001, exact, rounding(40, np.abs(exact).max()))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -232,9 +295,13 @@ def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
   tokens = jnp.array([[1]])
   assert half.apply({"params": rounded}, tokens, method=LLM.embed_tokens).dtype == jnp.bfloat16
   expected = run(model, params, inputs, VALID_BS)
-  error = np.abs(hidden.astype(np.float32) - expected)[VALID_BS]
-  # 8 bits of mantissa through 2 layers; outputs are of size 1.
-  assert error.mean() < 0.06
+  # Products of bfloat16 are summed in float32, so one rounding of each input is all.
+  hidden_of = lambda *x: run(model, *x, VALID_BS)  # noqa: E731
+  bf16_bound = rounding(1, condition(hidden_of, params, inputs, of_rows=True), jnp.bfloat16)
+  assert_within(hidden[VALID_BS], expected[VALID_BS], bf16_bound[VALID_BS])
+  with exceeds_the_bound():
+    shifted = run(model, params, inputs, np.roll(VALID_BS, 1, axis=1))
+    assert_within(hidden[VALID_BS], shifted[VALID_BS], bf16_bound[VALID_BS])
 
 
 @pytest.mark.parametrize(
@@ -270,9 +337,12 @@ def test_branches_of_one_row_equal_rows_of_their_own():
     )
     found[:, :, step] = hidden
   assert int(cache.filled) == S + branches * steps
+  valid_BS = np.concatenate([VALID_BS, np.ones((B, steps), bool)], axis=1)
   for branch in range(branches):
     together = np.concatenate([inputs, more[:, branch]], axis=1).astype(np.float32)
-    valid_BS = np.concatenate([VALID_BS, np.ones((B, steps), bool)], axis=1)
-    expected = run(model, params, together, valid_BS)[:, S:]
-    # Sums over another number of slots run in another order; outputs are of size 1.
-    np.testing.assert_allclose(found[:, branch], expected, atol=2e-5)
+    continuation = lambda *x: run(model, *x, valid_BS)[:, S:]  # noqa: E731
+    bound = rounding(LONGEST, condition(continuation, params, together, of_rows=True))
+    expected = continuation(params, together)
+    assert_within(found[:, branch], expected, bound)
+    with exceeds_the_bound():
+      assert_within(found[:, 1 - branch], expected, bound)

@@ -10,8 +10,11 @@ from mooer_jax import tree
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.nn.compute import Compute
 from tests import tiny
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
 ALL_VALID = np.ones((3, 12), bool)
+FRAMES_B = [12, 7, 1]
+LONGEST = 56  # terms of the longest sum, that over a frame's features
 
 
 def make(sanm=tiny.SANM, **compute):
@@ -48,22 +51,51 @@ def test_paraformer_large_has_157_98_million_parameters():
   assert out.shape == (1, 8, 512)
 
 
-def test_padding_and_batch_size_change_nothing():
+@pytest.fixture(scope="module")
+def scale():
+  """Sensitivity of the outputs of `make` to rounding: [B, T, 1]."""
   encoder, params, features = make()
-  frames_B = [12, 7, 1]
-  together = run(encoder, params, features, frames_B)
-  for n, frames in enumerate(frames_B):
-    alone = run(encoder, params, features[n : n + 1, :frames], [frames])
-    # Sums of up to 48 terms run in another order when shapes change.
-    np.testing.assert_allclose(together[n, :frames], alone[0], atol=2e-5)
+  return condition(lambda *x: run(encoder, *x, FRAMES_B), params, features, of_rows=True)
+
+
+def check_rows(together, encoder, params, features, scale, *, frames_B=FRAMES_B):
+  """Each row of a batch is what the encoder makes of its valid frames alone."""
+  for n, frames in enumerate(FRAMES_B):
+    alone = run(encoder, params, features[n : n + 1, :frames], frames_B[n : n + 1])
+    assert_within(together[n, :frames], alone[0], rounding(LONGEST, scale[n, :frames]))
+
+
+def test_padding_and_batch_size_change_nothing(scale):
+  encoder, params, features = make()
+  check_rows(run(encoder, params, features, FRAMES_B), encoder, params, features, scale)
+
+
+@pytest.mark.parametrize("fault", ["gain 1.001", "one frame later", "mask", "kernel 1.001", "eps"])
+def test_a_fault_exceeds_the_bound(scale, fault):
+  encoder, params, features = make()
+  together, frames_B = run(encoder, params, features, FRAMES_B), FRAMES_B
+  if fault == "gain 1.001":
+    features = features * np.float32(1.001)
+  elif fault == "one frame later":
+    features = np.roll(features, 1, axis=1)
+  elif fault == "mask":
+    frames_B = [11, 6, 1]
+  elif fault == "kernel 1.001":
+    params = tree.flatten(params)
+    params["layers_0/attention/fsmn/kernel"] *= np.float32(1.001)
+    params = tree.unflatten(params)
+  else:
+    encoder = SANMEncoder(dataclasses.replace(tiny.SANM, norm_eps=1e-3))
+  with exceeds_the_bound():
+    check_rows(together, encoder, params, features, scale, frames_B=frames_B)
 
 
 def test_what_stands_in_the_padding_does_not_matter():
   encoder, params, features = make()
-  before = run(encoder, params, features, [12, 7, 1])
+  before = run(encoder, params, features, FRAMES_B)
   features[1, 7:], features[2, 1:] = 1e4, -1e4
-  after = run(encoder, params, features, [12, 7, 1])
-  for n, frames in enumerate([12, 7, 1]):
+  after = run(encoder, params, features, FRAMES_B)
+  for n, frames in enumerate(FRAMES_B):
     np.testing.assert_array_equal(before[n, :frames], after[n, :frames])
 
 
@@ -83,19 +115,17 @@ def test_a_row_of_padding_stays_finite_also_backwards():
 
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (True, "dots"), (True, "full")])
 def test_scan_and_remat_change_neither_output_nor_gradient(scan, remat):
+  plain, params, features = make()
+  bound = rounding(LONGEST, condition(lambda p: gradient(plain, p, features, ALL_VALID), params))
   value, grads = gradient(*make(scan=scan, remat=remat), ALL_VALID)
-  grads = tree.unstack_layers(grads) if scan else grads
-  expected_value, expected = gradient(*make(), ALL_VALID)
-  np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-  # Fusions differ, so float32 rounding does, relative to the largest term of a sum.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())),
-    grads,
-    expected,
-  )
+  expected = gradient(plain, params, features, ALL_VALID)
+  assert_within((value, tree.unstack_layers(grads)), expected, bound)
+  with exceeds_the_bound():
+    louder = gradient(plain, params, features * np.float32(1.001), ALL_VALID)
+    assert_within(louder, expected, bound)
 
 
-def test_dropout_acts_with_a_key_only():
+def test_dropout_acts_with_a_key_only(scale):
   encoder, params, features = make(dataclasses.replace(tiny.SANM, dropout=0.2))
   plain, _, _ = make()
   frames_B = [12, 12, 12]
@@ -105,18 +135,22 @@ def test_dropout_acts_with_a_key_only():
     run(encoder, params, features, frames_B, rngs={"dropout": jax.random.key(n)}) for n in (1, 1, 2)
   )
   np.testing.assert_array_equal(one, again)
-  assert not np.allclose(one, expected) and not np.allclose(one, two)
+  for other in (expected, two):
+    with exceeds_the_bound():
+      assert_within(one, other, rounding(LONGEST, scale))
 
 
-def test_bfloat16_is_close_and_takes_bfloat16_params():
+def test_bfloat16_is_close_and_takes_bfloat16_params(scale):
   encoder, params, features = make()
-  expected = run(encoder, params, features, [12, 7, 1])
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-  out = run(SANMEncoder(tiny.SANM, Compute(dtype="bfloat16")), rounded, features, [12, 7, 1])
+  out = run(SANMEncoder(tiny.SANM, Compute(dtype="bfloat16")), rounded, features, FRAMES_B)
   assert out.dtype == jnp.bfloat16
-  error = np.abs(out[0].astype(np.float32) - expected[0])
-  # 8 bits of mantissa through 3 layers; outputs are of size 1.
-  assert error.mean() < 0.05 and error.max() < 0.3
+  # Products of bfloat16 are summed in float32, so one rounding of each input is all.
+  bound = rounding(1, scale, jnp.bfloat16)
+  expected = run(encoder, params, features, FRAMES_B)
+  assert_within(out[0], expected[0], bound[0])
+  with exceeds_the_bound():
+    assert_within(out[0, :-1], expected[0, 1:], bound[0, 1:])
 
 
 def test_the_wrong_feature_width_is_refused():
