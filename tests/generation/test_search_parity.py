@@ -96,7 +96,7 @@ def test_search_equals_transformers():
 
 
 @pytest.mark.parametrize(
-  "fault", [{"length_penalty": 0.801}, {"repetition_penalty": 1.2001}], ids=str
+  "fault", [{"length_penalty": 0.801}, {"repetition_penalty": 1.21}], ids=str
 )
 def test_scores_of_a_search_that_is_a_little_off_exceed_the_bound(fault):
   options = GenerationConfig(
