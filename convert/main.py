@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -205,7 +206,7 @@ def _verify(args) -> int:
   return 1 if report.failed else 0
 
 
-def _files(args) -> dict[str, Path | None]:
+def _files(args) -> dict[str, Any]:
   return {name: getattr(args, name) for name in ("llm", "whisper", "beats", "lora_config")}
 
 

@@ -1,6 +1,7 @@
 """The command `mooer-jax`: transcribe, train, eval, pack, checkpoint, convert."""
 
 import argparse
+import functools
 import importlib
 import sys
 from collections import Counter
@@ -113,9 +114,8 @@ def _verify(args) -> int:
       bar = progress.add_task(folder.name, total=None)
       faults: list[str] = []
       try:
-        faults = checkpoint.find_damage(
-          folder, lambda done, total, bar=bar: progress.update(bar, completed=done, total=total)
-        )
+        show = functools.partial(_show_progress, progress, bar)
+        faults = checkpoint.find_damage(folder, show)
         about = checkpoint.describe(folder, base=base)
         if about.base and (about.base, None) not in todo:
           todo.append((about.base, None))
@@ -134,6 +134,10 @@ def _verify(args) -> int:
   if damaged:
     print(f"{len(damaged)} of {len(todo)} checkpoints are damaged", file=sys.stderr)
   return 1 if damaged else 0
+
+
+def _show_progress(progress, bar, done: int, total: int) -> None:
+  progress.update(bar, completed=done, total=total)
 
 
 def _convert(argv: Sequence[str]) -> int:

@@ -330,11 +330,12 @@ def run_reference(request: Request) -> Original:
   llm = request.options.llm or find_llm(src, problems)
   problems.check(str(src))
   assert llm is not None
-  added: Path | None = find_lora(src / task)
+  lora_folder = find_lora(src / task)
+  added: Path | None = lora_folder
   notes: tuple[str, ...] = ()
-  if not added.is_dir():
+  if not lora_folder.is_dir():
     if config.decoder.lora_rank:
-      raise ConversionError(f"{added}: not found, but the checkpoint has a LoRA")
+      raise ConversionError(f"{lora_folder}: not found, but the checkpoint has a LoRA")
     added = None
   elif not config.decoder.lora_rank and not style_of(request.about, "mooer").get("lora_merged"):
     notes = (f"{added} is not used: the checkpoint was made without it (--no-lora)",)

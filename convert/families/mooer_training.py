@@ -100,7 +100,7 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
   if task is not None:
     style["task"] = task
     config = config.replace(prompts=((task, mooer.TASK_PROMPTS[task]),))
-  kept = {}
+  kept: dict[str, tuple[Path, ...]] = {}
   if options.lora_config is not None:
     kept["lora"] = (lora.config_file(options.lora_config),)
   return Opened(

@@ -96,7 +96,8 @@ def open_model(folder: Path, problems: Problems, *, kind: str | None = None) -> 
   config = llm_config(hf, problems)
   if config is None:
     return None
-  source, kept = open_source(folder), ()
+  source = open_source(folder)
+  kept: tuple[Path, ...] = ()
   if is_gguf:
     tokenizer: Writer | None = functools.partial(_write_tokenizer, *gguf_tokenizer(folder))
   else:

@@ -145,7 +145,7 @@ def _mp3_files(data: bytes) -> list[bytes]:
   starts, ends, frames, durations = [0], [len(data)], [0], [0]
   before = None
   try:
-    with av.open(io.BytesIO(data), format="mp3", metadata_errors="replace") as container:
+    with av.open(io.BytesIO(data), "r", format="mp3", metadata_errors="replace") as container:
       stream = container.streams.audio[0]
       for packet in container.demux(stream):
         if not packet.size or packet.pos is None or packet.duration is None:
@@ -163,7 +163,8 @@ def _mp3_files(data: bytes) -> list[bytes]:
           durations[-1] += packet.duration
         ends[-1] = packet.pos + packet.size
         before = setting
-      seconds = [float(duration * stream.time_base) for duration in durations]
+      unit_s = float(stream.time_base or 0)
+      seconds = [duration * unit_s for duration in durations]
   except (av.FFmpegError, IndexError):
     return [data]  # whose decoding says why
   if len(starts) == 1:

@@ -248,7 +248,7 @@ def _read_with_ffmpeg(data: bytes, sound_error: str) -> list[_Part]:
   if is_unfinished_wav(data):
     options["ignore_length"] = "1"
   try:
-    with av.open(_Bytes(data), metadata_errors="replace", options=options) as container:
+    with av.open(_Bytes(data), "r", metadata_errors="replace", options=options) as container:
       if not container.streams.audio:
         raise Damaged("the file has no audio stream")
       stream = container.streams.audio[0]

@@ -147,7 +147,8 @@ def uncached_batches(
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
     digests, clips, seconds = zip(*some, strict=True)
-    yield Clips(Batch(*pad(clips), none_BS, none_BS, none_BS), digests, seconds)
+    features, frames = pad(clips)
+    yield Clips(Batch(features, frames, none_BS, none_BS, none_BS), digests, seconds)
 
 
 def _uncached(utterances, config, model, *, known, passed):

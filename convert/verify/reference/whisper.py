@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mooer_jax.encoders.whisper import WhisperConfig
+
 from ...core.errors import ConversionError
 from ...core.kind import Original, Request, Stages
 from ...readers import Source, open_source
@@ -54,7 +56,9 @@ def run(request: Request) -> Original:
 def check_context(request: Request) -> None:
   """Raises ConversionError if ours does not compute the frames of the whole context."""
   for encoder in request.config.encoders:
-    if encoder.kind == "whisper" and (encoder.trim or encoder.context != encoder.positions):
+    if not isinstance(encoder, WhisperConfig):
+      continue
+    if encoder.trim or encoder.context != encoder.positions:
       raise ConversionError(
         f"whisper.context={encoder.context}, whisper.trim={encoder.trim}: the original computes"
         f" all of its {encoder.positions} frames, so the two cannot be compared; verify the"
