@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 MINI_ARGS ?=
 PYTEST_ARGS ?=
 PORTABLE_ARGS ?=
-# Each test process may hold 3 GB, its subprocesses 2 GB more; tests/worker_memory.py checks it.
+# The goal for a test process is 3 GB; tests/worker_memory.py reports the peaks and has the limit.
 WORKERS ?= 2
 
 VENV := .venv

@@ -113,7 +113,7 @@ def installed_wheel(repo_root, tmp_path_factory):
 @pytest.mark.parametrize(
   "arguments, status, message",
   [
-    (["--version"], 0, "mooer-jax"),
+    (["--version"], 0, "0.1.0"),
     (["transcribe", "--help"], 0, "--chunk-length-s"),
     (["train", "--config=tiny", "--config.data.shards=nowhere"], 1, "nowhere: no such list"),
     (["train", "--config=salmonn_activation", "--config.workdir=w"], 1, "init_from"),

@@ -55,6 +55,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   A config key that does not exist is one line on stderr and status 1 rather than a traceback.
   """
   argv = [_with_new_name(_with_config_file(text, argv[0])) for text in argv]
+  sys.argv[1:] = argv[1:]  # where ml_collections looks for overrides
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour

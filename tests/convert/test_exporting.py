@@ -41,7 +41,7 @@ def config_of(folder):
   [
     (
       lambda c: c.update(prompts={"asr": ASR, "ast": AST}),
-      ["one task, .* trained for asr, ast", "leave the one .* in 'prompts' of .*config.json"],
+      ["one task, .* trained for asr, ast", "leave one in 'prompts' of .*config.json"],
     ),
     (
       lambda c: c.update(prompts={"asr": "<|transcribe|>"}),
@@ -56,7 +56,7 @@ def config_of(folder):
       lambda c: c.update(template="bare", max_audio_s=5.0, prompts={"asr": "<|transcribe|>"}),
       ["3 problems", "template", "max_audio_s", "prompts"],
     ),
-    (lambda c: c["encoders"][0].update(heads=2), ["encoders/0/heads is 2 .* takes 4"]),
+    (lambda c: c["encoders"][0].update(heads=2), ["encoders/0/heads is 2 .* read as 4"]),
     (lambda c: c["encoders"][0].update(norm_eps=1e-5), ["encoders/0/norm_eps is 1e-05"]),
     (lambda c: c["frontends"][0].update(lfr_stride=5), ["frontends/0/lfr_stride is 5"]),
     (

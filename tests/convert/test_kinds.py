@@ -208,11 +208,11 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 def test_a_git_lfs_pointer_is_named_before_any_tensor_is_read(tmp_path, capsys, monkeypatch, file):
   kind, *more = LFS_FILES[file].split()
   path = tmp_path / "src" / file
-  path.parent.mkdir()
   if kind in ("llama", "qwen2") and not file.endswith(".gguf"):
     saved_llm(path.parent, kind)
   elif kind == "paraformer":
     funasr_folder(path.parent)
+  path.parent.mkdir(exist_ok=True)
   path.write_text(POINTER)
   source = path if path.suffix in (".gguf", ".pt", ".pth") and kind != "paraformer" else path.parent
   monkeypatch.setattr(readers.Source, "read", None)

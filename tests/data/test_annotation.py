@@ -113,9 +113,9 @@ def test_unknown_tasks_and_weights_stop_before_anything_is_read(annotate, letter
 @pytest.mark.parametrize(
   ("content", "words"),
   [
-    ("{", "not readable as JSON"),
+    ("{", "not JSON"),
     ("[]", "must hold a JSON object"),
-    ("[" * 100_000, "not readable as JSON"),
+    ("[" * 100_000, "not JSON"),
     ('{"annotation": []}', "holds no entries"),
     ('{"annotation": [{"text": "a"}]}', r"annotation\[0\] has path=None"),
     ('{"annotation": [{"path": "a", "text": 3}]}', r"annotation\[0\] has text=3"),

@@ -29,7 +29,11 @@ def _batcher(tokenizer, frontends):
     "", batch_size=3, shuffle_buffer_size=3, buckets=(9, 20, 34), answer_buckets=(4, 9), max_s=2
   )
   model = types.SimpleNamespace(  # of encoders that there are none of
-    frontends=frontends, prompts=(("asr", "B<SpeechHere>AFTER"),), template="none", min_audio_s=0.0
+    frontends=frontends,
+    prompts=(("asr", "B<SpeechHere>AFTER"),),
+    template="none",
+    min_audio_s=0.0,
+    sample_rate_hz=16000,
   )
   return Batcher(config, model, Asker(config, tokenizer, model))
 

@@ -109,8 +109,8 @@ def test_space_mark_on_one_side_is_noted_and_can_be_read_as_a_blank():
   references, hypotheses = {"a": "HELLO WORLD"}, {"a": "HELLO▁WORLD"}
   kept = score(references, hypotheses)
   assert kept.counts.errors == 1
-  assert "hypotheses only" in kept.notes[0] and "blank" in kept.notes[0]
-  blank = score(references, hypotheses, ScoreConfig(space_mark="blank"))
+  assert "hypotheses only" in kept.notes[0] and "space" in kept.notes[0]
+  blank = score(references, hypotheses, ScoreConfig(space_mark="space"))
   assert blank.counts == Counts(correct=2)
   assert blank.notes == ()
   assert score(references, hypotheses, ScoreConfig(metric="word")).counts.errors == 0
@@ -221,7 +221,7 @@ def test_character_tokens():
 def test_case_and_space_mark_follow_the_config():
   text = "Hello▁World 你好"
   assert ScoreConfig().tokens(text) == ("HELLO", "▁WORLD", "你", "好")
-  assert ScoreConfig(space_mark="blank").tokens(text) == ("HELLO", "WORLD", "你", "好")
+  assert ScoreConfig(space_mark="space").tokens(text) == ("HELLO", "WORLD", "你", "好")
   assert ScoreConfig(metric="word").tokens(text) == ("HELLO", "WORLD", "你好")
   assert ScoreConfig(metric="word", space_mark="keep").tokens(text) == ("HELLO▁WORLD", "你好")
   assert ScoreConfig(metric="character").tokens("a▁B") == ("A", " ", "B")

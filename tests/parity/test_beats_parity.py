@@ -69,7 +69,7 @@ def test_equals_the_published_structure(config, frames_B, scan):
 @pytest.mark.parametrize("buckets, reach", [(320, 800), (320, 1280), (16, 20), (32, 32)])
 def test_every_distance_falls_into_the_bucket_of_torch(buckets, reach):
   config = BEATsConfig(buckets=buckets, max_distance=reach, width=16, heads=1)
-  attention = rebuilt.SelfAttention(config)
+  attention = rebuilt.SelfAttention(beats.cfg_of(config))
   with torch.no_grad():
     attention.relative_attention_bias.weight[:, 0] = torch.arange(buckets)
     table_TS = attention.bias(1600)[0]

@@ -148,7 +148,7 @@ def test_the_command_gives_what_the_class_gives(sides, clips, tmp_path, capsys):
   paths = [str(clip.path) for clip in clips[:2]]
   base = ["transcribe", "--checkpoint", str(sides.checkpoints["asr"]), "--dtype", "float32"]
   out = tmp_path / "out.json"
-  told = ["--task", "asr", "--beams", "4", "--length-penalty", "0.8", "--max-new-tokens", "40"]
+  told = ["--task", "asr", "--num-beams", "4", "--length-penalty", "0.8", "--max-new-tokens", "40"]
   assert cli.main([*base, *told, "--json", str(out), *paths]) == 0
   rows = json.loads(out.read_text("utf-8"))
   theirs = sides.theirs("asr")

@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
   with pytest.raises(ValueError, match="tokenize='cn': choose one of"):
     evaluate(config, config.workdir)
   config.eval.bleu_tokenize, config.eval.task = "13a", ""
-  with pytest.raises(ValueError, match=r"one task: set eval\.task"):
+  with pytest.raises(ValueError, match=r"one task; set eval\.task"):
     evaluate(config, config.workdir)
   config.eval.bleu_tokenize, config.eval.task = "", "asr"
   config.eval.max_s = 60.0

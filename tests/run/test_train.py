@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_bit_for_bit(repo_root, as_flags, plain_env, tmp_pa
   output, _ = process.communicate(timeout=120)
   saved = int(checkpoint.latest(broken).name.removeprefix("step_"))
   if how == signal.SIGTERM:
-    assert process.returncode == 0 and "goes on from there" in output
+    assert process.returncode == 0 and "rerun the same command to resume" in output
   else:
     assert process.returncode == -signal.SIGKILL
 
@@ -194,7 +194,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
     ),
     ({"trainable": ("connector/.*",)}, "random and frozen"),
     ({"train": {"cmvn": ""}}, r"train\.cmvn=''.*'estimate'"),
-    ({"generation": {"max_new_tokens": 7}}, r"max_new_tokens=7 would cut .* 8"),
+    ({"generation": {"max_new_tokens": 7}}, r"max_new_tokens=7 would truncate .* 8"),
   ],
 )
 def test_bad_configs_fail_before_training_by_name(config, change, message):

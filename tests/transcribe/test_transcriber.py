@@ -101,7 +101,7 @@ def test_decoding_options_go_over_those_of_the_checkpoint(transcriber, clips):
   assert [b.tokens for b in beams] != [g.tokens for g in greedy]
   with pytest.raises(ValueError, match=r"generation\.num_beems.*num_beams"):
     transcriber.transcribe(paths, num_beems=4)
-  with pytest.raises(ValueError, match=r"num_return_sequences=2.*one answer"):
+  with pytest.raises(ValueError, match=r"num_return_sequences=2.*one result"):
     transcriber.transcribe(paths, num_beams=2, num_return_sequences=2)
 
 
@@ -150,7 +150,7 @@ def test_other_bad_input_is_refused_by_name(transcriber, tmp_path):
 def test_all_bad_clips_are_named_at_once(transcriber, clips, tmp_path):
   (tmp_path / "words.wav").write_text("no audio")
   audio = [clips[0].path, tmp_path / "nowhere.wav", tmp_path / "words.wav", None]
-  with pytest.raises(ValueError, match=r"3 of 4 clips .*nowhere.*words\.wav.*audio\[3\]: NoneType"):
+  with pytest.raises(ValueError, match=r"3 of 4 audio .*nowhere.*words\.wav.*audio\[3\]: NoneType"):
     transcriber.transcribe(audio)
   with pytest.raises(ValueError, match=r"audio\[0\]: samples up to 30000; .*\[-1, 1\]"):
     transcriber.transcribe([np.full(16000, 3e4, np.float32)])
@@ -239,8 +239,8 @@ def test_without_a_template_the_prompt_stands_as_it_is(transcriber, clips):
 
 def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcriber):
   filled = transcriber.config.replace(min_audio_s=1.0)
-  with pytest.raises(ValueError, match=r"audio\[0\]: silent"):
-    load_clips([np.zeros(0, np.float32)], filled)
+  [error] = load_clips([np.zeros(0, np.float32)], filled)
+  assert str(error).startswith("audio[0]: silent")
 
 
 def test_the_command_reads_line_breaks_and_hands_the_template_over(

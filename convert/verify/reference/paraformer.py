@@ -1,5 +1,6 @@
 """Paraformer's SAN-M encoder and features, by funasr."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ ENCODER = {
   "sanm_shfit": 0,
   "selfattention_layer_type": "sanm",
 }
-FRONTEND = {"fs": 16000, "window": "hamming", "n_mels": 80, "lfr_m": 7, "lfr_n": 6}
+FRONTEND: dict[str, Any] = {"fs": 16000, "window": "hamming", "n_mels": 80, "lfr_m": 7, "lfr_n": 6}
 _FIRST, _OTHERS = "encoders0.0.", "encoders."
 
 
@@ -55,7 +56,8 @@ def run_sanm_encoder(
   from funasr.frontends.wav_frontend import WavFrontend
 
   conf = conf or {}
-  options = {**(conf.get("frontend_conf") or FRONTEND), "cmvn_file": str(cmvn), "dither": 0.0}
+  options = {**(conf.get("frontend_conf") or _frontend_of(cmvn)), "cmvn_file": str(cmvn)}
+  options["dither"] = 0.0
   extract = WavFrontend(**options)
   source = open_source(weights)
   first = next((name for name in source.tensors if _FIRST in name), _FIRST)
@@ -70,6 +72,12 @@ def run_sanm_encoder(
       frames_BTD = module(features_BTF, frames_B)[0]
     clips.append({"features": features_BTF[0].numpy(), "encoder": frames_BTD[0].numpy()})
   return clips
+
+
+def _frontend_of(cmvn: Path) -> dict[str, Any]:
+  """Paraformer's front end with as many mel bins as am.mvn has values per joined frame."""
+  [values] = re.findall(r"<LearnRateCoef>\s*\S+\s*\[([^\]]*)\]", cmvn.read_text("utf-8"))[:1]
+  return {**FRONTEND, "n_mels": len(values.split()) // FRONTEND["lfr_m"]}
 
 
 def sanm_encoder(sizes: Mapping[str, int], options: Mapping[str, Any] | None = None) -> Any:

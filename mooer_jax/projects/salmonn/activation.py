@@ -123,6 +123,7 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
   for entry in chosen:
     entry["expand_wav"] = [str((folder / p).absolute()) for p in entry.get("expand_wav", [])]
   clips = run.workdir / "activation_clips.json"
+  clips.parent.mkdir(parents=True, exist_ok=True)
   clips.write_text(json.dumps({"annotation": chosen}, ensure_ascii=False), encoding="utf-8")
   options = dataclasses.replace(
     run.eval,

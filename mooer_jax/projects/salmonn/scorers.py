@@ -124,7 +124,7 @@ def phone_error_rate(row, entries, hypotheses, extras):
 
 
 def _rate(references, hypotheses, note):
-  result = score(references, hypotheses, ScoreConfig(metric="word", space_mark="blank"))
+  result = score(references, hypotheses, ScoreConfig(metric="word", space_mark="space"))
   if not math.isfinite(result.rate):
     return Scored((None,), None, len(references), ("the references have no tokens",))
   return Scored((100 * result.rate,), None, len(references), (note, *result.notes))

@@ -249,7 +249,7 @@ def _renamed(state, old, new):
     ),
     (
       lambda s: s.update({BIAS.format(2): torch.ones(320, 4)}),
-      [f"{BIAS.format(2)} is not the tensor of that name in the folders"],
+      [f"{BIAS.format(2)} differs from that tensor in the folders"],
     ),
     (
       lambda s: s.update({"llama_model.base_model.model.lm_head.weight": torch.ones(701, 40)}),

@@ -117,7 +117,9 @@ def as_binary(source, folder, change=lambda state: None):
   state = {name: torch.tensor(source_tensor) for name, source_tensor in arrays(source).items()}
   change(state)
   folder.mkdir()
-  shutil.copy(source / "config.json", folder)
+  for path in source.glob("*.json"):
+    if "index" not in path.name:
+      shutil.copy(path, folder)
   torch.save(state, folder / "pytorch_model.bin")
   return folder
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from convert.readers import ReadError, gguf_tokenizer
+from mooer_jax.text import sentencepiece as ours
 from mooer_jax.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -124,7 +125,7 @@ def test_llama_pieces_cut_as_sentencepiece_does(tmp_path, spm_training):
 
   model = spm_training.train(tmp_path, "bpe")
   processor = sentencepiece.SentencePieceProcessor(str(model))
-  pieces = sentencepiece.read_model(model).pieces
+  pieces = ours.read_model(model).pieces
   path = _write(
     tmp_path / "a.gguf",
     "llama",
