@@ -240,7 +240,7 @@ def test_without_a_template_the_prompt_stands_as_it_is(transcriber, clips):
 def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcriber):
   filled = transcriber.config.replace(min_audio_s=1.0)
   [error] = load_clips([np.zeros(0, np.float32)], filled)
-  assert str(error).startswith("audio[0]: silent")
+  assert str(error).startswith("audio[0]: empty")
 
 
 def test_the_command_reads_line_breaks_and_hands_the_template_over(

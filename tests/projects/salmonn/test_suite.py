@@ -140,7 +140,7 @@ def test_a_misplaced_or_misnamed_file_is_named(folder, tmp_path):
   "name, content, says",
   [
     ("sac.json", "{", "not JSON"),
-    ("sac.json", "[]", "holds no entries"),
+    ("sac.json", "[]", "must hold a JSON object"),
     ("sac.json", '{"annotation": []}', "holds no entries"),
     ("sac.json", '{"annotation": [{"path": "a.wav"}]}', r"annotation\[0\] has text=None"),
     ("sac.json", '{"annotation": ["a.wav"]}', r"annotation\[0\]"),
