@@ -64,9 +64,10 @@ def _heads_per_block(kv_heads: int, channels: int) -> int:
 
 def decode_attention(
   q_BTHC: jax.Array,
-  k_BSKC: jax.Array,
-  v_BSKC: jax.Array,
+  k_BSE: jax.Array,
+  v_BSE: jax.Array,
   *,
+  kv_heads: int,
   mask_BTS: jax.Array,
   end: jax.Array | int,
   interpret: Any = False,
@@ -74,8 +75,9 @@ def decode_attention(
   """Scaled dot-product attention of a few queries to the filled slots of a cache.
 
   Args:
-    q_BTHC: queries; T is small. H is a multiple of K.
-    k_BSKC, v_BSKC: the cache, S slots.
+    q_BTHC: queries; T is small. H is a multiple of kv_heads.
+    k_BSE, v_BSE: the cache, S slots of kv_heads * C channels.
+    kv_heads: K.
     mask_BTS: bool, True where query t may see slot s.
     end: int32, number of filled slots; those behind are not read.
     interpret: for tests on CPU; see `jax.experimental.pallas.pallas_call`.
@@ -84,9 +86,9 @@ def decode_attention(
     [B, T, H, C] in q's dtype; a query that sees no slot gives zeros.
   """
   B, T, H, C = q_BTHC.shape
-  S, K = k_BSKC.shape[1:3]
+  S, K = k_BSE.shape[1], kv_heads
   G, heads = H // K, _heads_per_block(K, C)
-  block_s = _BLOCK_BYTES // (heads * C * k_BSKC.dtype.itemsize) // LANES * LANES
+  block_s = _BLOCK_BYTES // (heads * C * k_BSE.dtype.itemsize) // LANES * LANES
   block_s = max(LANES, min(block_s, 1024, pl.cdiv(S, LANES) * LANES))
   q_BKRC = rearrange(q_BTHC, "B T (K G) C -> B K (T G) C", K=K)
   mask_BRS = jnp.repeat(mask_BTS.astype(jnp.int32), G, axis=1)
@@ -126,8 +128,8 @@ def decode_attention(
   )(
     jnp.asarray(end, jnp.int32).reshape(1),
     q_BKRC,
-    k_BSKC.reshape(B, S, K * C),
-    v_BSKC.reshape(B, S, K * C),
+    k_BSE,
+    v_BSE,
     mask_BRS,
   )
   return rearrange(out_BKRC, "B K (T G) C -> B T (K G) C", T=T)

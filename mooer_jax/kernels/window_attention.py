@@ -24,7 +24,7 @@ def _dot(a, b, dims):
 
 
 class _Heads:
-  """Sums over the channels of each head, and their inverse: one value a head to all its channels."""
+  """Sums over the channels of each head, and the inverse: a head's value to all its channels."""
 
   def __init__(self, heads, width):
     channel_EH = jax.lax.broadcasted_iota(jnp.int32, (width, heads), 0)

@@ -1,0 +1,26 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mooer_jax.kernels.window_attention import window_attention
+from tests.kernels.plain import attention_and_gradients, bounds, random_inputs
+from tests.numerics import assert_within, exceeds_the_bound
+
+
+# SALMONN's window; several queries, and a number of windows that fills no block.
+@pytest.mark.parametrize("N, Q, L, H, C", [(40, 1, 17, 4, 16), (13, 4, 5, 2, 32)])
+def test_equals_the_plain_formula(N, Q, L, H, C):
+  inputs = random_inputs(N, Q, L, H, H, C)
+  expected = attention_and_gradients(inputs, np.ones((N, Q, L), bool))[:-1]
+  out, vjp = jax.vjp(lambda *a: window_attention(*a, interpret=True), *inputs[:3])
+  actual = out, *vjp(jnp.array(inputs.do_BTHC))
+  assert_within(actual, expected, bounds(inputs))
+  with exceeds_the_bound():
+    assert_within(np.roll(out, 1, axis=0), expected[0], bounds(inputs)[0])
+
+
+def test_windows_that_do_not_fit_are_refused():
+  x = jnp.zeros((1, 600, 4, 64))
+  with pytest.raises(ValueError, match="windows of at most 64 frames of 256 channels; got 600"):
+    window_attention(x[:, :1], x, x, interpret=True)
