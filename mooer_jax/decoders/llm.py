@@ -1,6 +1,7 @@
 """The language model: LLaMA's layout with Qwen2's options, LoRA and an explicit KV cache."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -8,11 +9,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
 from mooer_jax.kernels.attention import precision
-from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import Dense, RMSNorm
+from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
+from mooer_jax.nn.layers import FSDP, TENSOR, Dense, RMSNorm, check_sizes
 from mooer_jax.nn.positions import rope_angles, rotate
 
 
@@ -31,17 +33,6 @@ class KVCache:
   valid_BS: jax.Array
   filled: jax.Array
   positions_B: jax.Array
-
-  @classmethod
-  def create(cls, *, layers: int, batch: int, slots: int, kv_heads: int, channels: int, dtype):
-    """An empty cache; `slots` bounds prompt plus generated tokens."""
-    shape = (batch, slots, kv_heads, channels)
-    return cls(
-      layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)),
-      valid_BS=jnp.zeros((batch, slots), bool),
-      filled=jnp.zeros((), jnp.int32),
-      positions_B=jnp.zeros((batch,), jnp.int32),
-    )
 
   def grow(self, slots: int) -> "KVCache":
     """The same with room for `slots` more; a prompt read before it attends to no empty slots."""
@@ -82,6 +73,20 @@ class LLMConfig:
     "mlp_width": "intermediate_size",
     "tied": "tie_word_embeddings",
   }
+  SIZES: ClassVar[Mapping[str, "LLMConfig"]]
+  RUN_FIELDS: ClassVar = ("lora_dropout",)
+  SHARDING: ClassVar = (
+    ("embed/embedding", P(TENSOR, FSDP)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel", P(FSDP, TENSOR)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/bias", P(TENSOR)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_a", P(FSDP, None)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, TENSOR)),
+    (rf"{LAYER}/(attention/o|mlp/down)/kernel", P(TENSOR, FSDP)),
+    (rf"{LAYER}/(attention/o|mlp/down)/lora_a", P(TENSOR, None)),
+    (rf"{LAYER}/(attention/o|mlp/down)/lora_b", P(None, FSDP)),
+    (rf"({LAYER}/(input_norm|mlp_norm)|final_norm)/scale", P()),
+    ("head/kernel", P(FSDP, TENSOR)),
+  )
   vocab_size: int = 152064
   hidden_size: int = 3584
   layers: int = 28
@@ -99,24 +104,13 @@ class LLMConfig:
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
   def __post_init__(self):
-    for name in (
-      "vocab_size",
-      "hidden_size",
-      "layers",
-      "heads",
-      "kv_heads",
-      "head_dim",
-      "intermediate_size",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f"llm.{name}={getattr(self, name)} must be positive")
+    sizes = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim")
+    check_sizes(self, *sizes, "intermediate_size", divisible={"heads": "kv_heads"})
     if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
       raise ValueError(
         f"llm.lora_rank={self.lora_rank} must be 0 or more,"
         f" llm.lora_dropout={self.lora_dropout} in [0, 1)"
       )
-    if self.heads % self.kv_heads:
-      raise ValueError(f"llm.heads={self.heads} does not divide by llm.kv_heads={self.kv_heads}")
     if self.head_dim % 2:
       raise ValueError(f"llm.head_dim={self.head_dim} must be even: RoPE rotates pairs")
     if unknown := set(self.lora_targets) - set(LORA_TARGETS):
@@ -126,18 +120,71 @@ class LLMConfig:
   def lora_scale(self) -> float:
     return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
+  def module(self, compute: ExecutionConfig) -> "LLM":
+    return LLM(self, compute)
+
+  def empty_cache(self, *, rows: int, slots: int, dtype: Any) -> KVCache:
+    """A cache without entries; `slots` bounds the number of prompt and generated tokens."""
+    shape = (rows, slots, self.kv_heads, self.head_dim)
+    layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.layers))
+    return KVCache(
+      layers=layers,
+      valid_BS=jnp.zeros((rows, slots), bool),
+      filled=jnp.zeros((), jnp.int32),
+      positions_B=jnp.zeros((rows,), jnp.int32),
+    )
+
+
+_SMALL_QWEN2 = LLMConfig(vocab_size=151936, kv_heads=2, tie_word_embeddings=True)
+_LLAMA = LLMConfig(vocab_size=32000, rope_theta=1e4, norm_eps=1e-5, qkv_bias=False)
+_VICUNA = dataclasses.replace(
+  _LLAMA, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11008
+)
+LLMConfig.SIZES = {
+  "qwen2_7b": LLMConfig(),
+  "qwen2_1.5b": dataclasses.replace(
+    _SMALL_QWEN2, hidden_size=1536, heads=12, intermediate_size=8960
+  ),
+  "qwen2_0.5b": dataclasses.replace(
+    _SMALL_QWEN2, hidden_size=896, layers=24, heads=14, head_dim=64, intermediate_size=4864
+  ),
+  "vicuna_7b": _VICUNA,  # v1.5
+  "vicuna_13b": dataclasses.replace(  # v1.1
+    _LLAMA,
+    hidden_size=5120,
+    layers=40,
+    heads=40,
+    kv_heads=40,
+    intermediate_size=13824,
+    norm_eps=1e-6,
+  ),
+  "smollm2_135m": LLMConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    rope_theta=1e5,
+    norm_eps=1e-5,
+    qkv_bias=False,
+    tie_word_embeddings=True,
+  ),
+}
+
 
 class Placement(NamedTuple):
   """Where new inputs stand if they do not simply follow one another, as beams of one prompt.
 
   Attributes:
     positions_BS: int32, rotary positions of the new inputs.
-    sees_BST: bool [B, S, slots of the cache], True where an input may see a slot, its own
+    attention_mask_BST: bool [B, S, slots of the cache], True where an input may see a slot, its own
       included (input s goes into slot filled + s).
   """
 
   positions_BS: jax.Array
-  sees_BST: jax.Array
+  attention_mask_BST: jax.Array
 
 
 class Context(NamedTuple):
@@ -147,7 +194,7 @@ class Context(NamedTuple):
   valid_BS: jax.Array
   filled: Any  # array, or the int 0
   lora_scale: jax.Array | float
-  sees_BST: jax.Array | None
+  attention_mask_BST: jax.Array | None
 
 
 class _Block(nn.Module):
@@ -190,9 +237,9 @@ class Attention(_Block):
       k_BSKC.astype(q_BSHC.dtype),
       v_BSKC.astype(q_BSHC.dtype),
       valid_BS=context.valid_BS,
-      causal=context.sees_BST is None,
+      causal=context.attention_mask_BST is None,
       first_query=context.filled,
-      sees_BTS=context.sees_BST,
+      attention_mask_BTS=context.attention_mask_BST,
       implementation=self.compute.attention,
     )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
@@ -218,11 +265,11 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None = None):
-    c = self.config
-    normed = RMSNorm(c.norm_eps, name="input_norm")(x_BSD)
+    c, dtype = self.config, self.compute.jnp_dtype
+    normed = RMSNorm(c.norm_eps, dtype=dtype, name="input_norm")(x_BSD)
     out_BSD, cache = Attention(c, self.compute, name="attention")(normed, context, cache)
     x_BSD = x_BSD + out_BSD
-    normed = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSD)
+    normed = RMSNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(x_BSD)
     return x_BSD + MLP(c, self.compute, name="mlp")(normed, context.lora_scale), cache
 
 
@@ -268,7 +315,7 @@ class LLM(nn.Module):
       c.vocab_size, c.hidden_size, dtype=self.compute.jnp_dtype, embedding_init=spread
     )
     self.layers = repeat_layer(Layer, c.layers, self.compute)(c, self.compute)
-    self.final_norm = RMSNorm(c.norm_eps)
+    self.final_norm = RMSNorm(c.norm_eps, dtype=self.compute.jnp_dtype)
     if not c.tie_word_embeddings:
       self.head = Head(c.vocab_size)
 
@@ -301,12 +348,12 @@ class LLM(nn.Module):
     if cache is not None:
       filled, before_B1 = cache.filled, cache.positions_B[:, None]
       seen_BS = write(cache.valid_BS, valid_BS, filled)
-    after_B1, sees_BST = before_B1 + counts_BS[:, -1:], None
+    after_B1, attention_mask_BST = before_B1 + counts_BS[:, -1:], None
     positions_BS = jnp.maximum(before_B1 + counts_BS - 1, 0)
     if placement is not None:
-      after_B1, (positions_BS, sees_BST) = before_B1, placement
+      after_B1, (positions_BS, attention_mask_BST) = before_B1, placement
     angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
-    context = Context(angles_BSC, seen_BS, filled, scale, sees_BST)
+    context = Context(angles_BSC, seen_BS, filled, scale, attention_mask_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
     x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
     if cache is not None:
@@ -328,7 +375,7 @@ class LLM(nn.Module):
       return _to_vocab(hidden_BSD, self.embed.embedding.T)
     return self.head(hidden_BSD)
 
-  def everything(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+  def init_all_params(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
     """Touches every parameter once; `init` runs it."""
     tokens_B1 = jnp.zeros((inputs_BSD.shape[0], 1), jnp.int32)
     hidden_BSD, _ = self(inputs_BSD + self.embed_tokens(tokens_B1), valid_BS)

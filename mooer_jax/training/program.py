@@ -73,7 +73,7 @@ def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
   return tuple(x.shape[1] for x in batch.features), batch.answer_BS.shape[1]
 
 
-def stored(params: dict, trained: Iterable[str], dtype) -> dict:
+def cast_params(params: dict, trained: Iterable[str], dtype) -> dict:
   """Params as a run keeps them: float32 if trained, else matrices in the compute dtype."""
   trained = set(trained)
 
@@ -95,7 +95,7 @@ def abstract_state(
   key = jax.random.key(0)
   wanted = jax.eval_shape(lambda: speech_llm.init(key, model))
   trained = tree.flatten(tree.partition(wanted, trainable)[0])
-  kept = jax.eval_shape(lambda p: stored(p, trained, model.compute.jnp_dtype), wanted)
+  kept = jax.eval_shape(lambda p: cast_params(p, trained, model.compute.jnp_dtype), wanted)
   to_train, frozen = tree.partition(kept, trainable)
   tx = make_optimizer(optimizer)
   state = jax.eval_shape(lambda t: create(t, tx, key), to_train)

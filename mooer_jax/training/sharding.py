@@ -12,60 +12,26 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mooer_jax import tree
-
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+from mooer_jax import connectors, decoders, encoders, tree
+from mooer_jax.nn.layers import AXES, DATA, FSDP, TENSOR
 
 # Below this many elements (of one layer) a leaf is not split over fsdp: gathering it would cost
 # more than keeping it.
 FSDP_MIN_SIZE = 2**16
 
-_LAYER = r"(first_layer|layers(_\d+)?)"
 
-# (pattern of the whole path, spec of the trailing axes). A leading axis of stacked layers is never
-# split, so that one table serves stacked and unstacked params.
-RULES = (
-  (r"frontend/.*", P()),
-  # Encoder and connector are small beside the LLM (0.3 GB in bf16) and stay whole on the fsdp axis.
-  # Split, they cost more than they save: XLA then keeps the pieces of weight where they are and
-  # sends every row's activations round instead.
-  (rf"encoders/sanm/{_LAYER}/(attention/qkv|feed_forward/up)/kernel", P(None, TENSOR)),
-  (rf"encoders/sanm/{_LAYER}/(attention/out|feed_forward/down)/kernel", P(TENSOR, None)),
-  (rf"encoders/sanm/{_LAYER}/(attention/qkv|feed_forward/up)/bias", P(TENSOR)),
-  (rf"encoders/sanm/{_LAYER}/(attention/out|feed_forward/down)/bias", P()),
-  (rf"encoders/sanm/{_LAYER}/(attention/fsmn/kernel|norm[12]/(scale|bias))", P()),
-  (r"encoders/sanm/after_norm/(scale|bias)", P()),
-  (rf"encoders/whisper/{_LAYER}/(attention/[qkv]|mlp/up)/kernel", P(None, TENSOR)),
-  (rf"encoders/whisper/{_LAYER}/(attention/[qkv]|mlp/up)/bias", P(TENSOR)),
-  (rf"encoders/whisper/{_LAYER}/(attention/out|mlp/down)/kernel", P(TENSOR, None)),
-  (rf"encoders/whisper/{_LAYER}/((attention/out|mlp/down)/bias|\w+_norm/(scale|bias))", P()),
-  (r"encoders/whisper/(conv[12]/(kernel|bias)|positions|final_norm/(scale|bias))", P()),
-  (rf"encoders/beats/{_LAYER}/(attention/[qkv]|up)/kernel", P(None, TENSOR)),
-  (rf"encoders/beats/{_LAYER}/(attention/[qkv]|up)/bias", P(TENSOR)),
-  (rf"encoders/beats/{_LAYER}/(attention/out|down)/kernel", P(TENSOR, None)),
-  (rf"encoders/beats/{_LAYER}/((attention/out|down)/bias|\w+_norm/(scale|bias))", P()),
-  (rf"encoders/beats/({_LAYER}/attention/gate|patch|position|input|relative).*", P()),
-  (r"encoder_norms/\w+/(scale|bias)", P()),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/[qkv]|feed_forward/up)/kernel", P(None, TENSOR)),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/[qkv]|feed_forward/up)/bias", P(TENSOR)),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/out|feed_forward/down)/kernel", P(TENSOR, None)),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/out|feed_forward/down)/bias", P()),
-  (rf"connector/(queries|project/.*|qformer/({_LAYER}/\w+_)?norm/(scale|bias))", P()),
-  (r"connector/linear1/kernel", P(None, TENSOR)),
-  (r"connector/linear1/bias", P(TENSOR)),
-  (r"connector/linear2/kernel", P(TENSOR, None)),
-  (r"connector/linear2/bias", P()),
-  (r"decoder/embed/embedding", P(TENSOR, FSDP)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel", P(FSDP, TENSOR)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/bias", P(TENSOR)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_a", P(FSDP, None)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, TENSOR)),
-  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/kernel", P(TENSOR, FSDP)),
-  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/lora_a", P(TENSOR, None)),
-  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/lora_b", P(None, FSDP)),
-  (rf"decoder/({_LAYER}/(input_norm|mlp_norm)|final_norm)/scale", P()),
-  (r"decoder/head/kernel", P(FSDP, TENSOR)),
-)
+def sharding_rules() -> tuple[tuple[str, P], ...]:
+  """(pattern of a whole path, spec of the trailing axes) for the parameters of all parts.
+
+  Encoders and connectors are small beside the LLM (0.3 GB in bf16) and stay whole on the fsdp axis.
+  Split, they cost more than they save: XLA then keeps the parts of the weights where they are and
+  sends every row's activations round instead.
+  """
+  parts = [(f"encoders/{encoder.kind}", encoder.SHARDING) for encoder in encoders.KINDS]
+  parts += [("connector", connector.SHARDING) for connector in connectors.KINDS]
+  parts += [("decoder", decoder.SHARDING) for decoder in decoders.KINDS]
+  rules = [(f"{path}/({below})", spec) for path, table in parts for below, spec in table]
+  return ("frontend/.*", P()), (r"encoder_norms/\w+/(scale|bias)", P()), *rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +91,8 @@ def param_shardings(
   Args:
     mesh: from `make_mesh`.
     params: nested dict of arrays or `ShapeDtypeStruct`s, stacked or not, whole or a part of it.
-    rules: further (pattern, spec of the trailing axes), tried before `RULES`; each must be used.
+    rules: further (pattern, spec of the trailing axes), tried before those of the parts; each must
+      be used.
     fsdp_min_size: leaves with fewer elements (in one layer) are not split over fsdp; default:
       FSDP_MIN_SIZE.
 
@@ -136,7 +103,8 @@ def param_shardings(
     ValueError: if a path has no rule, a rule of the caller's decides no path, or an axis of a leaf
       does not divide by the mesh axes that split it (nothing is replicated instead).
   """
-  specs = tree.first_match((*rules, *RULES), params, optional=[pattern for pattern, _ in RULES])
+  own = sharding_rules()
+  specs = tree.first_match((*rules, *own), params, optional=[pattern for pattern, _ in own])
   leaves = tree.flatten(params)
   least = FSDP_MIN_SIZE if fsdp_min_size is None else fsdp_min_size
   return tree.unflatten(
