@@ -25,7 +25,7 @@ from mooer_jax.prompts import TASKS, TEMPLATES
 
 def part_kinds() -> dict[str, Any]:
   """The config class of each kind of encoder, connector and decoder, by its name."""
-  kinds = (*encoders.KINDS, *connectors.KINDS, *decoders.KINDS)
+  kinds: tuple[Any, ...] = (*encoders.KINDS, *connectors.KINDS, *decoders.KINDS)
   return {kind.kind: kind for kind in kinds}
 
 
@@ -228,7 +228,7 @@ def from_json(fields: Mapping[str, Any], compute: ExecutionConfig | None = None)
 
 def run_fields(config: SpeechLLMConfig) -> set[str]:
   """Paths in config.json that may differ between a checkpoint and a run that starts from it."""
-  parts = {"": config, "connector/": config.connector, "decoder/": config.decoder}
+  parts: dict[str, Any] = {"": config, "connector/": config.connector, "decoder/": config.decoder}
   parts |= {f"encoders/{n}/": part for n, part in enumerate(config.encoders)}
   parts |= {f"frontends/{n}/": part for n, part in enumerate(config.frontends)}
   return {f"{path}{field}" for path, part in parts.items() for field in part.RUN_FIELDS}

@@ -120,7 +120,7 @@ def encode(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: dict | 
 
 def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: dict | None = None):
   """Frames of each encoder: {kind: ([B, T, D], valid [B, T])}."""
-  streams = {}
+  streams: dict[str, Any] = {}
   for number, (encoder, frontend) in enumerate(zip(config.encoders, config.frontends, strict=True)):
     name = encoder.kind
     features, frames_B = jnp.asarray(batch.features[number]), jnp.asarray(batch.frames[number])

@@ -1,6 +1,6 @@
-"""Waveform to encoder features: Kaldi fbank and low frame rate, or Whisper's log-mel.
+"""Front ends, from waveforms to encoder features. A new one is one file and one entry in KINDS.
 
-Normalisation (CMVN) is not here: it is the encoder's first step.
+Normalization (CMVN) is part of the model, as its values are parameters.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ from mooer_jax.audio.logmel import LogMelConfig
 
 
 def num_stacks(frames, stride: int):
-  """Steps that `stack_frames` makes of so many frames: ceil(frames / stride); ints or arrays."""
+  """Number of frames from `stack_frames`: ceil(frames / stride); for ints or arrays."""
   return -(-frames // stride)
 
 
 def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> np.ndarray:
-  """Joins neighbouring frames so that the encoder takes fewer, wider steps.
+  """Stack neighbouring frames to get fewer and wider ones.
 
   Args:
     fbank_TF: float32 [T, F], log-mel energies, one frame every 10 ms.
-    window: frames joined in one output (MooER: 7).
+    window: number of frames in an output (MooER: 7).
     stride: input frames from one output to the next (MooER: 6, so 60 ms).
 
   Returns:
-    float32 [ceil(T / stride), window * F]; (window - 1) // 2 copies of frame 0 pad the left edge,
-    copies of the last frame fill the right.
+    float32 [ceil(T / stride), window * F]. The left edge is padded with (window - 1) // 2 copies of
+    frame 0, the right edge with copies of the last frame.
 
   Raises:
     ValueError: if T is 0 or window < stride.
@@ -49,17 +49,16 @@ def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> n
 def stack_frames_jax(
   fbank_BTF: jax.Array, frames_B: jax.Array, *, window: int = 7, stride: int = 6
 ) -> tuple[jax.Array, jax.Array]:
-  """As `stack_frames` for each row of a padded batch; for use inside `jit`.
+  """`stack_frames` for each row of a padded batch, for use inside `jit`.
 
   Args:
-    fbank_BTF: float32 [B, T, F]; what stands behind a row's frames does not matter.
-    frames_B: int32 [B], valid frames of each row, at most T; 0 gives a row of no steps.
-    window: frames joined in one output.
-    stride: input frames from one output to the next.
+    fbank_BTF: float32 [B, T, F]; frames after a row's end are ignored.
+    frames_B: int32 [B], valid frames of each row, at most T.
+    window, stride: as for `stack_frames`.
 
   Returns:
-    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 behind a row's steps. Valid steps are
-      copies of the input, equal to `stack_frames` of the row alone to the last bit.
+    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 after a row's end, else equal to
+      `stack_frames` of the row.
     steps_B: int32 [B], ceil(frames / stride).
 
   Raises:
@@ -73,7 +72,7 @@ def stack_frames_jax(
   if not steps:
     return jnp.zeros((batch, 0, window * bins), fbank_BTF.dtype), steps_B
 
-  # Only the last frame is gathered; the rest are slices, for accelerators gather slowly.
+  # Slices instead of a gather, which is slow on accelerators.
   last_B11 = jnp.maximum(frames_B - 1, 0)[:, None, None]
   last_B1F = jnp.take_along_axis(fbank_BTF, last_B11, axis=1)
   valid_BT1 = jnp.arange(frames)[:, None] < frames_B[:, None, None]
@@ -99,8 +98,8 @@ def stack_frames_jax(
 def _check(window: int, stride: int) -> None:
   if stride < 1 or window < stride:
     raise ValueError(
-      f"lfr window is {window}, stride {stride}; needed 1 <= stride <= window, "
-      "or frames would be lost"
+      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window, or frames would be"
+      " lost"
     )
 
 
@@ -170,18 +169,14 @@ class FrontendConfig:
   """
 
   kind: ClassVar[str] = "fbank"
-  RUN_FIELDS: ClassVar = ()
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ()
   normalised: ClassVar[bool] = True
   fbank: FbankConfig = FbankConfig()
   lfr_window: int = 7
   lfr_stride: int = 6
 
   def __post_init__(self):
-    if not 1 <= self.lfr_stride <= self.lfr_window:
-      raise ValueError(
-        f"frontend lfr_window={self.lfr_window}, lfr_stride={self.lfr_stride}; "
-        "needed 1 <= stride <= window, or frames would be lost"
-      )
+    _check(self.lfr_window, self.lfr_stride)
 
   @property
   def sample_rate_hz(self) -> int:
@@ -198,8 +193,8 @@ class FrontendConfig:
     fbank_TF = fbank(waveform_N, self.fbank)
     if not len(fbank_TF):
       raise AudioError(
-        f"{name}: {len(waveform_N)} samples; at least {self.fbank.frame_length} "
-        f"({self.fbank.frame_ms:g} ms at {self.fbank.sample_rate_hz} Hz) are needed",
+        f"{name}: {len(waveform_N)} samples; must be at least {self.fbank.frame_length}"
+        f" ({self.fbank.frame_ms:g} ms at {self.fbank.sample_rate_hz} Hz)",
         "too short",
       )
     return stack_frames(fbank_TF, window=self.lfr_window, stride=self.lfr_stride)

@@ -9,7 +9,7 @@ import jax
 from einops import rearrange, reduce
 
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.nn.layers import Dense, check_sizes, split_inputs, split_outputs
+from mooer_jax.nn.layers import Dense, check_sizes, dense_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class LinearConfig:
   kind: ClassVar[str] = "linear"
   RENAMED: ClassVar = {"hidden_width": "hidden_size"}
   SIZES: ClassVar[Mapping[str, "LinearConfig"]]
-  RUN_FIELDS: ClassVar = ()
-  SHARDING: ClassVar = (*split_outputs("linear1"), *split_inputs("linear2"))
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ()
+  SHARDING: ClassVar = dense_sharding(outputs="linear1", inputs="linear2")
   stack: int = 2
   hidden_size: int = 2048
 

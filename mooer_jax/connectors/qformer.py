@@ -10,19 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import (
-  Dense,
-  FeedForward,
-  LayerNorm,
-  check_sizes,
-  gelu,
-  split_inputs,
-  split_outputs,
-)
+from mooer_jax.nn.layers import Dense, FeedForward, LayerNorm, check_sizes, dense_sharding, gelu
 
 # BERT's initializer of kernels and queries.
 _INIT = nn.initializers.normal(0.02)
@@ -44,11 +35,11 @@ class QFormerConfig:
   kind: ClassVar[str] = "qformer"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   SIZES: ClassVar[Mapping[str, "QFormerConfig"]]
-  RUN_FIELDS: ClassVar = ("dropout",)
-  SHARDING: ClassVar = (
-    *split_outputs(rf"qformer/{LAYER}/(\w*attention/[qkv]|feed_forward/up)"),
-    *split_inputs(rf"qformer/{LAYER}/(\w*attention/out|feed_forward/down)"),
-    (rf"queries|project/.*|qformer/({LAYER}/\w+_)?norm/(scale|bias)", P()),
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"qformer/{LAYER}/(\w*attention/[qkv]|feed_forward/up)",
+    inputs=rf"qformer/{LAYER}/(\w*attention/out|feed_forward/down)",
+    whole=rf"queries|project/.*|qformer/({LAYER}/\w+_)?norm/(scale|bias)",
   )
   window: int = 17
   stride: int = 17

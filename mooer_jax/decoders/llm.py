@@ -1,4 +1,4 @@
-"""The language model: LLaMA's layout with Qwen2's options, LoRA and an explicit KV cache."""
+"""The language model: LLaMA and Qwen2, with LoRA and an explicit KV cache."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from mooer_jax.nn.positions import rope_angles, rotate
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of every layer, in slots that fill from the left.
+  """Keys and values of all layers, in slots that are filled from the left.
 
   Attributes:
-    layers: one (keys, values) pair a layer, each [B, S, K, C], S slots.
-    valid_BS: bool, True where a filled slot may be attended to.
-    filled: int32 scalar, slots filled so far, the same for all rows.
-    positions_B: int32, rotary position of each row's next token.
+    layers: (keys, values) of each layer, each [B, S, K, C] with S slots.
+    valid_BS: bool, True for filled slots that may be attended to.
+    filled: int32 scalar, number of filled slots, the same for all rows.
+    positions_B: int32, rotary position of the next token of each row.
   """
 
   layers: tuple[tuple[jax.Array, jax.Array], ...]
@@ -35,18 +35,18 @@ class KVCache:
   positions_B: jax.Array
 
   def grow(self, slots: int) -> "KVCache":
-    """The same with room for `slots` more; a prompt read before it attends to no empty slots."""
+    """Append empty slots, for tokens after the prompt."""
 
-    def longer(x):
+    def pad(x):
       return jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)])
 
     return self.replace(  # type: ignore[attr-defined]
-      layers=jax.tree.map(longer, self.layers), valid_BS=longer(self.valid_BS)
+      layers=jax.tree.map(pad, self.layers), valid_BS=pad(self.valid_BS)
     )
 
 
 def write(slots_BSKC: jax.Array, new_BTKC: jax.Array, filled: jax.Array) -> jax.Array:
-  """Writes T new entries behind the filled slots; XLA does it in place inside a loop."""
+  """Write T new entries after the filled slots; XLA does it in place inside a loop."""
   return jax.lax.dynamic_update_slice_in_dim(
     slots_BSKC, new_BTKC.astype(slots_BSKC.dtype), filled, axis=1
   )
@@ -61,8 +61,8 @@ class LLMConfig:
 
   Attributes:
     qkv_bias: Qwen2 has a bias on q, k and v, LLaMA has none.
-    tie_word_embeddings: logits from the embedding table instead of a head of their own.
-    lora_rank: 0 for none; lora_alpha / lora_rank is the scale that training uses.
+    tie_word_embeddings: use the embedding table as the output head.
+    lora_rank: rank of LoRA, 0 for none; lora_alpha / lora_rank is the scale in training.
   """
 
   kind: ClassVar[str] = "llm"
@@ -74,7 +74,7 @@ class LLMConfig:
     "tied": "tie_word_embeddings",
   }
   SIZES: ClassVar[Mapping[str, "LLMConfig"]]
-  RUN_FIELDS: ClassVar = ("lora_dropout",)
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("lora_dropout",)
   SHARDING: ClassVar = (
     ("embed/embedding", P(TENSOR, FSDP)),
     (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel", P(FSDP, TENSOR)),
@@ -112,7 +112,7 @@ class LLMConfig:
         f" llm.lora_dropout={self.lora_dropout} in [0, 1)"
       )
     if self.head_dim % 2:
-      raise ValueError(f"llm.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+      raise ValueError(f"llm.head_dim={self.head_dim} must be even, because RoPE rotates pairs")
     if unknown := set(self.lora_targets) - set(LORA_TARGETS):
       raise ValueError(f"llm.lora_targets: unknown {sorted(unknown)}; choose from {LORA_TARGETS}")
 
@@ -175,12 +175,12 @@ LLMConfig.SIZES = {
 
 
 class Placement(NamedTuple):
-  """Where new inputs stand if they do not simply follow one another, as beams of one prompt.
+  """Positions and mask of inputs that are not consecutive tokens, such as beams of one prompt.
 
   Attributes:
     positions_BS: int32, rotary positions of the new inputs.
-    attention_mask_BST: bool [B, S, slots of the cache], True where an input may see a slot, its own
-      included (input s goes into slot filled + s).
+    attention_mask_BST: bool [B, S, slots of the cache], True where an input may attend to a slot;
+      input s is in slot filled + s.
   """
 
   positions_BS: jax.Array
@@ -188,7 +188,7 @@ class Placement(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What every layer sees besides its input."""
+  """Inputs that are the same for all layers."""
 
   angles_BSC: jax.Array
   valid_BS: jax.Array
@@ -283,7 +283,7 @@ def _to_vocab(hidden_BSD, table_DV):
 
 
 class Head(nn.Module):
-  """Hidden states to float32 logits, for models that do not tie them to the embedding."""
+  """Output head of models whose embeddings are not tied: hidden states to float32 logits."""
 
   vocab_size: int
 
@@ -297,8 +297,8 @@ class Head(nn.Module):
 class LLM(nn.Module):
   """Decoder-only transformer over embeddings; a pure function of (params, inputs, cache).
 
-  Rows may hold invalid slots anywhere: they are never attended to and take no position, so a
-  padded batch gives every row the result it has alone.
+  Rows may contain invalid slots anywhere. These are not attended to and have no position, so the
+  result of a row does not depend on padding.
 
   Source: LLaMA (Touvron et al., 2023); Qwen2 (Yang et al., 2024).
   """
@@ -308,8 +308,8 @@ class LLM(nn.Module):
 
   def setup(self):
     c = self.config
-    # From scratch, a spread that shrinks with the size: the usual 0.02 leaves small models at the
-    # level of guessing for hundreds of updates.
+    # With the usual 0.02, small models trained from scratch stay at chance level for hundreds of
+    # steps.
     spread = nn.initializers.normal(c.hidden_size**-0.5)
     self.embed = nn.Embed(
       c.vocab_size, c.hidden_size, dtype=self.compute.jnp_dtype, embedding_init=spread
@@ -327,15 +327,15 @@ class LLM(nn.Module):
     lora_scale: jax.Array | float | None = None,
     placement: Placement | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Runs the layers over new inputs, after what the cache holds.
+    """Run the layers over new inputs that follow those in the cache.
 
     Args:
       inputs_BSD: embeddings of the new slots.
-      valid_BS: bool, True for the new slots that hold a token.
-      cache: what went before, or None; the caller sees to it that S new slots fit.
-      lora_scale: scalar or [B]; None is the scale of training, alpha / rank.
-      placement: for inputs that are not the next ones of their row in order; the cache's own
-        count of positions then stays as it is.
+      valid_BS: bool, True for new slots with a token.
+      cache: previous keys and values, or None; must have S empty slots.
+      lora_scale: scalar or [B]; default: the scale of training, alpha / rank.
+      placement: positions and mask of inputs that are not consecutive; the position of the cache
+        does not change then.
 
     Returns:
       (hidden [B, S, D] after the final norm, the cache with the new slots, or None).
@@ -344,39 +344,39 @@ class LLM(nn.Module):
     scale = c.lora_scale if lora_scale is None else lora_scale
     counts_BS = jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32)
     filled: Any = 0
-    seen_BS, before_B1 = valid_BS, jnp.zeros((valid_BS.shape[0], 1), jnp.int32)
+    cached_valid_BS, start_B1 = valid_BS, jnp.zeros((valid_BS.shape[0], 1), jnp.int32)
     if cache is not None:
-      filled, before_B1 = cache.filled, cache.positions_B[:, None]
-      seen_BS = write(cache.valid_BS, valid_BS, filled)
-    after_B1, attention_mask_BST = before_B1 + counts_BS[:, -1:], None
-    positions_BS = jnp.maximum(before_B1 + counts_BS - 1, 0)
+      filled, start_B1 = cache.filled, cache.positions_B[:, None]
+      cached_valid_BS = write(cache.valid_BS, valid_BS, filled)
+    end_B1, attention_mask_BST = start_B1 + counts_BS[:, -1:], None
+    positions_BS = jnp.maximum(start_B1 + counts_BS - 1, 0)
     if placement is not None:
-      after_B1, (positions_BS, attention_mask_BST) = before_B1, placement
+      end_B1, (positions_BS, attention_mask_BST) = start_B1, placement
     angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
-    context = Context(angles_BSC, seen_BS, filled, scale, attention_mask_BST)
+    context = Context(angles_BSC, cached_valid_BS, filled, scale, attention_mask_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
     x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
     if cache is not None:
       cache = KVCache(
         layers=layers,
-        valid_BS=seen_BS,
+        valid_BS=cached_valid_BS,
         filled=filled + inputs_BSD.shape[1],
-        positions_B=after_B1[:, 0],
+        positions_B=end_B1[:, 0],
       )
     return self.final_norm(x_BSD), cache
 
   def embed_tokens(self, tokens_BS: jax.Array) -> jax.Array:
-    """Embeddings [B, S, D]; ids below 0 (padding) take row 0, mask them."""
+    """Embeddings [B, S, D]; those of negative ids (padding) must be masked."""
     return self.embed(jnp.maximum(tokens_BS, 0))
 
   def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-    """Float32 [B, S, V]; call it only where logits are needed."""
+    """Logits, float32 [B, S, V]."""
     if self.config.tie_word_embeddings:
       return _to_vocab(hidden_BSD, self.embed.embedding.T)
     return self.head(hidden_BSD)
 
   def init_all_params(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
-    """Touches every parameter once; `init` runs it."""
+    """Use every parameter, for `init`."""
     tokens_B1 = jnp.zeros((inputs_BSD.shape[0], 1), jnp.int32)
     hidden_BSD, _ = self(inputs_BSD + self.embed_tokens(tokens_B1), valid_BS)
     return self.logits(hidden_BSD)

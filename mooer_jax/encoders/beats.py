@@ -10,21 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce, repeat
-from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import (
-  Dense,
-  LayerNorm,
-  check_sizes,
-  gelu,
-  split_inputs,
-  split_outputs,
-)
+from mooer_jax.nn.layers import Dense, LayerNorm, check_sizes, dense_sharding, gelu
 
 # Each of the two gates of a query is a sum of this number of outputs of a linear layer.
 _GATE_TERMS = 4
@@ -49,13 +41,12 @@ class BEATsConfig:
   kind: ClassVar[str] = "beats"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   SIZES: ClassVar[Mapping[str, "BEATsConfig"]]
-  RUN_FIELDS: ClassVar = ("dropout",)
-  SHARDING: ClassVar = (
-    *split_outputs(rf"{LAYER}/(attention/[qkv]|up)"),
-    *split_inputs(rf"{LAYER}/(attention/out|down)"),
-    (rf"{LAYER}/(\w+_norm|attention/gate)/.*|(patch|position|input|relative).*", P()),
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"{LAYER}/(attention/[qkv]|up)",
+    inputs=rf"{LAYER}/(attention/out|down)",
+    whole=rf"{LAYER}/(\w+_norm|attention/gate)/.*|(patch|position|input|relative).*",
   )
-  max_frames: ClassVar[int | None] = None  # any number
   input_width: int = 128
   hidden_size: int = 768
   layers: int = 12
@@ -86,6 +77,10 @@ class BEATsConfig:
   def bands(self) -> int:
     """Number of patches on the frequency axis: tokens for `patch` frames."""
     return self.input_width // self.patch
+
+  @property
+  def max_frames(self) -> None:
+    return None
 
   def num_outputs(self, frames: int) -> int:
     return frames // self.patch * self.bands

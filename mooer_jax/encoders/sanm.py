@@ -8,19 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import (
-  Dense,
-  FeedForward,
-  LayerNorm,
-  check_sizes,
-  split_inputs,
-  split_outputs,
-)
+from mooer_jax.nn.layers import Dense, FeedForward, LayerNorm, check_sizes, dense_sharding
 from mooer_jax.nn.positions import sinusoids
 
 _LAYER = f"(first_layer|{LAYER})"
@@ -33,13 +25,12 @@ class SANMConfig:
   kind: ClassVar[str] = "sanm"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   SIZES: ClassVar[Mapping[str, "SANMConfig"]]
-  RUN_FIELDS: ClassVar = ("dropout",)
-  SHARDING: ClassVar = (
-    *split_outputs(rf"{_LAYER}/(attention/qkv|feed_forward/up)"),
-    *split_inputs(rf"{_LAYER}/(attention/out|feed_forward/down)"),
-    (rf"({_LAYER}/norm[12]|after_norm)/(scale|bias)|{_LAYER}/attention/fsmn/kernel", P()),
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"{_LAYER}/(attention/qkv|feed_forward/up)",
+    inputs=rf"{_LAYER}/(attention/out|feed_forward/down)",
+    whole=rf"({_LAYER}/norm[12]|after_norm)/(scale|bias)|{_LAYER}/attention/fsmn/kernel",
   )
-  max_frames: ClassVar[int | None] = None  # any number
   input_width: int = 560
   hidden_size: int = 512
   layers: int = 50
@@ -60,6 +51,10 @@ class SANMConfig:
       raise ValueError(f"sanm.memory_kernel={self.memory_kernel} must be odd and positive")
     if self.layers < 2:
       raise ValueError(f"sanm.layers={self.layers} must be at least 2")
+
+  @property
+  def max_frames(self) -> None:
+    return None
 
   def num_outputs(self, frames: int) -> int:
     return frames

@@ -2,27 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
-from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
 from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import (
-  Dense,
-  FeedForward,
-  LayerNorm,
-  check_sizes,
-  gelu,
-  split_inputs,
-  split_outputs,
-)
+from mooer_jax.nn.layers import Dense, FeedForward, LayerNorm, check_sizes, dense_sharding, gelu
 from mooer_jax.nn.positions import sinusoids
 
 # Feature frames per output: the stride of the second convolution.
@@ -46,11 +37,11 @@ class WhisperConfig:
   kind: ClassVar[str] = "whisper"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   SIZES: ClassVar[Mapping[str, "WhisperConfig"]]
-  RUN_FIELDS: ClassVar = ("context", "trim", "dropout")
-  SHARDING: ClassVar = (
-    *split_outputs(rf"{LAYER}/(attention/[qkv]|mlp/up)"),
-    *split_inputs(rf"{LAYER}/(attention/out|mlp/down)"),
-    (rf"conv[12]/(kernel|bias)|positions|({LAYER}/\w+|final)_norm/(scale|bias)", P()),
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("context", "trim", "dropout")
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"{LAYER}/(attention/[qkv]|mlp/up)",
+    inputs=rf"{LAYER}/(attention/out|mlp/down)",
+    whole=rf"conv[12]/(kernel|bias)|positions|({LAYER}/\w+|final)_norm/(scale|bias)",
   )
   input_width: int = 80
   hidden_size: int = 384
@@ -90,9 +81,14 @@ class WhisperConfig:
     return WhisperEncoder(self, compute)
 
   @classmethod
-  def published(cls, hidden_size: int, layers: int, **changes) -> "WhisperConfig":
-    sizes = dict(heads=hidden_size // 64, intermediate_size=4 * hidden_size)
-    return cls(hidden_size=hidden_size, layers=layers, **sizes, **changes)
+  def published(cls, hidden_size: int, layers: int, **changes: Any) -> "WhisperConfig":
+    return cls(
+      hidden_size=hidden_size,
+      layers=layers,
+      heads=hidden_size // 64,
+      intermediate_size=4 * hidden_size,
+      **changes,
+    )
 
 
 WhisperConfig.SIZES = {

@@ -104,14 +104,21 @@ LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 RMSNorm = nn.RMSNorm
 
 
-def split_outputs(pattern: str) -> ShardingRules:
-  """Rules of dense layers whose outputs are split over `tensor`: the first of a Megatron pair."""
-  return (f"{pattern}/kernel", P(None, TENSOR)), (f"{pattern}/bias", P(TENSOR))
+def dense_sharding(*, outputs: str, inputs: str, whole: str | None = None) -> ShardingRules:
+  """Sharding rules of pairs of dense layers, as in Megatron.
 
-
-def split_inputs(pattern: str) -> ShardingRules:
-  """Rules of dense layers whose inputs are split over `tensor`: the second of a Megatron pair."""
-  return (f"{pattern}/kernel", P(TENSOR, None)), (f"{pattern}/bias", P())
+  Args:
+    outputs: paths of the layers that split their outputs over `tensor`.
+    inputs: paths of the layers that follow, and split their inputs.
+    whole: paths of other leaves, which are replicated.
+  """
+  rules = (
+    (f"({outputs})/kernel", P(None, TENSOR)),
+    (f"({outputs})/bias", P(TENSOR)),
+    (f"({inputs})/kernel", P(TENSOR, None)),
+    (f"({inputs})/bias", P()),
+  )
+  return rules if whole is None else (*rules, (whole, P()))
 
 
 def check_sizes(config: Any, *positive: str, divisible: Mapping[str, str] = {}) -> None:

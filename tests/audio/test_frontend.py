@@ -175,7 +175,7 @@ def test_no_frames_are_refused():
 
 @pytest.mark.parametrize(("window", "stride"), [(3, 4), (7, 0)])
 def test_stacking_that_would_lose_frames_is_refused(window, stride):
-  with pytest.raises(ValueError, match=f"window is {window}, stride {stride}"):
+  with pytest.raises(ValueError, match=f"lfr_window={window}, lfr_stride={stride}"):
     stack_frames(frames(10), window=window, stride=stride)
-  with pytest.raises(ValueError, match=f"window is {window}, stride {stride}"):
+  with pytest.raises(ValueError, match=f"lfr_window={window}, lfr_stride={stride}"):
     stack_frames_jax(frames(10)[None], np.array([10]), window=window, stride=stride)

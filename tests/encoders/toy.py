@@ -10,17 +10,17 @@ import jax
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.nn.layers import Dense, split_outputs
+from mooer_jax.nn.layers import Dense, dense_sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
-  """One dense layer on pairs of frames."""
+  """Two dense layers on every second frame."""
 
   kind: ClassVar[str] = "toy"
   SIZES: ClassVar[Mapping[str, "ToyConfig"]]
-  RUN_FIELDS: ClassVar = ("gain",)
-  SHARDING: ClassVar = split_outputs("dense")
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("gain",)
+  SHARDING: ClassVar = dense_sharding(outputs="up", inputs="down")
   max_frames: ClassVar[int | None] = None
   input_width: int = 56
   hidden_size: int = 24
@@ -46,5 +46,7 @@ class ToyEncoder(nn.Module):
   @nn.compact
   def __call__(self, features_BTF: jax.Array, valid_BT: jax.Array):
     c, pairs = self.config, features_BTF.shape[1] // 2 * 2
-    dense = Dense(c.hidden_size, use_bias=True, dtype=self.compute.jnp_dtype, name="dense")
-    return c.gain * dense(features_BTF[:, 1:pairs:2]), valid_BT[:, 1:pairs:2]
+    up = Dense(32, use_bias=True, dtype=self.compute.jnp_dtype, name="up")
+    down = Dense(c.hidden_size, use_bias=True, dtype=self.compute.jnp_dtype, name="down")
+    hidden_BTM = jax.nn.relu(up(features_BTF[:, 1:pairs:2]))
+    return c.gain * down(hidden_BTM), valid_BT[:, 1:pairs:2]

@@ -23,8 +23,10 @@ TOKENS = ("<|transcribe|>", "<|end|>")  # of configs/tiny.py
 LEAVES = {
   "frontend/toy/shift": (56,),
   "frontend/toy/scale": (56,),
-  "encoders/toy/dense/kernel": (56, 48),
-  "encoders/toy/dense/bias": (48,),
+  "encoders/toy/up/kernel": (56, 32),
+  "encoders/toy/up/bias": (32,),
+  "encoders/toy/down/kernel": (32, 48),
+  "encoders/toy/down/bias": (48,),
 }
 
 
