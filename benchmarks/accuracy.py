@@ -25,7 +25,7 @@ from convert.verify.report import print_report
 from convert.verify.run import verify
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import FrontendConfig, features
+from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.checkpoint import load
 from mooer_jax.config import part_from_json
 from mooer_jax.connectors.linear import LinearConfig
@@ -80,8 +80,8 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
   module = sanm_encoder(
     {
       "input_size": config.input_width,
-      "output_size": config.width,
-      "linear_units": config.mlp_width,
+      "output_size": config.hidden_size,
+      "linear_units": config.intermediate_size,
       "num_blocks": config.layers,
       "kernel_size": config.memory_kernel,
     }
@@ -90,7 +90,7 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
   frontend = FrontendConfig()
   heard_TF = np.concatenate(
     [
-      features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz), frontend)
+      frontend.features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz))
       for file in audio
     ]
   )
@@ -99,9 +99,9 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
 
 def _adapter(llm: Path) -> dict[str, torch.Tensor]:
   about = load(llm, dtype="float32")
-  width = part_from_json(about.config["decoder"], "decoder").width
+  width = part_from_json(about.config["decoder"], "decoder").hidden_size
   spread = float(np.asarray(about.params["decoder"]["embed"]["embedding"]).std())
-  joined, hidden = LinearConfig().stack * SANMConfig.width, LinearConfig.hidden_width
+  joined, hidden = LinearConfig().stack * SANMConfig.hidden_size, LinearConfig.hidden_size
   torch.manual_seed(1)
   # He's scale keeps a normed input at a spread of about 1 up to the last layer.
   return {

@@ -15,6 +15,7 @@ A folder is written beside its place as `.tmp-NAME` and renamed when it is compl
 has its name is whole. With several processes, all call `save` and `load` on a shared file system.
 """
 
+# ruff: noqa: F401  (the names are the interface of the package)
 from mooer_jax.checkpoint.leaves import CheckpointError, Lazy, SaveError
 from mooer_jax.checkpoint.reading import (
   Checkpoint,
@@ -37,27 +38,3 @@ from mooer_jax.checkpoint.steps import (
   step_of,
 )
 from mooer_jax.checkpoint.writing import put_in_place, save
-
-__all__ = [
-  "Checkpoint",
-  "CheckpointError",
-  "Lazy",
-  "SaveError",
-  "all_steps",
-  "check_leaves",
-  "describe",
-  "find",
-  "find_damage",
-  "has_base",
-  "keep_for",
-  "keep_last",
-  "latest",
-  "load",
-  "load_train_state",
-  "put_in_place",
-  "read_leaves",
-  "save",
-  "step_folder",
-  "step_of",
-  "verify",
-]

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError, load_audio
-from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.shards import SPACE, RawUtterance, Skip
 from mooer_jax.prompts import (
   QUESTION,
-  check_goes_on,
+  check_prompt_suffix,
   encode_prompt,
   fill_template,
   read_prompts,
@@ -58,9 +57,9 @@ class Asker:
       task_prompt(config.task, own)  # or the error says what the model knows
     self.tasks = (config.task,) if config.task else tuple(own)
     self._fixed, self._longest = config.task, config.prompt_tokens
-    self._tokenizer, self._template, self._seed = tokenizer, model.template, config.seed
+    self._tokenizer, self._template, self._seed = tokenizer, model.chat_template, config.seed
     self._prompts = {task: drawn.get(task, (own[task],)) for task in self.tasks}
-    said = json.dumps([model.template, self._prompts], sort_keys=True)
+    said = json.dumps([model.chat_template, self._prompts], sort_keys=True)
     self.checksum = zlib.crc32(said.encode())
     self._cut: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     self.before = self.after = 0
@@ -74,8 +73,8 @@ class Asker:
           f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
           " prompts with one are padded to"
         )
-      check_goes_on(len(after_S), prompt, model.template)
-      sides = fill_template(model.template, prompt, _MARK if asks else "")
+      check_prompt_suffix(len(after_S), prompt, model.chat_template)
+      sides = fill_template(model.chat_template, prompt, _MARK if asks else "")
       before, after = (
         max(len(tokens_S), config.prompt_tokens) if _MARK in side else len(tokens_S)
         for side, tokens_S in zip(sides, (before_S, after_S), strict=True)
@@ -254,9 +253,9 @@ def hear(
     waveform_N, seconds = _waveform(raw, config, model)
     if problem := _beyond(seconds, config):
       return Skip(problem[0], raw.key, raw.shard, problem[1])
-    if not all(num_frames(len(waveform_N), frontend) for frontend in model.frontends):
+    if not all(frontend.num_frames(len(waveform_N)) for frontend in model.frontends):
       return Skip("too short", raw.key, raw.shard, f"{seconds:.3f} s make no feature")
-    return tuple(features(waveform_N, frontend) for frontend in model.frontends), seconds
+    return tuple(frontend.features(waveform_N) for frontend in model.frontends), seconds
   except AudioError as error:
     return Skip(error.cause, raw.key, raw.shard, str(error))
 

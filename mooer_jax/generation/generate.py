@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.decoders.llm import KVCache, Placement
+from mooer_jax.decoders.llm import Placement
 from mooer_jax.generation import search
 from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import min_new_tokens
@@ -126,14 +126,7 @@ def generate_from(
   # No answer goes on after its last token, but with return_hidden it is read all the same.
   read = S if options.return_hidden else max(S - 1, 1)
   decoder = config.decoder
-  cache = KVCache.create(
-    layers=decoder.layers,
-    batch=rows,
-    slots=prompt_slots,
-    kv_heads=decoder.kv_heads,
-    channels=decoder.head_width,
-    dtype=config.compute.jnp_dtype,
-  )
+  cache = decoder.empty_cache(rows=rows, slots=prompt_slots, dtype=config.compute.jnp_dtype)
   decode = functools.partial(speech_llm.decode, config=config, lora_scale=lora_scale)
 
   def choose(state, hidden_BRD):
@@ -172,7 +165,7 @@ def generate_from(
   cache = cache.grow(read * R)
   read_BYD = None
   if options.return_hidden:
-    read_BYD = jnp.zeros((rows, S * R, decoder.width), hidden_BSD.dtype)
+    read_BYD = jnp.zeros((rows, S * R, decoder.hidden_size), hidden_BSD.dtype)
   state, cache, read_BYD = jax.lax.while_loop(
     lambda carry: search.unfinished(carry[0], options), body, (state, cache, read_BYD)
   )

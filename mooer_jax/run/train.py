@@ -121,7 +121,9 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
       f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
-    train_step = CompiledStep(jitted, state, frozen, dataset.shapes, monitor.message)
+    train_step = CompiledStep(
+      jitted, state=state, frozen=frozen, batches=dataset.shapes, message=monitor.message
+    )
     for evaluator in measuring:
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))

@@ -10,14 +10,13 @@ import jax
 import numpy as np
 
 from mooer_jax.audio.decode import SILENCE
-from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.generation import GenerationConfig, generate
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import (
-  check_goes_on,
+  check_prompt_suffix,
   check_question,
   encode_prompt,
   fill_template,
@@ -56,7 +55,7 @@ class Transcriber:
     self.options = dataclasses.replace(
       options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,)
     )
-    longest = num_frames(round(config.max_audio_s * config.sample_rate_hz), config.frontends[0])
+    longest = config.frontends[0].num_frames(round(config.max_audio_s * config.sample_rate_hz))
     self.buckets = [bucket_lengths(length, config.frontends) for length in _buckets(longest)]
 
   @classmethod
@@ -74,7 +73,7 @@ class Transcriber:
       FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    compute = Compute(dtype=dtype)
+    compute = ExecutionConfig(dtype=dtype)
     return cls(*load_model(path, compute, base_checkpoint=base_checkpoint))
 
   def transcribe(
@@ -130,9 +129,9 @@ class Transcriber:
     if prompt is None:
       prompt = task_prompt(task, prompts)
     check_question(prompt, question, task)
-    template = chat_template or self.config.template
+    template = chat_template or self.config.chat_template
     filled = fill_template(template, prompt, question or "")
-    check_goes_on(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
+    check_prompt_suffix(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
     options = build(
       GenerationConfig, {**dataclasses.asdict(self.options), **generation}, "generation"
     )

@@ -14,14 +14,14 @@ from mooer_jax.connectors.qformer import (
   QFormerAttention,
   QFormerConfig,
   WindowedQFormer,
-  num_tokens,
-  shortest_frames,
 )
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
-SMALL = QFormerConfig(window=5, stride=5, queries=2, width=24, layers=2, heads=3, mlp_width=40)
+SMALL = QFormerConfig(
+  window=5, stride=5, queries=2, hidden_size=24, layers=2, heads=3, intermediate_size=40
+)
 WIDTH, OUT = 16, 10
 LONGEST = 40  # terms of the longest sum, that of the MLP
 EDGES = pytest.mark.parametrize("edge", ["drop", "pad"])
@@ -38,7 +38,7 @@ def make(config=SMALL, frames=21, **compute):
   valid = np.ones((3, frames), bool)
   shapes = jax.eval_shape(WindowedQFormer(config, OUT).init, jax.random.key(0), x_BTD, valid)
   params = tiny.random_params(shapes["params"])
-  connector = WindowedQFormer(config, OUT, Compute(**compute))
+  connector = WindowedQFormer(config, OUT, ExecutionConfig(**compute))
   return connector, tree.stack_layers(params) if connector.compute.scan else params, x_BTD
 
 
@@ -73,14 +73,14 @@ def test_counts_are_those_of_torch(frames, window, data):
   stride = data.draw(st.integers(1, window))
   edge = data.draw(st.sampled_from(["drop", "pad"]))
   config = small(window=window, stride=stride, edge=edge)
-  assert num_tokens(frames, config) == 2 * torch_windows(frames, config)
-  shortest = shortest_frames(config)
-  assert num_tokens(shortest - 1, config) == 0 and num_tokens(shortest, config) == 2
+  assert config.num_tokens(frames) == 2 * torch_windows(frames, config)
+  shortest = config.min_frames
+  assert config.num_tokens(shortest - 1) == 0 and config.num_tokens(shortest) == 2
 
 
 def test_30_seconds_give_88_or_89_tokens():
-  assert num_tokens(1500, QFormerConfig()) == 88
-  assert num_tokens(1500, QFormerConfig(edge="pad")) == 89
+  assert QFormerConfig().num_tokens(1500) == 88
+  assert QFormerConfig(edge="pad").num_tokens(1500) == 89
 
 
 @EDGES
@@ -91,8 +91,8 @@ def test_as_many_tokens_as_counted_valid_as_for_the_clip_alone(edge, stride, fra
   connector, params, x_BTD = make(config, frames)
   for shorter in range(frames + 1):
     tokens, valid = run(connector, params, x_BTD, [frames, shorter, 0])
-    assert tokens.shape == (3, num_tokens(frames, config), OUT)
-    counts = [num_tokens(n, config) for n in (frames, shorter, 0)]
+    assert tokens.shape == (3, config.num_tokens(frames), OUT)
+    counts = [config.num_tokens(n) for n in (frames, shorter, 0)]
     np.testing.assert_array_equal(valid, np.arange(tokens.shape[1]) < np.array(counts)[:, None])
 
 
@@ -223,7 +223,7 @@ def test_dropout_of_attention_weights_keeps_their_mean():
   rng = np.random.default_rng(0)
   x_NQD = rng.normal(size=(1, 2, 24)).astype(np.float32)
   keys_NSE = rng.normal(size=(1, 5, WIDTH)).astype(np.float32)
-  attention = QFormerAttention(config, Compute())
+  attention = QFormerAttention(config, ExecutionConfig())
   params = tiny.random_params(attention.init(jax.random.key(0), x_NQD, keys_NSE)["params"])
 
   def dropped(key):
@@ -246,7 +246,7 @@ def test_the_real_sizes(input_width, count):
   )
   trees = {}
   for scan in (False, True):
-    connector = WindowedQFormer(QFormerConfig(), 5120, Compute(scan=scan))
+    connector = WindowedQFormer(QFormerConfig(), 5120, ExecutionConfig(scan=scan))
     trees[scan] = jax.eval_shape(connector.init, jax.random.key(0), *shapes)["params"]
   assert tree.stack_layers(trees[False]) == trees[True]
   assert sum(leaf.size for leaf in jax.tree.leaves(trees[False])) == count
@@ -260,7 +260,7 @@ def test_bfloat16_is_close_and_takes_bfloat16_params():
   connector, params, x_BTD = make()
   expected, _ = run(connector, params, x_BTD)
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-  tokens, _ = run(WindowedQFormer(SMALL, OUT, Compute(dtype="bfloat16")), rounded, x_BTD)
+  tokens, _ = run(WindowedQFormer(SMALL, OUT, ExecutionConfig(dtype="bfloat16")), rounded, x_BTD)
   assert tokens.dtype == jnp.bfloat16
   # Products of bfloat16 are summed in float32, so one rounding of each input is all.
   bound = rounding(1, sensitivity(connector, params, x_BTD), jnp.bfloat16)
@@ -272,8 +272,8 @@ def test_bfloat16_is_close_and_takes_bfloat16_params():
 @pytest.mark.parametrize(
   "edge, frames, message",
   [
-    ("drop", 4, "window=5 .*edge='drop'.* of 4 encoder frames; 5 are needed.*edge='pad'"),
-    ("pad", 0, "window=5 .*edge='pad'.* of 0 encoder frames; 1 are needed: give longer audio"),
+    ("drop", 4, "window=5 .*edge='drop'.* needs 5 encoder frames, got 4.*edge='pad'"),
+    ("pad", 0, "window=5 .*edge='pad'.* needs 1 encoder frames, got 0: give longer audio"),
   ],
 )
 def test_too_few_frames_for_a_token_are_refused(edge, frames, message):
@@ -287,8 +287,8 @@ def test_too_few_frames_for_a_token_are_refused(edge, frames, message):
   [
     ({"window": 0}, "qformer.window=0 must be positive"),
     ({"queries": -1}, "qformer.queries=-1"),
-    ({"stride": 18}, "qformer.stride=18 .*qformer.window=17 .*at most 17"),
-    ({"heads": 7}, "qformer.width=768 .* qformer.heads=7"),
+    ({"stride": 18}, "qformer.stride=18 must be at most qformer.window=17"),
+    ({"heads": 7}, "qformer.hidden_size=768 .* qformer.heads=7"),
     ({"edge": "keep"}, "qformer.edge='keep': use 'drop' or 'pad'"),
     ({"dropout": 1.0}, "qformer.dropout=1.0"),
   ],

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from mooer_jax import tree
-from mooer_jax.config import DECODERS
-from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig, Placement
-from mooer_jax.nn.compute import Compute
+from mooer_jax.decoders.llm import LLM, LLMConfig, Placement
+from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
@@ -24,9 +23,9 @@ LONGEST = 56  # terms of the longest sum, that of the MLP
 
 def shapes_of(config, **compute):
   """(model, its parameters as shapes)."""
-  model = LLM(config, Compute(**compute))
-  inputs = jnp.zeros((1, 2, config.width)), jnp.ones((1, 2), bool)
-  init = lambda key: model.init(key, *inputs, method=LLM.everything)  # noqa: E731
+  model = LLM(config, ExecutionConfig(**compute))
+  inputs = jnp.zeros((1, 2, config.hidden_size)), jnp.ones((1, 2), bool)
+  init = lambda key: model.init(key, *inputs, method=LLM.init_all_params)  # noqa: E731
   return model, jax.eval_shape(init, jax.random.key(0))["params"]
 
 
@@ -34,8 +33,8 @@ def make(config=tiny.LLM_CONFIG, **compute):
   """(model, random params in its layout, inputs [B, S, D])."""
   _, shapes = shapes_of(config)
   params = tiny.random_params(shapes)
-  model = LLM(config, Compute(**compute))
-  inputs = np.random.default_rng(0).normal(size=(B, S, config.width)).astype(np.float32)
+  model = LLM(config, ExecutionConfig(**compute))
+  inputs = np.random.default_rng(0).normal(size=(B, S, config.hidden_size)).astype(np.float32)
   return model, tree.stack_layers(params) if model.compute.scan else params, inputs
 
 
@@ -62,14 +61,14 @@ def bound():
   [("qwen2_0.5b", 494_032_768), ("qwen2_1.5b", 1_543_714_304), ("qwen2_7b", 7_615_616_512)],
 )
 def test_named_sizes_have_the_published_parameter_counts(name, count):
-  _, shapes = shapes_of(DECODERS[name])
+  _, shapes = shapes_of(LLMConfig.SIZES[name])
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-  _, scanned = shapes_of(DECODERS[name], scan=True)
+  _, scanned = shapes_of(LLMConfig.SIZES[name], scan=True)
   assert tree.stack_layers(shapes) == scanned
 
 
 def test_lora_on_7b_has_161_million_parameters():
-  _, shapes = shapes_of(dataclasses.replace(DECODERS["qwen2_7b"], lora_rank=64), scan=True)
+  _, shapes = shapes_of(dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], lora_rank=64), scan=True)
   lora, frozen = tree.partition(shapes, [".*/lora_[ab]"])
   # Per layer, rank x (in + out): q and o 2 x 7168, k and v 2 x 4096, gate, up and down 3 x 22528.
   assert sum(leaf.size for leaf in jax.tree.leaves(lora)) == 28 * 64 * 90_112
@@ -167,14 +166,7 @@ def test_the_gradient_of_another_model_exceeds_the_bound(change):
 
 
 def create_cache(config, slots, dtype=jnp.float32, batch=B):
-  return KVCache.create(
-    layers=config.layers,
-    batch=batch,
-    slots=slots,
-    kv_heads=config.kv_heads,
-    channels=config.head_width,
-    dtype=dtype,
-  )
+  return config.empty_cache(rows=batch, slots=slots, dtype=dtype)
 
 
 @pytest.mark.parametrize("cuts", [[S], [4, *range(5, S + 1)], [4, 5, 9, 10, S]], ids=str)
@@ -273,7 +265,7 @@ def test_dropout_acts_with_a_key_only(scan, bound):
 
 
 def test_tied_logits_are_products_with_the_embedding():
-  model, params, inputs = make(dataclasses.replace(tiny.LLM_CONFIG, tied=True))
+  model, params, inputs = make(dataclasses.replace(tiny.LLM_CONFIG, tie_word_embeddings=True))
   assert "head" not in params
   logits = model.apply({"params": params}, inputs, method=LLM.logits)
   exact = np.float64(inputs) @ np.float64(params["embed"]["embedding"].T)
@@ -284,9 +276,9 @@ def test_tied_logits_are_products_with_the_embedding():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
-  config = dataclasses.replace(tiny.LLM_CONFIG, tied=tied)
+  config = dataclasses.replace(tiny.LLM_CONFIG, tie_word_embeddings=tied)
   model, params, inputs = make(config)
-  half = LLM(config, Compute(dtype="bfloat16"))
+  half = LLM(config, ExecutionConfig(dtype="bfloat16"))
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
   cache = create_cache(config, S, jnp.bfloat16)
   hidden, cache = apply(half, rounded, inputs, VALID_BS, cache)
@@ -308,7 +300,7 @@ def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
   "values, message",
   [
     ({"heads": 28, "kv_heads": 5}, "llm.heads=28 .* llm.kv_heads=5"),
-    ({"head_width": 7}, "head_width=7 must be even"),
+    ({"head_dim": 7}, "head_dim=7 must be even"),
     ({"lora_targets": ("q", "qkv")}, "unknown .'qkv'.*'gate'"),
   ],
 )
@@ -326,14 +318,14 @@ def test_branches_of_one_row_equal_rows_of_their_own():
   _, cache = apply(model, params, inputs, VALID_BS, cache)
   found = np.zeros(more.shape)
   for step in range(steps):
-    sees_BRT = np.ones((B, branches, S + branches * steps), bool)
+    attention_mask_BRT = np.ones((B, branches, S + branches * steps), bool)
     for branch in range(branches):
       own = [S + branches * past + branch for past in range(step + 1)]
-      sees_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
+      attention_mask_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
     positions_BR = np.repeat(VALID_BS.sum(1)[:, None] + step, branches, axis=1)
     new, valid = more[:, :, step].astype(np.float32), np.ones((B, branches), bool)
     hidden, cache = model.apply(
-      {"params": params}, new, valid, cache, placement=Placement(positions_BR, sees_BRT)
+      {"params": params}, new, valid, cache, placement=Placement(positions_BR, attention_mask_BRT)
     )
     found[:, :, step] = hidden
   assert int(cache.filled) == S + branches * steps

@@ -10,16 +10,23 @@ import pytest
 import torch
 
 from mooer_jax import tree
-from mooer_jax.audio.logmel import LogMelConfig, features
-from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.audio.logmel import LogMelConfig
+from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.nn.positions import sinusoids
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 from tests.parity import torch_models
 
 SMALL = WhisperConfig(
-  input_width=8, width=32, layers=3, heads=4, mlp_width=48, positions=20, context=12, trim=True
+  input_width=8,
+  hidden_size=32,
+  layers=3,
+  heads=4,
+  intermediate_size=48,
+  positions=20,
+  context=12,
+  trim=True,
 )
 FRAMES_B = [22, 7, 1]
 LONGEST = 3 * 32  # terms of the longest sum, that of the second convolution
@@ -31,7 +38,7 @@ def make(config=SMALL, **compute):
   x_BTF = rng.normal(size=(3, 22, config.input_width)).astype(np.float32)
   shapes = jax.eval_shape(WhisperEncoder(config).init, jax.random.key(0), x_BTF, x_BTF[..., 0] > 9)
   params = tiny.random_params(shapes["params"])
-  encoder = WhisperEncoder(config, Compute(**compute))
+  encoder = WhisperEncoder(config, ExecutionConfig(**compute))
   return encoder, tree.stack_layers(params) if encoder.compute.scan else params, x_BTF
 
 
@@ -58,10 +65,10 @@ def original(config, seed=0):
   torch.manual_seed(seed)
   described = TheirConfig(
     num_mel_bins=config.input_width,
-    d_model=config.width,
+    d_model=config.hidden_size,
     encoder_layers=config.layers,
     encoder_attention_heads=config.heads,
-    encoder_ffn_dim=config.mlp_width,
+    encoder_ffn_dim=config.intermediate_size,
     max_source_positions=config.positions,
   )
   module = torch_models.vary_vectors(Theirs(described), seed)
@@ -88,13 +95,13 @@ def shapes(config, *, scan=True):
     jax.ShapeDtypeStruct((1, 8, config.input_width), jnp.float32),
     jax.ShapeDtypeStruct((1, 8), bool),
   )
-  encoder = WhisperEncoder(config, Compute(scan=scan))
+  encoder = WhisperEncoder(config, ExecutionConfig(scan=scan))
   params = jax.eval_shape(encoder.init, jax.random.key(0), *inputs)["params"]
   return params, jax.eval_shape(encoder.apply, {"params": params}, *inputs)
 
 
 def test_stacked_layers_are_the_same_parameters():
-  config = WHISPER_SIZES["whisper_tiny"]
+  config = WhisperConfig.SIZES["whisper_tiny"]
   stacked, (out, valid) = shapes(config)
   assert tree.stack_layers(shapes(config, scan=False)[0]) == stacked
   assert out.shape == (1, 1500, 384) and valid.shape == (1, 1500)
@@ -106,16 +113,16 @@ def test_the_sizes_have_the_parameters_of_the_releases():
 
   counts = {
     name: sum(leaf.size for leaf in jax.tree.leaves(shapes(config)[0]))
-    for name, config in WHISPER_SIZES.items()
+    for name, config in WhisperConfig.SIZES.items()
   }
   assert counts["whisper_tiny"] == 8_208_384 and counts["whisper_large_v3"] == 636_968_960
-  for name, c in WHISPER_SIZES.items():
+  for name, c in WhisperConfig.SIZES.items():
     described = TheirConfig(
       num_mel_bins=c.input_width,
-      d_model=c.width,
+      d_model=c.hidden_size,
       encoder_layers=c.layers,
       encoder_attention_heads=c.heads,
-      encoder_ffn_dim=c.mlp_width,
+      encoder_ffn_dim=c.intermediate_size,
     )
     with torch.device("meta"):
       assert sum(p.numel() for p in Theirs(described).parameters()) == counts[name], name
@@ -144,10 +151,10 @@ def test_outputs_of_tiny_are_those_of_transformers_on_speech(clips):
 
   from mooer_jax.audio.decode import load_audio
 
-  config = WHISPER_SIZES["whisper_tiny"]
+  config = WhisperConfig.SIZES["whisper_tiny"]
   module = original(config)
   waveform_N = load_audio(clips[0].path)
-  x_TF = features(waveform_N, LogMelConfig())
+  x_TF = LogMelConfig().features(waveform_N)
   ours, lengths = run(WhisperEncoder(config), params_of(module), x_TF[None], [len(x_TF)])
   assert lengths == [1500]
   heard = WhisperFeatureExtractor()(waveform_N, sampling_rate=16000, return_tensors="pt")
@@ -279,7 +286,7 @@ def test_dropout_acts_with_a_key_only(scale):
 def test_bfloat16_is_close_and_takes_bfloat16_params(scale):
   encoder, params, x_BTF = make()
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-  out, _ = run(WhisperEncoder(SMALL, Compute(dtype="bfloat16")), rounded, x_BTF, FRAMES_B)
+  out, _ = run(WhisperEncoder(SMALL, ExecutionConfig(dtype="bfloat16")), rounded, x_BTF, FRAMES_B)
   assert out.dtype == jnp.bfloat16
   # Products of bfloat16 are summed in float32, so one rounding of each input is all.
   bound = rounding(1, scale, jnp.bfloat16)
@@ -293,15 +300,15 @@ def test_features_that_do_not_fit_are_refused_by_name():
   encoder, params, x_BTF = make()
   with pytest.raises(ValueError, match="width 8, got 7"):
     run(encoder, params, x_BTF[..., :-1], FRAMES_B)
-  with pytest.raises(ValueError, match=r"25 frames .* whisper.context=12 holds 24.*at most 20"):
+  with pytest.raises(ValueError, match=r"25 frames .* whisper.context=12 allows 24.*at most 20"):
     run(encoder, params, np.zeros((1, 25, 8), np.float32), [25])
 
 
 @pytest.mark.parametrize(
   "values, message",
   [
-    ({"width": 382}, "whisper.width=382 .* whisper.heads=6"),
-    ({"width": 381, "heads": 3}, "whisper.width=381 must be even"),
+    ({"hidden_size": 382}, "whisper.hidden_size=382 .* whisper.heads=6"),
+    ({"hidden_size": 381, "heads": 3}, "whisper.hidden_size=381 must be even"),
     ({"layers": 0}, "whisper.layers=0"),
     ({"context": 1501}, "whisper.context=1501 .* whisper.positions=1500"),
     ({"context": 0}, "whisper.context=0"),

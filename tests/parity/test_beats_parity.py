@@ -19,9 +19,8 @@ from convert.parts import beats
 from convert.verify.reference import beats as rebuilt
 from mooer_jax import checkpoint, tree
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
-from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder, distance_buckets
-from mooer_jax.nn.compute import Compute
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder, distance_buckets
+from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_beats, torch_models
 
 # The bound of the project.
@@ -51,7 +50,7 @@ def make_features(config, frames_B, seed=0):
 def test_equals_the_published_structure(config, frames_B, scan):
   theirs = torch_beats.model(config)
   params = torch_beats.params(theirs)
-  encoder = BEATsEncoder(config, Compute(scan=scan))
+  encoder = BEATsEncoder(config, ExecutionConfig(scan=scan))
   features_BTF = make_features(config, frames_B)
   with torch.no_grad():
     expected = theirs(torch.tensor(features_BTF), torch.tensor(frames_B)).numpy()
@@ -68,7 +67,7 @@ def test_equals_the_published_structure(config, frames_B, scan):
 
 @pytest.mark.parametrize("buckets, reach", [(320, 800), (320, 1280), (16, 20), (32, 32)])
 def test_every_distance_falls_into_the_bucket_of_torch(buckets, reach):
-  config = BEATsConfig(buckets=buckets, max_distance=reach, width=16, heads=1)
+  config = BEATsConfig(buckets=buckets, max_distance=reach, hidden_size=16, heads=1)
   attention = rebuilt.SelfAttention(beats.cfg_of(config))
   with torch.no_grad():
     attention.relative_attention_bias.weight[:, 0] = torch.arange(buckets)
@@ -105,7 +104,7 @@ def stub_torchaudio(monkeypatch):
 def normed(waveform_N):
   """Our features of a clip, through the leaves that the converter makes."""
   shift, scale = (leaf.read() for leaf in beats.cmvn_leaves(FULL.input_width).values())
-  return (features(waveform_N, BEATS_FRONTEND) + shift) * scale
+  return (BEATsConfig().frontend().features(waveform_N) + shift) * scale
 
 
 def errors(params, waveforms, theirs):

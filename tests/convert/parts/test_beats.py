@@ -14,13 +14,19 @@ from convert.parts import beats
 from convert.readers import ReadError
 from mooer_jax import checkpoint
 from mooer_jax.config import frontend_from_json, part_from_json
-from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounded_to, rounding
 from tests.parity import torch_beats
 
 # As the original is: its features are 128 wide.
 SMALL = BEATsConfig(
-  width=24, layers=3, heads=4, mlp_width=40, patch_width=20, conv_pos=6, conv_pos_groups=3
+  hidden_size=24,
+  layers=3,
+  heads=4,
+  intermediate_size=40,
+  patch_width=20,
+  conv_pos=6,
+  conv_pos_groups=3,
 )
 CFG = {
   "encoder_layers": 3,
@@ -83,7 +89,9 @@ def test_what_comes_in_computes_as_torch_does(tmp_path):
   loaded = checkpoint.load(tmp_path / "ours")
   config = part_from_json(loaded.config["encoders"][0], "encoders[0]")
   assert config == SMALL
-  assert frontend_from_json(loaded.config["frontends"][0], "frontends[0]") == BEATS_FRONTEND
+  assert (
+    frontend_from_json(loaded.config["frontends"][0], "frontends[0]") == BEATsConfig().frontend()
+  )
   cmvn = loaded.params["frontend"]["beats"]
   raw_BTF = np.random.default_rng(0).normal(12, 6, (1, 50, 128)).astype(np.float32)
   features_BTF = (raw_BTF + cmvn["shift"]) * cmvn["scale"]
@@ -123,7 +131,13 @@ def test_a_fine_tuned_file_loses_its_head_by_name(tmp_path):
 
 def test_without_a_projection_and_without_copies(tmp_path):
   config = BEATsConfig(
-    width=24, layers=2, heads=4, mlp_width=40, patch_width=24, conv_pos=5, conv_pos_groups=3
+    hidden_size=24,
+    layers=2,
+    heads=4,
+    intermediate_size=40,
+    patch_width=24,
+    conv_pos=5,
+    conv_pos_groups=3,
   )
   state = torch_beats.model(config).state_dict()
   assert not any(name.startswith("post_extract_proj") for name in state)
