@@ -14,6 +14,7 @@ from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
+from mooer_jax.kernels.flash_attention import Bias
 from mooer_jax.nn.compute import ExecutionConfig
 
 # Rounding of one result: float32 sums of some hundred terms, bfloat16's 8 bits. Layers multiply it.
@@ -41,22 +42,28 @@ def attention_checks(dry_run: bool):
   rows, tokens, channels = (2, 24, 16) if dry_run else (2, 300, 128)
   implementations = [("xla", "float32"), ("xla", "bfloat16")]
   if jax.default_backend() == "gpu":
-    implementations.append(("cudnn", "bfloat16"))
+    implementations += [("cudnn", "bfloat16"), ("triton", "bfloat16"), ("triton", "float32")]
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(rows, tokens, heads, channels)) for heads in (8, 2, 2))
   valid_BS = np.arange(tokens) < np.array([[tokens], [tokens - 7]])
   valid_BS[1, :3] = False  # padding on both sides; with causal=True some queries see nothing
-  bias_BHTS = rng.normal(size=(rows, 8, tokens, tokens)).astype(np.float32)
+  gate_BTH, table_HR = rng.normal(size=(rows, tokens, 8)), rng.normal(size=(8, 2 * tokens - 1))
+  by_distance = Bias(jnp.asarray(gate_BTH, jnp.float32), jnp.asarray(table_HR, jnp.float32))
   for kind in ("", " causal", " with a bias"):
-    causal, bias = kind == " causal", bias_BHTS if kind == " with a bias" else None
+    causal, bias = kind == " causal", by_distance if kind == " with a bias" else None
     for implementation, dtype in implementations:
       if bias is not None and implementation == "cudnn":
         continue  # refuses one
       rounded = [jnp.asarray(x, dtype) for x in (q, k, v)]
-      expected = reference(*(np.asarray(x, np.float64) for x in rounded), valid_BS, causal, bias)
+      expected = reference(
+        *(np.asarray(x, np.float64) for x in rounded),
+        valid_BS,
+        causal,
+        bias and np.asarray(bias.expand(), np.float64),
+      )
       options = {"causal": causal, "implementation": implementation}
       got = jax.jit(functools.partial(kernels.attention, **options))(
-        *rounded, valid_BS=valid_BS, bias_BHTS=bias
+        *rounded, valid_BS=valid_BS, bias=bias
       )
       error = np.abs(np.asarray(got, np.float64) - expected).max()
       yield check(f"attention {implementation} {dtype}{kind}", error, ATTENTION_TOLERANCE[dtype])

@@ -139,12 +139,11 @@ class QFormerAttention(nn.Module):
     if c.dropout and self.has_rng("dropout"):
       keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.dropout, (N, c.heads, Q, S))
       scale_NHQS = keep / (1 - c.dropout)
-    out_NQHC = kernels.attention(
+    out_NQHC = kernels.window_attention(
       project(x_NQD, "q"),
       project(keys_NSE, "k"),
       project(keys_NSE, "v"),
-      valid_BS=jnp.ones((N, S), bool),
-      weight_scale_BHTS=scale_NHQS,
+      weight_scale_NHQL=scale_NHQS,
       implementation=self.compute.attention,
     )
     return dense(name="out")(rearrange(out_NQHC, "N Q H C -> N Q (H C)"))

@@ -1,6 +1,7 @@
 """The language model: LLaMA and Qwen2, with LoRA and an explicit KV cache."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,7 +24,7 @@ class KVCache:
   """Keys and values of all layers, in slots that are filled from the left.
 
   Attributes:
-    layers: (keys, values) of each layer, each [B, S, K, C] with S slots.
+    layers: (keys, values) of each layer, each [B, S, K * C] with S slots.
     valid_BS: bool, True for filled slots that may be attended to.
     filled: int32 scalar, number of filled slots, the same for all rows.
     positions_B: int32, rotary position of the next token of each row.
@@ -45,10 +46,10 @@ class KVCache:
     )
 
 
-def write(slots_BSKC: jax.Array, new_BTKC: jax.Array, filled: jax.Array) -> jax.Array:
+def write(slots_BSE: jax.Array, new_BTE: jax.Array, filled: jax.Array) -> jax.Array:
   """Write T new entries after the filled slots; XLA does it in place inside a loop."""
   return jax.lax.dynamic_update_slice_in_dim(
-    slots_BSKC, new_BTKC.astype(slots_BSKC.dtype), filled, axis=1
+    slots_BSE, new_BTE.astype(slots_BSE.dtype), filled, axis=1
   )
 
 
@@ -125,7 +126,7 @@ class LLMConfig:
 
   def empty_cache(self, *, rows: int, slots: int, dtype: Any) -> KVCache:
     """A cache without entries; `slots` bounds the number of prompt and generated tokens."""
-    shape = (rows, slots, self.kv_heads, self.head_dim)
+    shape = (rows, slots, self.kv_heads * self.head_dim)
     layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.layers))
     return KVCache(
       layers=layers,
@@ -223,25 +224,35 @@ class Attention(_Block):
     q = self.dense("q", c.heads * c.head_dim, use_bias=c.qkv_bias)(x_BSD, scale)
     k = self.dense("k", c.kv_heads * c.head_dim, use_bias=c.qkv_bias)(x_BSD, scale)
     v = self.dense("v", c.kv_heads * c.head_dim, use_bias=c.qkv_bias)(x_BSD, scale)
-    q_BSHC, k_BSKC, v_BSKC = (rearrange(x, "B S (H C) -> B S H C", C=c.head_dim) for x in (q, k, v))
-    q_BSHC = rotate(q_BSHC, context.angles_BSC)
-    k_BSKC = rotate(k_BSKC, context.angles_BSC)
+    split = functools.partial(rearrange, pattern="B S (H C) -> B S H C", C=c.head_dim)
+    q_BSHC = rotate(split(q), context.angles_BSC)
+    k_BSE = rearrange(rotate(split(k), context.angles_BSC), "B S K C -> B S (K C)")
+    v_BSE = v
     if cache is not None:
       cache = tuple(
-        write(slots, new, context.filled)
-        for slots, new in zip(cache, (k_BSKC, v_BSKC), strict=True)
+        write(slots, new, context.filled) for slots, new in zip(cache, (k_BSE, v_BSE), strict=True)
       )
-      k_BSKC, v_BSKC = cache
-    out_BSHC = kernels.attention(
-      q_BSHC,
-      k_BSKC.astype(q_BSHC.dtype),
-      v_BSKC.astype(q_BSHC.dtype),
-      valid_BS=context.valid_BS,
-      causal=context.attention_mask_BST is None,
-      first_query=context.filled,
-      attention_mask_BTS=context.attention_mask_BST,
-      implementation=self.compute.attention,
-    )
+      k_BSE, v_BSE = (x.astype(q_BSHC.dtype) for x in cache)
+    if context.attention_mask_BST is None:
+      out_BSHC = kernels.attention(
+        q_BSHC,
+        split(k_BSE),
+        split(v_BSE),
+        valid_BS=context.valid_BS,
+        causal=True,
+        first_query=context.filled,
+        implementation=self.compute.attention,
+      )
+    else:
+      out_BSHC = kernels.decode_attention(
+        q_BSHC,
+        k_BSE,
+        v_BSE,
+        kv_heads=c.kv_heads,
+        mask_BTS=context.valid_BS[:, None] & context.attention_mask_BST,
+        end=context.filled + x_BSD.shape[1],
+        implementation=self.compute.attention,
+      )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
     return self.dense("o", c.hidden_size)(out_BSD, scale), cache
 

@@ -15,6 +15,7 @@ from mooer_jax import kernels
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.kernels.attention import precision
+from mooer_jax.kernels.flash_attention import Bias
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, LayerNorm, check_sizes, dense_sharding, gelu
 
@@ -123,7 +124,7 @@ def distance_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndar
 
 
 class RelativeBias(nn.Module):
-  """Relative position bias, shared by all layers: float32 [H, T, T]."""
+  """Relative position bias by distance, shared by all layers: float32 [H, 2T - 1]."""
 
   config: BEATsConfig
 
@@ -132,10 +133,7 @@ class RelativeBias(nn.Module):
     c = self.config
     table = self.param("embedding", nn.initializers.normal(0.02), (c.buckets, c.heads))
     rows = distance_buckets(length, buckets=c.buckets, max_distance=c.max_distance)
-    by_distance = jnp.take(table.astype(jnp.float32), rows, axis=0)
-    positions = jnp.arange(length)
-    bias_TSH = jnp.take(by_distance, positions[None] - positions[:, None] + length - 1, axis=0)
-    return rearrange(bias_TSH, "T S H -> H T S")
+    return jnp.take(table.astype(jnp.float32), rows, axis=0).T
 
 
 class PositionConv(nn.Module):
@@ -198,7 +196,7 @@ class BEATsAttention(nn.Module):
   compute: ExecutionConfig
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, bias_HTS: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, table_HR: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
     q_BTHC, k_BTHC, v_BTHC = (
       rearrange(
@@ -208,13 +206,13 @@ class BEATsAttention(nn.Module):
       )
       for name in "qkv"
     )
-    gate_BHT = rearrange(Gate(dtype, name="gate")(q_BTHC), "B T H -> B H T")
+    gate_BTH = Gate(dtype, name="gate")(q_BTHC)
     out_BTHC = kernels.attention(
       q_BTHC,
       k_BTHC,
       v_BTHC,
       valid_BS=valid_BT,
-      bias_BHTS=gate_BHT[..., None] * bias_HTS,
+      bias=Bias(gate_BTH, table_HR),
       implementation=self.compute.attention,
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
@@ -233,10 +231,10 @@ class BEATsLayer(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: tuple[jax.Array, jax.Array], cache: None = None):
     c, dtype = self.config, self.compute.jnp_dtype
-    valid_BT, bias_HTS = context
+    valid_BT, table_HR = context
     weight = (2 * c.layers) ** 0.25
     dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
-    out_BTD = BEATsAttention(c, self.compute, name="attention")(x_BTD, valid_BT, bias_HTS)
+    out_BTD = BEATsAttention(c, self.compute, name="attention")(x_BTD, valid_BT, table_HR)
     x_BTD = LayerNorm(c.norm_eps, dtype=dtype, name="attention_norm")(
       x_BTD * weight + dropout(out_BTD)
     )

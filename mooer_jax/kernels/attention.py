@@ -1,12 +1,25 @@
-"""Attention, the same function for all parts, with several implementations."""
+"""Attention, the same functions for all parts, with several implementations."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+from mooer_jax.kernels import decode_tpu, window_tpu
+from mooer_jax.kernels.flash_attention import Bias, flash_attention
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "mosaic", "triton")
+# Axes of a mesh that split rows and heads, if it has them.
+_ROWS, _HEADS = ("data", "fsdp"), "tensor"
+
+
+def auto(platform: str) -> str:
+  """Implementation for a platform ("cpu", "gpu", "tpu"): Mosaic's kernels on TPU, else XLA."""
+  return "mosaic" if platform == "tpu" else "xla"
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
@@ -22,10 +35,8 @@ def attention(
   valid_BS: jax.Array,
   causal: bool = False,
   first_query: jax.Array | int = 0,
-  attention_mask_BTS: jax.Array | None = None,
-  bias_BHTS: jax.Array | None = None,
-  weight_scale_BHTS: jax.Array | None = None,
-  implementation: str = "xla",
+  bias: Bias | None = None,
+  implementation: str = "auto",
 ) -> jax.Array:
   """Scaled dot-product attention with grouped key-value heads; softmax in float32.
 
@@ -36,11 +47,9 @@ def attention(
     valid_BS: bool, True for keys that may be attended to.
     causal: mask keys after index `first_query + t` for query t.
     first_query: key index of query 0; with a KV cache, the number of filled slots.
-    attention_mask_BTS: bool, True where query t may attend to key s, in addition to `causal` and
-      `valid_BS`.
-    bias_BHTS: float32, added to the scaled scores before the softmax; H as for the queries.
-    weight_scale_BHTS: factor of the weights after the softmax, for dropout.
-    implementation: "xla" (any backend) or "cudnn" (GPU, bfloat16).
+    bias: added to the scaled scores before the softmax.
+    implementation: "xla" (any backend), "cudnn" (GPU, bfloat16, no bias), "mosaic" (TPU), "triton"
+      (NVIDIA GPU), or "auto", which is `auto(jax.default_backend())`.
 
   Returns:
     [B, T, H, C] in q's dtype; zeros for a query without keys.
@@ -49,31 +58,152 @@ def attention(
     ValueError: for an unknown implementation, one that cannot run on this backend or with these
       arguments, or if H is not divisible by K.
   """
-  heads, kv_heads = q_BTHC.shape[2], k_BSKC.shape[2]
-  if heads % kv_heads:
-    raise ValueError(f"{heads} query heads must be divisible by {kv_heads} key-value heads")
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"attention={implementation!r}: choose one of {IMPLEMENTATIONS}")
+  _check_heads(q_BTHC.shape[2], k_BSKC.shape[2])
+  implementation = _resolve(implementation)
+  if implementation in ("mosaic", "triton"):
+    rows, heads = P(_ROWS), P(_ROWS, None, _HEADS)
+    bias_spec = None if bias is None else Bias(heads, P(_HEADS))
+    attend = functools.partial(flash_attention, causal=causal, backend=implementation)
+
+    def of_device(q, k, v, valid_BS, first_query, bias):
+      return attend(q, k, v, valid_BS=valid_BS, first_query=first_query, bias=bias)
+
+    specs = (heads, heads, heads, rows, P(), bias_spec)
+    first_query = jnp.asarray(first_query, jnp.int32)
+    return on_mesh(of_device, specs, heads)(q_BTHC, k_BSKC, v_BSKC, valid_BS, first_query, bias)
   mask_BTS = valid_BS[:, None, :]
   if causal:
     query_T = first_query + jnp.arange(q_BTHC.shape[1])
     mask_BTS = mask_BTS & (jnp.arange(k_BSKC.shape[1])[None] <= query_T[:, None])[None]
-  if attention_mask_BTS is not None:
-    mask_BTS = mask_BTS & attention_mask_BTS
   if implementation == "cudnn":
-    if bias_BHTS is not None:
+    if bias is not None:
       raise ValueError(
         "attention='cudnn' does not support a bias on the scores; use attention='xla'"
       )
-    if weight_scale_BHTS is not None:
-      raise ValueError(
-        "attention='cudnn' does not support dropout; use attention='xla' or dropout=0"
-      )
     return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
-  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS, weight_scale_BHTS)
+  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias and bias.expand())
 
 
-def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS, weight_scale_BHTS):
+def decode_attention(
+  q_BTHC: jax.Array,
+  k_BSE: jax.Array,
+  v_BSE: jax.Array,
+  *,
+  kv_heads: int,
+  mask_BTS: jax.Array,
+  end: jax.Array | int,
+  implementation: str = "auto",
+) -> jax.Array:
+  """Attention of a few new tokens to a KV cache: beams of a prompt, or tokens of a draft.
+
+  Args:
+    q_BTHC: queries; T is small.
+    k_BSE, v_BSE: the cache, S slots of kv_heads * C channels.
+    kv_heads: number of key-value heads; H is a multiple.
+    mask_BTS: bool, True where query t may attend to slot s.
+    end: number of filled slots; the others are not read by "mosaic", and must be masked.
+    implementation: as for `attention`. "triton" has no kernel for this: use "xla".
+
+  Returns and raises: as `attention`.
+  """
+  _check_heads(q_BTHC.shape[2], kv_heads)
+  implementation = _resolve(implementation)
+  if implementation == "triton":
+    raise ValueError("attention='triton' has no kernel for decoding; use attention='xla'")
+  if implementation == "mosaic":
+
+    def of_device(q, k, v, mask, end):
+      kv_heads = k.shape[-1] // q.shape[-1]
+      return decode_tpu.decode_attention(q, k, v, kv_heads=kv_heads, mask_BTS=mask, end=end)
+
+    heads, channels = P(_ROWS, None, _HEADS), P(_ROWS, None, _HEADS)
+    specs = (heads, channels, channels, P(_ROWS), P())
+    end = jnp.asarray(end, jnp.int32)
+    return on_mesh(of_device, specs, heads)(q_BTHC, k_BSE, v_BSE, mask_BTS, end)
+  k_BSKC, v_BSKC = (rearrange(x, "B S (K C) -> B S K C", K=kv_heads) for x in (k_BSE, v_BSE))
+  if implementation == "cudnn":
+    return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
+  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
+
+
+def window_attention(
+  q_NQHC: jax.Array,
+  k_NLHC: jax.Array,
+  v_NLHC: jax.Array,
+  *,
+  weight_scale_NHQL: jax.Array | None = None,
+  implementation: str = "auto",
+) -> jax.Array:
+  """Attention of a few queries to all frames of their window, for many windows.
+
+  Args:
+    q_NQHC: queries of N windows, a few each.
+    k_NLHC, v_NLHC: keys and values of the frames of each window.
+    weight_scale_NHQL: factor of the weights after the softmax, for dropout; only "xla" takes it,
+      and "auto" chooses "xla" then.
+    implementation: as for `attention`; "triton" has no kernel for this.
+
+  Returns and raises: as `attention`.
+  """
+  if implementation == "auto" and weight_scale_NHQL is not None:
+    implementation = "xla"
+  implementation = _resolve(implementation)
+  if weight_scale_NHQL is not None and implementation != "xla":
+    raise ValueError(
+      f"attention={implementation!r} does not support dropout; use attention='xla' or dropout=0"
+    )
+  if implementation == "triton":
+    raise ValueError("attention='triton' has no kernel for windows; use attention='xla'")
+  if implementation == "mosaic":
+    spec = P(_ROWS, None, _HEADS)
+    return on_mesh(window_tpu.window_attention, (spec,) * 3, spec)(q_NQHC, k_NLHC, v_NLHC)
+  N, Q = q_NQHC.shape[:2]
+  mask_NQL = jnp.ones((N, Q, k_NLHC.shape[1]), bool)
+  if implementation == "cudnn":
+    return _cudnn(q_NQHC, k_NLHC, v_NLHC, mask_NQL)
+  return _reference(q_NQHC, k_NLHC, v_NLHC, mask_NQL, weight_scale_BHTS=weight_scale_NHQL)
+
+
+def on_mesh(function, in_specs, out_specs):
+  """Runs a function on each device's part of its arguments, which XLA cannot split by itself.
+
+  The mesh is that of the context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`). Without one,
+  or inside of `shard_map` and `pmap`, the function is called as it is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  names = [
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types)
+    if kind is not AxisType.Manual and mesh.shape[name] > 1
+  ]
+  if not names:
+    return function
+
+  def known(spec):
+    def of(axis):
+      axes = (axis,) if isinstance(axis, str) else axis or ()
+      return tuple(name for name in axes if name in names) or None
+
+    return P(*map(of, spec))
+
+  in_specs, out_specs = jax.tree.map(
+    known, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P)
+  )
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _check_heads(heads: int, kv_heads: int) -> None:
+  if heads % kv_heads:
+    raise ValueError(f"{heads} query heads must be divisible by {kv_heads} key-value heads")
+
+
+def _resolve(implementation: str) -> str:
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"attention={implementation!r}: choose one of {IMPLEMENTATIONS}")
+  return auto(jax.default_backend()) if implementation == "auto" else implementation
+
+
+def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS=None, weight_scale_BHTS=None):
   K, C = k_BSKC.shape[2:]
   q_BTKGC = rearrange(q_BTHC * C**-0.5, "B T (K G) C -> B T K G C", K=K)
   scores_BKGTS = jnp.einsum(

@@ -32,7 +32,7 @@ class ExecutionConfig:
   dtype: str = "float32"
   scan: bool = False
   remat: Remat = "none"
-  attention: str = "xla"
+  attention: str = "auto"
 
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
@@ -40,8 +40,6 @@ class ExecutionConfig:
       raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'{reason}")
     if self.remat not in ("none", *_POLICIES):
       raise ValueError(f"remat={self.remat!r}: use 'none', 'dots' or 'full'")
-    if self.attention == "auto":  # the default of version 0.1, which always meant "xla"
-      object.__setattr__(self, "attention", "xla")
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f"attention={self.attention!r}: choose one of {IMPLEMENTATIONS}")
 

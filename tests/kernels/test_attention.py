@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mooer_jax.kernels import attention
+from mooer_jax.kernels import attention, decode_attention, window_attention
+from mooer_jax.kernels.flash_attention import Bias
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 
@@ -90,51 +91,55 @@ def test_first_query_may_be_traced():
 
 
 @pytest.mark.parametrize("H, K", [(4, 4), (6, 3)])
-def test_a_bias_is_added_to_the_scaled_scores_of_each_query_head(H, K):
+def test_a_bias_by_distance_is_added_to_the_scaled_scores(H, K):
   q, k, v = random_qkv(H=H, K=K)
   valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
-  bias_BHTS = np.random.default_rng(1).normal(size=(2, H, 5, 7)).astype(np.float32)
-  out = attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS)
-  attention_mask_BTS = np.repeat(valid_BS[:, None], 5, 1)
-  expected = numpy_attention(q, k, v, attention_mask_BTS, bias_BHTS)
+  rng = np.random.default_rng(1)
+  bias = Bias(rng.normal(size=(2, 5, H)), rng.normal(size=(H, 5 + 7 - 1)))
+  bias = Bias(*(x.astype(np.float32) for x in bias))
+  bias_BHTS = np.zeros((2, H, 5, 7), np.float32)
+  for b, h, t, s in np.ndindex(bias_BHTS.shape):
+    bias_BHTS[b, h, t, s] = bias.gate_BTH[b, t, h] * bias.table_HR[h, s - t + 4]
+  out = attention(q, k, v, valid_BS=valid_BS, bias=bias)
+  expected = numpy_attention(q, k, v, np.repeat(valid_BS[:, None], 5, 1), bias_BHTS)
   assert_within(out, expected, bound(q, k, v))
   with exceeds_the_bound():  # a bias scaled as the scores are
-    wrong = attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS * np.float32(8**-0.5))
-    assert_within(wrong, expected, bound(q, k, v))
+    scaled = bias._replace(gate_BTH=bias.gate_BTH * np.float32(8**-0.5))
+    assert_within(attention(q, k, v, valid_BS=valid_BS, bias=scaled), expected, bound(q, k, v))
   with pytest.raises(ValueError, match="'cudnn' does not support a bias.*attention='xla'"):
-    attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS, implementation="cudnn")
+    attention(q, k, v, valid_BS=valid_BS, bias=bias, implementation="cudnn")
 
 
-def test_a_mask_adds_to_validity_and_order():
+def test_decoding_attends_to_the_slots_of_a_mask():
   q, k, v = random_qkv()
-  valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0]], bool)
-  attention_mask_BTS = np.random.default_rng(1).random((2, 5, 7)) < 0.6
-  for causal in (False, True):
-    out = attention(
-      q, k, v, valid_BS=valid_BS, causal=causal, attention_mask_BTS=attention_mask_BTS
-    )
-    seen_BTS = attention_mask_BTS & valid_BS[:, None] & (causal_mask(5, 7, 0) | (not causal))
-    assert_within(out, numpy_attention(q, k, v, seen_BTS), bound(q, k, v))
+  mask_BTS = np.random.default_rng(1).random((2, 5, 7)) < 0.6
+  cache = [x.reshape(*x.shape[:2], -1) for x in (k, v)]
+  out = decode_attention(q, *cache, kv_heads=3, mask_BTS=mask_BTS, end=7)
+  assert_within(out, numpy_attention(q, k, v, mask_BTS), bound(q, k, v))
+  with pytest.raises(ValueError, match="'triton' has no kernel for decoding.*attention='xla'"):
+    decode_attention(q, *cache, kv_heads=3, mask_BTS=mask_BTS, end=7, implementation="triton")
 
 
-def test_weights_are_multiplied_after_the_softmax():
-  q, k, v = random_qkv()
-  valid_BS, scale_BHTS = np.ones((2, 7), bool), np.zeros((2, 6, 5, 7), np.float32)
-  call = functools.partial(attention, q, k, v, valid_BS=valid_BS)
+def test_dropout_of_windows_multiplies_weights_after_the_softmax():
+  q, k, v = random_qkv(H=6, K=6)
+  scale_NHQL = np.zeros((2, 6, 5, 7), np.float32)
+  call = functools.partial(window_attention, q, k, v)
+  assert_within(call(), numpy_attention(q, k, v, np.ones((2, 5, 7), bool)), bound(q, k, v))
   # Twice a float is exact.
-  np.testing.assert_array_equal(call(weight_scale_BHTS=scale_BHTS + 2), 2 * call())
-  scale_BHTS[1, 4, 2] = 3  # head 4 of 6 reads key-value head 2 of 3
-  out = np.array(call(weight_scale_BHTS=scale_BHTS))
+  np.testing.assert_array_equal(call(weight_scale_NHQL=scale_NHQL + 2), 2 * call())
+  scale_NHQL[1, 4, 2] = 3
+  out = np.array(call(weight_scale_NHQL=scale_NHQL))
   assert_within(out[1, 2, 4], 3 * call()[1, 2, 4], 3 * bound(q, k, v))
   out[1, 2, 4] = 0
   assert not out.any()
-  # Each key's share alone: together they are the whole.
-  shares = [call(weight_scale_BHTS=np.broadcast_to(one, (2, 6, 5, 7))) for one in np.eye(7)]
+  # The sum of each key's share equals the whole.
+  shares = [call(weight_scale_NHQL=np.broadcast_to(one, (2, 6, 5, 7))) for one in np.eye(7)]
   assert_within(sum(shares), call(), bound(q, k, v))
   with exceeds_the_bound():
     assert_within(sum(shares[1:]), call(), bound(q, k, v))
-  with pytest.raises(ValueError, match="'cudnn' does not support dropout.*attention='xla'"):
-    call(weight_scale_BHTS=scale_BHTS, implementation="cudnn")
+  for name in ("cudnn", "mosaic"):
+    with pytest.raises(ValueError, match=f"'{name}' does not support dropout.*attention='xla'"):
+      call(weight_scale_NHQL=scale_NHQL, implementation=name)
 
 
 def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients():

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mooer_jax.kernels.decode_attention import decode_attention
+from mooer_jax.kernels.decode_tpu import decode_attention
 from tests.kernels.plain import attention_and_gradients, bounds, random_inputs
 from tests.numerics import assert_within, exceeds_the_bound
 

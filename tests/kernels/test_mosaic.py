@@ -10,9 +10,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mooer_jax.kernels.decode_attention import decode_attention
+from mooer_jax.kernels.decode_tpu import decode_attention
 from mooer_jax.kernels.flash_attention import Bias, flash_attention
-from mooer_jax.kernels.window_attention import window_attention
+from mooer_jax.kernels.window_tpu import window_attention
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="no libtpu (Linux on x86-64)"

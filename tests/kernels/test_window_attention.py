@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mooer_jax.kernels.window_attention import window_attention
+from mooer_jax.kernels.window_tpu import window_attention
 from tests.kernels.plain import attention_and_gradients, bounds, random_inputs
 from tests.numerics import assert_within, exceeds_the_bound
 

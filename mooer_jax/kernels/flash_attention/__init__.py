@@ -33,10 +33,17 @@ class Bias(NamedTuple):
   def expand(self) -> jax.Array:
     """float32 [B, H, T, S], for implementations that add a bias to the scores."""
     gate_BHT = self.gate_BTH.swapaxes(1, 2)
-    T = gate_BHT.shape[2]
-    S = self.table_HR.shape[1] - T + 1
-    places_TS = jnp.arange(S) - jnp.arange(T)[:, None] + T - 1
-    return gate_BHT[..., None] * jnp.take(self.table_HR, places_TS, axis=1)
+    return gate_BHT[..., None] * by_distance(self.table_HR, gate_BHT.shape[2])
+
+
+def by_distance(table_HR: jax.Array, queries: int) -> jax.Array:
+  """[H, T, S] of a table [H, T + S - 1]: entry s - t + T - 1 for each pair, without a gather."""
+  H, R = table_HR.shape
+  # Rows of one entry less start one entry later in each row of the repeated table.
+  flat = jnp.broadcast_to(table_HR[:, None], (H, queries, R)).reshape(H, -1)[:, queries - 1 :]
+  flat = jnp.pad(flat, ((0, 0), (0, max(0, queries * (R - 1) - flat.shape[1]))))
+  shifted_HTR = flat[:, : queries * (R - 1)].reshape(H, queries, R - 1)
+  return shifted_HTR[..., : R - queries + 1]
 
 
 class Keys(NamedTuple):
@@ -137,8 +144,7 @@ def _bias_gradient(q_BTHC, k_BSKC, v_BSKC, bias, keys, do_BTHC, lse_BHT, delta_B
     # Distances in the block: from -(start + _BLOCK - 1), entry `place` of the table, on.
     place = blocks * _BLOCK - start - _BLOCK
     part_HR = jax.lax.dynamic_slice_in_dim(table_HR, place, _BLOCK + S - 1, axis=1)
-    offsets_TS = jnp.arange(S) - jnp.arange(_BLOCK)[:, None] + _BLOCK - 1
-    bias_HTS = jnp.take(part_HR, offsets_TS, axis=1)
+    bias_HTS = by_distance(part_HR, _BLOCK)
     t_T = start + jnp.arange(_BLOCK)
     mask_BTS = is_valid_BS[:, None] & (t_T < T)[:, None]
     if causal:
