@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from benchmarks import flops
 from mooer_jax import tree
 from mooer_jax.data.batches import Batcher
+from mooer_jax.kernels.attention import auto
 from mooer_jax.run.config import Run
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.program import abstract_state, jitted_step
@@ -64,6 +65,8 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     What goes into the JSON file; bytes are those of one chip.
   """
   devices = topology_devices(topology)
+  if run.model.compute.attention == "auto":  # would be that of this machine
+    run = run.replace(model=run.model.with_compute(attention=auto("tpu")))
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
   (state, frozen), shardings = abstract_state(
     run.model, run.optimizer, trainable=run.trainable, mesh=mesh

@@ -1,0 +1,58 @@
+"""Kernels run on each device's rows and heads, where a mesh splits them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mooer_jax.kernels.attention import on_mesh
+from tests.jaxprs import equations
+
+SPEC = P(("data", "fsdp"), None, "tensor")
+
+
+def make_mesh(*sizes):
+  names = ("data", "fsdp", "tensor")
+  return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("sizes, part", [((2, 2, 2), (2, 5, 2)), ((8, 1, 1), (1, 5, 4))])
+def test_each_device_has_its_part_and_the_result_is_whole(sizes, part):
+  mesh, seen = make_mesh(*sizes), []
+
+  def double(x):
+    seen.append(x.shape)
+    return 2 * x
+
+  @jax.jit
+  def program(x):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return on_mesh(double, (SPEC,), SPEC)(x)
+
+  x = np.arange(8 * 5 * 4.0).reshape(8, 5, 4)
+  out = program(jax.device_put(x, NamedSharding(mesh, SPEC)))
+  np.testing.assert_array_equal(out, 2 * x)
+  assert seen == [part]
+
+
+def test_without_a_mesh_or_within_a_device_the_function_is_called_as_it_is():
+  x = jnp.ones((8, 5, 4))
+  call = functools.partial(on_mesh, lambda x: 2 * x, (SPEC,), SPEC)
+  assert "shard_map" not in str(jax.make_jaxpr(lambda x: call()(x))(x))
+  per_device = jax.pmap(lambda x: call()(x))
+  np.testing.assert_array_equal(per_device(x), 2 * x)
+
+
+def test_a_mesh_of_one_device_splits_nothing():
+  mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+
+  def program(x):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return on_mesh(lambda x: 2 * x, (SPEC,), SPEC)(x)
+
+  names = {e.primitive.name for e in equations(jax.make_jaxpr(program)(jnp.ones((8, 5, 4))))}
+  assert "shard_map" not in names
