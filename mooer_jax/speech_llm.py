@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from mooer_jax import tree
 from mooer_jax.config import SpeechLLMConfig
@@ -21,6 +22,7 @@ from mooer_jax.decoders.llm import LLM, KVCache, Placement
 from mooer_jax.nn.layers import LayerNorm
 
 Array = jax.Array | np.ndarray  # batches are made in NumPy
+_LOGITS = 32  # answer positions whose logits are in memory at a time, in training
 _INIT_FRAMES = 16  # minimum number of feature frames in `init`; few are quick to trace
 
 
@@ -236,7 +238,12 @@ def prompt(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: dict | 
   return splice(params, batch, speech_BSD, speech_valid_BS, config)
 
 
-def answer_logits(
+def answer_logits(params: dict, batch: Batch, config: SpeechLLMConfig, **options) -> jax.Array:
+  """Teacher-forced logits of the answer tokens alone, float32 [B, A, V]; see `answer_hidden`."""
+  return logits(params, answer_hidden(params, batch, config, **options), config)
+
+
+def answer_hidden(
   params: dict,
   batch: Batch,
   config: SpeechLLMConfig,
@@ -245,7 +252,7 @@ def answer_logits(
   dropout_key: jax.Array | None = None,
   rows: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
-  """Teacher-forced logits of the answer tokens alone, float32 [B, A, V].
+  """Hidden states that predict the answer tokens, [B, A, D].
 
   `rows` is the sharding of rows on a mesh. Without it, XLA may propagate the sharding of the
   embedding table, and then every chip holds all rows of every layer.
@@ -260,34 +267,28 @@ def answer_logits(
   if rows is not None:
     inputs_BSD = jax.lax.with_sharding_constraint(inputs_BSD, rows)
   hidden_BSD, _ = decode(params, inputs_BSD, valid_BS, config, lora_scale=lora_scale, rngs=rngs)
-  return logits(params, hidden_BSD[:, first:], config)
+  return hidden_BSD[:, first:]
 
 
 def loss(
   params: dict,
   batch: Batch,
   config: SpeechLLMConfig,
-  *,
-  lora_scale: jax.Array | float | None = None,
-  dropout_key: jax.Array | None = None,
-  rows: jax.sharding.Sharding | None = None,
+  **options,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Cross-entropy of answer and eos, averaged over the answer tokens of the batch.
 
-  Args: as for `answer_logits`.
+  Options are those of `answer_hidden`.
 
   Returns:
     (mean loss, sums over the batch: "loss_sum" in nats, "tokens", "correct"; with batch.task_B also
       "task_sums" [tasks, 3], the same three for each of config.prompts).
   """
-  logits_BAV = answer_logits(
-    params, batch, config, lora_scale=lora_scale, dropout_key=dropout_key, rows=rows
-  )
+  hidden_BAD = answer_hidden(params, batch, config, **options)
   target_BA = batch.answer_BS
   counted_BA = target_BA >= 0
-  picked_BA = jnp.take_along_axis(logits_BAV, jnp.maximum(target_BA, 0)[..., None], axis=-1)[..., 0]
-  nats_BA = jax.nn.logsumexp(logits_BAV, axis=-1) - picked_BA
-  correct_BA = (logits_BAV.argmax(-1) == target_BA) & counted_BA
+  nats_BA, is_best_BA = _token_losses(params, hidden_BAD, target_BA, config)
+  correct_BA = is_best_BA & counted_BA
   nats_BA = jnp.where(counted_BA, nats_BA, 0)
   sums = {
     "loss_sum": nats_BA.sum(),
@@ -301,3 +302,29 @@ def loss(
     )
     sums["task_sums"] = jnp.where(of_task_NB[:, None], columns_3B, 0).sum(-1)
   return sums["loss_sum"] / jnp.maximum(sums["tokens"], 1), sums
+
+
+def _token_losses(params, hidden_BAD, target_BA, config):
+  """(-log p in nats, whether it is the most probable token) of each target, both [B, A].
+
+  The logits of a few positions at a time are in memory, in the backward pass too: those of a long
+  answer over a vocabulary of 152k would be most of the memory of a train step.
+  """
+
+  def of_block(block):
+    hidden_BAD, target_BA = block
+    logits_BAV = logits(params, hidden_BAD, config)
+    picked_BA1 = jnp.take_along_axis(logits_BAV, jnp.maximum(target_BA, 0)[..., None], axis=-1)
+    nats_BA = jax.nn.logsumexp(logits_BAV, axis=-1) - picked_BA1[..., 0]
+    return nats_BA, logits_BAV.argmax(-1) == target_BA
+
+  length = target_BA.shape[1]
+  if length <= _LOGITS:
+    return of_block((hidden_BAD, target_BA))
+  padded = [
+    jnp.pad(x, [(0, 0), (0, -length % _LOGITS)] + [(0, 0)] * (x.ndim - 2))
+    for x in (hidden_BAD, target_BA)
+  ]
+  blocks = tuple(rearrange(x, "B (n A) ... -> n B A ...", A=_LOGITS) for x in padded)
+  found = jax.lax.map(jax.checkpoint(of_block), blocks)
+  return tuple(rearrange(x, "n B A -> B (n A)")[:, :length] for x in found)

@@ -357,3 +357,24 @@ def test_a_new_model_is_a_new_configuration():
   speech_BSD, valid_BS = speech_llm.connect(params, frames_BTD, valid_BT, config)
   assert speech_BSD.shape == (2, 6, 40)  # 13 frames are three windows of two queries
   assert valid_BS.sum(1).tolist() == [6, 4]
+
+
+def test_logits_of_a_few_positions_at_a_time_give_the_same_loss(monkeypatch, params, loss_bound):
+  batch = tiny.batch(ROWS, **SIZES)  # seven positions
+
+  def losses(params):
+    value, sums = speech_llm.loss(params, batch, CONFIG)
+    return value, sums
+
+  run = jax.value_and_grad(losses, has_aux=True)
+  (value, sums), gradients = jax.jit(run)(params)
+  bound = rounding(TERMS, condition(jax.jit(lambda p: run(p)[1]), params))
+  monkeypatch.setattr(speech_llm, "_LOGITS", 3)
+  run = jax.value_and_grad(lambda p: losses(p), has_aux=True)  # traced anew
+  (blocks_value, blocks_sums), blocks_gradients = jax.jit(run)(params)
+  assert_within(blocks_value, value, loss_bound["mean"])
+  assert blocks_sums["correct"] == sums["correct"] and blocks_sums["tokens"] == sums["tokens"]
+  assert_within(blocks_gradients, gradients, bound)
+  vocab = CONFIG.decoder.vocab_size
+  shapes = jaxprs.shapes(jax.make_jaxpr(run)(params))
+  assert (len(ROWS), 3, vocab) in shapes and (len(ROWS), 7, vocab) not in shapes
