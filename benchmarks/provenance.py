@@ -51,7 +51,7 @@ def write_result(
   provenance = {
     "command": command,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "commit": _git("rev-parse", "HEAD"),
+    "commit": commit_of(ROOT),
     "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
     "sources": {source: fingerprint(ROOT / source) for source in sources},
   }
@@ -124,10 +124,11 @@ def warnings(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
   return found
 
 
-def _git(*args: str) -> str | None:
-  """Output of a git command; None where there is no git or no repository."""
+def commit_of(repository: Path) -> str | None:
+  """Commit that is checked out; None where there is no git or no repository."""
+  command = ["git", "rev-parse", "HEAD"]
   try:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
   except (FileNotFoundError, subprocess.CalledProcessError):
     return None
   return done.stdout.strip()

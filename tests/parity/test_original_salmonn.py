@@ -2,6 +2,7 @@
 
     SALMONN_SRC=<clone of bytedance/SALMONN> pytest tests/parity/test_original_salmonn.py -m nightly
 
+FIGURES=FOLDER writes what was compared to FOLDER/original_salmonn_CASE.json.
 The clone's branch is `salmonn`. Their class runs as it is, in float32 on the CPU, with their own
 Whisper, BEATs, Q-Former (of its full size), LLaMA, prompts, loss and options of `generate`; their
 `utils.prepare_one_sample` reads the clips. Its state dict, stripped as their training strips it,
@@ -179,7 +180,7 @@ def recordings(clips, shared_data, tmp_path) -> list[Path]:
 
 @pytest.mark.parametrize("with_beats", [True, False], ids=["beats", "speech-only"])
 def test_the_original_gives_the_same_tokens_and_loss(
-  original, recordings, tmp_path, monkeypatch, with_beats
+  original, recordings, tmp_path, monkeypatch, with_beats, record
 ):
   module, utils = original
   small_parts(module, monkeypatch)
@@ -254,6 +255,7 @@ def test_the_original_gives_the_same_tokens_and_loss(
 
   monkeypatch.setattr(theirs.llama_model, "generate", noting_generate)
   monkeypatch.setattr(theirs.llama_tokenizer, "batch_decode", lambda *_, **__: None)
+  compared = {}
   for beams in (1, 4):
     said.clear()
     with torch.no_grad():
@@ -268,6 +270,8 @@ def test_the_original_gives_the_same_tokens_and_loss(
     wrong = [i for i, r in enumerate(results) if r.tokens != said[i]]
     print(f"beams {beams}: {len(said)} answers, {different} different, mismatches {wrong}")
     assert not wrong
+    tokens = sum(map(len, said))
+    compared[f"{beams} beams"] = {"answers": len(said), "tokens": tokens, "mismatches": 0}
 
   export_checkpoint("salmonn", tmp_path / "ours", tmp_path / "back")
   back = torch.load(tmp_path / "back" / "salmonn_v1.pth", weights_only=True)["model"]
@@ -276,3 +280,5 @@ def test_the_original_gives_the_same_tokens_and_loss(
   for name, tensor in stripped(theirs).items():
     assert (name in back) == (name not in passed_over)
     assert name in passed_over or torch.equal(tensor, back[name]), name
+  figures = {**compared, "loss_error_nats": max(errors), "prompt_error_deviations": float(worst)}
+  record(figures, clone="SALMONN_SRC")
