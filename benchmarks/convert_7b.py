@@ -55,7 +55,7 @@ sys.exit(code)
 
 
 def write_folder(folder: Path, config: LLMConfig) -> int:
-  """Writes a Hugging Face folder with random bfloat16 weights; returns its bytes."""
+  """Write a Hugging Face folder with random bfloat16 weights; returns its bytes."""
   folder.mkdir(parents=True)
   tensors = []
   for path, shape in shapes(config).items():
@@ -77,7 +77,7 @@ def write_folder(folder: Path, config: LLMConfig) -> int:
 
 
 def forget(folder: Path) -> None:
-  """Drops the files of a folder from the page cache."""
+  """Drop the files of a folder from the page cache."""
   os.sync()
   for file in folder.rglob("*"):
     if file.is_file():
@@ -86,7 +86,7 @@ def forget(folder: Path) -> None:
 
 
 def run_convert(*args: str) -> dict[str, float]:
-  """Runs `convert` and returns seconds, and peak memory over the interpreter's start in GB."""
+  """Run `convert` and returns seconds, and peak memory over the interpreter's start in GB."""
   begin = time.perf_counter()
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM, *args], stdout=subprocess.PIPE, text=True, check=True

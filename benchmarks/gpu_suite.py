@@ -37,7 +37,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "
 
 
 def run_section(name: str, dry_run: bool) -> dict:
-  """Runs one section here; an error becomes a part of the result."""
+  """Run one section here; an error becomes a part of the result."""
   start = time.perf_counter()
   try:
     result = importlib.import_module(SECTIONS[name][0]).run(dry_run)
@@ -47,7 +47,7 @@ def run_section(name: str, dry_run: bool) -> dict:
 
 
 def spawn_section(name: str, dry_run: bool) -> dict:
-  """Runs one section in a new process, with a time limit."""
+  """Run one section in a new process, with a time limit."""
   limit = SECTIONS[name][1] * (5 if dry_run else 1)  # the CPU of a dry run may be a busy one
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "section.json"
@@ -76,7 +76,7 @@ def compare(jax_side: dict, torch_side: dict) -> dict:
 
 
 def show(report: dict):
-  """Prints the report as plain lines: nothing beyond Python is needed."""
+  """Print the report as plain lines: nothing beyond Python is needed."""
   print(f"\n{report['device']}{'  (dry run, sizes mean nothing)' if report['dry_run'] else ''}")
   for name, section in report["sections"].items():
     print(f"{name:12} {'passed' if section['passed'] else 'FAILED'}")

@@ -195,8 +195,7 @@ def test_the_installed_package_holds_the_converters(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def installed_wheel(repo_root, tmp_path_factory):
-  """Folder with the contents of the built wheel, as pip unpacks it."""
+def wheel(repo_root, tmp_path_factory):
   folder = tmp_path_factory.mktemp("wheel")
   sources = folder / "sources"  # the build writes into its folder
   for name in ("mooer_jax", "convert", "configs"):
@@ -206,8 +205,14 @@ def installed_wheel(repo_root, tmp_path_factory):
   command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
   subprocess.run([sys.executable, *command, "-w", folder, sources], check=True, cwd=folder)
   [wheel] = folder.glob("*.whl")
-  zipfile.ZipFile(wheel).extractall(folder / "site")
-  return folder / "site"
+  return wheel
+
+
+@pytest.fixture(scope="module")
+def installed_wheel(wheel):
+  """Folder with the contents of the wheel, as pip unpacks it."""
+  zipfile.ZipFile(wheel).extractall(wheel.parent / "site")
+  return wheel.parent / "site"
 
 
 @pytest.mark.parametrize(
@@ -237,3 +242,35 @@ def test_the_installed_wheel_has_every_command(
   done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
   assert message in done.stdout + done.stderr
   assert done.returncode == status and "Traceback" not in done.stderr
+
+
+@pytest.mark.nightly
+def test_in_a_clean_environment_the_wheel_trains_and_transcribes(
+  repo_root, wheel, clips, plain_env, tmp_path
+):
+  """Needs a package index. No extra is installed, and the checkout is not on the path."""
+  subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+  programs = tmp_path / "env" / "bin"
+  pins = ["-c", repo_root / "constraints.txt"] if sys.version_info[:2] == (3, 11) else []
+  subprocess.run([programs / "python", "-m", "pip", "install", "-q", *pins, wheel], check=True)
+  env = {name: value for name, value in plain_env.items() if name != "PYTHONPATH"}
+
+  def run(*arguments, status=0):
+    command = [programs / "mooer-jax", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == status and "Traceback" not in said, said
+    return said
+
+  assert "transcribe" in run("--help")
+  assert "--config.key=value" in run("train", "--config=tiny", "--help")
+  (tmp_path / "wav.scp").write_text("".join(f"{clip.key} {clip.path}\n" for clip in clips))
+  (tmp_path / "text").write_text("".join(f"{clip.key} {clip.text}\n" for clip in clips))
+  run("pack", "--wav-scp=wav.scp", "--text=text", "--out=shards")
+  sizes = ("train.steps=2", "optimizer.total_steps=2", "optimizer.warmup_steps=1")
+  places = ("workdir=run", "data.shards=shards/data.list", "data.batch_size=2")
+  model = ("model.sanm.layers=2", "data.buckets=(84,)")
+  run("train", "--config=tiny", *(f"--config.{setting}" for setting in (*sizes, *places, *model)))
+  run("transcribe", "--checkpoint=run", clips[0].path)
+  assert "nowhere.wav" in run("transcribe", "--checkpoint=run", "nowhere.wav", status=2)
+  assert "mooer-jax[convert" in run("convert", "import", "whisper", "src", "out", status=2)

@@ -62,7 +62,7 @@ class Damaged(ValueError):
 
 
 def split_joined(data: bytes) -> list[bytes]:
-  """Splits files of one format that were joined end to end (`cat a.mp3 b.mp3`).
+  """Split files of one format that were joined end to end (`cat a.mp3 b.mp3`).
 
   Args:
     data: not empty; of any format.
@@ -136,7 +136,7 @@ def _is_mp3(data: bytes) -> bool:
 
 
 def _mp3_files(data: bytes) -> list[bytes]:
-  """Splits at tags, at files' headers, and where sample rate or number of channels change.
+  """Split at tags, at files' headers, and where sample rate or number of channels change.
 
   Frames are all that an mp3 is made of; decoders stop where the first header says.
   """
@@ -174,7 +174,7 @@ def _mp3_files(data: bytes) -> list[bytes]:
 
 
 def _with_frames(mp3: bytes, frames: int, seconds: float) -> bytes:
-  """Corrects a header that announces fewer frames than there are."""
+  """Correct a header that announces fewer frames than there are."""
   if header := _MP3_HEADER.search(mp3):
     announced = int.from_bytes(header[1], "big")
     if (frames - announced) * seconds > MISSING_S * frames:
@@ -183,7 +183,7 @@ def _with_frames(mp3: bytes, frames: int, seconds: float) -> bytes:
 
 
 def check_length(announced_s: float, found_s: float) -> None:
-  """Refuses a file that holds less sound than it announces.
+  """Refuse a file that holds less sound than it announces.
 
   Raises:
     Damaged: if more than MISSING_S is missing.
@@ -196,7 +196,7 @@ def check_length(announced_s: float, found_s: float) -> None:
 
 
 def check_sndfile_length(data: bytes, file: Any, found_s: float) -> None:
-  """Compares the length of the decoded sound with what libsndfile found in the header.
+  """Compare the length of the decoded sound with what libsndfile found in the header.
 
   Args:
     data: the file.

@@ -67,7 +67,7 @@ def load_audio(
   channel: Channel = "mean",
   name: str | None = None,
 ) -> np.ndarray:
-  """Decodes a clip to mono at the wanted rate.
+  """Decode a clip to mono at the wanted rate.
 
   Args:
     source: path of a file, or the bytes of one, in any format that libsndfile or FFmpeg decodes:
@@ -100,7 +100,7 @@ def load_audio(
 
 
 def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tuple[np.ndarray, int]:
-  """Decodes a clip as it is: all channels, own rate. Video files give their first audio stream.
+  """Decode a clip as it is: all channels, own rate. Video files give their first audio stream.
 
   Files that were joined end to end are decoded one after another. Where the sample rate changes,
   the result has the highest; where one channel becomes several, they start as copies of it.
@@ -132,7 +132,7 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
-  """Checks that there are samples, and that they are those of a waveform.
+  """Check that there are samples, and that they are those of a waveform.
 
   Args:
     samples: float array of any shape.
@@ -157,7 +157,7 @@ def check_samples(samples: np.ndarray, name: str) -> None:
 
 @contextlib.contextmanager
 def _named(name: str):
-  """Turns whatever is raised inside into an AudioError that names the clip."""
+  """Turn whatever is raised inside into an AudioError that names the clip."""
   try:
     yield
   except AudioError:
@@ -201,7 +201,7 @@ class _Part(NamedTuple):
 
 
 def _decode_file(data: bytes) -> list[_Part]:
-  """Decodes by libsndfile; by FFmpeg what libsndfile cannot read, or not to the end."""
+  """Decode by libsndfile; by FFmpeg what libsndfile cannot read, or not to the end."""
   try:
     part = _read_with_libsndfile(data)
   except Damaged:
@@ -270,14 +270,14 @@ def _read_with_ffmpeg(data: bytes, sound_error: str) -> list[_Part]:
 
 
 class _Blocks:
-  """Collects decoded samples, up to a limit."""
+  """Collect decoded samples, up to a limit."""
 
   def __init__(self):
     self._runs: list[tuple[int, list[np.ndarray]]] = []
     self._values = 0
 
   def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-    """Appends float32 [samples, channels]."""
+    """Append float32 [samples, channels]."""
     self._values += block_NC.size
     if self._values > _MAX_VALUES:
       raise Damaged(f"holds more than {_MAX_VALUES} samples; cut it into shorter files")

@@ -18,7 +18,6 @@ import pytest
 import soundfile
 
 from demo.mini import plan as planning
-from demo.mini.annotations import entry, write_annotations
 from demo.mini.plan import (
   DIGITS_LIMIT_S,
   LIMIT_S,
@@ -34,9 +33,11 @@ from demo.mini.plan import (
 from demo.mini.speech import (
   HURRIES,
   entries_of,
+  entry,
   lanes_of,
   make_speech,
   render,
+  write_annotations,
 )
 from demo.mini.voices import (
   FEMALE_VARIANTS,
@@ -229,7 +230,7 @@ def test_files_have_every_clip_they_name_within_the_limits(made):
       assert (info.samplerate, info.channels, info.subtype) == (SAMPLE_RATE_HZ, 1, "PCM_16")
       limit_s = DIGITS_LIMIT_S if "digits" in line["path"] else LIMIT_S
       assert 0.3 < info.duration <= limit_s
-  assert not list(made.rglob("*.part"))
+  assert not list(made.rglob("*.tmp"))
 
 
 def test_what_is_missing_is_made_again_the_same_and_nothing_else(made):
