@@ -77,7 +77,7 @@ def run(config: DemoConfig) -> dict:
   seconds["synthesis"] = stages.run(
     "synthesis", made_from, lambda: _speak(config.speech, speech), makes=speech
   )
-  made_from = fingerprint("", ROOT.glob("mooer_jax/data/*.py"))
+  made_from = fingerprint("", imported_sources("mooer_jax/data/pack.py"))
   seconds["packing"] = stages.run("packing", made_from, lambda: _pack(speech, shards), makes=shards)
   configured = [
     "--config=configs/tiny.py",

@@ -197,8 +197,8 @@ def _convert(whisper: Path, llm: Path, out: Path):
 
 def _score(recipe: Recipe, model: str, test: Path, beams: int) -> dict:
   # The same limit before and after tuning, so that the same answers are cut off.
-  told = mini_activation if test.stem == "probe" else mini_salmonn
-  longest = told.get_config().generation.max_new_tokens
+  config = (mini_activation if test.stem == "probe" else mini_salmonn).get_config()
+  longest = config.generation.max_new_tokens
   scored = recipe.out / "eval" / f"{model}-{test.stem}-beam{beams}"
   call(sys.executable, "eval.py", *recipe.settings(model),
         f"--checkpoint={recipe.out / model}", f"--config.eval.shards={test}",
@@ -218,11 +218,11 @@ def share_beyond_digits(annotation: Path, answers: Path) -> dict[str, float]:
     answers: hypotheses (`text`) of their evaluation.
   """
   given = read_text(answers)
-  said: dict[str, list[bool]] = {}
+  beyond: dict[str, list[bool]] = {}
   for number, line in enumerate(read_annotation(str(annotation))):
     answer = words(given.get(entry_key(number, line), ""))
-    said.setdefault(line["task"], []).append(not {*answer} <= {*WORDS})
-  return {task: sum(each) / len(each) for task, each in said.items()}
+    beyond.setdefault(line["task"], []).append(not {*answer} <= {*WORDS})
+  return {task: sum(each) / len(each) for task, each in beyond.items()}
 
 
 def _module(name: str, *arguments):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,10 +39,9 @@ from demo.mini.speech import (
   write_annotations,
 )
 from demo.mini.voices import (
-  FEMALE_VARIANTS,
-  MALE_VARIANTS,
   Joe,
   Speaker,
+  sex_of,
   speak,
   without_edges,
 )
@@ -124,17 +122,13 @@ def test_labels_are_right(plans, split):
     assert label.text == ("yes" if label.question in _said(clip).split() else "no")
 
 
-def test_the_sexes_are_those_of_espeaks_own_definitions():
-  import espeakng_loader
-
-  definitions = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
-  stated = {}
-  for name in (*TRAIN_VARIANTS, *TEST_VARIANTS):
-    found = re.search(r"^gender\s+(\w+)", (definitions / name).read_text("latin-1"), re.M)
-    if found:
-      stated[name] = found[1].lower()
-  expected = dict.fromkeys(FEMALE_VARIANTS, "female") | dict.fromkeys(MALE_VARIANTS, "male")
-  assert stated == expected
+def test_the_sex_of_many_voices_is_known():
+  sexes = collections.Counter(map(sex_of, (*TRAIN_VARIANTS, *TEST_VARIANTS, *RANDOM_VARIANTS)))
+  assert sexes["female"] >= 16 and sexes["male"] >= 22 and sexes[None] > 100
+  assert sexes.keys() == {"female", "male", None} and (sex_of("f1"), sex_of("m1")) == (
+    "female",
+    "male",
+  )
 
 
 def _shares(entries, task):
