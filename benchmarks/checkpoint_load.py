@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint_load --json out/checkpoint_load.json
 
-Each load is in a process of its own, from a cold and from a warm page cache, by turns.
+Each load runs in its own process, alternately with and without the check.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from mooer_jax import checkpoint
 from mooer_jax.text.tokenizer import Tokenizer
 
 SOURCES = ("benchmarks/checkpoint_load.py", "mooer_jax/checkpoint")
+KINDS = ("checked", "unchecked")
 LEAF_BYTES = 25 * 10**6
 PROGRAM = """
 import sys, time, jax
@@ -38,13 +39,13 @@ def save_random(folder: Path, megabytes: int) -> None:
   """Save a checkpoint of random float32 matrices."""
   rng = np.random.default_rng(0)
   count = -(-megabytes * 10**6 // LEAF_BYTES)
-  leaves = {f"leaf{i}": rng.random((LEAF_BYTES // 4000, 1000), np.float32) for i in range(count)}
+  params = {f"leaf{i}": rng.random((LEAF_BYTES // 4000, 1000), np.float32) for i in range(count)}
   tokenizer = Tokenizer.from_characters("a").save
-  checkpoint.save(folder, params=leaves, config_json={}, tokenizer=tokenizer, generation={})
+  checkpoint.save(folder, params=params, config_json={}, tokenizer=tokenizer, generation={})
 
 
-def seconds_to_load(folder: Path, how: str) -> float:
-  command = [sys.executable, "-c", PROGRAM, str(folder), how]
+def seconds_to_load(folder: Path, kind: str) -> float:
+  command = [sys.executable, "-c", PROGRAM, folder, kind]
   return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
@@ -52,29 +53,28 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--megabytes", type=int, default=300, help="default: 300")
   parser.add_argument("--repeats", type=int, default=5, help="default: 5")
-  parser.add_argument(
-    "--dir", type=Path, help="folder for the checkpoint; default: a temporary one"
-  )
+  parser.add_argument("--dir", help="folder for the checkpoint; default: a temporary one")
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
-  seconds: dict[str, dict[str, list[float]]] = {
-    cache: {"checked": [], "unchecked": []} for cache in ("cold", "warm")
-  }
+  result: dict = {"megabytes": args.megabytes, "versions": versions("jax", "orbax-checkpoint")}
   with tempfile.TemporaryDirectory(dir=args.dir) as parent:
     folder = Path(parent) / "checkpoint"
     save_random(folder, args.megabytes)
-    for _ in range(args.repeats):
-      for cache, by_kind in seconds.items():
-        for kind, times in by_kind.items():
+    for cache in ("cold", "warm"):
+      times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+      for _ in range(args.repeats):
+        for kind in KINDS:
           if cache == "cold":
             forget(folder)
-          times.append(seconds_to_load(folder, kind))
-  result: dict = {"megabytes": args.megabytes, "versions": versions("jax", "orbax-checkpoint")}
-  print(f"{'page cache':12}{'checked s':>12}{'unchecked s':>12}{'ratio':>8}")
-  for cache, by_kind in seconds.items():
-    checked, unchecked = (statistics.median(times) for times in by_kind.values())
-    print(f"{cache:12}{checked:12.2f}{unchecked:12.2f}{checked / unchecked:8.2f}")
-    result[cache] = {"checked_s": checked, "unchecked_s": unchecked, "ratio": checked / unchecked}
+          times[kind].append(seconds_to_load(folder, kind))
+      checked, unchecked = (statistics.median(times[kind]) for kind in KINDS)
+      ratio = checked / unchecked
+      result[f"{cache}_page_cache"] = {
+        "checked_s": checked,
+        "unchecked_s": unchecked,
+        "ratio": ratio,
+      }
+      print(f"{cache} page cache: {checked:.2f} s, {unchecked:.2f} s unchecked; ratio {ratio:.2f}")
   if args.json:
     write_result(args.json, result, SOURCES)
 

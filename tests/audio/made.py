@@ -17,10 +17,6 @@ def chirp(seconds=0.8, rate_hz=RATE_HZ):
   return (0.5 * np.sin(phase)).astype(np.float32)
 
 
-def noise(samples, seed=0):
-  return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
-
-
 def encode(samples, *, kind="WAV", subtype=None, rate_hz=RATE_HZ):
   """The bytes of a file by libsndfile."""
   buffer = io.BytesIO()

@@ -24,7 +24,6 @@ from mooer_jax.audio.frontend import (
   stack_frames_jax,
   width,
 )
-from tests.audio.made import noise
 from tests.numerics import assert_within, exceeds_the_bound, log_energy_rounding
 
 # Of all samples up to 0.5 s; the batch below is compiled once for this.
@@ -34,6 +33,10 @@ LONGEST = 8000
 @functools.partial(jax.jit, static_argnames="config")
 def batch_features(waveform_BN, samples_B, config=FrontendConfig()):
   return features_jax(waveform_BN, samples_B, config)
+
+
+def noise(samples, seed=0):
+  return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
 
 
 # Beside random lengths, those around the edges of a frame (400 + 160 k) and of a step (960 k).

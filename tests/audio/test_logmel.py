@@ -19,7 +19,6 @@ from mooer_jax.audio.logmel import (
   num_frames,
   width,
 )
-from tests.audio.made import noise
 from tests.numerics import (
   assert_as_accurate,
   assert_within,
@@ -40,6 +39,10 @@ def jax_alone(waveform_N, config=LogMelConfig()):
   features_BTF, frames_B = batch_features(waveform_N[None], np.array([len(waveform_N)]), config)
   assert frames_B[0] == features_BTF.shape[1]
   return np.asarray(features_BTF[0])
+
+
+def noise(samples, seed=0):
+  return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
 
 
 def filled(features_TF, frames=3000):

@@ -31,6 +31,7 @@ from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.program import abstract_state, jitted_step
 from mooer_jax.training.sharding import make_mesh
+from tests.benchmarks import flops_by_hand
 
 ROWS, FRAMES, PROMPT, ANSWER = 48, 50, 7, 9
 TRAINED = {
@@ -138,7 +139,7 @@ def traced(name, remat, fsdp=8):
 
 
 def needed(name):
-  return flops.train_step(MODELS[name], batch_of(MODELS[name]))
+  return flops_by_hand.train_step(MODELS[name], batch_of(MODELS[name]))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -164,7 +165,7 @@ def test_frames_from_a_cache_take_no_encoder():
       for encoder, x in zip(config.encoders, batch.features)
     ),
   )
-  saved = flops.train_step(config, batch) - flops.train_step(config, encoded)
+  saved = flops_by_hand.train_step(config, batch) - flops_by_hand.train_step(config, encoded)
   params = jax.eval_shape(lambda: speech_llm.init(jax.random.key(0), config))
   arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
   hearing = jax.make_jaxpr(lambda p: speech_llm.encode(p, arrays, config))(params)

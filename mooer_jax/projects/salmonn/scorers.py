@@ -201,7 +201,7 @@ def slot_accuracy(row, entries, hypotheses, extras):
   if extras.judgements is not None:
     correct, why = _judged("correct", row, entries, hypotheses, extras)
     return Scored((correct,), following, len(entries), _notes(why, *notes))
-  known = _all_have_transcripts(entries)
+  tell = _all_have_transcripts(entries)
   right = 0
   for key, entry in entries.items():
     if not answers.words(entry["text"]):
@@ -209,8 +209,8 @@ def slot_accuracy(row, entries, hypotheses, extras):
         f"{row.file}: {key} has text={entry['text']!r}; it must be the value of the slot"
       )
     answer = hypotheses.get(key, "")
-    # A transcript contains the value too, so a sentence counts only if it is known not to be one.
-    sentence = known and not answers.is_transcript(answer, entry["transcript"])
+    # The transcript holds the value too, so a sentence counts only where it is told from one.
+    sentence = tell and not answers.is_transcript(answer, entry["transcript"])
     right += (
       answers.contains(answer, entry["text"])
       if sentence
@@ -218,7 +218,7 @@ def slot_accuracy(row, entries, hypotheses, extras):
     )
   note = (
     "correct: contains the value and is not a transcript"
-    if known
+    if tell
     else "correct: exactly the value; longer answers need `transcript` or judgements"
   )
   return Scored((right / len(entries),), following, len(entries), _notes(note, *notes))
