@@ -40,9 +40,9 @@ class Batch:
     features: one array per encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in
       [-1, 1], whose features are then computed inside the step.
     frames: one array per encoder: int32 [B], valid feature frames (or samples).
-    before_BS: int32, prompt tokens before the speech; below 0 is padding, on the left.
-    after_BS: int32, prompt tokens after the speech, padded the same way.
-    answer_BS: int32, answer and eos; below 0 is padding, on the right. A row of padding only has
+    prefix_BS: int32, prompt tokens before the speech; below 0 is padding, on the left.
+    suffix_BS: int32, prompt tokens after the speech, padded the same way.
+    labels_BS: int32, answer and eos; below 0 is padding, on the right. A row of padding only has
       0 frames and no answer.
     task_B: int32, which of config.prompts a row answers, -1 for padding; None where nobody asks.
     encoded: whether `features` are the encoders' frames [B, T, D] already, from a cache.
@@ -50,9 +50,9 @@ class Batch:
 
   features: tuple[Array, ...]
   frames: tuple[Array, ...]
-  before_BS: Array
-  after_BS: Array
-  answer_BS: Array
+  prefix_BS: Array
+  suffix_BS: Array
+  labels_BS: Array
   task_B: Array | None = None
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -204,14 +204,14 @@ def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMC
     ValueError: if no token follows the speech; the answer is read off the prompt's last slot, and
       padded speech ends in an empty one.
   """
-  if batch.after_BS.shape[1] == 0:
+  if batch.suffix_BS.shape[1] == 0:
     raise ValueError(
       "the prompt ends with the speech; at least one token must follow, off which the answer is"
       f" read (the model's template is {config.template!r})"
     )
-  before_BSD, after_BSD = (embed(params, t, config) for t in (batch.before_BS, batch.after_BS))
+  before_BSD, after_BSD = (embed(params, t, config) for t in (batch.prefix_BS, batch.suffix_BS))
   inputs_BSD = jnp.concatenate([before_BSD, speech_BSD, after_BSD], axis=1)
-  valid_BS = jnp.concatenate([batch.before_BS >= 0, speech_valid_BS, batch.after_BS >= 0], axis=1)
+  valid_BS = jnp.concatenate([batch.prefix_BS >= 0, speech_valid_BS, batch.suffix_BS >= 0], axis=1)
   return inputs_BSD, valid_BS
 
 
@@ -268,7 +268,7 @@ def answer_logits(
   rngs = None if dropout_key is None else {"dropout": dropout_key}
   inputs_BSD, valid_BS = prompt(params, batch, config, rngs)
   first = inputs_BSD.shape[1] - 1  # the last slot of the prompt predicts the first answer token
-  given_BA = batch.answer_BS[:, :-1]
+  given_BA = batch.labels_BS[:, :-1]
   answer_BAD = embed(params, given_BA, config)
   inputs_BSD = jnp.concatenate([inputs_BSD, answer_BAD.astype(inputs_BSD.dtype)], axis=1)
   valid_BS = jnp.concatenate([valid_BS, given_BA >= 0], axis=1)
@@ -298,7 +298,7 @@ def loss(
   logits_BAV = answer_logits(
     params, batch, config, lora_scale=lora_scale, dropout_key=dropout_key, rows=rows
   )
-  target_BA = batch.answer_BS
+  target_BA = batch.labels_BS
   counted_BA = target_BA >= 0
   picked_BA = jnp.take_along_axis(logits_BAV, jnp.maximum(target_BA, 0)[..., None], axis=-1)[..., 0]
   nats_BA = jax.nn.logsumexp(logits_BAV, axis=-1) - picked_BA

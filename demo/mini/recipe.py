@@ -34,7 +34,7 @@ from demo.stages import Stages, call, fingerprint
 from demo.synthesize import WORDS
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import audio_files, entry_key, read_annotation
-from mooer_jax.evaluation.answers import words
+from mooer_jax.evaluation.answer_matching import words
 from mooer_jax.evaluation.text_files import read_text
 
 ROOT = Path(__file__).resolve().parents[2]

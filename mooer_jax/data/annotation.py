@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.data.shards import RawUtterance, Skip
+from mooer_jax.data.shards import RawUtterance, SkippedUtterance
 from mooer_jax.files import read_json_object
 
 _TEXT = "a string without NUL and halves of characters"
@@ -95,22 +95,24 @@ def is_piece(name: str) -> bool:
   return ".json#" in name
 
 
-def read_piece(name: str) -> Generator[RawUtterance | Skip]:
-  """Yields the utterances of a part, in order, each either whole or as a Skip."""
+def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """Yields the utterances of a part, in order, each either whole or as a SkippedUtterance."""
   path, _, start = name.rpartition("#")
   first = int(start)
   for number, entry in enumerate(read_annotation(path)[first : first + _AT_A_TIME], first):
     yield _read(entry_key(number, entry), name, Path(path).parent, entry)
 
 
-def _read(key: str, shard: str, folder: Path, entry: dict[str, Any]) -> RawUtterance | Skip:
+def _read(
+  key: str, shard: str, folder: Path, entry: dict[str, Any]
+) -> RawUtterance | SkippedUtterance:
   try:
     first, *more = (
       (folder / p).read_bytes() for p in (entry["path"], *entry.get("expand_wav", []))
     )
   except OSError as error:
     detail = f"{error.filename}: {error.strerror or error}"
-    return Skip("no audio", key, shard, detail, entry["text"], entry.get("task", ""))
+    return SkippedUtterance("no audio", key, shard, detail, entry["text"], entry.get("task", ""))
   return RawUtterance(
     key,
     shard,

@@ -44,7 +44,7 @@ _TOGETHER = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Skip:
+class SkippedUtterance:
   """An utterance that was left out.
 
   Attributes:
@@ -131,8 +131,8 @@ def read_lines(path: Path) -> list[str]:
     raise ValueError(f"{path}:{number}: not UTF-8; convert the file to UTF-8") from error
 
 
-def read_shard(path: str) -> Generator[RawUtterance | Skip]:
-  """Yields the utterances of a tar, in order, each either whole or as a Skip.
+def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """Yields the utterances of a tar, in order, each either whole or as a SkippedUtterance.
 
   Members of one utterance stand together and share the name up to the last dot; transcript and
   audio come in either order. Members with other suffixes than .txt, .json, AUDIO_SUFFIXES and
@@ -169,7 +169,7 @@ def read_shard(path: str) -> Generator[RawUtterance | Skip]:
         yield _whole(done, found, path, seen)
       _check_end(file, tar.offset)
   except damage as error:
-    yield Skip("bad shard", key or "", path, f"{type(error).__name__}: {error}")
+    yield SkippedUtterance("bad shard", key or "", path, f"{type(error).__name__}: {error}")
 
 
 def _slot(suffix: str) -> str:
@@ -191,18 +191,18 @@ def _content(tar, member) -> bytes:
   return content
 
 
-def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
+def _whole(key, parts, shard, seen) -> RawUtterance | SkippedUtterance:
   found = parts.get("audio") or parts.get("video")
   only = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())
   if key in seen:
     if seen[key]:
-      return Skip("duplicate key", key, shard)
-    return Skip("members apart", key, shard, f"{only} here; {_TOGETHER}")
+      return SkippedUtterance("duplicate key", key, shard)
+    return SkippedUtterance("members apart", key, shard, f"{only} here; {_TOGETHER}")
   seen[key] = bool(found) and "txt" in parts
   if not found:
-    return Skip("no audio", key, shard, f"{only}; {_TOGETHER}", *_wanted(parts))
+    return SkippedUtterance("no audio", key, shard, f"{only}; {_TOGETHER}", *_wanted(parts))
   if "txt" not in parts:
-    return Skip("no transcript", key, shard, f"{only}; {_TOGETHER}")
+    return SkippedUtterance("no transcript", key, shard, f"{only}; {_TOGETHER}")
   suffix, audio = found
   about = {}
   if "json" in parts:
@@ -211,7 +211,7 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
       if not all(isinstance(about.get(name, ""), str) for name in ("task", "Q")):
         raise ValueError("task and Q must be strings")
     except (ValueError, AttributeError, RecursionError) as error:
-      return Skip("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
+      return SkippedUtterance("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
   return RawUtterance(
     key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
   )

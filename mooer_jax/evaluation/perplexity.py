@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from mooer_jax.evaluation.answers import TaskScore
+from mooer_jax.evaluation.answer_matching import TaskScore
 from mooer_jax.files import replace_file
 
 NONE = "(none)"  # what the absence of an instruction is called

@@ -3,7 +3,7 @@
 The prompt is read once and cached once an utterance, however many answers grow from it. The R
 answers of an utterance are R queries of one row; each step writes their keys and values into R new
 slots, and a mask says which of the slots hold an answer's own past. A beam that takes over the past
-of another takes over small integers (`search.Answers.slots_BRS`); no cache entry is ever moved.
+of another takes over small integers (`search.Hypotheses.slots_BRS`); no cache entry is ever moved.
 """
 
 import functools
@@ -22,7 +22,7 @@ from mooer_jax.speech_llm import Batch
 
 
 @flax.struct.dataclass
-class Generated:
+class GenerateOutput:
   """What was generated: R = num_return_sequences answers an utterance, the best first.
 
   Attributes:
@@ -69,12 +69,12 @@ def generate(
   *,
   key: jax.Array | None = None,
   lora_scale: jax.Array | float | None = None,
-) -> Generated:
+) -> GenerateOutput:
   """Answers a batch of prompts; compiled once for each shape of batch, config and options.
 
   Args:
     params: per-layer parameters (`tree.unstack_layers`), config.compute.scan False.
-    batch: prompts; `answer_BS` is not read. Rows of padding give rows of padding.
+    batch: prompts; `labels_BS` is not read. Rows of padding give rows of padding.
     config: the model.
     options: how answers are searched for, and when to stop.
     key: PRNG key, needed when sampling; row i draws from fold_in(key, i) whatever the batch size.
@@ -107,7 +107,7 @@ def generate_from(
   padding_B: jax.Array | None = None,
   key: jax.Array | None = None,
   lora_scale: jax.Array | float | None = None,
-) -> Generated:
+) -> GenerateOutput:
   """Answers prompts given as embeddings; what `generate` does behind the connector.
 
   Args:
@@ -191,7 +191,7 @@ def generate_from(
     hidden_BRSD = _collect(read_BYD, final_BRD, answers, R)
   is_empty_BR = answers.lengths_BR == 0
   is_eos_BR = jnp.isin(last_tokens_BR, jnp.array(options.eos_token_id, jnp.int32))
-  return Generated(
+  return GenerateOutput(
     tokens_BRS=answers.tokens_BRS,
     lengths_BR=answers.lengths_BR,
     scores_BR=jnp.where(is_empty_BR, 0, answers.scores_BR),
@@ -200,7 +200,7 @@ def generate_from(
   )
 
 
-def _collect(read_BYD, final_BRD, answers: search.Answers, places: int) -> jax.Array:
+def _collect(read_BYD, final_BRD, answers: search.Hypotheses, places: int) -> jax.Array:
   """Hidden states [B, R, S, D] of answers, from those of all slots and of the last tokens."""
   rows, count, steps = answers.slots_BRS.shape
   index_BY = (jnp.arange(steps) * places + answers.slots_BRS).reshape(rows, -1)

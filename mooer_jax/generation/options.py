@@ -98,5 +98,5 @@ class GenerationConfig:
 
   @property
   def width(self) -> int:
-    """Answers followed side by side for each utterance: beams, or independent draws."""
+    """Hypotheses followed side by side for each utterance: beams, or independent draws."""
     return self.num_beams if self.num_beams > 1 else self.num_return_sequences

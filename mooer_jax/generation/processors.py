@@ -52,7 +52,7 @@ def process(
   if options.do_sample:
     # Beams need a way on where every eos is among the most probable tokens.
     keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
-    scores_XV = restrict(
+    scores_XV = apply_top_k_top_p(
       scores_XV / options.temperature, top_k=options.top_k, top_p=options.top_p, keep=keep
     )
   return scores_XV
@@ -102,7 +102,9 @@ def _marked(tokens_XS, chosen_XS, vocab: int) -> jax.Array:
   return jnp.vectorize(row, signature="(n),(n)->(v)")(tokens_XS, chosen_XS)
 
 
-def restrict(scores_XV: jax.Array, *, top_k: int, top_p: float, keep: int = 1) -> jax.Array:
+def apply_top_k_top_p(
+  scores_XV: jax.Array, *, top_k: int, top_p: float, keep: int = 1
+) -> jax.Array:
   """Sets scores outside the k most probable, then outside the nucleus of mass p, to -inf.
 
   Ties with the k-th score stay in; of equal scores at the nucleus' edge, those with the lower ids

@@ -23,10 +23,10 @@ from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import process
 
 PAD = -1
-BARRED = -1e9  # what transformers adds to a score to keep a candidate out; finite, so that it sums
+NEG_INF = -1e9  # what transformers adds to a score to keep a candidate out; finite, so that it sums
 
 
-class Answers(NamedTuple):
+class Hypotheses(NamedTuple):
   """Answers, whole or begun.
 
   Attributes:
@@ -49,21 +49,21 @@ class State(NamedTuple):
     step: int32 scalar, tokens chosen so far.
     running: the beams or draws that go on; best first where beams.
     whole: the best whole answers of a beam search; draws end in place, in `running`.
-    is_whole_BR: bool, True where `whole` holds an answer, or where a draw has ended.
+    is_finished_BR: bool, True where `whole` holds an answer, or where a draw has ended.
     done_B: bool, True where nothing changes any more.
   """
 
   step: Any
-  running: Answers
-  whole: Answers
-  is_whole_BR: jax.Array
+  running: Hypotheses
+  whole: Hypotheses
+  is_finished_BR: jax.Array
   done_B: jax.Array
 
 
 def start(rows: int, options: GenerationConfig, done_B: jax.Array | None = None) -> State:
   """Empty answers for `rows` utterances; those with done_B True stay empty."""
   R, S = options.width, options.max_new_tokens
-  empty = Answers(
+  empty = Hypotheses(
     tokens_BRS=jnp.full((rows, R, S), PAD, jnp.int32),
     slots_BRS=jnp.zeros((rows, R, S), jnp.int32),
     lengths_BR=jnp.zeros((rows, R), jnp.int32),
@@ -72,13 +72,13 @@ def start(rows: int, options: GenerationConfig, done_B: jax.Array | None = None)
   running, whole = empty, empty
   if options.num_beams > 1:
     # The beams begin alike: only the first counts, or all would follow the same answer.
-    running = empty._replace(scores_BR=empty.scores_BR.at[:, 1:].set(BARRED))
-    whole = empty._replace(scores_BR=jnp.full((rows, R), BARRED, jnp.float32))
+    running = empty._replace(scores_BR=empty.scores_BR.at[:, 1:].set(NEG_INF))
+    whole = empty._replace(scores_BR=jnp.full((rows, R), NEG_INF, jnp.float32))
   return State(
     step=jnp.zeros((), jnp.int32),
     running=running,
     whole=whole,
-    is_whole_BR=jnp.zeros((rows, R), bool),
+    is_finished_BR=jnp.zeros((rows, R), bool),
     done_B=jnp.zeros(rows, bool) if done_B is None else done_B,
   )
 
@@ -118,7 +118,7 @@ def advance(
   return jax.tree.map(kept, state._replace(step=None), new)._replace(step=state.step + 1)
 
 
-def best(state: State, options: GenerationConfig) -> Answers:
+def best(state: State, options: GenerationConfig) -> Hypotheses:
   """The `num_return_sequences` answers of each utterance, best first; draws in their order."""
   if options.num_beams > 1:
     return jax.tree.map(lambda x: x[:, : options.num_return_sequences], state.whole)
@@ -147,19 +147,19 @@ def _advance_draws(state, logits_BRV, options, min_new_B, keys_B) -> State:
     tokens_BR = scores_BRV.argmax(-1).astype(jnp.int32)
   log_probs_BRV = jax.nn.log_softmax(scores_BRV)
   gained_BR = jnp.take_along_axis(log_probs_BRV, tokens_BR[..., None], axis=-1)[..., 0]
-  goes_on_BR = ~state.is_whole_BR
+  goes_on_BR = ~state.is_finished_BR
   tokens_BR = jnp.where(goes_on_BR, tokens_BR, PAD)
-  running = Answers(
+  running = Hypotheses(
     tokens_BRS=answers.tokens_BRS.at[..., step].set(tokens_BR),
     slots_BRS=answers.slots_BRS.at[..., step].set(jnp.arange(options.width)),
     lengths_BR=answers.lengths_BR + goes_on_BR,
     scores_BR=answers.scores_BR + jnp.where(goes_on_BR, gained_BR, 0),
   )
-  is_whole_BR = state.is_whole_BR | _is_eos(tokens_BR, options)
-  return State(None, running, state.whole, is_whole_BR, is_whole_BR.all(axis=1))
+  is_finished_BR = state.is_finished_BR | _is_eos(tokens_BR, options)
+  return State(None, running, state.whole, is_finished_BR, is_finished_BR.all(axis=1))
 
 
-def _take(answers: Answers, index_BX: jax.Array) -> Answers:
+def _take(answers: Hypotheses, index_BX: jax.Array) -> Hypotheses:
   """Picks answers of each utterance."""
 
   def pick(x):
@@ -180,33 +180,33 @@ def _advance_beams(state, logits_BRV, options, min_new_B, keys_B) -> State:
   stops_BX = _is_eos(candidates.tokens_BRS[..., step], options)
   stops_BX |= step + 1 >= options.max_new_tokens
 
-  barred_BX = candidates.scores_BR + stops_BX * BARRED
+  barred_BX = candidates.scores_BR + stops_BX * NEG_INF
   running = _take(candidates._replace(scores_BR=barred_BX), jax.lax.top_k(barred_BX, R)[1])
   running = running._replace(slots_BRS=running.slots_BRS.at[..., step].set(jnp.arange(R)))
 
   # Candidates behind the first R stand by for beams that end; they cannot become answers.
   ends_BX = stops_BX & (jnp.arange(stops_BX.shape[1]) < R)
-  scores_BX = candidates.scores_BR / divisors_S[step] + ~ends_BX * BARRED
+  scores_BX = candidates.scores_BR / divisors_S[step] + ~ends_BX * NEG_INF
   both = jax.tree.map(
     lambda *x: jnp.concatenate(x, axis=1),
-    (state.whole, state.is_whole_BR),
+    (state.whole, state.is_finished_BR),
     (candidates._replace(scores_BR=scores_BX), ends_BX),
   )
   chosen_BR = jax.lax.top_k(both[0].scores_BR, R)[1]
   whole = _take(both[0], chosen_BR)
-  is_whole_BR = jnp.take_along_axis(both[1], chosen_BR, axis=1)
+  is_finished_BR = jnp.take_along_axis(both[1], chosen_BR, axis=1)
 
   to_the_end = options.early_stopping == "never" and options.length_penalty > 0
   hope_B1 = running.scores_BR[:, :1] / divisors_S[-1 if to_the_end else step]
   worst_B1 = whole.scores_BR.min(axis=1, keepdims=True)
-  done_B = ~(hope_B1 > jnp.where(is_whole_BR, worst_B1, BARRED)).any(axis=1)
+  done_B = ~(hope_B1 > jnp.where(is_finished_BR, worst_B1, NEG_INF)).any(axis=1)
   done_B |= stops_BX.all(axis=1)
   if options.early_stopping is True:
-    done_B |= is_whole_BR.all(axis=1)
-  return State(None, running, whole, is_whole_BR, done_B)
+    done_B |= is_finished_BR.all(axis=1)
+  return State(None, running, whole, is_finished_BR, done_B)
 
 
-def _candidates(state, log_probs_BRV, options, keys_B) -> Answers:
+def _candidates(state, log_probs_BRV, options, keys_B) -> Hypotheses:
   """The most probable continuations of all beams together, or as many drawn without replacement.
 
   There are enough for R to go on even if every beam could end with each eos.
@@ -226,7 +226,7 @@ def _candidates(state, log_probs_BRV, options, keys_B) -> Answers:
     ranked_BY += jax.vmap(lambda key: jax.random.gumbel(key, (R * V,)))(keys_B)
   index_BX = jax.lax.top_k(ranked_BY, count)[1]
   begun = _take(state.running, index_BX // V)
-  return Answers(
+  return Hypotheses(
     tokens_BRS=begun.tokens_BRS.at[..., state.step].set(index_BX % V),
     slots_BRS=begun.slots_BRS,
     lengths_BR=begun.lengths_BR + 1,

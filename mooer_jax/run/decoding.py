@@ -12,7 +12,7 @@ from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
-from mooer_jax.data.shards import Skip
+from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import generate
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
@@ -66,7 +66,7 @@ class Decoded:
   hypotheses: dict[str, str]
   transcripts: dict[str, str]
   tasks: dict[str, str]
-  skipped: list[Skip]
+  skipped: list[SkippedUtterance]
   audio_s: float = 0.0
   cut: list[str] = dataclasses.field(default_factory=list)
 
@@ -148,7 +148,7 @@ def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> Decoded:
           decoded.tasks[skip.key] = skip.task
       decoded.skipped += host_batch.skipped
       decoded.audio_s += host_batch.audio_s
-      shortened += host_batch.cut
+      shortened += host_batch.num_truncated
       done = len(decoded.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
   if shortened:

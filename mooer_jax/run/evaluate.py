@@ -11,9 +11,9 @@ from rich.console import Console
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import is_annotation
 from mooer_jax.evaluation import report
-from mooer_jax.evaluation.answers import score_by_task
-from mooer_jax.evaluation.answers import table as task_table
-from mooer_jax.evaluation.answers import write as write_by_task
+from mooer_jax.evaluation.answer_matching import score_by_task
+from mooer_jax.evaluation.answer_matching import table as task_table
+from mooer_jax.evaluation.answer_matching import write as write_by_task
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.translation import Bleu, bleu_of_task

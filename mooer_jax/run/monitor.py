@@ -103,8 +103,8 @@ class Monitor:
       self._task_sums += sums
       row["tasks"] = self._by_task(sums)
     row["audio_s"] = host_batch.audio_s
-    if host_batch.cut:
-      row["cut"] = host_batch.cut
+    if host_batch.num_truncated:
+      row["truncated"] = host_batch.num_truncated
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
     for skip in host_batch.skipped:
@@ -145,8 +145,8 @@ class Monitor:
     )
     if self._skipped:
       line += f"  skipped {len(self._skipped)}"
-    if row.get("cut"):
-      line += f"  cut {row['cut']}"
+    if row.get("truncated"):
+      line += f"  truncated {row['truncated']}"
     if tasks:
       said = (f"{task} {of['loss']:.3f}/{of['accuracy']:.3f}" for task, of in tasks.items())
       self.message(f"step {step}  loss/accuracy by task: {'  '.join(said)}")
@@ -176,8 +176,9 @@ class Monitor:
       causes = Counter(cause for _, _, cause in self._skipped)
       counts = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
       self.message(f"skipped utterances: {counts}; see {self._skips}")
-    if cut := sum(row.get("cut", 0) for row in self._rows):
-      self.message(f"clips cut to data.max_s, their texts whole: {cut}")
+    # "cut" in runs of version 0.1
+    if truncated := sum(row.get("truncated", row.get("cut", 0)) for row in self._rows):
+      self.message(f"clips truncated to data.max_s, but not their transcripts: {truncated}")
     if self._rows:
       self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
 

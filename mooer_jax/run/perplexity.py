@@ -226,8 +226,8 @@ def _measure(
   shortened = 0
   for host in batches_of(run, options, loaded._replace(model=model)):
     left_out.update(skip.cause for skip in host.skipped)
-    shortened += host.cut
-    for row_S, text in zip(host.batch.answer_BS, host.texts, strict=False):  # the rest is padding
+    shortened += host.num_truncated
+    for row_S, text in zip(host.batch.labels_BS, host.texts, strict=False):  # the rest is padding
       if row_S[0] < 0:
         left_out["no answer that fits data.answer_buckets" if text else "empty text"] += 1
     batch = host.batch if sharding is None else jax.device_put(host.batch, sharding)

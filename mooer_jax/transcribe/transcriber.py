@@ -203,13 +203,13 @@ class Transcriber:
   def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
     made = [extract_features(clip, self.config) for clip in clips]
     features, frames = encoder_inputs(made, rows=rows, buckets=self.buckets)
-    before_S, after_S = encode_prompt(self.tokenizer, prompt)
+    prefix_S, suffix_S = encode_prompt(self.tokenizer, prompt)
     return Batch(
       features=features,
       frames=frames,
-      before_BS=np.tile(np.asarray(before_S, np.int32), (rows, 1)),
-      after_BS=np.tile(np.asarray(after_S, np.int32), (rows, 1)),
-      answer_BS=np.full((rows, 1), -1, np.int32),
+      prefix_BS=np.tile(np.asarray(prefix_S, np.int32), (rows, 1)),
+      suffix_BS=np.tile(np.asarray(suffix_S, np.int32), (rows, 1)),
+      labels_BS=np.full((rows, 1), -1, np.int32),
     )
 
 

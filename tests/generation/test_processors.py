@@ -28,7 +28,7 @@ def test_restrict_keeps_what_transformers_keeps(top_k, top_p, keep):
     expected = warp(None, expected)
   if top_p < 1:
     expected = logits_process.TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, expected)
-  found = processors.restrict(jnp.asarray(scores), top_k=top_k, top_p=top_p, keep=keep)
+  found = processors.apply_top_k_top_p(jnp.asarray(scores), top_k=top_k, top_p=top_p, keep=keep)
   np.testing.assert_array_equal(found, expected.numpy())
 
 

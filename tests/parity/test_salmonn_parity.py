@@ -81,15 +81,15 @@ def batch_of(waveforms, answers, config, tokenizer):
       line[: len(row)] = row
   text = fill_template(config.template, dict(config.prompts)["asr"])
   before_S, after_S = encode_prompt(tokenizer, text)
-  answer_BS = np.full((len(answers), max(map(len, answers))), -1, np.int32)
-  for line, answer in zip(answer_BS, answers):
+  labels_BS = np.full((len(answers), max(map(len, answers))), -1, np.int32)
+  for line, answer in zip(labels_BS, answers):
     line[: len(answer)] = answer
   return speech_llm.Batch(
     features=tuple(made),
     frames=tuple(frames),
-    before_BS=np.tile(np.asarray(before_S, np.int32), (len(waveforms), 1)),
-    after_BS=np.tile(np.asarray(after_S, np.int32), (len(waveforms), 1)),
-    answer_BS=answer_BS,
+    prefix_BS=np.tile(np.asarray(before_S, np.int32), (len(waveforms), 1)),
+    suffix_BS=np.tile(np.asarray(after_S, np.int32), (len(waveforms), 1)),
+    labels_BS=labels_BS,
   )
 
 

@@ -209,9 +209,9 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
     batch = speech_llm.Batch(
       features=(x_TF[None],),
       frames=(np.array([len(x_TF)]),),
-      before_BS=np.array([before]),
-      after_BS=np.array([after]),
-      answer_BS=np.array([answer]),
+      prefix_BS=np.array([before]),
+      suffix_BS=np.array([after]),
+      labels_BS=np.array([answer]),
     )
     logits_AV = np.asarray(speech_llm.answer_logits(params, batch, model)[0], np.float64)
     log_p_AV = logits_AV - np.log(np.exp(logits_AV).sum(-1, keepdims=True))
