@@ -15,7 +15,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.generate import generate, generate_from
 from mooer_jax.inputs import encoder_inputs, extract_features
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.kind import Original, Request
 from .report import Accuracy, Report, accuracy, same_tokens, stage_errors
@@ -25,7 +25,7 @@ DTYPES = (
   ("bfloat16 weights", "bfloat16", "float32"),
   ("bfloat16 compute", "bfloat16", "bfloat16"),
 )
-Logits = Callable[[dict, Compute], np.ndarray]
+Logits = Callable[[dict, ExecutionConfig], np.ndarray]
 
 
 def load_clips(files: Sequence[Path], config: SpeechLLMConfig) -> list[np.ndarray]:
@@ -64,7 +64,7 @@ def compare(request: Request, original: Original) -> Report:
     ours = _valid(_speech_stages(params, batch, config))
     tokens_BS = generate(params, batch, config, options).tokens_BS
 
-    def logits(params: dict, compute: Compute) -> np.ndarray:
+    def logits(params: dict, compute: ExecutionConfig) -> np.ndarray:
       logits_BAV = _answer_logits(params, batch, config.replace(compute=compute))
       return np.asarray(logits_BAV)[batch.labels_BS >= 0]
   else:
@@ -72,13 +72,13 @@ def compare(request: Request, original: Original) -> Report:
     tokens_BS = _generate_text(params, jnp.array([prompt_S]), config, options)
     given_BS = jnp.array([[*prompt_S, *theirs["tokens"][:-1]]])
 
-    def logits(params: dict, compute: Compute) -> np.ndarray:
+    def logits(params: dict, compute: ExecutionConfig) -> np.ndarray:
       logits_BSV = _text_logits(params, given_BS, config.replace(compute=compute))
       return np.asarray(logits_BSV)[0, len(prompt_S) - 1 :]
 
   generated = [[int(token) for token in row_S if token >= 0] for row_S in np.asarray(tokens_BS)]
   same = same_tokens(generated, [clip["tokens"].tolist() for clip in original.clips])
-  exact_AV = logits(params, Compute())
+  exact_AV = logits(params, ExecutionConfig())
   errors = stage_errors({**ours, "logits": exact_AV}, theirs)
   return Report(errors, same, _cost_of_dtypes(params, exact_AV, logits), notes)
 
@@ -92,7 +92,7 @@ def _cost_of_dtypes(params, exact_AV: np.ndarray, logits: Logits) -> list[Accura
         for path, leaf in tree.flatten(params).items()
       }
     )
-    rows.append(accuracy(name, exact_AV, logits(rounded, Compute(dtype=computed))))
+    rows.append(accuracy(name, exact_AV, logits(rounded, ExecutionConfig(dtype=computed))))
   return rows
 
 

@@ -58,9 +58,9 @@ class PromptSampler:
     if config.task:
       task_prompt(config.task, own)  # or the error lists the model's tasks
     self.tasks = (config.task,) if config.task else tuple(own)
-    self._config, self._tokenizer, self._template = config, tokenizer, model.template
+    self._config, self._tokenizer, self._template = config, tokenizer, model.chat_template
     self._prompts = {task: sampled.get(task, (own[task],)) for task in self.tasks}
-    said = json.dumps([model.template, self._prompts], sort_keys=True)
+    said = json.dumps([model.chat_template, self._prompts], sort_keys=True)
     self.checksum = zlib.crc32(said.encode())
     self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     prompts = {prompt for prompts in self._prompts.values() for prompt in prompts}

@@ -19,19 +19,19 @@ class Blip2(nn.Module):
 
     super().__init__()
     config = Blip2QFormerConfig(
-      hidden_size=c.width,
+      hidden_size=c.hidden_size,
       num_hidden_layers=c.layers,
       num_attention_heads=c.heads,
-      intermediate_size=c.mlp_width,
+      intermediate_size=c.intermediate_size,
       layer_norm_eps=c.norm_eps,
       encoder_hidden_size=input_width,
       cross_attention_frequency=1,
       use_qformer_text_input=False,
       attn_implementation="eager",
     )
-    self.speech_query_tokens = nn.Parameter(torch.randn(1, c.queries, c.width))
+    self.speech_query_tokens = nn.Parameter(torch.randn(1, c.queries, c.hidden_size))
     self.qformer = Blip2QFormerModel(config)
-    self.speech_llama_proj = nn.Linear(c.width, output_width)
+    self.speech_llama_proj = nn.Linear(c.hidden_size, output_width)
 
   def forward(self, windows):
     queries = self.speech_query_tokens.expand(len(windows), -1, -1)
@@ -58,8 +58,8 @@ def make(kind: type[nn.Module], c: QFormerConfig, input_width: int, output_width
 def sizes_of(c: QFormerConfig) -> Sizes:
   return Sizes(
     queries=c.queries,
-    hidden_size=c.width,
-    intermediate_size=c.mlp_width,
+    hidden_size=c.hidden_size,
+    intermediate_size=c.intermediate_size,
     layers=c.layers,
     window=c.window,
     stride=c.stride,
