@@ -121,7 +121,7 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
   )
   params["connector"] = variables["params"]
   decoder = decoder_module(config).init(
-    key_decoder, speech_BSD, speech_valid_BS, method=LLM.everything
+    key_decoder, speech_BSD, speech_valid_BS, method=LLM.init_all_params
   )
   return {**params, "decoder": decoder["params"]}
 

@@ -132,12 +132,12 @@ class Placement(NamedTuple):
 
   Attributes:
     positions_BS: int32, rotary positions of the new inputs.
-    sees_BST: bool [B, S, slots of the cache], True where an input may see a slot, its own
+    attention_mask_BST: bool [B, S, slots of the cache], True where an input may see a slot, its own
       included (input s goes into slot filled + s).
   """
 
   positions_BS: jax.Array
-  sees_BST: jax.Array
+  attention_mask_BST: jax.Array
 
 
 class Context(NamedTuple):
@@ -147,7 +147,7 @@ class Context(NamedTuple):
   valid_BS: jax.Array
   filled: Any  # array, or the int 0
   lora_scale: jax.Array | float
-  sees_BST: jax.Array | None
+  attention_mask_BST: jax.Array | None
 
 
 class _Block(nn.Module):
@@ -190,9 +190,9 @@ class Attention(_Block):
       k_BSKC.astype(q_BSHC.dtype),
       v_BSKC.astype(q_BSHC.dtype),
       valid_BS=context.valid_BS,
-      causal=context.sees_BST is None,
+      causal=context.attention_mask_BST is None,
       first_query=context.filled,
-      sees_BTS=context.sees_BST,
+      sees_BTS=context.attention_mask_BST,
       implementation=self.compute.attention,
     )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
@@ -301,12 +301,12 @@ class LLM(nn.Module):
     if cache is not None:
       filled, before_B1 = cache.filled, cache.positions_B[:, None]
       seen_BS = write(cache.valid_BS, valid_BS, filled)
-    after_B1, sees_BST = before_B1 + counts_BS[:, -1:], None
+    after_B1, attention_mask_BST = before_B1 + counts_BS[:, -1:], None
     positions_BS = jnp.maximum(before_B1 + counts_BS - 1, 0)
     if placement is not None:
-      after_B1, (positions_BS, sees_BST) = before_B1, placement
+      after_B1, (positions_BS, attention_mask_BST) = before_B1, placement
     angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
-    context = Context(angles_BSC, seen_BS, filled, scale, sees_BST)
+    context = Context(angles_BSC, seen_BS, filled, scale, attention_mask_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
     x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
     if cache is not None:
@@ -328,7 +328,7 @@ class LLM(nn.Module):
       return _to_vocab(hidden_BSD, self.embed.embedding.T)
     return self.head(hidden_BSD)
 
-  def everything(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+  def init_all_params(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
     """Touches every parameter once; `init` runs it."""
     tokens_B1 = jnp.zeros((inputs_BSD.shape[0], 1), jnp.int32)
     hidden_BSD, _ = self(inputs_BSD + self.embed_tokens(tokens_B1), valid_BS)

@@ -1,5 +1,6 @@
-"""Decoding a test set, and what it is read with."""
+"""Decoding of a test set."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.shards import SkippedUtterance
-from mooer_jax.generation import generate
+from mooer_jax.generation import decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
 
@@ -51,24 +52,24 @@ def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig
 
 
 @dataclasses.dataclass
-class Decoded:
-  """What came of a test set.
+class DecodingResults:
+  """Decoding results of a test set.
 
   Attributes:
-    hypotheses: answers by key.
-    transcripts: references by key, also of what could not be decoded.
-    tasks: by key the same, where each utterance has its own task.
-    skipped: what could not be decoded.
-    audio_s: length of what could be.
-    cut: keys of the answers that max_new_tokens cut off.
+    hypotheses: generated texts by key.
+    transcripts: references by key, including those of skipped utterances.
+    tasks: tasks by key, if each utterance has its own.
+    skipped: utterances that could not be decoded.
+    audio_s: length of the decoded audio, seconds.
+    unfinished: keys of the hypotheses that were truncated at max_new_tokens.
   """
 
-  hypotheses: dict[str, str]
-  transcripts: dict[str, str]
-  tasks: dict[str, str]
-  skipped: list[SkippedUtterance]
+  hypotheses: dict[str, str] = dataclasses.field(default_factory=dict)
+  transcripts: dict[str, str] = dataclasses.field(default_factory=dict)
+  tasks: dict[str, str] = dataclasses.field(default_factory=dict)
+  skipped: list[SkippedUtterance] = dataclasses.field(default_factory=list)
   audio_s: float = 0.0
-  cut: list[str] = dataclasses.field(default_factory=list)
+  unfinished: list[str] = dataclasses.field(default_factory=list)
 
 
 def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
@@ -114,45 +115,44 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   return out
 
 
-def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> Decoded:
-  """Decodes every utterance of a test set that can be read, in the order of its shards.
-
-  Says how many answers were cut off.
-  """
+def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> DecodingResults:
+  """Decodes a test set in the order of its shards; prints the numbers of truncations."""
   params, model, tokenizer, generation = loaded
-  key = jax.random.key(run.seed)
-  decoded = Decoded({}, {}, {}, [])
-  batches = batches_of(run, options, loaded)
-  shortened = 0
-  with Progress(console=Console(stderr=True)) as progress:
+  results = DecodingResults()
+  num_truncated = 0
+  hosts = iter(batches_of(run, options, loaded))
+  outputs = decode_batches(
+    params,
+    ((host, host.batch) for host in hosts),
+    model,
+    generation,
+    key=jax.random.key(run.seed),
+    lora_scale=options.lora_scale,
+  )
+  progress = Progress(console=Console(stderr=True))
+  with contextlib.closing(hosts), contextlib.closing(outputs), progress:
     bar = progress.add_task("decoding", total=None)
-    for number, host_batch in enumerate(batches):
-      batch_key = jax.random.fold_in(key, number)
-      generated = jax.device_get(
-        generate(
-          params, host_batch.batch, model, generation, key=batch_key, lora_scale=options.lora_scale
-        )
-      )
-      for row, name in enumerate(host_batch.keys):
-        tokens = generated.tokens_BS[row, : generated.lengths_B[row]]
-        if not generated.finished_B[row]:
-          decoded.cut.append(name)
-        decoded.hypotheses[name] = tokenizer.decode(tokens)
-        decoded.transcripts[name] = host_batch.texts[row]
+    for host, output in outputs:
+      for row, key in enumerate(host.keys):
+        tokens = output.tokens_BS[row, : output.lengths_B[row]]
+        if not output.finished_B[row]:
+          results.unfinished.append(key)
+        results.hypotheses[key] = tokenizer.decode(tokens)
+        results.transcripts[key] = host.texts[row]
         if not options.task:
-          decoded.tasks[name] = host_batch.tasks[row]
-      for skip in host_batch.skipped:
-        if skip.text:
-          decoded.transcripts[skip.key] = skip.text
-        if skip.task and not options.task:
-          decoded.tasks[skip.key] = skip.task
-      decoded.skipped += host_batch.skipped
-      decoded.audio_s += host_batch.audio_s
-      shortened += host_batch.num_truncated
-      done = len(decoded.hypotheses)
+          results.tasks[key] = host.tasks[row]
+      for skipped in host.skipped:
+        if skipped.text:
+          results.transcripts[skipped.key] = skipped.text
+        if skipped.task and not options.task:
+          results.tasks[skipped.key] = skipped.task
+      results.skipped += host.skipped
+      results.audio_s += host.audio_s
+      num_truncated += host.num_truncated
+      done = len(results.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
-  if shortened:
-    print(f"{shortened} clips were too long and cut (eval.truncate)")
-  if decoded.cut:
-    print(f"{len(decoded.cut)} answers were cut off by generation.max_new_tokens")
-  return decoded
+  if num_truncated:
+    print(f"{num_truncated} clips were truncated to eval.max_s (eval.truncate)")
+  if results.unfinished:
+    print(f"{len(results.unfinished)} texts were truncated at generation.max_new_tokens")
+  return results

@@ -75,7 +75,7 @@ def evaluate(
     "audio_seconds": round(decoded.audio_s, 2),
     "decode_seconds_with_compilation": round(seconds, 2),
     "rates": {m: s.rate if math.isfinite(s.rate) else None for m, s in scores.items()},
-    "cut_off": len(decoded.cut),
+    "cut_off": len(decoded.unfinished),
     "not_decoded": [f"{s.key}: {s.cause}" for s in decoded.skipped],
     **({"bleu": dataclasses.asdict(translated)} if translated else {}),
   }

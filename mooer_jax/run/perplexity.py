@@ -248,7 +248,7 @@ def _measure(
     for scale, sums in totals.items()
   }
   said = [f"utterances left out: {causes}"] * bool(causes)
-  said += [f"{shortened} clips were too long and cut (eval.truncate)"] * bool(shortened)
+  said += [f"{shortened} clips were truncated to eval.max_s (eval.truncate)"] * bool(shortened)
   told = f"instruction {instruction}: {', '.join(said)}" if said else ""
   return _Measured(instruction, sums_by_task, told)
 

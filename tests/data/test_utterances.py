@@ -1,5 +1,6 @@
 """Positions in a stream, in this version's form and in earlier ones, and readings of utterances."""
 
+import contextlib
 import itertools
 import json
 
@@ -31,21 +32,17 @@ def test_a_stream_continues_from_every_position(shards, wav, endless):
     shards.add_members([(f"lone{number}.wav", wav(0.3)), ("twice.wav", b""), ("twice.txt", b"")])
 
   def make(raw, reading):
-    return Example(raw.key, str(reading), (), raw.task, None, None, None, 1.0)
+    return Example(raw.key, f"{raw.shard} {reading}", (), raw.task, None, None, None, 1.0)
 
   def stream():
     config = shards.config(task="", task_weights={"": 1.6}, max_bad_share=1.0)
     paths = sorted(map(str, shards.folder.glob("*.tar")))
     return UtteranceStream(paths, make, config, endless=endless)
 
-  def taken(number):
-    try:
-      return original.position, original.take()
-    except StopIteration:
-      return None
-
-  original = stream()
-  found = [pair for number in range(40) if (pair := taken(number))]
+  original, found = stream(), []
+  with contextlib.suppress(StopIteration):
+    while len(found) < 40:
+      found.append((original.position, original.take()))
   assert len(found) == 40 if endless else 16
   assert len({(example.key, example.text) for _, example in found}) == len(found)
   for start in range(len(found)):

@@ -26,7 +26,7 @@ def shapes_of(config, **compute):
   """(model, its parameters as shapes)."""
   model = LLM(config, ExecutionConfig(**compute))
   inputs = jnp.zeros((1, 2, config.hidden_size)), jnp.ones((1, 2), bool)
-  init = lambda key: model.init(key, *inputs, method=LLM.everything)  # noqa: E731
+  init = lambda key: model.init(key, *inputs, method=LLM.init_all_params)  # noqa: E731
   return model, jax.eval_shape(init, jax.random.key(0))["params"]
 
 

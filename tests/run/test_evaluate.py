@@ -130,7 +130,9 @@ def test_of_longer_clips_the_beginning_is_heard_where_that_is_asked_for(config, 
     report = json.loads((scored / "report.json").read_text("utf-8"))
     assert len(report["details"]["not_decoded"]) == 24 - heard
     assert len(read_text(scored / "text")) == heard
-    assert ("8 clips were too long and cut (eval.truncate)" in capsys.readouterr().out) == cut
+    assert (
+      "8 clips were truncated to eval.max_s (eval.truncate)" in capsys.readouterr().out
+    ) == cut
 
 
 def test_annotations_of_one_folder_are_scored_apart(config, clips, tmp_path):

@@ -349,7 +349,7 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
     return dataclasses.replace(
       decoded,
       hypotheses=dict.fromkeys(decoded.hypotheses, "a yes"),
-      cut=[*decoded.hypotheses][1:2],
+      unfinished=[*decoded.hypotheses][1:2],
     )
 
   config.activation.review = True
