@@ -20,15 +20,15 @@ from mooer_jax.run.config import EvalConfig, Run
 
 
 def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
-  """The data config of a test set: every clip that the model takes, in order.
+  """The data config of a test set: every clip within the model's limit, in order.
 
   Raises:
-    ValueError: if eval.max_s is more than the model takes.
+    ValueError: if eval.max_s exceeds the model's limit.
   """
   longest_s = options.max_s or model.max_audio_s
   if longest_s > model.max_audio_s:
     raise ValueError(
-      f"eval.max_s={longest_s:g} is longer than the model takes ({model.max_audio_s:g} s)"
+      f"eval.max_s={longest_s:g} exceeds the limit of the model, {model.max_audio_s:g} s"
     )
   frontend = model.frontends[0]
   longest_s = max(longest_s, model.min_audio_s)
@@ -39,7 +39,7 @@ def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig
     shards=options.shards,
     batch_size=options.batch_size,
     shuffle_buffer_size=options.batch_size,
-    min_s=0.0,  # what makes no speech token is skipped
+    min_s=0.0,  # clips without a speech token are skipped
     task=options.task,
     task_weights={},
     prompts="",
@@ -73,26 +73,26 @@ class DecodingResults:
 
 
 def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
-  """Loads a checkpoint to run as the sections `compute` and `generation` of a config say.
+  """Loads a checkpoint with the sections `compute` and `generation` of a config.
 
   Raises:
-    ValueError: if the config asks for a mesh of several devices, and as `load_model`.
+    ValueError: if the config has a mesh of several devices, and as `load_model`.
   """
-  if asked := {n: k for n, k in dataclasses.asdict(run.mesh).items() if k > 1}:
-    sizes = ", ".join(f"mesh.{name}={size}" for name, size in asked.items())
+  if axes := {n: k for n, k in dataclasses.asdict(run.mesh).items() if k > 1}:
+    sizes = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
     raise ValueError(
       f"{sizes}: evaluation runs on one device; set"
-      f" {' '.join(f'--config.mesh.{name}=1' for name in asked)}"
+      f" {' '.join(f'--config.mesh.{name}=1' for name in axes)}"
     )
   return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
 
 
 def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
-  """The batches of a test set; making them checks everything but the clips.
+  """The batches of a test set, after a check of everything but the clips.
 
   Raises:
-    FileNotFoundError, ValueError: for a bad list or annotation, limits that the model does not
-      take, or tasks that it has no prompt for.
+    FileNotFoundError, ValueError: for a bad list or annotation, limits that exceed the model's, or
+      tasks for which it has no prompt.
   """
   if not options.shards:
     raise ValueError("eval.shards is missing: name the data.list or annotation file of a test set")
@@ -101,14 +101,14 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
 
 
 def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
-  """Where results go: eval.out, or eval/NAME in the run's folder, which is made.
+  """Creates and returns the folder of results: eval.out, or eval/NAME in the run's folder.
 
   Raises:
     ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run.
   """
   if not options.out and checkpoint.latest(folder.parent) is None:
     raise ValueError(
-      f"{folder} is not in the folder of a run; say where to write: --config.eval.out=DIR"
+      f"{folder} is not in the folder of a run; set the output folder: --config.eval.out=DIR"
     )
   out = Path(options.out) if options.out else folder.parent / "eval" / name
   out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +123,7 @@ def batch_of(config):
     answer_buckets=(ANSWER,),
     max_s=0.4,
   )
-  return Batcher(data, config, types.SimpleNamespace(before=2, after=PROMPT - 2)).shapes()[0]
+  return Batcher(data, config, (2, PROMPT - 2)).shapes()[0]
 
 
 def traced(name, remat, fsdp=8):

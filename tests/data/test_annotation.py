@@ -116,7 +116,7 @@ def test_unknown_tasks_and_weights_stop_before_anything_is_read(annotate, letter
     ("{", "not JSON"),
     ("[]", "must hold a JSON object"),
     ("[" * 100_000, "not JSON"),
-    ('{"annotation": []}', "holds no entries"),
+    ('{"annotation": []}', "no entries"),
     ('{"annotation": [{"text": "a"}]}', r"annotation\[0\] has path=None"),
     ('{"annotation": [{"path": "a", "text": 3}]}', r"annotation\[0\] has text=3"),
     ('{"annotation": [{"path": "a", "text": "", "Q": 1}]}', r"\[0\] has Q=1"),

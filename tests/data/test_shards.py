@@ -114,7 +114,7 @@ def test_members_that_stand_apart_are_named_with_the_remedy(shards, first):
   skips = list(read_shard(str(path)))
   alone = {"txt": "no audio", "wav": "no transcript"}[first]
   assert [s.cause for s in skips] == [alone] * 3 + ["members apart"] * 3
-  assert all("must stand together" in s.detail and "tar --sort=name" in s.detail for s in skips)
+  assert all("must be adjacent" in s.detail and "tar --sort=name" in s.detail for s in skips)
 
 
 def test_a_shard_of_members_apart_stops_evaluation_with_the_remedy(shards, model_side):

@@ -102,7 +102,7 @@ def test_each_task_is_scored_by_itself():
   hypotheses = dict(a="One two.", b="three five", c="male", d="male", e="one two", f="Female")
   scores = score_by_task(tasks, references, hypotheses)
   assert list(scores) == ["asr", "sex"]
-  assert (scores["asr"].count, scores["asr"].wer, scores["asr"].accuracy) == (2, 25.0, 0.5)
+  assert (scores["asr"].num_examples, scores["asr"].wer, scores["asr"].accuracy) == (2, 25.0, 0.5)
   assert scores["asr"].following is None  # two texts for two clips are no choice
   assert scores["sex"].accuracy == 1 / 2 and scores["sex"].following == 3 / 4
 
@@ -111,7 +111,7 @@ def test_an_answer_that_is_missing_is_wrong_and_all_its_words_are_lost():
   tasks = dict.fromkeys("abcdef", "asr")
   references = dict(a="one two", b="three", c="!", d="one two", e="three", f="!")
   score = score_by_task(tasks, references, {"b": "three"})["asr"]
-  assert (score.count, score.not_decoded) == (6, 5)
+  assert (score.num_examples, score.not_decoded) == (6, 5)
   assert score.wer == pytest.approx(500 / 6)
   assert score.accuracy == score.following == pytest.approx(1 / 6)  # nothing is not "!"
   none = score_by_task({"a": "asr"}, {"a": "one two"}, {})["asr"]

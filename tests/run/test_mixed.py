@@ -181,7 +181,7 @@ def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_pat
   assert (tmp_path / "probe/perplexity.png").stat().st_size > 5000
 
   points = lora_sweep(config, str(run), scales=[0.0, 8.0])
-  assert {(p.scale, p.task, p.score.count) for p in points} == {
+  assert {(p.scale, p.task, p.score.num_examples) for p in points} == {
     (scale, task, 6) for scale in (0.0, 8.0) for task in ("asr", "keyword")
   }
   assert (tmp_path / "probe/lora_sweep.png").stat().st_size > 5000
@@ -408,5 +408,5 @@ def test_parts_of_another_size_are_refused_by_name(settings, base, tmp_path):
   config = config.copy_and_resolve_references()
   config.workdir, config.data.cache_features = str(tmp_path / "a"), ""
   config.model.llm.intermediate_size = 64
-  with pytest.raises(ValueError, match="decoder/intermediate_size is 48, the config says 64"):
+  with pytest.raises(ValueError, match="decoder/intermediate_size is 48, in the config 64"):
     train(config)
