@@ -51,24 +51,8 @@ def train_batches(
     FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, or tasks
       for which the model has no prompt.
   """
-  sampler = PromptSampler(config, tokenizer, model)
-  shards = _shards(config, sampler)
-  streams = process_count * max(1, config.workers)
-  if len(shards) < streams:
-    raise ValueError(
-      f"{config.shards}: {len(shards)} shards for {process_count} processes with data.workers="
-      f"{config.workers}, but each of the {streams} streams needs a shard of its own; lower"
-      " data.workers or pack again with fewer utterances a shard (--per-shard)"
-    )
-  batches = _Batches(
-    config,
-    shards[process_index::process_count],
-    Preprocessor(config, tokenizer, model, sampler, needs_labels=True, cache=cache),
-    Batcher(config, model, sampler.lengths, encoded=cache is not None),
-    endless=True,
-  )
-  description = _description(config, sampler, shards, process=[process_index, process_count])
-  return Batches(_prefetch(batches, config.workers), description, batches.batcher.shapes())
+  process = (process_index, process_count)
+  return _pipeline(config, tokenizer, model, cache=cache, process=process, endless=True)
 
 
 def eval_batches(
@@ -86,22 +70,39 @@ def eval_batches(
 
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
+  process = (process_index, process_count)
+  return _pipeline(config, tokenizer, model, cache=None, process=process, endless=False)
+
+
+def _pipeline(
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  model: SpeechLLMConfig,
+  *,
+  cache: EncodedCache | None,
+  process: tuple[int, int],
+  endless: bool,
+) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
   shards = _shards(config, sampler)
-  if len(shards) < process_count:
+  index, count = process
+  workers = config.workers if endless else min(1, config.workers)
+  streams = count * max(1, workers)
+  if len(shards) < streams:
     raise ValueError(
-      f"{config.shards}: {len(shards)} shards for {process_count} processes; pack again with fewer"
-      " utterances a shard (--per-shard) or evaluate with fewer processes"
+      f"{config.shards}: {len(shards)} shards for {count} processes with data.workers={workers},"
+      f" but each of the {streams} streams needs a shard of its own; lower data.workers, run fewer"
+      " processes, or pack again with fewer utterances a shard (--per-shard)"
     )
   batches = _Batches(
     config,
-    shards[process_index::process_count],
-    Preprocessor(config, tokenizer, model, sampler, needs_labels=False),
-    Batcher(config, model, sampler.lengths),
-    endless=False,
+    shards[index::count],
+    Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache),
+    Batcher(config, model, sampler.lengths, encoded=cache is not None),
+    endless=endless,
   )
-  description = _description(config, sampler, shards, process=[process_index, process_count])
-  return Batches(_prefetch(batches, min(1, config.workers)), description, batches.batcher.shapes())
+  description = _description(config, sampler, shards, process=list(process))
+  return Batches(_prefetch(batches, workers), description, batches.batcher.shapes())
 
 
 def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:

@@ -125,7 +125,7 @@ class PromptSampler:
     return np.asarray(prefix, np.int32), np.asarray(suffix, np.int32)
 
 
-def num_copies(task: str, weights: Mapping[str, float], seed: int, epoch: int, key: str) -> int:
+def num_copies(task: str, weights: Mapping[str, float], *, seed: int, epoch: int, key: str) -> int:
   """Number of readings of an utterance in an epoch: its task's weight, rounded at random."""
   weight = weights.get(task, 1.0)
   return int(weight) + (_uniform("copies", seed, epoch, key) < weight - int(weight))

@@ -128,7 +128,7 @@ def pack(
       for i, start in enumerate(range(0, len(clips), per_shard))
     ]
     done = []
-    for name, packed, unpacked in _write_all(jobs, processes, progress, len(clips)):
+    for name, packed, unpacked in _write_all(jobs, processes=processes, progress=progress):
       left_out += unpacked
       if packed:
         done.append((name, packed))
@@ -242,20 +242,13 @@ def _segment(path, key, line) -> tuple[str, float, float]:
     ) from None
 
 
-def _write_all(jobs, processes, progress, total):
+def _write_all(jobs, *, processes, progress):
   """Yields (shard name, clips packed, left out), in order."""
-  import rich.progress as bars
+  from rich.progress import Progress
 
   processes = min(processes or os.cpu_count() or 1, len(jobs))
-  columns = (
-    bars.TextColumn("packing"),
-    bars.BarColumn(),
-    bars.MofNCompleteColumn(),
-    bars.TextColumn("utterances"),
-    bars.TimeRemainingColumn(),
-  )
-  with bars.Progress(*columns, disable=not progress) as bar:
-    task = bar.add_task("", total=total)
+  with Progress(disable=not progress) as bar:
+    task = bar.add_task("packing utterances", total=sum(len(clips) for _, clips in jobs))
     if processes <= 1:
       for job in jobs:
         yield write_shard(*job)

@@ -88,16 +88,10 @@ class Position:
 
 
 class Reading(NamedTuple):
-  """A step of `EpochReader`.
+  """A step of `EpochReader`: `after` is (shard, entry, copy) of the `Position` behind it."""
 
-  Attributes:
-    entry: the utterance; None at the end of a shard.
-    copy: number of this reading of it in the epoch; None if its task's weight leaves it out.
-    after: shard, entry and copy of the `Position` behind it.
-  """
-
-  entry: RawUtterance | SkippedUtterance | None
-  copy: int | None
+  entry: RawUtterance | SkippedUtterance | None  # None at the end of a shard
+  copy: int | None  # number of this reading in the epoch; None if a task weight leaves it out
   after: tuple[int, int, int]
 
 
@@ -159,7 +153,8 @@ class EpochReader:
   def _num_copies(self, entry: RawUtterance | SkippedUtterance) -> int:
     if isinstance(entry, SkippedUtterance) or not self.task_weights:
       return 1
-    return num_copies(entry.task, self.task_weights, self.seed or 0, self.epoch, entry.key)
+    seed = self.seed or 0
+    return num_copies(entry.task, self.task_weights, seed=seed, epoch=self.epoch, key=entry.key)
 
 
 class UtteranceStream:

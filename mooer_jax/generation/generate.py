@@ -9,7 +9,7 @@ mask selects the slots of a hypothesis' own past. When beams are reordered, only
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 import flax.struct
@@ -130,7 +130,7 @@ def generate_from(
     params=params,
     config=config,
     options=options,
-    lora_scale=lora_scale,
+    decode=functools.partial(speech_llm.decode, params, config=config, lora_scale=lora_scale),
     prompt_slots=prompt_slots,
     prompt_B=prompt_B,
     min_new_B=min_new_tokens(prompt_B, options),
@@ -165,6 +165,7 @@ class _Steps:
   """The steps of one call of `generate_from`; R hypotheses of S = max_new_tokens slots each.
 
   Attributes:
+    decode: `speech_llm.decode` of this model.
     prompt_slots: slots of the prompts.
     prompt_B: int32, tokens of each prompt.
     min_new_B: int32, tokens before an eos is allowed.
@@ -174,7 +175,7 @@ class _Steps:
   params: dict
   config: SpeechLLMConfig
   options: GenerationConfig
-  lora_scale: jax.Array | float | None
+  decode: Callable
   prompt_slots: int
   prompt_B: jax.Array
   min_new_B: jax.Array
@@ -187,17 +188,6 @@ class _Steps:
     # Nothing follows the last token, but return_hidden reads it too.
     return self.options.width * (S if self.options.return_hidden else max(S - 1, 1))
 
-  def decode(self, inputs_BSD, valid_BS, cache: KVCache, placement: Placement | None = None):
-    return speech_llm.decode(
-      self.params,
-      inputs_BSD,
-      valid_BS,
-      self.config,
-      cache=cache,
-      lora_scale=self.lora_scale,
-      placement=placement,
-    )
-
   def prefill(self, inputs_BSD, valid_BS):
     """(hidden [B, S, D] of the prompts, cache with room for generated tokens)."""
     decoder = self.config.decoder
@@ -209,7 +199,7 @@ class _Steps:
       channels=decoder.head_dim,
       dtype=self.config.compute.jnp_dtype,
     )
-    hidden_BSD, cache = self.decode(inputs_BSD, valid_BS, cache)
+    hidden_BSD, cache = self.decode(inputs_BSD, valid_BS, cache=cache)
     return hidden_BSD, cache.grow(self.slots)
 
   def choose(self, state: search.State, hidden_BRD) -> search.State:
@@ -243,7 +233,8 @@ class _Steps:
     prompt_BRT = jnp.ones((*tokens_BR.shape, self.prompt_slots), bool)
     placement = Placement(positions_BR, jnp.concatenate([prompt_BRT, own_BRT], axis=-1))
     inputs_BRD = speech_llm.embed(self.params, tokens_BR, self.config)
-    return self.decode(inputs_BRD, jnp.ones(tokens_BR.shape, bool), cache, placement)
+    valid_BR = jnp.ones(tokens_BR.shape, bool)
+    return self.decode(inputs_BRD, valid_BR, cache=cache, placement=placement)
 
   def read_last(self, found: search.Hypotheses, cache: KVCache) -> jax.Array:
     """Hidden states [B, R, D] of the last tokens, which `step` never read."""

@@ -13,6 +13,7 @@ def process(
   scores_XV: jax.Array,
   tokens_XS: jax.Array,
   step: jax.Array | int,
+  *,
   min_new_X: jax.Array,
   options: GenerationConfig,
 ) -> jax.Array:
@@ -42,9 +43,9 @@ def process(
     tokens, values = zip(*options.sequence_bias)
     scores_XV = scores_XV.at[..., jnp.array(tokens)].add(jnp.array(values, jnp.float32))
   if options.repetition_penalty != 1:
-    scores_XV = penalize_repetition(scores_XV, tokens_XS, step, options.repetition_penalty)
+    scores_XV = penalize_repetition(scores_XV, tokens_XS, step, penalty=options.repetition_penalty)
   if options.no_repeat_ngram_size:
-    scores_XV = ban_repeated_ngrams(scores_XV, tokens_XS, step, options.no_repeat_ngram_size)
+    scores_XV = ban_repeated_ngrams(scores_XV, tokens_XS, step, size=options.no_repeat_ngram_size)
   if options.eos_token_id:
     early_X1 = (step < min_new_X)[..., None]
     is_eos_V = jnp.isin(jnp.arange(vocab), jnp.array(options.eos_token_id))
@@ -65,7 +66,7 @@ def min_new_tokens(prompt_B: jax.Array, options: GenerationConfig) -> jax.Array:
   return jnp.maximum(options.min_length - prompt_B, 0)
 
 
-def penalize_repetition(scores_XV, tokens_XS, step, penalty: float) -> jax.Array:
+def penalize_repetition(scores_XV, tokens_XS, step, *, penalty: float) -> jax.Array:
   """Makes tokens generated before less probable (penalty > 1) or more probable (< 1).
 
   Source: CTRL (Keskar et al., 2019).
@@ -76,7 +77,7 @@ def penalize_repetition(scores_XV, tokens_XS, step, penalty: float) -> jax.Array
   return jnp.where(seen_XV, penalized_XV, scores_XV)
 
 
-def ban_repeated_ngrams(scores_XV, tokens_XS, step, size: int) -> jax.Array:
+def ban_repeated_ngrams(scores_XV, tokens_XS, step, *, size: int) -> jax.Array:
   """Forbids every token that would repeat an n-gram of this size."""
   slots = tokens_XS.shape[-1]
   if slots < size:

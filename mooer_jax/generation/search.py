@@ -109,7 +109,7 @@ def advance(
     The next state; an utterance that is done no longer changes.
   """
   choose = _advance_beams if options.num_beams > 1 else _advance_samples
-  new = choose(state, logits_BRV, options, min_new_B, keys_B)
+  new = choose(state, logits_BRV, options, min_new_B=min_new_B, keys_B=keys_B)
 
   def kept(old, new):
     done = state.done_B.reshape(-1, *[1] * (new.ndim - 1))
@@ -137,10 +137,12 @@ def _is_eos(tokens: jax.Array, options: GenerationConfig) -> jax.Array:
   return jnp.isin(tokens, jnp.array(options.eos_token_id, jnp.int32))
 
 
-def _advance_samples(state, logits_BRV, options, min_new_B, keys_B) -> State:
+def _advance_samples(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
   """Greedy decoding or sampling; hypotheses are independent."""
   begun, step = state.running, state.step
-  scores_BRV = process(logits_BRV, begun.tokens_BRS, step, min_new_B[:, None], options)
+  scores_BRV = process(
+    logits_BRV, begun.tokens_BRS, step, min_new_X=min_new_B[:, None], options=options
+  )
   if options.do_sample:
     tokens_BR = jax.vmap(jax.random.categorical)(keys_B, scores_BRV).astype(jnp.int32)
   else:
@@ -168,15 +170,15 @@ def _take(hypotheses: Hypotheses, index_BX: jax.Array) -> Hypotheses:
   return jax.tree.map(pick, hypotheses)
 
 
-def _advance_beams(state, logits_BRV, options, min_new_B, keys_B) -> State:
+def _advance_beams(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
   """One step of beam search: candidates, the open beams, the finished hypotheses."""
   step, R = state.step, options.num_beams
   divisors_S = _divisors(options)
   log_probs_BRV = jax.nn.log_softmax(logits_BRV)
   log_probs_BRV = process(
-    log_probs_BRV, state.running.tokens_BRS, step, min_new_B[:, None], options
+    log_probs_BRV, state.running.tokens_BRS, step, min_new_X=min_new_B[:, None], options=options
   )
-  candidates = _candidates(state, log_probs_BRV, options, keys_B)
+  candidates = _candidates(state, log_probs_BRV, options, keys_B=keys_B)
   stops_BX = _is_eos(candidates.tokens_BRS[..., step], options)
   stops_BX |= step + 1 >= options.max_new_tokens
 
@@ -206,7 +208,7 @@ def _advance_beams(state, logits_BRV, options, min_new_B, keys_B) -> State:
   return State(None, running, finished, is_finished_BR, done_B)
 
 
-def _candidates(state, log_probs_BRV, options, keys_B) -> Hypotheses:
+def _candidates(state, log_probs_BRV, options, *, keys_B) -> Hypotheses:
   """The most probable continuations of all beams together, or samples without replacement.
 
   There are enough for R open beams even if every beam could end with each eos.

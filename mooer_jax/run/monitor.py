@@ -202,11 +202,11 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
 
   figure = Figure(figsize=(8, 4), layout="constrained")
   loss_axes = figure.add_subplot()
-  _draw(loss_axes, rows, "loss", "tab:blue")
+  _draw(loss_axes, rows, "loss", color="tab:blue")
   loss_axes.set(xlabel="step", yscale="log")
   loss_axes.set_ylabel("loss (nats per answer token)", color="tab:blue")
   accuracy_axes = loss_axes.twinx()
-  _draw(accuracy_axes, rows, "accuracy", "tab:orange")
+  _draw(accuracy_axes, rows, "accuracy", color="tab:orange")
   accuracy_axes.set_ylabel("token accuracy", color="tab:orange")
   accuracy_axes.set_ylim(0, 1)
   loss_axes.set_title(f"{len(rows)} steps, last loss {rows[-1]['loss']:.4f}")
@@ -214,7 +214,7 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
   return path
 
 
-def _draw(axes, rows, name, color):
+def _draw(axes, rows, name, *, color):
   steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows])
   window = max(1, len(rows) // 50)
   means = np.convolve(values, np.ones(window) / window, mode="valid")

@@ -52,7 +52,7 @@ def initial_params(
   have: dict = {}
   if start_from is not None:
     saved = checkpoint.describe(start_from, base=base)
-    _check_same_model(saved.config, run.model, start_from, exactly)
+    _check_same_model(saved.config, run.model, start_from, exactly=exactly)
     checkpoint.check_leaves(saved, _leaves_of(saved, run.model))
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
@@ -78,7 +78,7 @@ def initial_params(
   return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
 
 
-def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactly):
+def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exactly: bool):
   """Compares config.json with the config; that of joined parts describes only the parts."""
   free = "" if exactly else r"(prompts|chat_template|max_audio_s|frontends/\d+/chunk_s).*|.*dropout"
   if not exactly:
@@ -163,7 +163,7 @@ def _clips(batch, number: int):
     yield x_TF[:frames]
 
 
-def initial_state(run: Run, params, tx, mesh):
+def initial_state(run: Run, params: dict, *, tx, mesh):
   """Partitions the parameters and creates the optimizer state.
 
   Returns:

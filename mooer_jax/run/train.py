@@ -108,7 +108,7 @@ def _load(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, resumed: Path
   dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
     params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
-  state, frozen, shardings = initial_state(run, params, make_optimizer(run.optimizer), mesh)
+  state, frozen, shardings = initial_state(run, params, tx=make_optimizer(run.optimizer), mesh=mesh)
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
     base = None  # only its CMVN is left, so checkpoints hold all parameters

@@ -147,13 +147,13 @@ def split_at_pauses(
   while len(waveform_N) > longest:
     last = min(longest, len(waveform_N) - shortest)
     first = max(shortest, last - search)
-    end = first + _quietest(waveform_N, first, last, window)
+    end = first + _quietest(waveform_N, first=first, last=last, window=window)
     chunks.append(waveform_N[:end])
     waveform_N = waveform_N[end:]
   return [*chunks, waveform_N]
 
 
-def _quietest(waveform_N: np.ndarray, first: int, last: int, window: int) -> int:
+def _quietest(waveform_N: np.ndarray, *, first: int, last: int, window: int) -> int:
   """The quietest place in first..last, counted from first."""
   half = max(1, window // 2)
   begin = max(0, first - half)

@@ -149,7 +149,13 @@ class Transcriber:
       raise_first(clips)
     chunks = [chunk_N for clip in clips if isinstance(clip, list) for chunk_N in clip]
     transcripts = self._transcribe_chunks(
-      chunks, task, filled, options, batch_size=batch_size, seed=seed, progress=progress
+      chunks,
+      task,
+      prompt=filled,
+      options=options,
+      batch_size=batch_size,
+      seed=seed,
+      progress=progress,
     )
     results = []
     for source, clip in zip(audio, clips, strict=True):
@@ -166,9 +172,9 @@ class Transcriber:
     self,
     chunks: Sequence[np.ndarray],
     task: str,
+    *,
     prompt: tuple[str, str],
     options: GenerationConfig,
-    *,
     batch_size: int,
     seed: int,
     progress: bool,

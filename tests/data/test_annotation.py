@@ -155,14 +155,17 @@ def test_no_utterance_is_starved_by_a_weight_or_a_draw():
   """Each reading is decided by itself: neither keys nor epochs move together."""
   keys, epochs, weight = [f"{n:07d}-clip" for n in range(1000)], 20, 0.25
   read = np.array(
-    [[num_copies("a", {"a": weight}, 0, e, key) for key in keys] for e in range(epochs)]
-  )  # fmt: skip
+    [
+      [num_copies("a", {"a": weight}, seed=0, epoch=e, key=key) for key in keys]
+      for e in range(epochs)
+    ]
+  )
   assert read.mean() == pytest.approx(weight, rel=0.1)
   for axis in (0, 1):  # spread over the keys, and over the epochs, as of independent draws
     n = read.shape[axis]
     assert read.sum(axis).var() == pytest.approx(n * weight * (1 - weight), rel=0.75)
   assert (read.sum(0) == 0).mean() == pytest.approx((1 - weight) ** epochs, abs=0.01)
-  other = np.array([num_copies("a", {"a": weight}, 1, 0, key) for key in keys])
+  other = np.array([num_copies("a", {"a": weight}, seed=1, epoch=0, key=key) for key in keys])
   assert 0 < (other * read[0]).sum() < 0.5 * read[0].sum()
 
 

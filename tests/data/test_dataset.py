@@ -194,7 +194,7 @@ def test_processes_share_the_shards(shards, take):
 
 def test_too_few_shards_name_the_remedy(shards, model_side):
   shards.add(4)
-  with pytest.raises(ValueError, match="1 shards for 1 processes.*lower data.workers or pack"):
+  with pytest.raises(ValueError, match="1 shards for 1 processes.*lower data.workers.*pack again"):
     train_batches(shards.config(workers=2), *model_side)
   with pytest.raises(ValueError, match="1 shards for 2 processes.*--per-shard"):
     eval_batches(shards.config(), *model_side, process_count=2)

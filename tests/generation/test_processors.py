@@ -71,7 +71,11 @@ def assert_equal_to_processor(values, theirs, step):
   options = GenerationConfig(eos_token_id=(3, 7), **values)
   min_new = processors.min_new_tokens(jnp.zeros(len(scores), jnp.int32), options)
   found = processors.process(
-    jnp.asarray(scores), jnp.asarray(tokens, jnp.int32), jnp.int32(step), min_new, options
+    jnp.asarray(scores),
+    jnp.asarray(tokens, jnp.int32),
+    jnp.int32(step),
+    min_new_X=min_new,
+    options=options,
   )
   name, *arguments = theirs
   processor = getattr(logits_process, f"{name}LogitsProcessor")(*arguments)
@@ -99,8 +103,8 @@ def test_a_token_outside_of_the_vocabulary_is_refused():
         jnp.zeros((1, VOCAB)),
         jnp.zeros((1, 2), jnp.int32),
         0,
-        jnp.zeros(1, jnp.int32),
-        GenerationConfig(**values),
+        min_new_X=jnp.zeros(1, jnp.int32),
+        options=GenerationConfig(**values),
       )
 
 
