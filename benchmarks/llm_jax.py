@@ -11,7 +11,7 @@ import optax
 from benchmarks.llm_sizes import DRY, FULL, LR, Sizes, median_seconds
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.decoders.llm import LLM, KVCache
+from mooer_jax.decoders.llm import LLM
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.training.step import create, make_train_step
 
@@ -42,11 +42,11 @@ def random_normal(seed, shape, scale=1.0, dtype=jnp.bfloat16):
 
 def random_params(config: SpeechLLMConfig) -> dict:
   """The decoder's params on the device, made in bfloat16 leaf by leaf; LoRA in float32."""
-  module = speech_llm.decoder_module(config)
+  module = config.decoder.module(config.compute)
   D = config.decoder.hidden_size
   shapes = jax.eval_shape(
     lambda: module.init(
-      jax.random.key(0), jnp.zeros((1, 1, D)), jnp.ones((1, 1), bool), method=LLM.everything
+      jax.random.key(0), jnp.zeros((1, 1, D)), jnp.ones((1, 1), bool), method=LLM.init_all_params
     )["params"]
   )
   flat = {}
@@ -139,14 +139,7 @@ def decode(params, config, sizes: Sizes) -> dict[str, Any]:
   prompt_BSD = random_normal(3, (sizes.rows, sizes.prompt, llm.hidden_size))
 
   def greedy(params, prompt_BSD):
-    cache = KVCache.create(
-      layers=llm.layers,
-      batch=sizes.rows,
-      slots=sizes.prompt + sizes.new,
-      kv_heads=llm.kv_heads,
-      channels=llm.head_dim,
-      dtype=jnp.bfloat16,
-    )
+    cache = llm.empty_cache(rows=sizes.rows, slots=sizes.prompt + sizes.new, dtype=jnp.bfloat16)
 
     def advance(inputs_BSD, tokens_BS, step, cache):
       valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)

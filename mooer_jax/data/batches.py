@@ -8,7 +8,6 @@ import grain
 import jax
 import numpy as np
 
-from mooer_jax.audio.frontend import num_frames, width
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
@@ -80,7 +79,7 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
   """
   frontends = model.frontends
   longest_s = max(config.max_s, model.min_audio_s)
-  longest = num_frames(int(longest_s * model.sample_rate_hz), frontends[0])
+  longest = frontends[0].num_frames(int(longest_s * model.sample_rate_hz))
   if longest > config.buckets[-1]:
     raise ValueError(
       f"data.max_s={longest_s} makes {longest} frames, more than the longest of data.buckets="
@@ -88,7 +87,7 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
     )
   buckets = [bucket_lengths(bucket, frontends) for bucket in config.buckets]
   if not encoded:
-    return Padding(config.batch_size, buckets, [width(f) for f in frontends], np.float32)
+    return Padding(config.batch_size, buckets, [f.width for f in frontends], np.float32)
   encoders = model.encoders
   buckets = [
     tuple(e.num_outputs(n) for e, n in zip(encoders, lengths, strict=True)) for lengths in buckets

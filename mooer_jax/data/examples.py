@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError, load_audio
-from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import EncodedCache, digest
@@ -17,7 +16,7 @@ from mooer_jax.data.shards import SPACE, RawUtterance, SkippedUtterance
 from mooer_jax.inputs import extract_features
 from mooer_jax.prompts import (
   QUESTION,
-  check_goes_on,
+  check_prompt_suffix,
   encode_prompt,
   fill_template,
   read_prompts,
@@ -78,7 +77,7 @@ class PromptSampler:
         f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
         " prompts with one are padded to"
       )
-    check_goes_on(len(tokens[1]), prompt, self._template)
+    check_prompt_suffix(len(tokens[1]), prompt, self._template)
     sides = fill_template(self._template, prompt, _MARK if takes_question else "")
     prefix, suffix = (
       max(len(side_S), self._config.prompt_tokens) if _MARK in side else len(side_S)
@@ -261,7 +260,7 @@ def load_features(
     waveform_N, seconds = _waveform(raw, config, model)
     if problem := _exceeded_limit(seconds, config):
       return SkippedUtterance(problem[0], raw.key, raw.shard, problem[1])
-    if not all(num_frames(len(waveform_N), frontend) for frontend in model.frontends):
+    if not all(frontend.num_frames(len(waveform_N)) for frontend in model.frontends):
       return SkippedUtterance("too short", raw.key, raw.shard, f"{seconds:.3f} s make no feature")
     return extract_features(waveform_N, model), seconds
   except AudioError as error:

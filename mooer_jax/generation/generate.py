@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.decoders.llm import KVCache, Placement
+from mooer_jax.decoders.llm import Placement
 from mooer_jax.generation import search
 from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import min_new_tokens
@@ -190,15 +190,9 @@ class _Steps:
 
   def prefill(self, inputs_BSD, valid_BS):
     """(hidden [B, S, D] of the prompts, cache with room for generated tokens)."""
-    decoder = self.config.decoder
-    cache = KVCache.create(
-      layers=decoder.layers,
-      batch=inputs_BSD.shape[0],
-      slots=self.prompt_slots,
-      kv_heads=decoder.kv_heads,
-      channels=decoder.head_dim,
-      dtype=self.config.compute.jnp_dtype,
-    )
+    dtype = self.config.compute.jnp_dtype
+    rows, slots = valid_BS.shape
+    cache = self.config.decoder.empty_cache(rows=rows, slots=slots, dtype=dtype)
     hidden_BSD, cache = self.decode(inputs_BSD, valid_BS, cache=cache)
     return hidden_BSD, cache.grow(self.slots)
 
@@ -226,7 +220,7 @@ class _Steps:
       read_BYD = jax.lax.dynamic_update_slice_in_dim(read_BYD, hidden_BRD, last * R, axis=1)
     return self.choose(state, hidden_BRD), cache, read_BYD
 
-  def read_tokens(self, tokens_BR, positions_BR, *, past_BRS, slots_BRS, cache: KVCache):
+  def read_tokens(self, tokens_BR, positions_BR, *, past_BRS, slots_BRS, cache):
     """(hidden [B, R, D], cache) of tokens that attend to the prompt, their past and themselves."""
     own_BRSR = past_BRS[..., None] & (slots_BRS[..., None] == jnp.arange(self.options.width))
     own_BRT = own_BRSR.reshape(*tokens_BR.shape, -1)[..., : self.slots]
@@ -236,7 +230,7 @@ class _Steps:
     valid_BR = jnp.ones(tokens_BR.shape, bool)
     return self.decode(inputs_BRD, valid_BR, cache=cache, placement=placement)
 
-  def read_last(self, found: search.Hypotheses, cache: KVCache) -> jax.Array:
+  def read_last(self, found: search.Hypotheses, cache) -> jax.Array:
     """Hidden states [B, R, D] of the last tokens, which `step` never read."""
     S, R = self.options.max_new_tokens, self.options.width
     last_BR1 = jnp.maximum(found.lengths_BR - 1, 0)[..., None]

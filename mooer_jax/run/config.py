@@ -12,10 +12,10 @@ from ml_collections.config_dict import placeholder
 
 from mooer_jax import checkpoint
 from mooer_jax.config import (
-  KINDS,
   SpeechLLMConfig,
   build,
   model_config,
+  part_kinds,
   unknown_key,
   with_new_names,
 )
@@ -337,7 +337,7 @@ _DERIVED = {
 def renamed_keys() -> dict[str, str]:
   """Deprecated keys of a config and their new names, such as "train.keep": "train.max_to_keep"."""
   renamed = dict(Run.RENAMED)
-  parts = {f"model.{kind}": part for kind, part in KINDS.items()}
+  parts = {f"model.{kind}": part for kind, part in part_kinds().items()}
   for section, section_class in {**SECTIONS, "model": SpeechLLMConfig, **parts}.items():
     names = getattr(section_class, "RENAMED", {})
     renamed |= {f"{section}.{old}": f"{section}.{new}" for old, new in names.items()}

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mooer_jax import checkpoint
-from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
@@ -32,7 +31,7 @@ def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig
     )
   frontend = model.frontends[0]
   longest_s = max(longest_s, model.min_audio_s)
-  longest = num_frames(int(longest_s * model.sample_rate_hz), frontend)
+  longest = frontend.num_frames(int(longest_s * model.sample_rate_hz))
   buckets = run.data.buckets
   return dataclasses.replace(
     run.data,

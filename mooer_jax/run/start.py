@@ -10,7 +10,6 @@ import numpy as np
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
-from mooer_jax.audio.frontend import width
 from mooer_jax.config import (
   SpeechLLMConfig,
   from_json,
@@ -18,11 +17,12 @@ from mooer_jax.config import (
   json_differences,
   part_from_json,
   part_to_json,
+  run_fields,
   to_json,
 )
 from mooer_jax.run.config import Run
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.program import stored
+from mooer_jax.training.program import cast_params
 from mooer_jax.training.sharding import param_shardings
 from mooer_jax.training.step import create, state_shardings
 
@@ -58,7 +58,7 @@ def initial_params(
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
     stacked = jax.eval_shape(tree.stack_layers, loaded)
     placed = param_shardings(mesh, stacked)
-    stack = lambda params: stored(tree.stack_layers(params), trained, dtype)  # noqa: E731
+    stack = lambda params: cast_params(tree.stack_layers(params), trained, dtype)  # noqa: E731
     have = jax.jit(stack, out_shardings=placed)(loaded)
   missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
   if not missing:
@@ -71,7 +71,7 @@ def initial_params(
     )
 
   def fresh():
-    flat = tree.flatten(stored(speech_llm.init(key, run.model), trained, dtype))
+    flat = tree.flatten(cast_params(speech_llm.init(key, run.model), trained, dtype))
     return tree.unflatten({path: flat[path] for path in missing})
 
   placed = param_shardings(mesh, jax.eval_shape(fresh))
@@ -80,11 +80,9 @@ def initial_params(
 
 def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exactly: bool):
   """Compares config.json with the config; that of joined parts describes only the parts."""
-  free = "" if exactly else r"(prompts|chat_template|max_audio_s|frontends/\d+/chunk_s).*|.*dropout"
-  if not exactly:
-    free += r"|encoders/\d+/(context|trim)"
+  free = [] if exactly else [f"{re.escape(path)}(/.*)?" for path in run_fields(wanted)]
   if not exactly and not saved.get("decoder", {}).get("lora_rank"):
-    free += r"|decoder/lora_.*"
+    free.append("decoder/lora_.*")
   described = to_json(wanted)
   if "connector" not in saved:
     described = {name: described[name] for name in saved if name in described}
@@ -94,7 +92,9 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exa
   else:
     saved = to_json(from_json(saved))
   different = {
-    p: v for p, v in json_differences(saved, described).items() if not re.fullmatch(free, p)
+    p: v
+    for p, v in json_differences(saved, described).items()
+    if not re.fullmatch("|".join(free), p)
   }
   if different:
     found = "; ".join(f"{p} is {a!r}, in the config {b!r}" for p, (a, b) in different.items())
@@ -144,7 +144,7 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
       )
     (name,) = cmvn
     features = run.model.frontends[encoders.index(name)]
-    found[name] = read_mvn(run.train.cmvn, width=width(features))
+    found[name] = read_mvn(run.train.cmvn, width=features.width)
   else:
     for name in cmvn:
       number = encoders.index(name)

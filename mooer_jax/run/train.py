@@ -144,7 +144,13 @@ def _loop(
       f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
-    train_step = CompiledStep(start.step, state, frozen, start.dataset.shapes, monitor.message)
+    train_step = CompiledStep(
+      start.step,
+      state=state,
+      frozen=frozen,
+      batches=start.dataset.shapes,
+      message=monitor.message,
+    )
     for evaluator in evaluators:
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))

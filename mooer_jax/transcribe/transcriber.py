@@ -11,14 +11,13 @@ import jax
 import numpy as np
 
 from mooer_jax.audio.decode import SILENCE
-from mooer_jax.audio.frontend import num_frames
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.generation import GenerationConfig, decode_batches
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import (
-  check_goes_on,
+  check_prompt_suffix,
   check_question,
   encode_prompt,
   fill_template,
@@ -57,7 +56,7 @@ class Transcriber:
     self.options = dataclasses.replace(
       options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,)
     )
-    longest = num_frames(round(config.max_audio_s * config.sample_rate_hz), config.frontends[0])
+    longest = config.frontends[0].num_frames(round(config.max_audio_s * config.sample_rate_hz))
     self.buckets = [bucket_lengths(length, config.frontends) for length in _buckets(longest)]
 
   @classmethod
@@ -133,7 +132,7 @@ class Transcriber:
     check_question(prompt, question, task)
     template = chat_template or self.config.chat_template
     filled = fill_template(template, prompt, question or "")
-    check_goes_on(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
+    check_prompt_suffix(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
     options = build(
       GenerationConfig, {**dataclasses.asdict(self.options), **generation}, "generation"
     )

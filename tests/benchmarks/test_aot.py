@@ -265,7 +265,7 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name):
     (
       ["--topology=v5p:8x8x8", "--config.mesh.data=32", "--config.mesh.fsdp=16",
        "--config.data.batch_size=1024"],
-      ["mesh.data=32, mesh.fsdp=16, mesh.tensor=1 does not fit the arrangement of the 512 chips"],
+      ["mesh.data=32, mesh.fsdp=16, mesh.tensor=1 does not fit the torus of the 512 chips"],
     ),
   ],
 )  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mooer_jax.audio.fbank import FbankConfig
-from mooer_jax.audio.frontend import FrontendConfig, features, num_frames
+from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.data.batches import Batcher
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
@@ -18,7 +18,7 @@ FINER = FrontendConfig(fbank=FbankConfig(bins=40), lfr_window=4, lfr_stride=4)
 
 def _example(key, samples, frontends, answer=3):
   waveform_N = np.random.default_rng(samples).uniform(-0.3, 0.3, samples).astype(np.float32)
-  made = tuple(features(waveform_N, frontend) for frontend in frontends)
+  made = tuple(frontend.features(waveform_N) for frontend in frontends)
   skipped = (SkippedUtterance("too short", f"before {key}", "a.tar"),)
   tokens = [np.arange(size, dtype=np.int32) for size in (1, 5, answer)]
   return Example(key, key, made, "asr", *tokens, samples / 16000, skipped=skipped)
@@ -43,7 +43,7 @@ def test_the_smallest_bucket_that_holds_all():
   for samples, length in ((4000, 9), (53 * 160 + 400 + 159, 9), (54 * 160 + 400, 20), (32000, 34)):
     host = batcher([_example("a", 4000, [MOOER]), _example("b", samples, [MOOER])])
     assert host.batch.features[0].shape == (3, length, 560), samples
-    assert host.batch.frames[0].tolist() == [num_frames(4000), num_frames(samples), 0]
+    assert host.batch.frames[0].tolist() == [*map(FrontendConfig().num_frames, (4000, samples)), 0]
   for answer, length in ((0, 4), (4, 4), (5, 9)):
     host = batcher([_example("a", 4000, [MOOER], answer)])
     assert host.batch.labels_BS.shape == (3, length)
@@ -60,7 +60,7 @@ def test_two_encoders_each_get_a_length_that_holds_their_features(samples):
   frontends = [MOOER, FINER]
   host = _batcher(frontends)([_example("a", samples, frontends)])
   for x_BTF, frames_B, frontend in zip(host.batch.features, host.batch.frames, frontends):
-    assert frames_B.tolist() == [num_frames(samples, frontend), 0, 0]
+    assert frames_B.tolist() == [frontend.num_frames(samples), 0, 0]
     assert frames_B[0] <= x_BTF.shape[1]
   # The bucket is chosen by the clip's length, so a second encoder adds no shapes.
   assert [x.shape[1] for x in host.batch.features] in ([9, 14], [20, 30], [34, 51])

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mooer_jax.config import SpeechLLMConfig, default_frontend
+from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.data.dataset import train_batches
 from mooer_jax.data.feature_cache import EncodedCache, digest
@@ -72,7 +72,7 @@ def test_two_encoders_frames_come_from_the_cache_also_in_workers(
 ):
   model = SpeechLLMConfig(
     encoders=(WHISPER, BEATS),
-    frontends=(default_frontend(WHISPER), default_frontend(BEATS)),
+    frontends=(WHISPER.frontend(), BEATS.frontend()),
     chat_template="bare",
     prompts=(("asr", "ASK"),),
     max_audio_s=2.0,

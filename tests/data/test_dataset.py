@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features, num_frames
+from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import eval_batches, train_batches
 from mooer_jax.data.pack import pack
@@ -100,7 +100,7 @@ def test_a_batch_holds_the_features_and_answers_of_its_keys(shards, take, tokeni
     for row, key in enumerate(host.keys):
       waveform_N = load_audio(raw[key].audio)
       seconds += len(waveform_N) / 16000
-      expected_TF = features(waveform_N)
+      expected_TF = FrontendConfig().features(waveform_N)
       frames = batch.frames[0][row]
       np.testing.assert_array_equal(batch.features[0][row, :frames], expected_TF)
       assert not batch.features[0][row, frames:].any()
@@ -254,7 +254,7 @@ def test_eight_channels_are_averaged(shards, wav, model_side):
   content = wav(0.5, channels=8)
   shards.add_members([("eight.wav", content), ("eight.txt", b"8")])
   (host,) = list(eval_batches(shards.config(), *model_side))
-  expected_TF = features(load_audio(content))
+  expected_TF = FrontendConfig().features(load_audio(content))
   np.testing.assert_array_equal(host.batch.features[0][0, : len(expected_TF)], expected_TF)
 
 
@@ -377,7 +377,7 @@ def test_real_clips_go_from_lists_to_batches(clips, tmp_path, model_side, suffix
   (host,) = list(eval_batches(config, *model_side))
   assert dict(zip(host.keys, host.texts)) == {clip.key: clip.text for clip in clips}
   for frames, key in zip(host.batch.frames[0], host.keys):
-    assert frames == num_frames(len(load_audio(paths[key]))) > 5
+    assert frames == FrontendConfig().num_frames(len(load_audio(paths[key]))) > 5
 
 
 def test_workers_keep_off_accelerators_and_leave_ctrl_c_to_the_training(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from mooer_jax import tree
 from mooer_jax.config import part_from_json, part_to_json
-from mooer_jax.encoders.beats import BEATS_SIZES, BEATsConfig, BEATsEncoder, distance_buckets
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder, distance_buckets
 from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
@@ -56,7 +56,7 @@ def run(encoder, params, features, frames_B, **kwargs):
 
 
 def test_iter3_has_90_31_million_parameters_and_496_tokens_for_10_s():
-  config = BEATS_SIZES["beats_iter3"]
+  config = BEATsConfig.SIZES["beats_iter3"]
   shapes = (jax.ShapeDtypeStruct((1, 998, 128), jnp.float32), jax.ShapeDtypeStruct((1, 998), bool))
   trees = {}
   for scan in (False, True):

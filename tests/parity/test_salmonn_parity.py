@@ -13,7 +13,6 @@ from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from mooer_jax import Transcriber, speech_llm
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
 from mooer_jax.prompts import encode_prompt, fill_template
 from tests.parity import torch_models, torch_salmonn
 from tests.text.spm_training import train
@@ -74,7 +73,7 @@ def sides(request, clips, tmp_path_factory):
 def batch_of(waveforms, answers, config, tokenizer):
   made, frames = [], []
   for frontend in config.frontends:
-    rows = [features(config.pad_to_min_duration(waveform_N), frontend) for waveform_N in waveforms]
+    rows = [frontend.features(config.pad_to_min_duration(waveform_N)) for waveform_N in waveforms]
     frames.append(np.array([len(row) for row in rows], np.int32))
     made.append(np.zeros((len(rows), frames[-1].max(), rows[0].shape[1]), np.float32))
     for line, row in zip(made[-1], rows):

@@ -13,7 +13,6 @@ import soundfile
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import to_json
 from mooer_jax.data.feature_cache import digest
 from mooer_jax.data.shards import RawUtterance
@@ -71,7 +70,7 @@ def prepared(clips, tmp_path):
 
 def _expected(run, params, path):
   """Frames of a clip that is alone, without a cache."""
-  made = [features(load_audio(path), frontend) for frontend in run.model.frontends]
+  made = [frontend.features(load_audio(path)) for frontend in run.model.frontends]
   none_BS = np.zeros((1, 0), np.int32)
   batch = speech_llm.Batch(
     features=tuple(x_TF[None] for x_TF in made),
@@ -126,7 +125,7 @@ def test_of_a_clip_that_is_cut_the_whole_length_is_kept_for_training_to_count(pr
   run = dataclasses.replace(run, data=dataclasses.replace(run.data, max_s=0.5, truncate=True))
   cache = fill_feature_cache.fill_cache(run, params, mesh)
   streams = zip(run.model.encoders, run.model.frontends, strict=True)
-  heard = [encoder.num_outputs(num_frames(8000, frontend)) for encoder, frontend in streams]
+  heard = [encoder.num_outputs(frontend.num_frames(8000)) for encoder, frontend in streams]
   for path in sorted(run.init_from.parent.glob("*.wav")):
     frames, seconds = cache.get(_digest(path))
     assert seconds == soundfile.info(path).duration > 0.5

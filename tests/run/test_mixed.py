@@ -13,7 +13,6 @@ import mooer_jax.run.decoding
 from convert.joining import join
 from mooer_jax import checkpoint, speech_llm
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
 from mooer_jax.config import part_to_json
 from mooer_jax.evaluation.perplexity import read_perplexities, write
 from mooer_jax.evaluation.text_files import read_text
@@ -204,7 +203,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   for entry in json.loads((folder / "train.json").read_text())["annotation"]:
     if entry["task"] != "asr":
       continue
-    x_TF = features(load_audio(entry["path"]), model.frontends[0])
+    x_TF = model.frontends[0].features(load_audio(entry["path"]))
     prompt = fill_template(model.chat_template, dict(model.prompts)["asr"])
     before, after = encode_prompt(tokenizer, prompt)
     answer = [*tokenizer.encode(entry["text"]), tokenizer.eos_id]
