@@ -306,7 +306,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   write("librispeech_test_clean.json", "asr", "one two")
   write("librispeech_test_other.json", "asr", "today")
   with monkeypatch.context() as patch:
-    patch.setattr(mooer_jax.run.decoding, "generate", None)  # decoding would fail otherwise
+    patch.setattr(mooer_jax.run.decoding, "decode_batches", None)  # decoding would fail otherwise
     write("sac.json", "story", "a dog")
     with pytest.raises(ValueError, match=r"sac\.json: tasks \['story'\] have no prompt"):
       evaluate_suite(config, str(trained), str(folder))
@@ -323,7 +323,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   assert report["tasks"][0]["count"] == 3
   answers = read_text(out / "hypotheses/librispeech_test_other.text")
   assert len(answers) == 2  # the lost clip has none
-  monkeypatch.setattr(mooer_jax.run.decoding, "generate", None)
+  monkeypatch.setattr(mooer_jax.run.decoding, "decode_batches", None)
   assert evaluate_suite(config, str(trained), str(folder)) == results  # nothing is decoded again
 
 
