@@ -155,8 +155,8 @@ def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
     task_prompt(instruction, dict(model.prompts))
   if not fill_template(model.chat_template, bare_prompt(model))[1]:
     raise ValueError(
-      f"model.chat_template={model.chat_template!r} has nothing after the speech without an"
-      " instruction, and an answer is read off what stands there: P(Y|X) cannot be measured"
+      f"model.chat_template={model.chat_template!r} has no token after the speech without an"
+      " instruction, which would predict the answer: P(Y|X) cannot be measured"
     )
 
 

@@ -78,7 +78,7 @@ def test_a_task_of_ones_own_has_bleu_where_its_language_is_given(config, tmp_pat
 def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monkeypatch):
   config.train.steps = 2
   folder = train(config)
-  monkeypatch.setattr(mooer_jax.run.decoding, "decode_batches", None)  # decoding would fail otherwise
+  monkeypatch.setattr(mooer_jax.run.decoding, "decode_batches", None)  # must not run
   config.eval.references = str(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match=r"eval\.references=.*nowhere"):
     evaluate(config, config.workdir)
