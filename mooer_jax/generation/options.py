@@ -49,15 +49,9 @@ class GenerationConfig:
   return_hidden: bool = False
 
   def __post_init__(self):
-    for name, least in (
-      ("max_new_tokens", 1),
-      ("num_beams", 1),
-      ("num_return_sequences", 1),
-      ("top_k", 0),
-      ("min_length", 0),
-      ("min_new_tokens", 0),
-      ("no_repeat_ngram_size", 0),
-    ):
+    least_1 = ("max_new_tokens", "num_beams", "num_return_sequences")
+    for name in (*least_1, "top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"):
+      least = 1 if name in least_1 else 0
       value = getattr(self, name)
       if value is not None and value < least:
         raise ValueError(f"generation.{name}={value}: must be at least {least}")
