@@ -25,7 +25,7 @@ from convert.verify.report import print_report
 from convert.verify.run import verify
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import FrontendConfig, features
+from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.checkpoint import load
 from mooer_jax.config import part_from_json
 from mooer_jax.connectors.linear import LinearConfig
@@ -92,7 +92,7 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
   frontend = FrontendConfig()
   features_TF = np.concatenate(
     [
-      features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz), frontend)
+      frontend.features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz))
       for file in audio
     ]
   )

@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks.provenance import MODEL, write_result
 from mooer_jax import speech_llm
-from mooer_jax.config import DECODERS, SpeechLLMConfig
-from mooer_jax.decoders.llm import LLM, KVCache
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig
 from mooer_jax.generation import GenerationConfig, generate_from, search
 from mooer_jax.nn.compute import ExecutionConfig
 
@@ -33,14 +33,7 @@ def copying(params, inputs_BSD, valid_BS, *, config, options):
   """The usual version: beams are rows, and their keys and values move when they are reordered."""
   (rows, prompt), R = valid_BS.shape, options.num_beams
   decoder = config.decoder
-  cache = KVCache.create(
-    layers=decoder.layers,
-    batch=rows,
-    slots=prompt,
-    kv_heads=decoder.kv_heads,
-    channels=decoder.head_dim,
-    dtype=config.compute.jnp_dtype,
-  )
+  cache = decoder.empty_cache(rows=rows, slots=prompt, dtype=config.compute.jnp_dtype)
   none_B = jnp.zeros(rows, jnp.int32)
 
   def choose(state, hidden_BRD):
@@ -89,13 +82,15 @@ def main():
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--json", type=Path)
   args = parser.parse_args()
-  decoder = dataclasses.replace(DECODERS["qwen2_0.5b"], layers=args.layers, vocab_size=args.vocab)
+  decoder = dataclasses.replace(
+    LLMConfig.SIZES["qwen2_0.5b"], layers=args.layers, vocab_size=args.vocab
+  )
   config = SpeechLLMConfig(decoder=decoder, compute=ExecutionConfig(dtype=args.dtype))
   inputs_BSD = jax.random.normal(jax.random.key(0), (args.rows, args.prompt, decoder.hidden_size))
   valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
   params = {
     "decoder": LLM(decoder).init(
-      jax.random.key(1), inputs_BSD[:, :2], valid_BS[:, :2], method=LLM.everything
+      jax.random.key(1), inputs_BSD[:, :2], valid_BS[:, :2], method=LLM.init_all_params
     )["params"]
   }
   params = jax.tree.map(lambda x: x.astype(config.compute.jnp_dtype), params)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import time
-import types
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -39,8 +37,8 @@ def topology_devices(name: str):
 
 def largest_batch(run: Run, prompt: int) -> Batch:
   """Shapes of a batch in the longest buckets, with `prompt` text tokens in the prompt."""
-  asked: Any = types.SimpleNamespace(before=0, after=prompt)  # on either side they cost the same
-  return Batcher(run.data, run.model, asked, encoded=bool(run.data.cache_features)).shapes()[0]
+  lengths = (0, prompt)  # on either side of the speech they cost the same
+  return Batcher(run.data, run.model, lengths, encoded=bool(run.data.cache_features)).shapes()[0]
 
 
 def prompt_tokens(run: Run) -> int:

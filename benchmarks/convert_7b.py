@@ -26,7 +26,6 @@ from convert.core.folders import write_json
 from convert.core.writers import write_shards
 from convert.parts.hf_config import hf_config
 from convert.parts.language_model import TABLE, shapes
-from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -113,7 +112,7 @@ def main():
   )
   parser.add_argument("--json", type=Path)
   args = parser.parse_args()
-  config = dataclasses.replace(DECODERS["qwen2_7b"], layers=args.layers)
+  config = dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], layers=args.layers)
   work = Path(tempfile.mkdtemp(prefix="convert_7b_", dir=args.dir))
   try:
     source, ours, back = (work / name for name in ("hf", "ours", "back"))

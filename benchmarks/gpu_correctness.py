@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax import kernels, tree
-from mooer_jax.config import DECODERS
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
-from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig
+from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
-from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
+from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
 from mooer_jax.nn.compute import ExecutionConfig
 
 # Rounding of one result: float32 sums of some hundred terms, the 8 bits of bfloat16.
@@ -103,7 +102,7 @@ def small_llm(dry_run: bool) -> LLMConfig:
       intermediate_size=96,
       lora_rank=4,
     )
-  wide = DECODERS["qwen2_1.5b"]
+  wide = LLMConfig.SIZES["qwen2_1.5b"]
   return LLMConfig(
     vocab_size=4096,
     hidden_size=wide.hidden_size,
@@ -123,7 +122,9 @@ def llm_inputs(config: LLMConfig, tokens: int):
   valid_BS = np.ones((2, tokens), bool)
   valid_BS[1, : tokens // 4] = False
   shapes = jax.eval_shape(
-    lambda: module.init(jax.random.key(0), inputs_BSD, valid_BS, method=LLM.everything)["params"]
+    lambda: module.init(jax.random.key(0), inputs_BSD, valid_BS, method=LLM.init_all_params)[
+      "params"
+    ]
   )
   return module, random_params(shapes), inputs_BSD, valid_BS
 
@@ -140,7 +141,9 @@ def encoders_and_qformer(dry_run: bool) -> list[tuple[str, Any, int, int]]:
       ("BEATs", BEATsEncoder(beats), 128, 48),
       ("Q-Former", WindowedQFormer(QFormerConfig(**sizes), 16), 48, 40),
     ]
-  large = dataclasses.replace(WHISPER_SIZES["whisper_large"], layers=4, positions=300, context=300)
+  large = dataclasses.replace(
+    WhisperConfig.SIZES["whisper_large"], layers=4, positions=300, context=300
+  )
   return [
     ("SAN-M", SANMEncoder(SANMConfig(layers=4)), 560, 64),
     ("Whisper", WhisperEncoder(large), 80, 500),
@@ -181,14 +184,7 @@ def cache_check(dry_run: bool):
   module, params, inputs_BSD, valid_BS = llm_inputs(config, tokens)
   apply = jax.jit(lambda params, x, valid, cache: module.apply({"params": params}, x, valid, cache))
   full_BSD, _ = apply(params, inputs_BSD, valid_BS, None)
-  cache = KVCache.create(
-    layers=config.layers,
-    batch=2,
-    slots=tokens,
-    kv_heads=config.kv_heads,
-    channels=config.head_dim,
-    dtype=jnp.float32,
-  )
+  cache = config.empty_cache(rows=2, slots=tokens, dtype=jnp.float32)
   parts, start = [], 0
   for end in (tokens // 2, *range(tokens // 2 + 1, tokens + 1)):
     hidden, cache = apply(params, inputs_BSD[:, start:end], valid_BS[:, start:end], cache)

@@ -43,11 +43,11 @@ def random_normal(seed, shape, scale=1.0, dtype=jnp.bfloat16):
 
 def random_params(config: SpeechLLMConfig) -> dict:
   """The decoder's params on the device, made in bfloat16 leaf by leaf; LoRA in float32."""
-  module = speech_llm.decoder_module(config)
+  module = config.decoder.module(config.compute)
   D = config.decoder.hidden_size
   shapes = jax.eval_shape(
     lambda: module.init(
-      jax.random.key(0), jnp.zeros((1, 1, D)), jnp.ones((1, 1), bool), method=LLM.everything
+      jax.random.key(0), jnp.zeros((1, 1, D)), jnp.ones((1, 1), bool), method=LLM.init_all_params
     )["params"]
   )
   flat = {}

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable
 
-from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLMConfig
 
 LR = 1e-3  # high enough for the loss on one batch to fall within a few updates
@@ -32,7 +31,7 @@ class Sizes:
 
 
 FULL = Sizes(
-  llm=dataclasses.replace(DECODERS["qwen2_7b"], lora_rank=64),
+  llm=dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], lora_rank=64),
   rows=8,
   tokens=512,
   answer=64,

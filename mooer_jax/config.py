@@ -1,4 +1,4 @@
-"""Configurations: ConfigDict in, frozen dataclasses out; named sizes; the model's JSON form."""
+"""Configurations: from a ConfigDict or JSON to frozen dataclasses, and back to JSON."""
 
 import dataclasses
 import difflib
@@ -10,99 +10,45 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
+from mooer_jax import connectors, decoders, encoders
+from mooer_jax.audio import frontend as frontends
 from mooer_jax.audio.decode import Channel
-from mooer_jax.audio.frontend import Frontend, FrontendConfig, num_frames
-from mooer_jax.audio.frontend import width as frontend_width
-from mooer_jax.audio.logmel import LogMelConfig
+from mooer_jax.audio.frontend import Frontend, FrontendConfig
+from mooer_jax.connectors import Connector
 from mooer_jax.connectors.linear import LinearConfig
-from mooer_jax.connectors.qformer import QFORMER_SIZES, QFormerConfig
 from mooer_jax.decoders.llm import LLMConfig
-from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATS_SIZES, BEATsConfig
+from mooer_jax.encoders import Encoder
 from mooer_jax.encoders.sanm import SANMConfig
-from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import TASKS, TEMPLATES
 
-Encoder = SANMConfig | WhisperConfig | BEATsConfig
-Connector = LinearConfig | QFormerConfig
-ENCODERS: dict[str, Encoder] = {"sanm_large": SANMConfig(), **WHISPER_SIZES, **BEATS_SIZES}
-CONNECTORS: dict[str, Connector] = {"linear": LinearConfig(), **QFORMER_SIZES}
-_LLAMA = LLMConfig(
-  vocab_size=32000,
-  hidden_size=4096,
-  layers=32,
-  heads=32,
-  kv_heads=32,
-  intermediate_size=11008,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  qkv_bias=False,
-)
-DECODERS = {
-  "qwen2_7b": LLMConfig(),
-  "qwen2_1.5b": LLMConfig(
-    vocab_size=151936,
-    hidden_size=1536,
-    heads=12,
-    kv_heads=2,
-    intermediate_size=8960,
-    tie_word_embeddings=True,
-  ),
-  "qwen2_0.5b": LLMConfig(
-    vocab_size=151936,
-    hidden_size=896,
-    layers=24,
-    heads=14,
-    kv_heads=2,
-    head_dim=64,
-    intermediate_size=4864,
-    tie_word_embeddings=True,
-  ),
-  "vicuna_7b": _LLAMA,  # v1.5
-  "vicuna_13b": dataclasses.replace(  # v1.1
-    _LLAMA,
-    hidden_size=5120,
-    layers=40,
-    heads=40,
-    kv_heads=40,
-    intermediate_size=13824,
-    norm_eps=1e-6,
-  ),
-  "smollm2_135m": LLMConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    intermediate_size=1536,
-    rope_theta=1e5,
-    norm_eps=1e-5,
-    qkv_bias=False,
-    tie_word_embeddings=True,
-  ),
-}
-_PARTS = (SANMConfig, WhisperConfig, BEATsConfig, LinearConfig, QFormerConfig, LLMConfig)
-KINDS = {c.kind: c for c in _PARTS}
-_FRONTENDS: dict[str, type[Frontend]] = {c.kind: c for c in (FrontendConfig, LogMelConfig)}
+
+def part_kinds() -> dict[str, Any]:
+  """The config class of each kind of encoder, connector and decoder, by its name."""
+  kinds: tuple[Any, ...] = (*encoders.KINDS, *connectors.KINDS, *decoders.KINDS)
+  return {kind.kind: kind for kind in kinds}
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeechLLMConfig:
-  """What the model is (travels with the checkpoint) and how it is run (`compute`, does not).
+  """Architecture of a speech LLM, which checkpoints store, and `compute`, which they do not.
 
   Attributes:
-    encoders: of different kinds; their frames stand side by side, on the channel axis.
-    encoder_norm: whether each encoder's frames pass a LayerNorm of their own (SALMONN).
-    frontends: how each encoder's features are made, in the order of encoders.
-    chat_template: a name in prompts.TEMPLATES; where the speech stands in the prompt.
-    max_audio_s: longest clip that the model takes, seconds.
-    min_audio_s: silence follows shorter clips up to this length, seconds (SALMONN: 1).
-    channel: what is heard of a clip with several: their "mean", or the "first" (SALMONN).
-    prompts: (task, prompt) pairs; what the model is asked unless it is told otherwise.
+    encoders: configs of different kinds; their frames are concatenated on the channel axis.
+    connector: config of the connector.
+    decoder: config of the LLM.
+    frontends: feature extraction for each encoder, in the order of `encoders`.
+    encoder_norm: apply a LayerNorm to the frames of each encoder (SALMONN).
+    chat_template: name in prompts.TEMPLATES.
+    max_audio_s: longest clip, seconds.
+    min_audio_s: shorter clips are padded with silence to this length, seconds (SALMONN: 1).
+    channel: signal of a clip with several channels: their "mean", or the "first" (SALMONN).
+    prompts: (task, default prompt) pairs.
+    compute: how the model is executed.
   """
 
   RENAMED: ClassVar = {"template": "chat_template"}
+  RUN_FIELDS: ClassVar = ("prompts", "chat_template", "max_audio_s")
   encoders: tuple[Encoder, ...] = (SANMConfig(),)
   connector: Connector = LinearConfig()
   decoder: LLMConfig = LLMConfig()
@@ -118,30 +64,29 @@ class SpeechLLMConfig:
   def __post_init__(self):
     kinds = [encoder.kind for encoder in self.encoders]
     if not kinds or len(set(kinds)) < len(kinds):
-      raise ValueError(f"model.encoders={kinds}: give one or more, each of a kind of its own")
+      raise ValueError(f"model.encoders={kinds}: give one or more, of different kinds")
     rates = {frontend.sample_rate_hz for frontend in self.frontends}
     if len(rates) > 1:
       raise ValueError(f"all front ends must use the same sample rate; got {sorted(rates)} Hz")
-    heard = 0  # encoder frames of the longest clip
+    encoder_frames = 0  # of the longest clip
     for encoder, frontend in zip(self.encoders, self.frontends, strict=True):
-      if encoder.input_width != frontend_width(frontend):
+      if encoder.input_width != frontend.width:
         raise ValueError(
-          f"{encoder.kind}.input_width={encoder.input_width}, but its features are"
-          f" {frontend_width(frontend)} wide; set both alike"
+          f"{encoder.kind}.input_width={encoder.input_width}, but its features have"
+          f" {frontend.width} values a frame; change one of them"
         )
-      longest = num_frames(int(self.max_audio_s * frontend.sample_rate_hz), frontend)
+      longest = frontend.num_frames(int(self.max_audio_s * frontend.sample_rate_hz))
       if encoder.max_frames is not None and longest > encoder.max_frames:
         raise ValueError(
           f"model.max_audio_s={self.max_audio_s:g} makes {longest} frames, but {encoder.kind} takes"
           f" {encoder.max_frames}; lower max_audio_s"
         )
-      heard = max(heard, encoder.num_outputs(longest))
-    if not self.connector.num_tokens(heard):
-      name = "window" if isinstance(self.connector, QFormerConfig) else "stack"
+      encoder_frames = max(encoder_frames, encoder.num_outputs(longest))
+    if not self.connector.num_tokens(encoder_frames):
       raise ValueError(
-        f"{self.connector.kind}.{name}={getattr(self.connector, name)} is longer than the audio:"
-        f" model.max_audio_s={self.max_audio_s:g} makes {heard} encoder frames and no speech token;"
-        f" lower {self.connector.kind}.{name}, or raise max_audio_s"
+        f"model.max_audio_s={self.max_audio_s:g} makes {encoder_frames} encoder frames, but model."
+        f"{self.connector.kind} needs {self.connector.min_frames} for one speech token; raise"
+        f" max_audio_s, or change model.{self.connector.kind} to need fewer"
       )
     if self.chat_template not in TEMPLATES:
       raise ValueError(
@@ -166,17 +111,17 @@ class SpeechLLMConfig:
 
 
 def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = None):
-  """Reads the `model` and `compute` sections of a config into a SpeechLLMConfig.
+  """Read the `model` and `compute` sections of a config into a SpeechLLMConfig.
 
-  `model.encoders`, `.connector` and `.decoder` are named sizes; sections named after a kind
-  (`model.sanm`, `model.linear`, `model.llm`) override single values of them, and those in
-  `model.frontends`, named after the encoder, of its features.
+  `model.encoders`, `.connector` and `.decoder` are names of sizes. Sections named after a kind
+  (`model.sanm`, `model.linear`, `model.llm`) override single values, and sections of
+  `model.frontends`, named after an encoder, values of its features.
 
   Raises:
     ValueError: for an unknown name or key, a wrong type, or sizes that do not fit together.
   """
   fields = dict(with_new_names(model, SpeechLLMConfig.RENAMED, "model"))
-  sections = {name: fields.pop(name, {}) for name in (*KINDS, "frontends")}
+  sections = {name: fields.pop(name, {}) for name in (*part_kinds(), "frontends")}
   parts = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
   known = [name for name in parts if name not in ("frontends", "compute")]
   for key in fields:
@@ -188,15 +133,15 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   names = fields["encoders"]
   if isinstance(names, str):
     raise ValueError(f"model.encoders={names!r}: a tuple of names, such as ({names!r},)")
-  fields["encoders"] = tuple(_named(ENCODERS, n, "model.encoders", sections) for n in names)
-  fields["connector"] = _named(CONNECTORS, fields["connector"], "model.connector", sections)
-  fields["decoder"] = _named(DECODERS, fields["decoder"], "model.decoder", sections)
+  fields["encoders"] = tuple(_part(encoders.KINDS, n, "encoders", sections) for n in names)
+  fields["connector"] = _part(connectors.KINDS, fields["connector"], "connector", sections)
+  fields["decoder"] = _part(decoders.KINDS, fields["decoder"], "decoder", sections)
   for kind in sections["frontends"]:
     if kind not in (allowed := [encoder.kind for encoder in fields["encoders"]]):
       raise ValueError(unknown_key(f"model.frontends.{kind}", allowed))
   fields["frontends"] = tuple(
     build(type(base), sections["frontends"].get(e.kind, {}), f"model.frontends.{e.kind}", base)
-    for e, base in ((e, default_frontend(e)) for e in fields["encoders"])
+    for e, base in ((e, e.frontend()) for e in fields["encoders"])
   )
   fields["compute"] = build(ExecutionConfig, compute or {}, "compute")
   if "prompts" in fields:
@@ -204,42 +149,34 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   return build(SpeechLLMConfig, fields, "model")
 
 
-def default_frontend(encoder: Encoder) -> Frontend:
-  """The features that an encoder was made for."""
-  if isinstance(encoder, WhisperConfig):
-    frontend = LogMelConfig(bins=encoder.input_width)
-    samples = encoder.max_frames * frontend.hop_length
-    return dataclasses.replace(frontend, chunk_s=samples / frontend.sample_rate_hz)
-  if isinstance(encoder, BEATsConfig):
-    return BEATS_FRONTEND
-  return FrontendConfig()
-
-
-def _named(table, name, where, sections):
-  if not isinstance(name, str) or name not in table:
-    raise ValueError(f"{where}={name!r}: choose one of {sorted(table)}")
-  base = table[name]
+def _part(kinds, name, key, sections):
+  """The named size of one of the kinds, with the values that the section of its kind changes."""
+  sizes = {name: size for kind in kinds for name, size in kind.SIZES.items()}
+  if not isinstance(name, str) or name not in sizes:
+    raise ValueError(f"model.{key}={name!r}: choose one of {sorted(sizes)}")
+  base = sizes[name]
   return build(type(base), sections[base.kind], f"model.{base.kind}", base)
 
 
-def part_to_json(part: Encoder | Connector | LLMConfig | Frontend) -> dict[str, Any]:
-  """An encoder, its features, a connector or decoder as it stands in config.json."""
+def part_to_json(part: Any) -> dict[str, Any]:
+  """A part, or the features of an encoder, as a section of config.json."""
   return {**dataclasses.asdict(part), "kind": part.kind}
 
 
 def part_from_json(section: Mapping[str, Any], name: str) -> Any:
-  """Inverse of part_to_json; `name` is the section's, for messages.
+  """Inverse of part_to_json for a part; `name` names the section in errors.
 
   Raises:
     ValueError: for an unknown kind, an unknown key or a wrong type.
   """
-  return _from_kind(KINDS, section, name)
+  return _from_kind(part_kinds(), section, name)
 
 
 def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
-  """Inverse of part_to_json for what makes an encoder's features; raises as part_from_json."""
-  # Checkpoints of version 0.1 named no kind; there was only this one.
-  return _from_kind(_FRONTENDS, {"kind": FrontendConfig.kind, **section}, name)
+  """Inverse of part_to_json for features; raises as part_from_json."""
+  # Checkpoints of version 0.1 have no kind, as there was only one.
+  kinds = {kind.kind: kind for kind in frontends.KINDS}
+  return _from_kind(kinds, {"kind": FrontendConfig.kind, **section}, name)
 
 
 def _from_kind(kinds: Mapping[str, type], section: Mapping[str, Any], name: str) -> Any:
@@ -252,7 +189,7 @@ def _from_kind(kinds: Mapping[str, type], section: Mapping[str, Any], name: str)
 
 
 def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
-  """The model's part of a checkpoint's config.json; `compute` stays out."""
+  """Content of a checkpoint's config.json, without `compute`."""
   fields = dataclasses.asdict(dataclasses.replace(config, compute=ExecutionConfig()))
   del fields["compute"]
   for name in ("encoders", "frontends"):
@@ -273,8 +210,8 @@ def from_json(fields: Mapping[str, Any], compute: ExecutionConfig | None = None)
   for name in ("encoders", "frontends", "connector", "decoder", "prompts"):
     if name not in fields:
       raise ValueError(
-        f"config.json has no {name!r}: it is of a part of a speech LLM ({', '.join(fields)}), or"
-        " is damaged"
+        f"config.json has no {name!r}: it describes a part of a speech LLM ({', '.join(fields)}),"
+        " or is damaged"
       )
   fields["encoders"] = tuple(
     part_from_json(section, f"encoders[{i}]") for i, section in enumerate(fields["encoders"])
@@ -289,13 +226,21 @@ def from_json(fields: Mapping[str, Any], compute: ExecutionConfig | None = None)
   return build(SpeechLLMConfig, {**fields, "compute": compute or ExecutionConfig()}, "config.json")
 
 
+def run_fields(config: SpeechLLMConfig) -> set[str]:
+  """Paths in config.json that may differ between a checkpoint and a run that starts from it."""
+  parts: dict[str, Any] = {"": config, "connector/": config.connector, "decoder/": config.decoder}
+  parts |= {f"encoders/{n}/": part for n, part in enumerate(config.encoders)}
+  parts |= {f"frontends/{n}/": part for n, part in enumerate(config.frontends)}
+  return {f"{path}{field}" for path, part in parts.items() for field in part.RUN_FIELDS}
+
+
 def differences(a: SpeechLLMConfig, b: SpeechLLMConfig) -> dict[str, tuple[Any, Any]]:
-  """What two models differ in: {path in config.json: (a's value, b's value)}."""
+  """Differences between two models: {path in config.json: (a's value, b's value)}."""
   return json_differences(to_json(a), to_json(b))
 
 
 def json_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-  """What two config.json differ in: {path: (a's value, b's value)}."""
+  """Differences between the contents of two config.json: {path: (a's value, b's value)}."""
   of_a, of_b = _leaves(a), _leaves(b)
   paths = sorted({*of_a, *of_b})
   return {p: (of_a.get(p), of_b.get(p)) for p in paths if of_a.get(p) != of_b.get(p)}
@@ -315,16 +260,16 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = None) -> T:
-  """Makes a frozen dataclass from a config section, checking every key and type.
+  """Build a frozen dataclass from a config section; every key and type is checked.
 
   Args:
     cls: the dataclass.
     section: ConfigDict or dict; nested sections fill nested dataclasses.
-    name: dotted name of the section, for error messages.
-    base: where the values come from that the section does not name; default: cls's defaults.
+    name: dotted name of the section in errors.
+    base: instance with the values of missing keys; default: the defaults of cls.
 
   Raises:
-    ValueError: for an unknown key (with the closest match), a wrong type, or whatever cls refuses.
+    ValueError: for an unknown key (with the closest match), a wrong type or an invalid value.
   """
   section = with_new_names(section, getattr(cls, "RENAMED", {}), name)
   hints = typing.get_type_hints(cls)
@@ -346,15 +291,15 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
 def with_new_names(
   section: Mapping[str, Any], renamed: Mapping[str, str], name: str = ""
 ) -> Mapping[str, Any]:
-  """A section whose deprecated keys are replaced by their new names.
+  """A section in which the new names replace deprecated keys.
 
-  Values under an old name win, since a section that was made from defaults also has the new one.
+  Values of deprecated keys override those of new names, which may be defaults.
 
   Args:
     section: of a config, or of a saved file.
     renamed: {old key: new key}.
-    name: of the section, for a warning about each old key; "" for none, since the user of a saved
-      file cannot change its names.
+    name: name of the section, to print a warning for each deprecated key; "" for a saved file,
+      whose keys its user did not choose.
   """
   old_keys = [key for key in section if key in renamed]
   if not old_keys:
@@ -368,7 +313,7 @@ def with_new_names(
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
-  """The message about a config key that nobody reads, with the closest one that exists."""
+  """Error message for an unknown config key, with the closest allowed one."""
   close = difflib.get_close_matches(key.rsplit(".", 1)[-1], allowed, 1)
   hint = f"; did you mean {close[0]!r}?" if close else ""
   return f"unknown config key {key!r}{hint} Allowed: {', '.join(allowed)}"

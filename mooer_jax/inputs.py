@@ -1,17 +1,17 @@
-"""Waveforms to padded encoder inputs; training, transcription and verification share it."""
+"""Waveforms to padded encoder inputs, for training, transcription and verification."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from mooer_jax.audio.frontend import Frontend, features, num_frames
+from mooer_jax.audio.frontend import Frontend
 from mooer_jax.config import SpeechLLMConfig
 
 
 def extract_features(
   waveform_N: np.ndarray, config: SpeechLLMConfig, *, name: str = "waveform"
 ) -> tuple[np.ndarray, ...]:
-  """Features of one clip for each encoder, computed in NumPy.
+  """Compute the features of one clip for each encoder in NumPy.
 
   Args:
     waveform_N: float [samples] at the model's sample rate; silence is appended up to min_audio_s.
@@ -22,10 +22,10 @@ def extract_features(
     For each encoder float32 [frames, features], before CMVN.
 
   Raises:
-    AudioError, ValueError: for a clip that is empty, or longer than an encoder takes.
+    AudioError, ValueError: if the clip is empty, too short or longer than an encoder supports.
   """
   padded_N = config.pad_to_min_duration(waveform_N)
-  return tuple(features(padded_N, frontend, name=name) for frontend in config.frontends)
+  return tuple(frontend.features(padded_N, name=name) for frontend in config.frontends)
 
 
 def encoder_inputs(
@@ -35,25 +35,25 @@ def encoder_inputs(
   buckets: Sequence[tuple[int, ...]] | None = None,
   dtype=np.float32,
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-  """Pads the features of clips to the smallest bucket that fits all of them.
+  """Pad the features of clips to the smallest bucket that fits all of them.
 
   Args:
     clips: at least one clip, each with [frames, features] for every encoder.
-    rows: rows of the batch; missing ones are padding with 0 frames. Default: one per clip.
-    buckets: for each bucket the number of frames for every encoder, in increasing order. Default:
-      no bucket, so the longest clip sets the length.
-    dtype: of the result.
+    rows: number of rows; rows without a clip have 0 frames. Default: one row per clip.
+    buckets: number of frames for every encoder in each bucket, in increasing order. Default: the
+      lengths of the longest clip.
+    dtype: dtype of the result.
 
   Returns:
-    (features [rows, frames, features], valid frames int32 [rows]), each a tuple over encoders; the
-    first two fields of `speech_llm.Batch`.
+    (features [rows, frames, features], valid frames int32 [rows]), each a tuple over encoders:
+    `features` and `frames` of `speech_llm.Batch`.
 
   Raises:
     ValueError: if a clip is longer than the last bucket, or there are more clips than rows.
   """
   rows = len(clips) if rows is None else rows
   if not 0 < len(clips) <= rows:
-    raise ValueError(f"{len(clips)} clips for {rows} rows; at least 1 and at most {rows} fit")
+    raise ValueError(f"{len(clips)} clips for {rows} rows; give 1 to {rows} clips")
   longest = tuple(max(map(len, stream)) for stream in zip(*clips, strict=True))
   fitting = (
     b for b in buckets or [longest] if all(n <= m for n, m in zip(longest, b, strict=True))
@@ -74,13 +74,13 @@ def encoder_inputs(
 
 
 def bucket_lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...]:
-  """Frames for every encoder of the longest clip that has `bucket` frames for the first one."""
+  """Frames for every encoder of the longest clip with `bucket` frames for the first encoder."""
   if len(frontends) == 1:
     return (bucket,)
   low, high = 1, 1
-  while num_frames(high, frontends[0]) <= bucket:
+  while frontends[0].num_frames(high) <= bucket:
     low, high = high, 2 * high
   while high - low > 1:
     middle = (low + high) // 2
-    low, high = (middle, high) if num_frames(middle, frontends[0]) <= bucket else (low, middle)
-  return (bucket, *(num_frames(low, frontend) for frontend in frontends[1:]))
+    low, high = (middle, high) if frontends[0].num_frames(middle) <= bucket else (low, middle)
+  return (bucket, *(frontend.num_frames(low) for frontend in frontends[1:]))

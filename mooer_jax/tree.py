@@ -1,10 +1,10 @@
-"""Parameter trees by path: flatten, cut into trainable and frozen, stack layers for a scan.
+"""Parameter trees by path: flatten, partition into trainable and frozen, stack layers for a scan.
 
 A tree is a nested dict; everything that is not a mapping is a leaf (arrays, `ShapeDtypeStruct`,
 `PartitionSpec`, numbers). A path joins the keys with "/": `decoder/layers_0/attention/q/kernel`.
 
-Patterns are regular expressions that must match the **whole** path (`re.fullmatch`), so that a
-pattern takes what it says and no more: `connector/.*`, `.*/lora_[ab]`.
+Patterns are regular expressions that must match the **whole** path (`re.fullmatch`), such as
+`connector/.*` or `.*/lora_[ab]`.
 """
 
 import re
@@ -20,19 +20,22 @@ STACK = "layers"
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Gives every leaf under its path, in sorted order; empty dicts leave no trace.
+  """Map paths to leaves, in sorted order; empty dicts are dropped.
 
   Raises:
-    ValueError: for a key that holds "/" or is empty, TypeError for a key that is no string.
+    ValueError: for a key that is empty or contains "/".
+    TypeError: for a key that is not a string.
   """
   flat = {}
 
   def visit(node, path):
     for key in sorted(node, key=str):
       if not isinstance(key, str):
-        raise TypeError(f"key {key!r} under {'/'.join(path) or 'the root'} is no string")
+        raise TypeError(f"key {key!r} under {'/'.join(path) or 'the root'} is not a string")
       if not key or "/" in key:
-        raise ValueError(f'key {key!r} under {"/".join(path) or "the root"} is empty or holds "/"')
+        raise ValueError(
+          f'key {key!r} under {"/".join(path) or "the root"} is empty or contains "/"'
+        )
       if isinstance(node[key], Mapping):
         visit(node[key], (*path, key))
       else:
@@ -46,7 +49,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   """The inverse of `flatten`.
 
   Raises:
-    ValueError: if a path is both a leaf and the parent of another, or has an empty part.
+    ValueError: if a path is a leaf and the parent of another one, or has an empty key.
   """
   tree: dict[str, Any] = {}
   parents: set[str] = set()
@@ -67,14 +70,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, dict]:
-  """Cuts a tree into (trainable, frozen): a leaf is trainable if a pattern matches its path.
-
-  Args:
-    tree: nested dict; its leaves are not looked at, so a tree from `jax.eval_shape` works too.
-    patterns: regular expressions of trainable paths, each matched against the whole path.
-
-  Returns:
-    Two nested dicts that hold every leaf exactly once between them; `merge` joins them again.
+  """Partition a tree into (trainable, frozen); leaves whose path matches a pattern are trainable.
 
   Raises:
     ValueError: if a pattern matches no path, or is not a regular expression.
@@ -91,7 +87,7 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, d
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
-  """Joins trees without a common path; the inverse of `partition`.
+  """Merge trees without a common path; the inverse of `partition`.
 
   Raises:
     ValueError: if a path is in two of the trees.
@@ -100,7 +96,7 @@ def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
   for tree in trees:
     for path, leaf in flatten(tree).items():
       if path in joined:
-        raise ValueError(f"{path} is in two of the trees to be merged")
+        raise ValueError(f"{path} is in two of the trees")
       joined[path] = leaf
   return unflatten(joined)
 
@@ -108,18 +104,15 @@ def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
 def first_match(
   rules: Iterable[tuple[str, Any]], tree: Mapping[str, Any], *, optional: Iterable[str] = ()
 ) -> dict[str, Any]:
-  """Gives each leaf the value of the first rule whose pattern matches its whole path.
+  """Replace each leaf by the value of the first rule whose pattern matches its path.
 
   Args:
-    rules: (pattern, value) pairs, the most special first.
+    rules: (pattern, value) pairs in order of priority.
     tree: nested dict.
-    optional: the patterns among `rules` that may match nothing.
-
-  Returns:
-    A nested dict of the same structure with the rules' values as leaves.
+    optional: patterns of `rules` that may remain unused.
 
   Raises:
-    ValueError: if a path has no rule, or a rule that is not optional decides no path.
+    ValueError: if a path has no rule, or a rule that is not optional is unused.
   """
   rules = list(rules)
   compiled = _compile(pattern for pattern, _ in rules)
@@ -139,17 +132,14 @@ def first_match(
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Joins every sibling group `layers_0 … layers_{N-1}` into one `layers` with a leading axis N.
+  """Stack all siblings `layers_0 … layers_{N-1}` to one `layers` with a leading axis N.
 
   Args:
-    params: nested dict; leaves are NumPy or JAX arrays or `jax.ShapeDtypeStruct`s (which stay so).
-
-  Returns:
-    A new nested dict; the leaves outside the groups are the same objects.
+    params: nested dict; leaves are NumPy or JAX arrays or `jax.ShapeDtypeStruct`s, and stay so.
 
   Raises:
     ValueError: if a number is missing, the layers differ in their paths, shapes or dtypes, or
-      `layers` stands beside `layers_0`.
+      `layers` and `layers_0` are siblings.
   """
   stacked, numbered = {}, {}
   for key, node in params.items():
@@ -162,15 +152,17 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
   if not numbered:
     return stacked
   if STACK in stacked:
-    raise ValueError(f"{STACK} stands beside {STACK}_{min(numbered)}; stack or unstack all of them")
+    raise ValueError(
+      f"{STACK} and {STACK}_{min(numbered)} are siblings; stack or unstack all of them"
+    )
   missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
   if missing:
-    raise ValueError(f"{STACK}_{missing[0]} is missing below {STACK}_{max(numbered)}")
+    raise ValueError(f"{STACK}_{missing[0]} is missing, but there is {STACK}_{max(numbered)}")
   layers = [numbered[n] for n in range(len(numbered))]
   for n, layer in enumerate(layers):
     if layer.keys() != layers[0].keys():
       odd = sorted(layer.keys() ^ layers[0].keys())
-      raise ValueError(f"{STACK}_{n} and {STACK}_0 do not hold the same paths: {odd[0]}")
+      raise ValueError(f"{STACK}_{n} and {STACK}_0 differ in their paths: {odd[0]}")
   stacked[STACK] = unflatten(
     {path: _stack([layer[path] for layer in layers], path) for path in layers[0]}
   )
@@ -178,12 +170,12 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Splits every `layers` with a leading axis N into `layers_0 … layers_{N-1}`.
+  """Split every `layers` with a leading axis N; the inverse of `stack_layers`.
 
-  The inverse of `stack_layers`. NumPy leaves become views.
+  NumPy leaves become views.
 
   Raises:
-    ValueError: if the leaves under one `layers` differ in their leading size or have none.
+    ValueError: if the leaves below `layers` differ in their leading axis or have none.
   """
   unstacked: dict[str, Any] = {}
   for key, node in params.items():
@@ -193,11 +185,11 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(node)
     sizes = {path: leaf.shape[0] if leaf.shape else 0 for path, leaf in flat.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
-      raise ValueError(f"the leaves under {STACK} need one common leading axis, they have {sizes}")
+      raise ValueError(f"the leaves below {STACK} must have the same leading axis; sizes: {sizes}")
     for n in range(next(iter(sizes.values()))):
       name = f"{STACK}_{n}"
       if name in params:
-        raise ValueError(f"{STACK} stands beside {name}; stack or unstack all of them")
+        raise ValueError(f"{STACK} and {name} are siblings; stack or unstack all of them")
       layer = unflatten({path: _take(leaf, n) for path, leaf in flat.items()})
       unstacked[name] = unstack_layers(layer)
   return unstacked
@@ -211,7 +203,7 @@ def _compile(patterns: Iterable[str]) -> list[re.Pattern]:
     try:
       compiled.append(re.compile(pattern))
     except re.error as error:
-      raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+      raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
   return compiled
 
 
@@ -220,9 +212,9 @@ def _unused(pattern: str, flat: Mapping[str, Any]) -> str:
   hint = (
     f"it matches part of {partly[0]!r}; patterns must match the whole path"
     if partly
-    else f"the tops of the tree are {sorted({p.split('/')[0] for p in flat})}"
+    else f"the tree has {sorted({p.split('/')[0] for p in flat})}"
   )
-  return f"pattern {pattern!r} decides no path of the tree; {hint}"
+  return f"pattern {pattern!r} matches no path, or only paths of earlier patterns; {hint}"
 
 
 def _stack(leaves: list, path: str):

@@ -45,16 +45,16 @@ def test_salmonns_prompt_says_where_the_speech_stands():
   [("vicuna", "Listen.", 0), ("none", SPEECH * 2, 2), ("mooer", f"Hear {SPEECH}.", 1)],
 )
 def test_the_speech_stands_in_exactly_one_place(template, prompt, times):
-  with pytest.raises(ValueError, match=f"holds {SPEECH} {times} times.*exactly one place"):
+  with pytest.raises(ValueError, match=f"contains {SPEECH} {times} times.*exactly once"):
     fill_template(template, prompt)
 
 
 def test_a_question_goes_into_the_prompt():
   prompt = f"{SPEECH} {{}}"
   assert fill_template("none", prompt, "Who {speaks}?") == ("", " Who {speaks}?")
-  with pytest.raises(ValueError, match="takes a question"):
+  with pytest.raises(ValueError, match="needs a question"):
     fill_template("none", prompt)
-  with pytest.raises(ValueError, match="belongs in the prompt"):
+  with pytest.raises(ValueError, match="put it into the prompt"):
     fill_template("none", prompt, f"Where is {SPEECH}?")
 
 
@@ -62,7 +62,7 @@ def test_a_question_is_given_where_the_prompt_has_a_place_for_it_and_only_there(
   check_question("Say {}.", "who", "QA")
   check_question("Listen.", None, "asr")
   for prompt, question, match in (
-    ("Say {}.", None, "task 'QA'.*'Say {}.'.*takes a question: .*--question"),
+    ("Say {}.", None, "task 'QA'.*'Say {}.'.*needs a question: .*--question"),
     ("Say {}.", " ", "question=' ' is empty"),
     ("Listen.", "who", "task 'QA'.*'Listen.'.*no {} for the question 'who'"),
     ("Listen.", "", "no {} for the question ''"),

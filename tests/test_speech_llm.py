@@ -7,7 +7,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from mooer_jax import speech_llm, tree
-from mooer_jax.audio.frontend import features as numpy_features
 from mooer_jax.config import SpeechLLMConfig, model_config
 from mooer_jax.decoders.llm import LLMConfig
 from tests import jaxprs, tiny
@@ -148,8 +147,7 @@ def test_waveforms_give_what_their_features_give(params, answer_logits):
   rng = np.random.default_rng(0)
   waveforms = [0.1 * rng.normal(size=n).astype(np.float32) for n in (9000, 5000)]
   rows = [
-    (numpy_features(w, CONFIG.frontends[0]), *row[1:])
-    for w, row in zip(waveforms, ROWS, strict=False)
+    (CONFIG.frontends[0].features(w), *row[1:]) for w, row in zip(waveforms, ROWS, strict=False)
   ]
   batch = tiny.batch(rows)
   expected = answer_logits(params, batch)

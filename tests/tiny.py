@@ -130,7 +130,7 @@ def batch(rows, *, frames=None, before=None, after=None, answer=None) -> speech_
   return speech_llm.Batch(
     features=(features,),
     frames=(np.array([len(r[0]) for r in rows], np.int32),),
-    before_BS=tokens(1, before, left=True),
-    after_BS=tokens(2, after, left=True),
-    answer_BS=tokens(3, answer, left=False),
+    prefix_BS=tokens(1, before, left=True),
+    suffix_BS=tokens(2, after, left=True),
+    labels_BS=tokens(3, answer, left=False),
   )

@@ -21,7 +21,6 @@ from mooer_jax.config import (
   frontend_from_json,
   part_from_json,
 )
-from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
 
 from ..readers import ReadError, read_object
@@ -220,8 +219,11 @@ def _essence(config: SpeechLLMConfig) -> SpeechLLMConfig:
       if field.name.startswith("lora_")
     }
     decoder = dataclasses.replace(decoder, **none)
-  encoders = tuple(dataclasses.replace(encoder, dropout=0.0) for encoder in config.encoders)
-  connector = config.connector
-  if isinstance(connector, QFormerConfig):
-    connector = dataclasses.replace(connector, dropout=0.0)
+  encoders = tuple(map(_without_dropout, config.encoders))
+  connector = _without_dropout(config.connector)
   return config.replace(decoder=decoder, encoders=encoders, connector=connector)
+
+
+def _without_dropout(part: Any) -> Any:
+  fields = [field.name for field in dataclasses.fields(part)]
+  return dataclasses.replace(part, dropout=0.0) if "dropout" in fields else part

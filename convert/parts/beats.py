@@ -13,7 +13,7 @@ import torch
 
 from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
-from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
@@ -246,7 +246,7 @@ def open_beats(path: Path, problems: Problems) -> Part | None:
     config=config,
     leaves={**mapped.leaves, **cmvn_leaves(config.input_width)},
     style={"beats": {"cfg": cfg}},
-    frontend=BEATS_FRONTEND,
+    frontend=config.frontend(),
     ignored=(*mapped.ignored, *(name for name in source.ignored if name != "cfg")),
     notes=source.notes,
   )

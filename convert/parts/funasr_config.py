@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from mooer_jax.audio.frontend import FrontendConfig, width
+from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.config import build
 from mooer_jax.encoders.sanm import SANMConfig
 
@@ -92,9 +92,9 @@ def frontend(
   except ValueError as error:
     problems.add(f"{FILE}: {error}")
     return None
-  if width(found) != input_width:
+  if found.width != input_width:
     problems.add(
-      f"the encoder takes {input_width} values a step, its features have {width(found)}:"
+      f"the encoder takes {input_width} values a step, its features have {found.width}:"
       f" {found.lfr_window} frames of {found.fbank.bins} bins"
     )
     return None

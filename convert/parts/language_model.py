@@ -71,7 +71,7 @@ def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
   """decoder/… -> shape, LoRA included if the config has any."""
   module = LLM(config, ExecutionConfig(scan=True))
   inputs = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1), bool)
-  return under("decoder", leaf_shapes(module, *inputs, method=LLM.everything))
+  return under("decoder", leaf_shapes(module, *inputs, method=LLM.init_all_params))
 
 
 def open_model(folder: Path, problems: Problems, *, kind: str | None = None) -> Part | None:

@@ -66,7 +66,7 @@ def compare(request: Request, original: Original) -> Report:
 
     def logits(params: dict, compute: ExecutionConfig) -> np.ndarray:
       logits_BAV = _answer_logits(params, batch, config.replace(compute=compute))
-      return np.asarray(logits_BAV)[batch.answer_BS >= 0]
+      return np.asarray(logits_BAV)[batch.labels_BS >= 0]
   else:
     prompt_S, ours = original.prompt[0], {}
     tokens_BS = _generate_text(params, jnp.array([prompt_S]), config, options)
@@ -100,15 +100,15 @@ def _batch(request: Request, original: Original) -> speech_llm.Batch:
   config, rows = request.config, len(request.waveforms)
   features, frames = encoder_inputs([extract_features(x_N, config) for x_N in request.waveforms])
   outputs = [clip.get("tokens", np.zeros(0)).astype(np.int32) for clip in original.clips]
-  before_BS, after_BS = (
+  prefix_BS, suffix_BS = (
     np.tile(np.array(part_S, np.int32), (rows, 1)) for part_S in original.prompt
   )
   return speech_llm.Batch(
     features=features,
     frames=frames,
-    before_BS=before_BS,
-    after_BS=after_BS,
-    answer_BS=_padded(outputs),
+    prefix_BS=prefix_BS,
+    suffix_BS=suffix_BS,
+    labels_BS=_padded(outputs),
   )
 
 

@@ -40,7 +40,7 @@ from demo.stages import (
 from demo.synthesize import WORDS
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import audio_files, entry_key, read_annotation
-from mooer_jax.evaluation.answers import words
+from mooer_jax.evaluation.answer_matching import words
 from mooer_jax.evaluation.text_files import read_text
 
 CONFIG, TUNING = "configs/mini_salmonn.py", "configs/mini_activation.py"

@@ -1,7 +1,6 @@
-"""Mean and variance normalisation of features, and Kaldi's text file (`am.mvn`) that holds it.
+"""Mean and variance normalization (CMVN) of features, and its Kaldi text file (`am.mvn`).
 
-A shift is added, then a scale multiplied, (x + shift) * scale: shift = -mean, scale = 1 / standard
-deviation.
+Normalized features are (x + shift) * scale, with shift = -mean and scale = 1 / standard deviation.
 """
 
 import os
@@ -12,20 +11,20 @@ import numpy as np
 
 
 def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Reads shift and scale from a Kaldi Nnet text file.
+  """Read shift and scale from a Kaldi Nnet text file.
 
   Args:
     path: `am.mvn`: `<AddShift>` and `<Rescale>`, each followed by its sizes, `<LearnRateCoef> 0`
       and its values in brackets.
-    width: values that it must have, `frontend.width`; None takes any number.
+    width: required number of values, `frontend.width`; default: any.
 
   Returns:
     shift_F and scale_F, float32 [F].
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if a part is missing or damaged, lengths differ, a value is not finite, or the
-      file is of another width.
+    ValueError: if a component is missing or damaged, lengths differ, a value is not finite, or
+      the number of values is not `width`.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -39,26 +38,21 @@ def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.n
   scale_F = _component(words, "<Rescale>", path)
   if len(shift_F) != len(scale_F):
     raise ValueError(
-      f"{path}: <AddShift> has {len(shift_F)} values, <Rescale> {len(scale_F)}; must be as many"
+      f"{path}: <AddShift> has {len(shift_F)} values, <Rescale> {len(scale_F)}; must be equal"
     )
   if width is not None and len(shift_F) != width:
     raise ValueError(
-      f"{path}: has {len(shift_F)} values, the features have {width}; take the file of this encoder"
-      " (MooER: 560, that is 7 frames of 80 bins)"
+      f"{path}: has {len(shift_F)} values, the features have {width}; use the file of this encoder"
+      " (MooER: 560, 7 frames of 80 bins)"
     )
   return shift_F, scale_F
 
 
 def write_mvn(path: str | os.PathLike, shift_F: np.ndarray, scale_F: np.ndarray) -> None:
-  """Writes a file that `read_mvn` (and Kaldi, and funasr) reads back to the same float32 values.
-
-  Args:
-    path: file to write.
-    shift_F: [F], added first.
-    scale_F: [F], multiplied second.
+  """Write a file from which `read_mvn`, Kaldi and funasr read the same float32 values.
 
   Raises:
-    ValueError: if the two are not vectors of one length, or hold a value that is not finite.
+    ValueError: if shift_F and scale_F are not vectors [F] of one length, or a value is not finite.
   """
   shift_F, scale_F = np.asarray(shift_F, np.float32), np.asarray(scale_F, np.float32)
   if shift_F.ndim != 1 or shift_F.shape != scale_F.shape or not shift_F.size:
@@ -67,36 +61,36 @@ def write_mvn(path: str | os.PathLike, shift_F: np.ndarray, scale_F: np.ndarray)
       "length"
     )
   if not (np.isfinite(shift_F).all() and np.isfinite(scale_F).all()):
-    raise ValueError(f"{path}: shift or scale hold values that are NaN or infinite")
+    raise ValueError(f"{path}: shift or scale has values that are NaN or infinite")
   size = len(shift_F)
   lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]"]
   for tag, values_F in (("<AddShift>", shift_F), ("<Rescale>", scale_F)):
-    # Nine digits tell any two float32 apart.
+    # Nine digits are enough for any float32.
     values = " ".join(f"{value:.9g}" for value in values_F)
     lines += [f"{tag} {size} {size}", f"<LearnRateCoef> 0 [ {values} ]"]
   pathlib.Path(path).write_text("\n".join([*lines, "</Nnet>", ""]), encoding="utf-8")
 
 
 def estimate(features: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """Shift and scale that bring features to mean 0 and variance 1.
+  """Estimate shift and scale, so that features have mean 0 and variance 1.
 
   Args:
-    features: any number of [T, F], taken one at a time.
+    features: arrays [T, F], consumed one by one.
 
   Returns:
-    shift_F and scale_F, float32 [F]. A feature that never changes gets scale 1.
+    shift_F and scale_F, float32 [F]. The scale of a constant feature is 1.
 
   Raises:
-    ValueError: if there is not one frame, widths differ, or a value is not finite.
+    ValueError: if there is no frame, widths differ, or a value is not finite.
   """
   frames, mean_F, squares_F = 0, None, None
   for number, x_TF in enumerate(features):
     x_TF = np.asarray(x_TF, np.float64)
     if x_TF.ndim != 2 or (mean_F is not None and x_TF.shape[1] != len(mean_F)):
       wanted = "[T, F]" if mean_F is None else f"[T, {len(mean_F)}]"
-      raise ValueError(f"features number {number} are {list(x_TF.shape)}; {wanted} is expected")
+      raise ValueError(f"features number {number} are {list(x_TF.shape)}; must be {wanted}")
     if not np.isfinite(x_TF).all():
-      raise ValueError(f"features number {number} hold values that are NaN or infinite")
+      raise ValueError(f"features number {number} have values that are NaN or infinite")
     if not len(x_TF):
       continue
     here_F = x_TF.mean(axis=0)
@@ -108,7 +102,7 @@ def estimate(features: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     mean_F += step_F * (len(x_TF) / total)
     frames = total
   if mean_F is None or squares_F is None:
-    raise ValueError("cannot estimate mean and variance from 0 frames; give some clips")
+    raise ValueError("cannot estimate mean and variance from 0 frames; give longer clips")
   deviation_F = np.sqrt(squares_F / frames)
   # A constant's deviation is rounding error, not spread.
   constant_F = deviation_F <= 1e-10 * np.maximum(1, np.abs(mean_F))
@@ -128,8 +122,8 @@ def _component(words: list[str], tag: str, path: pathlib.Path) -> np.ndarray:
   header = words[at + 1 : start]
   if len(header) != 4 or header[2] != "<LearnRateCoef>":
     raise ValueError(
-      f"{path}: after {tag} stands {' '.join(header[:6])!r}; expected two sizes, <LearnRateCoef>, "
-      "a number"
+      f"{path}: {tag} is followed by {' '.join(header[:6])!r}; must be two sizes, <LearnRateCoef>"
+      " and a number"
     )
   try:
     values_F = np.array([float(word) for word in words[start + 1 : end]], np.float32)
@@ -137,9 +131,9 @@ def _component(words: list[str], tag: str, path: pathlib.Path) -> np.ndarray:
     raise ValueError(f"{path}: {tag}: {error}") from error
   if header[0] != header[1] or header[0] != str(len(values_F)):
     raise ValueError(
-      f"{path}: {tag} announces {header[0]} {header[1]} values and has {len(values_F)}; "
-      "is the file whole?"
+      f"{path}: {tag} has {len(values_F)} values, but its sizes are {header[0]} {header[1]}; the"
+      " file may be truncated"
     )
   if not np.isfinite(values_F).all():
-    raise ValueError(f"{path}: {tag} holds values that are NaN or infinite")
+    raise ValueError(f"{path}: {tag} has values that are NaN or infinite")
   return values_F

@@ -1,37 +1,36 @@
-"""Waveform to encoder features: Kaldi fbank and low frame rate, or Whisper's log-mel.
+"""Front ends, from waveforms to encoder features. A new one is one file and one entry in KINDS.
 
-Normalisation (CMVN) is not here: it is the encoder's first step.
+Normalization (CMVN) is part of the model, as its values are parameters.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax.audio import logmel
 from mooer_jax.audio.decode import AudioError
 from mooer_jax.audio.fbank import FbankConfig, fbank, fbank_jax, num_fbank_frames
 from mooer_jax.audio.logmel import LogMelConfig
 
 
 def num_stacks(frames, stride: int):
-  """Steps that `stack_frames` makes of so many frames: ceil(frames / stride); ints or arrays."""
+  """Number of frames from `stack_frames`: ceil(frames / stride); for ints or arrays."""
   return -(-frames // stride)
 
 
 def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> np.ndarray:
-  """Joins neighbouring frames so that the encoder takes fewer, wider steps.
+  """Stack neighbouring frames to get fewer and wider ones.
 
   Args:
     fbank_TF: float32 [T, F], log-mel energies, one frame every 10 ms.
-    window: frames joined in one output (MooER: 7).
+    window: number of frames in an output (MooER: 7).
     stride: input frames from one output to the next (MooER: 6, so 60 ms).
 
   Returns:
-    float32 [ceil(T / stride), window * F]; (window - 1) // 2 copies of frame 0 pad the left edge,
-    copies of the last frame fill the right.
+    float32 [ceil(T / stride), window * F]. The left edge is padded with (window - 1) // 2 copies of
+    frame 0, the right edge with copies of the last frame.
 
   Raises:
     ValueError: if T is 0 or window < stride.
@@ -50,17 +49,16 @@ def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> n
 def stack_frames_jax(
   fbank_BTF: jax.Array, frames_B: jax.Array, *, window: int = 7, stride: int = 6
 ) -> tuple[jax.Array, jax.Array]:
-  """As `stack_frames` for each row of a padded batch; for use inside `jit`.
+  """`stack_frames` for each row of a padded batch, for use inside `jit`.
 
   Args:
-    fbank_BTF: float32 [B, T, F]; what stands behind a row's frames does not matter.
-    frames_B: int32 [B], valid frames of each row, at most T; 0 gives a row of no steps.
-    window: frames joined in one output.
-    stride: input frames from one output to the next.
+    fbank_BTF: float32 [B, T, F]; frames after a row's end are ignored.
+    frames_B: int32 [B], valid frames of each row, at most T.
+    window, stride: as for `stack_frames`.
 
   Returns:
-    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 behind a row's steps. Valid steps are
-      copies of the input, equal to `stack_frames` of the row alone to the last bit.
+    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 after a row's end, else equal to
+      `stack_frames` of the row.
     steps_B: int32 [B], ceil(frames / stride).
 
   Raises:
@@ -74,7 +72,7 @@ def stack_frames_jax(
   if not steps:
     return jnp.zeros((batch, 0, window * bins), fbank_BTF.dtype), steps_B
 
-  # Only the last frame is gathered; the rest are slices, for accelerators gather slowly.
+  # Slices instead of a gather, which is slow on accelerators.
   last_B11 = jnp.maximum(frames_B - 1, 0)[:, None, None]
   last_B1F = jnp.take_along_axis(fbank_BTF, last_B11, axis=1)
   valid_BT1 = jnp.arange(frames)[:, None] < frames_B[:, None, None]
@@ -100,9 +98,64 @@ def stack_frames_jax(
 def _check(window: int, stride: int) -> None:
   if stride < 1 or window < stride:
     raise ValueError(
-      f"lfr window is {window}, stride {stride}; needed 1 <= stride <= window, "
-      "or frames would be lost"
+      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window, or frames would be"
+      " lost"
     )
+
+
+@runtime_checkable
+class Frontend(Protocol):
+  """The frozen config of an encoder's features: all that the rest of the project knows of them.
+
+  Attributes:
+    kind: its name in checkpoints.
+    RUN_FIELDS: fields that may differ between a checkpoint and a run that starts from it.
+    normalised: whether CMVN, whose values are among the model's parameters, follows.
+    sample_rate_hz: of the waveforms.
+    width: values in a frame.
+  """
+
+  kind: ClassVar[str]
+  RUN_FIELDS: ClassVar[tuple[str, ...]]
+  normalised: ClassVar[bool]
+
+  @property
+  def sample_rate_hz(self) -> int: ...
+
+  @property
+  def width(self) -> int: ...
+
+  def num_frames(self, samples: int) -> int:
+    """Number of frames that `features` returns; 0 for a clip that is too short."""
+
+  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+    """Features of one clip in NumPy, before normalisation.
+
+    Args:
+      waveform_N: float [N], full scale = 1, at the config's sample rate.
+      name: name of the clip in errors.
+
+    Returns:
+      float32 [num_frames(N), width].
+
+    Raises:
+      AudioError: if the clip is too short for one frame ("too short", "empty audio").
+      ValueError: if the waveform is not one axis of floats, or too long for the front end.
+    """
+
+  def features_jax(
+    self, waveform_BN: jax.Array, samples_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Features of a padded batch in JAX, before normalisation; for use inside `jit`.
+
+    Args:
+      waveform_BN: float32 [B, N], full scale = 1; samples behind a row's end are ignored.
+      samples_B: int32 [B], valid samples of each row, at most N.
+
+    Returns:
+      features_BTF: float32 [B, num_frames(N), width]; 0 behind a row's frames.
+      frames_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,93 +163,47 @@ class FrontendConfig:
   """MooER's (and Paraformer's) features by default: 560 values every 60 ms.
 
   Attributes:
-    fbank: FbankConfig.
-    lfr_window: frames joined in one step.
-    lfr_stride: frames from one step to the next.
+    fbank: Kaldi's filter banks.
+    lfr_window: number of fbank frames in one frame.
+    lfr_stride: fbank frames from one frame to the next.
   """
 
   kind: ClassVar[str] = "fbank"
-  normalised: ClassVar[bool] = True  # by CMVN, which stands among the model's parameters
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ()
+  normalised: ClassVar[bool] = True
   fbank: FbankConfig = FbankConfig()
   lfr_window: int = 7
   lfr_stride: int = 6
 
   def __post_init__(self):
-    if not 1 <= self.lfr_stride <= self.lfr_window:
-      raise ValueError(
-        f"frontend lfr_window={self.lfr_window}, lfr_stride={self.lfr_stride}; "
-        "needed 1 <= stride <= window, or frames would be lost"
-      )
+    _check(self.lfr_window, self.lfr_stride)
 
   @property
   def sample_rate_hz(self) -> int:
     return self.fbank.sample_rate_hz
 
+  @property
+  def width(self) -> int:
+    return self.fbank.bins * self.lfr_window
 
-Frontend = FrontendConfig | LogMelConfig
+  def num_frames(self, samples: int) -> int:
+    return num_stacks(num_fbank_frames(samples, self.fbank), self.lfr_stride)
 
+  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+    fbank_TF = fbank(waveform_N, self.fbank)
+    if not len(fbank_TF):
+      raise AudioError(
+        f"{name}: {len(waveform_N)} samples; must be at least {self.fbank.frame_length}"
+        f" ({self.fbank.frame_ms:g} ms at {self.fbank.sample_rate_hz} Hz)",
+        "too short",
+      )
+    return stack_frames(fbank_TF, window=self.lfr_window, stride=self.lfr_stride)
 
-def width(config: Frontend = FrontendConfig()) -> int:
-  """Values in one step."""
-  if isinstance(config, LogMelConfig):
-    return logmel.width(config)
-  return config.fbank.bins * config.lfr_window
-
-
-def num_frames(samples: int, config: Frontend = FrontendConfig()) -> int:
-  """Steps that `features` makes of so many samples; 0 where it refuses the clip as too short."""
-  if isinstance(config, LogMelConfig):
-    return logmel.num_frames(samples, config)
-  return num_stacks(num_fbank_frames(samples, config.fbank), config.lfr_stride)
-
-
-def features(
-  waveform_N: np.ndarray,
-  config: Frontend = FrontendConfig(),
-  *,
-  name: str = "waveform",
-) -> np.ndarray:
-  """Features of one clip in NumPy, before normalisation.
-
-  Args:
-    waveform_N: float [N], full scale = 1, at the config's sample rate.
-    config: FrontendConfig or LogMelConfig.
-    name: what errors call the clip.
-
-  Returns:
-    float32 [num_frames(N), width(config)].
-
-  Raises:
-    AudioError: cause "too short", if not one fbank frame fits (MooER: 400 samples).
-    ValueError: if the waveform is not one axis of floats, or too long for log-mel.
-  """
-  if isinstance(config, LogMelConfig):
-    return logmel.features(waveform_N, config, name=name)
-  fbank_TF = fbank(waveform_N, config.fbank)
-  if not len(fbank_TF):
-    raise AudioError(
-      f"{name}: {len(waveform_N)} samples; at least {config.fbank.frame_length} "
-      f"({config.fbank.frame_ms:g} ms at {config.fbank.sample_rate_hz} Hz) are needed",
-      "too short",
-    )
-  return stack_frames(fbank_TF, window=config.lfr_window, stride=config.lfr_stride)
+  def features_jax(
+    self, waveform_BN: jax.Array, samples_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    fbank_BTF, frames_B = fbank_jax(waveform_BN, samples_B, self.fbank)
+    return stack_frames_jax(fbank_BTF, frames_B, window=self.lfr_window, stride=self.lfr_stride)
 
 
-def features_jax(
-  waveform_BN: jax.Array, samples_B: jax.Array, config: Frontend = FrontendConfig()
-) -> tuple[jax.Array, jax.Array]:
-  """Features of a padded batch in JAX, before normalisation; for use inside `jit`.
-
-  Args:
-    waveform_BN: float32 [B, N], full scale = 1; what stands behind a row's samples does not matter.
-    samples_B: int32 [B], valid samples of each row, at most N.
-    config: FrontendConfig or LogMelConfig.
-
-  Returns:
-    features_BTF: float32 [B, num_frames(N), width(config)]; 0 behind a row's steps.
-    steps_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
-  """
-  if isinstance(config, LogMelConfig):
-    return logmel.features_jax(waveform_BN, samples_B, config)
-  fbank_BTF, frames_B = fbank_jax(waveform_BN, samples_B, config.fbank)
-  return stack_frames_jax(fbank_BTF, frames_B, window=config.lfr_window, stride=config.lfr_stride)
+KINDS: tuple[type[Frontend], ...] = (FrontendConfig, LogMelConfig)

@@ -1,11 +1,11 @@
-"""Whisper's log-mel features: NumPy for data workers, JAX for inside a compiled step.
+"""Whisper's log-mel features, in NumPy for data workers and in JAX for compiled steps.
 
-Whisper takes clips padded with digital silence to 30 s. The features here are those of the frames
-that touch the clip itself; all others of the padded clip have one value, `max(-1.5, m - 2)` with m
-the clip's largest feature, which the encoder fills in.
+Whisper pads clips with digital silence to 30 s. Here, only frames that overlap the clip have
+features; the encoder fills in those of the silence, which are `max(-1.5, m - 2)` with m the clip's
+largest feature.
 
-Axes here: N samples, T frames, L samples of one frame, F mel bins, K frequencies of the DFT (real
-and imaginary parts, where both stand in one array).
+Axes: N samples, T frames, L samples of one frame, F mel bins, K frequencies of the DFT (real and
+imaginary parts, if both are in one array).
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ import numpy as np
 from mooer_jax.audio.decode import AudioError
 from mooer_jax.audio.fbank import cut_frames, rows_at_a_time
 
-# Powers below this, digital silence among them, count as this.
+# Smallest power, also that of digital silence.
 FLOOR = 1e-10
-# Nothing is told apart that lies further below the clip's loudest value, in powers of ten.
+# Range of the values of a clip, in powers of ten.
 RANGE = 8.0
 
 
@@ -33,11 +33,12 @@ class LogMelConfig:
     bins: mel bins F: 80, large-v3 128.
     sample_rate_hz: rate of the waveform.
     frame_ms: length of a frame.
-    hop_ms: from one frame to the next.
-    chunk_s: the longest clip, which is what the encoder pads to.
+    hop_ms: time from one frame to the next.
+    chunk_s: longest clip; the encoder pads to this length.
   """
 
   kind: ClassVar[str] = "logmel"
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("chunk_s",)
   normalised: ClassVar[bool] = False  # there is no CMVN
   bins: int = 80
   sample_rate_hz: int = 16000
@@ -51,14 +52,14 @@ class LogMelConfig:
         raise ValueError(f"logmel {name} is {getattr(self, name)}; it must be at least 1")
     if self.frame_length < 2 or self.frame_length % 2 or self.hop_length < 1:
       raise ValueError(
-        f"logmel frame_ms={self.frame_ms}, hop_ms={self.hop_ms} are {self.frame_length} and "
-        f"{self.hop_length} samples at {self.sample_rate_hz} Hz; an even number and at least 1 are "
-        "needed"
+        f"logmel frame_ms={self.frame_ms}, hop_ms={self.hop_ms} are {self.frame_length} and"
+        f" {self.hop_length} samples at {self.sample_rate_hz} Hz; a frame must be even, a hop at"
+        " least 1"
       )
     if self.chunk_samples < self.frame_length + self.hop_length:
       raise ValueError(
-        f"logmel chunk_s={self.chunk_s} is {self.chunk_samples} samples; at least a frame and a "
-        f"hop are needed, {self.frame_length + self.hop_length}"
+        f"logmel chunk_s={self.chunk_s} is {self.chunk_samples} samples; must be at least a frame"
+        f" and a hop, {self.frame_length + self.hop_length}"
       )
 
   @property
@@ -81,129 +82,90 @@ class LogMelConfig:
     """Frames of the longest clip."""
     return self.chunk_samples // self.hop_length
 
+  @property
+  def width(self) -> int:
+    return self.bins
 
-def width(config: LogMelConfig = LogMelConfig()) -> int:
-  """Values in one frame."""
-  return config.bins
+  def num_frames(self, samples: int) -> int:
+    # Increases also for clips longer than chunk_s, which `features` refuses, so that a search for
+    # the longest clip with a number of frames finds it.
+    if not samples:
+      return 0
+    overlapping = -(-(samples + self.frame_length // 2) // self.hop_length)
+    return min(overlapping, self.chunk_frames) if samples <= self.chunk_samples else overlapping
 
+  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+    # Equal to transformers' WhisperFeatureExtractor.
+    import scipy.fft  # several times as fast as numpy.fft
 
-def num_frames(samples: int, config: LogMelConfig = LogMelConfig()) -> int:
-  """Frames that `features` makes of so many samples; 0 for none.
+    waveform_N = np.asarray(waveform_N)
+    if waveform_N.ndim != 1 or not np.issubdtype(waveform_N.dtype, np.floating):
+      raise ValueError(
+        f"{name} is {waveform_N.dtype} {list(waveform_N.shape)}; log-mel takes mono floats [N] "
+        "with full scale 1 (divide 16-bit integers by 32768, average channels)"
+      )
+    if not len(waveform_N):
+      raise AudioError(f"{name}: no samples", "empty audio")
+    if len(waveform_N) > self.chunk_samples:
+      raise ValueError(
+        f"{name}: {len(waveform_N) / self.sample_rate_hz:.2f} s, but Whisper takes at most "
+        f"{self.chunk_s:g} s at a time; split the clip into chunks first"
+      )
+    window_L, mel_KF = constants(self)
+    length, hop = self.frame_length, self.hop_length
+    frames = self.num_frames(len(waveform_N))
+    left, inside, right = _padding(frames, self)
+    padded_N = np.zeros(inside)
+    padded_N[: len(waveform_N)] = waveform_N
+    padded_N = np.pad(padded_N, (left, right), mode="reflect")
+    framed_TL = np.lib.stride_tricks.sliding_window_view(padded_N, length)[::hop]
+    log_TF = np.empty((frames, self.bins), np.float32)
+    rows = rows_at_a_time(mel_KF)
+    for start in range(0, frames, rows):
+      spectrum_TK = scipy.fft.rfft(framed_TL[start : start + rows] * window_L)
+      power_TK = spectrum_TK.real**2 + spectrum_TK.imag**2
+      log_TF[start : start + rows] = np.log10(np.maximum(power_TK @ mel_KF, FLOOR))
+    return (np.maximum(log_TF, log_TF.max() - np.float32(RANGE)) + 4) / 4
 
-  For clips longer than chunk_s, which it refuses, the number goes on growing, so that whoever looks
-  for the longest clip of so many frames finds it.
-  """
-  if not samples:
-    return 0
-  touched = -(-(samples + config.frame_length // 2) // config.hop_length)
-  return min(touched, config.chunk_frames) if samples <= config.chunk_samples else touched
+  def features_jax(
+    self, waveform_BN: jax.Array, samples_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    samples_B = jnp.asarray(samples_B, jnp.int32)
+    samples_B = jnp.where(samples_B > self.chunk_samples, 0, samples_B)
+    waveform_BN = waveform_BN[:, : self.chunk_samples].astype(jnp.float32)
+    batch, longest = waveform_BN.shape
+    overlapping_B = -(-(samples_B + self.frame_length // 2) // self.hop_length)
+    frames_B = jnp.where(samples_B > 0, jnp.minimum(overlapping_B, self.chunk_frames), 0)
+    frames = self.num_frames(longest)
+    if not frames:
+      return jnp.zeros((batch, 0, self.bins), jnp.float32), frames_B
 
-
-def features(
-  waveform_N: np.ndarray,
-  config: LogMelConfig = LogMelConfig(),
-  *,
-  name: str = "waveform",
-) -> np.ndarray:
-  """Features of one clip in NumPy.
-
-  Args:
-    waveform_N: float [N], full scale = 1, at the config's sample rate.
-    config: LogMelConfig.
-    name: what errors call the clip.
-
-  Returns:
-    float32 [num_frames(N), bins].
-
-  Raises:
-    AudioError: cause "empty audio", if there is no sample.
-    ValueError: if the clip is longer than chunk_s, or is not one axis of floats.
-
-  Source: OpenAI's Whisper, as transformers' WhisperFeatureExtractor computes it.
-  """
-  import scipy.fft  # several times as fast as numpy.fft
-
-  waveform_N = np.asarray(waveform_N)
-  if waveform_N.ndim != 1 or not np.issubdtype(waveform_N.dtype, np.floating):
-    raise ValueError(
-      f"{name} is {waveform_N.dtype} {list(waveform_N.shape)}; log-mel takes mono floats [N] with "
-      "full scale 1 (divide 16-bit integers by 32768, average channels)"
-    )
-  if not len(waveform_N):
-    raise AudioError(f"{name}: no samples", "empty audio")
-  if len(waveform_N) > config.chunk_samples:
-    raise ValueError(
-      f"{name}: {len(waveform_N) / config.sample_rate_hz:.2f} s, but Whisper takes at most "
-      f"{config.chunk_s:g} s at a time; cut the clip into chunks first"
-    )
-  window_L, mel_KF = constants(config)
-  length, hop = config.frame_length, config.hop_length
-  frames = num_frames(len(waveform_N), config)
-  left, inside, right = _padding(frames, config)
-  padded_N = np.zeros(inside)
-  padded_N[: len(waveform_N)] = waveform_N
-  padded_N = np.pad(padded_N, (left, right), mode="reflect")
-  framed_TL = np.lib.stride_tricks.sliding_window_view(padded_N, length)[::hop]
-  log_TF = np.empty((frames, config.bins), np.float32)
-  rows = rows_at_a_time(mel_KF)
-  for start in range(0, frames, rows):
-    spectrum_TK = scipy.fft.rfft(framed_TL[start : start + rows] * window_L)
-    power_TK = spectrum_TK.real**2 + spectrum_TK.imag**2
-    log_TF[start : start + rows] = np.log10(np.maximum(power_TK @ mel_KF, FLOOR))
-  return (np.maximum(log_TF, log_TF.max() - np.float32(RANGE)) + 4) / 4
-
-
-def features_jax(
-  waveform_BN: jax.Array, samples_B: jax.Array, config: LogMelConfig = LogMelConfig()
-) -> tuple[jax.Array, jax.Array]:
-  """Features of a padded batch in JAX; for use inside `jit`.
-
-  Args:
-    waveform_BN: float32 [B, N], full scale = 1; what stands behind a row's samples does not matter.
-    samples_B: int32 [B], valid samples of each row, at most N.
-    config: LogMelConfig.
-
-  Returns:
-    features_BTF: float32 [B, T, bins] with T = num_frames(N), at most those of chunk_s; 0 behind a
-      row's frames.
-    frames_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
-  """
-  samples_B = jnp.asarray(samples_B, jnp.int32)
-  samples_B = jnp.where(samples_B > config.chunk_samples, 0, samples_B)
-  waveform_BN = waveform_BN[:, : config.chunk_samples].astype(jnp.float32)
-  batch, longest = waveform_BN.shape
-  touched_B = -(-(samples_B + config.frame_length // 2) // config.hop_length)
-  frames_B = jnp.where(samples_B > 0, jnp.minimum(touched_B, config.chunk_frames), 0)
-  frames = num_frames(longest, config)
-  if not frames:
-    return jnp.zeros((batch, 0, config.bins), jnp.float32), frames_B
-
-  waveform_BN = jnp.where(jnp.arange(longest) < samples_B[:, None], waveform_BN, 0)
-  left, inside, right = _padding(frames, config)
-  waveform_BN = jnp.pad(waveform_BN, ((0, 0), (0, inside - longest)))
-  waveform_BN = jnp.pad(waveform_BN, ((0, 0), (left, right)), mode="reflect")
-  frames_BTL = cut_frames(waveform_BN, frames, config.frame_length, config.hop_length)
-  matrix_LK, of_ones_K = _windowed_dft(config)
-  # A recording's offset may be loud where the sound is not, and float32 would round to its size.
-  mean_BT1 = frames_BTL.mean(-1, keepdims=True)
-  spectrum_BTK = _matmul(frames_BTL - mean_BT1, matrix_LK) + mean_BT1 * of_ones_K
-  real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
-  mel_KF = constants(config)[1].astype(np.float32)
-  power_BTF = _matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
-  log_BTF = jnp.log10(jnp.maximum(power_BTF, FLOOR))
-  valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
-  largest_B11 = log_BTF.max((1, 2), keepdims=True, where=valid_BT1, initial=np.log10(FLOOR))
-  features_BTF = (jnp.maximum(log_BTF, largest_B11 - RANGE) + 4) / 4
-  return jnp.where(valid_BT1, features_BTF, 0), frames_B
+    waveform_BN = jnp.where(jnp.arange(longest) < samples_B[:, None], waveform_BN, 0)
+    left, inside, right = _padding(frames, self)
+    waveform_BN = jnp.pad(waveform_BN, ((0, 0), (0, inside - longest)))
+    waveform_BN = jnp.pad(waveform_BN, ((0, 0), (left, right)), mode="reflect")
+    frames_BTL = cut_frames(waveform_BN, frames, self.frame_length, self.hop_length)
+    matrix_LK, of_ones_K = _windowed_dft(self)
+    # Without the mean, whose magnitude may exceed that of the sound: float32 would round to it.
+    mean_BT1 = frames_BTL.mean(-1, keepdims=True)
+    spectrum_BTK = _matmul(frames_BTL - mean_BT1, matrix_LK) + mean_BT1 * of_ones_K
+    real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
+    mel_KF = constants(self)[1].astype(np.float32)
+    power_BTF = _matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
+    log_BTF = jnp.log10(jnp.maximum(power_BTF, FLOOR))
+    valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
+    largest_B11 = log_BTF.max((1, 2), keepdims=True, where=valid_BT1, initial=np.log10(FLOOR))
+    features_BTF = (jnp.maximum(log_BTF, largest_B11 - RANGE) + 4) / 4
+    return jnp.where(valid_BT1, features_BTF, 0), frames_B
 
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _padding(frames: int, config: LogMelConfig) -> tuple[int, int, int]:
-  """Samples mirrored on the left, samples of clip and silence, samples mirrored on the right.
+  """Number of samples mirrored on the left, of clip and silence, and mirrored on the right.
 
-  The chunk is mirrored at both its ends; only the last frame of a full one sees the right end.
+  Only the last frame of a full chunk reaches samples that are mirrored on the right.
   """
   half = config.frame_length // 2
   needed = (frames - 1) * config.hop_length + half
@@ -228,9 +190,9 @@ def constants(config: LogMelConfig) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _windowed_dft(config: LogMelConfig) -> tuple[np.ndarray, np.ndarray]:
-  """Frame to spectrum, real parts beside imaginary: float32 [L, 2 K], and what ones become, [2 K].
+  """DFT matrix, real and imaginary parts: float32 [L, 2 K]; and the spectrum of ones, [2 K].
 
-  Of ones the Hann window leaves frequencies 0 and 1 alone, and those exactly.
+  With a Hann window, the spectrum of ones is exactly 0 except at frequencies 0 and 1.
   """
   length = config.frame_length
   turns_LK = np.outer(np.arange(length), np.arange(length // 2 + 1)) / length

@@ -1,6 +1,7 @@
-"""MooER's adapter: joins neighbouring frames and maps them to the LLM's width."""
+"""MooER's adapter: stacks neighbouring frames and maps them to the LLM's embeddings."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -8,32 +9,42 @@ import jax
 from einops import rearrange, reduce
 
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.nn.layers import Dense
+from mooer_jax.nn.layers import Dense, check_sizes, dense_sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-  """Sizes of the adapter; input and output width follow from its neighbours."""
+  """Sizes of the adapter; encoders and LLM determine those of input and output."""
 
   kind: ClassVar[str] = "linear"
   RENAMED: ClassVar = {"hidden_width": "hidden_size"}
+  SIZES: ClassVar[Mapping[str, "LinearConfig"]]
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ()
+  SHARDING: ClassVar = dense_sharding(outputs="linear1", inputs="linear2")
   stack: int = 2
   hidden_size: int = 2048
 
   def __post_init__(self):
-    for name in ("stack", "hidden_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"linear.{name}={getattr(self, name)} must be positive")
+    check_sizes(self, "stack", "hidden_size")
+
+  @property
+  def min_frames(self) -> int:
+    return self.stack
 
   def num_tokens(self, frames: int) -> int:
-    """Speech tokens that so many encoder frames become."""
     return frames // self.stack
+
+  def module(self, output_width: int, compute: ExecutionConfig) -> "LinearConnector":
+    return LinearConnector(self, output_width, compute)
+
+
+LinearConfig.SIZES = {"linear": LinearConfig()}
 
 
 class LinearConnector(nn.Module):
-  """Joins `stack` frames, then linear, ReLU, linear: [B, T, D] to [B, T // stack, output_width].
+  """Stack frames, then linear, ReLU, linear: [B, T, D] to [B, T // stack, output_width].
 
-  Frames left over at the end are dropped, as in MooER; a token is valid when all its frames are.
+  Remaining frames at the end are dropped, as in MooER. A token is valid if all its frames are.
   """
 
   config: LinearConfig
@@ -42,7 +53,6 @@ class LinearConnector(nn.Module):
 
   @nn.compact
   def __call__(self, frames_BTD: jax.Array, valid_BT: jax.Array):
-    """Returns (tokens [B, T // stack, output_width], valid bool [B, T // stack])."""
     c, dtype = self.config, self.compute.jnp_dtype
     used = frames_BTD.shape[1] // c.stack * c.stack
     valid_BS = reduce(valid_BT[:, :used], "B (S stack) -> B S", "all", stack=c.stack)

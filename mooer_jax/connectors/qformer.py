@@ -1,7 +1,8 @@
-"""SALMONN's window-level Q-Former: each window of frames becomes the same number of tokens."""
+"""SALMONN's window-level Q-Former: each window of frames gives the same number of tokens."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import flax.linen as nn
@@ -11,28 +12,35 @@ import numpy as np
 from einops import rearrange, repeat
 
 from mooer_jax import kernels
-from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import Dense, LayerNorm
+from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
+from mooer_jax.nn.layers import Dense, FeedForward, LayerNorm, check_sizes, dense_sharding, gelu
 
-# What BERT's kernels and queries start from.
+# BERT's initializer of kernels and queries.
 _INIT = nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-  """Sizes of the Q-Former; input and output width follow from its neighbours.
+  """Sizes of the Q-Former; encoders and LLM determine those of input and output.
 
   Attributes:
-    window: frames that one window holds; 17 frames of 20 ms are a third of a second.
+    window: frames in a window; 17 frames of 20 ms are a third of a second.
     stride: frames from one window to the next, at most `window`.
-    queries: tokens made of each window.
-    edge: "drop" leaves out frames that fill no whole window (SALMONN's released code), "pad" adds
-      zeros so that the last window holds them (SALMONN's paper).
-    dropout: of attention weights and of what is added to a residual, while training.
+    queries: tokens for each window.
+    edge: "drop" drops frames at the end that do not fill a window (SALMONN's released code), "pad"
+      pads the last window with zeros (SALMONN's paper).
+    dropout: of attention weights and residual branches, in training.
   """
 
   kind: ClassVar[str] = "qformer"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
+  SIZES: ClassVar[Mapping[str, "QFormerConfig"]]
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"qformer/{LAYER}/(\w*attention/[qkv]|feed_forward/up)",
+    inputs=rf"qformer/{LAYER}/(\w*attention/out|feed_forward/down)",
+    whole=rf"queries|project/.*|qformer/({LAYER}/\w+_)?norm/(scale|bias)",
+  )
   window: int = 17
   stride: int = 17
   queries: int = 1
@@ -45,71 +53,51 @@ class QFormerConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    for name in (
-      "window",
-      "stride",
-      "queries",
-      "hidden_size",
-      "layers",
-      "heads",
-      "intermediate_size",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f"qformer.{name}={getattr(self, name)} must be positive")
+    sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+    check_sizes(self, *sizes, divisible={"hidden_size": "heads"})
     if self.stride > self.window:
       raise ValueError(
-        f"qformer.stride={self.stride} leaves frames between windows of"
-        f" qformer.window={self.window} unheard; it may be at most {self.window}"
-      )
-    if self.hidden_size % self.heads:
-      raise ValueError(
-        f"qformer.hidden_size={self.hidden_size} does not divide into qformer.heads={self.heads}"
+        f"qformer.stride={self.stride} must be at most qformer.window={self.window}; frames"
+        " between the windows would be lost"
       )
     if self.edge not in ("drop", "pad"):
       raise ValueError(f"qformer.edge={self.edge!r}: use 'drop' or 'pad'")
     if not 0 <= self.dropout < 1:
-      raise ValueError(f"qformer.dropout={self.dropout} must be at least 0 and below 1")
+      raise ValueError(f"qformer.dropout={self.dropout} must be in [0, 1)")
+
+  @property
+  def min_frames(self) -> int:
+    return self.window if self.edge == "drop" else 1
 
   def num_tokens(self, frames: int) -> int:
-    """Speech tokens that so many encoder frames become."""
-    return num_tokens(frames, self)
+    # As torch's unfold counts: floor((frames - window) / stride) + 1 windows where the edge is
+    # dropped, ceil instead of floor where it is padded.
+    if frames < self.min_frames:
+      return 0
+    beyond = max(frames - self.window, 0)
+    rounded = beyond if self.edge == "drop" else beyond + self.stride - 1
+    return self.queries * (rounded // self.stride + 1)
+
+  def module(self, output_width: int, compute: ExecutionConfig) -> "WindowedQFormer":
+    return WindowedQFormer(self, output_width, compute)
 
 
-QFORMER_SIZES = {"qformer": QFormerConfig()}
-
-
-def num_tokens(frames: int, config: QFormerConfig) -> int:
-  """Tokens that a clip of so many encoder frames gives; 0 if it is shorter than the first window.
-
-  As torch's unfold counts: floor((frames - window) / stride) + 1 windows where the edge is
-  dropped, ceil instead of floor where it is padded.
-  """
-  if frames < shortest_frames(config):
-    return 0
-  beyond = max(frames - config.window, 0)
-  rounded = beyond if config.edge == "drop" else beyond + config.stride - 1
-  return config.queries * (rounded // config.stride + 1)
-
-
-def shortest_frames(config: QFormerConfig) -> int:
-  """Encoder frames that the first token needs."""
-  return config.window if config.edge == "drop" else 1
+QFormerConfig.SIZES = {"qformer": QFormerConfig()}
 
 
 def cut_windows(frames_BTD: jax.Array, config: QFormerConfig) -> jax.Array:
-  """Windows [B, W, L, D] of frames [B, T, D]; a padded edge is filled with zeros.
+  """Cut frames [B, T, D] into windows [B, W, L, D]; a padded edge is zeros.
 
   Raises:
     ValueError: if T frames give no window.
   """
   c = config
   T = frames_BTD.shape[1]
-  windows = num_tokens(T, c) // c.queries
+  windows = c.num_tokens(T) // c.queries
   if not windows:
     raise ValueError(
-      f"qformer.window={c.window} with qformer.edge={c.edge!r} makes no token of {T} encoder"
-      f" frames; {shortest_frames(c)} are needed: give longer audio"
-      + (", or set qformer.edge='pad'" if c.edge == "drop" else "")
+      f"qformer.window={c.window} with qformer.edge={c.edge!r} needs {c.min_frames} encoder frames,"
+      f" got {T}: give longer audio" + (", or set qformer.edge='pad'" if c.edge == "drop" else "")
     )
   end = (windows - 1) * c.stride + c.window
   frames_BTD = jnp.pad(frames_BTD, ((0, 0), (0, max(end - T, 0)), (0, 0)))[:, :end]
@@ -119,9 +107,9 @@ def cut_windows(frames_BTD: jax.Array, config: QFormerConfig) -> jax.Array:
 
 
 def valid_windows(frames_B: jax.Array, windows: int, config: QFormerConfig) -> jax.Array:
-  """bool [B, W]: the windows that a clip of so many frames has when it is alone."""
+  """bool [B, W], True for the windows that the frames of each clip give without padding."""
   starts_W = config.stride * np.arange(windows)
-  # A dropped edge needs the whole window; a padded one a frame that the window before lacks.
+  # A dropped edge needs the whole window, a padded one a frame after the previous window.
   if config.edge == "drop":
     needed_W = starts_W + config.window
   else:
@@ -130,7 +118,7 @@ def valid_windows(frames_B: jax.Array, windows: int, config: QFormerConfig) -> j
 
 
 class QFormerAttention(nn.Module):
-  """Multi-head attention of queries to keys of any width, back to the queries' width."""
+  """Multi-head attention; keys may have another width than queries and output."""
 
   config: QFormerConfig
   compute: ExecutionConfig
@@ -162,50 +150,36 @@ class QFormerAttention(nn.Module):
     return dense(name="out")(rearrange(out_NQHC, "N Q H C -> N Q (H C)"))
 
 
-class FeedForward(nn.Module):
-  """Linear, GELU, linear."""
-
-  config: QFormerConfig
-  compute: ExecutionConfig
-
-  @nn.compact
-  def __call__(self, x_NQD: jax.Array) -> jax.Array:
-    c, dtype = self.config, self.compute.jnp_dtype
-    hidden = Dense(c.intermediate_size, use_bias=True, dtype=dtype, kernel_init=_INIT, name="up")(
-      x_NQD
-    )
-    hidden = jax.nn.gelu(hidden, approximate=False)
-    return Dense(c.hidden_size, use_bias=True, dtype=dtype, kernel_init=_INIT, name="down")(hidden)
-
-
 class QFormerLayer(nn.Module):
-  """Among the queries, to the window, feed-forward: each added, then normalised."""
+  """Self-attention of the queries, cross-attention to the window, feed-forward; post-norm."""
 
   config: QFormerConfig
   compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_NQD: jax.Array, windows_NLE: jax.Array, cache: None = None):
-    c = self.config
+    c, dtype = self.config, self.compute.jnp_dtype
     dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
 
     def add(x, change, name):
-      return LayerNorm(c.norm_eps, name=f"{name}_norm")(x + dropout(change))
+      return LayerNorm(c.norm_eps, dtype=dtype, name=f"{name}_norm")(x + dropout(change))
 
     attention = QFormerAttention(c, self.compute, name="attention")
     cross_attention = QFormerAttention(c, self.compute, name="cross_attention")
     x_NQD = add(x_NQD, attention(x_NQD, x_NQD), "attention")
     x_NQD = add(x_NQD, cross_attention(x_NQD, windows_NLE), "cross_attention")
-    x_NQD = add(x_NQD, FeedForward(c, self.compute, name="feed_forward")(x_NQD), "feed_forward")
-    return x_NQD, cache
+    mlp = FeedForward(
+      c.intermediate_size, gelu, dtype=dtype, kernel_init=_INIT, name="feed_forward"
+    )
+    return add(x_NQD, mlp(x_NQD), "feed_forward"), cache
 
 
 class QFormer(nn.Module):
-  """A pure function of one window, for many: queries [Q, D], windows [N, L, E] to [N, Q, D].
+  """Queries [Q, D] and independent windows [N, L, E] to [N, Q, D].
 
-  All frames of a window are attended, zeros at its end too, as in the original.
+  Queries attend to all frames of a window, also to zeros at its end, as in the original.
 
-  Source: BLIP-2 (Li et al., 2023), whose BERT layers attend to the input in every layer here.
+  Source: BLIP-2 (Li et al., 2023), here with cross-attention in every layer.
   """
 
   config: QFormerConfig
@@ -213,7 +187,7 @@ class QFormer(nn.Module):
 
   def setup(self):
     c = self.config
-    self.norm = LayerNorm(c.norm_eps)
+    self.norm = LayerNorm(c.norm_eps, dtype=self.compute.jnp_dtype)
     self.layers = repeat_layer(QFormerLayer, c.layers, self.compute)(c, self.compute)
     self.dropout = nn.Dropout(c.dropout)
 
@@ -230,9 +204,9 @@ class QFormer(nn.Module):
 class WindowedQFormer(nn.Module):
   """Encoder frames to speech tokens, window by window: [B, T, D] to [B, W * Q, output_width].
 
-  `apply({"params": params}, frames_BTD, valid_BT)`; the valid frames are the first of each row,
-  what stands at the others is taken as zeros, and a clip has the tokens that it has alone. Dropout
-  acts only when a "dropout" RNG is given.
+  `apply({"params": params}, frames_BTD, valid_BT)`; valid frames are the first ones of each row,
+  the others are set to zero. The tokens of a clip do not depend on the padding. Dropout is active
+  only if a "dropout" RNG is given.
 
   Source: SALMONN (Tang et al., 2023), section 3.1.
   """
@@ -243,7 +217,7 @@ class WindowedQFormer(nn.Module):
 
   @nn.compact
   def __call__(self, frames_BTD: jax.Array, valid_BT: jax.Array):
-    """Returns (tokens [B, W * Q, output_width], valid bool [B, W * Q]), in the order of time.
+    """Returns (tokens [B, W * Q, output_width], valid bool [B, W * Q]).
 
     Raises:
       ValueError: if T frames give no token.

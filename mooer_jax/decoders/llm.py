@@ -1,6 +1,7 @@
-"""The language model: LLaMA's layout with Qwen2's options, LoRA and an explicit KV cache."""
+"""The language model: LLaMA and Qwen2, with LoRA and an explicit KV cache."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -8,23 +9,24 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
 from mooer_jax.kernels.attention import precision
-from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import Dense, RMSNorm
+from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
+from mooer_jax.nn.layers import FSDP, TENSOR, Dense, RMSNorm, check_sizes
 from mooer_jax.nn.positions import rope_angles, rotate
 
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of every layer, in slots that fill from the left.
+  """Keys and values of all layers, in slots that are filled from the left.
 
   Attributes:
-    layers: one (keys, values) pair a layer, each [B, S, K, C], S slots.
-    valid_BS: bool, True where a filled slot may be attended to.
-    filled: int32 scalar, slots filled so far, the same for all rows.
-    positions_B: int32, rotary position of each row's next token.
+    layers: (keys, values) of each layer, each [B, S, K, C] with S slots.
+    valid_BS: bool, True for filled slots that may be attended to.
+    filled: int32 scalar, number of filled slots, the same for all rows.
+    positions_B: int32, rotary position of the next token of each row.
   """
 
   layers: tuple[tuple[jax.Array, jax.Array], ...]
@@ -32,30 +34,19 @@ class KVCache:
   filled: jax.Array
   positions_B: jax.Array
 
-  @classmethod
-  def create(cls, *, layers: int, batch: int, slots: int, kv_heads: int, channels: int, dtype):
-    """An empty cache; `slots` bounds prompt plus generated tokens."""
-    shape = (batch, slots, kv_heads, channels)
-    return cls(
-      layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)),
-      valid_BS=jnp.zeros((batch, slots), bool),
-      filled=jnp.zeros((), jnp.int32),
-      positions_B=jnp.zeros((batch,), jnp.int32),
-    )
-
   def grow(self, slots: int) -> "KVCache":
-    """The same with room for `slots` more; a prompt read before it attends to no empty slots."""
+    """Append empty slots, for tokens after the prompt."""
 
-    def longer(x):
+    def pad(x):
       return jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)])
 
     return self.replace(  # type: ignore[attr-defined]
-      layers=jax.tree.map(longer, self.layers), valid_BS=longer(self.valid_BS)
+      layers=jax.tree.map(pad, self.layers), valid_BS=pad(self.valid_BS)
     )
 
 
 def write(slots_BSKC: jax.Array, new_BTKC: jax.Array, filled: jax.Array) -> jax.Array:
-  """Writes T new entries behind the filled slots; XLA does it in place inside a loop."""
+  """Write T new entries after the filled slots; XLA does it in place inside a loop."""
   return jax.lax.dynamic_update_slice_in_dim(
     slots_BSKC, new_BTKC.astype(slots_BSKC.dtype), filled, axis=1
   )
@@ -70,8 +61,8 @@ class LLMConfig:
 
   Attributes:
     qkv_bias: Qwen2 has a bias on q, k and v, LLaMA has none.
-    tie_word_embeddings: logits from the embedding table instead of a head of their own.
-    lora_rank: 0 for none; lora_alpha / lora_rank is the scale that training uses.
+    tie_word_embeddings: use the embedding table as the output head.
+    lora_rank: rank of LoRA, 0 for none; lora_alpha / lora_rank is the scale in training.
   """
 
   kind: ClassVar[str] = "llm"
@@ -82,6 +73,20 @@ class LLMConfig:
     "mlp_width": "intermediate_size",
     "tied": "tie_word_embeddings",
   }
+  SIZES: ClassVar[Mapping[str, "LLMConfig"]]
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+  SHARDING: ClassVar = (
+    ("embed/embedding", P(TENSOR, FSDP)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel", P(FSDP, TENSOR)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/bias", P(TENSOR)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_a", P(FSDP, None)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, TENSOR)),
+    (rf"{LAYER}/(attention/o|mlp/down)/kernel", P(TENSOR, FSDP)),
+    (rf"{LAYER}/(attention/o|mlp/down)/lora_a", P(TENSOR, None)),
+    (rf"{LAYER}/(attention/o|mlp/down)/lora_b", P(None, FSDP)),
+    (rf"({LAYER}/(input_norm|mlp_norm)|final_norm)/scale", P()),
+    ("head/kernel", P(FSDP, TENSOR)),
+  )
   vocab_size: int = 152064
   hidden_size: int = 3584
   layers: int = 28
@@ -99,26 +104,15 @@ class LLMConfig:
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
   def __post_init__(self):
-    for name in (
-      "vocab_size",
-      "hidden_size",
-      "layers",
-      "heads",
-      "kv_heads",
-      "head_dim",
-      "intermediate_size",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f"llm.{name}={getattr(self, name)} must be positive")
+    sizes = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim")
+    check_sizes(self, *sizes, "intermediate_size", divisible={"heads": "kv_heads"})
     if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
       raise ValueError(
         f"llm.lora_rank={self.lora_rank} must be 0 or more,"
         f" llm.lora_dropout={self.lora_dropout} in [0, 1)"
       )
-    if self.heads % self.kv_heads:
-      raise ValueError(f"llm.heads={self.heads} does not divide by llm.kv_heads={self.kv_heads}")
     if self.head_dim % 2:
-      raise ValueError(f"llm.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+      raise ValueError(f"llm.head_dim={self.head_dim} must be even, because RoPE rotates pairs")
     if unknown := set(self.lora_targets) - set(LORA_TARGETS):
       raise ValueError(f"llm.lora_targets: unknown {sorted(unknown)}; choose from {LORA_TARGETS}")
 
@@ -126,28 +120,64 @@ class LLMConfig:
   def lora_scale(self) -> float:
     return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
+  def module(self, compute: ExecutionConfig) -> "LLM":
+    return LLM(self, compute)
+
+  def empty_cache(self, *, rows: int, slots: int, dtype: Any) -> KVCache:
+    """A cache without entries; `slots` bounds the number of prompt and generated tokens."""
+    shape = (rows, slots, self.kv_heads, self.head_dim)
+    layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.layers))
+    return KVCache(
+      layers=layers,
+      valid_BS=jnp.zeros((rows, slots), bool),
+      filled=jnp.zeros((), jnp.int32),
+      positions_B=jnp.zeros((rows,), jnp.int32),
+    )
+
+
+_SMALL_QWEN2 = LLMConfig(vocab_size=151936, kv_heads=2, tie_word_embeddings=True)
+_LLAMA = LLMConfig(vocab_size=32000, rope_theta=1e4, norm_eps=1e-5, qkv_bias=False)
+_SMOLLM2 = dataclasses.replace(_LLAMA, vocab_size=49152, rope_theta=1e5, tie_word_embeddings=True)
+_VICUNA_13B = dataclasses.replace(_LLAMA, layers=40, heads=40, kv_heads=40, norm_eps=1e-6)  # v1.1
+LLMConfig.SIZES = {
+  "qwen2_7b": LLMConfig(),
+  "qwen2_1.5b": dataclasses.replace(
+    _SMALL_QWEN2, hidden_size=1536, heads=12, intermediate_size=8960
+  ),
+  "qwen2_0.5b": dataclasses.replace(
+    _SMALL_QWEN2, hidden_size=896, layers=24, heads=14, head_dim=64, intermediate_size=4864
+  ),
+  "vicuna_7b": dataclasses.replace(  # v1.5
+    _LLAMA, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11008
+  ),
+  "vicuna_13b": dataclasses.replace(_VICUNA_13B, hidden_size=5120, intermediate_size=13824),
+  "smollm2_135m": dataclasses.replace(
+    _SMOLLM2, hidden_size=576, layers=30, heads=9, kv_heads=3, head_dim=64, intermediate_size=1536
+  ),
+}
+
 
 class Placement(NamedTuple):
-  """Where new inputs stand if they do not simply follow one another, as beams of one prompt.
+  """Positions and mask of inputs that are not consecutive tokens, such as beams of one prompt.
 
   Attributes:
     positions_BS: int32, rotary positions of the new inputs.
-    sees_BST: bool [B, S, slots of the cache], True where an input may see a slot, its own
-      included (input s goes into slot filled + s).
+    attention_mask_BST: bool [B, S, slots of the cache], True where an input may attend to a slot;
+      input s is in slot filled + s.
   """
 
   positions_BS: jax.Array
-  sees_BST: jax.Array
+  attention_mask_BST: jax.Array
 
 
 class Context(NamedTuple):
-  """What every layer sees besides its input."""
+  """Inputs that are the same for all layers."""
 
   angles_BSC: jax.Array
   valid_BS: jax.Array
   filled: Any  # array, or the int 0
   lora_scale: jax.Array | float
-  sees_BST: jax.Array | None
+  attention_mask_BST: jax.Array | None
 
 
 class _Block(nn.Module):
@@ -190,9 +220,9 @@ class Attention(_Block):
       k_BSKC.astype(q_BSHC.dtype),
       v_BSKC.astype(q_BSHC.dtype),
       valid_BS=context.valid_BS,
-      causal=context.sees_BST is None,
+      causal=context.attention_mask_BST is None,
       first_query=context.filled,
-      sees_BTS=context.sees_BST,
+      attention_mask_BTS=context.attention_mask_BST,
       implementation=self.compute.attention,
     )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
@@ -218,11 +248,11 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None = None):
-    c = self.config
-    normed = RMSNorm(c.norm_eps, name="input_norm")(x_BSD)
+    c, dtype = self.config, self.compute.jnp_dtype
+    normed = RMSNorm(c.norm_eps, dtype=dtype, name="input_norm")(x_BSD)
     out_BSD, cache = Attention(c, self.compute, name="attention")(normed, context, cache)
     x_BSD = x_BSD + out_BSD
-    normed = RMSNorm(c.norm_eps, name="mlp_norm")(x_BSD)
+    normed = RMSNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(x_BSD)
     return x_BSD + MLP(c, self.compute, name="mlp")(normed, context.lora_scale), cache
 
 
@@ -236,7 +266,7 @@ def _to_vocab(hidden_BSD, table_DV):
 
 
 class Head(nn.Module):
-  """Hidden states to float32 logits, for models that do not tie them to the embedding."""
+  """Output head of models whose embeddings are not tied: hidden states to float32 logits."""
 
   vocab_size: int
 
@@ -250,8 +280,8 @@ class Head(nn.Module):
 class LLM(nn.Module):
   """Decoder-only transformer over embeddings; a pure function of (params, inputs, cache).
 
-  Rows may hold invalid slots anywhere: they are never attended to and take no position, so a
-  padded batch gives every row the result it has alone.
+  Rows may contain invalid slots anywhere. These are not attended to and have no position, so the
+  result of a row does not depend on padding.
 
   Source: LLaMA (Touvron et al., 2023); Qwen2 (Yang et al., 2024).
   """
@@ -261,14 +291,14 @@ class LLM(nn.Module):
 
   def setup(self):
     c = self.config
-    # From scratch, a spread that shrinks with the size: the usual 0.02 leaves small models at the
-    # level of guessing for hundreds of updates.
+    # With the usual 0.02, small models trained from scratch stay at chance level for hundreds of
+    # steps.
     spread = nn.initializers.normal(c.hidden_size**-0.5)
     self.embed = nn.Embed(
       c.vocab_size, c.hidden_size, dtype=self.compute.jnp_dtype, embedding_init=spread
     )
     self.layers = repeat_layer(Layer, c.layers, self.compute)(c, self.compute)
-    self.final_norm = RMSNorm(c.norm_eps)
+    self.final_norm = RMSNorm(c.norm_eps, dtype=self.compute.jnp_dtype)
     if not c.tie_word_embeddings:
       self.head = Head(c.vocab_size)
 
@@ -280,15 +310,15 @@ class LLM(nn.Module):
     lora_scale: jax.Array | float | None = None,
     placement: Placement | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Runs the layers over new inputs, after what the cache holds.
+    """Run the layers over new inputs that follow those in the cache.
 
     Args:
       inputs_BSD: embeddings of the new slots.
-      valid_BS: bool, True for the new slots that hold a token.
-      cache: what went before, or None; the caller sees to it that S new slots fit.
-      lora_scale: scalar or [B]; None is the scale of training, alpha / rank.
-      placement: for inputs that are not the next ones of their row in order; the cache's own
-        count of positions then stays as it is.
+      valid_BS: bool, True for new slots with a token.
+      cache: previous keys and values, or None; must have S empty slots.
+      lora_scale: scalar or [B]; default: the scale of training, alpha / rank.
+      placement: positions and mask of inputs that are not consecutive; the position of the cache
+        does not change then.
 
     Returns:
       (hidden [B, S, D] after the final norm, the cache with the new slots, or None).
@@ -297,39 +327,39 @@ class LLM(nn.Module):
     scale = c.lora_scale if lora_scale is None else lora_scale
     counts_BS = jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32)
     filled: Any = 0
-    seen_BS, before_B1 = valid_BS, jnp.zeros((valid_BS.shape[0], 1), jnp.int32)
+    cached_valid_BS, start_B1 = valid_BS, jnp.zeros((valid_BS.shape[0], 1), jnp.int32)
     if cache is not None:
-      filled, before_B1 = cache.filled, cache.positions_B[:, None]
-      seen_BS = write(cache.valid_BS, valid_BS, filled)
-    after_B1, sees_BST = before_B1 + counts_BS[:, -1:], None
-    positions_BS = jnp.maximum(before_B1 + counts_BS - 1, 0)
+      filled, start_B1 = cache.filled, cache.positions_B[:, None]
+      cached_valid_BS = write(cache.valid_BS, valid_BS, filled)
+    end_B1, attention_mask_BST = start_B1 + counts_BS[:, -1:], None
+    positions_BS = jnp.maximum(start_B1 + counts_BS - 1, 0)
     if placement is not None:
-      after_B1, (positions_BS, sees_BST) = before_B1, placement
+      end_B1, (positions_BS, attention_mask_BST) = start_B1, placement
     angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
-    context = Context(angles_BSC, seen_BS, filled, scale, sees_BST)
+    context = Context(angles_BSC, cached_valid_BS, filled, scale, attention_mask_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
     x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
     if cache is not None:
       cache = KVCache(
         layers=layers,
-        valid_BS=seen_BS,
+        valid_BS=cached_valid_BS,
         filled=filled + inputs_BSD.shape[1],
-        positions_B=after_B1[:, 0],
+        positions_B=end_B1[:, 0],
       )
     return self.final_norm(x_BSD), cache
 
   def embed_tokens(self, tokens_BS: jax.Array) -> jax.Array:
-    """Embeddings [B, S, D]; ids below 0 (padding) take row 0, mask them."""
+    """Embeddings [B, S, D]; those of negative ids (padding) must be masked."""
     return self.embed(jnp.maximum(tokens_BS, 0))
 
   def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-    """Float32 [B, S, V]; call it only where logits are needed."""
+    """Logits, float32 [B, S, V]."""
     if self.config.tie_word_embeddings:
       return _to_vocab(hidden_BSD, self.embed.embedding.T)
     return self.head(hidden_BSD)
 
-  def everything(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
-    """Touches every parameter once; `init` runs it."""
+  def init_all_params(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+    """Use every parameter, for `init`."""
     tokens_B1 = jnp.zeros((inputs_BSD.shape[0], 1), jnp.int32)
     hidden_BSD, _ = self(inputs_BSD + self.embed_tokens(tokens_B1), valid_BS)
     return self.logits(hidden_BSD)

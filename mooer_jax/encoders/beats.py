@@ -1,7 +1,8 @@
-"""BEATs, an encoder of general audio: patches of a spectrogram through a post-norm transformer."""
+"""BEATs, an encoder of general audio: a post-norm transformer over patches of a spectrogram."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -14,10 +15,10 @@ from mooer_jax import kernels
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.kernels.attention import precision
-from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import Dense, LayerNorm
+from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
+from mooer_jax.nn.layers import Dense, LayerNorm, check_sizes, dense_sharding, gelu
 
-# Sums of as many outputs of a linear layer make the two gates of a query.
+# Each of the two gates of a query is a sum of this number of outputs of a linear layer.
 _GATE_TERMS = 4
 
 
@@ -28,18 +29,24 @@ class BEATsConfig:
   Attributes:
     input_width: mel bins of a frame.
     hidden_size, layers, heads, intermediate_size: of the transformer.
-    patch: frames and bins of a patch, which is square.
+    patch: frames, and bins, of a patch.
     patch_width: width of a patch before the projection to `hidden_size`; none if they are equal.
-    conv_pos, conv_pos_groups: taps and groups of the convolution that tells positions.
+    conv_pos, conv_pos_groups: taps and groups of the positional convolution.
     buckets: rows of the relative position bias, half of them for each direction.
-    max_distance: distance in patches from which on all share the last bucket.
+    max_distance: distance in patches from which on keys share the last bucket.
     norm_eps: added to the variance.
-    dropout: on the sum of patches and positions, and on what each layer adds.
+    dropout: of the sum of patches and positions, and of residual branches.
   """
 
   kind: ClassVar[str] = "beats"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
-  max_frames: ClassVar[int | None] = None  # any number
+  SIZES: ClassVar[Mapping[str, "BEATsConfig"]]
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"{LAYER}/(attention/[qkv]|up)",
+    inputs=rf"{LAYER}/(attention/out|down)",
+    whole=rf"{LAYER}/(\w+_norm|attention/gate)/.*|(patch|position|input|relative).*",
+  )
   input_width: int = 128
   hidden_size: int = 768
   layers: int = 12
@@ -55,59 +62,55 @@ class BEATsConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.type is int and value < 1:
-        raise ValueError(f"beats.{field.name}={value} must be positive")
-    for name, divisor in (
-      ("hidden_size", "heads"),
-      ("hidden_size", "conv_pos_groups"),
-      ("input_width", "patch"),
-    ):
-      if getattr(self, name) % getattr(self, divisor):
-        raise ValueError(
-          f"beats.{name}={getattr(self, name)} does not divide into"
-          f" beats.{divisor}={getattr(self, divisor)}"
-        )
+    sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+    check_sizes(self, *sizes, divisible={"hidden_size": "heads", "input_width": "patch"})
+    check_sizes(self, divisible={"hidden_size": "conv_pos_groups"})
     if self.buckets % 2 or self.buckets < 4:
       raise ValueError(f"beats.buckets={self.buckets} must be even and at least 4")
     if self.max_distance <= self.buckets // 4:
       raise ValueError(
-        f"beats.max_distance={self.max_distance} must exceed the {self.buckets // 4} distances that"
-        " have a bucket each (a quarter of beats.buckets)"
+        f"beats.max_distance={self.max_distance} must exceed a quarter of beats.buckets,"
+        f" {self.buckets // 4}: shorter distances have a bucket each"
       )
 
   @property
   def bands(self) -> int:
-    """Patches that stand above each other in the spectrogram: tokens for `patch` frames."""
+    """Number of patches on the frequency axis: tokens for `patch` frames."""
     return self.input_width // self.patch
 
+  @property
+  def max_frames(self) -> None:
+    return None
+
   def num_outputs(self, frames: int) -> int:
-    """Encoder frames that so many feature frames become."""
     return frames // self.patch * self.bands
 
+  def frontend(self) -> FrontendConfig:
+    # Frames of fbank, not stacked; the converter writes CMVN, which is one mean and deviation.
+    fbank = FbankConfig(bins=self.input_width, window="povey")
+    return FrontendConfig(fbank=fbank, lfr_window=1, lfr_stride=1)
 
-# One step is one frame of fbank; its CMVN is two numbers, which the converter writes.
-BEATS_FRONTEND = FrontendConfig(
-  fbank=FbankConfig(bins=128, window="povey"), lfr_window=1, lfr_stride=1
-)
-BEATS_SIZES = {"beats_iter3": BEATsConfig()}
+  def module(self, compute: ExecutionConfig) -> "BEATsEncoder":
+    return BEATsEncoder(self, compute)
+
+
+BEATsConfig.SIZES = {"beats_iter3": BEATsConfig()}
 
 
 def distance_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndarray:
   """Row of the bias table for each distance key - query.
 
-  Small distances have a bucket each, larger ones share buckets that grow with the logarithm.
+  Short distances have a bucket each; longer ones share buckets of logarithmic size.
 
   Args:
     length: number of positions T.
-    buckets: rows of the table; the second half is for keys behind the query.
-    max_distance: from it on, and from a little before, all fall into the last bucket.
+    buckets: rows of the table; the second half is for keys after the query.
+    max_distance: this distance and longer ones share the last bucket.
 
   Returns:
     int32 [2T - 1], for the distances -(T - 1) … T - 1.
 
-  Source: T5 (Raffel et al., 2020), in float32 as there, for the logarithm is cut to whole numbers.
+  Source: T5 (Raffel et al., 2020), in float32 as there, because the logarithm is truncated.
   """
   distance = np.arange(1 - length, length)
   half = buckets // 2
@@ -119,12 +122,8 @@ def distance_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndar
   return (half * (distance > 0) + np.where(size < exact, size, far)).astype(np.int32)
 
 
-def _gelu(x):
-  return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
-
-
 class RelativeBias(nn.Module):
-  """The table of relative position biases that all layers share: float32 [H, T, T]."""
+  """Relative position bias, shared by all layers: float32 [H, T, T]."""
 
   config: BEATsConfig
 
@@ -134,16 +133,16 @@ class RelativeBias(nn.Module):
     table = self.param("embedding", nn.initializers.normal(0.02), (c.buckets, c.heads))
     rows = distance_buckets(length, buckets=c.buckets, max_distance=c.max_distance)
     by_distance = jnp.take(table.astype(jnp.float32), rows, axis=0)
-    places = jnp.arange(length)
-    bias_TSH = jnp.take(by_distance, places[None] - places[:, None] + length - 1, axis=0)
+    positions = jnp.arange(length)
+    bias_TSH = jnp.take(by_distance, positions[None] - positions[:, None] + length - 1, axis=0)
     return rearrange(bias_TSH, "T S H -> H T S")
 
 
 class PositionConv(nn.Module):
-  """Positions from a wide grouped convolution over the tokens, GELU behind it.
+  """Positional embedding: a grouped convolution over the tokens, then GELU.
 
-  The kernel is normalised: at each tap, over all channels together, to the length that `scale`
-  gives (weight normalisation). Both are kept, so that they go back to PyTorch as they came.
+  The kernel has weight normalization: at each tap, its norm over all channels is `scale`. Kernel
+  and scale are separate parameters, so that an export equals the import.
   """
 
   config: BEATsConfig
@@ -158,25 +157,25 @@ class PositionConv(nn.Module):
     bias_D = self.param("bias", nn.initializers.zeros, (width,)).astype(x_BTD.dtype)
     kernel_KCD = (kernel_KCD * (scale_K / norm_K)[:, None, None]).astype(x_BTD.dtype)
 
-    def convolve(inputs):  # of one group
+    def convolve(inputs):  # one group
       return jax.lax.conv_general_dilated(
         *inputs,
         window_strides=(1,),
-        # An even kernel would give one step more; the original drops it at the end.
+        # An even kernel would give one more step, which the original drops at the end.
         padding=[(taps // 2, (taps - 1) // 2)],
         dimension_numbers=("NWC", "WIO", "NWC"),
         precision=precision(x_BTD.dtype),
       )
 
-    # One group after the other: XLA does not split a grouped convolution by rows, and every device
-    # would gather the whole batch.
+    # Group by group: XLA does not partition a grouped convolution by rows, so every device would
+    # gather the whole batch.
     split = [rearrange(x, "B T (G D) -> G B T D", G=groups) for x in (x_BTD, kernel_KCD)]
     out_BTD = rearrange(jax.lax.map(convolve, split), "G B T D -> B T (G D)")
-    return _gelu(out_BTD + bias_D)
+    return gelu(out_BTD + bias_D)
 
 
 class Gate(nn.Module):
-  """How much of the position bias each query takes: float32 [B, T, H].
+  """Gate of the position bias for each query: float32 [B, T, H].
 
   Source: WavLM's gated relative position bias (Chen et al., 2022), equations 3 to 5.
   """
@@ -202,12 +201,9 @@ class BEATsAttention(nn.Module):
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, bias_HTS: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
     q_BTHC, k_BTHC, v_BTHC = (
-      rearrange(
-        Dense(c.hidden_size, use_bias=True, dtype=dtype, name=name)(x_BTD),
-        "B T (H C) -> B T H C",
-        H=c.heads,
-      )
+      rearrange(dense(x_BTD), "B T (H C) -> B T H C", H=c.heads)
       for name in "qkv"
+      for dense in [Dense(c.hidden_size, use_bias=True, dtype=dtype, name=name)]
     )
     gate_BHT = rearrange(Gate(dtype, name="gate")(q_BTHC), "B T H -> B H T")
     out_BTHC = kernels.attention(
@@ -223,7 +219,7 @@ class BEATsAttention(nn.Module):
 
 
 class BEATsLayer(nn.Module):
-  """Attention and feed-forward, each normalised after a residual that counts more than it adds.
+  """Attention and feed-forward with post-norm and scaled residual connections.
 
   Source: DeepNorm (Wang et al., 2022), for an encoder: the residual times (2 N)^(1/4).
   """
@@ -238,14 +234,18 @@ class BEATsLayer(nn.Module):
     weight = (2 * c.layers) ** 0.25
     dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
     out_BTD = BEATsAttention(c, self.compute, name="attention")(x_BTD, valid_BT, bias_HTS)
-    x_BTD = LayerNorm(c.norm_eps, name="attention_norm")(x_BTD * weight + dropout(out_BTD))
-    hidden = _gelu(Dense(c.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD))
+    x_BTD = LayerNorm(c.norm_eps, dtype=dtype, name="attention_norm")(
+      x_BTD * weight + dropout(out_BTD)
+    )
+    hidden = gelu(Dense(c.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD))
     out_BTD = Dense(c.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
-    return LayerNorm(c.norm_eps, name="mlp_norm")(x_BTD * weight + dropout(out_BTD)), cache
+    return LayerNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(
+      x_BTD * weight + dropout(out_BTD)
+    ), cache
 
 
 class BEATsEncoder(nn.Module):
-  """Normalised filter bank energies in, `bands` (8) tokens for each 16 frames out.
+  """Normalized filter bank energies to tokens, `bands` (8) for each 16 frames.
 
   `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width],
   Kaldi's 128 bins with the Povey window after (x - 15.41663) / (2 * 6.55582), and bool valid_BT. It
@@ -254,10 +254,10 @@ class BEATsEncoder(nn.Module):
   the end that do not fill a patch are dropped. Values at invalid tokens are undefined but finite.
   Dropout is active only if a "dropout" RNG is given.
 
-  A clip gives the same alone and in any batch: here nothing stands behind its end but the
-  convolution's zeros, where the original keeps what a batch's padding makes.
+  The tokens of a clip do not depend on the padding: it is replaced by zeros before the positional
+  convolution, unlike in the original.
 
-  Raises ValueError for features of another width or fewer than `patch` frames in the batch.
+  Raises ValueError for features of another width or a batch of fewer than `patch` frames.
 
   Source: BEATs (Chen et al., 2023).
   """
@@ -268,11 +268,11 @@ class BEATsEncoder(nn.Module):
   def setup(self):
     c, dtype = self.config, self.compute.jnp_dtype
     self.patch = Dense(c.patch_width, dtype=dtype)
-    self.patch_norm = LayerNorm(c.norm_eps)
+    self.patch_norm = LayerNorm(c.norm_eps, dtype=dtype)
     if c.patch_width != c.hidden_size:
       self.patch_out = Dense(c.hidden_size, use_bias=True, dtype=dtype)
     self.position = PositionConv(c)
-    self.input_norm = LayerNorm(c.norm_eps)
+    self.input_norm = LayerNorm(c.norm_eps, dtype=dtype)
     self.dropout = nn.Dropout(c.dropout)
     self.relative_bias = RelativeBias(c)
     self.layers = repeat_layer(BEATsLayer, c.layers, self.compute)(c, self.compute)
@@ -292,22 +292,22 @@ class BEATsEncoder(nn.Module):
 
 
 def _cut_patches(features_BTF, valid_BT, c: BEATsConfig):
-  """[B, T, F] as [B, S, patch * patch], frame by frame within a patch, and which are valid."""
+  """Patches [B, S, patch * patch], frame by frame within a patch, and valid_BS."""
   _, T, F = features_BTF.shape
   if F != c.input_width:
     raise ValueError(f"beats takes features of width {c.input_width}, got {F}")
   steps = T // c.patch
   if not steps:
     raise ValueError(
-      f"beats takes at least {c.patch} frames, got T={T}; pad the batch (a clip shorter than"
-      f" {c.patch} frames then has no valid token)"
+      f"beats takes at least {c.patch} frames, got T={T}; pad the batch (clips shorter than"
+      f" {c.patch} frames have no valid token)"
     )
-  whole = steps * c.patch
+  used = steps * c.patch
   patches_BSP = rearrange(
-    features_BTF[:, :whole],
+    features_BTF[:, :used],
     "B (steps t) (bands f) -> B (steps bands) (t f)",
     t=c.patch,
     f=c.patch,
   )
-  valid_steps = reduce(valid_BT[:, :whole], "B (steps t) -> B steps", "all", t=c.patch)
+  valid_steps = reduce(valid_BT[:, :used], "B (steps t) -> B steps", "all", t=c.patch)
   return patches_BSP, repeat(valid_steps, "B steps -> B (steps bands)", bands=c.bands)

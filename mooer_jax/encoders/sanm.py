@@ -1,6 +1,7 @@
 """SAN-M, Paraformer's speech encoder: self-attention with a convolutional memory."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mooer_jax import kernels
-from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import Dense, LayerNorm
+from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
+from mooer_jax.nn.layers import Dense, FeedForward, LayerNorm, check_sizes, dense_sharding
 from mooer_jax.nn.positions import sinusoids
+
+_LAYER = f"(first_layer|{LAYER})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,13 @@ class SANMConfig:
 
   kind: ClassVar[str] = "sanm"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
-  max_frames: ClassVar[int | None] = None  # any number
+  SIZES: ClassVar[Mapping[str, "SANMConfig"]]
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"{_LAYER}/(attention/qkv|feed_forward/up)",
+    inputs=rf"{_LAYER}/(attention/out|feed_forward/down)",
+    whole=rf"({_LAYER}/norm[12]|after_norm)/(scale|bias)|{_LAYER}/attention/fsmn/kernel",
+  )
   input_width: int = 560
   hidden_size: int = 512
   layers: int = 50
@@ -31,32 +41,41 @@ class SANMConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    for name in ("input_width", "hidden_size", "heads", "intermediate_size", "memory_kernel"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"sanm.{name}={getattr(self, name)} must be positive")
+    sizes = ("input_width", "hidden_size", "heads", "intermediate_size")
+    check_sizes(self, *sizes, divisible={"hidden_size": "heads"})
     if self.input_width % 2 or self.input_width < 4:
-      raise ValueError(f"sanm.input_width={self.input_width} must be even: sines and cosines")
-    if self.hidden_size % self.heads:
       raise ValueError(
-        f"sanm.hidden_size={self.hidden_size} does not divide into sanm.heads={self.heads}"
+        f"sanm.input_width={self.input_width} must be even and at least 4 (sinusoids)"
       )
-    if self.memory_kernel % 2 == 0:
-      raise ValueError(f"sanm.memory_kernel={self.memory_kernel} must be odd")
+    if self.memory_kernel % 2 == 0 or self.memory_kernel < 1:
+      raise ValueError(f"sanm.memory_kernel={self.memory_kernel} must be odd and positive")
     if self.layers < 2:
-      raise ValueError(f"sanm.layers={self.layers}: at least 2, the first one and one more")
+      raise ValueError(f"sanm.layers={self.layers} must be at least 2")
+
+  @property
+  def max_frames(self) -> None:
+    return None
 
   def num_outputs(self, frames: int) -> int:
-    """Encoder frames that so many feature frames become."""
     return frames
+
+  def frontend(self) -> FrontendConfig:
+    return FrontendConfig()
+
+  def module(self, compute: ExecutionConfig) -> "SANMEncoder":
+    return SANMEncoder(self, compute)
+
+
+SANMConfig.SIZES = {"sanm_large": SANMConfig()}
 
 
 @jax.custom_vjp
 def convolve(x_BTD: jax.Array, kernel_KD: jax.Array) -> jax.Array:
-  """Depthwise convolution over time, K odd, zeros beyond both ends: [B, T, D] stays [B, T, D].
+  """Depthwise convolution over time, K odd, zero padding: [B, T, D] to [B, T, D].
 
-  Shifted multiply-adds, which fuse into one loop; a grouped convolution with one channel a group
-  is slow on every backend, and so is what autodiff makes of the shifts (on CPU 45 against 5 ms for
-  64 clips of 48 frames). The gradient is therefore written out: it is a convolution again.
+  Shifted multiply-adds, which fuse into one loop. A grouped convolution with one channel a group is
+  slow on every backend, and so is automatic differentiation of the shifts (45 instead of 5 ms on
+  CPU for 64 clips of 48 frames), so the gradient is a convolution too.
   """
   return sum(shifted * tap for shifted, tap in zip(_shifts(x_BTD, kernel_KD), kernel_KD))
 
@@ -96,7 +115,7 @@ class Memory(nn.Module):
 
 
 class SANMAttention(nn.Module):
-  """Multi-head self-attention over the valid frames, plus the memory of the unsplit values."""
+  """Multi-head self-attention over the valid frames, plus the memory of the values."""
 
   config: SANMConfig
   compute: ExecutionConfig
@@ -122,45 +141,31 @@ class SANMAttention(nn.Module):
 
 
 class SANMLayer(nn.Module):
-  """Pre-norm attention and feed-forward; no residual around an attention that changes the width."""
+  """Pre-norm attention and feed-forward; the first layer's attention has no residual connection."""
 
   config: SANMConfig
   compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
-    c = self.config
+    c, dtype = self.config, self.compute.jnp_dtype
     dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
-    normed = LayerNorm(c.norm_eps, name="norm1")(x_BTD)
+    normed = LayerNorm(c.norm_eps, dtype=dtype, name="norm1")(x_BTD)
     out_BTD = SANMAttention(c, self.compute, name="attention")(normed, valid_BT)
     out_BTD = dropout(out_BTD)
-    x_BTD = x_BTD + out_BTD if x_BTD.shape[-1] == c.hidden_size else out_BTD
-    normed = LayerNorm(c.norm_eps, name="norm2")(x_BTD)
-    x_BTD = x_BTD + dropout(FeedForward(c, self.compute, name="feed_forward")(normed))
+    x_BTD = x_BTD + out_BTD if x_BTD.shape[-1] == c.hidden_size else out_BTD  # else input_width
+    normed = LayerNorm(c.norm_eps, dtype=dtype, name="norm2")(x_BTD)
+    mlp = FeedForward(c.intermediate_size, jax.nn.relu, dtype=dtype, name="feed_forward")
+    x_BTD = x_BTD + dropout(mlp(normed))
     return x_BTD, cache
 
 
-class FeedForward(nn.Module):
-  """Linear, ReLU, linear."""
-
-  config: SANMConfig
-  compute: ExecutionConfig
-
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    dtype = self.compute.jnp_dtype
-    hidden = jax.nn.relu(
-      Dense(self.config.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD)
-    )
-    return Dense(self.config.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
-
-
 class SANMEncoder(nn.Module):
-  """Normalised low-frame-rate features in, encoder frames out, one for one.
+  """Normalized low-frame-rate features to the same number of encoder frames.
 
   `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width] after
   CMVN and bool valid_BT, and returns ([B, T, hidden_size], valid_BT). The output at an
-  invalid frame is undefined. Dropout acts only when a "dropout" RNG is given.
+  invalid frame is undefined. Dropout is active only if a "dropout" RNG is given.
 
   Source: SAN-M (Gao et al., 2020); Paraformer (Gao et al., 2022).
   """
@@ -172,7 +177,7 @@ class SANMEncoder(nn.Module):
     c = self.config
     self.first_layer = SANMLayer(c, self.compute)
     self.layers = repeat_layer(SANMLayer, c.layers - 1, self.compute)(c, self.compute)
-    self.after_norm = LayerNorm(c.norm_eps)
+    self.after_norm = LayerNorm(c.norm_eps, dtype=self.compute.jnp_dtype)
 
   def __call__(self, features_BTF: jax.Array, valid_BT: jax.Array):
     c = self.config

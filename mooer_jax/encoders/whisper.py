@@ -1,7 +1,8 @@
 """Whisper's encoder: two convolutions over log-mel features, then a pre-norm transformer."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from mooer_jax import kernels
+from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.kernels.attention import precision
-from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import Dense, LayerNorm
+from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
+from mooer_jax.nn.layers import Dense, FeedForward, LayerNorm, check_sizes, dense_sharding, gelu
 from mooer_jax.nn.positions import sinusoids
 
-# Log-mel features to one output: the stride of the second convolution.
+# Feature frames per output: the stride of the second convolution.
 STRIDE = 2
-# The feature of digital silence, and how far below a clip's largest feature the lowest can lie.
+# Feature of digital silence, and range of the features of a clip.
 _SILENCE, _RANGE = -1.5, 2.0
 
 
@@ -26,15 +28,21 @@ class WhisperConfig:
 
   Attributes:
     input_width: mel bins.
-    positions: length of the stored position table, 20 ms each; the longest context.
-    context: outputs that are computed, for a clip filled up with silence. Less than `positions` is
-      cheaper for short clips, and not what the original computes: its frames see all 30 s.
-    trim: False: all of the context is valid output, as SALMONN takes it. True: only the outputs
-      that the clip itself reaches are.
+    positions: length of the position table, in outputs of 20 ms; the largest context.
+    context: number of outputs; clips are padded with silence. Less than `positions` is cheaper for
+      short clips, but differs from the original, which attends to all 30 s.
+    trim: whether only outputs of the clip itself are valid. SALMONN uses all of the context.
   """
 
   kind: ClassVar[str] = "whisper"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
+  SIZES: ClassVar[Mapping[str, "WhisperConfig"]]
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("context", "trim", "dropout")
+  SHARDING: ClassVar = dense_sharding(
+    outputs=rf"{LAYER}/(attention/[qkv]|mlp/up)",
+    inputs=rf"{LAYER}/(attention/out|mlp/down)",
+    whole=rf"conv[12]/(kernel|bias)|positions|({LAYER}/\w+|final)_norm/(scale|bias)",
+  )
   input_width: int = 80
   hidden_size: int = 384
   layers: int = 4
@@ -47,47 +55,49 @@ class WhisperConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    for name in ("input_width", "hidden_size", "layers", "heads", "intermediate_size", "context"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"whisper.{name}={getattr(self, name)} must be positive")
-    if self.hidden_size % self.heads:
-      raise ValueError(
-        f"whisper.hidden_size={self.hidden_size} does not divide into whisper.heads={self.heads}"
-      )
+    sizes = ("input_width", "hidden_size", "layers", "heads", "intermediate_size", "context")
+    check_sizes(self, *sizes, divisible={"hidden_size": "heads"})
     if self.hidden_size % 2 or self.hidden_size < 4:
-      raise ValueError(f"whisper.hidden_size={self.hidden_size} must be even: sines and cosines")
+      raise ValueError(
+        f"whisper.hidden_size={self.hidden_size} must be even and at least 4 (sinusoids)"
+      )
     if self.context > self.positions:
       raise ValueError(
-        f"whisper.context={self.context} is more than whisper.positions={self.positions}"
+        f"whisper.context={self.context} must be at most whisper.positions={self.positions}"
       )
 
   @property
   def max_frames(self) -> int:
-    """Feature frames that it takes at most."""
     return STRIDE * self.context
 
   def num_outputs(self, frames: int) -> int:
-    """Encoder frames that so many feature frames become."""
     return -(-frames // STRIDE) if self.trim else self.context
 
+  def frontend(self) -> LogMelConfig:
+    longest_s = self.max_frames * LogMelConfig.hop_ms / 1000
+    return LogMelConfig(bins=self.input_width, chunk_s=longest_s)
 
-def _size(hidden_size: int, layers: int, input_width: int = 80) -> WhisperConfig:
-  return WhisperConfig(
-    input_width=input_width,
-    hidden_size=hidden_size,
-    layers=layers,
-    heads=hidden_size // 64,
-    intermediate_size=4 * hidden_size,
-  )
+  def module(self, compute: ExecutionConfig) -> "WhisperEncoder":
+    return WhisperEncoder(self, compute)
+
+  @classmethod
+  def published(cls, hidden_size: int, layers: int, **changes: Any) -> "WhisperConfig":
+    return cls(
+      hidden_size=hidden_size,
+      layers=layers,
+      heads=hidden_size // 64,
+      intermediate_size=4 * hidden_size,
+      **changes,
+    )
 
 
-WHISPER_SIZES = {
-  "whisper_tiny": _size(384, 4),
-  "whisper_base": _size(512, 6),
-  "whisper_small": _size(768, 12),
-  "whisper_medium": _size(1024, 24),
-  "whisper_large": _size(1280, 32),  # and large-v2
-  "whisper_large_v3": _size(1280, 32, input_width=128),
+WhisperConfig.SIZES = {
+  "whisper_tiny": WhisperConfig.published(384, 4),
+  "whisper_base": WhisperConfig.published(512, 6),
+  "whisper_small": WhisperConfig.published(768, 12),
+  "whisper_medium": WhisperConfig.published(1024, 24),
+  "whisper_large": WhisperConfig.published(1280, 32),  # and large-v2
+  "whisper_large_v3": WhisperConfig.published(1280, 32, input_width=128),
 }
 
 
@@ -101,33 +111,15 @@ class WhisperAttention(nn.Module):
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
     q_BTHC, k_BTHC, v_BTHC = (
-      rearrange(
-        Dense(c.hidden_size, use_bias=name != "k", dtype=dtype, name=name)(x_BTD),
-        "B T (H C) -> B T H C",
-        H=c.heads,
-      )
-      for name in ("q", "k", "v")
+      rearrange(dense(x_BTD), "B T (H C) -> B T H C", H=c.heads)
+      for name in "qkv"
+      for dense in [Dense(c.hidden_size, use_bias=name != "k", dtype=dtype, name=name)]
     )
     out_BTHC = kernels.attention(
       q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, implementation=self.compute.attention
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD)
-
-
-class WhisperMLP(nn.Module):
-  """Linear, GELU, linear."""
-
-  config: WhisperConfig
-  compute: ExecutionConfig
-
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    dtype = self.compute.jnp_dtype
-    hidden = _gelu(
-      Dense(self.config.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD)
-    )
-    return Dense(self.config.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
 
 
 class WhisperLayer(nn.Module):
@@ -138,16 +130,17 @@ class WhisperLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
-    c = self.config
+    c, dtype = self.config, self.compute.jnp_dtype
     dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
-    normed = LayerNorm(c.norm_eps, name="attention_norm")(x_BTD)
+    normed = LayerNorm(c.norm_eps, dtype=dtype, name="attention_norm")(x_BTD)
     x_BTD = x_BTD + dropout(WhisperAttention(c, self.compute, name="attention")(normed, valid_BT))
-    normed = LayerNorm(c.norm_eps, name="mlp_norm")(x_BTD)
-    return x_BTD + dropout(WhisperMLP(c, self.compute, name="mlp")(normed)), cache
+    normed = LayerNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(x_BTD)
+    mlp = FeedForward(c.intermediate_size, gelu, dtype=dtype, name="mlp")
+    return x_BTD + dropout(mlp(normed)), cache
 
 
 class WhisperEncoder(nn.Module):
-  """Log-mel features in (`audio/logmel.py`), one output for two of them.
+  """Log-mel features (`audio/logmel.py`) to one output per two frames.
 
   `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width], T at
   most 2 * context, and bool valid_BT, and returns ([B, context, hidden_size], valid [B, context]).
@@ -169,7 +162,7 @@ class WhisperEncoder(nn.Module):
       "positions", lambda key: jnp.asarray(sinusoids(c.positions, c.hidden_size, first=0))
     )
     self.layers = repeat_layer(WhisperLayer, c.layers, self.compute)(c, self.compute)
-    self.final_norm = LayerNorm(c.norm_eps)
+    self.final_norm = LayerNorm(c.norm_eps, dtype=self.compute.jnp_dtype)
 
   def _convolution(self, stride: int = 1) -> nn.Conv:
     dtype = self.compute.jnp_dtype
@@ -185,8 +178,8 @@ class WhisperEncoder(nn.Module):
   def __call__(self, features_BTF: jax.Array, valid_BT: jax.Array):
     c = self.config
     features_BTF, valid_BT = fill_context(features_BTF, valid_BT, c)
-    x_BTD = _gelu(self.conv1(features_BTF.astype(self.compute.jnp_dtype)))
-    x_BTD = _gelu(self.conv2(x_BTD))
+    x_BTD = gelu(self.conv1(features_BTF.astype(self.compute.jnp_dtype)))
+    x_BTD = gelu(self.conv2(x_BTD))
     x_BTD = x_BTD + self.positions[: c.context].astype(x_BTD.dtype)
     every_BT = jnp.ones(x_BTD.shape[:2], bool)
     x_BTD, _ = run_layers(self.layers, x_BTD, every_BT)
@@ -199,7 +192,7 @@ class WhisperEncoder(nn.Module):
 def fill_context(
   features_BTF: jax.Array, valid_BT: jax.Array, config: WhisperConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Silence wherever a feature is not valid, up to the end of the context.
+  """Replace invalid features by silence and pad to the context.
 
   Args:
     features_BTF: float [B, T, input_width].
@@ -210,7 +203,7 @@ def fill_context(
     float32 [B, 2 * context, input_width] and bool [B, 2 * context].
 
   Raises:
-    ValueError: if the features are of another width, or longer than the context.
+    ValueError: if the features have another width, or are longer than the context.
   """
   batch, frames, width = features_BTF.shape
   longest = STRIDE * config.context
@@ -218,8 +211,8 @@ def fill_context(
     raise ValueError(f"whisper takes features of width {config.input_width}, got {width}")
   if frames > longest:
     raise ValueError(
-      f"whisper got {frames} frames of features, but whisper.context={config.context} holds "
-      f"{longest}; cut the clips, or raise whisper.context (at most {config.positions})"
+      f"whisper got {frames} frames of features, but whisper.context={config.context} allows"
+      f" {longest}; split the clips, or raise whisper.context (at most {config.positions})"
     )
   valid_BT1 = valid_BT[..., None]
   features_BTF = features_BTF.astype(jnp.float32)
@@ -229,7 +222,3 @@ def fill_context(
   rest = jnp.broadcast_to(silence_B11, (batch, longest - frames, width))
   valid_BT = jnp.pad(valid_BT, ((0, 0), (0, longest - frames)))
   return jnp.concatenate([features_BTF, rest], axis=1), valid_BT
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-  return jax.nn.gelu(x, approximate=False)

@@ -1,3 +1,3 @@
-"""Attention: one public function, several implementations behind it."""
+"""Kernels: one public function per operation."""
 
 from mooer_jax.kernels.attention import attention as attention

@@ -1,4 +1,4 @@
-"""The one attention function of the project and its plain reference."""
+"""Attention, the same function for all parts, with several implementations."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn")
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
-  """Float32 means float32 on every backend: GPUs would use TF32, TPUs bfloat16 passes."""
+  """HIGHEST for float32, since GPUs use TF32 and TPUs bfloat16 by default."""
   return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
@@ -22,10 +22,10 @@ def attention(
   valid_BS: jax.Array,
   causal: bool = False,
   first_query: jax.Array | int = 0,
-  sees_BTS: jax.Array | None = None,
+  attention_mask_BTS: jax.Array | None = None,
   bias_BHTS: jax.Array | None = None,
   weight_scale_BHTS: jax.Array | None = None,
-  implementation: str = "auto",
+  implementation: str = "xla",
 ) -> jax.Array:
   """Scaled dot-product attention with grouped key-value heads; softmax in float32.
 
@@ -33,39 +33,42 @@ def attention(
     q_BTHC: queries; H is a multiple of K.
     k_BSKC: keys.
     v_BSKC: values.
-    valid_BS: bool, True where a key may be seen.
-    causal: if True, query t sees the keys up to index `first_query + t`.
-    first_query: key index of query 0; with a KV cache, the number of slots already filled.
-    sees_BTS: bool, True where query t may see key s, for orders that `causal` cannot say; both,
-      and `valid_BS`, must hold.
-    bias_BHTS: float32, added to the scaled scores before the softmax; H as of the queries.
-    weight_scale_BHTS: what the weights are multiplied with after the softmax, as dropout does.
-    implementation: "xla" (plain reference), "cudnn" (GPU, bfloat16), or "auto": "xla" until a
-      benchmark on the backend says otherwise.
+    valid_BS: bool, True for keys that may be attended to.
+    causal: mask keys after index `first_query + t` for query t.
+    first_query: key index of query 0; with a KV cache, the number of filled slots.
+    attention_mask_BTS: bool, True where query t may attend to key s, in addition to `causal` and
+      `valid_BS`.
+    bias_BHTS: float32, added to the scaled scores before the softmax; H as for the queries.
+    weight_scale_BHTS: factor of the weights after the softmax, for dropout.
+    implementation: "xla" (any backend) or "cudnn" (GPU, bfloat16).
 
   Returns:
-    [B, T, H, C] in q's dtype; a query that sees no key gives zeros.
+    [B, T, H, C] in q's dtype; zeros for a query without keys.
 
   Raises:
-    ValueError: for an unknown implementation, one that cannot run here or takes no bias, or H not
-      divisible by K.
+    ValueError: for an unknown implementation, one that cannot run on this backend or with these
+      arguments, or if H is not divisible by K.
   """
   heads, kv_heads = q_BTHC.shape[2], k_BSKC.shape[2]
   if heads % kv_heads:
-    raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads evenly")
+    raise ValueError(f"{heads} query heads must be divisible by {kv_heads} key-value heads")
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention={implementation!r}: choose one of {IMPLEMENTATIONS}")
   mask_BTS = valid_BS[:, None, :]
   if causal:
     query_T = first_query + jnp.arange(q_BTHC.shape[1])
     mask_BTS = mask_BTS & (jnp.arange(k_BSKC.shape[1])[None] <= query_T[:, None])[None]
-  if sees_BTS is not None:
-    mask_BTS = mask_BTS & sees_BTS
+  if attention_mask_BTS is not None:
+    mask_BTS = mask_BTS & attention_mask_BTS
   if implementation == "cudnn":
     if bias_BHTS is not None:
-      raise ValueError("attention='cudnn' takes no bias on the scores. Use attention='xla'")
+      raise ValueError(
+        "attention='cudnn' does not support a bias on the scores; use attention='xla'"
+      )
     if weight_scale_BHTS is not None:
-      raise ValueError("attention='cudnn' drops no weights: use attention='xla' or no dropout")
+      raise ValueError(
+        "attention='cudnn' does not support dropout; use attention='xla' or dropout=0"
+      )
     return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
   return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS, weight_scale_BHTS)
 

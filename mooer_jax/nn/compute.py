@@ -1,4 +1,4 @@
-"""How a model is run, as opposed to what it is: nothing here changes a parameter."""
+"""Execution of a model: dtypes, scanned layers, rematerialization, implementation of attention."""
 
 import dataclasses
 from typing import Any, Literal
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from mooer_jax.kernels.attention import IMPLEMENTATIONS
 
+# Pattern of the paths of layers from `repeat_layer`.
+LAYER = r"layers(_\d+)?"
 Remat = Literal["none", "dots", "full"]
 _POLICIES = {
   "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -18,20 +20,19 @@ _POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-  """Execution choices; they travel with the run, never with the checkpoint.
+  """Execution options; they belong to a run and are not saved in checkpoints.
 
   Attributes:
-    dtype: "float32" or "bfloat16" for activations and matmuls. float16 is refused: Qwen2's
-      activations overflow it.
-    scan: True takes params with stacked layers (training); False takes per-layer params (decoding).
-    remat: what the backward pass recomputes: "none", "dots" (all but matmul outputs), "full".
-    attention: a name that `kernels.attention` knows.
+    dtype: of activations and matmuls, "float32" or "bfloat16" (Qwen2's overflow float16).
+    scan: scan over stacked layers (training) instead of per-layer params (decoding).
+    remat: recomputed in the backward pass: "none", "dots" (all but matmul outputs) or "full".
+    attention: implementation of `kernels.attention`.
   """
 
   dtype: str = "float32"
   scan: bool = False
   remat: Remat = "none"
-  attention: str = "auto"
+  attention: str = "xla"
 
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
@@ -39,6 +40,8 @@ class ExecutionConfig:
       raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'{reason}")
     if self.remat not in ("none", *_POLICIES):
       raise ValueError(f"remat={self.remat!r}: use 'none', 'dots' or 'full'")
+    if self.attention == "auto":  # the default of version 0.1, which always meant "xla"
+      object.__setattr__(self, "attention", "xla")
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f"attention={self.attention!r}: choose one of {IMPLEMENTATIONS}")
 
@@ -48,7 +51,7 @@ class ExecutionConfig:
 
 
 def repeat_layer(layer: type[nn.Module], count: int, compute: ExecutionConfig) -> Any:
-  """Returns a factory for `count` layers: one scanned module, or a list of separate ones.
+  """A factory for `count` layers: one scanned module, or a list of modules.
 
   The layer's `__call__(x, context, cache)` returns `(x, cache)`; `context` is the same for all.
   """
@@ -66,7 +69,7 @@ def repeat_layer(layer: type[nn.Module], count: int, compute: ExecutionConfig) -
 
 
 def run_layers(layers: Any, x: jax.Array, context: Any, caches: tuple | None = None):
-  """Applies what `repeat_layer` made. Returns (x, new caches); caches need separate layers."""
+  """Apply layers from `repeat_layer`: (x, new caches). Caches need a list of modules."""
   if not isinstance(layers, (list, tuple)):
     if caches is not None:
       raise ValueError("a KV cache needs per-layer params: set compute.scan=False, unstack_layers")

@@ -1,16 +1,25 @@
-"""A dense layer with an explicit low-rank update."""
+"""Layers that several parts share, how they are sharded, and checks of their sizes."""
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from mooer_jax.kernels.attention import precision
 
+# Axes of the mesh: `data` splits the rows of a batch, `fsdp` the rows and the weights, `tensor` the
+# hidden size of a layer.
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+# Rules of a part: (pattern of a path below the part, spec of the trailing axes).
+ShardingRules = tuple[tuple[str, P], ...]
+
 
 def _torch_uniform(key, shape, dtype=jnp.float32):
-  """U(-1/sqrt(in), 1/sqrt(in)): what torch's Linear and PEFT's lora_A start from."""
+  """U(-1/sqrt(in), 1/sqrt(in)): the initial values of torch's Linear and PEFT's lora_A."""
   bound = shape[0] ** -0.5
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -18,11 +27,11 @@ def _torch_uniform(key, shape, dtype=jnp.float32):
 class Dense(nn.Module):
   """y = x W + b + scale * (dropout(x) A) B, with W [in, out], A [in, rank], B [rank, out].
 
-  Rank 0 is a plain dense layer. The scale is an argument of the call, not a parameter, so that a
-  sweep over scales is one batch. Dropout acts on A's input and only when the call carries a
-  "dropout" RNG. A starts as torch's uniform, B as zeros.
+  Rank 0 is a plain dense layer. The scale is an argument of the call, not a parameter, so that one
+  batch can contain several scales. Dropout is applied to A's input if there is a "dropout" RNG.
+  A is initialized like torch's Linear, B with zeros.
 
-  Source: LoRA (Hu et al., 2021), as PEFT lays it out.
+  Source: LoRA (Hu et al., 2021), in PEFT's layout.
   """
 
   features: int
@@ -34,7 +43,7 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, lora_scale: jax.Array | float = 1.0) -> jax.Array:
-    """Maps [..., in] to [..., features]; lora_scale is a scalar or one value per row, [B]."""
+    """Map [..., in] to [..., features]; lora_scale is a scalar or one value per row, [B]."""
     x = x.astype(self.dtype)
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     y = self._matmul(x, kernel)
@@ -52,42 +61,83 @@ class Dense(nn.Module):
 
   def _dropped(self, x):
     keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout, x.shape)
-    # A value of its own: fused into the products, the generator's rounds make XLA's TPU compiler
-    # take ten times as long.
+    # The barrier keeps the generator out of the fused products, which XLA's TPU compiler takes ten
+    # times as long for.
     keep = jax.lax.optimization_barrier(keep)
     return jnp.where(keep, x / (1 - self.dropout), 0)
 
   def _matmul(self, x, kernel):
-    # As one matrix: with two batch axes XLA on CPU transposes copies for the kernel's gradient, and
+    # Flattened: with two batch axes, XLA on CPU transposes copies for the kernel's gradient, and
     # forward and backward take twice as long.
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(rows, kernel.astype(self.dtype), precision=precision(self.dtype))
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-class LayerNorm(nn.Module):
-  """(x - mean) / sqrt(var + eps) * scale + bias over the last axis; two passes, float32."""
+class FeedForward(nn.Module):
+  """down(activation(up(x))) with biases: [..., D] to [..., D] through [..., intermediate_size]."""
 
-  eps: float = 1e-5
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
-    centered = x.astype(jnp.float32)
-    centered = centered - centered.mean(-1, keepdims=True)
-    variance = jnp.square(centered).mean(-1, keepdims=True)
-    return (centered * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
-
-  eps: float = 1e-6
+  intermediate_size: int
+  activation: Callable[[jax.Array], jax.Array]
+  dtype: Any
+  kernel_init: Any = _torch_uniform
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
-    x_float32 = x.astype(jnp.float32)
-    mean_square = jnp.square(x_float32).mean(-1, keepdims=True)
-    return (x_float32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+    dense = functools.partial(Dense, use_bias=True, dtype=self.dtype, kernel_init=self.kernel_init)
+    hidden = self.activation(dense(self.intermediate_size, name="up")(x))
+    return dense(x.shape[-1], name="down")(hidden)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, computed in float32 and returned in x's dtype.
+
+  PyTorch's kernels do the same for every dtype. Computed in bfloat16, values in the negative tail
+  have relative errors of 12 %.
+  """
+  return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+# Both compute in float32 and return `dtype`. The variance takes a second pass: the mean of squares
+# minus the square of the mean cancels for inputs far from 0.
+LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
+RMSNorm = nn.RMSNorm
+
+
+def dense_sharding(*, outputs: str, inputs: str, whole: str | None = None) -> ShardingRules:
+  """Sharding rules of pairs of dense layers, as in Megatron.
+
+  Args:
+    outputs: paths of the layers that split their outputs over `tensor`.
+    inputs: paths of the layers that follow, and split their inputs.
+    whole: paths of other leaves, which are replicated.
+  """
+  rules = (
+    (f"({outputs})/kernel", P(None, TENSOR)),
+    (f"({outputs})/bias", P(TENSOR)),
+    (f"({inputs})/kernel", P(TENSOR, None)),
+    (f"({inputs})/bias", P()),
+  )
+  return rules if whole is None else (*rules, (whole, P()))
+
+
+def check_sizes(config: Any, *positive: str, divisible: Mapping[str, str] = {}) -> None:
+  """Checks the sizes of a part.
+
+  Args:
+    config: of the part.
+    positive: names of fields that must be at least 1.
+    divisible: {field: field that must divide it}.
+
+  Raises:
+    ValueError: naming the field and its value.
+  """
+  for name in positive:
+    if getattr(config, name) < 1:
+      raise ValueError(f"{config.kind}.{name}={getattr(config, name)} must be positive")
+  for name, divisor in divisible.items():
+    value, by = getattr(config, name), getattr(config, divisor)
+    if value % by:
+      raise ValueError(
+        f"{config.kind}.{name}={value} must be divisible by {config.kind}.{divisor}={by}"
+      )

@@ -10,8 +10,8 @@ def sinusoids(length: int, depth: int, *, first: int = 1) -> np.ndarray:
 
   Args:
     length: number of positions T.
-    depth: width of the table, even.
-    first: position of row 0: Paraformer counts from 1, Whisper from 0.
+    depth: number of channels, even.
+    first: position of row 0; Paraformer counts from 1, Whisper from 0.
 
   Returns:
     float32 [T, depth]; the timescales are 10000^(-i / (depth/2 - 1)).
@@ -29,7 +29,7 @@ def rope_angles(positions_BS: jax.Array, channels: int, theta: float) -> jax.Arr
 
 
 def rotate(x_BSHC: jax.Array, angles_BSC: jax.Array) -> jax.Array:
-  """Rotates channel pairs (i, i + C/2), the layout of Hugging Face's LLaMA and Qwen2.
+  """Rotate channel pairs (i, i + C/2), the layout of Hugging Face's LLaMA and Qwen2.
 
   Source: RoFormer (Su et al., 2021).
   """

@@ -1,4 +1,4 @@
-"""What a training run begins with: parameters, CMVN, optimizer state, on their mesh."""
+"""Initial state of a training run on its mesh: parameters, CMVN, optimizer state."""
 
 import contextlib
 import itertools
@@ -10,7 +10,6 @@ import numpy as np
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
-from mooer_jax.audio.frontend import width
 from mooer_jax.config import (
   SpeechLLMConfig,
   from_json,
@@ -18,11 +17,12 @@ from mooer_jax.config import (
   json_differences,
   part_from_json,
   part_to_json,
+  run_fields,
   to_json,
 )
 from mooer_jax.run.config import Run
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.program import stored
+from mooer_jax.training.program import cast_params
 from mooer_jax.training.sharding import param_shardings
 from mooer_jax.training.step import create, state_shardings
 
@@ -32,18 +32,18 @@ CMVN_BATCHES = 32
 def initial_params(
   run: Run, mesh, start_from: Path | None, *, exactly: bool, base: Path | None = None
 ) -> dict:
-  """Params with stacked layers on the mesh: from a checkpoint, or fresh.
+  """Parameters with stacked layers on the mesh: from a checkpoint, or fresh.
 
   Args:
     run: the config.
-    mesh: where they go.
+    mesh: mesh of the parameters.
     start_from: checkpoint folder or None.
-    exactly: whether the checkpoint must be of this very model. If not, prompts, limits and dropout
-      may differ, and LoRA that the checkpoint lacks starts fresh.
-    base: where the base of that checkpoint lies.
+    exactly: whether the model of the checkpoint must be identical. If not, prompts, limits and
+      dropout may differ, and LoRA that the checkpoint lacks starts fresh.
+    base: base checkpoint path of that checkpoint.
 
   Raises:
-    ValueError: if the checkpoint holds another model, or something frozen would be random.
+    ValueError: if the checkpoint holds another model, or frozen parameters would be random.
   """
   key = jax.random.fold_in(jax.random.key(run.seed), 0)
   wanted = jax.eval_shape(lambda: speech_llm.init(key, run.model))
@@ -52,13 +52,13 @@ def initial_params(
   have: dict = {}
   if start_from is not None:
     saved = checkpoint.describe(start_from, base=base)
-    _check_same_model(saved.config, run.model, start_from, exactly)
+    _check_same_model(saved.config, run.model, start_from, exactly=exactly)
     checkpoint.check_leaves(saved, _leaves_of(saved, run.model))
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
     stacked = jax.eval_shape(tree.stack_layers, loaded)
     placed = param_shardings(mesh, stacked)
-    stack = lambda params: stored(tree.stack_layers(params), trained, dtype)  # noqa: E731
+    stack = lambda params: cast_params(tree.stack_layers(params), trained, dtype)  # noqa: E731
     have = jax.jit(stack, out_shardings=placed)(loaded)
   missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
   if not missing:
@@ -71,20 +71,18 @@ def initial_params(
     )
 
   def fresh():
-    flat = tree.flatten(stored(speech_llm.init(key, run.model), trained, dtype))
+    flat = tree.flatten(cast_params(speech_llm.init(key, run.model), trained, dtype))
     return tree.unflatten({path: flat[path] for path in missing})
 
   placed = param_shardings(mesh, jax.eval_shape(fresh))
   return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
 
 
-def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactly):
-  """Compares config.json with the config; that of joined parts only says what they are."""
-  free = "" if exactly else r"(prompts|chat_template|max_audio_s|frontends/\d+/chunk_s).*|.*dropout"
-  if not exactly:
-    free += r"|encoders/\d+/(context|trim)"
+def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exactly: bool):
+  """Compares config.json with the config; that of joined parts describes only the parts."""
+  free = [] if exactly else [f"{re.escape(path)}(/.*)?" for path in run_fields(wanted)]
   if not exactly and not saved.get("decoder", {}).get("lora_rank"):
-    free += r"|decoder/lora_.*"
+    free.append("decoder/lora_.*")
   described = to_json(wanted)
   if "connector" not in saved:
     described = {name: described[name] for name in saved if name in described}
@@ -94,18 +92,20 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactl
   else:
     saved = to_json(from_json(saved))
   different = {
-    p: v for p, v in json_differences(saved, described).items() if not re.fullmatch(free, p)
+    p: v
+    for p, v in json_differences(saved, described).items()
+    if not re.fullmatch("|".join(free), p)
   }
   if different:
-    said = "; ".join(f"{p} is {a!r}, the config says {b!r}" for p, (a, b) in different.items())
-    raise ValueError(f"{folder} holds another model than the config describes: {said}")
+    found = "; ".join(f"{p} is {a!r}, in the config {b!r}" for p, (a, b) in different.items())
+    raise ValueError(f"{folder} holds another model than the config describes: {found}")
 
 
 def _leaves_of(saved: checkpoint.Checkpoint, wanted: SpeechLLMConfig) -> dict:
-  """The parameters that a checkpoint must hold by its config.json."""
+  """The parameters that a checkpoint must hold according to its config.json."""
   if "connector" in saved.config:
     return speech_llm.param_shapes(from_json(saved.config))
-  # Encoders or an LLM: those of the wanted model, but LoRA and CMVN may start fresh.
+  # Encoders or an LLM: those of the wanted model; LoRA and CMVN may start fresh.
   parts = [f"encoders/{encoder['kind']}/" for encoder in saved.config.get("encoders", ())]
   parts += ["decoder/"] if "decoder" in saved.config else []
   have = tree.flatten(saved.params)
@@ -124,15 +124,15 @@ def _again(read, section: dict) -> dict:
 
 
 def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
-  """Shift and scale of the features: read from a file, or measured on the first batches.
+  """CMVN of the features: read from a file, or estimated on the first batches.
 
   Args:
     run: the config.
     dataset: the batches of training.
-    cmvn: what the params have, by encoder; says where the result lies.
+    cmvn: CMVN in the parameters, by encoder; determines the sharding of the result.
 
   Raises:
-    ValueError: if train.cmvn names a file and not just one encoder's features are normalised.
+    ValueError: if train.cmvn is a file and the features of several encoders are normalised.
   """
   encoders = [encoder.kind for encoder in run.model.encoders]
   found = {}
@@ -144,7 +144,7 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
       )
     (name,) = cmvn
     features = run.model.frontends[encoders.index(name)]
-    found[name] = read_mvn(run.train.cmvn, width=width(features))
+    found[name] = read_mvn(run.train.cmvn, width=features.width)
   else:
     for name in cmvn:
       number = encoders.index(name)
@@ -163,8 +163,8 @@ def _clips(batch, number: int):
     yield x_TF[:frames]
 
 
-def initial_state(run: Run, params, tx, mesh):
-  """Cuts params in two and adds the optimizer's state.
+def initial_state(run: Run, params: dict, *, tx, mesh):
+  """Partitions the parameters and creates the optimizer state.
 
   Returns:
     (TrainState, frozen params, (state shardings, frozen shardings)).

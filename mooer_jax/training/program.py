@@ -1,4 +1,4 @@
-"""The program that a training run compiles; `benchmarks.aot` compiles it without the chips."""
+"""The compiled program of a training run; `benchmarks.aot` compiles it without devices."""
 
 import concurrent.futures
 from collections.abc import Callable, Iterable, Sequence
@@ -23,10 +23,10 @@ def jitted_step(
 
   Args:
     model: with compute.scan, as training runs it.
-    optimizer: of the run.
-    accumulation: micro-batches in a batch.
-    mesh: from `make_mesh`; its devices may be those of a described topology.
-    shardings: (of the TrainState, of the frozen params).
+    optimizer: config of the optimizer.
+    accumulation: micro-batches per batch.
+    mesh: from `make_mesh`; its devices may be those of a topology description.
+    shardings: (shardings of the TrainState, of the frozen params).
   """
 
   def loss_fn(trainable, frozen, batch, key):
@@ -43,16 +43,18 @@ def jitted_step(
 
 
 class CompiledStep:
-  """The train step, compiled for every shape of batch before the first one comes."""
+  """The train step, compiled in advance for every batch shape."""
 
-  def __init__(self, step, state, frozen, batches: Sequence[Batch], message: Callable[[str], None]):
-    """Compiles, several shapes at a time.
+  def __init__(
+    self, step, *, state, frozen, batches: Sequence[Batch], message: Callable[[str], None]
+  ):
+    """Compile several shapes at a time.
 
     Args:
       step: from `jitted_step`.
-      state, frozen: as the step takes them.
-      batches: of `ShapeDtypeStruct`s, one for each shape.
-      message: is told what was compiled.
+      state, frozen: arguments of the step.
+      batches: one batch of `ShapeDtypeStruct`s for each shape.
+      message: prints the progress.
     """
     lowered = {_shape(batch): step.lower(state, frozen, batch) for batch in batches}
     self._compiled = {}
@@ -65,20 +67,20 @@ class CompiledStep:
         message(f"compiled {number} of {len(futures)}: {frames} frames, {shape[1]} answer tokens")
 
   def __call__(self, state, frozen, batch: Batch):
-    """(state, metrics), as `make_train_step` says."""
+    """Returns (state, metrics); see `make_train_step`."""
     return self._compiled[_shape(batch)](state, frozen, batch)
 
 
 def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
-  return tuple(x.shape[1] for x in batch.features), batch.answer_BS.shape[1]
+  return tuple(x.shape[1] for x in batch.features), batch.labels_BS.shape[1]
 
 
-def stored(params: dict, trained: Iterable[str], dtype) -> dict:
-  """Params as a run keeps them: float32 if trained, else matrices in the compute dtype."""
+def cast_params(params: dict, trained: Iterable[str], dtype) -> dict:
+  """Cast params: float32 if trained, else matrices to the compute dtype."""
   trained = set(trained)
 
   def kept(path):
-    vector = path.rsplit("/", 1)[-1] in VECTORS  # small; rounding CMVN or a norm would cost more
+    vector = path.rsplit("/", 1)[-1] in VECTORS  # small, and rounding CMVN or norms is costly
     return jnp.float32 if path in trained or vector else dtype
 
   return tree.unflatten({path: x.astype(kept(path)) for path, x in tree.flatten(params).items()})
@@ -87,7 +89,7 @@ def stored(params: dict, trained: Iterable[str], dtype) -> dict:
 def abstract_state(
   model: SpeechLLMConfig, optimizer: OptimizerConfig, *, trainable: Iterable[str], mesh
 ):
-  """Shapes and shardings of a run's state, without making any of it.
+  """Shapes and shardings of the state of a run; no array is created.
 
   Returns:
     (TrainState and frozen params as `ShapeDtypeStruct`s, (their shardings)).
@@ -95,7 +97,7 @@ def abstract_state(
   key = jax.random.key(0)
   wanted = jax.eval_shape(lambda: speech_llm.init(key, model))
   trained = tree.flatten(tree.partition(wanted, trainable)[0])
-  kept = jax.eval_shape(lambda p: stored(p, trained, model.compute.jnp_dtype), wanted)
+  kept = jax.eval_shape(lambda p: cast_params(p, trained, model.compute.jnp_dtype), wanted)
   to_train, frozen = tree.partition(kept, trainable)
   tx = make_optimizer(optimizer)
   state = jax.eval_shape(lambda t: create(t, tx, key), to_train)

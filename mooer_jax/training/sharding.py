@@ -1,8 +1,4 @@
-"""One mesh with three axes, and the table that says where every parameter lies on it.
-
-`data` splits the batch, `fsdp` splits the batch and the weights, `tensor` splits the width of a
-layer (Megatron: q, k, v, gate, up by columns; o, down by rows, so that a pair needs one sum).
-"""
+"""The device mesh, with the axes `data`, `fsdp` and `tensor`, and the sharding of parameters."""
 
 import dataclasses
 import math
@@ -12,65 +8,29 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mooer_jax import tree
+from mooer_jax import connectors, decoders, encoders, tree
+from mooer_jax.nn.layers import AXES, DATA, FSDP, TENSOR
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
-
-# Below this many elements (of one layer) a leaf is not split over fsdp: gathering it would cost
-# more than keeping it.
+# Leaves with fewer elements (in one layer) are not split over fsdp: gathering would cost more.
 FSDP_MIN_SIZE = 2**16
 
-_LAYER = r"(first_layer|layers(_\d+)?)"
 
-# (pattern of the whole path, spec of the trailing axes). A leading axis of stacked layers is never
-# split, so that one table serves stacked and unstacked params.
-RULES = (
-  (r"frontend/.*", P()),
-  # Encoder and connector are small beside the LLM (0.3 GB in bf16) and stay whole on the fsdp axis.
-  # Split, they cost more than they save: XLA then keeps the pieces of weight where they are and
-  # sends every row's activations round instead.
-  (rf"encoders/sanm/{_LAYER}/(attention/qkv|feed_forward/up)/kernel", P(None, TENSOR)),
-  (rf"encoders/sanm/{_LAYER}/(attention/out|feed_forward/down)/kernel", P(TENSOR, None)),
-  (rf"encoders/sanm/{_LAYER}/(attention/qkv|feed_forward/up)/bias", P(TENSOR)),
-  (rf"encoders/sanm/{_LAYER}/(attention/out|feed_forward/down)/bias", P()),
-  (rf"encoders/sanm/{_LAYER}/(attention/fsmn/kernel|norm[12]/(scale|bias))", P()),
-  (r"encoders/sanm/after_norm/(scale|bias)", P()),
-  (rf"encoders/whisper/{_LAYER}/(attention/[qkv]|mlp/up)/kernel", P(None, TENSOR)),
-  (rf"encoders/whisper/{_LAYER}/(attention/[qkv]|mlp/up)/bias", P(TENSOR)),
-  (rf"encoders/whisper/{_LAYER}/(attention/out|mlp/down)/kernel", P(TENSOR, None)),
-  (rf"encoders/whisper/{_LAYER}/((attention/out|mlp/down)/bias|\w+_norm/(scale|bias))", P()),
-  (r"encoders/whisper/(conv[12]/(kernel|bias)|positions|final_norm/(scale|bias))", P()),
-  (rf"encoders/beats/{_LAYER}/(attention/[qkv]|up)/kernel", P(None, TENSOR)),
-  (rf"encoders/beats/{_LAYER}/(attention/[qkv]|up)/bias", P(TENSOR)),
-  (rf"encoders/beats/{_LAYER}/(attention/out|down)/kernel", P(TENSOR, None)),
-  (rf"encoders/beats/{_LAYER}/((attention/out|down)/bias|\w+_norm/(scale|bias))", P()),
-  (rf"encoders/beats/({_LAYER}/attention/gate|patch|position|input|relative).*", P()),
-  (r"encoder_norms/\w+/(scale|bias)", P()),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/[qkv]|feed_forward/up)/kernel", P(None, TENSOR)),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/[qkv]|feed_forward/up)/bias", P(TENSOR)),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/out|feed_forward/down)/kernel", P(TENSOR, None)),
-  (rf"connector/qformer/{_LAYER}/(\w*attention/out|feed_forward/down)/bias", P()),
-  (rf"connector/(queries|project/.*|qformer/({_LAYER}/\w+_)?norm/(scale|bias))", P()),
-  (r"connector/linear1/kernel", P(None, TENSOR)),
-  (r"connector/linear1/bias", P(TENSOR)),
-  (r"connector/linear2/kernel", P(TENSOR, None)),
-  (r"connector/linear2/bias", P()),
-  (r"decoder/embed/embedding", P(TENSOR, FSDP)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel", P(FSDP, TENSOR)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/bias", P(TENSOR)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_a", P(FSDP, None)),
-  (rf"decoder/{_LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, TENSOR)),
-  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/kernel", P(TENSOR, FSDP)),
-  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/lora_a", P(TENSOR, None)),
-  (rf"decoder/{_LAYER}/(attention/o|mlp/down)/lora_b", P(None, FSDP)),
-  (rf"decoder/({_LAYER}/(input_norm|mlp_norm)|final_norm)/scale", P()),
-  (r"decoder/head/kernel", P(FSDP, TENSOR)),
-)
+def sharding_rules() -> tuple[tuple[str, P], ...]:
+  """(pattern of a path, spec of the trailing axes) for the parameters of all parts.
+
+  Encoders and connectors are not split over `fsdp`. They are small beside the LLM (0.3 GB in bf16),
+  and XLA would keep their shards in place and send the activations of every row around instead.
+  """
+  parts = [(f"encoders/{encoder.kind}", encoder.SHARDING) for encoder in encoders.KINDS]
+  parts += [("connector", connector.SHARDING) for connector in connectors.KINDS]
+  parts += [("decoder", decoder.SHARDING) for decoder in decoders.KINDS]
+  rules = [(f"{path}/({below})", spec) for path, table in parts for below, spec in table]
+  return ("frontend/.*", P()), (r"encoder_norms/\w+/(scale|bias)", P()), *rules
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+  """Sizes of the mesh axes; one of them may be -1, for the remaining devices."""
 
   data: int = -1
   fsdp: int = 1
@@ -80,36 +40,37 @@ class MeshConfig:
 def make_mesh(
   *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """Arranges devices as data x fsdp x tensor.
+  """Arrange devices in a mesh data x fsdp x tensor.
 
   Args:
-    data, fsdp, tensor: axis sizes; one of them may be -1 and takes the devices that are left.
-    devices: all of them must be used; default: all devices of all processes.
+    data, fsdp, tensor: axis sizes; one of them may be -1, for the remaining devices.
+    devices: default: all devices of all processes.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices or do not fit their torus.
+    ValueError: if the product of the sizes is not the number of devices, or a size does not fit
+      their torus.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
   said = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
   open_axes = [axis for axis, size in sizes.items() if size == -1]
   if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise ValueError(f"{said}: sizes must be positive, one of them may be -1")
+    raise ValueError(f"{said}: sizes must be positive; one of them may be -1")
   known = math.prod(size for size in sizes.values() if size != -1)
   if open_axes:
     sizes[open_axes[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(
-      f"{said} does not use {len(devices)} devices exactly; the sizes must multiply to "
-      f"{len(devices)}, with one of them at -1 to fill"
+      f"{said}: the product must be the number of devices, {len(devices)}; set one size to -1 for"
+      " the remaining devices"
     )
   shape = tuple(sizes.values())
   try:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
   except NotImplementedError as error:  # a TPU torus that the sizes would cut across
     raise ValueError(
-      f"{said} does not fit the arrangement of the {len(devices)} chips; each size must be a"
-      " product of whole axes of it (of 8x8x8: 8, 64 or 512)"
+      f"{said} does not fit the torus of the {len(devices)} chips; each size must be a product of"
+      " whole axes (of 8x8x8: 8, 64 or 512)"
     ) from error
 
 
@@ -120,23 +81,22 @@ def param_shardings(
   rules: Iterable[tuple[str, P]] = (),
   fsdp_min_size: int | None = None,
 ) -> dict:
-  """Gives every parameter its sharding.
+  """`NamedSharding`s of parameters, as a nested dict.
 
   Args:
     mesh: from `make_mesh`.
-    params: nested dict of arrays or `ShapeDtypeStruct`s, stacked or not, whole or a part of it.
-    rules: further (pattern, spec of the trailing axes), tried before `RULES`; each must be used.
+    params: nested dict of arrays or `ShapeDtypeStruct`s, stacked or not; all or some of a model.
+    rules: further (pattern, spec of the trailing axes), tried before those of the parts; each must
+      be used.
     fsdp_min_size: leaves with fewer elements (in one layer) are not split over fsdp; default:
       FSDP_MIN_SIZE.
 
-  Returns:
-    A nested dict of `NamedSharding`.
-
   Raises:
-    ValueError: if a path has no rule, a rule of the caller's decides no path, or an axis of a leaf
-      does not divide by the mesh axes that split it (nothing is replicated instead).
+    ValueError: if a path has no rule, one of `rules` is unused, or an axis of a leaf is not
+      divisible by the mesh axes that split it.
   """
-  specs = tree.first_match((*rules, *RULES), params, optional=[pattern for pattern, _ in RULES])
+  own = sharding_rules()
+  specs = tree.first_match((*rules, *own), params, optional=[pattern for pattern, _ in own])
   leaves = tree.flatten(params)
   least = FSDP_MIN_SIZE if fsdp_min_size is None else fsdp_min_size
   return tree.unflatten(
@@ -148,17 +108,17 @@ def param_shardings(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch are split over `data` and `fsdp`; the other axes are whole."""
+  """Rows of a batch are split over `data` and `fsdp`."""
   return NamedSharding(mesh, P((DATA, FSDP)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds the whole value."""
+  """Each device has a copy of the value."""
   return NamedSharding(mesh, P())
 
 
 def _fit(mesh, path, shape, spec, fsdp_min_size) -> P:
-  """Aligns a spec with the trailing axes of a shape; drops fsdp from small leaves."""
+  """Align a spec with the trailing axes of a shape, without fsdp for small leaves."""
   if len(spec) > len(shape):
     raise ValueError(f"{path}: shape {shape} has fewer axes than its rule {spec}")
   trailing = shape[len(shape) - len(spec) :]
@@ -172,7 +132,7 @@ def _fit(mesh, path, shape, spec, fsdp_min_size) -> P:
     if size % ways:
       axes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
       raise ValueError(
-        f"{path}: an axis of {size} (shape {tuple(shape)}) does not divide by {axes}; choose "
+        f"{path}: an axis of {size} (shape {tuple(shape)}) is not divisible by {axes}; choose "
         "other mesh sizes or give a rule for this path"
       )
     fitted.append(names[0] if len(names) == 1 else names or None)

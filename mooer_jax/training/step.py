@@ -1,4 +1,4 @@
-"""One update: gradients of the trainable params over micro-batches, then the optimizer."""
+"""The train step: gradients of the trainable params over micro-batches, then the optimizer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from mooer_jax.training.sharding import batch_sharding, replicated
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that changes in a step. The frozen weights are not in it.
+  """State that a step changes; frozen weights are separate.
 
   Attributes:
-    step: int32 [], updates done.
+    step: int32 [], completed steps.
     trainable: nested dict of float32 params.
     opt_state: state of the optax transformation.
-    rng: uint32, data of the run's key; never changes, a step folds its number in.
+    rng: uint32, data of the run's key, which is constant; each step folds in its number.
   """
 
   step: Any
@@ -30,7 +30,7 @@ class TrainState:
 
 
 def create(trainable, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-  """A state before the first update; runs under `jit` and `eval_shape` too."""
+  """The initial state; also runs under `jit` and `eval_shape`."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     trainable=trainable,
@@ -42,11 +42,11 @@ def create(trainable, tx: optax.GradientTransformation, key: jax.Array) -> Train
 def state_shardings(
   state: TrainState, tx: optax.GradientTransformation, trainable_shardings
 ) -> TrainState:
-  """Shards a state: moments lie as their params do, the rest is replicated.
+  """Shardings of a state: moments are sharded like their params, the rest is replicated.
 
   Args:
     state: arrays or `ShapeDtypeStruct`s (from `jax.eval_shape(create, ...)`).
-    tx: the transformation that made `state.opt_state`.
+    tx: the optimizer of `state.opt_state`.
     trainable_shardings: `NamedSharding`s of `state.trainable`.
   """
   whole = replicated(jax.tree.leaves(trainable_shardings)[0].mesh)
@@ -60,20 +60,20 @@ def state_shardings(
   return TrainState(step=whole, trainable=trainable_shardings, opt_state=opt_state, rng=whole)
 
 
-# (trainable, frozen, batch, key) -> (loss, metrics). The step only reads metrics, sums over the
+# (trainable, frozen, batch, key) -> (loss, metrics). Only metrics are used, which are sums over
 # rows: loss_sum, tokens, correct, and any further sums.
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class NotFiniteError(FloatingPointError):
-  """The loss or a gradient became NaN or infinite; `.step` says in which update."""
+  """The loss or a gradient is NaN or infinite; `.step` is the number of the step."""
 
   def __init__(self, step: int, loss: float, grad_norm: float):
     self.step = step
     super().__init__(
-      f"step {step}: loss {loss} and gradient norm {grad_norm} are not both finite; nothing was "
-      "saved since. Lower optimizer.peak_lr, set optimizer.max_grad_norm or check the data, and "
-      "resume from the newest checkpoint"
+      f"step {step}: loss {loss} and gradient norm {grad_norm} are not both finite; the state was"
+      " not saved. Lower optimizer.peak_lr, set optimizer.max_grad_norm or check the data, and"
+      " resume from the newest checkpoint"
     )
 
 
@@ -84,23 +84,23 @@ def make_train_step(
   schedule: optax.Schedule,
   accumulation: int = 1,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
-  """Builds the pure function `train_step(state, frozen, batch) -> (state, metrics)`.
+  """Make the pure function `train_step(state, frozen, batch) -> (state, metrics)`.
 
-  The gradient is that of the summed loss over all rows, divided by all their tokens, so that
-  any accumulation gives the update of the one big batch.
+  The gradient is that of the loss summed over all rows, divided by the number of their tokens, so
+  it does not depend on the accumulation.
 
   Args:
-    loss_fn: (trainable, frozen, batch, key) -> (loss, metrics), metrics being sums over the rows:
-      loss_sum (float32, differentiated), tokens, correct; further sums are added up and passed on.
+    loss_fn: (trainable, frozen, batch, key) -> (loss, metrics), where metrics are sums over rows:
+      loss_sum (float32, differentiated), tokens, correct, and further sums.
     tx: from `make_optimizer`.
-    schedule: the learning rate within tx, for the metrics.
-    accumulation: micro-batches in a batch; must divide its rows. Micro-batch a takes the rows
-      a, a + accumulation, …, so that each device keeps its rows.
+    schedule: learning rate of tx, for the metrics.
+    accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
+      a + accumulation, …, so that each device keeps its rows.
 
   Returns:
     The function. Its metrics are scalars: loss (per token), accuracy (of tokens), tokens,
-    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (the number of
-    this update, from 1), and the further sums.
+    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (number of the
+    step, from 1), and the further sums.
   """
   if accumulation < 1:
     raise ValueError(f"accumulation={accumulation} must be at least 1")
@@ -159,10 +159,10 @@ def make_train_step(
 
 
 def jit_train_step(train_step, mesh: jax.sharding.Mesh, state_shardings, frozen_shardings):
-  """Compiles a train step for a mesh; the state that goes in is given up (its memory is reused).
+  """Jit a train step for a mesh; the memory of the input state is reused.
 
-  The batch's leaves must all lead with the rows, and rows per micro-batch must divide by
-  data x fsdp.
+  The first axis of all leaves of the batch must be the rows, and rows per micro-batch must be
+  divisible by data x fsdp.
   """
   return jax.jit(
     train_step,
@@ -173,11 +173,7 @@ def jit_train_step(train_step, mesh: jax.sharding.Mesh, state_shardings, frozen_
 
 
 def check_finite(metrics) -> None:
-  """Stops a run whose loss or gradient is NaN or infinite; reads the metrics from the device.
-
-  Raises:
-    NotFiniteError: with the step number.
-  """
+  """Raise NotFiniteError if the loss or a gradient is NaN or infinite; waits for the device."""
   if not metrics["finite"]:
     raise NotFiniteError(int(metrics["step"]), float(metrics["loss"]), float(metrics["grad_norm"]))
 
@@ -186,6 +182,6 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
   """[rows, ...] -> [parts, rows / parts, ...], part p with the rows p, p + parts, …"""
   if x.shape[0] % parts:
     raise ValueError(
-      f"a batch of {x.shape[0]} rows does not divide into accumulation={parts} micro-batches"
+      f"a batch of {x.shape[0]} rows is not divisible into accumulation={parts} micro-batches"
     )
   return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -69,7 +69,7 @@ def test_round_trip_keeps_every_bit(tmp_path):
   [
     ("<Rescale>", "<Scale>", "no <Rescale>"),
     ("0.1527379 ]", "0.1527379", "no <Rescale>"),
-    ("-8.600912 ", "", "announces 3 3 values and has 2"),
+    ("-8.600912 ", "", "has 2 values, but its sizes are 3 3"),
     ("-8.600912", "minus8", "minus8"),
     ("-8.600912", "nan", "NaN"),
     ("<LearnRateCoef>", "<Momentum>", "<LearnRateCoef>"),

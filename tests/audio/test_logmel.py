@@ -14,10 +14,6 @@ from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.audio.logmel import (
   LogMelConfig,
   constants,
-  features,
-  features_jax,
-  num_frames,
-  width,
 )
 from tests.numerics import (
   assert_as_accurate,
@@ -28,11 +24,16 @@ from tests.numerics import (
 )
 
 LONGEST = 4000
+DEFAULT = LogMelConfig()
+
+
+def features(waveform_N, config=DEFAULT, **options):
+  return config.features(waveform_N, **options)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def batch_features(waveform_BN, samples_B, config=LogMelConfig()):
-  return features_jax(waveform_BN, samples_B, config)
+  return config.features_jax(waveform_BN, samples_B)
 
 
 def jax_alone(waveform_N, config=LogMelConfig()):
@@ -91,7 +92,7 @@ def check(run, waveform_N, extractor, config=LogMelConfig(), *, before=None, aft
   exact_TF = transformers_float64(waveform_N, extractor)
   ours_TF = run(before(waveform_N) if before else waveform_N, config)
   ours_TF = after(ours_TF) if after else ours_TF
-  assert ours_TF.shape == (num_frames(len(waveform_N), config), width(config))
+  assert ours_TF.shape == (config.num_frames(len(waveform_N)), config.width)
   assert ours_TF.dtype == np.float32
   assert_within(filled(ours_TF, len(exact_TF)), exact_TF, bound_of(run, exact_TF))
   # All that was left out is one value: not a frame of sound is missing.
@@ -180,9 +181,9 @@ def test_numpy_equals_jax_row_by_row(counts, seed):
   for number, (row, count) in enumerate(zip(waveform_BN, counts)):
     row[:count] = noise(count, seed + number)
   features_BTF, frames_B = map(np.asarray, batch_features(waveform_BN, np.array(counts)))
-  assert features_BTF.shape == (4, num_frames(LONGEST), 80)
+  assert features_BTF.shape == (4, DEFAULT.num_frames(LONGEST), 80)
   for row, frames, waveform_N, count in zip(features_BTF, frames_B, waveform_BN, counts):
-    assert frames == num_frames(count)
+    assert frames == DEFAULT.num_frames(count)
     if frames:
       exact_TF = features(waveform_N[:count])
       assert_within(row[:frames], exact_TF, bound_of(jax_alone, exact_TF))
@@ -192,7 +193,7 @@ def test_numpy_equals_jax_row_by_row(counts, seed):
 def test_the_padding_passes_no_gradient():
   waveform_BN = np.full((1, 3000), np.nan, np.float32)
   waveform_BN[:, :2000] = noise(2000)
-  gradient = jax.jit(jax.grad(lambda x_BN: features_jax(x_BN, np.array([2000]))[0].sum()))(
+  gradient = jax.jit(jax.grad(lambda x_BN: DEFAULT.features_jax(x_BN, np.array([2000]))[0].sum()))(
     waveform_BN
   )
   assert np.isfinite(gradient).all() and not np.asarray(gradient)[:, 2000:].any()
@@ -201,12 +202,12 @@ def test_the_padding_passes_no_gradient():
 @given(st.integers(1, 500_000))
 def test_lengths_are_known_before_the_work(samples):
   config = LogMelConfig()
-  frames = num_frames(samples)
-  assert frames >= num_frames(samples - 1)
+  frames = DEFAULT.num_frames(samples)
+  assert frames >= DEFAULT.num_frames(samples - 1)
   if samples <= 480000:
     shortest = max((frames - 1) * 160 - 199, 1)  # whose last sample the last frame just touches
-    assert shortest <= samples and num_frames(shortest) == frames
-    assert num_frames(shortest - 1) < frames
+    assert shortest <= samples and DEFAULT.num_frames(shortest) == frames
+    assert DEFAULT.num_frames(shortest - 1) < frames
   # A search for the longest clip of so many frames ends at the chunk's end.
   assert (frames > config.chunk_frames) == (samples > config.chunk_samples)
 
@@ -219,7 +220,7 @@ def test_a_clip_that_is_too_long_is_refused_by_name():
   features_BTF, frames_B = batch_features(waveform_BN, np.array([3300, 3200]), config)
   np.testing.assert_array_equal(frames_B, [0, 20])
   assert features_BTF.shape == (2, 20, 80) and not np.asarray(features_BTF[0]).any()
-  exact_TF = features(noise(3300)[:3200], config)
+  exact_TF = config.features(noise(3300)[:3200])
   assert_within(features_BTF[1], exact_TF, bound_of(jax_alone, exact_TF))
 
 

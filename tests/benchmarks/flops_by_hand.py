@@ -112,6 +112,6 @@ def train_step(config: SpeechLLMConfig, batch: Batch) -> int:
     connector, frames, width, config.decoder.hidden_size
   )
   connecting = 3 * connecting - (0 if config.encoder_norm else reading)
-  rows, answer = batch.answer_BS.shape
-  prompt = batch.before_BS.shape[1] + connector.num_tokens(frames) + batch.after_BS.shape[1]
+  rows, answer = batch.labels_BS.shape
+  prompt = batch.prefix_BS.shape[1] + connector.num_tokens(frames) + batch.suffix_BS.shape[1]
   return rows * (encoding + connecting + _decoder(config.decoder, prompt + answer - 1, answer))

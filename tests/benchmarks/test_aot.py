@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +124,7 @@ def batch_of(config):
     answer_buckets=(ANSWER,),
     max_s=0.4,
   )
-  return Batcher(data, config, types.SimpleNamespace(before=2, after=PROMPT - 2)).shapes()[0]
+  return Batcher(data, config, (2, PROMPT - 2)).shapes()[0]
 
 
 def traced(name, remat, fsdp=8):
@@ -267,7 +266,7 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name):
     (
       ["--topology=v5p:8x8x8", "--config.mesh.data=32", "--config.mesh.fsdp=16",
        "--config.data.batch_size=1024"],
-      ["mesh.data=32, mesh.fsdp=16, mesh.tensor=1 does not fit the arrangement of the 512 chips"],
+      ["mesh.data=32, mesh.fsdp=16, mesh.tensor=1 does not fit the torus of the 512 chips"],
     ),
   ],
 )  # fmt: skip

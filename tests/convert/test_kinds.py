@@ -11,7 +11,7 @@ from convert.core.errors import ConversionError, Problems
 from convert.core.options import Options
 from convert.main import main
 from convert.parts.hf_config import hf_config, llm_config
-from mooer_jax.config import DECODERS
+from mooer_jax.decoders.llm import LLMConfig
 from tests.convert.folders_of import SIZES, saved_llm
 from tests.convert.parts.test_language_model import assert_same_tensors
 from tests.convert.releases import funasr_folder, release
@@ -74,19 +74,19 @@ def test_all_reasons_are_told():
     problems.check("here")
 
 
-@pytest.mark.parametrize("name", sorted(DECODERS))
+@pytest.mark.parametrize("name", sorted(LLMConfig.SIZES))
 def test_a_written_config_describes_the_model_to_transformers_and_to_us(name, tmp_path):
   from transformers import AutoConfig
 
-  written = hf_config(DECODERS[name], np.dtype(np.float16), eos_id=7)
-  assert llm_config(written, Problems()) == DECODERS[name]
+  written = hf_config(LLMConfig.SIZES[name], np.dtype(np.float16), eos_id=7)
+  assert llm_config(written, Problems()) == LLMConfig.SIZES[name]
   (tmp_path / "config.json").write_text(json.dumps(written))
   theirs = AutoConfig.from_pretrained(tmp_path)
-  assert theirs.rope_parameters["rope_theta"] == DECODERS[name].rope_theta
+  assert theirs.rope_parameters["rope_theta"] == LLMConfig.SIZES[name].rope_theta
   assert (theirs.dtype, theirs.eos_token_id) == (torch.float16, 7)
   theirs.save_pretrained(tmp_path)  # its own spelling
   spelt = json.loads((tmp_path / "config.json").read_text())
-  assert llm_config(spelt, Problems()) == DECODERS[name]
+  assert llm_config(spelt, Problems()) == LLMConfig.SIZES[name]
 
 
 def test_old_and_new_spelling_of_rope():

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features, num_frames
+from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import eval_batches, train_batches
 from mooer_jax.data.pack import pack
@@ -94,25 +94,25 @@ def test_a_batch_holds_the_features_and_answers_of_its_keys(shards, take, tokeni
   raw = {e.key: e for path in paths for e in read_shard(str(path))}
   for host in take(shards.config(), 4):
     batch = host.batch
-    assert batch.before_BS.shape == (4, 0)
-    assert batch.after_BS.tolist() == [tokenizer.encode("ASK <|im_end|>")] * 4
+    assert batch.prefix_BS.shape == (4, 0)
+    assert batch.suffix_BS.tolist() == [tokenizer.encode("ASK <|im_end|>")] * 4
     seconds = 0.0
     for row, key in enumerate(host.keys):
       waveform_N = load_audio(raw[key].audio)
       seconds += len(waveform_N) / 16000
-      expected_TF = features(waveform_N)
+      expected_TF = FrontendConfig().features(waveform_N)
       frames = batch.frames[0][row]
       np.testing.assert_array_equal(batch.features[0][row, :frames], expected_TF)
       assert not batch.features[0][row, frames:].any()
       answer = [*tokenizer.encode(host.texts[row]), tokenizer.eos_id]
       assert host.texts[row] == f"N{int(key[3:])}"
-      answer += [-1] * (batch.answer_BS.shape[1] - len(answer))
-      assert batch.answer_BS[row].tolist() == answer
+      answer += [-1] * (batch.labels_BS.shape[1] - len(answer))
+      assert batch.labels_BS[row].tolist() == answer
     assert host.audio_s == pytest.approx(seconds)
     length = batch.features[0].shape[1]
     longest = batch.frames[0].max()
     assert length == next(b for b in (10, 20, 40) if longest <= b)
-    assert batch.answer_BS.shape[1] in (4, 8)
+    assert batch.labels_BS.shape[1] in (4, 8)
 
 
 def test_sorting_saves_padding(shards, take):
@@ -194,7 +194,7 @@ def test_processes_share_the_shards(shards, take):
 
 def test_too_few_shards_name_the_remedy(shards, model_side):
   shards.add(4)
-  with pytest.raises(ValueError, match="1 shards for 1 processes.*lower data.workers or pack"):
+  with pytest.raises(ValueError, match="1 shards for 1 processes.*lower data.workers.*pack again"):
     train_batches(shards.config(workers=2), *model_side)
   with pytest.raises(ValueError, match="1 shards for 2 processes.*--per-shard"):
     eval_batches(shards.config(), *model_side, process_count=2)
@@ -254,7 +254,7 @@ def test_eight_channels_are_averaged(shards, wav, model_side):
   content = wav(0.5, channels=8)
   shards.add_members([("eight.wav", content), ("eight.txt", b"8")])
   (host,) = list(eval_batches(shards.config(), *model_side))
-  expected_TF = features(load_audio(content))
+  expected_TF = FrontendConfig().features(load_audio(content))
   np.testing.assert_array_equal(host.batch.features[0][0, : len(expected_TF)], expected_TF)
 
 
@@ -338,9 +338,9 @@ def test_evaluation_sees_each_key_once_and_in_order(shards, wav, encode_wav, mod
   assert [len(host.keys) for host in hosts] == [4, 4, 4, 4, 2]
   last = hosts[-1].batch
   assert last.frames[0].tolist()[2:] == [0, 0]
-  assert (last.answer_BS[2:] == -1).all()
+  assert (last.labels_BS[2:] == -1).all()
   assert not last.features[0][2:].any()
-  by_key = {key: row for host in hosts for key, row in zip(host.keys, host.batch.answer_BS)}
+  by_key = {key: row for host in hosts for key, row in zip(host.keys, host.batch.labels_BS)}
   assert all((by_key[key] == -1).all() for key in kept)
   assert all((by_key[key] >= 0).any() for key in shards.keys)
 
@@ -377,7 +377,7 @@ def test_real_clips_go_from_lists_to_batches(clips, tmp_path, model_side, suffix
   (host,) = list(eval_batches(config, *model_side))
   assert dict(zip(host.keys, host.texts)) == {clip.key: clip.text for clip in clips}
   for frames, key in zip(host.batch.frames[0], host.keys):
-    assert frames == num_frames(len(load_audio(paths[key]))) > 5
+    assert frames == FrontendConfig().num_frames(len(load_audio(paths[key]))) > 5
 
 
 def test_workers_keep_off_accelerators_and_leave_ctrl_c_to_the_training(monkeypatch):

@@ -54,7 +54,7 @@ def test_drawn_prompts_are_restored_exactly(dataset, workers):
     states.append(json.dumps(iterator.get_state()))
     hosts.append(next(iterator))
   iterator.close()
-  said = {row.tobytes() for host in hosts for row in host.batch.after_BS}
+  said = {row.tobytes() for host in hosts for row in host.batch.suffix_BS}
   assert len(said) > 20  # the same keys were asked in several ways
   for start in (0, 5, 9):
     other = iter(dataset(workers))

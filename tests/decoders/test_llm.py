@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from mooer_jax import tree
-from mooer_jax.config import DECODERS
-from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig, Placement
+from mooer_jax.decoders.llm import LLM, LLMConfig, Placement
 from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
@@ -26,7 +25,7 @@ def shapes_of(config, **compute):
   """(model, its parameters as shapes)."""
   model = LLM(config, ExecutionConfig(**compute))
   inputs = jnp.zeros((1, 2, config.hidden_size)), jnp.ones((1, 2), bool)
-  init = lambda key: model.init(key, *inputs, method=LLM.everything)  # noqa: E731
+  init = lambda key: model.init(key, *inputs, method=LLM.init_all_params)  # noqa: E731
   return model, jax.eval_shape(init, jax.random.key(0))["params"]
 
 
@@ -62,14 +61,14 @@ def bound():
   [("qwen2_0.5b", 494_032_768), ("qwen2_1.5b", 1_543_714_304), ("qwen2_7b", 7_615_616_512)],
 )
 def test_named_sizes_have_the_published_parameter_counts(name, count):
-  _, shapes = shapes_of(DECODERS[name])
+  _, shapes = shapes_of(LLMConfig.SIZES[name])
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-  _, scanned = shapes_of(DECODERS[name], scan=True)
+  _, scanned = shapes_of(LLMConfig.SIZES[name], scan=True)
   assert tree.stack_layers(shapes) == scanned
 
 
 def test_lora_on_7b_has_161_million_parameters():
-  _, shapes = shapes_of(dataclasses.replace(DECODERS["qwen2_7b"], lora_rank=64), scan=True)
+  _, shapes = shapes_of(dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], lora_rank=64), scan=True)
   lora, frozen = tree.partition(shapes, [".*/lora_[ab]"])
   # Per layer, rank x (in + out): q and o 2 x 7168, k and v 2 x 4096, gate, up and down 3 x 22528.
   assert sum(leaf.size for leaf in jax.tree.leaves(lora)) == 28 * 64 * 90_112
@@ -167,14 +166,7 @@ def test_the_gradient_of_another_model_exceeds_the_bound(change):
 
 
 def create_cache(config, slots, dtype=jnp.float32, batch=B):
-  return KVCache.create(
-    layers=config.layers,
-    batch=batch,
-    slots=slots,
-    kv_heads=config.kv_heads,
-    channels=config.head_dim,
-    dtype=dtype,
-  )
+  return config.empty_cache(rows=batch, slots=slots, dtype=dtype)
 
 
 @pytest.mark.parametrize("cuts", [[S], [4, *range(5, S + 1)], [4, 5, 9, 10, S]], ids=str)
@@ -326,14 +318,14 @@ def test_branches_of_one_row_equal_rows_of_their_own():
   _, cache = apply(model, params, inputs, VALID_BS, cache)
   found = np.zeros(more.shape)
   for step in range(steps):
-    sees_BRT = np.ones((B, branches, S + branches * steps), bool)
+    attention_mask_BRT = np.ones((B, branches, S + branches * steps), bool)
     for branch in range(branches):
       own = [S + branches * past + branch for past in range(step + 1)]
-      sees_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
+      attention_mask_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
     positions_BR = np.repeat(VALID_BS.sum(1)[:, None] + step, branches, axis=1)
     new, valid = more[:, :, step].astype(np.float32), np.ones((B, branches), bool)
     hidden, cache = model.apply(
-      {"params": params}, new, valid, cache, placement=Placement(positions_BR, sees_BRT)
+      {"params": params}, new, valid, cache, placement=Placement(positions_BR, attention_mask_BRT)
     )
     found[:, :, step] = hidden
   assert int(cache.filled) == S + branches * steps

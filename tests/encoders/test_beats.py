@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mooer_jax import tree
-from mooer_jax.encoders.beats import BEATS_SIZES, BEATsConfig, BEATsEncoder, distance_buckets
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder, distance_buckets
 from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.encoders import contract
@@ -49,7 +49,7 @@ class TestContract(contract.EncoderContract):
 
 
 def test_iter3_has_90_31_million_parameters_and_496_tokens_for_10_s():
-  config = BEATS_SIZES["beats_iter3"]
+  config = BEATsConfig.SIZES["beats_iter3"]
   shapes = (jax.ShapeDtypeStruct((1, 998, 128), jnp.float32), jax.ShapeDtypeStruct((1, 998), bool))
   trees = {}
   for scan in (False, True):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mooer_jax import tree
-from mooer_jax.audio.logmel import LogMelConfig, features
-from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
+from mooer_jax.audio.logmel import LogMelConfig
+from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.nn.positions import sinusoids
 from tests.encoders import contract
@@ -104,7 +104,7 @@ def shapes(config, *, scan=True):
 
 
 def test_stacked_layers_are_the_same_parameters():
-  config = WHISPER_SIZES["whisper_tiny"]
+  config = WhisperConfig.SIZES["whisper_tiny"]
   stacked, (out, valid) = shapes(config)
   assert tree.stack_layers(shapes(config, scan=False)[0]) == stacked
   assert out.shape == (1, 1500, 384) and valid.shape == (1, 1500)
@@ -116,10 +116,10 @@ def test_the_sizes_have_the_parameters_of_the_releases():
 
   counts = {
     name: sum(leaf.size for leaf in jax.tree.leaves(shapes(config)[0]))
-    for name, config in WHISPER_SIZES.items()
+    for name, config in WhisperConfig.SIZES.items()
   }
   assert counts["whisper_tiny"] == 8_208_384 and counts["whisper_large_v3"] == 636_968_960
-  for name, c in WHISPER_SIZES.items():
+  for name, c in WhisperConfig.SIZES.items():
     described = TheirConfig(
       num_mel_bins=c.input_width,
       d_model=c.hidden_size,
@@ -154,10 +154,10 @@ def test_outputs_of_tiny_are_those_of_transformers_on_speech(clips):
 
   from mooer_jax.audio.decode import load_audio
 
-  config = WHISPER_SIZES["whisper_tiny"]
+  config = WhisperConfig.SIZES["whisper_tiny"]
   module = original(config)
   waveform_N = load_audio(clips[0].path)
-  x_TF = features(waveform_N, LogMelConfig())
+  x_TF = LogMelConfig().features(waveform_N)
   ours, lengths = run(WhisperEncoder(config), params_of(module), x_TF[None], [len(x_TF)])
   assert lengths == [1500]
   heard = WhisperFeatureExtractor()(waveform_N, sampling_rate=16000, return_tensors="pt")
@@ -201,7 +201,7 @@ def test_without_trimming_all_of_the_context_is_valid():
 
 def test_features_that_do_not_fit_are_refused_by_name():
   encoder, params, _ = TestContract.make()
-  with pytest.raises(ValueError, match=r"25 frames .* whisper.context=12 holds 24.*at most 20"):
+  with pytest.raises(ValueError, match=r"25 frames .* whisper.context=12 allows 24.*at most 20"):
     run(encoder, params, np.zeros((1, 25, 8), np.float32), [25])
 
 

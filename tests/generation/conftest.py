@@ -51,9 +51,9 @@ def batch():
     return Batch(
       features=(features,),
       frames=(np.asarray(frames, np.int32),),
-      before_BS=np.zeros((len(frames), 0), np.int32),
-      after_BS=np.tile(after, (len(frames), 1)),
-      answer_BS=np.full((len(frames), 1), -1, np.int32),
+      prefix_BS=np.zeros((len(frames), 0), np.int32),
+      suffix_BS=np.tile(after, (len(frames), 1)),
+      labels_BS=np.full((len(frames), 1), -1, np.int32),
     )
 
   return make

@@ -18,7 +18,7 @@ def greedy_without_cache(params, batch, config, steps):
   tokens = np.zeros((len(batch.frames[0]), 0), np.int32)
   for _ in range(steps):
     longer = np.concatenate([tokens, np.zeros((len(tokens), 1), np.int32)], axis=1)
-    logits_BAV = speech_llm.answer_logits(params, batch.replace(answer_BS=longer), config)
+    logits_BAV = speech_llm.answer_logits(params, batch.replace(labels_BS=longer), config)
     tokens = np.concatenate([tokens, np.asarray(logits_BAV[:, -1:].argmax(-1))], axis=1)
   return tokens
 

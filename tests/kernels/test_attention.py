@@ -16,14 +16,14 @@ def random_qkv(B=2, T=5, S=7, H=6, K=3, C=8, dtype=np.float32):
   return q_BTHC, k_BSKC, v_BSKC
 
 
-def numpy_attention(q_BTHC, k_BSKC, v_BSKC, sees_BTS, bias_BHTS=None):
+def numpy_attention(q_BTHC, k_BSKC, v_BSKC, attention_mask_BTS, bias_BHTS=None):
   """Softmax attention written as loops in float64."""
   q_BTHC, k_BSKC, v_BSKC = (np.asarray(x, np.float64) for x in (q_BTHC, k_BSKC, v_BSKC))
   B, T, H, C = q_BTHC.shape
   group = H // k_BSKC.shape[2]
   out_BTHC = np.zeros(q_BTHC.shape)
   for b, t, h in np.ndindex(B, T, H):
-    keys = np.flatnonzero(sees_BTS[b, t])
+    keys = np.flatnonzero(attention_mask_BTS[b, t])
     if not keys.size:
       continue
     scores = k_BSKC[b, keys, h // group] @ q_BTHC[b, t, h] / np.sqrt(C)
@@ -53,13 +53,13 @@ def causal_mask(T, S, first_query):
 def test_equals_a_plain_softmax(H, K, causal, first_query):
   q, k, v = random_qkv(H=H, K=K)
   valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0]], bool)
-  sees_BTS = np.repeat(valid_BS[:, None], 5, 1)
+  attention_mask_BTS = np.repeat(valid_BS[:, None], 5, 1)
   if causal:
-    sees_BTS = sees_BTS & causal_mask(5, 7, first_query)
+    attention_mask_BTS = attention_mask_BTS & causal_mask(5, 7, first_query)
   out = attention(
     q, k, v, valid_BS=valid_BS, causal=causal, first_query=first_query, implementation="xla"
   )
-  assert_within(out, numpy_attention(q, k, v, sees_BTS), bound(q, k, v))
+  assert_within(out, numpy_attention(q, k, v, attention_mask_BTS), bound(q, k, v))
 
 
 @pytest.mark.parametrize("fault", ["mask", "one key later", "scale", "head"])
@@ -95,23 +95,25 @@ def test_a_bias_is_added_to_the_scaled_scores_of_each_query_head(H, K):
   valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
   bias_BHTS = np.random.default_rng(1).normal(size=(2, H, 5, 7)).astype(np.float32)
   out = attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS)
-  sees_BTS = np.repeat(valid_BS[:, None], 5, 1)
-  expected = numpy_attention(q, k, v, sees_BTS, bias_BHTS)
+  attention_mask_BTS = np.repeat(valid_BS[:, None], 5, 1)
+  expected = numpy_attention(q, k, v, attention_mask_BTS, bias_BHTS)
   assert_within(out, expected, bound(q, k, v))
   with exceeds_the_bound():  # a bias scaled as the scores are
     wrong = attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS * np.float32(8**-0.5))
     assert_within(wrong, expected, bound(q, k, v))
-  with pytest.raises(ValueError, match="'cudnn' takes no bias.*attention='xla'"):
+  with pytest.raises(ValueError, match="'cudnn' does not support a bias.*attention='xla'"):
     attention(q, k, v, valid_BS=valid_BS, bias_BHTS=bias_BHTS, implementation="cudnn")
 
 
 def test_a_mask_adds_to_validity_and_order():
   q, k, v = random_qkv()
   valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0]], bool)
-  sees_BTS = np.random.default_rng(1).random((2, 5, 7)) < 0.6
+  attention_mask_BTS = np.random.default_rng(1).random((2, 5, 7)) < 0.6
   for causal in (False, True):
-    out = attention(q, k, v, valid_BS=valid_BS, causal=causal, sees_BTS=sees_BTS)
-    seen_BTS = sees_BTS & valid_BS[:, None] & (causal_mask(5, 7, 0) | (not causal))
+    out = attention(
+      q, k, v, valid_BS=valid_BS, causal=causal, attention_mask_BTS=attention_mask_BTS
+    )
+    seen_BTS = attention_mask_BTS & valid_BS[:, None] & (causal_mask(5, 7, 0) | (not causal))
     assert_within(out, numpy_attention(q, k, v, seen_BTS), bound(q, k, v))
 
 
@@ -131,7 +133,7 @@ def test_weights_are_multiplied_after_the_softmax():
   assert_within(sum(shares), call(), bound(q, k, v))
   with exceeds_the_bound():
     assert_within(sum(shares[1:]), call(), bound(q, k, v))
-  with pytest.raises(ValueError, match="'cudnn' drops no weights.*attention='xla'"):
+  with pytest.raises(ValueError, match="'cudnn' does not support dropout.*attention='xla'"):
     call(weight_scale_BHTS=scale_BHTS, implementation="cudnn")
 
 

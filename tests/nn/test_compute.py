@@ -12,3 +12,7 @@ def test_float16_is_refused_with_the_reason():
 def test_unknown_names_are_refused_by_name(field):
   with pytest.raises(ValueError, match=f"{field}='fastest'"):
     ExecutionConfig(**{field: "fastest"})
+
+
+def test_the_old_default_of_attention_is_read_as_xla():
+  assert ExecutionConfig(attention="auto") == ExecutionConfig()

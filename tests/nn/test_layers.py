@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from mooer_jax.nn.layers import Dense, LayerNorm, RMSNorm
+from mooer_jax.nn.layers import Dense, LayerNorm, RMSNorm, gelu
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
 
@@ -156,15 +157,15 @@ def test_an_epsilon_of_1e_5_instead_of_1e_6_is_noticed():
     check_rms_norm(size=0.1, eps_error=9e-6)
 
 
-@pytest.mark.parametrize("norm", [LayerNorm(), RMSNorm()])
-def test_bfloat16_is_rounded_only_at_the_end(norm):
+@pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
+def test_bfloat16_is_rounded_only_at_the_end(make):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 512)), jnp.bfloat16)
   params = {"scale": jnp.ones(512, jnp.bfloat16)}
-  if isinstance(norm, LayerNorm):
+  if make is LayerNorm:
     params["bias"] = jnp.zeros(512, jnp.bfloat16)
-  out = norm.apply({"params": params}, x)
+  out = make(dtype=jnp.bfloat16).apply({"params": params}, x)
   assert out.dtype == jnp.bfloat16
-  exact = norm.apply({"params": params}, x.astype(jnp.float32))
+  exact = make(dtype=jnp.float32).apply({"params": params}, x)
   np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
 
 
@@ -172,3 +173,20 @@ def test_bfloat16_is_rounded_only_at_the_end(norm):
 def test_a_constant_or_zero_row_stays_finite(norm):
   variables = norm.init(jax.random.key(0), jnp.ones((1, 8)))
   assert np.isfinite(norm.apply(variables, jnp.zeros((1, 8)))).all()
+
+
+def check_gelu(function):
+  """In bfloat16: within one rounding of the exact values, tails included."""
+  x = jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
+  exact = np.float64(x)
+  exact = exact * scipy.special.ndtr(exact)
+  np.testing.assert_allclose(np.float64(function(x)), exact, rtol=2**-8, atol=1e-7)
+
+
+def test_gelu_is_rounded_once():
+  check_gelu(gelu)
+
+
+def test_gelu_in_bfloat16_is_noticed():
+  with pytest.raises(AssertionError):
+    check_gelu(lambda x: jax.nn.gelu(x, approximate=False))

@@ -19,8 +19,7 @@ from convert.parts import beats
 from convert.verify.reference import beats as rebuilt
 from mooer_jax import checkpoint, tree
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
-from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder, distance_buckets
+from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder, distance_buckets
 from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_beats, torch_models
 
@@ -105,7 +104,7 @@ def stub_torchaudio(monkeypatch):
 def normed(waveform_N):
   """Our features of a clip, through the leaves that the converter makes."""
   shift, scale = (leaf.read() for leaf in beats.cmvn_leaves(FULL.input_width).values())
-  return (features(waveform_N, BEATS_FRONTEND) + shift) * scale
+  return (BEATsConfig().frontend().features(waveform_N) + shift) * scale
 
 
 def errors(params, waveforms, theirs):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mooer_jax import tree
-from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_models
@@ -21,7 +20,7 @@ LAYERS = 2
 
 def small(name, **changes) -> LLMConfig:
   """The real widths with few layers and few words."""
-  return dataclasses.replace(DECODERS[name], layers=LAYERS, vocab_size=1000, **changes)
+  return dataclasses.replace(LLMConfig.SIZES[name], layers=LAYERS, vocab_size=1000, **changes)
 
 
 def tokens_and_mask():

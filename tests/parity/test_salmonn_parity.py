@@ -13,7 +13,6 @@ from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from mooer_jax import Transcriber, speech_llm
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
 from mooer_jax.prompts import encode_prompt, fill_template
 from tests.parity import torch_models, torch_salmonn
 from tests.text.spm_training import train
@@ -74,22 +73,22 @@ def sides(request, clips, tmp_path_factory):
 def batch_of(waveforms, answers, config, tokenizer):
   made, frames = [], []
   for frontend in config.frontends:
-    rows = [features(config.pad_to_min_duration(waveform_N), frontend) for waveform_N in waveforms]
+    rows = [frontend.features(config.pad_to_min_duration(waveform_N)) for waveform_N in waveforms]
     frames.append(np.array([len(row) for row in rows], np.int32))
     made.append(np.zeros((len(rows), frames[-1].max(), rows[0].shape[1]), np.float32))
     for line, row in zip(made[-1], rows):
       line[: len(row)] = row
   text = fill_template(config.chat_template, dict(config.prompts)["asr"])
   before_S, after_S = encode_prompt(tokenizer, text)
-  answer_BS = np.full((len(answers), max(map(len, answers))), -1, np.int32)
-  for line, answer in zip(answer_BS, answers):
+  labels_BS = np.full((len(answers), max(map(len, answers))), -1, np.int32)
+  for line, answer in zip(labels_BS, answers):
     line[: len(answer)] = answer
   return speech_llm.Batch(
     features=tuple(made),
     frames=tuple(frames),
-    before_BS=np.tile(np.asarray(before_S, np.int32), (len(waveforms), 1)),
-    after_BS=np.tile(np.asarray(after_S, np.int32), (len(waveforms), 1)),
-    answer_BS=answer_BS,
+    prefix_BS=np.tile(np.asarray(before_S, np.int32), (len(waveforms), 1)),
+    suffix_BS=np.tile(np.asarray(after_S, np.int32), (len(waveforms), 1)),
+    labels_BS=labels_BS,
   )
 
 

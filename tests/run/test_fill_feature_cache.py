@@ -13,7 +13,6 @@ import soundfile
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features, num_frames
 from mooer_jax.config import to_json
 from mooer_jax.data.feature_cache import digest
 from mooer_jax.data.shards import RawUtterance
@@ -71,14 +70,14 @@ def prepared(clips, tmp_path):
 
 def _expected(run, params, path):
   """Frames of a clip that is alone, without a cache."""
-  made = [features(load_audio(path), frontend) for frontend in run.model.frontends]
+  made = [frontend.features(load_audio(path)) for frontend in run.model.frontends]
   none_BS = np.zeros((1, 0), np.int32)
   batch = speech_llm.Batch(
     features=tuple(x_TF[None] for x_TF in made),
     frames=tuple(np.array([len(x_TF)]) for x_TF in made),
-    before_BS=none_BS,
-    after_BS=none_BS,
-    answer_BS=none_BS,
+    prefix_BS=none_BS,
+    suffix_BS=none_BS,
+    labels_BS=none_BS,
   )
   streams = speech_llm.encode_each(params, batch, run.model)
   return [np.asarray(x_BTD[0][valid_BT[0]]) for x_BTD, valid_BT in streams.values()]
@@ -108,7 +107,7 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
         assert_within(rounded_to(jnp.bfloat16, kept_TD), expected_TD, bound)
 
   with monkeypatch.context() as patch:  # nothing is read again where nothing changed
-    patch.setattr(fill_feature_cache, "uncached_batches", None)
+    patch.setattr(fill_feature_cache, "cache_misses", None)
     assert len(fill_feature_cache.fill_cache(run, params, mesh)) == 3
   before = paths[0].stat()
   paths[0].write_bytes(paths[1].read_bytes()[:-2000])
@@ -126,7 +125,7 @@ def test_of_a_clip_that_is_cut_the_whole_length_is_kept_for_training_to_count(pr
   run = dataclasses.replace(run, data=dataclasses.replace(run.data, max_s=0.5, truncate=True))
   cache = fill_feature_cache.fill_cache(run, params, mesh)
   streams = zip(run.model.encoders, run.model.frontends, strict=True)
-  heard = [encoder.num_outputs(num_frames(8000, frontend)) for encoder, frontend in streams]
+  heard = [encoder.num_outputs(frontend.num_frames(8000)) for encoder, frontend in streams]
   for path in sorted(run.init_from.parent.glob("*.wav")):
     frames, seconds = cache.get(_digest(path))
     assert seconds == soundfile.info(path).duration > 0.5

@@ -13,7 +13,6 @@ import mooer_jax.run.decoding
 from convert.joining import join
 from mooer_jax import checkpoint, speech_llm
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.frontend import features
 from mooer_jax.config import part_to_json
 from mooer_jax.evaluation.perplexity import read_perplexities, write
 from mooer_jax.evaluation.text_files import read_text
@@ -181,7 +180,7 @@ def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_pat
   assert (tmp_path / "probe/perplexity.png").stat().st_size > 5000
 
   points = lora_sweep(config, str(run), scales=[0.0, 8.0])
-  assert {(p.scale, p.task, p.score.count) for p in points} == {
+  assert {(p.scale, p.task, p.score.num_examples) for p in points} == {
     (scale, task, 6) for scale in (0.0, 8.0) for task in ("asr", "keyword")
   }
   assert (tmp_path / "probe/lora_sweep.png").stat().st_size > 5000
@@ -204,16 +203,16 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   for entry in json.loads((folder / "train.json").read_text())["annotation"]:
     if entry["task"] != "asr":
       continue
-    x_TF = features(load_audio(entry["path"]), model.frontends[0])
+    x_TF = model.frontends[0].features(load_audio(entry["path"]))
     prompt = fill_template(model.chat_template, dict(model.prompts)["asr"])
     before, after = encode_prompt(tokenizer, prompt)
     answer = [*tokenizer.encode(entry["text"]), tokenizer.eos_id]
     batch = speech_llm.Batch(
       features=(x_TF[None],),
       frames=(np.array([len(x_TF)]),),
-      before_BS=np.array([before]),
-      after_BS=np.array([after]),
-      answer_BS=np.array([answer]),
+      prefix_BS=np.array([before]),
+      suffix_BS=np.array([after]),
+      labels_BS=np.array([answer]),
     )
     logits_AV = np.asarray(speech_llm.answer_logits(params, batch, model)[0], np.float64)
     log_p_AV = logits_AV - np.log(np.exp(logits_AV).sum(-1, keepdims=True))
@@ -307,7 +306,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   write("librispeech_test_clean.json", "asr", "one two")
   write("librispeech_test_other.json", "asr", "today")
   with monkeypatch.context() as patch:
-    patch.setattr(mooer_jax.run.decoding, "generate", None)  # decoding would fail otherwise
+    patch.setattr(mooer_jax.run.decoding, "decode_batches", None)  # decoding would fail otherwise
     write("sac.json", "story", "a dog")
     with pytest.raises(ValueError, match=r"sac\.json: tasks \['story'\] have no prompt"):
       evaluate_suite(config, str(trained), str(folder))
@@ -324,7 +323,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   assert report["tasks"][0]["count"] == 3
   answers = read_text(out / "hypotheses/librispeech_test_other.text")
   assert len(answers) == 2  # the lost clip has none
-  monkeypatch.setattr(mooer_jax.run.decoding, "generate", None)
+  monkeypatch.setattr(mooer_jax.run.decoding, "decode_batches", None)
   assert evaluate_suite(config, str(trained), str(folder)) == results  # nothing is decoded again
 
 
@@ -349,7 +348,7 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
     return dataclasses.replace(
       decoded,
       hypotheses=dict.fromkeys(decoded.hypotheses, "a yes"),
-      cut=[*decoded.hypotheses][1:2],
+      unfinished=[*decoded.hypotheses][1:2],
     )
 
   config.activation.review = True
@@ -408,5 +407,5 @@ def test_parts_of_another_size_are_refused_by_name(settings, base, tmp_path):
   config = config.copy_and_resolve_references()
   config.workdir, config.data.cache_features = str(tmp_path / "a"), ""
   config.model.llm.intermediate_size = 64
-  with pytest.raises(ValueError, match="decoder/intermediate_size is 48, the config says 64"):
+  with pytest.raises(ValueError, match="decoder/intermediate_size is 48, in the config 64"):
     train(config)

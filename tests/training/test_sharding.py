@@ -7,11 +7,11 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import model_config
 from mooer_jax.training.sharding import (
-  RULES,
   batch_sharding,
   make_mesh,
   param_shardings,
   replicated,
+  sharding_rules,
 )
 
 
@@ -135,7 +135,9 @@ def test_the_table_has_a_rule_for_every_leaf_and_no_rule_too_many(mesh, scan):
     ):
       assert sharding.shard_shape(leaf.shape)
     paths |= tree.flatten(params)
-  tree.first_match(RULES, tree.unflatten(paths))  # an unused rule would be a mistyped one
+  tree.first_match(
+    sharding_rules(), tree.unflatten(paths)
+  )  # an unused rule would be a mistyped one
 
 
 @pytest.mark.parametrize("tied", [True, False])

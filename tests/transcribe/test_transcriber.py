@@ -228,7 +228,7 @@ def test_a_question_is_part_of_what_is_asked(transcriber, clips):
     ({"task": "QA"}, "'QA'.*--question"),
     ({"task": "QA", "question": ""}, "empty"),
     ({"task": "asr", "question": "1"}, "'asr'.*leave it out"),
-    ({"prompt": "{}"}, "takes a question"),
+    ({"prompt": "{}"}, "needs a question"),
   ):
     with pytest.raises(ValueError, match=message):
       transcriber.transcribe(path, **wrong)

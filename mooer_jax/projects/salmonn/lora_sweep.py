@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mooer_jax import checkpoint
-from mooer_jax.evaluation.answers import score_by_task
+from mooer_jax.evaluation.answer_matching import score_by_task
 from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table, write
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load, out_folder

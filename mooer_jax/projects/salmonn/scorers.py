@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mooer_jax.evaluation import answers
+from mooer_jax.evaluation import answer_matching
 from mooer_jax.evaluation.error_rate import ScoreConfig, score
 from mooer_jax.evaluation.translation import bleu, bleu_of_task
 from mooer_jax.projects.salmonn.external_scores import judged_share
@@ -164,10 +164,10 @@ def class_accuracy(forms: Mapping[str, tuple[str, ...]]) -> Scorer:
     del extras
     correct = unread = 0
     for key, entry in entries.items():
-      wanted = answers.named_class(entry["text"], forms)
+      wanted = answer_matching.named_class(entry["text"], forms)
       if wanted is None:
         raise ValueError(f"{row.file}: {key} has text={entry['text']!r}; allowed are {list(forms)}")
-      given = answers.named_class(hypotheses.get(key, ""), forms)
+      given = answer_matching.named_class(hypotheses.get(key, ""), forms)
       correct += given == wanted
       unread += key in hypotheses and given is None
     note = (f"{unread} answers name none or several of {', '.join(forms)} and count as wrong",)
@@ -181,7 +181,7 @@ def keyword_accuracy(row, entries, hypotheses, extras):
   total = 0.0
   for key, entry in entries.items():
     try:
-      total += answers.keyword_accuracy(hypotheses.get(key, ""), entry["text"])
+      total += answer_matching.keyword_accuracy(hypotheses.get(key, ""), entry["text"])
     except ValueError as error:
       raise ValueError(f"{row.file}: {key}: {error}") from error
   note = "share of three keywords that occur in the reference, word for word"
@@ -204,17 +204,17 @@ def slot_accuracy(row, entries, hypotheses, extras):
   tell = _all_have_transcripts(entries)
   right = 0
   for key, entry in entries.items():
-    if not answers.words(entry["text"]):
+    if not answer_matching.words(entry["text"]):
       raise ValueError(
         f"{row.file}: {key} has text={entry['text']!r}; it must be the value of the slot"
       )
     answer = hypotheses.get(key, "")
     # The transcript holds the value too, so a sentence counts only where it is told from one.
-    sentence = tell and not answers.is_transcript(answer, entry["transcript"])
+    sentence = tell and not answer_matching.is_transcript(answer, entry["transcript"])
     right += (
-      answers.contains(answer, entry["text"])
+      answer_matching.contains(answer, entry["text"])
       if sentence
-      else answers.words(answer) == answers.words(entry["text"])
+      else answer_matching.words(answer) == answer_matching.words(entry["text"])
     )
   note = (
     "correct: contains the value and is not a transcript"
@@ -226,7 +226,7 @@ def slot_accuracy(row, entries, hypotheses, extras):
 
 def diversity(row, entries, hypotheses, extras):
   following, why = _judged("follows", row, entries, hypotheses, extras)
-  total = sum(answers.distinct_words(hypotheses.get(key, "")) for key in entries)
+  total = sum(answer_matching.distinct_words(hypotheses.get(key, "")) for key in entries)
   return Scored((total / len(entries),), following, len(entries), _notes(why))
 
 
@@ -235,7 +235,8 @@ def _following(row, entries, hypotheses, extras):
   if extras.judgements is not None or not _all_have_transcripts(entries):
     return _judged("follows", row, entries, hypotheses, extras)
   followed = sum(
-    bool(answers.words(text)) and not answers.is_transcript(text, entry["transcript"])
+    bool(answer_matching.words(text))
+    and not answer_matching.is_transcript(text, entry["transcript"])
     for key, entry in entries.items()
     if (text := hypotheses.get(key)) is not None
   )
@@ -253,7 +254,7 @@ def _all_have_transcripts(entries) -> bool:
 
 
 def _normal(text: str) -> str:
-  return " ".join(answers.words(text))
+  return " ".join(answer_matching.words(text))
 
 
 def _notes(*notes: str) -> tuple[str, ...]:

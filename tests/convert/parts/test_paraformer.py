@@ -13,7 +13,6 @@ from convert.core.errors import ConversionError
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from mooer_jax import checkpoint
-from mooer_jax.audio.frontend import features
 from mooer_jax.config import frontend_from_json, part_from_json
 from mooer_jax.encoders.sanm import SANMEncoder
 from tests.convert.releases import changed, funasr_folder
@@ -82,14 +81,14 @@ def test_features_are_those_that_funasr_makes_of_the_same_section(tmp_path, said
   _, frontend = configs(tmp_path / "ours")
   conf = yaml.safe_load((tmp_path / "funasr" / "config.yaml").read_text())["frontend_conf"]
   wave_N = np.random.default_rng(0).normal(size=9000).astype(np.float32) * 0.1
-  ours_TF = features(wave_N, frontend)
+  ours_TF = frontend.features(wave_N)
   theirs, _ = WavFrontend(**conf)(torch.tensor(wave_N)[None], torch.tensor([len(wave_N)]))
   assert ours_TF.shape == theirs[0].shape and ours_TF.shape[1] == SANM.input_width
   # Logarithms of sums over a window's samples: of noise, so that none is near the floor.
-  bound = rounding(512, condition(lambda wave_N: features(wave_N, frontend), wave_N))
+  bound = rounding(512, condition(lambda wave_N: frontend.features(wave_N), wave_N))
   assert_within(ours_TF, theirs[0].numpy(), bound)
   with exceeds_the_bound():
-    assert_within(features(np.roll(wave_N, 1), frontend), theirs[0].numpy(), bound)
+    assert_within(frontend.features(np.roll(wave_N, 1)), theirs[0].numpy(), bound)
 
   (tmp_path / "ours" / "source" / "encoder" / "config.yaml").unlink()  # so that one is written
   export_checkpoint("paraformer", tmp_path / "ours", tmp_path / "back")

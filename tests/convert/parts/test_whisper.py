@@ -17,9 +17,9 @@ from convert.parts.whisper import PREFIX, features_of, shapes, table
 from convert.readers import ReadError, open_source
 from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.audio.logmel import LogMelConfig, features
+from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.config import part_from_json
-from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
+from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
 from tests.convert.ctranslate2_files import ctranslate2_bytes, find_whisper
 from tests.convert.folders_of import vary
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounded_to, rounding
@@ -219,7 +219,7 @@ def test_the_checkpoint_says_which_features_it_takes(tmp_path):
   (frontend,) = checkpoint.describe(tmp_path / "ours").config["frontends"]
   assert frontend.pop("kind") == "logmel"
   assert LogMelConfig(**frontend) == features_of(CONFIG) == LogMelConfig(bins=6, chunk_s=0.4)
-  assert features_of(WHISPER_SIZES["whisper_large_v3"]) == LogMelConfig(bins=128)
+  assert features_of(WhisperConfig.SIZES["whisper_large_v3"]) == LogMelConfig(bins=128)
 
 
 def test_the_table_covers_the_model_in_both_directions():
@@ -356,11 +356,11 @@ def test_the_real_tiny_en_hears_what_transformers_hears(tmp_path, shared_data):
   export_checkpoint("whisper", tmp_path / "ours", tmp_path / "back")
   module = transformers.WhisperModel.from_pretrained(tmp_path / "back", dtype=torch.float32)
   config, encode, params = our_output(tmp_path / "ours")
-  assert config == WHISPER_SIZES["whisper_tiny"]
+  assert config == WhisperConfig.SIZES["whisper_tiny"]
   waveform_N = load_audio(sorted((shared_data / "fsdd").iterdir())[0])
 
   def ours(params, waveform_N):
-    return encode(params, features(waveform_N, LogMelConfig())[None])
+    return encode(params, LogMelConfig().features(waveform_N)[None])
 
   extractor = transformers.WhisperFeatureExtractor()
   heard = extractor(waveform_N, sampling_rate=16000, return_tensors="pt").input_features
