@@ -184,6 +184,7 @@ def table(scores: Mapping[str, TaskScore]) -> Table:
 
 def write(path: Path, scores: Mapping[str, TaskScore]) -> None:
   """Writes them as JSON."""
-  rows = {task: dataclasses.asdict(s) for task, s in scores.items()}
+  # "count" was the name of num_examples in version 0.1.
+  rows = {task: {"count": s.num_examples, **dataclasses.asdict(s)} for task, s in scores.items()}
   with replace_file(path) as beside:
     beside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

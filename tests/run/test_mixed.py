@@ -161,7 +161,7 @@ def test_cached_frames_train_alike_and_each_task_is_scored(settings, base, tmp_p
   config.eval.out = str(tmp_path / "scored")
   evaluate(config, str(saved))
   scores = json.loads((tmp_path / "scored/tasks.json").read_text())
-  assert {task: s["count"] for task, s in scores.items()} == {"asr": 6, "keyword": 6}
+  assert {task: s["num_examples"] for task, s in scores.items()} == {"asr": 6, "keyword": 6}
   assert "keyword" in capsys.readouterr().out
 
 
