@@ -80,8 +80,8 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
   module = sanm_encoder(
     {
       "input_size": config.input_width,
-      "output_size": config.width,
-      "linear_units": config.mlp_width,
+      "output_size": config.hidden_size,
+      "linear_units": config.intermediate_size,
       "num_blocks": config.layers,
       "kernel_size": config.memory_kernel,
     }
@@ -99,9 +99,9 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
 
 def _adapter(llm: Path) -> dict[str, torch.Tensor]:
   about = load(llm, dtype="float32")
-  width = part_from_json(about.config["decoder"], "decoder").width
+  width = part_from_json(about.config["decoder"], "decoder").hidden_size
   spread = float(np.asarray(about.params["decoder"]["embed"]["embedding"]).std())
-  joined, hidden = LinearConfig().stack * SANMConfig.width, LinearConfig.hidden_width
+  joined, hidden = LinearConfig().stack * SANMConfig.hidden_size, LinearConfig.hidden_size
   torch.manual_seed(1)
   # He's scale keeps a normed input at a spread of about 1 up to the last layer.
   return {

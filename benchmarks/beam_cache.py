@@ -24,7 +24,7 @@ from mooer_jax import speech_llm
 from mooer_jax.config import DECODERS, SpeechLLMConfig
 from mooer_jax.decoders.llm import LLM, KVCache
 from mooer_jax.generation import GenerationConfig, generate_from, search
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 SOURCES = (*MODEL, "benchmarks/beam_cache.py", "mooer_jax/generation")
 
@@ -38,14 +38,14 @@ def copying(params, inputs_BSD, valid_BS, *, config, options):
     batch=rows,
     slots=prompt,
     kv_heads=decoder.kv_heads,
-    channels=decoder.head_width,
+    channels=decoder.head_dim,
     dtype=config.compute.jnp_dtype,
   )
   none_B = jnp.zeros(rows, jnp.int32)
 
   def choose(state, hidden_BRD):
     logits_BRV = speech_llm.logits(params, hidden_BRD, config)
-    logits_BRV = jnp.broadcast_to(logits_BRV, (rows, R, decoder.vocab))
+    logits_BRV = jnp.broadcast_to(logits_BRV, (rows, R, decoder.vocab_size))
     return search.advance(state, logits_BRV, options, min_new_B=none_B)
 
   def body(carry):
@@ -89,9 +89,9 @@ def main():
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--json", type=Path)
   args = parser.parse_args()
-  decoder = dataclasses.replace(DECODERS["qwen2_0.5b"], layers=args.layers, vocab=args.vocab)
-  config = SpeechLLMConfig(decoder=decoder, compute=Compute(dtype=args.dtype))
-  inputs_BSD = jax.random.normal(jax.random.key(0), (args.rows, args.prompt, decoder.width))
+  decoder = dataclasses.replace(DECODERS["qwen2_0.5b"], layers=args.layers, vocab_size=args.vocab)
+  config = SpeechLLMConfig(decoder=decoder, compute=ExecutionConfig(dtype=args.dtype))
+  inputs_BSD = jax.random.normal(jax.random.key(0), (args.rows, args.prompt, decoder.hidden_size))
   valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
   params = {
     "decoder": LLM(decoder).init(

@@ -63,12 +63,12 @@ def _jaxprs(value):
 
 def _transformer(c: SANMConfig | WhisperConfig | BEATsConfig, tokens: int) -> int:
   """The layers of an encoder over one row: four projections, feed-forward, scores."""
-  weights = 4 * c.width**2 + 2 * c.width * c.mlp_width
-  return c.layers * (2 * tokens * weights + 4 * tokens**2 * c.width)
+  weights = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
+  return c.layers * (2 * tokens * weights + 4 * tokens**2 * c.hidden_size)
 
 
 def _sanm(c: SANMConfig, frames: int) -> int:
-  widening = 3 * (c.input_width - c.width) * c.width  # q, k, v of the first layer
+  widening = 3 * (c.input_width - c.hidden_size) * c.hidden_size  # q, k, v of the first layer
   return _transformer(c, frames) + 2 * frames * widening
 
 
@@ -76,31 +76,35 @@ def _whisper(c: WhisperConfig, frames: int) -> int:
   """Whatever the features' length, the whole context is computed."""
   del frames
   taps = 3
-  convolutions = 2 * taps * (c.max_frames * c.input_width * c.width + c.context * c.width**2)
+  convolutions = (
+    2 * taps * (c.max_frames * c.input_width * c.hidden_size + c.context * c.hidden_size**2)
+  )
   return _transformer(c, c.context) + convolutions
 
 
 def _beats(c: BEATsConfig, frames: int) -> int:
   tokens = c.num_outputs(frames)
-  patches = c.patch**2 * c.patch_width + (c.patch_width != c.width) * c.patch_width * c.width
-  positions = c.conv_pos * c.width**2 // c.conv_pos_groups
-  gates = c.layers * c.width * 8
+  patches = (
+    c.patch**2 * c.patch_width + (c.patch_width != c.hidden_size) * c.patch_width * c.hidden_size
+  )
+  positions = c.conv_pos * c.hidden_size**2 // c.conv_pos_groups
+  gates = c.layers * c.hidden_size * 8
   return _transformer(c, tokens) + 2 * tokens * (patches + positions + gates)
 
 
 def _linear(c: LinearConfig, frames: int, width: int, output_width: int) -> tuple[int, int]:
-  reading = 2 * c.num_tokens(frames) * c.stack * width * c.hidden_width
-  return reading, reading + 2 * c.num_tokens(frames) * c.hidden_width * output_width
+  reading = 2 * c.num_tokens(frames) * c.stack * width * c.hidden_size
+  return reading, reading + 2 * c.num_tokens(frames) * c.hidden_size * output_width
 
 
 def _qformer(c: QFormerConfig, frames: int, width: int, output_width: int) -> tuple[int, int]:
   tokens = c.num_tokens(frames)
-  reading = c.layers * 2 * (tokens // c.queries * c.window) * 2 * width * c.width
+  reading = c.layers * 2 * (tokens // c.queries * c.window) * 2 * width * c.hidden_size
   # Among the queries q, k, v, out; to the window q, out; feed-forward.
-  weights = 6 * c.width**2 + 2 * c.width * c.mlp_width
-  scores = 4 * tokens * (c.queries + c.window) * c.width
+  weights = 6 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
+  scores = 4 * tokens * (c.queries + c.window) * c.hidden_size
   layers = c.layers * (2 * tokens * weights + scores)
-  return reading, reading + layers + 2 * tokens * c.width * output_width
+  return reading, reading + layers + 2 * tokens * c.hidden_size * output_width
 
 
 _ENCODERS: dict[type, Callable[[Any, int], int]] = {
@@ -116,21 +120,21 @@ _CONNECTORS: dict[type, Callable[[Any, int, int, int], tuple[int, int]]] = {
 
 def _decoder(c: LLMConfig, length: int, answer: int) -> int:
   """Forward, and backward to inputs and LoRA, of one row."""
-  q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+  q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
   shapes = {
-    "q": (c.width, q),
-    "k": (c.width, kv),
-    "v": (c.width, kv),
-    "o": (q, c.width),
-    "gate": (c.width, c.mlp_width),
-    "up": (c.width, c.mlp_width),
-    "down": (c.mlp_width, c.width),
+    "q": (c.hidden_size, q),
+    "k": (c.hidden_size, kv),
+    "v": (c.hidden_size, kv),
+    "o": (q, c.hidden_size),
+    "gate": (c.hidden_size, c.intermediate_size),
+    "up": (c.hidden_size, c.intermediate_size),
+    "down": (c.intermediate_size, c.hidden_size),
   }
   weights = sum(a * b for a, b in shapes.values())
   lora = sum(c.lora_rank * sum(shapes[name]) for name in c.lora_targets)
   scores = 4 * length**2 * q
   layers = c.layers * (2 * length * (2 * weights + 3 * lora) + 3 * scores)
-  return layers + 2 * answer * 2 * c.width * c.vocab
+  return layers + 2 * answer * 2 * c.hidden_size * c.vocab_size
 
 
 def train_step(config: SpeechLLMConfig, batch: Batch) -> int:
@@ -150,9 +154,11 @@ def train_step(config: SpeechLLMConfig, batch: Batch) -> int:
     pairs = list(zip(config.encoders, lengths, strict=True))
     hearing = sum(_ENCODERS[type(encoder)](encoder, frames) for encoder, frames in pairs)
     lengths = [encoder.num_outputs(frames) for encoder, frames in pairs]
-  frames, width = max(lengths), sum(encoder.width for encoder in config.encoders)
+  frames, width = max(lengths), sum(encoder.hidden_size for encoder in config.encoders)
   connector = config.connector
-  reading, connecting = _CONNECTORS[type(connector)](connector, frames, width, config.decoder.width)
+  reading, connecting = _CONNECTORS[type(connector)](
+    connector, frames, width, config.decoder.hidden_size
+  )
   connecting = 3 * connecting - (0 if config.encoder_norm else reading)
   rows, answer = batch.answer_BS.shape
   prompt = batch.before_BS.shape[1] + connector.num_tokens(frames) + batch.after_BS.shape[1]

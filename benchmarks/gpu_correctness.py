@@ -15,7 +15,7 @@ from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 # Rounding of one result: float32 sums of some hundred terms, bfloat16's 8 bits. Layers multiply it.
 ATTENTION_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
@@ -94,25 +94,32 @@ def small_llm(dry_run: bool) -> LLMConfig:
   """Real widths of Qwen2-1.5B, four layers and a short vocabulary."""
   if dry_run:
     return LLMConfig(
-      vocab=64, width=64, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=96, lora_rank=4
+      vocab_size=64,
+      hidden_size=64,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=16,
+      intermediate_size=96,
+      lora_rank=4,
     )
   wide = DECODERS["qwen2_1.5b"]
   return LLMConfig(
-    vocab=4096,
-    width=wide.width,
+    vocab_size=4096,
+    hidden_size=wide.hidden_size,
     layers=4,
     heads=wide.heads,
     kv_heads=wide.kv_heads,
-    mlp_width=wide.mlp_width,
+    intermediate_size=wide.intermediate_size,
     lora_rank=64,
   )
 
 
 def llm_inputs(config: LLMConfig, tokens: int):
   """(module, params, inputs [2, S, D], valid [2, S]), float32."""
-  module = LLM(config, Compute(dtype="float32"))
+  module = LLM(config, ExecutionConfig(dtype="float32"))
   rng = np.random.default_rng(1)
-  inputs_BSD = rng.normal(size=(2, tokens, config.width)).astype(np.float32)
+  inputs_BSD = rng.normal(size=(2, tokens, config.hidden_size)).astype(np.float32)
   valid_BS = np.ones((2, tokens), bool)
   valid_BS[1, : tokens // 4] = False
   shapes = jax.eval_shape(
@@ -124,11 +131,11 @@ def llm_inputs(config: LLMConfig, tokens: int):
 def hearing(dry_run: bool) -> list[tuple[str, Any, int, int]]:
   """(name, module, width and steps of what it takes): encoders and Q-Former, few layers each."""
   if dry_run:
-    sizes = dict(layers=1, width=32, heads=2, mlp_width=48)
+    sizes = dict(layers=1, hidden_size=32, heads=2, intermediate_size=48)
     whisper = WhisperConfig(**sizes, positions=16, context=16)
     beats = BEATsConfig(**sizes, patch_width=24, conv_pos=6, conv_pos_groups=2)
     return [
-      ("SAN-M", SANMEncoder(SANMConfig(layers=2, width=64)), 560, 12),
+      ("SAN-M", SANMEncoder(SANMConfig(layers=2, hidden_size=64)), 560, 12),
       ("Whisper", WhisperEncoder(whisper), 80, 24),
       ("BEATs", BEATsEncoder(beats), 128, 48),
       ("Q-Former", WindowedQFormer(QFormerConfig(**sizes), 16), 48, 40),
@@ -179,7 +186,7 @@ def cache_check(dry_run: bool):
     batch=2,
     slots=tokens,
     kv_heads=config.kv_heads,
-    channels=config.head_width,
+    channels=config.head_dim,
     dtype=jnp.float32,
   )
   parts, start = [], 0

@@ -12,7 +12,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mooer_jax.training.program import jitted_step
@@ -28,19 +28,23 @@ def model_config(dry_run: bool) -> SpeechLLMConfig:
   """The sizes of configs/tiny.py, or smaller."""
   width = 32 if dry_run else 128
   return SpeechLLMConfig(
-    encoders=(SANMConfig(width=width, layers=2 if dry_run else 6, heads=4, mlp_width=4 * width),),
-    connector=LinearConfig(hidden_width=2 * width),
+    encoders=(
+      SANMConfig(
+        hidden_size=width, layers=2 if dry_run else 6, heads=4, intermediate_size=4 * width
+      ),
+    ),
+    connector=LinearConfig(hidden_size=2 * width),
     decoder=LLMConfig(
-      vocab=16,
-      width=width,
+      vocab_size=16,
+      hidden_size=width,
       layers=1 if dry_run else 3,
       heads=4,
       kv_heads=2,
-      head_width=width // 4,
-      mlp_width=3 * width,
-      tied=True,
+      head_dim=width // 4,
+      intermediate_size=3 * width,
+      tie_word_embeddings=True,
     ),
-    compute=Compute(dtype="float32", scan=True),
+    compute=ExecutionConfig(dtype="float32", scan=True),
   )
 
 

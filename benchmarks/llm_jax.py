@@ -12,7 +12,7 @@ from benchmarks.llm_sizes import DRY, FULL, LR, Sizes, median_seconds
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.decoders.llm import LLM, KVCache
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.training.step import create, make_train_step
 
 GB = 1e9
@@ -21,10 +21,10 @@ GB = 1e9
 def run(dry_run: bool) -> dict[str, Any]:
   sizes = DRY if dry_run else FULL
   config = SpeechLLMConfig(
-    decoder=sizes.llm, compute=Compute(dtype="bfloat16", scan=True, remat="full")
+    decoder=sizes.llm, compute=ExecutionConfig(dtype="bfloat16", scan=True, remat="full")
   )
   params = random_params(config)
-  inputs_BSD = random_normal(1, (sizes.rows, sizes.tokens, sizes.llm.width))
+  inputs_BSD = random_normal(1, (sizes.rows, sizes.tokens, sizes.llm.hidden_size))
   result = {
     "device": jax.devices()[0].device_kind,
     "forward": forward(params, inputs_BSD, config, sizes),
@@ -43,7 +43,7 @@ def random_normal(seed, shape, scale=1.0, dtype=jnp.bfloat16):
 def random_params(config: SpeechLLMConfig) -> dict:
   """The decoder's params on the device, made in bfloat16 leaf by leaf; LoRA in float32."""
   module = speech_llm.decoder_module(config)
-  D = config.decoder.width
+  D = config.decoder.hidden_size
   shapes = jax.eval_shape(
     lambda: module.init(
       jax.random.key(0), jnp.zeros((1, 1, D)), jnp.ones((1, 1), bool), method=LLM.everything
@@ -69,7 +69,7 @@ def answer_nats(params, inputs_BSD, targets_BA, config):
 
 def targets(sizes: Sizes):
   key = jax.random.key(2)
-  return jax.random.randint(key, (sizes.rows, sizes.answer), 0, sizes.llm.vocab)
+  return jax.random.randint(key, (sizes.rows, sizes.answer), 0, sizes.llm.vocab_size)
 
 
 def compiled(function, *args, **options):
@@ -136,7 +136,7 @@ def train_step(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
 def decode(params, config, sizes: Sizes) -> dict[str, Any]:
   """Prefill and a while loop over greedy steps, as `generation.generate` does after the encoder."""
   llm = config.decoder
-  prompt_BSD = random_normal(3, (sizes.rows, sizes.prompt, llm.width))
+  prompt_BSD = random_normal(3, (sizes.rows, sizes.prompt, llm.hidden_size))
 
   def greedy(params, prompt_BSD):
     cache = KVCache.create(
@@ -144,7 +144,7 @@ def decode(params, config, sizes: Sizes) -> dict[str, Any]:
       batch=sizes.rows,
       slots=sizes.prompt + sizes.new,
       kv_heads=llm.kv_heads,
-      channels=llm.head_width,
+      channels=llm.head_dim,
       dtype=jnp.bfloat16,
     )
 

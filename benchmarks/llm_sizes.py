@@ -42,7 +42,14 @@ FULL = Sizes(
 )
 DRY = Sizes(
   llm=LLMConfig(
-    vocab=512, width=64, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=128, lora_rank=4
+    vocab_size=512,
+    hidden_size=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    lora_rank=4,
   ),
   rows=2,
   tokens=32,

@@ -37,10 +37,10 @@ def run(dry_run: bool) -> dict[str, Any]:
   torch.manual_seed(0)
   model = build(sizes, device)
   prompt_BSD = torch.randn(
-    sizes.rows, sizes.prompt, sizes.llm.width, device=device, dtype=torch.bfloat16
+    sizes.rows, sizes.prompt, sizes.llm.hidden_size, device=device, dtype=torch.bfloat16
   )
   inputs_BSD = torch.randn(
-    sizes.rows, sizes.tokens, sizes.llm.width, device=device, dtype=torch.bfloat16
+    sizes.rows, sizes.tokens, sizes.llm.hidden_size, device=device, dtype=torch.bfloat16
   )
   # JAX's side has its LoRA beside the weights in all three; so has this one.
   model, lora = with_lora(model, sizes)
@@ -59,13 +59,13 @@ def build(sizes: Sizes, device: str):
 
   llm = sizes.llm
   config = Qwen2Config(
-    vocab_size=llm.vocab,
-    hidden_size=llm.width,
-    intermediate_size=llm.mlp_width,
+    vocab_size=llm.vocab_size,
+    hidden_size=llm.hidden_size,
+    intermediate_size=llm.intermediate_size,
     num_hidden_layers=llm.layers,
     num_attention_heads=llm.heads,
     num_key_value_heads=llm.kv_heads,
-    tie_word_embeddings=llm.tied,
+    tie_word_embeddings=llm.tie_word_embeddings,
     attn_implementation="sdpa",
     dtype="bfloat16",
   )
@@ -133,7 +133,7 @@ def train_step(model, inputs_BSD, sizes: Sizes) -> dict[str, Any]:
     parameter.requires_grad_(True)
   optimizer = torch.optim.Adam(trainable, lr=LR)
   target_BA = torch.randint(
-    0, sizes.llm.vocab, (sizes.rows, sizes.answer), device=inputs_BSD.device
+    0, sizes.llm.vocab_size, (sizes.rows, sizes.answer), device=inputs_BSD.device
   )
   losses = []
 

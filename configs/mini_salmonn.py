@@ -38,13 +38,20 @@ def get_config(stage: str = "tasks"):
   config.model.encoder_norm = True
   config.model.connector = "qformer"
   config.model.decoder = "smollm2_135m"
-  config.model.template = "chatml"
+  config.model.chat_template = "chatml"
   config.model.prompts = {task: texts[0] for task, texts in read_prompts(PROMPTS).items()}
   config.model.max_audio_s = 10.0
   # A context of 10 s instead of Whisper's 30 s, without the silence after a clip: 7 times as fast.
   config.model.whisper = dict(context=500, trim=True)
   config.model.qformer = dict(
-    window=17, stride=17, queries=2, width=384, heads=6, mlp_width=1536, edge="pad", dropout=0.1
+    window=17,
+    stride=17,
+    queries=2,
+    hidden_size=384,
+    heads=6,
+    intermediate_size=1536,
+    edge="pad",
+    dropout=0.1,
   )
   config.model.llm = dict(lora_rank=8, lora_alpha=32.0, lora_dropout=0.1, lora_targets=("q", "v"))
 

@@ -20,7 +20,7 @@ def get_config():
   config.model.encoders = ("sanm_large",)
   config.model.connector = "linear"
   config.model.decoder = "qwen2_7b"
-  config.model.template = "mooer"
+  config.model.chat_template = "mooer"
   config.model.prompts = {"asr": "Transcribe speech to text. "}
   config.model.max_audio_s = 30.0
   config.model.llm = dict(lora_rank=64, lora_alpha=16.0, lora_dropout=0.05)

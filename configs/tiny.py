@@ -22,13 +22,21 @@ def get_config():
   config.model.encoders = ("sanm_large",)
   config.model.connector = "linear"
   config.model.decoder = "qwen2_0.5b"
-  config.model.template = "bare"  # a chat prompt of 150 characters is long beside 2 s of speech
+  config.model.chat_template = (
+    "bare"  # a chat prompt of 150 characters is long beside 2 s of speech
+  )
   config.model.prompts = {"asr": "<|transcribe|>"}
   config.model.max_audio_s = 5.0
-  config.model.sanm = dict(width=128, layers=5, heads=4, mlp_width=512)
-  config.model.linear = dict(hidden_width=256)
+  config.model.sanm = dict(hidden_size=128, layers=5, heads=4, intermediate_size=512)
+  config.model.linear = dict(hidden_size=256)
   config.model.llm = dict(
-    vocab=16, width=128, layers=3, heads=4, kv_heads=2, head_width=32, mlp_width=384
+    vocab_size=16,
+    hidden_size=128,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    intermediate_size=384,
   )
 
   config.data.shards = "out/demo/shards/train/data.list"

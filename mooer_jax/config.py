@@ -6,7 +6,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATS_SIZES, BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import TASKS, TEMPLATES
 
 Encoder = SANMConfig | WhisperConfig | BEATsConfig
@@ -28,12 +28,12 @@ Connector = LinearConfig | QFormerConfig
 ENCODERS: dict[str, Encoder] = {"sanm_large": SANMConfig(), **WHISPER_SIZES, **BEATS_SIZES}
 CONNECTORS: dict[str, Connector] = {"linear": LinearConfig(), **QFORMER_SIZES}
 _LLAMA = LLMConfig(
-  vocab=32000,
-  width=4096,
+  vocab_size=32000,
+  hidden_size=4096,
   layers=32,
   heads=32,
   kv_heads=32,
-  mlp_width=11008,
+  intermediate_size=11008,
   rope_theta=1e4,
   norm_eps=1e-5,
   qkv_bias=False,
@@ -41,38 +41,49 @@ _LLAMA = LLMConfig(
 DECODERS = {
   "qwen2_7b": LLMConfig(),
   "qwen2_1.5b": LLMConfig(
-    vocab=151936, width=1536, heads=12, kv_heads=2, mlp_width=8960, tied=True
+    vocab_size=151936,
+    hidden_size=1536,
+    heads=12,
+    kv_heads=2,
+    intermediate_size=8960,
+    tie_word_embeddings=True,
   ),
   "qwen2_0.5b": LLMConfig(
-    vocab=151936,
-    width=896,
+    vocab_size=151936,
+    hidden_size=896,
     layers=24,
     heads=14,
     kv_heads=2,
-    head_width=64,
-    mlp_width=4864,
-    tied=True,
+    head_dim=64,
+    intermediate_size=4864,
+    tie_word_embeddings=True,
   ),
   "vicuna_7b": _LLAMA,  # v1.5
   "vicuna_13b": dataclasses.replace(  # v1.1
-    _LLAMA, width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824, norm_eps=1e-6
+    _LLAMA,
+    hidden_size=5120,
+    layers=40,
+    heads=40,
+    kv_heads=40,
+    intermediate_size=13824,
+    norm_eps=1e-6,
   ),
   "smollm2_135m": LLMConfig(
-    vocab=49152,
-    width=576,
+    vocab_size=49152,
+    hidden_size=576,
     layers=30,
     heads=9,
     kv_heads=3,
-    head_width=64,
-    mlp_width=1536,
+    head_dim=64,
+    intermediate_size=1536,
     rope_theta=1e5,
     norm_eps=1e-5,
     qkv_bias=False,
-    tied=True,
+    tie_word_embeddings=True,
   ),
 }
 _PARTS = (SANMConfig, WhisperConfig, BEATsConfig, LinearConfig, QFormerConfig, LLMConfig)
-_KINDS = {c.kind: c for c in _PARTS}
+KINDS = {c.kind: c for c in _PARTS}
 _FRONTENDS: dict[str, type[Frontend]] = {c.kind: c for c in (FrontendConfig, LogMelConfig)}
 
 
@@ -84,24 +95,25 @@ class SpeechLLMConfig:
     encoders: of different kinds; their frames stand side by side, on the channel axis.
     encoder_norm: whether each encoder's frames pass a LayerNorm of their own (SALMONN).
     frontends: how each encoder's features are made, in the order of encoders.
-    template: a name in prompts.TEMPLATES; where the speech stands in the prompt.
+    chat_template: a name in prompts.TEMPLATES; where the speech stands in the prompt.
     max_audio_s: longest clip that the model takes, seconds.
     min_audio_s: silence follows shorter clips up to this length, seconds (SALMONN: 1).
     channel: what is heard of a clip with several: their "mean", or the "first" (SALMONN).
     prompts: (task, prompt) pairs; what the model is asked unless it is told otherwise.
   """
 
+  RENAMED: ClassVar = {"template": "chat_template"}
   encoders: tuple[Encoder, ...] = (SANMConfig(),)
   connector: Connector = LinearConfig()
   decoder: LLMConfig = LLMConfig()
   frontends: tuple[Frontend, ...] = (FrontendConfig(),)
   encoder_norm: bool = False
-  template: str = "mooer"
+  chat_template: str = "mooer"
   max_audio_s: float = 30.0
   min_audio_s: float = 0.0
   channel: Channel = "mean"
   prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())
-  compute: Compute = Compute()
+  compute: ExecutionConfig = ExecutionConfig()
 
   def __post_init__(self):
     kinds = [encoder.kind for encoder in self.encoders]
@@ -131,8 +143,10 @@ class SpeechLLMConfig:
         f" model.max_audio_s={self.max_audio_s:g} makes {heard} encoder frames and no speech token;"
         f" lower {self.connector.kind}.{name}, or raise max_audio_s"
       )
-    if self.template not in TEMPLATES:
-      raise ValueError(f"model.template={self.template!r}: choose one of {sorted(TEMPLATES)}")
+    if self.chat_template not in TEMPLATES:
+      raise ValueError(
+        f"model.chat_template={self.chat_template!r}: choose one of {sorted(TEMPLATES)}"
+      )
 
   @property
   def sample_rate_hz(self) -> int:
@@ -161,8 +175,8 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   Raises:
     ValueError: for an unknown name or key, a wrong type, or sizes that do not fit together.
   """
-  fields = dict(model)
-  sections = {name: fields.pop(name, {}) for name in (*_KINDS, "frontends")}
+  fields = dict(with_new_names(model, SpeechLLMConfig.RENAMED, "model"))
+  sections = {name: fields.pop(name, {}) for name in (*KINDS, "frontends")}
   parts = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
   known = [name for name in parts if name not in ("frontends", "compute")]
   for key in fields:
@@ -184,7 +198,7 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
     build(type(base), sections["frontends"].get(e.kind, {}), f"model.frontends.{e.kind}", base)
     for e, base in ((e, default_frontend(e)) for e in fields["encoders"])
   )
-  fields["compute"] = build(Compute, compute or {}, "compute")
+  fields["compute"] = build(ExecutionConfig, compute or {}, "compute")
   if "prompts" in fields:
     fields["prompts"] = tuple(dict(fields["prompts"]).items())
   return build(SpeechLLMConfig, fields, "model")
@@ -219,7 +233,7 @@ def part_from_json(section: Mapping[str, Any], name: str) -> Any:
   Raises:
     ValueError: for an unknown kind, an unknown key or a wrong type.
   """
-  return _from_kind(_KINDS, section, name)
+  return _from_kind(KINDS, section, name)
 
 
 def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
@@ -233,12 +247,13 @@ def _from_kind(kinds: Mapping[str, type], section: Mapping[str, Any], name: str)
   kind = section.pop("kind", None)
   if kind not in kinds:
     raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(kinds)}")
+  section = dict(with_new_names(section, getattr(kinds[kind], "RENAMED", {})))
   return build(kinds[kind], section, name)
 
 
 def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
   """The model's part of a checkpoint's config.json; `compute` stays out."""
-  fields = dataclasses.asdict(dataclasses.replace(config, compute=Compute()))
+  fields = dataclasses.asdict(dataclasses.replace(config, compute=ExecutionConfig()))
   del fields["compute"]
   for name in ("encoders", "frontends"):
     fields[name] = tuple(part_to_json(part) for part in getattr(config, name))
@@ -248,7 +263,7 @@ def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
   return fields
 
 
-def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> SpeechLLMConfig:
+def from_json(fields: Mapping[str, Any], compute: ExecutionConfig | None = None) -> SpeechLLMConfig:
   """Inverse of to_json.
 
   Raises:
@@ -270,7 +285,8 @@ def from_json(fields: Mapping[str, Any], compute: Compute | None = None) -> Spee
   for name in ("connector", "decoder"):
     fields[name] = part_from_json(fields[name], name)
   fields["prompts"] = tuple(fields["prompts"].items())
-  return build(SpeechLLMConfig, {**fields, "compute": compute or Compute()}, "config.json")
+  fields = with_new_names(fields, SpeechLLMConfig.RENAMED)
+  return build(SpeechLLMConfig, {**fields, "compute": compute or ExecutionConfig()}, "config.json")
 
 
 def differences(a: SpeechLLMConfig, b: SpeechLLMConfig) -> dict[str, tuple[Any, Any]]:
@@ -328,16 +344,17 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
 
 
 def with_new_names(
-  section: Mapping[str, Any], renamed: Mapping[str, str], name: str
+  section: Mapping[str, Any], renamed: Mapping[str, str], name: str = ""
 ) -> Mapping[str, Any]:
-  """A section whose deprecated keys are replaced by their new names, each with a warning.
+  """A section whose deprecated keys are replaced by their new names.
 
   Values under an old name win, since a section that was made from defaults also has the new one.
 
   Args:
-    section: of a config, or of a checkpoint's JSON, which keeps its names without a warning.
+    section: of a config, or of a saved file.
     renamed: {old key: new key}.
-    name: of the section.
+    name: of the section, for a warning about each old key; "" for none, since the user of a saved
+      file cannot change its names.
   """
   old_keys = [key for key in section if key in renamed]
   if not old_keys:
@@ -345,7 +362,7 @@ def with_new_names(
   result = {key: value for key, value in section.items() if key not in renamed}
   for key in old_keys:
     result[renamed[key]] = section[key]
-    if name not in ("generation", "config.json"):
+    if name not in ("", "generation"):
       print(f"{name}.{key} is deprecated; use {name}.{renamed[key]}", file=sys.stderr)
   return result
 

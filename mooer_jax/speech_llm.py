@@ -63,7 +63,9 @@ def encoder_modules(config: SpeechLLMConfig):
 
 
 def connector_module(config: SpeechLLMConfig):
-  return CONNECTORS[type(config.connector)](config.connector, config.decoder.width, config.compute)
+  return CONNECTORS[type(config.connector)](
+    config.connector, config.decoder.hidden_size, config.compute
+  )
 
 
 def num_speech_tokens(samples: int, config: SpeechLLMConfig) -> int:
@@ -207,7 +209,7 @@ def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMC
   if batch.after_BS.shape[1] == 0:
     raise ValueError(
       "the prompt ends with the speech; at least one token must follow, off which the answer is"
-      f" read (the model's template is {config.template!r})"
+      f" read (the model's template is {config.chat_template!r})"
     )
   before_BSD, after_BSD = (embed(params, t, config) for t in (batch.before_BS, batch.after_BS))
   inputs_BSD = jnp.concatenate([before_BSD, speech_BSD, after_BSD], axis=1)

@@ -4,10 +4,10 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from mooer_jax.config import SpeechLLMConfig, build, from_json, model_config, to_json
+from mooer_jax.config import KINDS, SpeechLLMConfig, build, from_json, model_config, to_json
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 
 def mooer(**changes) -> ConfigDict:
@@ -19,7 +19,7 @@ def test_named_sizes_are_mooer():
   config = model_config(mooer(llm=dict(lora_rank=64)), dict(dtype="bfloat16", remat="full"))
   assert config.encoders == (SANMConfig(),)
   assert config.decoder == LLMConfig(lora_rank=64) and config.decoder.lora_scale == 0.25
-  assert config.compute == Compute(dtype="bfloat16", remat="full")
+  assert config.compute == ExecutionConfig(dtype="bfloat16", remat="full")
   assert dict(config.prompts)["asr"] == "Transcribe speech to text. "
 
 
@@ -36,7 +36,7 @@ def test_sections_override_single_values():
     )
   )
   assert config.encoders[0] == dataclasses.replace(SANMConfig(), input_width=280, layers=2)
-  assert config.decoder.lora_targets == ("q", "v") and config.decoder.width == 896
+  assert config.decoder.lora_targets == ("q", "v") and config.decoder.hidden_size == 896
   assert config.decoder.rope_theta == 10_000.0 and isinstance(config.decoder.rope_theta, float)
   assert config.frontends[0].fbank.bins == 40 and config.frontends[0].lfr_window == 7
   assert config.prompts == (("asr", "Write it down. "),)
@@ -59,7 +59,7 @@ def test_plain_dicts_and_locked_configdicts_read_alike():
     (dict(llm=dict(lora_rank=8.0)), r"model.llm.lora_rank=8.0 \(float\): expected int"),
     (dict(llm=dict(lora_rank=True)), "model.llm.lora_rank=True"),
     (dict(llm=dict(lora_rank=False)), "model.llm.lora_rank=False"),
-    (dict(llm=dict(tied=1)), "model.llm.tied=1"),
+    (dict(llm=dict(tie_word_embeddings=1)), "model.llm.tie_word_embeddings=1"),
     (dict(llm=dict(lora_rank=None)), "model.llm.lora_rank=None"),
     (dict(llm=dict(lora_targets="q")), "model.llm.lora_targets='q'"),
     (dict(llm=dict(lora_targets=["q", 1])), r"model.llm.lora_targets\[1\]=1"),
@@ -67,7 +67,7 @@ def test_plain_dicts_and_locked_configdicts_read_alike():
     (dict(llm=dict(layers=0)), "llm.layers=0 must be positive"),
     (dict(llm=dict(heads=0)), "llm.heads=0 must be positive"),
     (dict(llm=dict(kv_heads=5)), "llm.heads=28 does not divide by llm.kv_heads=5"),
-    (dict(sanm=dict(width=510)), "sanm.width=510 does not divide"),
+    (dict(sanm=dict(hidden_size=510)), "sanm.hidden_size=510 does not divide"),
     (dict(sanm=dict(heads=0)), "sanm.heads=0 must be positive"),
     (dict(linear=dict(stack=0)), "linear.stack=0 must be positive"),
     (dict(sanm=dict(input_width=80)), "sanm.input_width=80, but its features are 560"),
@@ -78,7 +78,7 @@ def test_plain_dicts_and_locked_configdicts_read_alike():
     (dict(channel="left"), "model.channel='left'"),
     (dict(encoders=()), r"model.encoders=\[\]: give one or more"),
     (dict(encoders=("sanm_large",) * 2), "model.encoders=.*each of a kind of its own"),
-    (dict(template="chat"), "model.template='chat': choose one of .*'mooer'"),
+    (dict(chat_template="chat"), "model.chat_template='chat': choose one of .*'mooer'"),
     (dict(max_audio_s="30"), "model.max_audio_s='30'"),
     (dict(prompts=dict(asr=3)), "model.prompts.*=3"),
   ],
@@ -112,7 +112,7 @@ def test_json_and_back_is_the_identity():
   text = json.dumps(to_json(config))
   assert "remat" not in text  # how it runs stays out of the checkpoint
   assert from_json(json.loads(text), config.compute) == config
-  assert from_json(json.loads(text)).compute == Compute()
+  assert from_json(json.loads(text)).compute == ExecutionConfig()
   assert to_json(from_json(json.loads(text))) == to_json(config)
 
 
@@ -122,6 +122,45 @@ def test_a_config_of_version_0_1_is_read_as_it_was_meant():
     del fields[name]
   del fields["frontends"][0]["kind"]
   assert from_json(fields) == SpeechLLMConfig()
+
+
+def test_the_old_name_of_the_chat_template_is_deprecated(capsys):
+  assert model_config(mooer(template="bare")).chat_template == "bare"
+  assert "model.template is deprecated; use model.chat_template" in capsys.readouterr().err
+
+
+def test_old_names_in_a_saved_config_are_read_silently(capsys):
+  llm = dict(vocab_size=96, hidden_size=48, head_dim=8, intermediate_size=56)
+  llm["tie_word_embeddings"] = True
+  parts = dict(sanm=dict(hidden_size=64, intermediate_size=72), linear=dict(hidden_size=40))
+  config = model_config(mooer(chat_template="bare", llm=llm, **parts))
+  fields = json.loads(json.dumps(to_json(config)))
+  for section in (*fields["encoders"], fields["connector"], fields["decoder"], fields):
+    renamed = KINDS[section["kind"]].RENAMED if "kind" in section else SpeechLLMConfig.RENAMED
+    for old, new in renamed.items():
+      section[old] = section.pop(new)
+  assert fields["decoder"]["mlp_width"] == 56 and fields["template"] == "bare"
+  assert from_json(fields) == config
+  assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_old_names_in_a_config_are_deprecated(kind, capsys):
+  encoder = kind if kind in ("whisper", "beats") else "sanm"
+  names = {"sanm": "sanm_large", "whisper": "whisper_tiny", "beats": "beats_iter3"}
+  connector = "qformer" if kind == "qformer" else "linear"
+  for old, new in KINDS[kind].RENAMED.items():
+    default = getattr(KINDS[kind](), new)
+    value = not default if isinstance(default, bool) else 2 * default
+    sections = [
+      mooer(encoders=(names[encoder],), connector=connector, **{kind: {name: value}})
+      for name in (old, new)
+    ]
+    capsys.readouterr()
+    assert model_config(sections[0]) == model_config(sections[1])
+    assert capsys.readouterr().err == (
+      f"model.{kind}.{old} is deprecated; use model.{kind}.{new}\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def batch_of(config, frames) -> Batch:
   rng = np.random.default_rng(0)
 
   def tokens(n):
-    return rng.integers(0, config.decoder.vocab, (DEVICES, n)).astype(np.int32)
+    return rng.integers(0, config.decoder.vocab_size, (DEVICES, n)).astype(np.int32)
 
   return Batch(
     features=tuple(

@@ -90,7 +90,7 @@ def test_frames_or_tokens_one_place_further_are_no_rounding(params, answer_logit
 def test_padding_and_batch_size_change_nothing(params, answer_logits, logit_bound):
   wide = tiny.batch(ROWS, frames=19, before=4, after=9, answer=8)
   together = answer_logits(params, wide)
-  assert together.shape == (3, 8, CONFIG.decoder.vocab) and together.dtype == jnp.float32
+  assert together.shape == (3, 8, CONFIG.decoder.vocab_size) and together.dtype == jnp.float32
   for n in (1, 2):  # row 2 has no speech token at all
     alone = answer_logits(params, tiny.batch([ROWS[n]]))
     assert_within(together[n, : len(ROWS[n][3])], alone[0], logit_bound)
@@ -178,7 +178,7 @@ def test_cmvn_is_the_first_step(params, answer_logits, logit_bound):
 def test_speech_stands_between_before_and_after(params):
   batch = tiny.batch(ROWS)
   inputs, valid = jax.jit(lambda p, b: speech_llm.prompt(p, b, CONFIG))(params, batch)
-  assert inputs.shape == (3, 2 + 6 + 6, CONFIG.decoder.width)
+  assert inputs.shape == (3, 2 + 6 + 6, CONFIG.decoder.hidden_size)
   np.testing.assert_array_equal(valid.sum(1), [0 + 6 + 6, 2 + 3 + 3, 0 + 0 + 1])
   table = params["decoder"]["embed"]["embedding"]
   np.testing.assert_array_equal(inputs[1, :2], table[ROWS[1][1]])
@@ -220,7 +220,7 @@ def test_no_gradient_is_computed_for_frozen_parts():
 @pytest.mark.parametrize("scan", [False, True])
 def test_logits_exist_at_answer_positions_only(scan):
   vocab, answers = 1009, 5  # sizes that no other axis has
-  llm = dataclasses.replace(tiny.LLM_CONFIG, vocab=vocab)
+  llm = dataclasses.replace(tiny.LLM_CONFIG, vocab_size=vocab)
   config = tiny.model_config(llm=llm, scan=scan, remat="full" if scan else "none")
   batch = tiny.batch([tiny.row(n, frames=40, config=config) for n in range(3)])
   program = trace_training(config, batch)
@@ -228,7 +228,7 @@ def test_logits_exist_at_answer_positions_only(scan):
   assert (3, answers, vocab) in with_vocab
   positions = {int(np.prod(shape)) // vocab for shape in with_vocab}
   # 3 x 5 answers, never the 3 x 30 positions of the whole sequence; width: the head and the table.
-  assert positions <= {1, 3 * answers, config.decoder.width}
+  assert positions <= {1, 3 * answers, config.decoder.hidden_size}
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -330,10 +330,19 @@ def test_a_new_model_is_a_new_configuration():
       encoders=("sanm_large",),
       connector="qformer",
       decoder="qwen2_0.5b",
-      sanm=dict(input_width=56, width=32, layers=2, heads=4, mlp_width=48),
-      qformer=dict(window=5, stride=5, queries=2, width=32, heads=4, mlp_width=48, edge="pad"),
+      sanm=dict(input_width=56, hidden_size=32, layers=2, heads=4, intermediate_size=48),
+      qformer=dict(
+        window=5, stride=5, queries=2, hidden_size=32, heads=4, intermediate_size=48, edge="pad"
+      ),
       llm=dict(
-        vocab=61, width=40, layers=2, heads=4, kv_heads=2, head_width=10, mlp_width=56, lora_rank=4
+        vocab_size=61,
+        hidden_size=40,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=10,
+        intermediate_size=56,
+        lora_rank=4,
       ),
       frontends=dict(sanm=dict(fbank=dict(bins=8))),
     )

@@ -14,17 +14,19 @@ from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
-SANM = SANMConfig(input_width=56, width=32, layers=3, heads=4, mlp_width=48, memory_kernel=3)
+SANM = SANMConfig(
+  input_width=56, hidden_size=32, layers=3, heads=4, intermediate_size=48, memory_kernel=3
+)
 LLM_CONFIG = LLMConfig(
-  vocab=61,
-  width=40,
+  vocab_size=61,
+  hidden_size=40,
   layers=2,
   heads=4,
   kv_heads=2,
-  head_width=10,
-  mlp_width=56,
+  head_dim=10,
+  intermediate_size=56,
   lora_rank=4,
 )
 
@@ -33,10 +35,10 @@ def model_config(*, llm=LLM_CONFIG, sanm=SANM, **compute) -> SpeechLLMConfig:
   """The config of the tiny model; 8 mel bins, so 56 values a step."""
   return SpeechLLMConfig(
     encoders=(sanm,),
-    connector=LinearConfig(hidden_width=24),
+    connector=LinearConfig(hidden_size=24),
     decoder=llm,
     frontends=(FrontendConfig(fbank=FbankConfig(bins=8)),),
-    compute=Compute(**compute),
+    compute=ExecutionConfig(**compute),
   )
 
 
@@ -46,20 +48,23 @@ def salmonn_config(**compute) -> SpeechLLMConfig:
   return SpeechLLMConfig(
     encoders=(
       WhisperConfig(
-        input_width=8, width=32, layers=2, heads=4, mlp_width=48, positions=40, context=40
+        input_width=8, hidden_size=32, layers=2, heads=4, intermediate_size=48, positions=40,
+        context=40,
       ),
       BEATsConfig(
-        input_width=16, width=24, layers=2, heads=4, mlp_width=40, patch=8, patch_width=20,
-        conv_pos=6, conv_pos_groups=3, buckets=16, max_distance=20,
+        input_width=16, hidden_size=24, layers=2, heads=4, intermediate_size=40, patch=8,
+        patch_width=20, conv_pos=6, conv_pos_groups=3, buckets=16, max_distance=20,
       ),
     ),
-    connector=QFormerConfig(window=7, stride=7, queries=2, width=32, heads=4, mlp_width=48),
+    connector=QFormerConfig(
+      window=7, stride=7, queries=2, hidden_size=32, heads=4, intermediate_size=48
+    ),
     decoder=LLM_CONFIG,
     frontends=(LogMelConfig(bins=8, chunk_s=0.8), beats_frontend),
     encoder_norm=True,
-    template="vicuna",
+    chat_template="vicuna",
     max_audio_s=0.8,
-    compute=Compute(**compute),
+    compute=ExecutionConfig(**compute),
   )  # fmt: skip
 
 
@@ -89,7 +94,7 @@ def row(seed, *, frames, before=0, after=6, answer=5, config=None):
   """One utterance as (features [T, F], before, after, answer), without padding."""
   config = config or model_config()
   rng = np.random.default_rng(seed)
-  tokens = (rng.integers(0, config.decoder.vocab, n) for n in (before, after, answer))
+  tokens = (rng.integers(0, config.decoder.vocab_size, n) for n in (before, after, answer))
   features = rng.normal(size=(frames, config.encoders[0].input_width)).astype(np.float32)
   return features, *tokens
 

@@ -100,7 +100,7 @@ def open_release(folder: Path, options: Options, problems: Problems) -> Opened |
   # Each part is checked as far as the others allow, so that one error lists everything.
   adapter = None
   if encoder is not None and model is not None:
-    adapter = _open_adapter(source, encoder.config, model.config.width, problems)
+    adapter = _open_adapter(source, encoder.config, model.config.hidden_size, problems)
   lora_leaves: dict[str, Lazy] = {}
   if model is not None and added is not None:
     lora_leaves = lora.map_lora(added, added.added_to(model.config), problems).leaves
@@ -163,7 +163,7 @@ class Adapter:
 def _open_adapter(
   source: Source, encoder: SANMConfig, width: int, problems: Problems
 ) -> Adapter | None:
-  config = connector_config(source, encoder.width, problems)
+  config = connector_config(source, encoder.hidden_size, problems)
   if config is None:
     return None
   rules = paraformer.table(TUNED_ENCODER)
@@ -214,15 +214,15 @@ def connector_config(source: Source, width: int, problems: Problems) -> LinearCo
       f"{name} takes {joined} values, which is not a multiple of the frame width {width}"
     )
     return None
-  return LinearConfig(stack=joined // width, hidden_width=hidden)
+  return LinearConfig(stack=joined // width, hidden_size=hidden)
 
 
 def connector_shapes(config: LinearConfig, encoder: SANMConfig, width: int) -> dict[str, tuple]:
   """connector/… -> shape, between an encoder and an LLM of this hidden size."""
   return {
-    "connector/linear1/kernel": (config.stack * encoder.width, config.hidden_width),
-    "connector/linear1/bias": (config.hidden_width,),
-    "connector/linear2/kernel": (config.hidden_width, width),
+    "connector/linear1/kernel": (config.stack * encoder.hidden_size, config.hidden_size),
+    "connector/linear1/bias": (config.hidden_size,),
+    "connector/linear2/kernel": (config.hidden_size, width),
     "connector/linear2/bias": (width,),
   }
 
@@ -298,10 +298,10 @@ def released_task(about: Checkpoint, config: SpeechLLMConfig) -> str:
       )
   if not tasks:
     problems.add(f"prompts: none; train with {known} (config.model.prompts)")
-  if config.template != SpeechLLMConfig.template:
+  if config.chat_template != SpeechLLMConfig.chat_template:
     problems.add(
-      f"template={config.template!r}: releases use {SpeechLLMConfig.template!r}; train"
-      " with that (config.model.template)"
+      f"template={config.chat_template!r}: releases use {SpeechLLMConfig.chat_template!r}; train"
+      " with that (config.model.chat_template)"
     )
   if config.max_audio_s != SpeechLLMConfig.max_audio_s:
     problems.add(

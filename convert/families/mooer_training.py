@@ -65,10 +65,10 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
   )
   notes = list(source.notes)
   if any(name.startswith("encoder_projector.") for name in source.tensors):
-    connector = mooer.connector_config(source, encoder.width, problems)
+    connector = mooer.connector_config(source, encoder.hidden_size, problems)
     if connector is not None:
       config = config.replace(connector=connector)
-      expected |= mooer.connector_shapes(connector, encoder, config.decoder.width)
+      expected |= mooer.connector_shapes(connector, encoder, config.decoder.hidden_size)
   added = None
   if any(".lora_" in name for name in source.tensors):
     added = _open_lora(source, options.lora_config, problems, notes)
@@ -181,7 +181,7 @@ def _ignored(source: Source, config: SpeechLLMConfig) -> list[str]:
   ignored = list(BUFFERS)
   for prefix in (LLM, WRAPPED):
     pair = prefix + language_model.EMBEDDING, prefix + language_model.HEAD
-    if config.decoder.tied and all(name in source.tensors for name in pair):
+    if config.decoder.tie_word_embeddings and all(name in source.tensors for name in pair):
       if language_model.equal(source, *pair):
         ignored.append(pair[1].replace(".", r"\."))
   return ignored

@@ -98,13 +98,17 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
   parts = [*streams, model]
   below = {path: leaf for part in parts for path, leaf in part.leaves.items()}
 
-  expected = qformer.shapes(connector, sum(s.config.width for s in streams), decoder.width)
+  expected = qformer.shapes(
+    connector, sum(s.config.hidden_size for s in streams), decoder.hidden_size
+  )
   for stream in streams:
     for name in ("scale", "bias"):
-      expected[f"encoder_norms/{stream.config.kind}/{name}"] = (stream.config.width,)
+      expected[f"encoder_norms/{stream.config.kind}/{name}"] = (stream.config.hidden_size,)
   if added is not None:
     expected |= lora.shapes(decoder)
-  mapped, tuned = _map_trained(source, below, expected, problems, added=added, tied=decoder.tied)
+  mapped, tuned = _map_trained(
+    source, below, expected, problems, added=added, tied=decoder.tie_word_embeddings
+  )
   leaves = {**below, **mapped.leaves}
   template = salmonn_options.find_template(training, asked, problems)
   if problems.found:
@@ -133,7 +137,7 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
     encoder_norm=True,
     connector=connector,
     decoder=decoder,
-    template=template,
+    chat_template=template,
     max_audio_s=float(speech.frontend.chunk_s),
     min_audio_s=MIN_AUDIO_S,
     channel="first",
@@ -378,7 +382,7 @@ def _options(
     "second_per_window": salmonn_options.seconds_of(connector.window),
     "second_stride": salmonn_options.seconds_of(connector.stride),
     "lora": bool(decoder.lora_rank),
-    "prompt_template": TEMPLATES[config.template].replace("{prompt}", "{}"),
+    "prompt_template": TEMPLATES[config.chat_template].replace("{prompt}", "{}"),
     "end_sym": end,
   }
   if decoder.lora_rank:

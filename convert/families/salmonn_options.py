@@ -73,7 +73,7 @@ def find_template(
   template = known.get(options["prompt_template"])
   if template is None:
     problems.add(f"prompt_template={options['prompt_template']!r}: known are {[*known]}")
-    return SpeechLLMConfig.template
+    return SpeechLLMConfig.chat_template
   for task, prompt in prompts.items():
     try:
       fill_template(template, prompt, question="?")

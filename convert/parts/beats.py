@@ -14,7 +14,7 @@ import torch
 from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
 from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
 from ..core.errors import Problems
@@ -42,8 +42,8 @@ _SIZES = (
   ("input_patch_size", "patch", None),
   ("embed_dim", "patch_width", 512),
   ("encoder_layers", "layers", 12),
-  ("encoder_embed_dim", "width", 768),
-  ("encoder_ffn_embed_dim", "mlp_width", 3072),
+  ("encoder_embed_dim", "hidden_size", 768),
+  ("encoder_ffn_embed_dim", "intermediate_size", 3072),
   ("encoder_attention_heads", "heads", 12),
   ("conv_pos", "conv_pos", 128),
   ("conv_pos_groups", "conv_pos_groups", 16),
@@ -214,7 +214,7 @@ def cfg_of(config: BEATsConfig, given: Mapping[str, Any] | None = None) -> dict[
 
 def shapes(config: BEATsConfig) -> dict[str, tuple[int, ...]]:
   """encoders/beats/… -> shape."""
-  module = BEATsEncoder(config, Compute(scan=True))
+  module = BEATsEncoder(config, ExecutionConfig(scan=True))
   frames = config.patch
   inputs = jnp.zeros((1, frames, config.input_width)), jnp.ones((1, frames), bool)
   return under("encoders/beats", leaf_shapes(module, *inputs))

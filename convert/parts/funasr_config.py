@@ -107,9 +107,9 @@ def describe(config: SANMConfig, features: FrontendConfig) -> dict[str, Any]:
   return {
     "encoder": "SANMEncoder",
     "encoder_conf": {
-      "output_size": config.width,
+      "output_size": config.hidden_size,
       "attention_heads": config.heads,
-      "linear_units": config.mlp_width,
+      "linear_units": config.intermediate_size,
       "num_blocks": config.layers,
       "input_layer": "pe",
       "pos_enc_class": "SinusoidalPositionEncoder",

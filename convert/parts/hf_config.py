@@ -13,11 +13,11 @@ from ..core.errors import Problems
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 _SIZES = {
-  "vocab": "vocab_size",
-  "width": "hidden_size",
+  "vocab_size": "vocab_size",
+  "hidden_size": "hidden_size",
   "layers": "num_hidden_layers",
   "heads": "num_attention_heads",
-  "mlp_width": "intermediate_size",
+  "intermediate_size": "intermediate_size",
 }
 # Names that transformers has used for the same thing.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -49,20 +49,20 @@ def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
     return None
   sizes = {ours: hf[theirs] for ours, theirs in _SIZES.items()}
   heads = sizes["heads"]
-  head_width = hf.get("head_dim") or sizes["width"] // heads
-  if kind == "qwen2" and head_width * heads != sizes["width"]:
-    problems.add(f"head_dim={head_width} times num_attention_heads={heads} is not hidden_size")
+  head_dim = hf.get("head_dim") or sizes["hidden_size"] // heads
+  if kind == "qwen2" and head_dim * heads != sizes["hidden_size"]:
+    problems.add(f"head_dim={head_dim} times num_attention_heads={heads} is not hidden_size")
     return None
   try:
     return LLMConfig(
       **sizes,
       # transformers' defaults where a key is absent.
       kv_heads=hf.get("num_key_value_heads") or (32 if kind == "qwen2" else heads),
-      head_width=head_width,
+      head_dim=head_dim,
       rope_theta=float(_rope(hf).get("rope_theta") or hf.get("rope_theta") or 10000.0),
       norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
       qkv_bias=kind == "qwen2",
-      tied=bool(hf.get("tie_word_embeddings", False)),
+      tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
     )
   except ValueError as error:
     problems.add(str(error))
@@ -117,13 +117,13 @@ def hf_config(
   if original is not None and _same(original, config):
     found = [key for key in _DTYPE_KEYS if key in original]
     return {**original, **dict.fromkeys(found, name)}
-  if kind == "qwen2" and config.head_width * config.heads != config.width:
+  if kind == "qwen2" and config.head_dim * config.heads != config.hidden_size:
     raise ValueError(
-      f"llm.head_width={config.head_width} times llm.heads={config.heads} is not llm.width="
-      f"{config.width}, which Qwen2 requires; there is no Hugging Face model of this shape"
+      f"llm.head_dim={config.head_dim} times llm.heads={config.heads} is not llm.hidden_size="
+      f"{config.hidden_size}, which Qwen2 requires; there is no Hugging Face model of this shape"
     )
   sizes = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
-  extra = {} if kind == "qwen2" else {"head_dim": config.head_width}
+  extra = {} if kind == "qwen2" else {"head_dim": config.head_dim}
   if eos_id is not None:
     extra["eos_token_id"] = eos_id
   return {
@@ -135,7 +135,7 @@ def hf_config(
     "hidden_act": "silu",
     "rms_norm_eps": config.norm_eps,
     "rope_theta": config.rope_theta,
-    "tie_word_embeddings": config.tied,
+    "tie_word_embeddings": config.tie_word_embeddings,
     "torch_dtype": name,
   }
 

@@ -13,7 +13,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLM, LLMConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
@@ -69,8 +69,8 @@ def wrapped_table(prefix: str) -> Table:
 
 def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
   """decoder/… -> shape, LoRA included if the config has any."""
-  module = LLM(config, Compute(scan=True))
-  inputs = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1), bool)
+  module = LLM(config, ExecutionConfig(scan=True))
+  inputs = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1), bool)
   return under("decoder", leaf_shapes(module, *inputs, method=LLM.everything))
 
 
@@ -104,7 +104,7 @@ def open_model(folder: Path, problems: Problems, *, kind: str | None = None) -> 
     tokenizer = open_tokenizer(folder, problems, model_type=hf["model_type"])
     kept = tuple(folder / name for name in KEPT_FILES if (folder / name).is_file())
   if tokenizer is not None:
-    check_tokenizer(tokenizer, config.vocab, problems)
+    check_tokenizer(tokenizer, config.vocab_size, problems)
   return _from_source(source, config, problems, tokenizer=tokenizer or copier(()), kept=kept)
 
 
@@ -123,7 +123,7 @@ def _from_source(
 ) -> Part:
   """Maps the tensors of a language model; they have Hugging Face's names."""
   ignored = list(BUFFERS)
-  head_present = config.tied and HEAD in source.tensors
+  head_present = config.tie_word_embeddings and HEAD in source.tensors
   if head_present:
     ignored.append(HEAD.replace(".", r"\."))
     if EMBEDDING in source.tensors and not equal(source, EMBEDDING, HEAD):
@@ -170,7 +170,7 @@ def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_b
   tensors = map_out(about, TABLE, base_paths(about), problems)
   problems.check(str(about.folder))
   embedding = next(tensor for tensor in tensors if tensor.name == EMBEDDING)
-  if config.tied and style_of(about, "llm").get("head_present", False):
+  if config.tie_word_embeddings and style_of(about, "llm").get("head_present", False):
     tensors.append(dataclasses.replace(embedding, name=HEAD))
   tokenizer = sorted(about.tokenizer.iterdir())
   eos_id = Tokenizer.from_folder(about.tokenizer).eos_id if tokenizer else None

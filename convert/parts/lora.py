@@ -214,15 +214,15 @@ def _refuse(options: Mapping[str, Any], problems: Problems) -> None:
 def shapes(config: LLMConfig) -> dict[str, tuple[int, int]]:
   """decoder/… -> shape of the LoRA leaves of a model."""
   c = config
-  heads, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+  heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
   sizes = {
-    "q": (c.width, heads),
-    "k": (c.width, kv),
-    "v": (c.width, kv),
-    "o": (heads, c.width),
-    "gate": (c.width, c.mlp_width),
-    "up": (c.width, c.mlp_width),
-    "down": (c.mlp_width, c.width),
+    "q": (c.hidden_size, heads),
+    "k": (c.hidden_size, kv),
+    "v": (c.hidden_size, kv),
+    "o": (heads, c.hidden_size),
+    "gate": (c.hidden_size, c.intermediate_size),
+    "up": (c.hidden_size, c.intermediate_size),
+    "down": (c.intermediate_size, c.hidden_size),
   }
   found = {}
   for n in range(c.layers):

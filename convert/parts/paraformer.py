@@ -12,7 +12,7 @@ from mooer_jax.audio.cmvn import read_mvn, write_mvn
 from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
 from ..core.errors import Problems
@@ -62,7 +62,7 @@ def _rule(torch, jax, transform):
 
 def shapes(config: SANMConfig) -> dict[str, tuple[int, ...]]:
   """encoders/sanm/… -> shape."""
-  module = SANMEncoder(config, Compute(scan=True))
+  module = SANMEncoder(config, ExecutionConfig(scan=True))
   inputs = jnp.zeros((1, 8, config.input_width)), jnp.ones((1, 8), bool)
   return under("encoders/sanm", leaf_shapes(module, *inputs))
 
@@ -143,10 +143,10 @@ def sanm_config(
   try:
     sizes = {
       "input_width": input_width,
-      "width": wide // 3,
+      "hidden_size": wide // 3,
       "layers": 1 + 1 + max((int(n) for n in numbers if n.isdigit()), default=-1),
       "heads": heads,
-      "mlp_width": tensors[needed["up"][0]].shape[0],
+      "intermediate_size": tensors[needed["up"][0]].shape[0],
       "memory_kernel": tensors[needed["fsmn"][0]].shape[2],
     }
     return build(SANMConfig, sizes, "sanm")

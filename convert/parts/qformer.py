@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.engine import leaf_shapes, under
 from ..core.errors import Problems
@@ -63,7 +63,7 @@ TABLE = Table(tuple(_rules()))
 
 def shapes(config: QFormerConfig, input_width: int, output_width: int) -> dict[str, tuple]:
   """connector/… -> shape, between frames and an LLM of these widths."""
-  module = WindowedQFormer(config, output_width, Compute(scan=True))
+  module = WindowedQFormer(config, output_width, ExecutionConfig(scan=True))
   inputs = jnp.zeros((1, config.window, input_width)), jnp.ones((1, config.window), bool)
   return under("connector", leaf_shapes(module, *inputs))
 
@@ -97,9 +97,9 @@ def qformer_config(
     return QFormerConfig(
       heads=heads,
       queries=queries,
-      width=width,
+      hidden_size=width,
       layers=1 + max(int(n) for n in numbers if n.isdigit()),
-      mlp_width=tensors[up].shape[0],
+      intermediate_size=tensors[up].shape[0],
       **others,
     )
   except ValueError as error:

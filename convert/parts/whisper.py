@@ -14,7 +14,7 @@ from mooer_jax import tree
 from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.encoders.whisper import STRIDE, WhisperConfig, WhisperEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
 from ..core.errors import ConversionError, Problems
@@ -54,10 +54,10 @@ KEPT_FILES = ("config.json", "preprocessor_config.json")
 # WhisperConfig's fields as Hugging Face's config.json names them.
 _SIZES = {
   "input_width": "num_mel_bins",
-  "width": "d_model",
+  "hidden_size": "d_model",
   "layers": "encoder_layers",
   "heads": "encoder_attention_heads",
-  "mlp_width": "encoder_ffn_dim",
+  "intermediate_size": "encoder_ffn_dim",
   "positions": "max_source_positions",
 }
 
@@ -146,7 +146,7 @@ def _read_rows(source: Source, name: str, rows: slice) -> np.ndarray:
 
 def shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
   """encoders/whisper/… -> shape."""
-  module = WhisperEncoder(config, Compute(scan=True))
+  module = WhisperEncoder(config, ExecutionConfig(scan=True))
   inputs = jnp.zeros((1, 2, config.input_width)), jnp.ones((1, 2), bool)
   return under(ROOT, leaf_shapes(module, *inputs))
 
@@ -238,10 +238,10 @@ def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> Whis
   try:
     return WhisperConfig(
       input_width=found["conv1/kernel"][1],
-      width=found["conv1/kernel"][2],
+      hidden_size=found["conv1/kernel"][2],
       layers=len({match[1] for match in numbered if match}),
       heads=heads,
-      mlp_width=found["layers_0/mlp/up/kernel"][1],
+      intermediate_size=found["layers_0/mlp/up/kernel"][1],
       positions=found["positions"][0],
       context=found["positions"][0],
     )
@@ -311,7 +311,7 @@ def hf_config(
     **sizes,
     "decoder_layers": 0,
     "decoder_attention_heads": config.heads,
-    "decoder_ffn_dim": config.mlp_width,
+    "decoder_ffn_dim": config.intermediate_size,
     "activation_function": "gelu",
     "torch_dtype": name,
   }

@@ -117,11 +117,11 @@ def _config(header: GGUFHeader) -> dict[str, Any]:
     return float(str(np.float32(header.get(f"{arch}.{key}", float, default))))
 
   width, heads = whole("embedding_length"), whole("attention.head_count")
-  head_width = whole("attention.key_length", width // heads)
+  head_dim = whole("attention.key_length", width // heads)
   for key in ("attention.value_length", "rope.dimension_count"):
-    if whole(key, head_width) != head_width:
+    if whole(key, head_dim) != head_dim:
       raise ReadError(
-        f"{path}: {arch}.{key} is {whole(key)}, which must be the width of a head, {head_width}"
+        f"{path}: {arch}.{key} is {whole(key)}, which must be the width of a head, {head_dim}"
       )
   config = {
     "architectures": [ARCHITECTURES[arch]],
@@ -132,7 +132,7 @@ def _config(header: GGUFHeader) -> dict[str, Any]:
     "num_hidden_layers": whole("block_count"),
     "num_attention_heads": heads,
     "num_key_value_heads": whole("attention.head_count_kv", heads),
-    "head_dim": head_width,
+    "head_dim": head_dim,
     "hidden_act": "silu",
     "rms_norm_eps": real("attention.layer_norm_rms_epsilon"),
     "rope_theta": real("rope.freq_base", 10000.0),

@@ -15,7 +15,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.generate import generate, generate_from
 from mooer_jax.inputs import encoder_inputs, extract_features
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.kind import Original, Request
 from .bounds import with_bounds
@@ -65,7 +65,7 @@ def compare(request: Request, original: Original) -> Report:
       path: leaf if leaf.ndim < 2 else leaf.astype(stored)
       for path, leaf in tree.flatten(params).items()
     })  # fmt: skip
-    other = config.replace(compute=Compute(dtype=computed))
+    other = config.replace(compute=ExecutionConfig(dtype=computed))
     logits_AV = _logits(rounded, clips, config=other, original=original)
     costs.append(accuracy(name, ours["logits"], logits_AV))
   return Report(errors, same, costs, notes)

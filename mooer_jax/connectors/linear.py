@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from einops import rearrange, reduce
 
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.nn.layers import Dense
 
 
@@ -16,11 +16,12 @@ class LinearConfig:
   """Sizes of the adapter; input and output width follow from its neighbours."""
 
   kind: ClassVar[str] = "linear"
+  RENAMED: ClassVar = {"hidden_width": "hidden_size"}
   stack: int = 2
-  hidden_width: int = 2048
+  hidden_size: int = 2048
 
   def __post_init__(self):
-    for name in ("stack", "hidden_width"):
+    for name in ("stack", "hidden_size"):
       if getattr(self, name) < 1:
         raise ValueError(f"linear.{name}={getattr(self, name)} must be positive")
 
@@ -37,7 +38,7 @@ class LinearConnector(nn.Module):
 
   config: LinearConfig
   output_width: int
-  compute: Compute = Compute()
+  compute: ExecutionConfig = ExecutionConfig()
 
   @nn.compact
   def __call__(self, frames_BTD: jax.Array, valid_BT: jax.Array):
@@ -46,5 +47,5 @@ class LinearConnector(nn.Module):
     used = frames_BTD.shape[1] // c.stack * c.stack
     valid_BS = reduce(valid_BT[:, :used], "B (S stack) -> B S", "all", stack=c.stack)
     joined = rearrange(frames_BTD[:, :used], "B (S stack) D -> B S (stack D)", stack=c.stack)
-    hidden = jax.nn.relu(Dense(c.hidden_width, use_bias=True, dtype=dtype, name="linear1")(joined))
+    hidden = jax.nn.relu(Dense(c.hidden_size, use_bias=True, dtype=dtype, name="linear1")(joined))
     return Dense(self.output_width, use_bias=True, dtype=dtype, name="linear2")(hidden), valid_BS

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange, repeat
 
 from mooer_jax import kernels
-from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
+from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, LayerNorm
 
 # What BERT's kernels and queries start from.
@@ -32,19 +32,28 @@ class QFormerConfig:
   """
 
   kind: ClassVar[str] = "qformer"
+  RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   window: int = 17
   stride: int = 17
   queries: int = 1
-  width: int = 768
+  hidden_size: int = 768
   layers: int = 2
   heads: int = 12
-  mlp_width: int = 3072
+  intermediate_size: int = 3072
   norm_eps: float = 1e-12
   edge: Literal["drop", "pad"] = "drop"
   dropout: float = 0.0
 
   def __post_init__(self):
-    for name in ("window", "stride", "queries", "width", "layers", "heads", "mlp_width"):
+    for name in (
+      "window",
+      "stride",
+      "queries",
+      "hidden_size",
+      "layers",
+      "heads",
+      "intermediate_size",
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f"qformer.{name}={getattr(self, name)} must be positive")
     if self.stride > self.window:
@@ -52,9 +61,9 @@ class QFormerConfig:
         f"qformer.stride={self.stride} leaves frames between windows of"
         f" qformer.window={self.window} unheard; it may be at most {self.window}"
       )
-    if self.width % self.heads:
+    if self.hidden_size % self.heads:
       raise ValueError(
-        f"qformer.width={self.width} does not divide into qformer.heads={self.heads}"
+        f"qformer.hidden_size={self.hidden_size} does not divide into qformer.heads={self.heads}"
       )
     if self.edge not in ("drop", "pad"):
       raise ValueError(f"qformer.edge={self.edge!r}: use 'drop' or 'pad'")
@@ -124,13 +133,13 @@ class QFormerAttention(nn.Module):
   """Multi-head attention of queries to keys of any width, back to the queries' width."""
 
   config: QFormerConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_NQD: jax.Array, keys_NSE: jax.Array) -> jax.Array:
     c = self.config
     dense = functools.partial(
-      Dense, c.width, use_bias=True, dtype=self.compute.jnp_dtype, kernel_init=_INIT
+      Dense, c.hidden_size, use_bias=True, dtype=self.compute.jnp_dtype, kernel_init=_INIT
     )
 
     def project(inputs, name):
@@ -157,21 +166,23 @@ class FeedForward(nn.Module):
   """Linear, GELU, linear."""
 
   config: QFormerConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_NQD: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
-    hidden = Dense(c.mlp_width, use_bias=True, dtype=dtype, kernel_init=_INIT, name="up")(x_NQD)
+    hidden = Dense(c.intermediate_size, use_bias=True, dtype=dtype, kernel_init=_INIT, name="up")(
+      x_NQD
+    )
     hidden = jax.nn.gelu(hidden, approximate=False)
-    return Dense(c.width, use_bias=True, dtype=dtype, kernel_init=_INIT, name="down")(hidden)
+    return Dense(c.hidden_size, use_bias=True, dtype=dtype, kernel_init=_INIT, name="down")(hidden)
 
 
 class QFormerLayer(nn.Module):
   """Among the queries, to the window, feed-forward: each added, then normalised."""
 
   config: QFormerConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_NQD: jax.Array, windows_NLE: jax.Array, cache: None = None):
@@ -198,7 +209,7 @@ class QFormer(nn.Module):
   """
 
   config: QFormerConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   def setup(self):
     c = self.config
@@ -228,7 +239,7 @@ class WindowedQFormer(nn.Module):
 
   config: QFormerConfig
   output_width: int
-  compute: Compute = Compute()
+  compute: ExecutionConfig = ExecutionConfig()
 
   @nn.compact
   def __call__(self, frames_BTD: jax.Array, valid_BT: jax.Array):
@@ -242,7 +253,7 @@ class WindowedQFormer(nn.Module):
     windows_BWLD = cut_windows(frames_BTD, c)
     W = windows_BWLD.shape[1]
     valid_BW = valid_windows(valid_BT.sum(1), W, c)
-    queries_QD = self.param("queries", _INIT, (c.queries, c.width))
+    queries_QD = self.param("queries", _INIT, (c.queries, c.hidden_size))
     qformer = QFormer(c, self.compute, name="qformer")
     hidden_NQD = qformer(queries_QD, rearrange(windows_BWLD, "B W L D -> (B W) L D"))
     project = Dense(self.output_width, use_bias=True, dtype=self.compute.jnp_dtype, name="project")

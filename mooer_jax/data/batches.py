@@ -93,7 +93,7 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
   buckets = [
     tuple(e.num_outputs(n) for e, n in zip(encoders, lengths, strict=True)) for lengths in buckets
   ]
-  return Padding(config.batch_size, buckets, [e.width for e in encoders], DTYPE)
+  return Padding(config.batch_size, buckets, [e.hidden_size for e in encoders], DTYPE)
 
 
 class Batcher:

@@ -58,9 +58,9 @@ class Asker:
       task_prompt(config.task, own)  # or the error says what the model knows
     self.tasks = (config.task,) if config.task else tuple(own)
     self._fixed, self._longest = config.task, config.prompt_tokens
-    self._tokenizer, self._template, self._seed = tokenizer, model.template, config.seed
+    self._tokenizer, self._template, self._seed = tokenizer, model.chat_template, config.seed
     self._prompts = {task: drawn.get(task, (own[task],)) for task in self.tasks}
-    said = json.dumps([model.template, self._prompts], sort_keys=True)
+    said = json.dumps([model.chat_template, self._prompts], sort_keys=True)
     self.checksum = zlib.crc32(said.encode())
     self._cut: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     self.before = self.after = 0
@@ -74,8 +74,8 @@ class Asker:
           f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
           " prompts with one are padded to"
         )
-      check_goes_on(len(after_S), prompt, model.template)
-      sides = fill_template(model.template, prompt, _MARK if asks else "")
+      check_goes_on(len(after_S), prompt, model.chat_template)
+      sides = fill_template(model.chat_template, prompt, _MARK if asks else "")
       before, after = (
         max(len(tokens_S), config.prompt_tokens) if _MARK in side else len(tokens_S)
         for side, tokens_S in zip(sides, (before_S, after_S), strict=True)

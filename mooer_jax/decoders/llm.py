@@ -11,7 +11,7 @@ from einops import rearrange
 
 from mooer_jax import kernels
 from mooer_jax.kernels.attention import precision
-from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
+from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, RMSNorm
 from mooer_jax.nn.positions import rope_angles, rotate
 
@@ -70,29 +70,44 @@ class LLMConfig:
 
   Attributes:
     qkv_bias: Qwen2 has a bias on q, k and v, LLaMA has none.
-    tied: logits from the embedding table instead of a head of their own.
+    tie_word_embeddings: logits from the embedding table instead of a head of their own.
     lora_rank: 0 for none; lora_alpha / lora_rank is the scale that training uses.
   """
 
   kind: ClassVar[str] = "llm"
-  vocab: int = 152064
-  width: int = 3584
+  RENAMED: ClassVar = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "head_width": "head_dim",
+    "mlp_width": "intermediate_size",
+    "tied": "tie_word_embeddings",
+  }
+  vocab_size: int = 152064
+  hidden_size: int = 3584
   layers: int = 28
   heads: int = 28
   kv_heads: int = 4
-  head_width: int = 128
-  mlp_width: int = 18944
+  head_dim: int = 128
+  intermediate_size: int = 18944
   rope_theta: float = 1e6
   norm_eps: float = 1e-6
   qkv_bias: bool = True
-  tied: bool = False
+  tie_word_embeddings: bool = False
   lora_rank: int = 0
   lora_alpha: float = 16.0
   lora_dropout: float = 0.0
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
   def __post_init__(self):
-    for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
+    for name in (
+      "vocab_size",
+      "hidden_size",
+      "layers",
+      "heads",
+      "kv_heads",
+      "head_dim",
+      "intermediate_size",
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f"llm.{name}={getattr(self, name)} must be positive")
     if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
@@ -102,8 +117,8 @@ class LLMConfig:
       )
     if self.heads % self.kv_heads:
       raise ValueError(f"llm.heads={self.heads} does not divide by llm.kv_heads={self.kv_heads}")
-    if self.head_width % 2:
-      raise ValueError(f"llm.head_width={self.head_width} must be even: RoPE rotates pairs")
+    if self.head_dim % 2:
+      raise ValueError(f"llm.head_dim={self.head_dim} must be even: RoPE rotates pairs")
     if unknown := set(self.lora_targets) - set(LORA_TARGETS):
       raise ValueError(f"llm.lora_targets: unknown {sorted(unknown)}; choose from {LORA_TARGETS}")
 
@@ -137,7 +152,7 @@ class Context(NamedTuple):
 
 class _Block(nn.Module):
   config: LLMConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   def dense(self, name: str, features: int, *, use_bias: bool = False) -> Dense:
     c = self.config
@@ -158,12 +173,10 @@ class Attention(_Block):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None):
     c, scale = self.config, context.lora_scale
-    q = self.dense("q", c.heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
-    k = self.dense("k", c.kv_heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
-    v = self.dense("v", c.kv_heads * c.head_width, use_bias=c.qkv_bias)(x_BSD, scale)
-    q_BSHC, k_BSKC, v_BSKC = (
-      rearrange(x, "B S (H C) -> B S H C", C=c.head_width) for x in (q, k, v)
-    )
+    q = self.dense("q", c.heads * c.head_dim, use_bias=c.qkv_bias)(x_BSD, scale)
+    k = self.dense("k", c.kv_heads * c.head_dim, use_bias=c.qkv_bias)(x_BSD, scale)
+    v = self.dense("v", c.kv_heads * c.head_dim, use_bias=c.qkv_bias)(x_BSD, scale)
+    q_BSHC, k_BSKC, v_BSKC = (rearrange(x, "B S (H C) -> B S H C", C=c.head_dim) for x in (q, k, v))
     q_BSHC = rotate(q_BSHC, context.angles_BSC)
     k_BSKC = rotate(k_BSKC, context.angles_BSC)
     if cache is not None:
@@ -183,7 +196,7 @@ class Attention(_Block):
       implementation=self.compute.attention,
     )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
-    return self.dense("o", c.width)(out_BSD, scale), cache
+    return self.dense("o", c.hidden_size)(out_BSD, scale), cache
 
 
 class MLP(_Block):
@@ -192,16 +205,16 @@ class MLP(_Block):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, lora_scale: jax.Array | float) -> jax.Array:
     c = self.config
-    gate_BSM = self.dense("gate", c.mlp_width)(x_BSD, lora_scale)
-    up_BSM = self.dense("up", c.mlp_width)(x_BSD, lora_scale)
-    return self.dense("down", c.width)(jax.nn.silu(gate_BSM) * up_BSM, lora_scale)
+    gate_BSM = self.dense("gate", c.intermediate_size)(x_BSD, lora_scale)
+    up_BSM = self.dense("up", c.intermediate_size)(x_BSD, lora_scale)
+    return self.dense("down", c.hidden_size)(jax.nn.silu(gate_BSM) * up_BSM, lora_scale)
 
 
 class Layer(nn.Module):
   """Pre-norm attention and MLP, each with a residual."""
 
   config: LLMConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, cache: tuple | None = None):
@@ -225,13 +238,13 @@ def _to_vocab(hidden_BSD, table_DV):
 class Head(nn.Module):
   """Hidden states to float32 logits, for models that do not tie them to the embedding."""
 
-  vocab: int
+  vocab_size: int
 
   @nn.compact
   def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
     width = hidden_BSD.shape[-1]
     spread = nn.initializers.normal(width**-0.5)
-    return _to_vocab(hidden_BSD, self.param("kernel", spread, (width, self.vocab)))
+    return _to_vocab(hidden_BSD, self.param("kernel", spread, (width, self.vocab_size)))
 
 
 class LLM(nn.Module):
@@ -244,18 +257,20 @@ class LLM(nn.Module):
   """
 
   config: LLMConfig = LLMConfig()
-  compute: Compute = Compute()
+  compute: ExecutionConfig = ExecutionConfig()
 
   def setup(self):
     c = self.config
-    # From scratch, a spread that shrinks with the width: the usual 0.02 leaves small models at the
+    # From scratch, a spread that shrinks with the size: the usual 0.02 leaves small models at the
     # level of guessing for hundreds of updates.
-    spread = nn.initializers.normal(c.width**-0.5)
-    self.embed = nn.Embed(c.vocab, c.width, dtype=self.compute.jnp_dtype, embedding_init=spread)
+    spread = nn.initializers.normal(c.hidden_size**-0.5)
+    self.embed = nn.Embed(
+      c.vocab_size, c.hidden_size, dtype=self.compute.jnp_dtype, embedding_init=spread
+    )
     self.layers = repeat_layer(Layer, c.layers, self.compute)(c, self.compute)
     self.final_norm = RMSNorm(c.norm_eps)
-    if not c.tied:
-      self.head = Head(c.vocab)
+    if not c.tie_word_embeddings:
+      self.head = Head(c.vocab_size)
 
   def __call__(
     self,
@@ -290,7 +305,7 @@ class LLM(nn.Module):
     positions_BS = jnp.maximum(before_B1 + counts_BS - 1, 0)
     if placement is not None:
       after_B1, (positions_BS, sees_BST) = before_B1, placement
-    angles_BSC = rope_angles(positions_BS, c.head_width, c.rope_theta)
+    angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
     context = Context(angles_BSC, seen_BS, filled, scale, sees_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
     x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
@@ -309,7 +324,7 @@ class LLM(nn.Module):
 
   def logits(self, hidden_BSD: jax.Array) -> jax.Array:
     """Float32 [B, S, V]; call it only where logits are needed."""
-    if self.config.tied:
+    if self.config.tie_word_embeddings:
       return _to_vocab(hidden_BSD, self.embed.embedding.T)
     return self.head(hidden_BSD)
 

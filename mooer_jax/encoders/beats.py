@@ -14,7 +14,7 @@ from mooer_jax import kernels
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.kernels.attention import precision
-from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
+from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, LayerNorm
 
 # Sums of as many outputs of a linear layer make the two gates of a query.
@@ -27,9 +27,9 @@ class BEATsConfig:
 
   Attributes:
     input_width: mel bins of a frame.
-    width, layers, heads, mlp_width: of the transformer.
+    hidden_size, layers, heads, intermediate_size: of the transformer.
     patch: frames and bins of a patch, which is square.
-    patch_width: width of a patch before it is projected to `width` (not at all if they are equal).
+    patch_width: width of a patch before the projection to `hidden_size`; none if they are equal.
     conv_pos, conv_pos_groups: taps and groups of the convolution that tells positions.
     buckets: rows of the relative position bias, half of them for each direction.
     max_distance: distance in patches from which on all share the last bucket.
@@ -38,12 +38,13 @@ class BEATsConfig:
   """
 
   kind: ClassVar[str] = "beats"
+  RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   max_frames: ClassVar[int | None] = None  # any number
   input_width: int = 128
-  width: int = 768
+  hidden_size: int = 768
   layers: int = 12
   heads: int = 12
-  mlp_width: int = 3072
+  intermediate_size: int = 3072
   patch: int = 16
   patch_width: int = 512
   conv_pos: int = 128
@@ -59,8 +60,8 @@ class BEATsConfig:
       if field.type is int and value < 1:
         raise ValueError(f"beats.{field.name}={value} must be positive")
     for name, divisor in (
-      ("width", "heads"),
-      ("width", "conv_pos_groups"),
+      ("hidden_size", "heads"),
+      ("hidden_size", "conv_pos_groups"),
       ("input_width", "patch"),
     ):
       if getattr(self, name) % getattr(self, divisor):
@@ -195,14 +196,14 @@ class BEATsAttention(nn.Module):
   """Multi-head self-attention over the valid tokens with a gated relative position bias."""
 
   config: BEATsConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, bias_HTS: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
     q_BTHC, k_BTHC, v_BTHC = (
       rearrange(
-        Dense(c.width, use_bias=True, dtype=dtype, name=name)(x_BTD),
+        Dense(c.hidden_size, use_bias=True, dtype=dtype, name=name)(x_BTD),
         "B T (H C) -> B T H C",
         H=c.heads,
       )
@@ -218,7 +219,7 @@ class BEATsAttention(nn.Module):
       implementation=self.compute.attention,
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
-    return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD)
+    return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD)
 
 
 class BEATsLayer(nn.Module):
@@ -228,7 +229,7 @@ class BEATsLayer(nn.Module):
   """
 
   config: BEATsConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: tuple[jax.Array, jax.Array], cache: None = None):
@@ -238,8 +239,8 @@ class BEATsLayer(nn.Module):
     dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
     out_BTD = BEATsAttention(c, self.compute, name="attention")(x_BTD, valid_BT, bias_HTS)
     x_BTD = LayerNorm(c.norm_eps, name="attention_norm")(x_BTD * weight + dropout(out_BTD))
-    hidden = _gelu(Dense(c.mlp_width, use_bias=True, dtype=dtype, name="up")(x_BTD))
-    out_BTD = Dense(c.width, use_bias=True, dtype=dtype, name="down")(hidden)
+    hidden = _gelu(Dense(c.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD))
+    out_BTD = Dense(c.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
     return LayerNorm(c.norm_eps, name="mlp_norm")(x_BTD * weight + dropout(out_BTD)), cache
 
 
@@ -248,10 +249,10 @@ class BEATsEncoder(nn.Module):
 
   `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width],
   Kaldi's 128 bins with the Povey window after (x - 15.41663) / (2 * 6.55582), and bool valid_BT. It
-  returns (tokens [B, S, width], valid_BS) with S = T // patch * bands: all bands of a step, from
-  low to high, then the next step. A patch is valid if all its frames are, so what stands in the
-  last frames that do not fill a patch is not heard. What stands at an invalid token is undefined
-  but finite. Dropout acts only when a "dropout" RNG is given.
+  returns (tokens [B, S, hidden_size], valid_BS) with S = T // patch * bands: all bands of a step,
+  from low to high, then the next step. A patch is valid if all its frames are, so frames at
+  the end that do not fill a patch are dropped. Values at invalid tokens are undefined but finite.
+  Dropout is active only if a "dropout" RNG is given.
 
   A clip gives the same alone and in any batch: here nothing stands behind its end but the
   convolution's zeros, where the original keeps what a batch's padding makes.
@@ -262,14 +263,14 @@ class BEATsEncoder(nn.Module):
   """
 
   config: BEATsConfig = BEATsConfig()
-  compute: Compute = Compute()
+  compute: ExecutionConfig = ExecutionConfig()
 
   def setup(self):
     c, dtype = self.config, self.compute.jnp_dtype
     self.patch = Dense(c.patch_width, dtype=dtype)
     self.patch_norm = LayerNorm(c.norm_eps)
-    if c.patch_width != c.width:
-      self.patch_out = Dense(c.width, use_bias=True, dtype=dtype)
+    if c.patch_width != c.hidden_size:
+      self.patch_out = Dense(c.hidden_size, use_bias=True, dtype=dtype)
     self.position = PositionConv(c)
     self.input_norm = LayerNorm(c.norm_eps)
     self.dropout = nn.Dropout(c.dropout)
@@ -280,7 +281,7 @@ class BEATsEncoder(nn.Module):
     c = self.config
     patches_BSP, valid_BS = _cut_patches(features_BTF, valid_BT, c)
     x_BSD = self.patch_norm(self.patch(patches_BSP))
-    if c.patch_width != c.width:
+    if c.patch_width != c.hidden_size:
       x_BSD = self.patch_out(x_BSD)
     x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
     x_BSD = self.input_norm(x_BSD + self.position(x_BSD))

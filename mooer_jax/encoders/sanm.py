@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mooer_jax import kernels
-from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
+from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, LayerNorm
 from mooer_jax.nn.positions import sinusoids
 
@@ -19,24 +19,27 @@ class SANMConfig:
   """Sizes of the encoder; the defaults are Paraformer-large, 157.98 M parameters."""
 
   kind: ClassVar[str] = "sanm"
+  RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   max_frames: ClassVar[int | None] = None  # any number
   input_width: int = 560
-  width: int = 512
+  hidden_size: int = 512
   layers: int = 50
   heads: int = 4
-  mlp_width: int = 2048
+  intermediate_size: int = 2048
   memory_kernel: int = 11
   norm_eps: float = 1e-12
   dropout: float = 0.0
 
   def __post_init__(self):
-    for name in ("input_width", "width", "heads", "mlp_width", "memory_kernel"):
+    for name in ("input_width", "hidden_size", "heads", "intermediate_size", "memory_kernel"):
       if getattr(self, name) < 1:
         raise ValueError(f"sanm.{name}={getattr(self, name)} must be positive")
     if self.input_width % 2 or self.input_width < 4:
       raise ValueError(f"sanm.input_width={self.input_width} must be even: sines and cosines")
-    if self.width % self.heads:
-      raise ValueError(f"sanm.width={self.width} does not divide into sanm.heads={self.heads}")
+    if self.hidden_size % self.heads:
+      raise ValueError(
+        f"sanm.hidden_size={self.hidden_size} does not divide into sanm.heads={self.heads}"
+      )
     if self.memory_kernel % 2 == 0:
       raise ValueError(f"sanm.memory_kernel={self.memory_kernel} must be odd")
     if self.layers < 2:
@@ -96,12 +99,12 @@ class SANMAttention(nn.Module):
   """Multi-head self-attention over the valid frames, plus the memory of the unsplit values."""
 
   config: SANMConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
-    qkv = Dense(3 * c.width, use_bias=True, dtype=dtype, name="qkv")(x_BTD)
+    qkv = Dense(3 * c.hidden_size, use_bias=True, dtype=dtype, name="qkv")(x_BTD)
     q_BTD, k_BTD, v_BTD = jnp.split(qkv, 3, axis=-1)
     memory_BTD = Memory(c.memory_kernel, name="fsmn")(v_BTD, valid_BT)
     q_BTHC, k_BTHC, v_BTHC = (
@@ -115,14 +118,14 @@ class SANMAttention(nn.Module):
       implementation=self.compute.attention,
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
-    return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD) + memory_BTD
+    return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD) + memory_BTD
 
 
 class SANMLayer(nn.Module):
   """Pre-norm attention and feed-forward; no residual around an attention that changes the width."""
 
   config: SANMConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
@@ -131,7 +134,7 @@ class SANMLayer(nn.Module):
     normed = LayerNorm(c.norm_eps, name="norm1")(x_BTD)
     out_BTD = SANMAttention(c, self.compute, name="attention")(normed, valid_BT)
     out_BTD = dropout(out_BTD)
-    x_BTD = x_BTD + out_BTD if x_BTD.shape[-1] == c.width else out_BTD
+    x_BTD = x_BTD + out_BTD if x_BTD.shape[-1] == c.hidden_size else out_BTD
     normed = LayerNorm(c.norm_eps, name="norm2")(x_BTD)
     x_BTD = x_BTD + dropout(FeedForward(c, self.compute, name="feed_forward")(normed))
     return x_BTD, cache
@@ -141,27 +144,29 @@ class FeedForward(nn.Module):
   """Linear, ReLU, linear."""
 
   config: SANMConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = self.compute.jnp_dtype
-    hidden = jax.nn.relu(Dense(self.config.mlp_width, use_bias=True, dtype=dtype, name="up")(x_BTD))
-    return Dense(self.config.width, use_bias=True, dtype=dtype, name="down")(hidden)
+    hidden = jax.nn.relu(
+      Dense(self.config.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD)
+    )
+    return Dense(self.config.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
 
 
 class SANMEncoder(nn.Module):
   """Normalised low-frame-rate features in, encoder frames out, one for one.
 
   `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width] after
-  CMVN and bool valid_BT, and returns ([B, T, width], valid_BT). What stands at an invalid frame is
-  undefined. Dropout acts only when a "dropout" RNG is given.
+  CMVN and bool valid_BT, and returns ([B, T, hidden_size], valid_BT). The output at an
+  invalid frame is undefined. Dropout acts only when a "dropout" RNG is given.
 
   Source: SAN-M (Gao et al., 2020); Paraformer (Gao et al., 2022).
   """
 
   config: SANMConfig = SANMConfig()
-  compute: Compute = Compute()
+  compute: ExecutionConfig = ExecutionConfig()
 
   def setup(self):
     c = self.config
@@ -175,7 +180,7 @@ class SANMEncoder(nn.Module):
       raise ValueError(
         f"sanm takes features of width {c.input_width}, got {features_BTF.shape[-1]}"
       )
-    x_BTF = features_BTF.astype(jnp.float32) * c.width**0.5
+    x_BTF = features_BTF.astype(jnp.float32) * c.hidden_size**0.5
     x_BTF = x_BTF + sinusoids(features_BTF.shape[1], c.input_width)
     x_BTD, _ = self.first_layer(x_BTF.astype(self.compute.jnp_dtype), valid_BT)
     x_BTD, _ = run_layers(self.layers, x_BTD, valid_BT)

@@ -10,7 +10,7 @@ from einops import rearrange, reduce
 
 from mooer_jax import kernels
 from mooer_jax.kernels.attention import precision
-from mooer_jax.nn.compute import Compute, repeat_layer, run_layers
+from mooer_jax.nn.compute import ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, LayerNorm
 from mooer_jax.nn.positions import sinusoids
 
@@ -34,11 +34,12 @@ class WhisperConfig:
   """
 
   kind: ClassVar[str] = "whisper"
+  RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
   input_width: int = 80
-  width: int = 384
+  hidden_size: int = 384
   layers: int = 4
   heads: int = 6
-  mlp_width: int = 1536
+  intermediate_size: int = 1536
   positions: int = 1500
   context: int = 1500
   trim: bool = False
@@ -46,15 +47,15 @@ class WhisperConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    for name in ("input_width", "width", "layers", "heads", "mlp_width", "context"):
+    for name in ("input_width", "hidden_size", "layers", "heads", "intermediate_size", "context"):
       if getattr(self, name) < 1:
         raise ValueError(f"whisper.{name}={getattr(self, name)} must be positive")
-    if self.width % self.heads:
+    if self.hidden_size % self.heads:
       raise ValueError(
-        f"whisper.width={self.width} does not divide into whisper.heads={self.heads}"
+        f"whisper.hidden_size={self.hidden_size} does not divide into whisper.heads={self.heads}"
       )
-    if self.width % 2 or self.width < 4:
-      raise ValueError(f"whisper.width={self.width} must be even: sines and cosines")
+    if self.hidden_size % 2 or self.hidden_size < 4:
+      raise ValueError(f"whisper.hidden_size={self.hidden_size} must be even: sines and cosines")
     if self.context > self.positions:
       raise ValueError(
         f"whisper.context={self.context} is more than whisper.positions={self.positions}"
@@ -70,13 +71,13 @@ class WhisperConfig:
     return -(-frames // STRIDE) if self.trim else self.context
 
 
-def _size(width: int, layers: int, input_width: int = 80) -> WhisperConfig:
+def _size(hidden_size: int, layers: int, input_width: int = 80) -> WhisperConfig:
   return WhisperConfig(
     input_width=input_width,
-    width=width,
+    hidden_size=hidden_size,
     layers=layers,
-    heads=width // 64,
-    mlp_width=4 * width,
+    heads=hidden_size // 64,
+    intermediate_size=4 * hidden_size,
   )
 
 
@@ -94,14 +95,14 @@ class WhisperAttention(nn.Module):
   """Multi-head self-attention over the whole context; keys have no bias."""
 
   config: WhisperConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
     q_BTHC, k_BTHC, v_BTHC = (
       rearrange(
-        Dense(c.width, use_bias=name != "k", dtype=dtype, name=name)(x_BTD),
+        Dense(c.hidden_size, use_bias=name != "k", dtype=dtype, name=name)(x_BTD),
         "B T (H C) -> B T H C",
         H=c.heads,
       )
@@ -111,27 +112,29 @@ class WhisperAttention(nn.Module):
       q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, implementation=self.compute.attention
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
-    return Dense(c.width, use_bias=True, dtype=dtype, name="out")(out_BTD)
+    return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD)
 
 
 class WhisperMLP(nn.Module):
   """Linear, GELU, linear."""
 
   config: WhisperConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = self.compute.jnp_dtype
-    hidden = _gelu(Dense(self.config.mlp_width, use_bias=True, dtype=dtype, name="up")(x_BTD))
-    return Dense(self.config.width, use_bias=True, dtype=dtype, name="down")(hidden)
+    hidden = _gelu(
+      Dense(self.config.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD)
+    )
+    return Dense(self.config.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
 
 
 class WhisperLayer(nn.Module):
   """Pre-norm attention and feed-forward."""
 
   config: WhisperConfig
-  compute: Compute
+  compute: ExecutionConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
@@ -147,23 +150,23 @@ class WhisperEncoder(nn.Module):
   """Log-mel features in (`audio/logmel.py`), one output for two of them.
 
   `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width], T at
-  most 2 * context, and bool valid_BT, and returns ([B, context, width], valid [B, context]). What
-  stands at an invalid feature is replaced by the clip's silence, up to the end of the context, so
-  that the clip's length is heard, as in the original. A row without a valid feature has no valid
-  output. Dropout acts only when a "dropout" RNG is given.
+  most 2 * context, and bool valid_BT, and returns ([B, context, hidden_size], valid [B, context]).
+  Invalid features, up to the end of the context, are replaced by the clip's silence, so that the
+  output depends on the clip's length, as in the original. A row without a valid feature has no
+  valid output. Dropout is active only if a "dropout" RNG is given.
 
   Source: Whisper (Radford et al., 2022).
   """
 
   config: WhisperConfig = WhisperConfig()
-  compute: Compute = Compute()
+  compute: ExecutionConfig = ExecutionConfig()
 
   def setup(self):
     c = self.config
     self.conv1 = self._convolution()
     self.conv2 = self._convolution(STRIDE)
     self.positions = self.param(
-      "positions", lambda key: jnp.asarray(sinusoids(c.positions, c.width, first=0))
+      "positions", lambda key: jnp.asarray(sinusoids(c.positions, c.hidden_size, first=0))
     )
     self.layers = repeat_layer(WhisperLayer, c.layers, self.compute)(c, self.compute)
     self.final_norm = LayerNorm(c.norm_eps)
@@ -171,7 +174,7 @@ class WhisperEncoder(nn.Module):
   def _convolution(self, stride: int = 1) -> nn.Conv:
     dtype = self.compute.jnp_dtype
     return nn.Conv(
-      self.config.width,
+      self.config.hidden_size,
       kernel_size=(3,),
       strides=stride,
       padding=1,

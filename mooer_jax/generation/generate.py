@@ -131,7 +131,7 @@ def generate_from(
     batch=rows,
     slots=prompt_slots,
     kv_heads=decoder.kv_heads,
-    channels=decoder.head_width,
+    channels=decoder.head_dim,
     dtype=config.compute.jnp_dtype,
   )
   decode = functools.partial(speech_llm.decode, config=config, lora_scale=lora_scale)
@@ -172,7 +172,7 @@ def generate_from(
   cache = cache.grow(read * R)
   read_BYD = None
   if options.return_hidden:
-    read_BYD = jnp.zeros((rows, S * R, decoder.width), hidden_BSD.dtype)
+    read_BYD = jnp.zeros((rows, S * R, decoder.hidden_size), hidden_BSD.dtype)
   state, cache, read_BYD = jax.lax.while_loop(
     lambda carry: search.unfinished(carry[0], options), body, (state, cache, read_BYD)
   )

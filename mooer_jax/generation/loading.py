@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import GenerationConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
 
 def load_model(
   path: str | Path,
-  compute: Compute,
+  compute: ExecutionConfig,
   *,
   base_checkpoint: str | Path | None = None,
   generation: Mapping[str, Any] | None = None,

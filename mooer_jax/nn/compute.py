@@ -17,7 +17,7 @@ _POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ExecutionConfig:
   """Execution choices; they travel with the run, never with the checkpoint.
 
   Attributes:
@@ -47,7 +47,7 @@ class Compute:
     return jnp.dtype(self.dtype)
 
 
-def repeat_layer(layer: type[nn.Module], count: int, compute: Compute) -> Any:
+def repeat_layer(layer: type[nn.Module], count: int, compute: ExecutionConfig) -> Any:
   """Returns a factory for `count` layers: one scanned module, or a list of separate ones.
 
   The layer's `__call__(x, context, cache)` returns `(x, cache)`; `context` is the same for all.

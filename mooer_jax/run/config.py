@@ -11,12 +11,19 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mooer_jax import checkpoint
-from mooer_jax.config import SpeechLLMConfig, build, model_config, unknown_key, with_new_names
+from mooer_jax.config import (
+  KINDS,
+  SpeechLLMConfig,
+  build,
+  model_config,
+  unknown_key,
+  with_new_names,
+)
 from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.translation import check_tokenizer
 from mooer_jax.generation import GenerationConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import read_prompts, task_prompt
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig
@@ -192,7 +199,7 @@ class Run:
 
   RENAMED: ClassVar = {"probe": "perplexity"}
   model: SpeechLLMConfig
-  compute: Compute
+  compute: ExecutionConfig
   data: DataConfig
   optimizer: OptimizerConfig
   train: TrainConfig
@@ -331,7 +338,8 @@ _DERIVED = {
 def renamed_keys() -> dict[str, str]:
   """Deprecated keys of a config and their new names, such as "train.keep": "train.max_to_keep"."""
   renamed = dict(Run.RENAMED)
-  for section, section_class in SECTIONS.items():
+  parts = {f"model.{kind}": part for kind, part in KINDS.items()}
+  for section, section_class in {**SECTIONS, "model": SpeechLLMConfig, **parts}.items():
     names = getattr(section_class, "RENAMED", {})
     renamed |= {f"{section}.{old}": f"{section}.{new}" for old, new in names.items()}
   return renamed

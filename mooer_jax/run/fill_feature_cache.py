@@ -57,7 +57,7 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
   if run.init_from is None:
     raise ValueError("data.cache_features needs the trained encoders of init_from")
   model = run.model
-  widths = {encoder.kind: encoder.width for encoder in model.encoders}
+  widths = {encoder.kind: encoder.hidden_size for encoder in model.encoders}
   folder, name = Path(run.data.cache_features) / _stamp(run, params), dataset_name(run.data)
   cache = EncodedCache(folder, widths)
   if cache.complete(name):

@@ -154,10 +154,10 @@ class PerplexityEvaluator:
 def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
   for instruction in instructions:
     task_prompt(instruction, dict(model.prompts))
-  if not fill_template(model.template, bare_prompt(model))[1]:
+  if not fill_template(model.chat_template, bare_prompt(model))[1]:
     raise ValueError(
-      f"template {model.template!r} has nothing after the speech where there is no instruction, and"
-      " an answer is read off what stands there: P(Y|X) cannot be measured"
+      f"model.chat_template={model.chat_template!r} has nothing after the speech without an"
+      " instruction, and an answer is read off what stands there: P(Y|X) cannot be measured"
     )
 
 
@@ -260,7 +260,7 @@ def _task_sums(params, batch, scale, *, model: SpeechLLMConfig, sharding):
 
 def bare_prompt(model: SpeechLLMConfig) -> str:
   """A prompt of the speech and no instruction; in tags if all of the model's prompts have them."""
-  if SPEECH in TEMPLATES[model.template]:
+  if SPEECH in TEMPLATES[model.chat_template]:
     return ""
   tagged = f"<Speech>{SPEECH}</Speech>"
   return tagged if all(tagged in prompt for _, prompt in model.prompts) else SPEECH

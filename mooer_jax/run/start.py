@@ -80,7 +80,7 @@ def initial_params(
 
 def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactly):
   """Compares config.json with the config; that of joined parts only says what they are."""
-  free = "" if exactly else r"(prompts|template|max_audio_s|frontends/\d+/chunk_s).*|.*dropout"
+  free = "" if exactly else r"(prompts|chat_template|max_audio_s|frontends/\d+/chunk_s).*|.*dropout"
   if not exactly:
     free += r"|encoders/\d+/(context|trim)"
   if not exactly and not saved.get("decoder", {}).get("lora_rank"):
@@ -203,8 +203,8 @@ def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:
 
 def check_vocabulary(tokenizer: Tokenizer, model: SpeechLLMConfig):
   """Raises ValueError if the tokenizer has ids beyond the embedding table."""
-  if tokenizer.vocab_size > model.decoder.vocab:
+  if tokenizer.vocab_size > model.decoder.vocab_size:
     raise ValueError(
-      f"the tokenizer has {tokenizer.vocab_size} tokens but llm.vocab={model.decoder.vocab};"
-      " set model.llm.vocab to at least that"
+      f"the tokenizer has {tokenizer.vocab_size} tokens but llm.vocab_size="
+      f"{model.decoder.vocab_size}; set model.llm.vocab_size to at least that"
     )

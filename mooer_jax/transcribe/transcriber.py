@@ -15,7 +15,7 @@ from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.generation import GenerationConfig, generate
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import (
   check_goes_on,
   check_question,
@@ -74,7 +74,7 @@ class Transcriber:
       FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    compute = Compute(dtype=dtype)
+    compute = ExecutionConfig(dtype=dtype)
     return cls(*load_model(path, compute, base_checkpoint=base_checkpoint))
 
   def transcribe(
@@ -130,7 +130,7 @@ class Transcriber:
     if prompt is None:
       prompt = task_prompt(task, prompts)
     check_question(prompt, question, task)
-    template = chat_template or self.config.template
+    template = chat_template or self.config.chat_template
     filled = fill_template(template, prompt, question or "")
     check_goes_on(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
     options = build(

@@ -27,7 +27,7 @@ from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.program import abstract_state, jitted_step
 from mooer_jax.training.sharding import make_mesh
@@ -38,10 +38,17 @@ TRAINED = {
   "salmonn": ("encoder_norms/.*", "connector/.*", "decoder/.*/lora_[ab]"),
 }
 MOOER = SpeechLLMConfig(
-  encoders=(SANMConfig(layers=3, width=256, heads=2, mlp_width=512),),
-  connector=LinearConfig(hidden_width=256),
+  encoders=(SANMConfig(layers=3, hidden_size=256, heads=2, intermediate_size=512),),
+  connector=LinearConfig(hidden_size=256),
   decoder=LLMConfig(
-    lora_rank=16, layers=3, width=256, heads=4, kv_heads=2, head_width=64, mlp_width=512, vocab=1024
+    lora_rank=16,
+    layers=3,
+    hidden_size=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    intermediate_size=512,
+    vocab_size=1024,
   ),
   max_audio_s=3,
 )
@@ -51,21 +58,24 @@ MODELS = {
     MOOER,
     encoders=(
       WhisperConfig(
-        layers=3, width=128, heads=2, mlp_width=160, input_width=40, positions=150, context=60
+        layers=3, hidden_size=128, heads=2, intermediate_size=160, input_width=40,
+        positions=150, context=60
       ),
       BEATsConfig(
-        layers=2, width=96, heads=4, mlp_width=192, input_width=32, patch=8, patch_width=40,
-        conv_pos=6, conv_pos_groups=3,
+        layers=2, hidden_size=96, heads=4, intermediate_size=192, input_width=32, patch=8,
+        patch_width=40, conv_pos=6, conv_pos_groups=3,
       ),
     ),
-    connector=QFormerConfig(window=7, stride=5, queries=2, width=72, heads=4, mlp_width=80),
+    connector=QFormerConfig(
+      window=7, stride=5, queries=2, hidden_size=72, heads=4, intermediate_size=80
+    ),
     decoder=dataclasses.replace(MOOER.decoder, lora_targets=("q", "v"), kv_heads=4),
     frontends=(
       LogMelConfig(bins=40, chunk_s=1.2),
       FrontendConfig(fbank=FbankConfig(bins=32), lfr_window=1, lfr_stride=1),
     ),
     encoder_norm=True,
-    template="vicuna",
+    chat_template="vicuna",
     max_audio_s=0.4,
   ),
 }  # fmt: skip
@@ -79,7 +89,8 @@ def get_config():
   config = module.get_config()
   config.model.unlock()
   config.model.llm.update(
-    lora_rank=16, layers=3, width=256, heads=2, kv_heads=1, mlp_width=512, vocab=1024)
+    lora_rank=16, layers=3, hidden_size=256, heads=2, kv_heads=1, intermediate_size=512,
+    vocab_size=1024)
   config.data.answer_buckets = (32,)
   config.data.max_s = 3.8
   config.data.batch_size = 32
@@ -88,15 +99,15 @@ def get_config():
 """
 SMALLER = {
   "mooer_7b": """
-  config.model.sanm = dict(layers=3, width=256, heads=2, mlp_width=512)
-  config.model.linear = dict(hidden_width=256)
+  config.model.sanm = dict(layers=3, hidden_size=256, heads=2, intermediate_size=512)
+  config.model.linear = dict(hidden_size=256)
   config.data.buckets = (64,)
 """,
   "salmonn": """
   config.model.whisper = dict(
-    layers=3, width=256, heads=2, mlp_width=512, positions=190, context=190)
-  config.model.beats = dict(layers=3, width=256, heads=2, mlp_width=512)
-  config.model.qformer.update(width=256, heads=2, mlp_width=512)
+    layers=3, hidden_size=256, heads=2, intermediate_size=512, positions=190, context=190)
+  config.model.beats = dict(layers=3, hidden_size=256, heads=2, intermediate_size=512)
+  config.model.qformer.update(hidden_size=256, heads=2, intermediate_size=512)
   config.model.max_audio_s = 3.8
   config.data.buckets = (380,)
 """,
@@ -118,7 +129,7 @@ def batch_of(config):
 
 def traced(name, remat, fsdp=8):
   """The step of two micro-batches, traced for a mesh of faked CPU devices."""
-  config = MODELS[name].replace(compute=Compute(scan=True, remat=remat))
+  config = MODELS[name].replace(compute=ExecutionConfig(scan=True, remat=remat))
   mesh = make_mesh(data=1, fsdp=fsdp, devices=jax.devices()[:fsdp])
   optimizer = OptimizerConfig()
   (state, frozen), shardings = abstract_state(config, optimizer, trainable=TRAINED[name], mesh=mesh)
@@ -147,7 +158,9 @@ def test_frames_from_a_cache_take_no_encoder():
     batch,
     encoded=True,
     features=tuple(
-      jax.ShapeDtypeStruct((ROWS, encoder.num_outputs(x.shape[1]), encoder.width), jnp.float16)
+      jax.ShapeDtypeStruct(
+        (ROWS, encoder.num_outputs(x.shape[1]), encoder.hidden_size), jnp.float16
+      )
       for encoder, x in zip(config.encoders, batch.features)
     ),
   )

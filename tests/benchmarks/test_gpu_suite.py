@@ -71,4 +71,4 @@ def test_the_ratio_is_torch_over_jax_and_absent_without_both_sides():
 
 def test_the_sections_together_stay_below_ten_minutes():
   assert sum(limit for _, limit in gpu_suite.SECTIONS.values()) < 600
-  assert FULL.llm.layers == 28 and FULL.llm.width == 3584
+  assert FULL.llm.layers == 28 and FULL.llm.hidden_size == 3584

@@ -5,7 +5,7 @@ import numpy as np
 
 from mooer_jax import checkpoint, tree
 
-CONFIG = {"decoder": {"width": 8}, "text": "转写"}
+CONFIG = {"decoder": {"hidden_size": 8}, "text": "转写"}
 GENERATION = {"prompt": "Transcribe speech to text. ", "beams": 4}
 
 

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from mooer_jax.connectors.linear import LinearConfig, LinearConnector
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
 
 def make(stack=2, **compute):
-  connector = LinearConnector(LinearConfig(stack=stack, hidden_width=24), 10, Compute(**compute))
+  connector = LinearConnector(
+    LinearConfig(stack=stack, hidden_size=24), 10, ExecutionConfig(**compute)
+  )
   frames = np.random.default_rng(0).normal(size=(3, 9, 16)).astype(np.float32)
   params = jax.eval_shape(connector.init, jax.random.key(0), frames, np.ones((3, 9), bool))
   return connector, tiny.random_params(params), frames

@@ -17,11 +17,13 @@ from mooer_jax.connectors.qformer import (
   num_tokens,
   shortest_frames,
 )
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
-SMALL = QFormerConfig(window=5, stride=5, queries=2, width=24, layers=2, heads=3, mlp_width=40)
+SMALL = QFormerConfig(
+  window=5, stride=5, queries=2, hidden_size=24, layers=2, heads=3, intermediate_size=40
+)
 WIDTH, OUT = 16, 10
 LONGEST = 40  # terms of the longest sum, that of the MLP
 EDGES = pytest.mark.parametrize("edge", ["drop", "pad"])
@@ -38,7 +40,7 @@ def make(config=SMALL, frames=21, **compute):
   valid = np.ones((3, frames), bool)
   shapes = jax.eval_shape(WindowedQFormer(config, OUT).init, jax.random.key(0), x_BTD, valid)
   params = tiny.random_params(shapes["params"])
-  connector = WindowedQFormer(config, OUT, Compute(**compute))
+  connector = WindowedQFormer(config, OUT, ExecutionConfig(**compute))
   return connector, tree.stack_layers(params) if connector.compute.scan else params, x_BTD
 
 
@@ -223,7 +225,7 @@ def test_dropout_of_attention_weights_keeps_their_mean():
   rng = np.random.default_rng(0)
   x_NQD = rng.normal(size=(1, 2, 24)).astype(np.float32)
   keys_NSE = rng.normal(size=(1, 5, WIDTH)).astype(np.float32)
-  attention = QFormerAttention(config, Compute())
+  attention = QFormerAttention(config, ExecutionConfig())
   params = tiny.random_params(attention.init(jax.random.key(0), x_NQD, keys_NSE)["params"])
 
   def dropped(key):
@@ -246,7 +248,7 @@ def test_the_real_sizes(input_width, count):
   )
   trees = {}
   for scan in (False, True):
-    connector = WindowedQFormer(QFormerConfig(), 5120, Compute(scan=scan))
+    connector = WindowedQFormer(QFormerConfig(), 5120, ExecutionConfig(scan=scan))
     trees[scan] = jax.eval_shape(connector.init, jax.random.key(0), *shapes)["params"]
   assert tree.stack_layers(trees[False]) == trees[True]
   assert sum(leaf.size for leaf in jax.tree.leaves(trees[False])) == count
@@ -260,7 +262,7 @@ def test_bfloat16_is_close_and_takes_bfloat16_params():
   connector, params, x_BTD = make()
   expected, _ = run(connector, params, x_BTD)
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-  tokens, _ = run(WindowedQFormer(SMALL, OUT, Compute(dtype="bfloat16")), rounded, x_BTD)
+  tokens, _ = run(WindowedQFormer(SMALL, OUT, ExecutionConfig(dtype="bfloat16")), rounded, x_BTD)
   assert tokens.dtype == jnp.bfloat16
   # Products of bfloat16 are summed in float32, so one rounding of each input is all.
   bound = rounding(1, sensitivity(connector, params, x_BTD), jnp.bfloat16)
@@ -288,7 +290,7 @@ def test_too_few_frames_for_a_token_are_refused(edge, frames, message):
     ({"window": 0}, "qformer.window=0 must be positive"),
     ({"queries": -1}, "qformer.queries=-1"),
     ({"stride": 18}, "qformer.stride=18 .*qformer.window=17 .*at most 17"),
-    ({"heads": 7}, "qformer.width=768 .* qformer.heads=7"),
+    ({"heads": 7}, "qformer.hidden_size=768 .* qformer.heads=7"),
     ({"edge": "keep"}, "qformer.edge='keep': use 'drop' or 'pad'"),
     ({"dropout": 1.0}, "qformer.dropout=1.0"),
   ],

@@ -28,7 +28,7 @@ def adapter(llm_width: int, seed=0):
   """MooER's adapter: two frames, linear, ReLU, linear."""
   torch.manual_seed(seed)
   layers = {
-    "linear1": torch.nn.Linear(2 * SANM.width, HIDDEN),
+    "linear1": torch.nn.Linear(2 * SANM.hidden_size, HIDDEN),
     "linear2": torch.nn.Linear(HIDDEN, llm_width),
   }
   return vary(torch.nn.ModuleDict(layers), seed)

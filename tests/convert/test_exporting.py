@@ -50,10 +50,10 @@ def config_of(folder):
     (lambda c: c.update(prompts={"asr": AST}), ["is not a prompt of a release"]),
     (lambda c: c.update(prompts={"s2s_chat": "Answer my question with speech. "}), ["s2s_chat"]),
     (lambda c: c.update(prompts={}), ["prompts: none"]),
-    (lambda c: c.update(template="bare"), ["template='bare'", "config.model.template"]),
+    (lambda c: c.update(chat_template="bare"), ["template='bare'", "config.model.chat_template"]),
     (lambda c: c.update(max_audio_s=20.0), ["max_audio_s=20", "config.model.max_audio_s"]),
     (
-      lambda c: c.update(template="bare", max_audio_s=5.0, prompts={"asr": "<|transcribe|>"}),
+      lambda c: c.update(chat_template="bare", max_audio_s=5.0, prompts={"asr": "<|transcribe|>"}),
       ["3 problems", "template", "max_audio_s", "prompts"],
     ),
     (lambda c: c["encoders"][0].update(heads=2), ["encoders/0/heads is 2 .* read as 4"]),

@@ -97,4 +97,4 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model_side(tokenizer):
   """What the pipeline needs to know of the model."""
-  return tokenizer, SpeechLLMConfig(template="bare", prompts=(("asr", "ASK <|im_end|>"),))
+  return tokenizer, SpeechLLMConfig(chat_template="bare", prompts=(("asr", "ASK <|im_end|>"),))

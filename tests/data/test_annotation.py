@@ -22,7 +22,7 @@ PROMPTS = (
   ("qa", "<SpeechHere>{}"),
   ("count", "HOW MANY<SpeechHere>WORDS"),
 )
-MODEL = SpeechLLMConfig(template="none", prompts=PROMPTS)
+MODEL = SpeechLLMConfig(chat_template="none", prompts=PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_a_question_has_room_on_its_own_side_of_the_speech(annotate, letters):
   for template, prompt, before, after in (
     ("bare", "{}", 0, 12), ("none", "{}<SpeechHere>A", 12, 1), ("none", "B<SpeechHere>{}", 1, 12),
   ):  # fmt: skip
-    model = MODEL.replace(template=template, prompts=(("qa", prompt),))
+    model = MODEL.replace(chat_template=template, prompts=(("qa", prompt),))
     (host,) = eval_batches(annotate(listed), letters, model)
     assert (host.batch.before_BS.shape[1], host.batch.after_BS.shape[1]) == (before, after)
     sides = decoded(letters, host.batch.before_BS[0]) + decoded(letters, host.batch.after_BS[0])

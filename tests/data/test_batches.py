@@ -31,7 +31,7 @@ def _batcher(tokenizer, frontends):
   model = types.SimpleNamespace(  # of encoders that there are none of
     frontends=frontends,
     prompts=(("asr", "B<SpeechHere>AFTER"),),
-    template="none",
+    chat_template="none",
     min_audio_s=0.0,
     sample_rate_hz=16000,
   )

@@ -28,7 +28,7 @@ def dataset(shards, wav, tmp_path):
       shards.add_members(members)
   (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
   own = tuple((task, prompts[0]) for task, prompts in PROMPTS.items())
-  model = SpeechLLMConfig(template="bare", prompts=own)
+  model = SpeechLLMConfig(chat_template="bare", prompts=own)
 
   tokenizer = Tokenizer.from_characters(string.digits + string.ascii_uppercase + " ?")
 

@@ -15,8 +15,8 @@ from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.run.fill_feature_cache import dataset_name, uncached_batches
 
-WHISPER = WhisperConfig(width=8, layers=1, heads=1, positions=100, context=100, trim=True)
-BEATS = BEATsConfig(width=16, layers=1, heads=1, conv_pos_groups=1)
+WHISPER = WhisperConfig(hidden_size=8, layers=1, heads=1, positions=100, context=100, trim=True)
+BEATS = BEATsConfig(hidden_size=16, layers=1, heads=1, conv_pos_groups=1)
 
 
 def fill(cache, config, model, passed=None):
@@ -29,7 +29,7 @@ def fill(cache, config, model, passed=None):
     for row, name in enumerate(digests):
       rng = np.random.default_rng(int(name[:8], 16))
       lengths = (e.num_outputs(n[row]) for e, n in zip(model.encoders, batch.frames))
-      made = [rng.normal(size=(n, e.width)) for n, e in zip(lengths, model.encoders)]
+      made = [rng.normal(size=(n, e.hidden_size)) for n, e in zip(lengths, model.encoders)]
       rows.append((name, made, seconds[row]))
     cache.write(rows)
     count += len(rows)
@@ -37,13 +37,13 @@ def fill(cache, config, model, passed=None):
 
 
 def open_cache(folder, model):
-  return EncodedCache(folder, {e.kind: e.width for e in model.encoders})
+  return EncodedCache(folder, {e.kind: e.hidden_size for e in model.encoders})
 
 
 def test_clips_are_cached_that_evaluation_would_leave_out(shards, wav, tokenizer, tmp_path):
   """Keys that come twice, tasks that the prompts do not have, questions that are missing."""
   prompts = (("asr", "ASK"), ("qa", "ASK {}"))
-  model = SpeechLLMConfig(template="bare", prompts=prompts)
+  model = SpeechLLMConfig(chat_template="bare", prompts=prompts)
   (tmp_path / "drawn.json").write_text(json.dumps({"qa": ["ASK", "ASK IT"]}))
   config = shards.config(task="", prompts=str(tmp_path / "drawn.json"), prompt_tokens=4)
   for number in range(2):
@@ -73,7 +73,7 @@ def test_two_encoders_frames_come_from_the_cache_also_in_workers(
   model = SpeechLLMConfig(
     encoders=(WHISPER, BEATS),
     frontends=(default_frontend(WHISPER), default_frontend(BEATS)),
-    template="bare",
+    chat_template="bare",
     prompts=(("asr", "ASK"),),
     max_audio_s=2.0,
   )
@@ -139,7 +139,7 @@ def test_a_cached_clip_is_left_out_where_the_connector_makes_no_token_of_it(
     audio = wav(seconds, seed=seed)
     shards.add_members([(f"{seed}.wav", audio), (f"{seed}.txt", b"A")])
   config = shards.config(max_s=2.0, buckets=(40,), min_s=0.1)
-  model = SpeechLLMConfig(template="bare", prompts=(("asr", "ASK"),))
+  model = SpeechLLMConfig(chat_template="bare", prompts=(("asr", "ASK"),))
   cache = open_cache(tmp_path / "cache", model)
   assert fill(cache, config, model) == 3
   for edge, causes in (("pad", set()), ("drop", {"0: too short"})):

@@ -9,7 +9,7 @@ import pytest
 from mooer_jax import tree
 from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLM, KVCache, LLMConfig, Placement
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
@@ -24,8 +24,8 @@ LONGEST = 56  # terms of the longest sum, that of the MLP
 
 def shapes_of(config, **compute):
   """(model, its parameters as shapes)."""
-  model = LLM(config, Compute(**compute))
-  inputs = jnp.zeros((1, 2, config.width)), jnp.ones((1, 2), bool)
+  model = LLM(config, ExecutionConfig(**compute))
+  inputs = jnp.zeros((1, 2, config.hidden_size)), jnp.ones((1, 2), bool)
   init = lambda key: model.init(key, *inputs, method=LLM.everything)  # noqa: E731
   return model, jax.eval_shape(init, jax.random.key(0))["params"]
 
@@ -34,8 +34,8 @@ def make(config=tiny.LLM_CONFIG, **compute):
   """(model, random params in its layout, inputs [B, S, D])."""
   _, shapes = shapes_of(config)
   params = tiny.random_params(shapes)
-  model = LLM(config, Compute(**compute))
-  inputs = np.random.default_rng(0).normal(size=(B, S, config.width)).astype(np.float32)
+  model = LLM(config, ExecutionConfig(**compute))
+  inputs = np.random.default_rng(0).normal(size=(B, S, config.hidden_size)).astype(np.float32)
   return model, tree.stack_layers(params) if model.compute.scan else params, inputs
 
 
@@ -172,7 +172,7 @@ def create_cache(config, slots, dtype=jnp.float32, batch=B):
     batch=batch,
     slots=slots,
     kv_heads=config.kv_heads,
-    channels=config.head_width,
+    channels=config.head_dim,
     dtype=dtype,
   )
 
@@ -273,7 +273,7 @@ def test_dropout_acts_with_a_key_only(scan, bound):
 
 
 def test_tied_logits_are_products_with_the_embedding():
-  model, params, inputs = make(dataclasses.replace(tiny.LLM_CONFIG, tied=True))
+  model, params, inputs = make(dataclasses.replace(tiny.LLM_CONFIG, tie_word_embeddings=True))
   assert "head" not in params
   logits = model.apply({"params": params}, inputs, method=LLM.logits)
   exact = np.float64(inputs) @ np.float64(params["embed"]["embedding"].T)
@@ -284,9 +284,9 @@ def test_tied_logits_are_products_with_the_embedding():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
-  config = dataclasses.replace(tiny.LLM_CONFIG, tied=tied)
+  config = dataclasses.replace(tiny.LLM_CONFIG, tie_word_embeddings=tied)
   model, params, inputs = make(config)
-  half = LLM(config, Compute(dtype="bfloat16"))
+  half = LLM(config, ExecutionConfig(dtype="bfloat16"))
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
   cache = create_cache(config, S, jnp.bfloat16)
   hidden, cache = apply(half, rounded, inputs, VALID_BS, cache)
@@ -308,7 +308,7 @@ def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
   "values, message",
   [
     ({"heads": 28, "kv_heads": 5}, "llm.heads=28 .* llm.kv_heads=5"),
-    ({"head_width": 7}, "head_width=7 must be even"),
+    ({"head_dim": 7}, "head_dim=7 must be even"),
     ({"lora_targets": ("q", "qkv")}, "unknown .'qkv'.*'gate'"),
   ],
 )

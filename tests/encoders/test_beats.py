@@ -9,17 +9,17 @@ import pytest
 from mooer_jax import tree
 from mooer_jax.config import part_from_json, part_to_json
 from mooer_jax.encoders.beats import BEATS_SIZES, BEATsConfig, BEATsEncoder, distance_buckets
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
 # Patches of 8 x 8, four bands; positions reach three patches far.
 SMALL = BEATsConfig(
   input_width=32,
-  width=24,
+  hidden_size=24,
   layers=2,
   heads=4,
-  mlp_width=40,
+  intermediate_size=40,
   patch=8,
   patch_width=20,
   conv_pos=6,
@@ -38,7 +38,7 @@ def make(config=SMALL, **compute):
   features = np.random.default_rng(0).normal(size=(4, 45, config.input_width)).astype(np.float32)
   shapes = jax.eval_shape(BEATsEncoder(config).init, jax.random.key(0), features, ALL_VALID)
   params = tiny.random_params(shapes["params"])
-  encoder = BEATsEncoder(config, Compute(**compute))
+  encoder = BEATsEncoder(config, ExecutionConfig(**compute))
   return encoder, tree.stack_layers(params) if encoder.compute.scan else params, features
 
 
@@ -60,7 +60,7 @@ def test_iter3_has_90_31_million_parameters_and_496_tokens_for_10_s():
   shapes = (jax.ShapeDtypeStruct((1, 998, 128), jnp.float32), jax.ShapeDtypeStruct((1, 998), bool))
   trees = {}
   for scan in (False, True):
-    encoder = BEATsEncoder(config, Compute(scan=scan))
+    encoder = BEATsEncoder(config, ExecutionConfig(scan=scan))
     trees[scan] = jax.eval_shape(encoder.init, jax.random.key(0), *shapes)["params"]
   assert sum(leaf.size for leaf in jax.tree.leaves(trees[False])) == 90_311_792
   assert tree.stack_layers(trees[False]) == trees[True]
@@ -183,7 +183,7 @@ def test_dropout_acts_with_a_key_only(scale):
 def test_bfloat16_is_close_and_takes_bfloat16_params(scale):
   encoder, params, features = make()
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-  out = run(BEATsEncoder(SMALL, Compute(dtype="bfloat16")), rounded, features, FRAMES_B)
+  out = run(BEATsEncoder(SMALL, ExecutionConfig(dtype="bfloat16")), rounded, features, FRAMES_B)
   assert out.dtype == jnp.bfloat16
   # Products of bfloat16 are summed in float32, so one rounding of each input is all.
   bound = rounding(1, scale, jnp.bfloat16)
@@ -216,8 +216,8 @@ def test_features_that_do_not_fit_are_refused(shape, message):
 @pytest.mark.parametrize(
   "values, message",
   [
-    ({"width": 770}, "beats.width=770 .* beats.heads=12"),
-    ({"conv_pos_groups": 10}, "beats.width=768 .* beats.conv_pos_groups=10"),
+    ({"hidden_size": 770}, "beats.hidden_size=770 .* beats.heads=12"),
+    ({"conv_pos_groups": 10}, "beats.hidden_size=768 .* beats.conv_pos_groups=10"),
     ({"input_width": 80, "patch": 32}, "beats.input_width=80 .* beats.patch=32"),
     ({"layers": 0}, "beats.layers=0"),
     ({"buckets": 321}, "beats.buckets=321"),

@@ -8,7 +8,7 @@ import pytest
 
 from mooer_jax import tree
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
@@ -22,7 +22,7 @@ def make(sanm=tiny.SANM, **compute):
   features = np.random.default_rng(0).normal(size=(3, 12, sanm.input_width)).astype(np.float32)
   shapes = jax.eval_shape(SANMEncoder(sanm).init, jax.random.key(0), features, ALL_VALID)
   params = tiny.random_params(shapes["params"])
-  encoder = SANMEncoder(sanm, Compute(**compute))
+  encoder = SANMEncoder(sanm, ExecutionConfig(**compute))
   return encoder, tree.stack_layers(params) if encoder.compute.scan else params, features
 
 
@@ -43,7 +43,7 @@ def test_paraformer_large_has_157_98_million_parameters():
   shapes = (jax.ShapeDtypeStruct((1, 8, 560), jnp.float32), jax.ShapeDtypeStruct((1, 8), bool))
   trees = {}
   for scan in (False, True):
-    encoder = SANMEncoder(config, Compute(scan=scan))
+    encoder = SANMEncoder(config, ExecutionConfig(scan=scan))
     trees[scan] = jax.eval_shape(encoder.init, jax.random.key(0), *shapes)["params"]
   assert sum(leaf.size for leaf in jax.tree.leaves(trees[False])) == 157_975_648
   assert tree.stack_layers(trees[False]) == trees[True]
@@ -143,7 +143,7 @@ def test_dropout_acts_with_a_key_only(scale):
 def test_bfloat16_is_close_and_takes_bfloat16_params(scale):
   encoder, params, features = make()
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-  out = run(SANMEncoder(tiny.SANM, Compute(dtype="bfloat16")), rounded, features, FRAMES_B)
+  out = run(SANMEncoder(tiny.SANM, ExecutionConfig(dtype="bfloat16")), rounded, features, FRAMES_B)
   assert out.dtype == jnp.bfloat16
   # Products of bfloat16 are summed in float32, so one rounding of each input is all.
   bound = rounding(1, scale, jnp.bfloat16)
@@ -162,7 +162,7 @@ def test_the_wrong_feature_width_is_refused():
 @pytest.mark.parametrize(
   "values, message",
   [
-    ({"width": 510}, "sanm.width=510 .* sanm.heads=4"),
+    ({"hidden_size": 510}, "sanm.hidden_size=510 .* sanm.heads=4"),
     ({"memory_kernel": 10}, "memory_kernel=10 must be odd"),
     ({"layers": 1}, "sanm.layers=1"),
   ],

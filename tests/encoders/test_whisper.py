@@ -12,14 +12,21 @@ import torch
 from mooer_jax import tree
 from mooer_jax.audio.logmel import LogMelConfig, features
 from mooer_jax.encoders.whisper import WHISPER_SIZES, WhisperConfig, WhisperEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.nn.positions import sinusoids
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 from tests.parity import torch_models
 
 SMALL = WhisperConfig(
-  input_width=8, width=32, layers=3, heads=4, mlp_width=48, positions=20, context=12, trim=True
+  input_width=8,
+  hidden_size=32,
+  layers=3,
+  heads=4,
+  intermediate_size=48,
+  positions=20,
+  context=12,
+  trim=True,
 )
 FRAMES_B = [22, 7, 1]
 LONGEST = 3 * 32  # terms of the longest sum, that of the second convolution
@@ -31,7 +38,7 @@ def make(config=SMALL, **compute):
   x_BTF = rng.normal(size=(3, 22, config.input_width)).astype(np.float32)
   shapes = jax.eval_shape(WhisperEncoder(config).init, jax.random.key(0), x_BTF, x_BTF[..., 0] > 9)
   params = tiny.random_params(shapes["params"])
-  encoder = WhisperEncoder(config, Compute(**compute))
+  encoder = WhisperEncoder(config, ExecutionConfig(**compute))
   return encoder, tree.stack_layers(params) if encoder.compute.scan else params, x_BTF
 
 
@@ -58,10 +65,10 @@ def original(config, seed=0):
   torch.manual_seed(seed)
   described = TheirConfig(
     num_mel_bins=config.input_width,
-    d_model=config.width,
+    d_model=config.hidden_size,
     encoder_layers=config.layers,
     encoder_attention_heads=config.heads,
-    encoder_ffn_dim=config.mlp_width,
+    encoder_ffn_dim=config.intermediate_size,
     max_source_positions=config.positions,
   )
   module = torch_models.vary_vectors(Theirs(described), seed)
@@ -88,7 +95,7 @@ def shapes(config, *, scan=True):
     jax.ShapeDtypeStruct((1, 8, config.input_width), jnp.float32),
     jax.ShapeDtypeStruct((1, 8), bool),
   )
-  encoder = WhisperEncoder(config, Compute(scan=scan))
+  encoder = WhisperEncoder(config, ExecutionConfig(scan=scan))
   params = jax.eval_shape(encoder.init, jax.random.key(0), *inputs)["params"]
   return params, jax.eval_shape(encoder.apply, {"params": params}, *inputs)
 
@@ -112,10 +119,10 @@ def test_the_sizes_have_the_parameters_of_the_releases():
   for name, c in WHISPER_SIZES.items():
     described = TheirConfig(
       num_mel_bins=c.input_width,
-      d_model=c.width,
+      d_model=c.hidden_size,
       encoder_layers=c.layers,
       encoder_attention_heads=c.heads,
-      encoder_ffn_dim=c.mlp_width,
+      encoder_ffn_dim=c.intermediate_size,
     )
     with torch.device("meta"):
       assert sum(p.numel() for p in Theirs(described).parameters()) == counts[name], name
@@ -279,7 +286,7 @@ def test_dropout_acts_with_a_key_only(scale):
 def test_bfloat16_is_close_and_takes_bfloat16_params(scale):
   encoder, params, x_BTF = make()
   rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-  out, _ = run(WhisperEncoder(SMALL, Compute(dtype="bfloat16")), rounded, x_BTF, FRAMES_B)
+  out, _ = run(WhisperEncoder(SMALL, ExecutionConfig(dtype="bfloat16")), rounded, x_BTF, FRAMES_B)
   assert out.dtype == jnp.bfloat16
   # Products of bfloat16 are summed in float32, so one rounding of each input is all.
   bound = rounding(1, scale, jnp.bfloat16)
@@ -300,8 +307,8 @@ def test_features_that_do_not_fit_are_refused_by_name():
 @pytest.mark.parametrize(
   "values, message",
   [
-    ({"width": 382}, "whisper.width=382 .* whisper.heads=6"),
-    ({"width": 381, "heads": 3}, "whisper.width=381 must be even"),
+    ({"hidden_size": 382}, "whisper.hidden_size=382 .* whisper.heads=6"),
+    ({"hidden_size": 381, "heads": 3}, "whisper.hidden_size=381 must be even"),
     ({"layers": 0}, "whisper.layers=0"),
     ({"context": 1501}, "whisper.context=1501 .* whisper.positions=1500"),
     ({"context": 0}, "whisper.context=0"),

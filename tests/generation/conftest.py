@@ -15,10 +15,17 @@ from mooer_jax.speech_llm import Batch
 @pytest.fixture(scope="session")
 def config():
   return SpeechLLMConfig(
-    encoders=(SANMConfig(width=32, layers=2, heads=2, mlp_width=48),),
-    connector=LinearConfig(hidden_width=24),
+    encoders=(SANMConfig(hidden_size=32, layers=2, heads=2, intermediate_size=48),),
+    connector=LinearConfig(hidden_size=24),
     decoder=LLMConfig(
-      vocab=40, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, tied=True
+      vocab_size=40,
+      hidden_size=32,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      intermediate_size=48,
+      tie_word_embeddings=True,
     ),
   )
 

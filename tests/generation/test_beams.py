@@ -115,7 +115,7 @@ def test_padding_and_neighbours_change_no_answer(params, config, batch, bound_fo
 def test_the_prompt_is_cached_once_an_utterance(params, config, batch):
   """No array of the program holds the prompt's keys or values once a beam, in any layout."""
   clips = batch([20, 13], padded_to=38)
-  rows, beams, heads, channels = 2, 4, config.decoder.kv_heads, config.decoder.head_width
+  rows, beams, heads, channels = 2, 4, config.decoder.kv_heads, config.decoder.head_dim
   prompt = 38 // 2 + 3
   traced = jax.make_jaxpr(lambda p, b: generate(p, b, config, BEAMS))(params, clips)
   [loop] = [e for e in jaxprs.equations(traced) if e.primitive.name == "while"]

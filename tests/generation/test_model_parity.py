@@ -25,14 +25,14 @@ from tests.parity import torch_models
 
 VOCAB, WIDTH, PROMPT, LENGTH = 40, 32, 9, 12
 LLM = LLMConfig(
-  vocab=VOCAB,
-  width=WIDTH,
+  vocab_size=VOCAB,
+  hidden_size=WIDTH,
   layers=2,
   heads=4,
   kv_heads=2,
-  head_width=8,
-  mlp_width=48,
-  tied=True,
+  head_dim=8,
+  intermediate_size=48,
+  tie_word_embeddings=True,
   rope_theta=1e4,
 )
 pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip the prompt: meant
@@ -42,15 +42,15 @@ def llama(config: LLMConfig, seed=0):
   torch.manual_seed(seed)
   module = LlamaForCausalLM(
     LlamaConfig(
-      vocab_size=config.vocab,
-      hidden_size=config.width,
-      intermediate_size=config.mlp_width,
+      vocab_size=config.vocab_size,
+      hidden_size=config.hidden_size,
+      intermediate_size=config.intermediate_size,
       num_hidden_layers=config.layers,
       num_attention_heads=config.heads,
       num_key_value_heads=config.kv_heads,
       rms_norm_eps=config.norm_eps,
       rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-      tie_word_embeddings=config.tied,
+      tie_word_embeddings=config.tie_word_embeddings,
       attn_implementation="eager",
     )
   )
@@ -64,7 +64,7 @@ def model(kind):
     config = LLM
     module = torch_models.qwen2(config)
   else:
-    config = dataclasses.replace(LLM, qkv_bias=False, tied=False)
+    config = dataclasses.replace(LLM, qkv_bias=False, tie_word_embeddings=False)
     module = llama(config)
   with torch.no_grad():
     for name, parameter in module.named_parameters():

@@ -1,14 +1,14 @@
 import pytest
 
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 
 
 def test_float16_is_refused_with_the_reason():
   with pytest.raises(ValueError, match="float16 overflows"):
-    Compute(dtype="float16")
+    ExecutionConfig(dtype="float16")
 
 
 @pytest.mark.parametrize("field", ["dtype", "remat", "attention"])
 def test_unknown_names_are_refused_by_name(field):
   with pytest.raises(ValueError, match=f"{field}='fastest'"):
-    Compute(**{field: "fastest"})
+    ExecutionConfig(**{field: "fastest"})

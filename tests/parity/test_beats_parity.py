@@ -21,7 +21,7 @@ from mooer_jax import checkpoint, tree
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import features
 from mooer_jax.encoders.beats import BEATS_FRONTEND, BEATsConfig, BEATsEncoder, distance_buckets
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_beats, torch_models
 
 # The bound of the project.
@@ -51,7 +51,7 @@ def make_features(config, frames_B, seed=0):
 def test_equals_the_published_structure(config, frames_B, scan):
   theirs = torch_beats.model(config)
   params = torch_beats.params(theirs)
-  encoder = BEATsEncoder(config, Compute(scan=scan))
+  encoder = BEATsEncoder(config, ExecutionConfig(scan=scan))
   features_BTF = make_features(config, frames_B)
   with torch.no_grad():
     expected = theirs(torch.tensor(features_BTF), torch.tensor(frames_B)).numpy()
@@ -68,7 +68,7 @@ def test_equals_the_published_structure(config, frames_B, scan):
 
 @pytest.mark.parametrize("buckets, reach", [(320, 800), (320, 1280), (16, 20), (32, 32)])
 def test_every_distance_falls_into_the_bucket_of_torch(buckets, reach):
-  config = BEATsConfig(buckets=buckets, max_distance=reach, width=16, heads=1)
+  config = BEATsConfig(buckets=buckets, max_distance=reach, hidden_size=16, heads=1)
   attention = rebuilt.SelfAttention(beats.cfg_of(config))
   with torch.no_grad():
     attention.relative_attention_bias.weight[:, 0] = torch.arange(buckets)

@@ -13,7 +13,7 @@ from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests import tiny
 from tests.parity import torch_models
 
-LLM = dataclasses.replace(tiny.LLM_CONFIG, width=40, lora_rank=8, lora_alpha=16.0)
+LLM = dataclasses.replace(tiny.LLM_CONFIG, hidden_size=40, lora_rank=8, lora_alpha=16.0)
 CONFIG = tiny.model_config(llm=LLM, scan=True, remat="full")
 TRAINABLE = ("connector/.*", "decoder/.*/lora_[ab]")
 ROWS = [
@@ -35,9 +35,9 @@ class TorchSpeechLLM(torch.nn.Module):
     self.encoder = torch_models.sanm(sanm).requires_grad_(False)
     torch.manual_seed(1)
     self.adapter = torch.nn.Sequential(
-      torch.nn.Linear(linear.stack * sanm.width, linear.hidden_width),
+      torch.nn.Linear(linear.stack * sanm.hidden_size, linear.hidden_size),
       torch.nn.ReLU(),
-      torch.nn.Linear(linear.hidden_width, LLM.width),
+      torch.nn.Linear(linear.hidden_size, LLM.hidden_size),
     )
     self.llm = torch_models.with_lora(torch_models.qwen2(LLM), LLM, zero_b=zero_b)
 

@@ -54,18 +54,18 @@ class Original(torch.nn.Module):
   def __init__(self, module, c: QFormerConfig, input_width: int, output_width: int):
     super().__init__()
     config = transformers.BertConfig(  # of bert-base-uncased, but for the sizes
-      hidden_size=c.width,
+      hidden_size=c.hidden_size,
       num_hidden_layers=c.layers,
       num_attention_heads=c.heads,
-      intermediate_size=c.mlp_width,
+      intermediate_size=c.intermediate_size,
     )
     config.encoder_width = input_width
     config.add_cross_attention = True
     config.cross_attention_freq = 1
     config.query_length = c.queries
     self.speech_Qformer = module.BertLMHeadModel(config)
-    self.speech_query_tokens = torch.nn.Parameter(0.02 * torch.randn(1, c.queries, c.width))
-    self.speech_llama_proj = torch.nn.Linear(c.width, output_width)
+    self.speech_query_tokens = torch.nn.Parameter(0.02 * torch.randn(1, c.queries, c.hidden_size))
+    self.speech_llama_proj = torch.nn.Linear(c.hidden_size, output_width)
     bert = self.speech_Qformer.bert
     bert.embeddings.word_embeddings = bert.embeddings.position_embeddings = None
     for layer in bert.encoder.layer:
@@ -95,7 +95,11 @@ class Original(torch.nn.Module):
   [
     ({}, 2048, 1500),
     ({}, 1280, 90),  # without BEATs
-    ({"queries": 4, "stride": 9, "layers": 3, "width": 96, "mlp_width": 200}, 80, 100),
+    (
+      {"queries": 4, "stride": 9, "layers": 3, "hidden_size": 96, "intermediate_size": 200},
+      80,
+      100,
+    ),
   ],
 )
 def test_the_original_gives_the_same_tokens(original, changes, input_width, frames):

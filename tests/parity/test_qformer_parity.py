@@ -10,13 +10,13 @@ import torch
 
 from mooer_jax import tree
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_qformer
 from tests.parity.torch_models import error
 from tests.parity.torch_qformer import Blip2, QFormer, tokens
 
 TOLERANCE = 1e-4  # of the deviation, the bound of the project
-SMALL = dict(width=48, heads=4, mlp_width=80, window=7, queries=3, layers=3)
+SMALL = dict(hidden_size=48, heads=4, intermediate_size=80, window=7, queries=3, layers=3)
 
 
 def largest_error(kind, config, *, frames=60, input_width=2048, output_width=96, scan=False):
@@ -25,7 +25,7 @@ def largest_error(kind, config, *, frames=60, input_width=2048, output_width=96,
   params = tree.stack_layers(params) if scan else params
   rng = np.random.default_rng(0)
   frames_BTD = rng.normal(size=(2, frames, input_width)).astype(np.float32)
-  ours = WindowedQFormer(config, output_width, Compute(scan=scan))
+  ours = WindowedQFormer(config, output_width, ExecutionConfig(scan=scan))
   tokens_BSD, valid_BS = jax.jit(ours.apply)(
     {"params": params}, frames_BTD, np.ones((2, frames), bool)
   )
@@ -35,9 +35,7 @@ def largest_error(kind, config, *, frames=60, input_width=2048, output_width=96,
   return worst
 
 
-@pytest.mark.parametrize(
-  "kind, scan", [(QFormer, True), (Blip2, False)]
-)
+@pytest.mark.parametrize("kind, scan", [(QFormer, True), (Blip2, False)])
 def test_equals_at_the_real_sizes(kind, scan):
   assert largest_error(kind, QFormerConfig(), scan=scan) <= TOLERANCE
 

@@ -11,7 +11,7 @@ import torch
 from mooer_jax import tree
 from mooer_jax.config import DECODERS
 from mooer_jax.decoders.llm import LLM, LLMConfig
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_models
 
 # The bound of the project: float32 rounding that adds up like a random walk over the layers.
@@ -21,7 +21,7 @@ LAYERS = 2
 
 def small(name, **changes) -> LLMConfig:
   """The real widths with few layers and few words."""
-  return dataclasses.replace(DECODERS[name], layers=LAYERS, vocab=1000, **changes)
+  return dataclasses.replace(DECODERS[name], layers=LAYERS, vocab_size=1000, **changes)
 
 
 def tokens_and_mask():
@@ -44,7 +44,7 @@ def run_both(theirs, params, config, *, scan=False, lora_scale=None):
       position_ids=torch.tensor(positions_BS),
       output_hidden_states=True,
     )
-  model = LLM(config, Compute(scan=scan))
+  model = LLM(config, ExecutionConfig(scan=scan))
 
   @jax.jit
   def ours(params):
@@ -69,7 +69,7 @@ def run_both(theirs, params, config, *, scan=False, lora_scale=None):
   ],
 )
 def test_equals_transformers_at_real_widths(name, tied, scan):
-  config = small(name, tied=tied)
+  config = small(name, tie_word_embeddings=tied)
   theirs = torch_models.qwen2(config)
   params = torch_models.qwen2_params(theirs, config)
   hidden, logits, expected_hidden, expected_logits = run_both(theirs, params, config, scan=scan)

@@ -79,7 +79,7 @@ def batch_of(waveforms, answers, config, tokenizer):
     made.append(np.zeros((len(rows), frames[-1].max(), rows[0].shape[1]), np.float32))
     for line, row in zip(made[-1], rows):
       line[: len(row)] = row
-  text = fill_template(config.template, dict(config.prompts)["asr"])
+  text = fill_template(config.chat_template, dict(config.prompts)["asr"])
   before_S, after_S = encode_prompt(tokenizer, text)
   answer_BS = np.full((len(answers), max(map(len, answers))), -1, np.int32)
   for line, answer in zip(answer_BS, answers):

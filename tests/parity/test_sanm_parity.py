@@ -7,7 +7,7 @@ import torch
 
 from mooer_jax import tree
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
-from mooer_jax.nn.compute import Compute
+from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_models
 
 # The bound of the project: float32 rounding that adds up like a random walk over the layers.
@@ -21,7 +21,7 @@ def test_equals_funasr_at_real_widths(layers, scan):
   params = torch_models.sanm_params(theirs)
   if scan:
     params = tree.stack_layers(params)
-  encoder = SANMEncoder(config, Compute(scan=scan))
+  encoder = SANMEncoder(config, ExecutionConfig(scan=scan))
   frames_B = np.array([41, 17, 1])
   features_BTF = np.random.default_rng(0).normal(size=(3, 41, 560)).astype(np.float32)
   with torch.no_grad():

@@ -13,10 +13,10 @@ from tests.parity.torch_models import vary_vectors
 
 SMALL = BEATsConfig(
   input_width=32,
-  width=24,
+  hidden_size=24,
   layers=3,
   heads=4,
-  mlp_width=40,
+  intermediate_size=40,
   patch=8,
   patch_width=20,
   conv_pos=6,

@@ -51,9 +51,9 @@ def sanm(config: SANMConfig, seed=0):
   torch.manual_seed(seed)
   module = SANMEncoder(
     input_size=config.input_width,
-    output_size=config.width,
+    output_size=config.hidden_size,
     attention_heads=config.heads,
-    linear_units=config.mlp_width,
+    linear_units=config.intermediate_size,
     num_blocks=config.layers,
     dropout_rate=0.0,
     positional_dropout_rate=0.0,
@@ -73,18 +73,18 @@ def qwen2(config: LLMConfig, seed=0):
   from transformers import Qwen2Config, Qwen2ForCausalLM
 
   torch.manual_seed(seed)
-  assert config.head_width * config.heads == config.width and config.qkv_bias
+  assert config.head_dim * config.heads == config.hidden_size and config.qkv_bias
   module = Qwen2ForCausalLM(
     Qwen2Config(
-      vocab_size=config.vocab,
-      hidden_size=config.width,
-      intermediate_size=config.mlp_width,
+      vocab_size=config.vocab_size,
+      hidden_size=config.hidden_size,
+      intermediate_size=config.intermediate_size,
       num_hidden_layers=config.layers,
       num_attention_heads=config.heads,
       num_key_value_heads=config.kv_heads,
       rms_norm_eps=config.norm_eps,
       rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-      tie_word_embeddings=config.tied,
+      tie_word_embeddings=config.tie_word_embeddings,
       attn_implementation="eager",
       use_cache=False,
     )
@@ -144,7 +144,7 @@ def sanm_params(module) -> dict:
 
 def qwen2_params(module, config: LLMConfig) -> dict:
   nested = params(module.state_dict(), QWEN2_NAMES)
-  if config.tied:
+  if config.tie_word_embeddings:
     np.testing.assert_array_equal(nested.pop("head")["kernel"].T, nested["embed"]["embedding"])
   return nested
 

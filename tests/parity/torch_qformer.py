@@ -18,19 +18,19 @@ class Blip2(nn.Module):
 
     super().__init__()
     config = Blip2QFormerConfig(
-      hidden_size=c.width,
+      hidden_size=c.hidden_size,
       num_hidden_layers=c.layers,
       num_attention_heads=c.heads,
-      intermediate_size=c.mlp_width,
+      intermediate_size=c.intermediate_size,
       layer_norm_eps=c.norm_eps,
       encoder_hidden_size=input_width,
       cross_attention_frequency=1,
       use_qformer_text_input=False,
       attn_implementation="eager",
     )
-    self.speech_query_tokens = nn.Parameter(torch.randn(1, c.queries, c.width))
+    self.speech_query_tokens = nn.Parameter(torch.randn(1, c.queries, c.hidden_size))
     self.qformer = Blip2QFormerModel(config)
-    self.speech_llama_proj = nn.Linear(c.width, output_width)
+    self.speech_llama_proj = nn.Linear(c.hidden_size, output_width)
 
   def forward(self, windows):
     queries = self.speech_query_tokens.expand(len(windows), -1, -1)
@@ -64,9 +64,11 @@ class Attention(nn.Module):
   def __init__(self, c: QFormerConfig, key_width):
     super().__init__()
     self.heads = c.heads
-    widths = {"query": c.width, "key": key_width, "value": key_width}
-    self.self = nn.ModuleDict({name: nn.Linear(width, c.width) for name, width in widths.items()})
-    self.output = Residual(c.width, c.width, c.norm_eps)
+    widths = {"query": c.hidden_size, "key": key_width, "value": key_width}
+    self.self = nn.ModuleDict(
+      {name: nn.Linear(width, c.hidden_size) for name, width in widths.items()}
+    )
+    self.output = Residual(c.hidden_size, c.hidden_size, c.norm_eps)
 
   def forward(self, x, keys):
     def heads(tensor):
@@ -80,10 +82,12 @@ class Attention(nn.Module):
 class Layer(nn.Module):
   def __init__(self, c: QFormerConfig, input_width):
     super().__init__()
-    self.attention = Attention(c, c.width)
+    self.attention = Attention(c, c.hidden_size)
     self.crossattention = Attention(c, input_width)
-    self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(c.width, c.mlp_width)})
-    self.output_query = Residual(c.mlp_width, c.width, c.norm_eps)
+    self.intermediate_query = nn.ModuleDict(
+      {"dense": nn.Linear(c.hidden_size, c.intermediate_size)}
+    )
+    self.output_query = Residual(c.intermediate_size, c.hidden_size, c.norm_eps)
 
   def forward(self, x, window):
     x = self.crossattention(self.attention(x, x), window)
@@ -95,12 +99,12 @@ class QFormer(nn.Module):
 
   def __init__(self, c: QFormerConfig, input_width: int, output_width: int):
     super().__init__()
-    self.speech_query_tokens = nn.Parameter(torch.randn(1, c.queries, c.width))
-    norm = nn.ModuleDict({"LayerNorm": nn.LayerNorm(c.width, eps=c.norm_eps)})
+    self.speech_query_tokens = nn.Parameter(torch.randn(1, c.queries, c.hidden_size))
+    norm = nn.ModuleDict({"LayerNorm": nn.LayerNorm(c.hidden_size, eps=c.norm_eps)})
     layers = nn.ModuleList(Layer(c, input_width) for _ in range(c.layers))
     bert = nn.ModuleDict({"embeddings": norm, "encoder": nn.ModuleDict({"layer": layers})})
     self.speech_Qformer = nn.ModuleDict({"bert": bert})
-    self.speech_llama_proj = nn.Linear(c.width, output_width)
+    self.speech_llama_proj = nn.Linear(c.hidden_size, output_width)
 
   def forward(self, windows):
     bert = self.speech_Qformer["bert"]

@@ -25,9 +25,15 @@ from tests.parity.torch_models import vary_vectors
 
 SECONDS = 2  # that Whisper takes; the original's is 30
 BEATS = BEATsConfig(
-  width=24, layers=3, heads=4, mlp_width=40, patch_width=20, conv_pos=6, conv_pos_groups=3
+  hidden_size=24,
+  layers=3,
+  heads=4,
+  intermediate_size=40,
+  patch_width=20,
+  conv_pos=6,
+  conv_pos_groups=3,
 )
-QFORMER = QFormerConfig(width=48, mlp_width=64, queries=2)
+QFORMER = QFormerConfig(hidden_size=48, intermediate_size=64, queries=2)
 PROMPT = "<Speech><SpeechHere></Speech> Write down what is said."
 TEMPLATE = "USER: {}\nASSISTANT:"
 TARGETS = ["q_proj", "v_proj"]
@@ -117,8 +123,8 @@ class Salmonn(nn.Module):
     self.ln_speech = nn.LayerNorm(width)
     if with_beats:
       self.beats = beats_model(BEATS, seed)
-      self.ln_audio = nn.LayerNorm(BEATS.width)
-      width += BEATS.width
+      self.ln_audio = nn.LayerNorm(BEATS.hidden_size)
+      width += BEATS.hidden_size
     model = transformers.LlamaForCausalLM.from_pretrained(llm, dtype=torch.float32)
     torch.manual_seed(seed)
     options = LoraConfig(

@@ -35,10 +35,10 @@ def config(repo_root, data_list, tmp_path):
 def small_overrides(data_list) -> dict:
   return {
     "model": {
-      "sanm": {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64},
-      "linear": {"hidden_width": 32},
-      "llm": {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16,
-              "mlp_width": 64},
+      "sanm": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64},
+      "linear": {"hidden_size": 32},
+      "llm": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16,
+              "intermediate_size": 64},
     },
     "data": {"shards": data_list, "batch_size": 8, "shuffle_buffer_size": 16, "buckets": (32, 84)},
     "optimizer": {"total_steps": 1000, "decay": "constant", "warmup_steps": 2, "peak_lr": 5e-3},

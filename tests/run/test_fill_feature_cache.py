@@ -38,16 +38,18 @@ def prepared(clips, tmp_path):
   config.trainable = ("connector/.*",)
   config.model.encoders = ("whisper_tiny", "beats_iter3")
   config.model.connector, config.model.decoder = "qformer", "smollm2_135m"
-  config.model.template, config.model.prompts = "chatml", {"asr": "<SpeechHere> write"}
+  config.model.chat_template, config.model.prompts = "chatml", {"asr": "<SpeechHere> write"}
   config.model.max_audio_s = 2.0
   config.model.whisper = dict(
-    width=16, layers=1, heads=2, mlp_width=16, positions=100, context=100, trim=True
+    hidden_size=16, layers=1, heads=2, intermediate_size=16, positions=100, context=100, trim=True
   )
   config.model.beats = dict(
-    width=16, layers=1, heads=2, mlp_width=16, conv_pos_groups=1, patch_width=8
+    hidden_size=16, layers=1, heads=2, intermediate_size=16, conv_pos_groups=1, patch_width=8
   )
-  config.model.qformer = dict(width=16, layers=1, heads=2, mlp_width=16, edge="pad")
-  config.model.llm = dict(vocab=48, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
+  config.model.qformer = dict(hidden_size=16, layers=1, heads=2, intermediate_size=16, edge="pad")
+  config.model.llm = dict(
+    vocab_size=48, hidden_size=16, layers=1, heads=2, kv_heads=1, intermediate_size=16
+  )
   config.data.shards, config.data.task = str(tmp_path / "train.json"), ""
   config.data.cache_features = str(tmp_path / "cache")
   config.data.batch_size = config.data.shuffle_buffer_size = 2

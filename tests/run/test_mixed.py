@@ -45,18 +45,20 @@ def settings(clips, tmp_path_factory):
   config.model.encoder_norm = True
   config.model.connector = "qformer"
   config.model.decoder = "smollm2_135m"
-  config.model.template = "chatml"
+  config.model.chat_template = "chatml"
   config.model.prompts = {
     "asr": "<SpeechHere> write", "keyword": "<SpeechHere> is {} said?",
   }  # fmt: skip
   config.model.max_audio_s = 4.0
   config.model.whisper = dict(
-    width=32, layers=2, heads=2, mlp_width=48, positions=200, context=200, trim=True
+    hidden_size=32, layers=2, heads=2, intermediate_size=48, positions=200, context=200, trim=True
   )
-  config.model.qformer = dict(window=17, width=32, layers=1, heads=2, mlp_width=48, edge="pad")
+  config.model.qformer = dict(
+    window=17, hidden_size=32, layers=1, heads=2, intermediate_size=48, edge="pad"
+  )
   config.model.llm = dict(
-    vocab=48, width=32, layers=2, heads=2, kv_heads=1, head_width=16, mlp_width=48, lora_rank=2,
-    lora_targets=("q", "v"),
+    vocab_size=48, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate_size=48,
+    lora_rank=2, lora_targets=("q", "v"),
   )  # fmt: skip
   config.data.shards = str(folder / "train.json")
   config.data.task = ""
@@ -203,7 +205,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
     if entry["task"] != "asr":
       continue
     x_TF = features(load_audio(entry["path"]), model.frontends[0])
-    prompt = fill_template(model.template, dict(model.prompts)["asr"])
+    prompt = fill_template(model.chat_template, dict(model.prompts)["asr"])
     before, after = encode_prompt(tokenizer, prompt)
     answer = [*tokenizer.encode(entry["text"]), tokenizer.eos_id]
     batch = speech_llm.Batch(
@@ -358,7 +360,7 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   tuned = train(config)
   assert checkpoint.describe(tuned).config["prompts"] == own
   of = json.loads(next(tuned.glob("train_state/data*.json")).read_text())["of"]
-  trained_on = json.dumps([config.model.template, {"asr": [own["asr"]]}], sort_keys=True)
+  trained_on = json.dumps([config.model.chat_template, {"asr": [own["asr"]]}], sort_keys=True)
   assert of["checksum of the prompts"] == zlib.crc32(trained_on.encode())
   made = tmp_path / "tuned/activation.json"
   answers = json.loads(made.read_text())["annotation"]
@@ -405,6 +407,6 @@ def test_parts_of_another_size_are_refused_by_name(settings, base, tmp_path):
   _, config = settings
   config = config.copy_and_resolve_references()
   config.workdir, config.data.cache_features = str(tmp_path / "a"), ""
-  config.model.llm.mlp_width = 64
-  with pytest.raises(ValueError, match="decoder/mlp_width is 48, the config says 64"):
+  config.model.llm.intermediate_size = 64
+  with pytest.raises(ValueError, match="decoder/intermediate_size is 48, the config says 64"):
     train(config)

@@ -18,7 +18,7 @@ def test_a_stage_is_read(module, stage, size, width, tmp_path):
   config = module.get_config(size + stage)
   config.data.shards = str(tmp_path / "train.json")
   run = Run.read(config)
-  assert run.model.decoder.width == width
+  assert run.model.decoder.hidden_size == width
   assert run.model.decoder.lora_scale == 4.0
   if module is salmonn_activation:
     assert config.activation.task in dict(run.model.prompts)

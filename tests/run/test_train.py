@@ -131,7 +131,7 @@ def test_a_fine_tune_that_trains_everything_stands_alone(config, tmp_path):
 def test_an_utterance_that_cannot_be_used_is_counted_once(config):
   config.train.steps = 12  # four epochs
   config.characters = "012345678"
-  config.model.llm.vocab = 11
+  config.model.llm.vocab_size = 11
   train(config)
   rows = (Path(config.workdir) / "skipped.jsonl").read_text().splitlines()
   assert rows and len(rows) == len({json.loads(row)["key"] for row in rows})
@@ -180,7 +180,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
   "change, message",
   [
     ({"train": {"gradient_accumulation_steps": 3}}, "train.gradient_accumulation_steps=3"),
-    ({"model": {"llm": {"vocab": 5}}}, "llm.vocab"),
+    ({"model": {"llm": {"vocab_size": 5}}}, "llm.vocab_size"),
     ({"model": {"sanm": {"heads": 3}}}, "sanm.heads"),
     ({"data": {"max_s": 11.0}}, "max_s"),
     ({"data": {"shards": "nowhere/data.list"}}, "nowhere"),

@@ -18,7 +18,7 @@ STEPS = 5
 OPTIMIZER = OptimizerConfig(peak_lr=3e-3, warmup_steps=2, total_steps=100)
 # Both halves are then spread over the mesh: the LLM and CMVN frozen, the rest trained.
 TRAINED = ("encoders/.*", "connector/.*", "decoder/.*/lora_[ab]")
-SIZES = dataclasses.replace(tiny.LLM_CONFIG, vocab=64)  # the mesh splits the vocabulary
+SIZES = dataclasses.replace(tiny.LLM_CONFIG, vocab_size=64)  # the mesh splits the vocabulary
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 

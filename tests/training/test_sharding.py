@@ -120,7 +120,7 @@ SALMONN_7B = {
   "llm": {"lora_rank": 8, "layers": 2},
   "whisper": {"layers": 2},
   "beats": {"layers": 2},
-  "template": "vicuna",
+  "chat_template": "vicuna",
 }
 
 

@@ -32,12 +32,19 @@ def folder(tmp_path_factory):
   """A checkpoint of a tiny random model, whose answers depend on what it hears."""
   tokenizer = Tokenizer.from_characters("0123456789", ("<|transcribe|>", "<|end|>"), eos="<|end|>")
   config = SpeechLLMConfig(
-    encoders=(SANMConfig(width=32, layers=2, heads=2, mlp_width=48),),
-    connector=LinearConfig(hidden_width=24),
+    encoders=(SANMConfig(hidden_size=32, layers=2, heads=2, intermediate_size=48),),
+    connector=LinearConfig(hidden_size=24),
     decoder=LLMConfig(
-      vocab=12, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, tied=True
+      vocab_size=12,
+      hidden_size=32,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      intermediate_size=48,
+      tie_word_embeddings=True,
     ),
-    template="bare",
+    chat_template="bare",
     max_audio_s=6.0,
     prompts=PROMPTS,
   )

@@ -30,7 +30,7 @@ def run_peft(request: Request) -> Original:
 def _complete(request: Request, module: Any) -> Original:
   """Generates after a short prompt."""
   if request.tokenizer is None:  # a checkpoint of version 0.1 may have none
-    prompt_S = list(range(min(16, request.config.decoder.vocab)))
+    prompt_S = list(range(min(16, request.config.decoder.vocab_size)))
   else:
     prompt_S = request.tokenizer.encode(PROMPT)
   stages = generate_greedily(

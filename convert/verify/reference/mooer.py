@@ -41,10 +41,10 @@ def run(
   tokenizer = request.tokenizer
   assert tokenizer is not None
   before_S, after_S = (
-    tokenizer.encode(text) for text in fill_template(request.config.template, prompt)
+    tokenizer.encode(text) for text in fill_template(request.config.chat_template, prompt)
   )
   if before_S:
-    raise ConversionError(f"template {request.config.template!r}: MooER's speech comes first")
+    raise ConversionError(f"template {request.config.chat_template!r}: MooER's speech comes first")
   tuned = state_of(open_source(adapter), "encoder.model.")
   clips = run_sanm_encoder(weights, cmvn, request.waveforms, tuned=tuned)
   model = load_llm(llm)

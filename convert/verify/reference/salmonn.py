@@ -77,7 +77,9 @@ def run(request: Request) -> Original:
       max_new_tokens=request.max_new_tokens,
     )
     clips.append(clip)
-  return Original(clips, prompt=encode_prompt(tokenizer, fill_template(config.template, asked)))
+  return Original(
+    clips, prompt=encode_prompt(tokenizer, fill_template(config.chat_template, asked))
+  )
 
 
 def training_options(file: Path, lora_config: Path | None) -> dict[str, Any]:

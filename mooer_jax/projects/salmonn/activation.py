@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mooer_jax import checkpoint
+from mooer_jax.config import from_json
 from mooer_jax.data.annotation import entry_key, read_annotation
 from mooer_jax.files import read_json_object, replace_file
 from mooer_jax.prompts import task_prompt
@@ -51,8 +52,8 @@ def prepare(run: Run) -> Run:
       beside.write_text(text + "\n", encoding="utf-8")
     print(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
   _check_answers(answers, settings, run.workdir)
-  of = checkpoint.describe(run.init_from).config
-  model = run.model.replace(prompts=tuple(of["prompts"].items()), template=of["template"])
+  of = from_json(checkpoint.describe(run.init_from).config)
+  model = run.model.replace(prompts=of.prompts, chat_template=of.chat_template)
   data = dataclasses.replace(
     run.data,
     prompts="",
@@ -106,7 +107,7 @@ def _settings(run: Run, init_from: Path) -> dict[str, Any]:
     **dataclasses.asdict(dataclasses.replace(wanted, review=False)),
     "weights": about.hash,
     "prompt": task_prompt(wanted.task, about.config["prompts"]),
-    "template": about.config["template"],
+    "template": from_json(about.config).chat_template,
     "generation": generation,
     "seed": run.seed,
   }

@@ -32,9 +32,11 @@ from mooer_jax.encoders.whisper import WhisperConfig
 from tests.tiny import LLM_CONFIG, SANM
 
 DTYPES = [np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)]
-LLM = LLMConfig(**{**vars(LLM_CONFIG), "layers": 12, "vocab": 9, "width": 8, "mlp_width": 6})
+LLM = LLMConfig(
+  **{**vars(LLM_CONFIG), "layers": 12, "vocab_size": 9, "hidden_size": 8, "intermediate_size": 6}
+)
 WHISPER = WhisperConfig(
-  input_width=5, width=8, layers=12, heads=2, mlp_width=6, positions=9, context=9
+  input_width=5, hidden_size=8, layers=12, heads=2, intermediate_size=6, positions=9, context=9
 )
 TABLES = {
   "llm": (language_model.TABLE, language_model.shapes(LLM)),

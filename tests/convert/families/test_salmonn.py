@@ -126,7 +126,7 @@ def test_what_travels_in_the_checkpoint(imported):
   _, report, about = imported
   config = from_json(about.config)
   assert [encoder.kind for encoder in config.encoders] == ["whisper", "beats"]
-  assert config.encoder_norm and config.template == "vicuna" and config.channel == "first"
+  assert config.encoder_norm and config.chat_template == "vicuna" and config.channel == "first"
   assert (config.max_audio_s, config.min_audio_s) == (torch_salmonn.SECONDS, 1.0)
   q = config.connector
   assert (q.window, q.stride, q.edge, q.queries, q.layers) == (17, 17, "drop", 2, 2)
@@ -341,7 +341,7 @@ def test_prompts_are_those_of_a_file_and_come_back(module, llm, tmp_path):
     (lambda c: c["connector"].update(heads=6), "connector/heads is 6"),
     (lambda c: c["encoders"][0].update(trim=True), "encoders/0/trim is True"),
     (lambda c: c.update(encoder_norm=False), "encoder_norm=False"),
-    (lambda c: c.update(template="mooer"), "prompt_template"),
+    (lambda c: c.update(chat_template="mooer"), "prompt_template"),
   ],
 )
 def test_export_refuses_what_the_files_cannot_say(imported, tmp_path, change, message):

@@ -20,7 +20,13 @@ from tests.parity import torch_beats
 
 # As the original is: its features are 128 wide.
 SMALL = BEATsConfig(
-  width=24, layers=3, heads=4, mlp_width=40, patch_width=20, conv_pos=6, conv_pos_groups=3
+  hidden_size=24,
+  layers=3,
+  heads=4,
+  intermediate_size=40,
+  patch_width=20,
+  conv_pos=6,
+  conv_pos_groups=3,
 )
 CFG = {
   "encoder_layers": 3,
@@ -123,7 +129,13 @@ def test_a_fine_tuned_file_loses_its_head_by_name(tmp_path):
 
 def test_without_a_projection_and_without_copies(tmp_path):
   config = BEATsConfig(
-    width=24, layers=2, heads=4, mlp_width=40, patch_width=24, conv_pos=5, conv_pos_groups=3
+    hidden_size=24,
+    layers=2,
+    heads=4,
+    intermediate_size=40,
+    patch_width=24,
+    conv_pos=5,
+    conv_pos_groups=3,
   )
   state = torch_beats.model(config).state_dict()
   assert not any(name.startswith("post_extract_proj") for name in state)

@@ -17,7 +17,7 @@ from mooer_jax.connectors.qformer import QFormerConfig
 from tests.parity import torch_qformer
 
 CONFIG = QFormerConfig(
-  window=5, stride=3, edge="pad", queries=2, width=24, layers=3, heads=3, mlp_width=40
+  window=5, stride=3, edge="pad", queries=2, hidden_size=24, layers=3, heads=3, intermediate_size=40
 )
 INPUT, OUTPUT = 16, 10
 SHAPES = qformer.shapes(CONFIG, INPUT, OUTPUT)
@@ -91,7 +91,7 @@ def test_sizes_are_read_off_the_tensors(source):
       3,
       "intermediate_query.dense.weight is missing",
     ),
-    ({}, 7, "qformer.width=24 .* qformer.heads=7"),
+    ({}, 7, "qformer.hidden_size=24 .* qformer.heads=7"),
   ],
 )
 def test_what_hides_the_sizes_is_named(tensors, tmp_path, change, heads, message):

@@ -74,7 +74,9 @@ def test_added_tokens_of_older_files_keep_their_ids(tmp_path):
   config = json.loads(file.read_text())
   del config["added_tokens_decoder"]
   file.write_text(json.dumps(config))
-  (folder / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": 260, "<|im_start|>": 261, "<|im_end|>": 262}))
+  (folder / "added_tokens.json").write_text(
+    json.dumps({"<|endoftext|>": 260, "<|im_start|>": 261, "<|im_end|>": 262})
+  )
   ours = read_tokenizer(opened(folder))
   assert ours.encode("low<|im_end|>") == [257, 262] and ours.eos_id == 262
 

@@ -26,7 +26,7 @@ from tests.numerics import assert_within, condition, exceeds_the_bound, rounded_
 
 FLOAT8 = jnp.float8_e4m3fn  # smaller than any dtype that the files have
 CONFIG = WhisperConfig(
-  input_width=6, width=32, layers=2, heads=4, mlp_width=40, positions=20, context=20
+  input_width=6, hidden_size=32, layers=2, heads=4, intermediate_size=40, positions=20, context=20
 )
 
 
@@ -243,7 +243,7 @@ def change_config(folder, **changes):
     ({"quantization_config": {"bits": 8}}, "quantization_config"),
     ({"encoder_layers": 3}, "encoder_layers=3, but the weights have 2"),
     ({"encoder_attention_heads": None}, "number of heads is None"),
-    ({"encoder_attention_heads": 5}, "whisper.width=32 .* whisper.heads=5"),
+    ({"encoder_attention_heads": 5}, "whisper.hidden_size=32 .* whisper.heads=5"),
   ],
 )
 def test_what_the_encoder_cannot_express_is_refused_by_name(tmp_path, change, message):

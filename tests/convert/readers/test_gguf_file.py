@@ -130,8 +130,8 @@ def test_the_model_comes_back_bit_for_bit(tmp_path, arch, changes):
   config, expected = gguf_config(path), model.config.to_dict()
   assert config.pop("architectures") == [type(model).__name__]
   assert config.pop("rope_theta") == expected["rope_parameters"]["rope_theta"] == 50000.0
-  head_width = config.pop("head_dim")
-  assert head_width == 16
+  head_dim = config.pop("head_dim")
+  assert head_dim == 16
   assert config == {name: expected[name] for name in config}
 
 
