@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from convert.verify.reference.qformer import QFormer
 from mooer_jax import tree
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.nn.compute import ExecutionConfig
 from tests.parity import torch_qformer
 from tests.parity.torch_models import error
-from tests.parity.torch_qformer import tokens
+from tests.parity.torch_qformer import Blip2, QFormer, tokens
 
 TOLERANCE = 1e-4  # of the deviation, the bound of the project
 SMALL = dict(hidden_size=48, heads=4, intermediate_size=80, window=7, queries=3, layers=3)
@@ -36,12 +35,12 @@ def largest_error(kind, config, *, frames=60, input_width=2048, output_width=96,
   return worst
 
 
-@pytest.mark.parametrize("kind, scan", [(QFormer, True), (torch_qformer.Blip2, False)])
+@pytest.mark.parametrize("kind, scan", [(QFormer, True), (Blip2, False)])
 def test_equals_at_the_real_sizes(kind, scan):
   assert largest_error(kind, QFormerConfig(), scan=scan) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", [QFormer, torch_qformer.Blip2])
+@pytest.mark.parametrize("kind", [QFormer, Blip2])
 @pytest.mark.parametrize("edge", ["drop", "pad"])
 @pytest.mark.parametrize("stride, frames", [(7, 30), (5, 30), (1, 12), (7, 28)])
 def test_equals_with_several_queries_strides_and_edges(kind, edge, stride, frames):

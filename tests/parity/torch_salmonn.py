@@ -16,7 +16,6 @@ from torch import nn
 
 from convert.parts import beats
 from convert.verify.reference import beats as reference_beats
-from convert.verify.reference.qformer import QFormer
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from tests.convert.folders_of import vary
@@ -137,7 +136,7 @@ class Salmonn(nn.Module):
       for name, parameter in self.llama_model.named_parameters():
         if "lora_B" in name:
           parameter.normal_(0, 0.2)
-    connect = torch_qformer.make(QFormer, QFORMER, width, 40, seed)
+    connect = torch_qformer.make(torch_qformer.QFormer, QFORMER, width, 40, seed)
     with torch.no_grad():
       for name, parameter in connect.named_parameters():
         if "crossattention.self.value.weight" in name:
