@@ -332,8 +332,8 @@ def test_branches_of_one_row_equal_rows_of_their_own():
       sees_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
     positions_BR = np.repeat(VALID_BS.sum(1)[:, None] + step, branches, axis=1)
     new, valid = more[:, :, step].astype(np.float32), np.ones((B, branches), bool)
-    hidden, cache = model.apply(
-      {"params": params}, new, valid, cache, placement=Placement(positions_BR, sees_BRT)
+    hidden, cache = apply(
+      model, params, new, valid, cache, placement=Placement(positions_BR, sees_BRT)
     )
     found[:, :, step] = hidden
   assert int(cache.filled) == S + branches * steps
