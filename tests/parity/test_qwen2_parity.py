@@ -67,6 +67,8 @@ def check(theirs, params, config, *, scan=False, lora_scale=None):
     # The widths of their attention; the MLPs are narrower, so that the test stays small.
     ("qwen2_1.5b", True, {"tied": True, "mlp_width": 2048}),
     ("qwen2_7b", False, {"mlp_width": 2048, "layers": 1}),
+    pytest.param("qwen2_1.5b", True, {"tied": True}, marks=pytest.mark.nightly),
+    pytest.param("qwen2_7b", False, {}, marks=pytest.mark.nightly),
   ],
 )
 def test_equals_transformers_at_real_widths(name, scan, changes):
