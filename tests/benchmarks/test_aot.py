@@ -235,7 +235,7 @@ def result_of(process, path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLER)
+@pytest.mark.parametrize("name", ["mooer_7b", pytest.param("salmonn", marks=pytest.mark.nightly)])
 def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name):
   config, out = tmp_path / "small.py", tmp_path / "aot.json"
   full = repo_root / "configs" / f"{name}.py"

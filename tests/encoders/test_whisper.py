@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import WhisperFeatureExtractor
 
 from mooer_jax import tree
+from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.nn.positions import sinusoids
+from tests.audio.test_logmel import transformers_float64
 from tests.encoders import contract
-from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
+from tests.numerics import assert_as_accurate, assert_within, condition, exceeds_the_bound, rounding
 from tests.parity import torch_models
 
 SMALL = WhisperConfig(
@@ -139,38 +142,48 @@ def test_the_sizes_have_the_parameters_of_the_releases():
   ],
 )
 def test_outputs_are_those_of_transformers(config):
-  module = original(config)
   rng = np.random.default_rng(1)
   x_BTF = rng.normal(size=(2, 2 * config.context, config.input_width)).astype(np.float32)
-  ours, _ = run(WhisperEncoder(config), params_of(module), x_BTF, [x_BTF.shape[1]] * 2)
-  with torch.no_grad():
-    theirs = module(torch.tensor(x_BTF).transpose(1, 2)).last_hidden_state
-  assert torch_models.error(ours, theirs) <= 1e-4  # float32 rounding
+  module = original(config)
+  check_transformers(WhisperEncoder(config), module, x_BTF, x_BTF)
+  with exceeds_the_bound():  # that of torch's LayerNorm is 1e-5
+    faulty = WhisperEncoder(dataclasses.replace(config, norm_eps=1e-4))
+    check_transformers(faulty, module, x_BTF, x_BTF)
+
+
+def check_transformers(encoder, module, x_BTF, theirs_BTF):
+  """Raises unless our outputs are those of `module` of the features that transformers has."""
+
+  def run_module(module, dtype):
+    return module(torch.tensor(theirs_BTF, dtype=dtype).transpose(1, 2)).last_hidden_state
+
+  ours, lengths = run(encoder, params_of(module), x_BTF, [x_BTF.shape[1]] * len(x_BTF))
+  assert (lengths == encoder.config.context).all()
+  torch_models.assert_parity(ours, run_module, module, layers=encoder.config.layers)
 
 
 @pytest.mark.slow
 def test_outputs_of_tiny_are_those_of_transformers_on_speech(clips):
-  from transformers import WhisperFeatureExtractor
-
-  from mooer_jax.audio.decode import load_audio
-
-  config = WhisperConfig.SIZES["whisper_tiny"]
-  module = original(config)
-  waveform_N = load_audio(clips[0].path)
+  waveform_N, config = load_audio(clips[0].path), WhisperConfig.SIZES["whisper_tiny"]
+  theirs_TF = transformers_float64(waveform_N, WhisperFeatureExtractor())
   x_TF = LogMelConfig().features(waveform_N)
-  ours, lengths = run(WhisperEncoder(config), params_of(module), x_TF[None], [len(x_TF)])
-  assert lengths == [1500]
-  heard = WhisperFeatureExtractor()(waveform_N, sampling_rate=16000, return_tensors="pt")
-  with torch.no_grad():
-    theirs = module(heard.input_features).last_hidden_state
-  assert torch_models.error(ours, theirs) <= 1e-4
+  assert len(x_TF) < len(theirs_TF) == 3000  # the encoder adds the silence
+  check_transformers(WhisperEncoder(config), original(config), x_TF[None], theirs_TF[None])
 
 
 def test_the_positions_start_as_transformers_do():
   from transformers.models.whisper.modeling_whisper import sinusoids as theirs
 
   # Theirs is float32 throughout: angles up to 1500 are rounded to 1e-4.
-  np.testing.assert_allclose(sinusoids(1500, 384, first=0), theirs(1500, 384), atol=2e-4)
+  periods_C = 10000.0 ** (np.arange(192) / 191)
+  angles_TC = np.arange(1500)[:, None] / periods_C
+  truth_TC = np.concatenate([np.sin(angles_TC), np.cos(angles_TC)], axis=1)
+  ours = sinusoids(1500, 384, first=0)
+  assert_as_accurate(ours, theirs(1500, 384), truth_TC, floor=rounding(1))
+  with exceeds_the_bound():
+    assert_as_accurate(
+      sinusoids(1500, 384, first=1), theirs(1500, 384), truth_TC, floor=rounding(1)
+    )
 
 
 def test_the_padding_is_the_clips_silence():

@@ -32,7 +32,7 @@ def config():
 
 @pytest.fixture(scope="session")
 def params(config):
-  params = speech_llm.init(jax.random.key(0), config)
+  params = jax.jit(lambda key: speech_llm.init(key, config))(jax.random.key(0))
   # Larger weights than at the start of training: with those every answer is one token repeated.
   params["decoder"] = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params["decoder"])
   return params

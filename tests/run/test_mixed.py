@@ -80,7 +80,7 @@ def base(settings):
   """The joined checkpoint, of random parts."""
   folder, config = settings
   model = Run.read(config).model.with_compute(scan=False)
-  params = speech_llm.init(jax.random.key(0), model)
+  params = jax.jit(lambda key: speech_llm.init(key, model))(jax.random.key(0))
   tokenizer = Tokenizer.from_characters(CHARACTERS, SPECIALS, eos="<|im_end|>")
   heard = checkpoint.save(
     folder / "whisper",
@@ -199,6 +199,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   rows = perplexity(config, [str(trained)], instructions=["asr"])
   params, model, tokenizer, _ = load(config, trained)
   found = next(r for r in rows if (r.instruction, r.task) == ("asr", "asr"))
+  logits = jax.jit(lambda params, batch: speech_llm.answer_logits(params, batch, model))
   nats = tokens = 0.0
   for entry in json.loads((folder / "train.json").read_text())["annotation"]:
     if entry["task"] != "asr":
@@ -214,7 +215,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
       suffix_BS=np.array([after]),
       labels_BS=np.array([answer]),
     )
-    logits_AV = np.asarray(speech_llm.answer_logits(params, batch, model)[0], np.float64)
+    logits_AV = np.asarray(logits(params, batch)[0], np.float64)
     log_p_AV = logits_AV - np.log(np.exp(logits_AV).sum(-1, keepdims=True))
     nats -= log_p_AV[np.arange(len(answer)), answer].sum()
     tokens += len(answer)
