@@ -6,8 +6,9 @@ DEMO_ARGS ?=
 MINI_ARGS ?=
 PYTEST_ARGS ?=
 PORTABLE_ARGS ?=
-# The goal for a test process is 3 GB; tests/worker_memory.py reports the peaks and has the limit.
+# A test process takes up to 3 GB: tests/worker_memory.py reports the peaks and has the limit.
 WORKERS ?= 2
+# `--dist loadfile` below: a file's tests share fixtures and compiled programs in one process.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,11 +25,11 @@ mini-salmonn: $(VENV)/.mini
 	$(BIN)/python -m demo.mini.recipe $(MINI_ARGS)
 
 test: $(VENV)/.dev lint types
-	$(BIN)/python -m pytest -n $(WORKERS) -q -m "not nightly" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m "not nightly" $(PYTEST_ARGS)
 
 # An hour or more: the parity and model tests under each of some ten settings.
 portable: $(VENV)/.dev
-	$(BIN)/python tests/portable.py $(PORTABLE_ARGS) -- -n $(WORKERS)
+	$(BIN)/python tests/portable.py $(PORTABLE_ARGS) -- -n $(WORKERS) --dist loadfile
 
 nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m nightly --timeout 7200 $(PYTEST_ARGS)

@@ -1,11 +1,11 @@
-"""What bfloat16 costs a MooER of real width, and its LLM alone: `convert verify` of both.
+"""Cost of bfloat16 for a MooER of real width and for its LLM alone: `convert verify` of both.
 
     python -m benchmarks.accuracy --llm SmolLM2-135M-Instruct.Q4_1.gguf --dir out/accuracy \
       --json out/accuracy.json *.wav
 
-SAN-M has Paraformer-large's sizes and random weights, the adapter too; its output is scaled to
-the spread of the LLM's embeddings, as a trained one's is about. The LLM's weights are what --llm
-holds. CMVN is that of the clips. The LLM alone continues a text prompt.
+SAN-M has the sizes of Paraformer-large. Its weights and those of the adapter are random; the output
+is scaled to the standard deviation of the LLM's embeddings, as that of a trained adapter is. --llm
+has the weights of the LLM. CMVN is that of the clips. The LLM alone continues a text prompt.
 """
 
 import argparse
@@ -45,7 +45,9 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("audio", nargs="+", type=Path)
   parser.add_argument("--llm", required=True, type=Path, help="LLaMA folder or GGUF file")
-  parser.add_argument("--dir", required=True, type=Path, help="for release and checkpoints, 2 GB")
+  parser.add_argument(
+    "--dir", required=True, type=Path, help="folder for release and checkpoints, 2 GB"
+  )
   parser.add_argument("--max-new-tokens", type=int, default=20)
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
@@ -88,13 +90,13 @@ def _write_encoder(folder: Path, audio: list[Path]) -> None:
   )
   torch.save(module.state_dict(), folder / ENCODER_FILE)
   frontend = FrontendConfig()
-  heard_TF = np.concatenate(
+  features_TF = np.concatenate(
     [
       frontend.features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz))
       for file in audio
     ]
   )
-  write_mvn(folder / "am.mvn", -heard_TF.mean(0), 1 / heard_TF.std(0))
+  write_mvn(folder / "am.mvn", -features_TF.mean(0), 1 / features_TF.std(0))
 
 
 def _adapter(llm: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +105,7 @@ def _adapter(llm: Path) -> dict[str, torch.Tensor]:
   spread = float(np.asarray(about.params["decoder"]["embed"]["embedding"]).std())
   joined, hidden = LinearConfig().stack * SANMConfig.hidden_size, LinearConfig.hidden_size
   torch.manual_seed(1)
-  # He's scale keeps a normed input at a spread of about 1 up to the last layer.
+  # He's initialization keeps the standard deviation of a normed input near 1 up to the last layer.
   return {
     "encoder_projector.linear1.weight": torch.randn(hidden, joined) * (2 / joined) ** 0.5,
     "encoder_projector.linear1.bias": torch.zeros(hidden),

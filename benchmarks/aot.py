@@ -1,4 +1,4 @@
-"""Memory, FLOPs and compile time of a training config on TPU chips, found on a CPU machine.
+"""Memory, FLOPs and compile time of a training config on TPU chips, computed on a CPU machine.
 
   python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4 --json out/aot.json
   python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
@@ -10,9 +10,9 @@ The compiler for TPUs comes with the package libtpu (Linux on x86_64); no chip i
 import os
 from pathlib import Path
 
-# libtpu would otherwise ask a cloud server, for seconds, which chips this machine has.
+# Otherwise libtpu queries a cloud server for the chips of this machine, which takes seconds.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# It also takes a lock, for chips that only one process may use; here are none.
+# It also locks the chips for one process, but there are none.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -32,7 +32,7 @@ _JSON = flags.DEFINE_string("json", None, "file to write")
 _PROMPT = flags.DEFINE_integer(
   "prompt_tokens",
   None,
-  "tokens of the prompt's text; default: an estimate for the longest",
+  "number of text tokens in the prompt; default: an estimate for the longest",
 )
 
 
@@ -52,14 +52,14 @@ def table(result: dict) -> Table:
   for name, value in result["memory_gb_per_chip"].items():
     rows.add_row(f"memory: {name}", f"{value:.3f} GiB")
   rows.add_row("memory of a chip", f"{result['hbm_of_chip_gb']} GiB")
-  rows.add_row("FLOPs an update, recomputation included", f"{result['flops_per_chip']:.3e}")
-  rows.add_row("FLOPs an update, needed", f"{result['flops_needed_per_chip']:.3e}")
+  rows.add_row("FLOPs a step, recomputation included", f"{result['flops_per_chip']:.3e}")
+  rows.add_row("FLOPs a step, without recomputation", f"{result['flops_needed_per_chip']:.3e}")
   rows.add_row("compile time", f"{result['compile_seconds']:.1f} s")
   return rows
 
 
 def compile_config():
-  """What the flags say."""
+  """Compile the train step of the config in the flags."""
   run = Run.read(_CONFIG.value)
   prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
   result = compile_step(run, _TOPOLOGY.value, prompt=prompt)

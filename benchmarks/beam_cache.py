@@ -1,9 +1,9 @@
-"""Beam search with one prompt cache an utterance, against a copy of the cache for every beam.
+"""Beam search with one prompt cache per utterance, and with a copy of the cache for every beam.
 
     JAX_PLATFORMS=cpu python -m benchmarks.beam_cache --json out/beam_cache.json
 
-The width of Qwen2-0.5B with few layers and a small vocabulary, random weights, every answer at full
-length. Both run the same search and must give the same tokens.
+The model has the width of Qwen2-0.5B, few layers, a small vocabulary and random weights. All
+outputs have the full length. Both versions run the same search and must return the same tokens.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SOURCES = (*MODEL, "benchmarks/beam_cache.py", "mooer_jax/generation")
 
 
 def copying(params, inputs_BSD, valid_BS, *, config, options):
-  """The usual way: beams are rows, and a reorder moves their keys and values."""
+  """The usual version: beams are rows, and their keys and values move when they are reordered."""
   (rows, prompt), R = valid_BS.shape, options.num_beams
   decoder = config.decoder
   cache = decoder.empty_cache(rows=rows, slots=prompt, dtype=config.compute.jnp_dtype)
@@ -44,7 +44,7 @@ def copying(params, inputs_BSD, valid_BS, *, config, options):
   def body(carry):
     state, cache = carry
     last = state.step - 1
-    # The place that each beam's parent had, in rows of the cache.
+    # The rows of the beams' parents in the cache.
     parent_BR = jnp.where(last > 0, state.running.slots_BRS[..., jnp.maximum(last - 1, 0)], 0)
     row_X = (jnp.arange(rows)[:, None] * R + parent_BR).reshape(-1)
     cache = cache.replace(layers=jax.tree.map(lambda x: x[row_X], cache.layers))
@@ -102,7 +102,7 @@ def main():
     memory[name] = programs[name].memory_analysis().temp_size_in_bytes / 1e6
   tokens = {name: run(params, inputs_BSD, valid_BS) for name, run in programs.items()}
   np.testing.assert_array_equal(tokens["shared"].tokens_BRS, tokens["copied"].tokens_BRS[:, :1])
-  for _ in range(args.repeats):  # by turns, so that a busy machine is busy for both
+  for _ in range(args.repeats):  # alternately, so that other load affects both
     for name, run in programs.items():
       start = time.perf_counter()
       jax.block_until_ready(run(params, inputs_BSD, valid_BS))

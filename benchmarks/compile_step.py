@@ -1,9 +1,7 @@
-"""Compiles a run's train step for TPU chips that are not there, and says what it takes."""
+"""Compile the train step of a run for TPU chips, without the chips."""
 
 import dataclasses
 import time
-import types
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -18,15 +16,15 @@ from mooer_jax.training.program import abstract_state, jitted_step
 from mooer_jax.training.sharding import make_mesh
 
 GIB = 2**30
-# What one chip has, in GiB; the compiler keeps a little of it for itself.
+# Memory of one chip in GiB, of which the compiler reserves a little.
 HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32, "TPU v6 lite": 32}
 
 
 def topology_devices(name: str):
-  """The chips of a named topology, such as "v5e:4x4".
+  """Return the chips of a named topology, such as "v5e:4x4".
 
   Raises:
-    ValueError: if libtpu does not know the name.
+    ValueError: for an unknown name.
   """
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
@@ -39,30 +37,30 @@ def topology_devices(name: str):
 
 
 def largest_batch(run: Run, prompt: int) -> Batch:
-  """Shapes of a batch in the longest buckets, with so many tokens of text in the prompt."""
-  asked: Any = types.SimpleNamespace(before=0, after=prompt)  # on either side they cost the same
-  return Batcher(run.data, run.model, asked, encoded=bool(run.data.cache_features)).shapes()[0]
+  """Shapes of a batch in the longest buckets, with `prompt` text tokens in the prompt."""
+  lengths = (0, prompt)  # on either side of the speech they cost the same
+  return Batcher(run.data, run.model, lengths, encoded=bool(run.data.cache_features)).shapes()[0]
 
 
 def prompt_tokens(run: Run) -> int:
-  """Text of the longest prompt: MooER's for ASR has 26 tokens of Qwen2.
+  """Text tokens of the longest prompt: 26 for MooER's ASR prompt with Qwen2's tokenizer.
 
-  Prompts that may hold a question are padded, and a few tokens stand before the speech (of Vicuna's
-  template with SALMONN's prompts 8).
+  Prompts with questions are padded, and up to 8 tokens precede the speech (Vicuna's template with
+  SALMONN's prompts).
   """
   return 8 + run.data.prompt_tokens if run.data.prompt_tokens else 26
 
 
 def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
-  """Traces, lowers and compiles the step that `train.py` would run.
+  """Compile the step that `train.py` would run.
 
   Args:
-    run: a config that was read.
+    run: the config.
     topology: name of the chips and their arrangement.
-    prompt: tokens of the prompt's text.
+    prompt: number of text tokens in the prompt.
 
   Returns:
-    What goes into the JSON file; bytes are those of one chip.
+    The content of the JSON file; memory is that of one chip.
   """
   devices = topology_devices(topology)
   if run.model.compute.attention == "auto":  # would be that of this machine
@@ -72,15 +70,16 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     run.model, run.optimizer, trainable=run.trainable, mesh=mesh
   )
   batch = largest_batch(run, prompt)
-  step = jitted_step(
-    run.model,
-    run.optimizer,
-    accumulation=run.train.gradient_accumulation_steps,
-    mesh=mesh,
-    shardings=shardings,
-  )
+
+  def trace(model):
+    accumulation = run.train.gradient_accumulation_steps
+    step = jitted_step(
+      model, run.optimizer, accumulation=accumulation, mesh=mesh, shardings=shardings
+    )
+    return step.trace(state, frozen, batch)
+
   start = time.perf_counter()
-  traced = step.trace(state, frozen, batch)
+  traced = trace(run.model)
   lowered = traced.lower()
   seconds = {"trace_and_lower_seconds": time.perf_counter() - start}
   start = time.perf_counter()
@@ -88,7 +87,7 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
   seconds["compile_seconds"] = time.perf_counter() - start
   chips = len(devices)
   counted = flops.traced(traced.jaxpr)
-  needed = flops.train_step(run.model, batch)
+  needed = flops.traced(trace(run.model.with_compute(remat="none")).jaxpr)
   memory = memory_of(compiled)
   kind = devices[0].device_kind
   return {
@@ -114,23 +113,23 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     },
     "compute": dataclasses.asdict(run.model.compute),
     "hbm_gb_per_chip": memory["peak"],
-    "gb_means": "2**30 bytes; everything that is alive at once, as XLA planned it",
+    "gb_means": "2**30 bytes; everything that is in use at once, as XLA planned it",
     "hbm_of_chip_gb": HBM_GIB.get(kind),
     "memory_gb_per_chip": memory,
     "flops_per_chip": counted / chips,
     "flops_per_chip_means": (
-      "matrix products and convolutions of the traced step, rematerialisation included, loop bodies"
-      " as often as they run, divided by the chips; one update"
+      "matrix products and convolutions of one optimizer step as traced, recomputation included,"
+      " loop bodies once per iteration, divided by the chips"
     ),
     "flops_needed_per_chip": needed / chips,
-    "flops_needed_means": "the same by hand, without rematerialisation; see benchmarks/flops.py",
+    "flops_needed_means": "the same without recomputation",
     "xla_flops_per_chip_loops_once": (compiled.cost_analysis() or {}).get("flops"),
     **{name: round(value, 1) for name, value in seconds.items()},
   }
 
 
 def memory_of(compiled) -> dict[str, float]:
-  """GiB on one chip: what XLA planned for the program; peak = everything that is alive at once."""
+  """XLA's memory plan for one chip in GiB; peak = everything that is in use at once."""
   stats = compiled.memory_analysis()
   parts = {
     "arguments": stats.argument_size_in_bytes,

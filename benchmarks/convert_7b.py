@@ -1,9 +1,9 @@
-"""Converts a full-size Qwen2-7B folder with random weights in and out: memory and time.
+"""Memory and time of import and export of a full-size Qwen2-7B folder with random weights.
 
     python -m benchmarks.convert_7b --dir /fast/disk --json convert.json
 
-Needs twice 15.2 GB below --dir at once, and removes all of it. Times stand beside that of a
-`cp` of the same files, all from a cold page cache.
+Needs 30.4 GB of disk below --dir, and removes all files at the end. The reference is `cp` of the
+same files; all start from a cold page cache.
 """
 
 import argparse
@@ -39,8 +39,8 @@ SOURCES = (
   "convert/readers",
   "mooer_jax/checkpoint",
 )
-SHARD_BYTES = 4 * 10**9  # as the published folder is cut
-# Runs in a process of its own, so that its peak is that of the conversion alone.
+SHARD_BYTES = 4 * 10**9  # as in the published folder
+# Runs in its own process, so that the peak memory is that of the conversion alone.
 PROGRAM = """
 import re, sys
 def status(name):
@@ -54,7 +54,7 @@ sys.exit(code)
 
 
 def write_folder(folder: Path, config: LLMConfig) -> int:
-  """Writes a Hugging Face folder with random bfloat16 weights; returns its bytes."""
+  """Write a Hugging Face folder with random bfloat16 weights; returns its bytes."""
   folder.mkdir(parents=True)
   tensors = []
   for path, shape in shapes(config).items():
@@ -76,7 +76,7 @@ def write_folder(folder: Path, config: LLMConfig) -> int:
 
 
 def forget(folder: Path) -> None:
-  """Drops the files of a folder from the page cache."""
+  """Drop the files of a folder from the page cache."""
   os.sync()
   for file in folder.rglob("*"):
     if file.is_file():
@@ -85,7 +85,7 @@ def forget(folder: Path) -> None:
 
 
 def run_convert(*args: str) -> dict[str, float]:
-  """Runs `convert` and returns seconds, and peak memory over the interpreter's start in GB."""
+  """Run `convert` and returns seconds, and peak memory over the interpreter's start in GB."""
   begin = time.perf_counter()
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM, *args], stdout=subprocess.PIPE, text=True, check=True
@@ -106,8 +106,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--dir", type=Path, help="where the files go; default: a temporary folder")
-  parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
+  parser.add_argument("--dir", type=Path, help="folder for the files; default: a temporary folder")
+  parser.add_argument(
+    "--layers", type=int, default=28, help="number of layers; fewer for a quick look"
+  )
   parser.add_argument("--json", type=Path)
   args = parser.parse_args()
   config = dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], layers=args.layers)
@@ -125,7 +127,7 @@ def main():
     forget(source)
     rows["import"] = run_convert("import", "qwen2", str(source), str(ours))
     original = digests(source)
-    shutil.rmtree(source)  # the disk need not hold three of them
+    shutil.rmtree(source)  # so that the disk never holds three copies
     forget(ours)
     rows["export"] = run_convert(
       "export", "qwen2", str(ours), str(back), "--shard-size", f"{SHARD_BYTES // 10**9}GB"

@@ -1,4 +1,4 @@
-"""Are the model's pieces right on this device? Against float64 NumPy, the CPU, and themselves."""
+"""Correctness of the model parts on this device, against float64 NumPy and the CPU."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
 from mooer_jax.kernels.flash_attention import Bias
 from mooer_jax.nn.compute import ExecutionConfig
 
-# Rounding of one result: float32 sums of some hundred terms, bfloat16's 8 bits. Layers multiply it.
+# Rounding of one result: float32 sums of some hundred terms, the 8 bits of bfloat16.
 ATTENTION_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 # Two devices sum in different orders; 4 layers in float32, in standard deviations of the output.
 DEVICE_TOLERANCE = 1e-4
@@ -46,14 +46,14 @@ def attention_checks(dry_run: bool):
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(rows, tokens, heads, channels)) for heads in (8, 2, 2))
   valid_BS = np.arange(tokens) < np.array([[tokens], [tokens - 7]])
-  valid_BS[1, :3] = False  # padding on both sides; with causal=True some queries see nothing
+  valid_BS[1, :3] = False  # padding on both sides; with causal=True some queries attend to nothing
   gate_BTH, table_HR = rng.normal(size=(rows, tokens, 8)), rng.normal(size=(8, 2 * tokens - 1))
   by_distance = Bias(jnp.asarray(gate_BTH, jnp.float32), jnp.asarray(table_HR, jnp.float32))
   for kind in ("", " causal", " with a bias"):
     causal, bias = kind == " causal", by_distance if kind == " with a bias" else None
     for implementation, dtype in implementations:
       if bias is not None and implementation == "cudnn":
-        continue  # refuses one
+        continue  # does not support a bias
       rounded = [jnp.asarray(x, dtype) for x in (q, k, v)]
       expected = reference(
         *(np.asarray(x, np.float64) for x in rounded),
@@ -70,7 +70,7 @@ def attention_checks(dry_run: bool):
 
 
 def reference(q_BTHC, k_BSKC, v_BSKC, valid_BS, causal, bias_BHTS=None):
-  """Attention in float64; queries that see nothing give zeros."""
+  """Attention in float64; queries that attend to nothing return zeros."""
   shared = q_BTHC.shape[2] // k_BSKC.shape[2]
   k_BSHC, v_BSHC = (np.repeat(x, shared, axis=2) for x in (k_BSKC, v_BSKC))
   scores_BHTS = np.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSHC) * q_BTHC.shape[-1] ** -0.5
@@ -136,8 +136,8 @@ def llm_inputs(config: LLMConfig, tokens: int):
   return module, random_params(shapes), inputs_BSD, valid_BS
 
 
-def hearing(dry_run: bool) -> list[tuple[str, Any, int, int]]:
-  """(name, module, width and steps of what it takes): encoders and Q-Former, few layers each."""
+def encoders_and_qformer(dry_run: bool) -> list[tuple[str, Any, int, int]]:
+  """(name, module with few layers, width and length of its input)."""
   if dry_run:
     sizes = dict(layers=1, hidden_size=32, heads=2, intermediate_size=48)
     whisper = WhisperConfig(**sizes, positions=16, context=16)
@@ -160,10 +160,10 @@ def hearing(dry_run: bool) -> list[tuple[str, Any, int, int]]:
 
 
 def device_checks(dry_run: bool):
-  """Encoders, Q-Former and the LLM here against the CPU."""
+  """Encoders, Q-Former and LLM on this device against the CPU."""
   rng = np.random.default_rng(2)
   pieces = {}
-  for name, module, width, steps in hearing(dry_run):
+  for name, module, width, steps in encoders_and_qformer(dry_run):
     x_BTF = rng.normal(size=(2, steps, width)).astype(np.float32)
     valid_BT = np.arange(steps) < np.array([[steps], [steps - 5]])
     shapes = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), x_BTF, valid_BT)
@@ -175,7 +175,7 @@ def device_checks(dry_run: bool):
       apply(*jax.device_put((params, x_BSD, given_BS), device))
       for device in (jax.devices()[0], jax.devices("cpu")[0])
     )
-    valid_BS = np.asarray(given_BS if valid_BS is None else valid_BS)  # the LLM says nothing
+    valid_BS = np.asarray(given_BS if valid_BS is None else valid_BS)  # the LLM returns no mask
     here, there = np.asarray(here)[valid_BS], np.asarray(there)[valid_BS]
     yield check(
       f"{name}, {jax.default_backend()} against cpu, float32",
@@ -185,7 +185,7 @@ def device_checks(dry_run: bool):
 
 
 def cache_check(dry_run: bool):
-  """A prompt and single steps over the cache give what one pass gives."""
+  """A prompt and single steps with the cache against one forward pass."""
   tokens = 12 if dry_run else 48
   config = small_llm(dry_run)
   module, params, inputs_BSD, valid_BS = llm_inputs(config, tokens)

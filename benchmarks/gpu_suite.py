@@ -1,8 +1,7 @@
-"""The GPU suite: correctness, 7B beside PyTorch, a short training; see gpu_suite.sh.
+"""The GPU suite: correctness, the LLM of 7B beside PyTorch, a short training; see gpu_suite.sh.
 
-Each section runs in a process of its own, so that one that fails or dies leaves the others alone
-and each framework has the whole card. What is compared is the language model, the part that
-PyTorch's side has too.
+Each section runs in its own process, so that each framework has the whole GPU and a section that
+fails or crashes does not affect the others.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.provenance import MODEL, versions, write_result
 
-# section -> (module with `run(dry_run) -> dict`, seconds that it may take)
+# section -> (module with `run(dry_run) -> dict`, time limit in seconds)
 SECTIONS = {
   "correctness": ("benchmarks.gpu_correctness", 120),
   "jax_7b": ("benchmarks.llm_jax", 180),
@@ -31,13 +30,14 @@ SOURCES = (
   *(f"{module.replace('.', '/')}.py" for module, _ in SECTIONS.values()),
   "benchmarks/gpu_suite.py",
   "benchmarks/llm_sizes.py",
+  "mooer_jax/generation",
   "mooer_jax/training",
 )
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
 
 def run_section(name: str, dry_run: bool) -> dict:
-  """Runs one section here; an error becomes a part of the result."""
+  """Run one section in this process; an error becomes part of the result."""
   start = time.perf_counter()
   try:
     result = importlib.import_module(SECTIONS[name][0]).run(dry_run)
@@ -47,8 +47,8 @@ def run_section(name: str, dry_run: bool) -> dict:
 
 
 def spawn_section(name: str, dry_run: bool) -> dict:
-  """Runs one section in a new process, with a time limit."""
-  limit = SECTIONS[name][1] * (5 if dry_run else 1)  # the CPU of a dry run may be a busy one
+  """Run one section in a new process, with a time limit."""
+  limit = SECTIONS[name][1] * (5 if dry_run else 1)  # a CPU may be busy
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "section.json"
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--section", name, "--json", str(out)]
@@ -62,7 +62,7 @@ def spawn_section(name: str, dry_run: bool) -> dict:
 
 
 def compare(jax_side: dict, torch_side: dict) -> dict:
-  """Ratios of PyTorch to JAX: above 1, JAX is faster or takes less memory."""
+  """Return the ratios of PyTorch to JAX: above 1, JAX is faster or takes less memory."""
   ratios = {}
   for workload in WORKLOADS:
     ours, theirs = (side.get(workload) for side in (jax_side, torch_side))
@@ -76,7 +76,7 @@ def compare(jax_side: dict, torch_side: dict) -> dict:
 
 
 def show(report: dict):
-  """Prints the report as plain lines: nothing beyond Python is needed."""
+  """Print the report as plain lines, without further packages."""
   print(f"\n{report['device']}{'  (dry run, sizes mean nothing)' if report['dry_run'] else ''}")
   for name, section in report["sections"].items():
     print(f"{name:12} {'passed' if section['passed'] else 'FAILED'}")
@@ -99,7 +99,7 @@ def show(report: dict):
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
-  parser.add_argument("--section", choices=SECTIONS, help="run this one alone, in this process")
+  parser.add_argument("--section", choices=SECTIONS, help="run only this section, in this process")
   parser.add_argument("--json", type=Path, help="file to write")
   options = parser.parse_args()
   if options.dry_run:

@@ -56,9 +56,9 @@ def batch(rng: np.random.Generator, prototypes_WF: np.ndarray, rows: int) -> Bat
   return Batch(
     features=(features.astype(np.float32),),
     frames=(np.full(rows, LENGTH * FRAMES, np.int32),),
-    before_BS=np.zeros((rows, 0), np.int32),
-    after_BS=np.full((rows, 1), EOS + 1, np.int32),
-    answer_BS=np.pad(words_BL, ((0, 0), (0, 1)), constant_values=EOS).astype(np.int32),
+    prefix_BS=np.zeros((rows, 0), np.int32),
+    suffix_BS=np.full((rows, 1), EOS + 1, np.int32),
+    labels_BS=np.pad(words_BL, ((0, 0), (0, 1)), constant_values=EOS).astype(np.int32),
   )
 
 

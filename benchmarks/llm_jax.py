@@ -12,6 +12,7 @@ from benchmarks.llm_sizes import DRY, FULL, LR, Sizes, median_seconds
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.decoders.llm import LLM
+from mooer_jax.generation import GenerationConfig, generate_from
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.training.step import create, make_train_step
 
@@ -72,11 +73,22 @@ def targets(sizes: Sizes):
   return jax.random.randint(key, (sizes.rows, sizes.answer), 0, sizes.llm.vocab_size)
 
 
-def compiled(function, *args, **options):
-  """(executable, seconds to trace and compile it, GB that it needs while it runs)."""
+def measured(function, arguments, sizes: Sizes, call=None, **options) -> tuple[Any, dict[str, Any]]:
+  """Compile a function and time it.
+
+  Args:
+    function: traced with the arguments.
+    arguments: arrays or trees of arrays.
+    sizes: has the number of timed calls.
+    call: what is timed, given the executable; default: run it on the arguments.
+    options: of `jax.jit`.
+
+  Returns:
+    (executable, {"seconds": median, "memory_gb": what is in use at once, "compile_seconds"}).
+  """
   start = time.perf_counter()
-  program = jax.jit(function, **options).lower(*args).compile()
-  seconds = time.perf_counter() - start
+  program = jax.jit(function, **options).lower(*arguments).compile()
+  compile_seconds = round(time.perf_counter() - start, 2)
   stats = program.memory_analysis()
   alive = (
     stats.argument_size_in_bytes
@@ -84,7 +96,10 @@ def compiled(function, *args, **options):
     - stats.alias_size_in_bytes
     + stats.temp_size_in_bytes
   )
-  return program, round(seconds, 2), alive / GB
+  call = call or (lambda program: jax.block_until_ready(program(*arguments)))
+  seconds = median_seconds(lambda: call(program), sizes.repeats)
+  result = {"seconds": seconds, "memory_gb": alive / GB, "compile_seconds": compile_seconds}
+  return program, result
 
 
 def forward(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
@@ -93,12 +108,10 @@ def forward(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
     hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, valid_BS, config)
     return speech_llm.logits(params, hidden_BSD[:, -sizes.answer :], config)
 
-  program, compile_seconds, memory = compiled(logits, params, inputs_BSD)
-  finite = bool(jnp.isfinite(program(params, inputs_BSD)).all())
-  if not finite:
+  program, result = measured(logits, (params, inputs_BSD), sizes)
+  if not jnp.isfinite(program(params, inputs_BSD)).all():
     raise FloatingPointError("forward: logits are not finite")
-  seconds = median_seconds(lambda: program(params, inputs_BSD).block_until_ready(), sizes.repeats)
-  return {"seconds": seconds, "memory_gb": memory, "compile_seconds": compile_seconds}
+  return result
 
 
 def train_step(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
@@ -111,56 +124,30 @@ def train_step(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
     return nats / tokens, {"loss_sum": nats, "tokens": tokens, "correct": jnp.int32(0)}
 
   step = make_train_step(loss_fn, tx, schedule=optax.constant_schedule(LR))
-  # The state is given up at each call, and `params` is needed again.
+  # The state is donated at each call, and `params` is used again.
   state = create(jax.tree.map(jnp.copy, trainable), tx, jax.random.key(0))
   batch = (inputs_BSD, targets(sizes))
-  program, compile_seconds, memory = compiled(step, state, frozen, batch, donate_argnums=0)
   losses = []
 
-  def call():
+  def call(program):
     nonlocal state
     state, metrics = program(state, frozen, batch)
     losses.append(float(metrics["loss"]))
 
-  seconds = median_seconds(call, sizes.repeats)
+  _, result = measured(step, (state, frozen, batch), sizes, call, donate_argnums=0)
   if not losses[-1] < losses[0]:
     raise FloatingPointError(f"the loss on one batch did not fall: {losses}")
-  return {
-    "seconds": seconds,
-    "memory_gb": memory,
-    "compile_seconds": compile_seconds,
-    "losses": losses,
-  }
+  return {**result, "losses": losses}
 
 
 def decode(params, config, sizes: Sizes) -> dict[str, Any]:
-  """Prefill and a while loop over greedy steps, as `generation.generate` does after the encoder."""
-  llm = config.decoder
-  prompt_BSD = random_normal(3, (sizes.rows, sizes.prompt, llm.hidden_size))
+  """Greedy decoding of `sizes.new` tokens after a prompt of embeddings."""
+  prompt_BSD = random_normal(3, (sizes.rows, sizes.prompt, config.decoder.hidden_size))
+  options = GenerationConfig(max_new_tokens=sizes.new)  # without EOS
 
   def greedy(params, prompt_BSD):
-    cache = llm.empty_cache(rows=sizes.rows, slots=sizes.prompt + sizes.new, dtype=jnp.bfloat16)
+    valid_BS = jnp.ones(prompt_BSD.shape[:2], bool)
+    return generate_from(params, prompt_BSD, valid_BS, config, options).tokens_BS
 
-    def advance(inputs_BSD, tokens_BS, step, cache):
-      valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
-      hidden_BSD, cache = speech_llm.decode(params, inputs_BSD, valid_BS, config, cache=cache)
-      token_B1 = speech_llm.logits(params, hidden_BSD[:, -1:], config).argmax(-1)
-      tokens_BS = jax.lax.dynamic_update_slice_in_dim(tokens_BS, token_B1, step, axis=1)
-      return token_B1, tokens_BS, step + 1, cache
-
-    def body(carry):
-      token_B1, tokens_BS, step, cache = carry
-      return advance(speech_llm.embed(params, token_B1, config), tokens_BS, step, cache)
-
-    empty_BS = jnp.zeros((sizes.rows, sizes.new), jnp.int32)
-    first = advance(prompt_BSD, empty_BS, jnp.zeros((), jnp.int32), cache)
-    return jax.lax.while_loop(lambda carry: carry[2] < sizes.new, body, first)[1]
-
-  program, compile_seconds, memory = compiled(greedy, params, prompt_BSD)
-  seconds = median_seconds(lambda: program(params, prompt_BSD).block_until_ready(), sizes.repeats)
-  return {
-    "seconds": seconds,
-    "memory_gb": memory,
-    "compile_seconds": compile_seconds,
-    "tokens_per_second": sizes.rows * sizes.new / seconds,
-  }
+  _, result = measured(greedy, (params, prompt_BSD), sizes)
+  return {**result, "tokens_per_second": sizes.rows * sizes.new / result["seconds"]}

@@ -1,4 +1,4 @@
-"""What both sides of the language-model comparison run."""
+"""Sizes and timing of the comparison of LLMs, for both frameworks."""
 
 import dataclasses
 import statistics
@@ -12,13 +12,13 @@ LR = 1e-3  # high enough for the loss on one batch to fall within a few updates
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Of the three workloads; LoRA as in MooER.
+  """Sizes of the three workloads.
 
   Attributes:
-    llm: the model.
-    rows, tokens, answer: forward and train step; logits at the last `answer` of `tokens`.
-    prompt, new: greedy decoding, with as many rows.
-    repeats: timed calls after the first one; the median counts.
+    llm: the model, with LoRA as in MooER.
+    rows, tokens, answer: of forward pass and train step, with logits at the last `answer` tokens.
+    prompt, new: tokens of greedy decoding, with the same number of rows.
+    repeats: number of timed calls after the first one.
   """
 
   llm: LLMConfig
@@ -60,7 +60,7 @@ DRY = Sizes(
 
 
 def median_seconds(call: Callable[[], None], repeats: int) -> float:
-  """Median time of a call that returns only when the device is done; one more call warms up."""
+  """Median time of a call that waits for the device, after one call to warm up."""
   times = []
   for _ in range(repeats + 1):
     start = time.perf_counter()

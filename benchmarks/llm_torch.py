@@ -1,7 +1,4 @@
-"""The same three workloads with PyTorch: transformers' Qwen2 (SDPA attention) and LoRA.
-
-LoRA comes from peft where it is installed, else from `LoRALinear` below; the result says which.
-"""
+"""The same three workloads with PyTorch: transformers' Qwen2 (SDPA attention) and a plain LoRA."""
 
 from typing import Any
 
@@ -33,7 +30,7 @@ def run(dry_run: bool) -> dict[str, Any]:
   sizes = DRY if dry_run else FULL
   device = "cuda" if torch.cuda.is_available() else "cpu"
   if not dry_run and device == "cpu":
-    raise RuntimeError("torch sees no GPU")
+    raise RuntimeError("torch finds no GPU; use --dry-run for the CPU")
   torch.manual_seed(0)
   model = build(sizes, device)
   prompt_BSD = torch.randn(
@@ -42,11 +39,9 @@ def run(dry_run: bool) -> dict[str, Any]:
   inputs_BSD = torch.randn(
     sizes.rows, sizes.tokens, sizes.llm.hidden_size, device=device, dtype=torch.bfloat16
   )
-  # JAX's side has its LoRA beside the weights in all three; so has this one.
-  model, lora = with_lora(model, sizes)
+  add_lora(model, sizes)  # in all three workloads, as on the JAX side
   result = {
     "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    "lora": lora,
     "decode": decode(model, prompt_BSD, sizes),
     "forward": forward(model, inputs_BSD, sizes),
   }
@@ -79,21 +74,12 @@ def build(sizes: Sizes, device: str):
   return model.to(torch.bfloat16).requires_grad_(False).eval()
 
 
-def with_lora(model, sizes: Sizes):
-  """(model with LoRA on all seven projections, which implementation it is)."""
-  llm = sizes.llm
-  try:
-    from peft import LoraConfig, get_peft_model
-  except ImportError:
-    for parent in list(model.modules()):
-      for name, child in list(parent.named_children()):
-        if name in TARGETS:
-          setattr(parent, name, LoRALinear(child, llm.lora_rank, llm.lora_scale))
-    return model, "LoRALinear of benchmarks/llm_torch.py"
-  options = LoraConfig(
-    r=llm.lora_rank, lora_alpha=llm.lora_alpha, lora_dropout=0.0, target_modules=list(TARGETS)
-  )
-  return get_peft_model(model, options).get_base_model(), "peft, float32 factors"
+def add_lora(model, sizes: Sizes) -> None:
+  """Add LoRA to all seven projections."""
+  for parent in list(model.modules()):
+    for name, child in list(parent.named_children()):
+      if name in TARGETS:
+        setattr(parent, name, LoRALinear(child, sizes.llm.lora_rank, sizes.llm.lora_scale))
 
 
 def measured(call, sizes: Sizes) -> dict[str, Any]:
@@ -125,7 +111,7 @@ def forward(model, inputs_BSD, sizes: Sizes) -> dict[str, Any]:
 
 
 def train_step(model, inputs_BSD, sizes: Sizes) -> dict[str, Any]:
-  """With gradient checkpointing, as JAX's side recomputes its layers."""
+  """With gradient checkpointing, as the JAX side recomputes its layers."""
   model.train()
   model.gradient_checkpointing_enable({"use_reentrant": False})
   trainable = [p for name, p in model.named_parameters() if "lora_" in name]

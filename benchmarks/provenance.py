@@ -1,9 +1,8 @@
-"""Where a result comes from: its JSON names the command, the date, the commit and the source files.
+"""Provenance of results: command, date, commit and source files, in the JSON of each result.
 
-    python -m benchmarks.provenance    # names the results whose source files have changed since
+    python -m benchmarks.provenance    # lists the results whose source files have changed
 
-The check is part of `make lint`. It warns and never fails: a result stays true of the commit that
-it names, and only a new run can say what the code of today gives.
+The check is part of `make lint`. It only warns, because a result stays true of its commit.
 """
 
 import ast
@@ -39,7 +38,7 @@ def write_result(
   """Write a result with its provenance as JSON.
 
   Args:
-    path: file to write; its folder is made.
+    path: file to write; its folder is created.
     result: figures, as JSON values.
     sources: files and folders that the figures describe, relative to the repository's root.
     command: command that repeats the measurement; default: that of this process.
@@ -51,7 +50,7 @@ def write_result(
   provenance = {
     "command": command,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "commit": _git("rev-parse", "HEAD"),
+    "commit": commit_of(ROOT),
     "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
     "sources": {source: fingerprint(ROOT / source) for source in sources},
   }
@@ -106,12 +105,12 @@ def _is_text(node) -> bool:
 
 
 def warnings(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
-  """One line for each result that the code of today may no longer give."""
+  """Return one line for each result whose source files have changed."""
   found = []
   for file in sorted(results.glob("*.json")):
     about = json.loads(file.read_text("utf-8")).get("provenance")
     if about is None:
-      found.append(f"{file.name}: no provenance in it; repeat its benchmark")
+      found.append(f"{file.name}: no provenance; repeat the benchmark")
       continue
     changed = [
       f"{source} {'has changed' if (root / source).exists() else 'is gone'}"
@@ -124,10 +123,11 @@ def warnings(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
   return found
 
 
-def _git(*args: str) -> str | None:
-  """Output of a git command; None where there is no git or no repository."""
+def commit_of(repository: Path) -> str | None:
+  """Commit that is checked out; None where there is no git or no repository."""
+  command = ["git", "rev-parse", "HEAD"]
   try:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
   except (FileNotFoundError, subprocess.CalledProcessError):
     return None
   return done.stdout.strip()

@@ -29,15 +29,8 @@ def get_config():
   config.model.max_audio_s = 5.0
   config.model.sanm = dict(hidden_size=128, layers=5, heads=4, intermediate_size=512)
   config.model.linear = dict(hidden_size=256)
-  config.model.llm = dict(
-    vocab_size=16,
-    hidden_size=128,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=32,
-    intermediate_size=384,
-  )
+  config.model.llm = dict(vocab_size=16, hidden_size=128, intermediate_size=384)
+  config.model.llm.update(layers=3, heads=4, kv_heads=2, head_dim=32)
 
   config.data.shards = "out/demo/shards/train/data.list"
   config.data.batch_size = 32

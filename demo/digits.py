@@ -1,7 +1,7 @@
 """`make demo`: synthesize speech, pack shards, train, evaluate and transcribe, without downloads.
 
-Run as `python -m demo.digits` from the clone. Every step is a command that works on other data too;
-the commands are printed. `--quick` trains a shorter time and only checks that the loss falls.
+Run as `python -m demo.digits` from the clone. All steps after the synthesis are printed commands.
+`--quick` trains a shorter time and only checks that the loss falls.
 """
 
 import argparse
@@ -10,22 +10,30 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
+from rich.table import Table
 
 from configs.tiny import get_config
-from demo.report import failures, show
-from demo.stages import Stages, call, fingerprint, imported_sources
+from demo.stages import (
+  ROOT,
+  Stages,
+  call,
+  fingerprint,
+  imported_sources,
+  one_line_errors,
+  schedule,
+)
 from demo.synthesize import TEST_VARIANTS, SpeechConfig, plan, write_split
+from mooer_jax.evaluation.text_files import read_text
 
-ROOT = Path(__file__).resolve().parents[1]
-# Sources of the first step.
-SYNTHESIZER = ("espeak", "synthesize")
+# The installed command.
+MOOER_JAX = Path(sys.executable).with_name("mooer-jax")
+SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +54,7 @@ class DemoConfig:
 
   def overrides(self) -> list[str]:
     """Config overrides of configs/tiny.py, for train.py and eval.py."""
-    if not self.steps:
-      return []
-    return [
-      f"--config.train.steps={self.steps}",
-      f"--config.optimizer.total_steps={self.steps}",
-      f"--config.optimizer.warmup_steps={self.steps // 8}",
-    ]
+    return schedule(self.steps, warmup=self.steps // 8) if self.steps else []
 
 
 FULL = DemoConfig("out/demo", SpeechConfig(), steps=0, goal_cer=0.05)
@@ -66,25 +68,16 @@ QUICK = DemoConfig(
 
 
 def run(config: DemoConfig) -> dict:
-  """Run all steps and write `report.json`.
-
-  Returns:
-    The report.
-
-  Raises:
-    subprocess.CalledProcessError: if a step fails.
-  """
+  """Run all steps, write `report.json` and return its content."""
   out = Path(config.folder)
   speech, shards, work, scored = out / "speech", out / "shards", out / "train", out / "eval"
   stages = Stages(out)
-  made_from = fingerprint(
-    dataclasses.asdict(config.speech), [ROOT / "demo" / f"{name}.py" for name in SYNTHESIZER]
-  )
+  made_from = fingerprint(dataclasses.asdict(config.speech), imported_sources("demo/synthesize.py"))
   seconds = {}
   seconds["synthesis"] = stages.run(
     "synthesis", made_from, lambda: _speak(config.speech, speech), makes=speech
   )
-  made_from = fingerprint("", ROOT.glob("mooer_jax/data/*.py"))
+  made_from = fingerprint("", imported_sources("mooer_jax/data/pack.py"))
   seconds["packing"] = stages.run("packing", made_from, lambda: _pack(speech, shards), makes=shards)
   configured = [
     "--config=configs/tiny.py",
@@ -94,15 +87,15 @@ def run(config: DemoConfig) -> dict:
     f"--config.eval.out={scored}",
     *config.overrides(),
   ]
-  sources = imported_sources(ROOT / "train.py", ROOT)
+  sources = imported_sources("train.py")
   made_from = fingerprint(configured, [ROOT / "configs" / "tiny.py", *sources])
   seconds["training"] = stages.run(
     "training", made_from, lambda: _train(config, configured, work), makes=work, resumable=True,
   )  # fmt: skip
-  made_from = fingerprint("", imported_sources(ROOT / "eval.py", ROOT))
+  made_from = fingerprint("", imported_sources("eval.py"))
   seconds["evaluation"] = stages.run(
     "evaluation", made_from,
-    lambda: _call([sys.executable, "eval.py", *configured, f"--checkpoint={work}"]), makes=scored,
+    lambda: call(sys.executable, "eval.py", *configured, f"--checkpoint={work}"), makes=scored,
   )  # fmt: skip
   clip = speech / "test" / "wav" / f"{plan(config.speech, 'test')[0].key}.wav"
   transcribed = out / "transcribe"
@@ -116,27 +109,24 @@ def run(config: DemoConfig) -> dict:
 
 
 def _speak(config: SpeechConfig, folder: Path):
-  columns = (TextColumn("speaking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-  with Progress(*columns, console=Console(stderr=True)) as progress:
-    bar = progress.add_task("", total=config.train_clips + config.test_clips)
-    for split in ("train", "test"):
-      done = 0
-      for clips, _ in write_split(plan(config, split), folder / split):
-        progress.advance(bar, clips - done)
-        done = clips
+  for split in ("train", "test"):
+    clips = plan(config, split)
+    written = write_split(clips, folder / split)
+    for _ in track(written, f"synthesizing {split}", len(clips), console=Console(stderr=True)):
+      pass
 
 
 def _pack(speech: Path, shards: Path):
   for split in ("train", "test"):
     source = speech / split
-    _call([
-      command(), "pack", f"--wav-scp={source / 'wav.scp'}", f"--text={source / 'text'}",
+    call(
+      MOOER_JAX, "pack", f"--wav-scp={source / 'wav.scp'}", f"--text={source / 'text'}",
       f"--out={shards / split}", "--per-shard=500",
-    ])  # fmt: skip
+    )  # fmt: skip
 
 
 def _train(config: DemoConfig, configured: list[str], work: Path):
-  _call([sys.executable, "train.py", *configured])
+  call(sys.executable, "train.py", *configured)
   steps = config.steps or get_config().train.steps
   if not (work / f"step_{steps:08d}").is_dir():
     raise RuntimeError(
@@ -147,28 +137,7 @@ def _train(config: DemoConfig, configured: list[str], work: Path):
 def _transcribe(work: Path, clip: Path, folder: Path):
   folder.mkdir(parents=True)
   result = folder / "result.json"
-  _call([command(), "transcribe", f"--checkpoint={work}", f"--json={result}", str(clip)])
-
-
-def command() -> str:
-  """Return the path of the installed command `mooer-jax`.
-
-  Raises:
-    FileNotFoundError: if the package is not installed in this Python environment.
-  """
-  path = Path(sys.executable).parent / "mooer-jax"
-  if not path.exists():
-    raise FileNotFoundError(f"{path}: not installed; run `make demo`, or pip install -e '.[demo]'")
-  return str(path)
-
-
-def _call(arguments: list[str]):
-  # Printed as a user would type it in the clone.
-  here = f"{ROOT}{os.sep}"
-  shown = [a.removeprefix(here) for a in arguments]
-  shown[0] = "python" if arguments[0] == sys.executable else Path(arguments[0]).name
-  print("\n$ " + " ".join(shown), flush=True)
-  call(arguments)
+  call(MOOER_JAX, "transcribe", f"--checkpoint={work}", f"--json={result}", clip)
 
 
 def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]) -> dict:
@@ -177,7 +146,7 @@ def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]
   scored = json.loads((out / "eval" / "report.json").read_text("utf-8"))
   rows = (out / "train" / "metrics.jsonl").read_text("utf-8").splitlines()
   losses = [json.loads(row)["loss"] for row in rows]
-  hypotheses = _read_hypotheses(out / "eval" / "text")
+  hypotheses = read_text(out / "eval" / "text")
   test = plan(config.speech, "test")
   utterances = [
     {
@@ -214,9 +183,42 @@ def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]
   }
 
 
-def _read_hypotheses(path: Path) -> dict[str, str]:
-  rows = (line.partition("\t") for line in path.read_text("utf-8").splitlines())
-  return {key: text for key, _, text in rows}
+def failures(report: dict) -> list[str]:
+  """Return the success criteria that a run misses, one message each."""
+  first, last, cer = report["loss_first"], report["loss_last"], report["cer"]
+  hypotheses = [utterance["hypothesis"] for utterance in report["utterances"]]
+  goal = f"it must be at most {_percent(report['goal_cer'])}"
+  criteria = {
+    f"the loss did not fall by half: {first:.3f} to {last:.3f}": last <= first / 2,
+    "some test utterances have no transcript": None not in hypotheses,
+    "every transcript is empty": any(hypotheses),
+    "`mooer-jax transcribe` returned an empty transcript": report["transcribed"]["text"],
+    f"CER is {_percent(cer)}; {goal}": cer is not None and cer <= report["goal_cer"],
+  }
+  return [message for message, met in criteria.items() if not met]
+
+
+def _percent(rate: float | None) -> str:
+  return "undefined" if rate is None else f"{100 * rate:.2f} %"
+
+
+def show(report: dict, folder: str):
+  """Print the CER and a few transcripts with their references."""
+  console = Console(soft_wrap=True)
+  table = Table("voice (not in training)", "reference", "transcript")
+  # The first utterances, not the best: the strings are random and the voices alternate.
+  for row in report["utterances"][:SHOWN]:
+    table.add_row(row["voice"], row["reference"], row["hypothesis"])
+  console.print(table)
+  console.print(
+    f"CER {_percent(report['cer'])} on {report['n_utterances']} test utterances; their"
+    f" {len(report['held_out_voices'])} voices and their digit strings are not in training"
+  )
+  console.print(
+    f"loss {report['loss_first']:.3f} to {report['loss_last']:.3f}; training"
+    f" {report['train_seconds']:.0f} s, all steps {report['total_seconds']:.0f} s"
+  )
+  console.print(f"{folder}/report.json, {folder}/loss.png", highlight=False)
 
 
 def main() -> int:
@@ -224,24 +226,9 @@ def main() -> int:
   parser.add_argument(
     "--quick", action="store_true", help="train a shorter time; only check that the loss falls"
   )
-  args = parser.parse_args()
-  os.chdir(ROOT)
-  config = QUICK if args.quick else FULL
-  try:
+  config = QUICK if parser.parse_args().quick else FULL
+  with one_line_errors("make demo"):
     report = run(config)
-  except subprocess.CalledProcessError as error:
-    print(
-      f"make demo: {Path(error.cmd[0]).name} {error.cmd[1]} failed with exit status"
-      f" {error.returncode}",
-      file=sys.stderr,
-    )
-    return 1
-  except RuntimeError as error:
-    print(f"make demo: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("make demo: interrupted; rerun the same command to resume", file=sys.stderr)
-    return 130
   show(report, config.folder)
   problems = failures(report)
   for problem in problems:

@@ -16,7 +16,15 @@ import numpy as np
 import soxr
 from rich.progress import track
 
-from demo.synthesize import SAMPLE_RATE_HZ, add_noise, add_room, write_clip
+from demo.synthesize import (
+  SAMPLE_RATE_HZ,
+  add_noise,
+  add_room,
+  random_digits,
+  silence,
+  write_clip,
+  write_lists,
+)
 from mooer_jax.audio.decode import load_audio
 
 MAX_DIGITS = 5
@@ -69,8 +77,8 @@ def join(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
   pieces = []
   for digit in digits:
     spoken = _one_of(voice[digit], rng)
-    pieces += [_silence(rng.uniform(0.05, 0.25)), spoken]
-  pieces.append(_silence(rng.uniform(0.05, 0.25)))
+    pieces += [silence(rng.uniform(0.05, 0.25)), spoken]
+  pieces.append(silence(rng.uniform(0.05, 0.25)))
   speech = np.concatenate(pieces)
   return _at_level(speech + 10 ** (-35 / 20) * rng.standard_normal(len(speech)), -24.0)
 
@@ -89,13 +97,13 @@ def join_varied(
   rate = np.exp(rng.uniform(*np.log(RATES)))
   longest_s = rng.choice((0.02, 0.1, 0.25))
   hesitates_after = rng.integers(len(digits) - 1) if hesitation_s and len(digits) > 1 else None
-  pieces = [_silence(rng.uniform(0.03, 0.3))]
+  pieces = [silence(rng.uniform(0.03, 0.3))]
   for place, digit in enumerate(digits):
     spoken = _one_of(voice[digit], rng) * 10 ** (rng.uniform(-3, 3) / 20)
     spoken = soxr.resample(spoken, SAMPLE_RATE_HZ, round(SAMPLE_RATE_HZ * rate))
     pause_s = rng.uniform(0, longest_s) + hesitation_s * (place == hesitates_after)
-    pieces += [spoken, _silence(pause_s)]
-  pieces.append(_silence(rng.uniform(0.03, 0.3)))
+    pieces += [spoken, silence(pause_s)]
+  pieces.append(silence(rng.uniform(0.03, 0.3)))
   speech = np.concatenate(pieces)
   if rng.random() < 0.3:
     speech = add_room(speech, rng)
@@ -108,10 +116,6 @@ def join_varied(
 def _one_of(clips, rng):
   spoken = clips[rng.integers(len(clips))]
   return spoken / (np.sqrt(np.mean(spoken**2)) + 1e-9)
-
-
-def _silence(seconds: float):
-  return np.zeros(int(seconds * SAMPLE_RATE_HZ), np.float32)
 
 
 def _at_level(speech, level_db: float):
@@ -137,14 +141,12 @@ def write_split(voices: dict, folder: Path, clips: int, *, seed: int, vary: bool
   for index in track(range(clips), f"joining {folder.name}"):
     rng = np.random.default_rng([seed, index])
     speaker = speakers[index % len(speakers)]
-    digits = "".join(map(str, rng.integers(0, 10, rng.integers(1, MAX_DIGITS + 1))))
+    digits = random_digits(rng, int(rng.integers(1, MAX_DIGITS + 1)))
     key = f"{folder.name}-{index:05d}-{speaker}"
-    path = (folder / "wav" / f"{key}.wav").resolve()
     speak = join_varied if vary else join
-    write_clip(path, speak(voices[speaker], digits, rng))
-    rows.append((key, path, digits))
-  (folder / "wav.scp").write_text("".join(f"{k} {p}\n" for k, p, _ in rows), "utf-8")
-  (folder / "text").write_text("".join(f"{k} {d}\n" for k, _, d in rows), "utf-8")
+    write_clip(folder / "wav" / f"{key}.wav", speak(voices[speaker], digits, rng))
+    rows.append((key, digits))
+  write_lists(folder, rows)
 
 
 def main():

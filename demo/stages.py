@@ -4,13 +4,17 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
@@ -21,13 +25,10 @@ def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
   return digest.hexdigest()[:16]
 
 
-def imported_sources(program: Path, root: Path) -> set[Path]:
-  """The program and every file below `root` that it imports, directly or not.
-
-  A change in any other file cannot change its result.
-  """
+def imported_sources(program: str | Path, root: Path = ROOT) -> set[Path]:
+  """Return a program and all files below `root` that it imports, directly or not."""
   found: set[Path] = set()
-  waiting = [program]
+  waiting = [root / program]
   while waiting:
     path = waiting.pop()
     if path in found or not path.is_file():
@@ -63,13 +64,18 @@ def _terminable() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def call(command: Sequence[str]):
-  """Run a command; on an interrupt, wait until it has ended, because it may be saving.
+def call(*arguments: str | Path):
+  """Print and run a command; on an interrupt, wait until it has ended, because it may be saving.
 
   Raises:
     subprocess.CalledProcessError: if it fails.
     Terminated: on SIGTERM, which is passed on to the command.
   """
+  command = [str(argument) for argument in arguments]
+  program = "python" if command[0] == sys.executable else Path(command[0]).name
+  # As a user would type it in the clone.
+  shown = [program, *(word.replace(f"{ROOT}{os.sep}", "") for word in command[1:])]
+  print("\n$ " + " ".join(shown), flush=True)
   interrupted: KeyboardInterrupt | None = None
   with _terminable(), subprocess.Popen(command) as process:
     while process.poll() is None:
@@ -82,7 +88,29 @@ def call(command: Sequence[str]):
   if interrupted:
     raise interrupted
   if process.returncode:
-    raise subprocess.CalledProcessError(process.returncode, command)
+    raise subprocess.CalledProcessError(process.returncode, shown[:2])
+
+
+def schedule(steps: int, *, warmup: int) -> list[str]:
+  """Return the config overrides of train.py for a number of optimizer steps."""
+  return [
+    f"--config.train.steps={steps}",
+    f"--config.optimizer.total_steps={steps}",
+    f"--config.optimizer.warmup_steps={warmup}",
+  ]
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+  """Run a demo in the clone; a failed step, a missing file or package exits with one line."""
+  os.chdir(ROOT)
+  try:
+    yield
+  except (subprocess.CalledProcessError, ImportError, OSError, RuntimeError) as error:
+    sys.exit(f"{name}: {error}")
+  except KeyboardInterrupt:
+    print(f"{name}: interrupted; rerun the same command to resume", file=sys.stderr)
+    sys.exit(130)
 
 
 class Stages:

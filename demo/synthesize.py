@@ -1,20 +1,16 @@
 """Synthesize the demo's speech: strings of 1 to 6 English digits in many synthetic voices.
 
 Voices and strings of the test set do not occur in training. One seed determines everything, for any
-number of processes. To run it alone: `python -m demo.synthesize --out out/speech`.
+number of processes.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -244,18 +240,19 @@ def _fast_size(samples: int) -> int:
   return -(-samples // 2048) * 2048
 
 
+def silence(seconds: float):
+  """float32 [samples] at 16 kHz."""
+  return np.zeros(int(seconds * SAMPLE_RATE_HZ), np.float32)
+
+
 def write_clip(path: Path, speech) -> None:
   """Write float samples as 16-bit wav."""
   soundfile.write(path, speech, SAMPLE_RATE_HZ, subtype="PCM_16")
 
 
-def _render_lane(utterances: list[Utterance], folder: Path) -> list[float]:
-  seconds = []
+def _render_lane(utterances: list[Utterance], folder: Path) -> None:
   for utterance in utterances:
-    speech = render(utterance)
-    write_clip(folder / f"{utterance.key}.wav", speech)
-    seconds.append(len(speech) / SAMPLE_RATE_HZ)
-  return seconds
+    write_clip(folder / f"{utterance.key}.wav", render(utterance))
 
 
 def _lanes(utterances: list[Utterance]) -> list[list[Utterance]]:
@@ -293,47 +290,24 @@ def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor
 
 def write_split(
   utterances: list[Utterance], folder: Path, processes: int | None = None
-) -> Iterator[tuple[int, float]]:
+) -> Iterator[Utterance]:
   """Synthesize clips and write `wav/KEY.wav`, `wav.scp` and `text`.
 
   Yields:
-    (finished clips, finished seconds of audio) after each lane.
+    Each utterance that is finished.
   """
   (folder / "wav").mkdir(parents=True, exist_ok=True)
-  clips, seconds = 0, 0.0
   with worker_processes(processes) as pool:
-    futures = [pool.submit(_render_lane, lane, folder / "wav") for lane in _lanes(utterances)]
+    futures = {pool.submit(_render_lane, lane, folder / "wav"): lane for lane in _lanes(utterances)}
     for future in concurrent.futures.as_completed(futures):
-      done = future.result()
-      clips, seconds = clips + len(done), seconds + sum(done)
-      yield clips, seconds
-  _write_lines(folder / "wav.scp", ((u.key, folder / "wav" / f"{u.key}.wav") for u in utterances))
-  _write_lines(folder / "text", ((u.key, u.digits) for u in utterances))
+      future.result()
+      yield from futures[future]
+  write_lists(folder, ((u.key, u.digits) for u in utterances))
 
 
-def _write_lines(path: Path, rows: Iterable[tuple[str, object]]) -> None:
-  path.write_text("".join(f"{key} {value}\n" for key, value in rows), encoding="utf-8")
-
-
-def main():
-  parser = argparse.ArgumentParser(description="Synthesize spoken digits.")
-  parser.add_argument("--out", type=Path, required=True, help="output folder")
-  for field in dataclasses.fields(SpeechConfig):
-    option = "--" + field.name.replace("_", "-")
-    parser.add_argument(option, type=int, default=field.default, dest=field.name)
-  args = vars(parser.parse_args())
-  out = args.pop("out").resolve()
-  config = SpeechConfig(**args)
-  for split in ("train", "test"):
-    start = time.perf_counter()
-    for clips, seconds in write_split(plan(config, split), out / split):
-      print(f"{split}: {clips} clips, {seconds / 3600:.2f} h", flush=True)
-    print(f"{split}: {time.perf_counter() - start:.1f} s")
-  (out / "speech.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-
-if __name__ == "__main__":
-  try:
-    main()
-  except KeyboardInterrupt:
-    sys.exit(130)
+def write_lists(folder: Path, rows: Iterable[tuple[str, str]]) -> None:
+  """Write `text` and the `wav.scp` of `wav/KEY.wav` for (key, text) rows."""
+  rows = list(rows)
+  wav = folder.resolve() / "wav"
+  (folder / "wav.scp").write_text("".join(f"{key} {wav / key}.wav\n" for key, _ in rows), "utf-8")
+  (folder / "text").write_text("".join(f"{key} {text}\n" for key, text in rows), "utf-8")

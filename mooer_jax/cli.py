@@ -45,15 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_pack(commands):
-  parser = commands.add_parser("pack", help="audio and transcripts to tar shards")
-  parser.add_argument("--wav-scp", required=True, type=Path, help="KEY path, a line an utterance")
-  parser.add_argument("--text", required=True, type=Path, help="KEY transcript, a line each")
-  parser.add_argument("--segments", type=Path, help="KEY RECORDING start_s end_s")
+  parser = commands.add_parser("pack", help="pack audio and transcripts into tar shards")
+  parser.add_argument("--wav-scp", required=True, type=Path, help="list with `KEY path` per line")
+  parser.add_argument(
+    "--text", required=True, type=Path, help="list with `KEY transcript` per line"
+  )
+  parser.add_argument(
+    "--segments", type=Path, help="list with `KEY RECORDING start_s end_s` per line"
+  )
   parser.add_argument("--out", required=True, type=Path, help="folder for the shards and data.list")
-  parser.add_argument("--per-shard", type=int, default=1000, help="utterances a shard (1000)")
-  parser.add_argument("--processes", type=int, default=None)
+  parser.add_argument(
+    "--per-shard", type=int, default=1000, help="utterances per shard (default: 1000)"
+  )
+  parser.add_argument("--processes", type=int, help="number of processes (default: CPU cores)")
   parser.add_argument("--no-normalize", action="store_true", help="keep transcripts as they are")
-  parser.add_argument("--shuffle-seed", type=int, default=None, help="pack in a random order")
+  parser.add_argument("--shuffle-seed", type=int, default=None, help="seed of a random order")
   parser.set_defaults(run=_pack)
 
 

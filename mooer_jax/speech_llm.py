@@ -34,9 +34,9 @@ class Batch:
     features: one array per encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in
       [-1, 1], whose features are computed inside the compiled step.
     frames: one array per encoder: int32 [B], valid feature frames (or samples).
-    before_BS: int32, prompt tokens before the speech; padded on the left with negative values.
-    after_BS: int32, prompt tokens after the speech, padded in the same way.
-    answer_BS: int32, answer and eos; padded on the right with negative values. A padding row has
+    prefix_BS: int32, prompt tokens before the speech; padded on the left with negative values.
+    suffix_BS: int32, prompt tokens after the speech, padded in the same way.
+    labels_BS: int32, answer and eos; padded on the right with negative values. A padding row has
       0 frames and no answer.
     task_B: int32, index of each row's task in config.prompts, -1 for a padding row; None if the
       loss per task is not needed.
@@ -45,9 +45,9 @@ class Batch:
 
   features: tuple[Array, ...]
   frames: tuple[Array, ...]
-  before_BS: Array
-  after_BS: Array
-  answer_BS: Array
+  prefix_BS: Array
+  suffix_BS: Array
+  labels_BS: Array
   task_B: Array | None = None
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -191,14 +191,14 @@ def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMC
     ValueError: if no token follows the speech. The prompt's last position predicts the answer, and
       padded speech ends in an invalid one.
   """
-  if batch.after_BS.shape[1] == 0:
+  if batch.suffix_BS.shape[1] == 0:
     raise ValueError(
       "the prompt ends with the speech; at least one token must follow it, which predicts the"
       f" answer (model.chat_template={config.chat_template!r})"
     )
-  before_BSD, after_BSD = (embed(params, t, config) for t in (batch.before_BS, batch.after_BS))
+  before_BSD, after_BSD = (embed(params, t, config) for t in (batch.prefix_BS, batch.suffix_BS))
   inputs_BSD = jnp.concatenate([before_BSD, speech_BSD, after_BSD], axis=1)
-  valid_BS = jnp.concatenate([batch.before_BS >= 0, speech_valid_BS, batch.after_BS >= 0], axis=1)
+  valid_BS = jnp.concatenate([batch.prefix_BS >= 0, speech_valid_BS, batch.suffix_BS >= 0], axis=1)
   return inputs_BSD, valid_BS
 
 
@@ -260,7 +260,7 @@ def answer_hidden(
   rngs = None if dropout_key is None else {"dropout": dropout_key}
   inputs_BSD, valid_BS = prompt(params, batch, config, rngs=rngs)
   first = inputs_BSD.shape[1] - 1  # the last slot of the prompt predicts the first answer token
-  given_BA = batch.answer_BS[:, :-1]
+  given_BA = batch.labels_BS[:, :-1]
   answer_BAD = embed(params, given_BA, config)
   inputs_BSD = jnp.concatenate([inputs_BSD, answer_BAD.astype(inputs_BSD.dtype)], axis=1)
   valid_BS = jnp.concatenate([valid_BS, given_BA >= 0], axis=1)
@@ -285,7 +285,7 @@ def loss(
       "task_sums" [tasks, 3], the same three for each of config.prompts).
   """
   hidden_BAD = answer_hidden(params, batch, config, **options)
-  target_BA = batch.answer_BS
+  target_BA = batch.labels_BS
   counted_BA = target_BA >= 0
   nats_BA, is_best_BA = _token_losses(params, hidden_BAD, target_BA, config)
   correct_BA = is_best_BA & counted_BA

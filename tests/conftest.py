@@ -36,6 +36,9 @@ def _prepare_environment():
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA dies of unknown flags
       env["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
       env["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+  if "PYTEST_XDIST_WORKER" in env:
+    # There is a worker for each core: more threads of PyTorch would wait for one another.
+    env.setdefault("OMP_NUM_THREADS", "1")
   env.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_dir()))
   env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   env.setdefault("MPLBACKEND", "Agg")

@@ -30,9 +30,9 @@ def batch_of(config, frames) -> Batch:
       for encoder in config.encoders
     ),
     frames=(frames - np.arange(DEVICES, dtype=np.int32) * (frames // 10),) * len(config.encoders),
-    before_BS=tokens(2),
-    after_BS=tokens(4),
-    answer_BS=tokens(3),
+    prefix_BS=tokens(2),
+    suffix_BS=tokens(4),
+    labels_BS=tokens(3),
   )
 
 

@@ -42,7 +42,7 @@ def test_the_highest_setting_is_what_the_machine_has():
 def test_a_parity_test_passes_under_the_lowest_setting():
   *_, lowest, _ = portable.settings_for(portable.this_machine())
   assert lowest.name == "lowest"
-  test = "tests/parity/test_sanm_parity.py::test_equals_funasr_at_real_widths[2-False]"
+  test = "tests/parity/test_sanm_parity.py::test_equals_funasr_at_real_widths[2-layers]"
   passed, text = portable.run_tests(lowest, [test, "-n", "0", "-p", "no:cacheprovider"])
   assert passed and text.startswith("1 passed, 0 failed"), text
 

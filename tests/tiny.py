@@ -19,6 +19,20 @@ from mooer_jax.nn.compute import ExecutionConfig
 SANM = SANMConfig(
   input_width=56, hidden_size=32, layers=3, heads=4, intermediate_size=48, memory_kernel=3
 )
+# Patches of 8 x 8, four bands; positions reach three patches far.
+BEATS = BEATsConfig(
+  input_width=32,
+  hidden_size=24,
+  layers=2,
+  heads=4,
+  intermediate_size=40,
+  patch=8,
+  patch_width=20,
+  conv_pos=6,
+  conv_pos_groups=3,
+  buckets=16,
+  max_distance=20,
+)
 LLM_CONFIG = LLMConfig(
   vocab_size=61,
   hidden_size=40,
@@ -116,7 +130,7 @@ def batch(rows, *, frames=None, before=None, after=None, answer=None) -> speech_
   return speech_llm.Batch(
     features=(features,),
     frames=(np.array([len(r[0]) for r in rows], np.int32),),
-    before_BS=tokens(1, before, left=True),
-    after_BS=tokens(2, after, left=True),
-    answer_BS=tokens(3, answer, left=False),
+    prefix_BS=tokens(1, before, left=True),
+    suffix_BS=tokens(2, after, left=True),
+    labels_BS=tokens(3, answer, left=False),
   )

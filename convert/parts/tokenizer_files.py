@@ -1,7 +1,6 @@
 """Tokenizers of Hugging Face folders: opened and checked before any tensor is read."""
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from ..core.errors import Problems
 from ..core.folders import copier
 from ..core.kind import Writer
 from ..readers import ReadError, check_file, read_object
-from ..readers.gguf_tokens import byte_level_bpe
 
 FILES = (
   "tokenizer.json",
@@ -24,9 +22,8 @@ FILES = (
   "chat_template.jinja",
   "chat_template.json",
 )
-# Slow tokenizers that are converted: model_type -> (tokenizer_class, pre-tokenizer).
-_SLOW = {"qwen2": ("Qwen2Tokenizer", "qwen2"), "llama": ("GPT2Tokenizer", "gpt-2")}
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Slow tokenizers that are converted, by model_type.
+_SLOW = {"qwen2": "Qwen2Tokenizer", "llama": "GPT2Tokenizer"}
 
 
 def open_tokenizer(folder: Path, problems: Problems, *, model_type: str) -> Writer | None:
@@ -56,8 +53,8 @@ def open_tokenizer(folder: Path, problems: Problems, *, model_type: str) -> Writ
         converted.save(str(target / "tokenizer.json"))
 
       return write
-  except (ReadError, UnicodeDecodeError) as error:
-    problems.add(str(error) if isinstance(error, ReadError) else f"{folder}: {error}")
+  except ReadError as error:
+    problems.add(str(error))
     return None
   problems.add(
     f"{folder}: no tokenizer; download tokenizer.json (or tokenizer.model, or vocab.json and"
@@ -95,12 +92,16 @@ def check_tokenizer(write: Writer, vocab: int, problems: Problems) -> None:
 
 
 def _convert_slow(folder: Path, model_type: str) -> Any:
-  """Makes the fast tokenizer of vocab.json and merges.txt, as transformers does."""
-  from tokenizers import AddedToken
+  """Makes a `tokenizers.Tokenizer` of vocab.json and merges.txt, by transformers.
 
-  config_file = folder / "tokenizer_config.json"
-  config = read_object(config_file) if config_file.is_file() else {}
-  known, pre_tokenizer = _SLOW[model_type]
+  Raises:
+    ReadError: if transformers cannot read them, or gives an added token another id.
+  """
+  import transformers
+
+  file = folder / "tokenizer_config.json"
+  config = read_object(file) if file.is_file() else {}
+  known = _SLOW[model_type]
   name = config.get("tokenizer_class", known)
   if name.removesuffix("Fast") != known:
     raise ReadError(
@@ -108,56 +109,16 @@ def _convert_slow(folder: Path, model_type: str) -> Any:
       " write tokenizer.json with transformers: AutoTokenizer.from_pretrained(folder)"
       ".save_pretrained(folder)"
     )
-  vocabulary = read_object(folder / "vocab.json")
-  if odd := [token for token, index in vocabulary.items() if type(index) is not int]:
-    raise ReadError(f"{folder / 'vocab.json'}: the id of {odd[0]!r} is {vocabulary[odd[0]]!r}")
-  merges = []
-  lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-  for number, line in enumerate(lines, 1):
-    if not line or (number == 1 and line.startswith("#version")):
-      continue
-    first, _, second = line.partition(" ")
-    if not {first, second, first + second} <= vocabulary.keys():
-      raise ReadError(f"{folder / 'merges.txt'}:{number}: {line!r} is not a merge of two tokens")
-    merges.append((first, second))
   try:
-    added = _added_tokens(folder, config, vocabulary)
-  except (TypeError, ValueError, KeyError, AttributeError) as error:
-    raise ReadError(f"{folder}: added tokens that cannot be read: {error!r}") from error
-  tokenizer = byte_level_bpe(
-    vocabulary,
-    merges,
-    pre_tokenizer=pre_tokenizer,
-    added=[AddedToken(token, **options) for token, (_, options) in added.items()],
-    add_prefix_space=bool(config.get("add_prefix_space", False)),
-  )
-  for token, (index, _) in added.items():
-    if tokenizer.token_to_id(token) != index:
-      raise ReadError(
-        f"{folder}: the added token {token!r} has id {index}, but comes to"
-        f" {tokenizer.token_to_id(token)} after the {len(vocabulary)} tokens of vocab.json"
-      )
-  return tokenizer
-
-
-def _added_tokens(
-  folder: Path, config: Mapping[str, Any], vocabulary: Mapping[str, int]
-) -> dict[str, tuple[int, dict]]:
-  """Token -> (id, options of AddedToken), in the order of ids."""
-  found: dict[str, tuple[int, dict]] = {}
-  for index, entry in config.get("added_tokens_decoder", {}).items():
-    options = {key: bool(value) for key, value in entry.items() if key != "content"}
-    found[entry["content"]] = (int(index), options)
-  # Older versions of transformers saved these files instead.
-  file = folder / "added_tokens.json"
-  ids = {**vocabulary, **(read_object(file) if file.is_file() else {})}
-  special = {_text(config.get(name)) for name in _NAMED}
-  special |= {_text(entry) for entry in config.get("additional_special_tokens") or ()}
-  for token, index in ids.items():
-    if token in special or token not in vocabulary:
-      found.setdefault(token, (int(index), {"normalized": False, "special": token in special}))
-  return dict(sorted(found.items(), key=lambda item: item[1][0]))
-
-
-def _text(entry: Any) -> str | None:
-  return entry.get("content") if isinstance(entry, dict) else entry
+    made = getattr(transformers, f"{known}Fast").from_pretrained(folder, local_files_only=True)
+    added = {e["content"]: int(n) for n, e in config.get("added_tokens_decoder", {}).items()}
+  except Exception as error:  # of tokenizers, which raises plain Exception, or of any odd entry
+    raise ReadError(
+      f"{folder}: not a slow tokenizer that transformers can read: {error}"
+    ) from error
+  file = folder / "added_tokens.json"  # of older versions of transformers
+  added |= read_object(file) if file.is_file() else {}
+  for token, index in added.items():
+    if (found := made.convert_tokens_to_ids(token)) != index:
+      raise ReadError(f"{folder}: the added token {token!r} has id {index}, but becomes {found}")
+  return made.backend_tokenizer

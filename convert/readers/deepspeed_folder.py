@@ -73,7 +73,8 @@ def _open_zero(path: Path, folder: Path) -> Source:
   counts = [state.get("partition_count") for state in states]
   if any((max(c) if isinstance(c, list) and c else c) != len(ranks) for c in counts):
     raise ReadError(
-      f"{folder}: {len(ranks)} files of ranks, which were saved by {counts[0]}; copy the others too"
+      f"{folder}: {len(ranks)} files *_optim_states.pt, but partition_count is {counts[0]}; if one"
+      " is missing, copy it too"
     )
   groups = [_flat_groups(file, state, _GROUPS[stage]) for file, state in zip(ranks, states)]
   models = _model_files(folder, len(ranks) if stage == 3 else 1)

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
 
 from .gguf_header import GGUFHeader, GGUFTensor, read_header
 from .safetensors_file import read_span
@@ -17,21 +19,9 @@ from .source import BFLOAT16, ReadError, Source, Tensor
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # llama.cpp turns pairs of rows of LLaMA's q and k into its own order of rotation; not Qwen2's.
 _PERMUTED = ("llama",)
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
-_QUANTIZED = (
-  "Q4_0",
-  "Q4_1",
-  "Q5_0",
-  "Q5_1",
-  "Q8_0",
-  "Q2_K",
-  "Q3_K",
-  "Q4_K",
-  "Q5_K",
-  "Q6_K",
-  "IQ4_NL",
-  "IQ4_XS",
-)
+_PLAIN = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16), Kind.BF16: BFLOAT16}
+_NAMES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS"
+_QUANTIZED = tuple(Kind[name] for name in _NAMES.split())
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {
   "attn_norm": "input_layernorm",
@@ -45,7 +35,7 @@ _INNER = {
   "ffn_down": "mlp.down_proj",
 }
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
-# Metadata under the architecture's name that `gguf_config` uses, or that change nothing.
+# Metadata under the architecture's name that `gguf_config` uses, or that do not matter.
 _KNOWN_KEYS = (
   "vocab_size",
   "context_length",
@@ -65,54 +55,43 @@ _KNOWN_KEYS = (
 def open_gguf(path: Path) -> Source:
   """Opens a GGUF file of a LLaMA or Qwen2 model.
 
-  Tensors have Hugging Face's names; shapes are outermost first; the order of rows in LLaMA's q and
-  k is Hugging Face's. F32, F16 and BF16 keep their bits; quantized ones are read as float32 with
-  the values that llama.cpp computes with, which is one way: the source is then not `exact`.
+  Names, shapes and the order of rows are Hugging Face's. F32, F16 and BF16 keep their bits.
+  Quantized tensors are expanded to float32; the source is then not `exact`.
 
   Raises:
-    ReadError: if the file is broken, of another architecture, or has tensors or types beside these.
+    ReadError: if the file is broken, of another architecture, or has other tensors or types.
   """
   header = read_header(path)
   config = _config(header)
   entries, quantized = [], collections.Counter[str]()
   for tensor in header.tensors:
     name = _hf_name(path, tensor.name)
-    heads = _permuted_heads(config, name)
+    heads, where = _permuted_heads(config, name), f"{path}: tensor {tensor.name!r}"
     if heads and (not tensor.shape or tensor.shape[0] % (2 * heads)):
-      raise ReadError(
-        f"{path}: tensor {tensor.name!r} of shape {list(tensor.shape)} cannot be cut "
-        f"into {heads} heads"
-      )
-    if tensor.kind in _PLAIN:
-      dtype = _PLAIN[tensor.kind]
-    elif tensor.kind in _QUANTIZED:
-      dtype = np.dtype(np.float32)
-      quantized[tensor.kind] += 1
-    else:
-      raise ReadError(
-        f"{path}: tensor {tensor.name!r} has the type {tensor.kind}; read are "
-        f"{', '.join((*_PLAIN, *_QUANTIZED))}"
-      )
+      raise ReadError(f"{where} of shape {list(tensor.shape)} cannot be cut into {heads} heads")
+    if tensor.kind not in (*_PLAIN, *_QUANTIZED):
+      supported = ", ".join(kind.name for kind in (*_PLAIN, *_QUANTIZED))
+      raise ReadError(f"{where} has the type {tensor.kind.name}; supported are {supported}")
+    if tensor.kind in _QUANTIZED:
+      quantized[tensor.kind.name] += 1
+    dtype = _PLAIN.get(tensor.kind, np.dtype(np.float32))
     described = Tensor(name, tensor.shape, dtype, path)
     entries.append((described, partial(_read, tensor, described, heads)))
-  kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(quantized.items()))
-  notes = (
-    [
-      f"{path.name}: {kinds} tensors of {len(entries)} are expanded to float32; this is one "
-      "way, the quantized file cannot be written back"
-    ]
-    if quantized
-    else []
-  )
+  notes = []
+  if quantized:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(quantized.items()))
+    notes.append(
+      f"{path.name}: {kinds} tensors of {len(entries)} are expanded to float32; an export writes"
+      " float32"
+    )
   return Source(path, entries, notes=notes, exact=not quantized)
 
 
 def gguf_config(path: str | Path) -> dict[str, Any]:
-  """The `config.json` that Hugging Face's folder of the same model would have.
+  """Returns the content of Hugging Face's `config.json` for the model.
 
   Raises:
-    ReadError: as `open_gguf`, and for settings that the models here do not have, such as scaled
-      RoPE, sliding windows or experts.
+    ReadError: as `open_gguf`, or for an unsupported setting, such as scaled RoPE or experts.
   """
   return _config(read_header(Path(path)))
 
@@ -121,7 +100,7 @@ def _config(header: GGUFHeader) -> dict[str, Any]:
   path = header.path
   arch = header.get("general.architecture", str)
   if arch not in ARCHITECTURES:
-    raise ReadError(f"{path}: architecture {arch!r}; read are {', '.join(ARCHITECTURES)}")
+    raise ReadError(f"{path}: architecture {arch!r}; supported are {', '.join(ARCHITECTURES)}")
   _refuse_unknown_settings(header, arch)
   shapes = {tensor.name: tensor.shape for tensor in header.tensors}
   if len(shapes.get("token_embd.weight", ())) != 2:
@@ -197,7 +176,7 @@ def _hf_name(path: Path, name: str) -> str:
 
 
 def _permuted_heads(config: dict[str, Any], name: str) -> int:
-  """The heads whose rows are to be brought back into Hugging Face's order, else 0."""
+  """Heads whose rows llama.cpp permuted; 0 for other tensors."""
   if config["model_type"] not in _PERMUTED:
     return 0
   if ".self_attn.q_proj." in name:
@@ -209,22 +188,12 @@ def _read(tensor: GGUFTensor, described: Tensor, heads: int) -> np.ndarray:
   if tensor.kind in _PLAIN:
     values = read_span(described, tensor.offset)
   else:
-    values = _dequantize(tensor, described)
+    stored = Tensor(tensor.name, (tensor.nbytes,), np.dtype(np.uint8), described.file)
+    blocks = read_span(stored, tensor.offset).reshape(*tensor.shape[:-1], -1)
+    with np.errstate(all="ignore"):  # `Source.read` names values that are not finite
+      values = np.ascontiguousarray(gguf.dequantize(blocks, tensor.kind), np.float32)
   if heads:
-    # Within a head the file alternates the two halves that rotate together.
+    # Within a head, rows of the two halves that rotate together alternate.
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
   return values
-
-
-def _dequantize(tensor: GGUFTensor, described: Tensor) -> np.ndarray:
-  import gguf
-
-  stored = Tensor(tensor.name, (tensor.nbytes,), np.dtype(np.uint8), described.file)
-  blocks = read_span(stored, tensor.offset)
-  kind = gguf.GGMLQuantizationType[tensor.kind]
-  block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-  row_bytes = tensor.shape[-1] // block * block_bytes
-  with np.errstate(all="ignore"):  # what is not finite is counted and named by Source.read
-    values = gguf.dequantize(blocks.reshape(*tensor.shape[:-1], row_bytes), kind)
-  return np.ascontiguousarray(values, np.float32).reshape(tensor.shape)

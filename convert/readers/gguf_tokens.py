@@ -129,8 +129,8 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   return sentencepiece.build_tokenizer(
     sentencepiece.SentencePieceModel(
       tuple(map(sentencepiece.Piece, tokens, scores, kinds)),
-      prefix_blank=header.get("tokenizer.ggml.add_space_prefix", bool, True),
-      squeeze_blanks=header.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
+      add_dummy_prefix=header.get("tokenizer.ggml.add_space_prefix", bool, True),
+      remove_extra_whitespaces=header.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
     )
   )
 

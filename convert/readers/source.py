@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from mooer_jax.files import read_json_object
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Finite values have an exponent that is not all ones; integer tests are faster than isfinite here.
@@ -138,41 +139,18 @@ def _count_not_finite(array: np.ndarray) -> int:
   return bad
 
 
-def parse_object(where: str, text: bytes | str) -> dict:
-  """Returns the JSON object in `text`; `where` begins the error.
-
-  Raises:
-    ReadError: if it is not UTF-8, not JSON, not an object, or a key stands in it twice.
-  """
-
-  def no_repeats(pairs):
-    found: dict = {}
-    for key, value in pairs:
-      if key in found:
-        raise ReadError(f"{where}: the key {key!r} stands in it twice")
-      found[key] = value
-    return found
-
-  try:
-    value = json.loads(text, object_pairs_hook=no_repeats)
-  except ReadError:
-    raise
-  except (ValueError, RecursionError) as error:
-    raise ReadError(f"{where}: not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ReadError(f"{where}: must be a JSON object, got {type(value).__name__}")
-  return value
-
-
 def read_object(path: Path) -> dict:
-  """Reads a JSON file that holds an object.
+  """Reads a JSON object.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ReadError: as `check_file` and `parse_object`.
+    ReadError: as `check_file`, or if it is not JSON or not an object.
   """
   check_file(path)
-  return parse_object(str(path), path.read_bytes())
+  try:
+    return read_json_object(path)
+  except ValueError as error:
+    raise ReadError(str(error)) from error
 
 
 def check_file(path: Path) -> None:

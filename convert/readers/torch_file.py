@@ -166,7 +166,9 @@ def load_weights_only(path: Path, *, mmap: bool, remedy: str = _SAVE_AGAIN) -> A
       ) from error
     # The message's first part recommends to switch the protection off.
     reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:300]
-    raise ReadError(f"{path}: not a torch file that can be read: {reason}") from error
+    raise ReadError(
+      f"{path}: not a file of torch.save, or cut short: {reason}; copy it again"
+    ) from error
 
 
 def describe(path: Path, name: str, tensor: torch.Tensor) -> Tensor:

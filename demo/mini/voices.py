@@ -7,7 +7,9 @@ male one, a VITS model that onnxruntime runs on espeak's phonemes.
 import dataclasses
 import functools
 import json
+import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import soxr
@@ -23,15 +25,6 @@ from demo.synthesize import (
   random_voice,
 )
 
-# The variants whose definition contains "gender"; the sex of the others is unknown.
-FEMALE_VARIANTS = (
-  "Alicia", "Andrea", "Annie", "anika", "aunty", "belinda", "f1", "f2", "f3", "f4", "f5",
-  "grandma", "linda", "steph", "steph2", "steph3",
-)  # fmt: skip
-MALE_VARIANTS = (
-  "Andy", "Denis", "Diogo", "Henrique", "Hugo", "Lee", "Marco", "Storm", "antonio", "m1", "m2",
-  "m3", "m4", "m5", "m6", "m7", "m8", "michel", "miguel", "sandro", "travis", "victor",
-)  # fmt: skip
 NEURAL = {"hibari": "female", "joe": "male"}
 ENGINES = ("espeak", *NEURAL)
 # Range of frequency shifts that keep the sex of a voice.
@@ -68,6 +61,17 @@ class Speaker:
     return self.voice.rpartition("+")[2]
 
 
+@functools.cache
+def sex_of(variant: str) -> str | None:
+  """Return "female" or "male" if espeak's definition of a variant states it."""
+  import espeakng_loader
+
+  definition = Path(espeakng_loader.get_data_path()) / "voices" / "!v" / variant
+  text = definition.read_text("latin-1") if definition.is_file() else ""  # not of a random voice
+  stated = re.search(r"^gender\s+(\w+)", text, re.MULTILINE)
+  return stated[1].lower() if stated else None
+
+
 class Casting:
   """Draw speakers: a third female, a third male, a third of unknown sex.
 
@@ -77,14 +81,11 @@ class Casting:
 
   def __init__(self, rng: np.random.Generator, *, test: bool, engines: tuple[str, ...]):
     self._rng, self._test = rng, test
-    known = {"female": FEMALE_VARIANTS, "male": MALE_VARIANTS}
     everyone = TEST_VARIANTS if test else TRAIN_VARIANTS + RANDOM_VARIANTS
     self._groups: list[tuple[str | None, list[str]]] = []
-    for sex, variants in known.items():
-      neural = None if test else next((n for n in engines if NEURAL.get(n) == sex), None)
-      self._groups.append((neural, [v for v in everyone if v in variants]))
-    stated = {*FEMALE_VARIANTS, *MALE_VARIANTS}
-    self._groups.append((None, [v for v in everyone if v not in stated]))
+    for sex in ("female", "male", None):
+      neural = None if test else next((n for n in engines if NEURAL.get(n, "") == sex), None)
+      self._groups.append((neural, [v for v in everyone if sex_of(v) == sex]))
     for _, order in self._groups:
       rng.shuffle(order)
     self._turns = [0, 0, 0]

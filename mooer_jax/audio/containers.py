@@ -1,4 +1,4 @@
-"""What the structure of audio files says: where joined files begin, and how long each should be."""
+"""Structure of audio files: where concatenated files begin, and the length in their headers."""
 
 import io
 import re
@@ -8,7 +8,7 @@ from typing import Any
 # Encoders round the length they announce by up to a few codec frames.
 MISSING_S = 0.1
 
-# How files begin whose decoders stop at the end of the first of several.
+# Beginnings of files of formats whose decoders stop after the first of several files.
 _BEGINNINGS = tuple(
   re.compile(pattern, re.DOTALL)
   for pattern in (
@@ -34,18 +34,18 @@ _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 _CHUNK = re.compile(rb"([ -~]{4})(.{4})", re.DOTALL)  # of RIFF: name and size
 
-# libsndfile reports a cut file only in its log: "data : 32000 (should be 7956)".
+# libsndfile reports a truncated file only in its log: "data : 32000 (should be 7956)".
 _LOGGED_SIZE = re.compile(
   r"^\s*(?:data|SSND|BODY|Data Size|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE
 )
 _LOGGED_CUT = "Seems to be a truncated file."  # of VOC
-# A WAV written to a pipe announces a size near 2^31 or 2^32, for its writer did not know better.
+# A WAV written to a pipe announces a size near 2^31 or 2^32, because its writer did not know it.
 _STREAMED_BYTES = 0x7FFF0000
 _STREAMED_FRAMES = (1 << 63) - 1  # of FLAC, in libsndfile
 _NIST_SAMPLES = re.compile(rb"\nsample_count -i (\d+)")
 
-# FFmpeg guesses a length from bit rates where a header has none, and does not tell which it was.
-_WITH_DURATION = {"mp4", "wav", "wv", "tta", "flac"}  # whose header has one
+# Formats whose header has a length; for others, FFmpeg estimates it from the bit rate.
+_WITH_DURATION = {"mp4", "wav", "wv", "tta", "flac"}
 _CAF_DATA = re.compile(rb"data(\x00.{7})", re.DOTALL)
 # Of matroska's segment information, the duration:
 _MATROSKA = re.compile(rb"\x15\x49\xa9\x66.{1,1000}?\x44\x89[\x84\x88]", re.DOTALL)
@@ -58,18 +58,18 @@ _ASF = re.compile(
 
 
 class Damaged(ValueError):
-  """Why a file is not decoded; without its name, which the caller adds."""
+  """Why a file cannot be decoded, without its name, which the caller adds."""
 
 
 def split_joined(data: bytes) -> list[bytes]:
-  """Splits files of one format that were joined end to end (`cat a.mp3 b.mp3`).
+  """Split concatenated files of one format (`cat a.mp3 b.mp3`).
 
   Args:
-    data: not empty; of any format.
+    data: content of a file of any format, not empty.
 
   Returns:
-    The files, in order; the whole data as one file where nothing is joined or the format is not
-    known. An mp3 whose header announces fewer frames than there are has the number of them.
+    The files, in order; `data` as one file if nothing is concatenated or the format is unknown. In
+    an mp3 whose header announces too few frames, the number is corrected.
 
   Raises:
     Damaged: if Ogg pages are damaged, or the last one is missing.
@@ -109,7 +109,7 @@ def _ogg_starts(data: bytes) -> list[int]:
       unfinished.discard(serial)
     at, in_first_pages = end, bool(is_first)
   if data[at : at + 4] != b"OggS" and (more := data.find(b"OggS", at)) >= 0:
-    raise Damaged(f"damaged: bytes {at} to {more} are no Ogg page; copy it again")
+    raise Damaged(f"damaged: bytes {at} to {more} are not an Ogg page; copy it again")
   if unfinished:
     raise Damaged(
       "cut off: its last Ogg page (end-of-stream mark) is missing; copy it again or, if it is"
@@ -119,7 +119,7 @@ def _ogg_starts(data: bytes) -> list[int]:
 
 
 def _ogg_checksum(page: bytes) -> bytes:
-  """CRC-32 with the bits in the other order than zlib's, from 0 instead of -1."""
+  """CRC-32 with the reverse bit order of zlib's and the initial value 0 instead of -1."""
   reversed_crc = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
   return int(f"{reversed_crc:032b}"[::-1], 2).to_bytes(4, "little")
 
@@ -136,9 +136,9 @@ def _is_mp3(data: bytes) -> bool:
 
 
 def _mp3_files(data: bytes) -> list[bytes]:
-  """Splits at tags, at files' headers, and where sample rate or number of channels change.
+  """Split at tags, headers, and changes of the sample rate or the number of channels.
 
-  Frames are all that an mp3 is made of; decoders stop where the first header says.
+  An mp3 is a sequence of frames, and decoders stop at the length of the first header.
   """
   import av
 
@@ -166,7 +166,7 @@ def _mp3_files(data: bytes) -> list[bytes]:
       unit_s = float(stream.time_base or 0)
       seconds = [duration * unit_s for duration in durations]
   except (av.FFmpegError, IndexError):
-    return [data]  # whose decoding says why
+    return [data]  # decoding it raises the reason
   if len(starts) == 1:
     ends = [len(data)]
   found = zip(starts, ends, frames, seconds, strict=True)
@@ -174,7 +174,7 @@ def _mp3_files(data: bytes) -> list[bytes]:
 
 
 def _with_frames(mp3: bytes, frames: int, seconds: float) -> bytes:
-  """Corrects a header that announces fewer frames than there are."""
+  """Correct a header that announces fewer frames than there are."""
   if header := _MP3_HEADER.search(mp3):
     announced = int.from_bytes(header[1], "big")
     if (frames - announced) * seconds > MISSING_S * frames:
@@ -183,20 +183,20 @@ def _with_frames(mp3: bytes, frames: int, seconds: float) -> bytes:
 
 
 def check_length(announced_s: float, found_s: float) -> None:
-  """Refuses a file that holds less sound than it announces.
+  """Check that a file is as long as its header announces.
 
   Raises:
     Damaged: if more than MISSING_S is missing.
   """
   if announced_s - found_s > MISSING_S:
     raise Damaged(
-      f"cut off: its header announces {announced_s:.2f} s, {found_s:.2f} s are there; copy or"
+      f"cut off: its header announces {announced_s:.2f} s, but it has {found_s:.2f} s; copy or"
       " encode it again"
     )
 
 
 def check_sndfile_length(data: bytes, file: Any, found_s: float) -> None:
-  """Compares the length of the decoded sound with what libsndfile found in the header.
+  """Compare the decoded length with the header, as read by libsndfile.
 
   Args:
     data: the file.
@@ -216,14 +216,14 @@ def check_sndfile_length(data: bytes, file: Any, found_s: float) -> None:
     wanted, present = map(int, size.groups())
     if present < wanted < _STREAMED_BYTES:
       if not found_s:
-        raise Damaged(f"cut off: its header announces {wanted} bytes, {present} are there")
+        raise Damaged(f"cut off: its header announces {wanted} bytes, but it has {present}")
       check_length(found_s * wanted / present, found_s)
   if _LOGGED_CUT in log:
-    raise Damaged("cut off: its header announces more samples than are there; copy it again")
+    raise Damaged("cut off: its header announces more samples than it has; copy it again")
 
 
 def ffmpeg_length_s(data: bytes, container: Any, stream: Any) -> float:
-  """The length that the header of a container announces.
+  """Length that the header of a container announces.
 
   Args:
     data: the file.
@@ -231,10 +231,10 @@ def ffmpeg_length_s(data: bytes, container: Any, stream: Any) -> float:
     stream: its audio stream.
 
   Returns:
-    Seconds; 0 where the header has no length.
+    Seconds; 0 if the header has no length.
 
   Raises:
-    Damaged: if it announces more bytes than there are.
+    Damaged: if the header announces more bytes than the file has.
   """
   kinds = set(container.format.name.split(","))
   if kinds & _WITH_DURATION or ("mp3" in kinds and _MP3_HEADER.search(data)):
@@ -242,22 +242,22 @@ def ffmpeg_length_s(data: bytes, container: Any, stream: Any) -> float:
   if "caf" in kinds and (size := _CAF_DATA.search(data)):
     wanted, present = int.from_bytes(size[1], "big"), len(data) - size.end()
     if wanted > present:
-      raise Damaged(f"cut off: its header announces {wanted} bytes, {present} are there")
+      raise Damaged(f"cut off: its header announces {wanted} bytes, but it has {present}")
   if len(container.streams) > 1:
-    return 0.0  # what follows is the length of the whole, which a picture may outlast
+    return 0.0  # below is the length of the whole file, of which a picture may be the longest part
   if "matroska" in kinds and container.duration and _MATROSKA.search(data[:10_000]):
     return container.duration / 1e6
   if "asf" in kinds and (found := _ASF.search(data[:10_000])):
     play, preroll, flags = (int.from_bytes(part, "little") for part in found.groups())
-    live = flags & 1  # written while it was sent; its length is not valid
+    live = flags & 1  # a live stream has no valid length
     return 0.0 if live else play / 1e7 - preroll / 1e3
   return 0.0
 
 
 def is_unfinished_wav(data: bytes) -> bool:
-  """Whether most of a WAV lies behind its samples: the header was written first, and never again.
+  """Whether a WAV has more data after its samples than in them.
 
-  A recorder that is stopped by force leaves a size of 0, or that of its first seconds.
+  A recorder that was killed leaves the size of the first seconds, or 0, in the header.
   """
   if not (data.startswith(b"RIFF") and data[8:12] == b"WAVE"):
     return False

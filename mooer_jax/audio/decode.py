@@ -1,4 +1,4 @@
-"""Audio files of any common format to float32 samples."""
+"""Decoding of audio files in any common format to float32 samples."""
 
 import contextlib
 import io
@@ -43,11 +43,10 @@ class AudioError(ValueError):
   """A clip that cannot be used, and why.
 
   Attributes:
-    cause: one of CAUSES, for counting: "undecodable" (no known format, damaged or cut off), "empty
-      audio" (no bytes or no samples), "not finite" (NaN or infinite samples), "out of range"
-      (samples far outside [-1, 1]), "channels cancel" (their mean is silent), "too short" (less
-      than one frame of features), "silent" (only where a caller refuses silence; decoding does
-      not).
+    cause: one of CAUSES: "undecodable" (unknown format, damaged or truncated), "empty audio" (no
+      bytes or no samples), "not finite" (NaN or infinite samples), "out of range" (samples far
+      outside [-1, 1]), "channels cancel" (their mean is silent), "too short" (less than one frame
+      of features), "silent" (raised by some callers, never by decoding).
   """
 
   def __init__(self, message: str, cause: str):
@@ -67,23 +66,23 @@ def load_audio(
   channel: Channel = "mean",
   name: str | None = None,
 ) -> np.ndarray:
-  """Decodes a clip to mono at the wanted rate.
+  """Decode a clip to mono at a given rate.
 
   Args:
     source: path of a file, or the bytes of one, in any format that libsndfile or FFmpeg decodes:
-      wav, flac, ogg, opus, mp3, m4a, aac, wma, webm, mp4, aiff, sph, amr and others. The content
-      decides, not the extension.
+      wav, flac, ogg, opus, mp3, m4a, aac, wma, webm, mp4, aiff, sph, amr and others. The format is
+      detected from the content, not from the extension.
     sample_rate_hz: rate of the result; a clip at another rate is resampled by soxr, quality HQ.
-    channel: how several channels become one: their "mean", or the "first" alone.
-    name: what errors call the clip; by default the path, or the number of bytes.
+    channel: use the "mean" of several channels, or the "first".
+    name: name of the clip in errors; default: the path, or the number of bytes.
 
   Returns:
-    float32 [samples], full scale = 1. Nothing is clipped: lossy codecs
-    and the resampler may exceed 1 a little.
+    float32 [samples], full scale = 1. Values are not clipped: lossy codecs and the resampler may
+    exceed 1 a little.
 
   Raises:
     FileNotFoundError: if the path does not exist.
-    AudioError: if the clip cannot be used, whatever the decoder raised: see its `cause`.
+    AudioError: for every clip that cannot be used; see its `cause`.
   """
   name = name or _name(source)
   samples_NC, rate_hz = decode(source, name=name)
@@ -100,24 +99,24 @@ def load_audio(
 
 
 def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tuple[np.ndarray, int]:
-  """Decodes a clip as it is: all channels, own rate. Video files give their first audio stream.
+  """Decode all channels of a clip at its own rate; of a video file, the first audio stream.
 
-  Files that were joined end to end are decoded one after another. Where the sample rate changes,
-  the result has the highest; where one channel becomes several, they start as copies of it.
+  Concatenated files are decoded one after another. If their sample rates differ, the result has the
+  highest; if some have one channel and others several, the one channel is copied.
 
   Args:
     source: path of a file, or the bytes of one.
-    name: what errors call the clip; by default the path, or the number of bytes.
+    name: name of the clip in errors; default: the path, or the number of bytes.
 
   Returns:
     float32 [samples, channels], full scale = 1, and the rate in Hz.
 
   Raises:
     FileNotFoundError: if the path does not exist.
-    AudioError: see its `cause`. A clip that holds less than its header announces is "undecodable"
-      too, rather than half a clip. Where nothing is announced, a cut cannot be told from an end:
-      mp3 without a Xing header, raw aac, wav, flac and webm written to a pipe (as browsers record
-      them), fragmented mp4 between fragments, and wma or webm with a picture.
+    AudioError: see its `cause`. A clip that is shorter than its header announces is "undecodable".
+      Truncation cannot be detected if the header has no length: mp3 without a Xing header, raw aac,
+      wav, flac and webm written to a pipe (as browsers record them), fragmented mp4 between
+      fragments, and wma or webm with a picture.
   """
   name = name or _name(source)
   data = _read_bytes(source, name)
@@ -132,17 +131,17 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
-  """Checks that there are samples, and that they are those of a waveform.
+  """Check that an array contains samples of a waveform.
 
   Args:
     samples: float array of any shape.
-    name: what the error calls them.
+    name: name of the clip in errors.
 
   Raises:
-    AudioError: if it is empty, or a sample is not finite or beyond LOUDEST.
+    AudioError: if it is empty, or a sample is not finite or above LOUDEST.
   """
   if not samples.size:
-    raise AudioError(f"{name}: empty: it holds 0 samples", "empty audio")
+    raise AudioError(f"{name}: empty: it has 0 samples", "empty audio")
   peak = float(np.maximum(samples.max(), -samples.min()))
   if not np.isfinite(peak):
     bad = samples.size - np.count_nonzero(np.isfinite(samples))
@@ -157,7 +156,7 @@ def check_samples(samples: np.ndarray, name: str) -> None:
 
 @contextlib.contextmanager
 def _named(name: str):
-  """Turns whatever is raised inside into an AudioError that names the clip."""
+  """Convert every exception into an AudioError that names the clip."""
   try:
     yield
   except AudioError:
@@ -165,7 +164,7 @@ def _named(name: str):
   except Damaged as error:
     raise AudioError(f"{name}: {error}", "undecodable") from error
   except MemoryError as error:
-    raise AudioError(f"{name}: there is not enough memory to decode it", "undecodable") from error
+    raise AudioError(f"{name}: not enough memory to decode it", "undecodable") from error
   except Exception as error:
     raise AudioError(f"{name}: cannot be decoded: {_reason(error)}", "undecodable") from error
 
@@ -190,7 +189,7 @@ def _read_bytes(source, name: str) -> bytes:
   try:
     return path.read_bytes()
   except MemoryError as error:
-    raise AudioError(f"{name}: larger than the memory that is free", "undecodable") from error
+    raise AudioError(f"{name}: not enough memory to read it", "undecodable") from error
 
 
 class _Part(NamedTuple):
@@ -201,7 +200,7 @@ class _Part(NamedTuple):
 
 
 def _decode_file(data: bytes) -> list[_Part]:
-  """Decodes by libsndfile; by FFmpeg what libsndfile cannot read, or not to the end."""
+  """Decode with libsndfile, or with FFmpeg if libsndfile cannot read the file to its end."""
   try:
     part = _read_with_libsndfile(data)
   except Damaged:
@@ -219,7 +218,7 @@ def _seconds(parts: Iterable[_Part]) -> float:
 
 
 class _Bytes(io.BytesIO):
-  """A file in memory in which damaged headers may point to before its beginning."""
+  """A file in memory that ignores seeks to before its beginning, as damaged headers demand."""
 
   def seek(self, offset, whence=io.SEEK_SET):
     # An exception in a callback of libsndfile would be printed.
@@ -270,17 +269,17 @@ def _read_with_ffmpeg(data: bytes, sound_error: str) -> list[_Part]:
 
 
 class _Blocks:
-  """Collects decoded samples, up to a limit."""
+  """Collect decoded samples, up to a limit."""
 
   def __init__(self):
     self._runs: list[tuple[int, list[np.ndarray]]] = []
     self._values = 0
 
   def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-    """Appends float32 [samples, channels]."""
+    """Append float32 [samples, channels]."""
     self._values += block_NC.size
     if self._values > _MAX_VALUES:
-      raise Damaged(f"holds more than {_MAX_VALUES} samples; cut it into shorter files")
+      raise Damaged(f"has more than {_MAX_VALUES} samples; split it into shorter files")
     if self._runs:
       rate_before_hz, blocks = self._runs[-1]
       if rate_before_hz == rate_hz and blocks[-1].shape[1] == block_NC.shape[1]:
@@ -302,7 +301,7 @@ def _samples(frame) -> np.ndarray:
   """float32 [samples, channels] of one of FFmpeg's frames, full scale = 1."""
   x = frame.to_ndarray()
   x_NC = x.T if frame.format.is_planar else x.reshape(-1, frame.layout.nb_channels)
-  with np.errstate(over="ignore"):  # values that float32 does not hold are refused as infinite
+  with np.errstate(over="ignore"):  # values above float32's range become infinite: refused later
     scaled_NC = x_NC.astype(np.float32)
   if x.dtype == np.uint8:
     return scaled_NC / np.float32(128) - np.float32(1)
@@ -317,7 +316,9 @@ def _concatenate(parts: Iterable[_Part]) -> tuple[np.ndarray, int]:
     return np.zeros((0, 1), np.float32), _RATES_HZ[0]
   for rate_hz in (rates := {part.rate_hz for part in parts}):
     if not _RATES_HZ[0] <= rate_hz <= _RATES_HZ[1]:
-      raise Damaged(f"has {rate_hz} samples a second; {_RATES_HZ[0]} to {_RATES_HZ[1]} are read")
+      raise Damaged(
+        f"has a sample rate of {rate_hz} Hz; it must be {_RATES_HZ[0]} to {_RATES_HZ[1]} Hz"
+      )
   counts = {part.samples_NC.shape[1] for part in parts}
   if len(counts - {1}) > 1:
     raise Damaged(

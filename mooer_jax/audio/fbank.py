@@ -1,7 +1,7 @@
-"""Kaldi's log-mel filter bank energies: NumPy for data workers, JAX for inside a compiled step.
+"""Kaldi's log-mel filter bank energies: NumPy for data workers, JAX for compiled steps.
 
-Axes here: N samples, T frames, L samples of one frame, F mel bins, K frequencies of the DFT (real
-and imaginary parts, where both stand in one array).
+Axes: N samples, T frames, L samples of one frame, F mel bins, K frequencies of the DFT (or real and
+imaginary parts, if both are in one array).
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ WINDOWS = ("hamming", "povey", "hanning")
 FULL_SCALE = 32768.0
 # Kaldi's floor before the logarithm, float32's epsilon: digital silence is ln(1.19e-7) = -15.94.
 FLOOR = np.float32(np.finfo(np.float32).eps)
-# Frames worked on at a time at most: bounds the memory for long clips, stays in the cache.
+# Largest number of frames in a block: bounds the memory for long clips, fits in the cache.
 _BLOCK = 48
-# Multiplications of a product beyond which OpenBLAS wakes its threads, at several times the cost.
+# Multiplications above which OpenBLAS starts threads, which here takes several times longer.
 _THREADED = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
 class FbankConfig:
-  """Kaldi's options for a filter bank; no dither, and frames lie wholly inside the clip.
+  """Kaldi's options for a filter bank, without dither and with complete frames only.
 
   Attributes:
     sample_rate_hz: rate of the waveform.
@@ -80,12 +80,12 @@ class FbankConfig:
 
   @property
   def fft_length(self) -> int:
-    """The power of two that holds a frame."""
+    """Smallest power of two that is at least `frame_length`."""
     return 1 << (self.frame_length - 1).bit_length()
 
 
 class Constants(NamedTuple):
-  """What both implementations share, in float64; K ends before half the sample rate, as Kaldi's."""
+  """Float64 constants of both implementations; K ends before half the sample rate, as in Kaldi."""
 
   window_L: np.ndarray
   mel_KF: np.ndarray
@@ -116,12 +116,12 @@ def constants(config: FbankConfig) -> Constants:
 
 
 def num_fbank_frames(samples: int, config: FbankConfig) -> int:
-  """Frames T of a clip of so many samples; 0 if not one frame fits."""
+  """Number of complete frames in a clip of `samples`."""
   return max(0, 1 + (samples - config.frame_length) // config.hop_length)
 
 
 def rows_at_a_time(mel_KF: np.ndarray) -> int:
-  """Frames to be multiplied with a mel matrix at a time."""
+  """Number of frames in a block that is multiplied with a mel matrix."""
   return max(1, min(_BLOCK, _THREADED // mel_KF.size))
 
 
@@ -133,13 +133,13 @@ def fbank(waveform_N: np.ndarray, config: FbankConfig = FbankConfig()) -> np.nda
     config: FbankConfig.
 
   Returns:
-    float32 [T, F] with T = 1 + (N - frame) // hop, and T = 0 if not one frame fits.
+    float32 [T, F] with T = `num_fbank_frames(N, config)`.
 
   Raises:
     ValueError: if the waveform is not one axis of floats.
 
-  Works in float64 until the power. Kaldi's own float32 is off by up to a percent where a bin lies
-  110 dB below its frame's peak, about one value in a million.
+  Computes in float64 up to the power. Kaldi's own float32 errs by up to a percent in bins 110 dB
+  below the peak of their frame, about one value in a million.
 
   Source: Kaldi's compute-fbank-feats (package kaldi-native-fbank).
   """
@@ -171,7 +171,7 @@ def fbank(waveform_N: np.ndarray, config: FbankConfig = FbankConfig()) -> np.nda
     frames_TL[:] = np.lib.stride_tricks.sliding_window_view(emphasized_N, length)[::hop]
     # Kaldi lets the first sample of a frame precede itself.
     frames_TL[:, 0] = (1 - emphasis) * block_N[first_T]
-    # Kaldi takes the mean off first, of which the pre-emphasis leaves this.
+    # Kaldi subtracts the mean first; this is what pre-emphasis makes of the mean.
     frames_TL -= (1 - emphasis) * mean_T[:, None]
     frames_TL *= window_L
     spectrum_TK = scipy.fft.rfft(padded_TL[: stop - start])[:, :-1]
@@ -184,19 +184,19 @@ def fbank_jax(waveform_BN: jax.Array, samples_B: jax.Array, config: FbankConfig 
   """Log-mel energies of a padded batch in JAX; for use inside `jit`.
 
   Args:
-    waveform_BN: float32 [B, N], full scale = 1; what stands behind a row's samples does not matter.
+    waveform_BN: float32 [B, N], full scale = 1; values in the padding do not matter.
     samples_B: int32 [B], valid samples of each row, at most N.
     config: FbankConfig.
 
   Returns:
-    fbank_BTF: float32 [B, T, F] with T = num_fbank_frames(N); 0 behind a row's frames.
-    frames_B: int32 [B], valid frames; 0 for a row of less than one frame.
+    fbank_BTF: float32 [B, T, F] with T = num_fbank_frames(N); 0 after the valid frames of a row.
+    frames_B: int32 [B], valid frames.
 
-  A bin may lie 100 dB below its frame's peak, where plain float32 errs by percents, and differently
-  on each machine. So all that is linear (mean, pre-emphasis, window, DFT) is one float64 matrix A,
-  and x @ A is split: x = x0 + x1, A = A0 + A1, where x0 and A0 keep 9 bits. Their products and sums
-  are whole numbers of steps below 2^24, so x0 @ A0 is exact in float32; x0 @ A1 + x1 @ A is small
-  beside it, and its rounding too.
+  In bins 100 dB below the peak of their frame, plain float32 errs by percents, and differently on
+  each machine. All linear operations (mean, pre-emphasis, window, DFT) are therefore one float64
+  matrix A, and x @ A is split: x = x0 + x1, A = A0 + A1, where x0 and A0 keep 9 bits. x0 @ A0 is
+  exact in float32, because its products and sums are integers below 2^24 times a step; x0 @ A1 +
+  x1 @ A is small, and so is its rounding error.
   """
   length, hop = config.frame_length, config.hop_length
   frames = num_fbank_frames(waveform_BN.shape[1], config)
@@ -207,7 +207,7 @@ def fbank_jax(waveform_BN: jax.Array, samples_B: jax.Array, config: FbankConfig 
 
   frames_BTL = cut_frames(waveform_BN.astype(jnp.float32) * FULL_SCALE, frames, length, hop)
   valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
-  # Here too, not at the end alone: a NaN in the padding would pass the last mask in the gradient.
+  # Masked here and at the end: in the gradient, a NaN in the padding would pass the last mask.
   frames_BTL = jnp.where(valid_BT1, frames_BTL, 0)
   coarse_BTL, fine_BTL = _split(frames_BTL)
   matrix_LK, coarse_LK, fine_LK = _matrices(config)
@@ -225,8 +225,8 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _split(frames_BTL):
-  """Each frame, less most of its mean, as 9 bits and the exact remainder."""
-  # The matrix takes the mean off; what is left of a large one would drown digital silence.
+  """Split each frame, without most of its mean, into 9 bits and the exact remainder."""
+  # The matrix subtracts the mean, but the rounding error of a large one would mask digital silence.
   mean_BT1 = frames_BTL.mean(axis=-1, keepdims=True)
   frames_BTL -= _round(mean_BT1, frames_BTL)
   coarse_BTL = _round(frames_BTL, frames_BTL)
@@ -234,9 +234,9 @@ def _split(frames_BTL):
 
 
 def _round(values_BTX, frames_BTL):
-  """To multiples of 2^-8 of the power of two above each frame's peak."""
+  """Round to multiples of 2^-8 of the power of two above the peak of each frame."""
   peak_BT1 = jnp.abs(frames_BTL).max(axis=-1, keepdims=True)
-  # Far below the floor nothing is heard, and a step that underflows to 0 would make NaN.
+  # Such a peak is far below the floor, and a step that underflows to 0 would give NaN.
   _, exponent_BT1 = jnp.frexp(jnp.maximum(peak_BT1, 1e-20))
   step_BT1 = jnp.ldexp(jnp.float32(1), exponent_BT1 - 8)
   return jnp.round(values_BTX / step_BT1) * step_BT1
@@ -244,7 +244,7 @@ def _round(values_BTX, frames_BTL):
 
 @functools.cache
 def _matrices(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Frame to spectrum, real parts beside imaginary: the matrix, its first 9 bits, and the rest."""
+  """Matrix from frames to spectra (real parts, then imaginary), its first 9 bits, and the rest."""
   length = config.frame_length
   without_mean_LL = np.eye(length) - 1 / length
   before_LL = np.eye(length, k=1)
@@ -255,14 +255,14 @@ def _matrices(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   angle_LK = 2 * np.pi * (turns_LK % 1)
   dft_LK = constants(config).window_L[:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
   matrix_LK = without_mean_LL @ emphasis_LL @ dft_LK
-  # By column, since pre-emphasis makes the low frequencies small.
+  # Steps by column, because pre-emphasis attenuates the low frequencies.
   step_K = 2.0 ** (np.frexp(np.abs(matrix_LK).max(axis=0))[1] - 8)
   coarse_LK = np.round(matrix_LK / step_K) * step_K
   return tuple(m.astype(np.float32) for m in (matrix_LK, coarse_LK, matrix_LK - coarse_LK))
 
 
 def cut_frames(waveform_BN, frames: int, length: int, hop: int):
-  """[B, N] to [B, T, L] by slices of whole hops, for accelerators gather slowly."""
+  """Cut [B, N] into [B, T, L] with slices of whole hops, because accelerators gather slowly."""
   hops_per_frame = -(-length // hop)
   hops = frames - 1 + hops_per_frame
   missing = max(0, hops * hop - waveform_BN.shape[1])

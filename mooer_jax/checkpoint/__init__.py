@@ -1,18 +1,18 @@
-"""The checkpoint folder: weights and everything that is needed to run them, in one place.
+"""The checkpoint folder: weights and everything that is needed to run them.
 
-    config.json       the model, as `config.to_json` wrote it
+    config.json       the model, from `config.to_json`
     generation.json   decoding defaults
-    tokenizer/        the tokenizer's own files
-    weights/          every leaf, per layer (Orbax) — or, for a fine-tune,
-    trainable/        only the trained leaves; checkpoint.json then names and hashes their base
-    train_state/      arrays and the data position, while training
-    source/           of converted weights: what their files held besides
-    kept_by/          names of the runs that were fine-tuned from it, which keep it from deletion
+    tokenizer/        files of the tokenizer
+    weights/          all leaves, per layer (Orbax) — or, for a fine-tune,
+    trainable/        only the trained leaves; checkpoint.json has the path and hash of the base
+    train_state/      arrays and the position in the data, while training
+    source/           for converted weights: other contents of the original files
+    kept_by/          runs that are fine-tuned from it, which prevent its deletion
     checkpoint.json   format, hash, paths, shapes and dtypes of the leaves; size and SHA-256 of
-                      every other file
+                      all other files
 
-A folder is written beside its place as `.tmp-NAME` and renamed when it is complete, so one that
-has its name is whole. With several processes, all call `save` and `load` on a shared file system.
+A folder is written as `.tmp-NAME` and renamed when it is complete. With several processes, all of
+them call `save` and `load` on a shared file system.
 """
 
 # ruff: noqa: F401  (the names are the interface of the package)

@@ -13,11 +13,11 @@ CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a s
 
 
 def write(folder: Path, arrays: Mapping) -> dict[str, str]:
-  """Writes a nested dict of arrays or `Lazy` leaves, from all processes.
+  """Write a nested dict of arrays or `Lazy` leaves, from all processes.
 
   Returns:
-    SHA-256 (hex) of files that were read back while they were in the cache, by their path below
-    the folder: of large trees of `Lazy` leaves most, else none.
+    SHA-256 (hex) of files that were hashed while they were in the page cache, by their path below
+    the folder: most files of `Lazy` leaves, else none.
   """
   import orbax.checkpoint as ocp
 
@@ -36,13 +36,13 @@ def write(folder: Path, arrays: Mapping) -> dict[str, str]:
 
 
 def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
-  """Reads the leaves in `targets`, path by path; the others in `saved` are not touched.
+  """Read the leaves in `targets` and no others.
 
   Args:
     folder: from `write`.
-    saved: all paths that the folder holds.
-    targets: shapes, dtypes and shardings that the leaves shall have; if none has a sharding, they
-      stay on the host, as NumPy arrays.
+    saved: all paths in the folder.
+    targets: shapes, dtypes and shardings of the leaves; without shardings, they are read to NumPy
+      arrays.
 
   Raises:
     CheckpointError: if the files are damaged or the targets do not fit them.
@@ -86,7 +86,7 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
 
 
 def shapes(params: Mapping) -> dict:
-  """Gives path -> [shape, name of the dtype], as JSON values."""
+  """{path: [shape, name of the dtype]} as JSON values."""
   return {p: [list(x.shape), np.dtype(x.dtype).name] for p, x in tree.flatten(params).items()}
 
 
@@ -96,6 +96,6 @@ def path_of(keys) -> str:
 
 
 def by_path(pytree) -> dict:
-  """Any pytree as a nested dict, named by the attributes, indices and keys that lead to a leaf."""
+  """Any pytree as a nested dict, whose keys are attributes, indices and keys."""
   leaves = jax.tree_util.tree_flatten_with_path(pytree)[0]
   return tree.unflatten({path_of(keys): leaf for keys, leaf in leaves})

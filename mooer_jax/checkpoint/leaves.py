@@ -19,7 +19,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-  """A leaf that is read only when it is written, so that the model need not fit in memory.
+  """A leaf that is read when it is written, so that a model may exceed the memory.
 
   Attributes:
     shape, dtype: of the array.

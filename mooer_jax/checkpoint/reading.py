@@ -23,16 +23,16 @@ _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A checkpoint that was opened.
+  """An open checkpoint.
 
   Attributes:
-    folder: where it lies.
+    folder: its folder.
     params: nested dict, per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`.
-    config: what config.json holds.
-    generation: what generation.json holds.
-    hash: SHA-256 (hex) of the weights, or of the trained leaves and their base's hash.
-    origin: the base of a fine-tune, opened; else None.
-    trained: paths that a fine-tune has of its own; all paths where there is no base.
+    config: content of config.json.
+    generation: content of generation.json.
+    hash: SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base.
+    origin: the base of a fine-tune, else None.
+    trained: paths of the leaves in this folder; all paths if there is no base.
     files: sizes and SHA-256 sums of the files; None if the checkpoint was saved without them.
   """
 
@@ -52,7 +52,7 @@ class Checkpoint:
 
   @property
   def weights(self) -> Path:
-    """Folder of the leaves that the checkpoint has of its own."""
+    """Folder of the leaves of this checkpoint, without those of its base."""
     return self.folder / _weights_name(self.origin)
 
   @property
@@ -62,13 +62,13 @@ class Checkpoint:
 
   @property
   def sources(self) -> list[Path]:
-    """Folders of what the converter kept: of this checkpoint, then of its base, and so on."""
+    """The `source` folders of this checkpoint, its base, and so on."""
     own = [self.folder / "source"] if (self.folder / "source").is_dir() else []
     return own if self.origin is None else own + self.origin.sources
 
 
 def has_base(folder: str | Path) -> bool:
-  """Whether a checkpoint is a fine-tune, which points to its base."""
+  """Whether a checkpoint is a fine-tune with a base."""
   return open_folder(folder)[1]["base"] is not None
 
 
@@ -132,13 +132,13 @@ def load(
     folder: from `save`.
     shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
       everything on the first local device.
-    dtype: what floating-point matrices become, and vectors float32; default: all as saved.
-    base: where the base of a fine-tune lies, if it moved without it or was replaced there.
+    dtype: dtype of floating-point matrices, while vectors become float32; default: as saved.
+    base: folder of the base of a fine-tune, if it has moved.
 
   Raises:
     FileNotFoundError: if the folder, or the base of a fine-tune, does not exist.
-    CheckpointError: if it is no checkpoint (what is missing is named), of a newer format, damaged,
-      of another base, or if the shardings do not fit.
+    CheckpointError: if the folder is not a checkpoint, has a newer format, is damaged or has
+      another base, or if the shardings do not fit.
   """
   about = describe(folder, base=base)
   _check_files(about)
@@ -159,7 +159,7 @@ def load(
 
 
 def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray]:
-  """Read some leaves of a checkpoint to the host, in the dtype that they are saved in.
+  """Read some leaves of a checkpoint to the host, in their saved dtype.
 
   Args:
     about: from `describe`.
@@ -173,12 +173,12 @@ def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray
 
 
 def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
-  """Loads what `save` got as train_state, and this process's data_state.
+  """Load the train_state, and the data_state of this process.
 
   Args:
     folder: from `save`.
-    target: pytree of the same structure, of arrays or `ShapeDtypeStruct`s with shardings; leaves
-      without a sharding come to the first local device.
+    target: pytree of the same structure, of arrays or `ShapeDtypeStruct`s with shardings; default
+      sharding of a leaf: the first local device.
 
   Returns:
     (state like `target`, data_state).
@@ -221,18 +221,17 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
 def find_damage(
   folder: str | Path, progress: Callable[[int, int], object] = lambda done, total: None
 ) -> list[str]:
-  """Read all files of a checkpoint, but not those of its base, and compare them with their sums.
+  """Compare all files of a checkpoint, without its base, with their sums.
 
   Args:
-    folder: of the checkpoint. If it was saved before sums were recorded, only its weights can be
-      checked, against their hash.
-    progress: receives the bytes that were checked and those of all files, after each file.
+    folder: of the checkpoint. If it was saved without sums, only the weights are checked.
+    progress: called after each file with the number of checked bytes and of all bytes.
 
   Returns:
     One line for each file that is missing or has changed.
 
   Raises:
-    CheckpointError: if it is not a checkpoint, or cannot be opened.
+    CheckpointError: if the folder is not a checkpoint, or cannot be opened.
   """
   folder, about = open_folder(folder)
   recorded, base = about.get("files"), about["base"]
@@ -247,11 +246,7 @@ def find_damage(
 
 
 def verify(folder: str | Path) -> None:
-  """Read all files of a checkpoint and compare them with the sums of when it was saved.
-
-  Raises:
-    CheckpointError: if some are missing or have changed; names the first.
-  """
+  """Raise CheckpointError if files of a checkpoint are missing or have changed."""
   if found := find_damage(folder):
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     raise CheckpointError(f"{found[0]}{more}; {remedy(Path(folder))}")
@@ -312,7 +307,7 @@ def open_folder(folder) -> tuple[Path, dict]:
 
 
 def _read_leaves(about: Checkpoint, targets: dict) -> dict:
-  """Read the leaves that the folder has of its own, and the others from its base."""
+  """Read leaves from the folder, and the others from its base."""
   trained = set(about.trained)
   own = {path: target for path, target in targets.items() if path in trained}
   if own:
@@ -325,10 +320,10 @@ def _read_leaves(about: Checkpoint, targets: dict) -> dict:
 
 
 def _check_weights(about: Checkpoint, unread: Iterable[str]) -> None:
-  """Check the files of the weights, but not those that only hold leaves that are not read.
+  """Check the files of the weights, except those of `unread` leaves.
 
-  Damage is found here rather than by Orbax, which would log a traceback for each leaf, and which
-  does not see changed bytes in files without compression.
+  Orbax would log a traceback for each damaged leaf, and does not detect changed bytes in files
+  without compression.
   """
   name = about.weights.name
   if about.files is None:
@@ -336,7 +331,7 @@ def _check_weights(about: Checkpoint, unread: Iterable[str]) -> None:
     if not _has_hash(now, name, "" if about.origin is None else about.origin.hash, about.hash):
       raise _damaged(about.folder, _CHANGED.format(name))
     return
-  # A leaf's files are in a folder of its own, or in files that all leaves share.
+  # A leaf has a folder, or its data is in files that all leaves share.
   folders = {path.replace("/", ".") for path in unread}
   inside = [path for path in about.files if path.startswith(f"{name}/")]
   sums.check(about.folder, about.files, [p for p in inside if p.split("/")[1] not in folders])
@@ -358,7 +353,7 @@ def _damaged(folder: Path, damage: str) -> CheckpointError:
 
 
 def _check_files(about: Checkpoint) -> None:
-  """Check the sizes of all files, and the contents of those that are small."""
+  """Check the sizes of all files, and the contents of small ones."""
   if about.files is None:
     return
   sums.check_sizes(about.folder, about.files)
@@ -377,7 +372,7 @@ def _size(leaf) -> list[int]:
 
 
 def _base(folder: Path, pointer: dict) -> Path:
-  """Where the base lies from here, as when a fine-tune moves with it; else where it lay."""
+  """The base relative to the fine-tune, if they moved together, else its original path."""
   beside = Path(os.path.normpath(folder / pointer.get("relative", pointer["path"])))
   return beside if beside.is_dir() else Path(pointer["path"])
 
@@ -385,7 +380,7 @@ def _base(folder: Path, pointer: dict) -> Path:
 def _cast(leaf, wanted):
   if wanted is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
     return leaf.dtype
-  # CMVN, norms and biases are small; to round them would cost more than to round the matrices.
+  # CMVN, norms and biases are small, and rounding them is costlier than rounding matrices.
   return np.dtype(np.float32 if len(leaf.shape) < 2 else wanted)
 
 

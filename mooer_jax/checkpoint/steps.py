@@ -1,4 +1,4 @@
-"""The folder of a run: one checkpoint for each saved step, and which of them are deleted."""
+"""The folder of a run: checkpoints of saved steps, and deletion of old ones."""
 
 import hashlib
 import re
@@ -54,9 +54,9 @@ def find(path: str | Path) -> Path:
 def keep_for(base: Path, dependent: Path) -> None:
   """Mark a checkpoint as the base of another, so that `keep_last` does not delete it.
 
-  The mark is a file in `kept_by/` of the base. It stays when the other checkpoint is gone, which
-  may only have moved; remove `kept_by/` to let the base go. Where the base cannot be written to,
-  there is no mark, and a warning if the base is a step of a run.
+  The mark is a file in `kept_by/` of the base. It remains if the other checkpoint disappears,
+  which may only have moved; remove `kept_by/` to allow deletion. If the base is read-only, there is
+  no mark, and a warning if it is a step of a run.
 
   Args:
     base: folder of the checkpoint.
@@ -116,8 +116,8 @@ def keep_last(workdir: str | Path, count: int) -> list[Path]:
   deleted = [folder for folder in all_steps(workdir)[:-count] if not is_kept(folder)]
   for folder in deleted:
     folder.rename(folder.with_name(f".del-{folder.name}"))
-  # Renamed first: a mark that is set at the same time is either in the folder now, or its writer
-  # finds that the folder is gone.
+  # Renamed first: a concurrent mark is either in the folder now, or its writer does not find the
+  # folder.
   for folder in workdir.glob(".del-step_*"):
     whole = folder.with_name(folder.name.removeprefix(".del-"))
     if not is_kept(folder):
@@ -145,5 +145,5 @@ def _steps(workdir: str | Path) -> list[Path]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-  """Whether a folder is a checkpoint, be it that a file is missing: opening it names the file."""
+  """Whether a folder is a checkpoint, possibly with missing files, which opening it reports."""
   return any((folder / name).is_file() for name in ("config.json", "checkpoint.json"))

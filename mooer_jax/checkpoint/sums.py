@@ -1,4 +1,4 @@
-"""Sizes and SHA-256 sums of a checkpoint's files: recorded when it is saved, checked when read."""
+"""Sizes and SHA-256 sums of the files of a checkpoint."""
 
 import functools
 import hashlib
@@ -29,10 +29,10 @@ def record(
   """Size and SHA-256 of every file under a folder, by its path below the folder.
 
   Args:
-    folder: a complete checkpoint but for `checkpoint.json`, or its weights.
-    known: sums that were taken while the files were written, so that they are not read again.
-    prefix: goes before the paths.
-    remember: do not read files again that were hashed in this process and not written since.
+    folder: a checkpoint without `checkpoint.json`, or its weights.
+    known: known sums, so that the files are not read again.
+    prefix: prefix of the paths.
+    remember: do not read unchanged files again that were hashed in this process.
   """
   known = known or {}
   read = _remembered if remember else hash_file
@@ -49,15 +49,14 @@ def record(
 def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -> str:
   """SHA-256 (hex) of a seed and of the names and contents of the weights' files.
 
-  The same `Lazy` leaves give the same hash whenever they are written, so that weights that are
-  converted again are still the base of what was trained on them. (Orbax writes arrays on devices
-  into files of random names.)
+  The hash of `Lazy` leaves is reproducible, so weights that are converted again remain the base of
+  their fine-tunes. (Orbax writes arrays on devices into files of random names.)
 
   Args:
     sums: from `record`, of the checkpoint.
     folder: of the weights, "weights" or "trainable".
     seed: hash of the base of a fine-tune, else "".
-    stamped: include the files that hold time and place of writing, as older checkpoints did.
+    stamped: include the files with time and place of writing, as older checkpoints did.
   """
   digest = hashlib.sha256(seed.encode())
   paths = sorted(PurePosixPath(name) for name in sums if name.startswith(f"{folder}/"))
@@ -86,7 +85,7 @@ def check_sizes(folder: Path, sums: Sums) -> None:
 def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
   """Check sizes and contents of some of the recorded files; each process checks its share.
 
-  A file that was checked before in this process and was not written since is not read again.
+  Unchanged files that were checked in this process are not read again.
 
   Raises:
     CheckpointError: for the first that is missing or has changed.
@@ -109,7 +108,7 @@ def damages(folder: Path, sums: Sums, progress: Callable[[int, int], object]) ->
   Args:
     folder: of the checkpoint.
     sums: from `record`.
-    progress: receives the bytes that were checked and those of all files, after each file.
+    progress: called after each file with the number of checked bytes and of all bytes.
   """
   with _threads() as threads:
     found = threads.map(lambda name: _damage(folder / name, *sums[name], hash_file), sums)

@@ -1,4 +1,4 @@
-"""Saves a checkpoint, completely or not at all."""
+"""Save checkpoints."""
 
 import json
 import os
@@ -30,21 +30,20 @@ def save(
   source: Callable[[Path], Any] | None = None,
   overwrite: bool = False,
 ) -> Path:
-  """Saves a checkpoint, completely or not at all.
+  """Save a checkpoint, completely or not at all.
 
   Args:
-    folder: where it will lie; its parents are made.
-    params: nested dict of arrays, or of `Lazy` leaves that are read one after another, per layer
-      (`tree.unstack_layers`); with `base` only the trained.
-    config_json: the model's config as JSON values.
-    tokenizer: folder to copy, or a function that writes the files into the folder it is given.
-    generation: prompts and decoding defaults as JSON values.
-    base: folder of the checkpoint whose other leaves belong to these params.
+    folder: of the checkpoint; parents are created.
+    params: nested dict of arrays, or of `Lazy` leaves that are read one by one, per layer
+      (`tree.unstack_layers`); with `base` only the trained ones.
+    config_json: config of the model as JSON values.
+    tokenizer: folder to copy, or a function that writes the files into a folder.
+    generation: decoding defaults as JSON values.
+    base: folder of the checkpoint with the other leaves.
     train_state: pytree of arrays to resume from, any structure.
     data_state: JSON values of this process's data iterator, saved with `train_state`.
-    source: writes into the folder it is given what the files that the params were converted from
-      held besides, so that they can be made again.
-    overwrite: replace a checkpoint of this name; else it is an error.
+    source: writes other contents of converted files into a folder, for an export.
+    overwrite: replace an existing checkpoint.
 
   Returns:
     The folder.
@@ -52,8 +51,8 @@ def save(
   Raises:
     FileExistsError: if the folder exists and overwrite is False.
     ValueError: if params are stacked, or the folder is that of the base.
-    SaveError: if anything fails on the way (disk full, no permission); an older checkpoint of this
-      name and all others stay as they were, and nothing half-written stays behind.
+    SaveError: if saving fails (disk full, no permission); existing checkpoints are unchanged, and
+      no partial files remain.
   """
   folder = Path(folder).absolute()
   if folder.exists() and not overwrite:
@@ -64,7 +63,7 @@ def save(
     raise ValueError(f"{stacked[0]} is stacked; a checkpoint is per layer (tree.unstack_layers)")
   if base is not None and Path(base).resolve().is_relative_to(folder.resolve()):
     raise ValueError(f"{folder} would replace its own base {base}; choose another folder")
-  params = tree.unflatten(leaves)  # without parts that have no leaves, which cannot be read back
+  params = tree.unflatten(leaves)  # without empty parts, which cannot be read back
   pointer = None if base is None else _pointer(Path(base).absolute(), folder)
   first = jax.process_index() == 0
   part = folder.with_name(f".tmp-{folder.name}")
@@ -113,8 +112,8 @@ def save(
     _barrier("end", folder)
   except Exception as error:
     raise SaveError(
-      f"{folder}: the checkpoint was not saved ({type(error).__name__}: {error}); what was there "
-      "before is untouched. If the disk is full, make room or save to another folder"
+      f"{folder}: the checkpoint was not saved ({type(error).__name__}: {error}); existing files"
+      " are unchanged. If the disk is full, free space or save to another folder"
     ) from error
   finally:
     if first:
@@ -128,7 +127,7 @@ def _pointer(base: Path, folder: Path) -> dict:
 
 
 def put_in_place(part: Path, folder: Path) -> None:
-  """Renames a folder that is complete; one that has the name already goes only after that."""
+  """Rename a complete folder; an existing folder of that name is deleted afterwards."""
   old = folder.with_name(f".old-{folder.name}")
   if not folder.exists():
     part.rename(folder)

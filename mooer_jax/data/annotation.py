@@ -6,26 +6,26 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.data.shards import RawUtterance, Skip
+from mooer_jax.data.shards import RawUtterance, SkippedUtterance
 from mooer_jax.files import read_json_object
 
-_TEXT = "a string without NUL and halves of characters"
+_TEXT = "a string without NUL and lone surrogates"
 _AT_A_TIME = 64  # entries that are shuffled as one shard
 
 
 def is_annotation(shards: str | Path) -> bool:
-  """Whether a data set is named by its annotation file; otherwise it is by a data.list."""
+  """Whether this is an annotation file rather than a data.list."""
   return str(shards).endswith(".json")
 
 
 def read_annotation(path: str) -> list[dict[str, Any]]:
   """The entries of `{"annotation": [{"path", "text", "task", "Q", "expand_wav"}, …]}`.
 
-  Paths are taken from the file's folder unless they are absolute.
+  Relative paths start at the file's folder.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is no such JSON, or an entry lacks its path or text, by number.
+    ValueError: if it is not such JSON, or an entry (named by its number) lacks its path or text.
   """
   file = Path(path)
   if not file.is_file():
@@ -35,28 +35,28 @@ def read_annotation(path: str) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=4)
 def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
-  del written_ns  # a file that was written again is read again
+  del written_ns  # reads a file again after a change
   entries = read_json_object(path).get("annotation")
   if not isinstance(entries, list) or not entries:
-    raise ValueError(f'{path}: holds no entries; needed is {{"annotation": [{{"path": …}}, …]}}')
+    raise ValueError(f'{path}: no entries; it must contain {{"annotation": [{{"path": …}}, …]}}')
   for number, entry in enumerate(entries):
     where = f"{path}: annotation[{number}]"
     if not isinstance(entry, dict):
       raise ValueError(f"{where} is {entry!r}, not an object")
     for name in ("path", "text"):
       if not _is_text(entry.get(name)):
-        raise ValueError(f"{where} has {name}={entry.get(name)!r}; needed is {_TEXT}")
+        raise ValueError(f"{where} has {name}={entry.get(name)!r}; it must be {_TEXT}")
     for name in ("task", "Q"):
       if not _is_text(entry.get(name, "")):
-        raise ValueError(f"{where} has {name}={entry[name]!r}; needed is {_TEXT}")
+        raise ValueError(f"{where} has {name}={entry[name]!r}; it must be {_TEXT}")
     more = entry.get("expand_wav", [])
     if not isinstance(more, list) or not all(map(_is_text, more)):
-      raise ValueError(f"{where} has expand_wav={more!r}; a list of paths is needed")
+      raise ValueError(f"{where} has expand_wav={more!r}; it must be a list of paths")
   return entries
 
 
 def _is_text(value: object) -> bool:
-  """Whether it is a string that can be written: JSON may hold NUL and halves of characters."""
+  """Whether it is a string that can be written: JSON may have NUL and lone surrogates."""
   if not isinstance(value, str) or "\0" in value:
     return False
   try:
@@ -95,22 +95,24 @@ def is_piece(name: str) -> bool:
   return ".json#" in name
 
 
-def read_piece(name: str) -> Generator[RawUtterance | Skip]:
-  """Yields the utterances of a part, in order, each either whole or as a Skip."""
+def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """Yields the utterances of a part, in order, each either complete or skipped."""
   path, _, start = name.rpartition("#")
   first = int(start)
   for number, entry in enumerate(read_annotation(path)[first : first + _AT_A_TIME], first):
     yield _read(entry_key(number, entry), name, Path(path).parent, entry)
 
 
-def _read(key: str, shard: str, folder: Path, entry: dict[str, Any]) -> RawUtterance | Skip:
+def _read(
+  key: str, shard: str, folder: Path, entry: dict[str, Any]
+) -> RawUtterance | SkippedUtterance:
   try:
     first, *more = (
       (folder / p).read_bytes() for p in (entry["path"], *entry.get("expand_wav", []))
     )
   except OSError as error:
     detail = f"{error.filename}: {error.strerror or error}"
-    return Skip("no audio", key, shard, detail, entry["text"], entry.get("task", ""))
+    return SkippedUtterance("no audio", key, shard, detail, entry["text"], entry.get("task", ""))
   return RawUtterance(
     key,
     shard,

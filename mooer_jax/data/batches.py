@@ -1,4 +1,4 @@
-"""Examples put together into padded batches of a few fixed shapes."""
+"""Examples collated into padded batches of a few fixed shapes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,26 +10,26 @@ import numpy as np
 
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.examples import Asker, Example
+from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
-from mooer_jax.data.shards import Skip
-from mooer_jax.data.utterances import UtteranceStream
+from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.data.utterances import Position, UtteranceStream
 from mooer_jax.inputs import bucket_lengths, encoder_inputs
 from mooer_jax.speech_llm import Batch
 
 
 @flax.struct.dataclass
 class HostBatch:
-  """A batch in NumPy and what it is made of.
+  """A batch in NumPy and what it was made from.
 
   Attributes:
     batch: arrays of B rows; rows beyond len(keys) are padding.
-    keys: of the utterances, row by row.
+    keys: keys of the utterances, row by row.
     texts: their transcripts.
-    tasks: what was asked of each.
-    seconds: of their audio, as far as it is heard.
-    skipped: what was left out since the batches before, each utterance once.
-    cut: how many were longer than max_s, and are heard up to there.
+    tasks: the tasks of their prompts.
+    seconds: lengths of their audio, after truncation.
+    skipped: utterances skipped since the previous batch, each once.
+    num_truncated: number of clips longer than max_s, which were truncated.
   """
 
   batch: Batch
@@ -37,12 +37,12 @@ class HostBatch:
   texts: tuple[str, ...] = flax.struct.field(pytree_node=False)
   tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
   seconds: tuple[float, ...] = flax.struct.field(pytree_node=False)
-  skipped: tuple[Skip, ...] = flax.struct.field(pytree_node=False)
-  cut: int = flax.struct.field(pytree_node=False, default=0)
+  skipped: tuple[SkippedUtterance, ...] = flax.struct.field(pytree_node=False)
+  num_truncated: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def audio_s(self) -> float:
-    """Seconds of audio in it."""
+    """Length of all audio in the batch, seconds."""
     return sum(self.seconds)
 
 
@@ -72,7 +72,7 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
   Args:
     config: batch size and buckets, which are lengths of the first encoder's features.
     model: determines the features of its encoders.
-    encoded: whether encoder frames take the place of features.
+    encoded: whether inputs are frames of the encoders rather than features.
 
   Raises:
     ValueError: if a clip of config.max_s does not fit into the longest bucket.
@@ -96,92 +96,99 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
 
 
 class Batcher:
-  """Puts examples together to batches."""
+  """Collates examples into padded batches."""
 
   def __init__(
-    self, config: DataConfig, model: SpeechLLMConfig, asker: Asker, *, encoded: bool = False
+    self,
+    config: DataConfig,
+    model: SpeechLLMConfig,
+    prompt_lengths: tuple[int, int],
+    *,
+    encoded: bool = False,
   ):
-    """Works out the padded lengths; arguments and errors as of `input_padding`.
+    """Determines the padded lengths; other arguments and errors as in `input_padding`.
 
     Args:
-      asker: knows the lengths of prompts.
+      prompt_lengths: tokens that prompts are padded to before and after the speech.
     """
     self._pad = input_padding(config, model, encoded=encoded)
-    self._rows, self._encoded = config.batch_size, encoded
-    self._answer_lengths = config.answer_buckets
-    self._asker = asker
+    self._config, self._encoded = config, encoded
+    self._prefix, self._suffix = prompt_lengths
     # One task needs no sums of its own.
     self._task_ids = {task: i for i, (task, _) in enumerate(model.prompts)}
     self._mixed = not config.task
-    self._max_s = config.max_s
 
   def shapes(self) -> list[Batch]:
     """All shapes that a batch can have, as `ShapeDtypeStruct`s, the largest first."""
 
     def ints(*sizes):
-      return jax.ShapeDtypeStruct((self._rows, *sizes), np.int32)
+      return jax.ShapeDtypeStruct((self._pad.rows, *sizes), np.int32)
 
     return [
       Batch(
         features=tuple(
-          jax.ShapeDtypeStruct((self._rows, length, channels), self._pad.dtype)  # type: ignore[misc]
+          jax.ShapeDtypeStruct((self._pad.rows, length, channels), self._pad.dtype)  # type: ignore[misc]
           for length, channels in zip(lengths, self._pad.widths, strict=True)
         ),
         frames=tuple(ints() for _ in lengths),
-        before_BS=ints(self._asker.before),
-        after_BS=ints(self._asker.after),
-        answer_BS=ints(answer_length),
+        prefix_BS=ints(self._prefix),
+        suffix_BS=ints(self._suffix),
+        labels_BS=ints(labels_length),
         task_B=ints() if self._mixed else None,
         encoded=self._encoded,
       )
       for lengths in reversed(self._pad.buckets)
-      for answer_length in reversed(self._answer_lengths)
+      for labels_length in reversed(self._config.answer_buckets)
     ]
 
-  def __call__(self, examples: Sequence[Example], left_over: Sequence[Skip] = ()) -> HostBatch:
-    """Returns the batch of at most batch_size examples; missing rows are padding.
+  def __call__(
+    self, examples: Sequence[Example], left_over: Sequence[SkippedUtterance] = ()
+  ) -> HostBatch:
+    """Returns the batch of 1 to batch_size examples; missing rows are padding.
 
     Args:
-      examples: not none; their skips are handed on in order.
-      left_over: skips that no example came after.
+      examples: their skipped utterances are returned in order.
+      left_over: utterances skipped after the last example.
     """
     features, frames = self._pad([example.features for example in examples])
-    most_answer = max(len(e.answer_S) for e in examples)
-    answer_length = next(length for length in self._answer_lengths if most_answer <= length)
-    answer_BS = np.full((self._rows, answer_length), -1, np.int32)
-    before_BS = np.full((self._rows, self._asker.before), -1, np.int32)
-    after_BS = np.full((self._rows, self._asker.after), -1, np.int32)
-    task_B = np.full(self._rows, -1, np.int32)
+    longest = max(len(e.labels_S) for e in examples)
+    labels_length = next(n for n in self._config.answer_buckets if longest <= n)
+    labels_BS, prefix_BS, suffix_BS = (
+      np.full((self._pad.rows, length), -1, np.int32)
+      for length in (labels_length, self._prefix, self._suffix)
+    )
+    task_B = np.full(self._pad.rows, -1, np.int32)
     for row, example in enumerate(examples):
-      answer_BS[row, : len(example.answer_S)] = example.answer_S
-      before_BS[row, self._asker.before - len(example.before_S) :] = example.before_S
-      after_BS[row, self._asker.after - len(example.after_S) :] = example.after_S
+      labels_BS[row, : len(example.labels_S)] = example.labels_S
+      prefix_BS[row, self._prefix - len(example.prefix_S) :] = example.prefix_S
+      suffix_BS[row, self._suffix - len(example.suffix_S) :] = example.suffix_S
       task_B[row] = self._task_ids[example.task]
     batch = Batch(
       features=features,
       frames=frames,
-      before_BS=before_BS,
-      after_BS=after_BS,
-      answer_BS=answer_BS,
+      prefix_BS=prefix_BS,
+      suffix_BS=suffix_BS,
+      labels_BS=labels_BS,
       task_B=task_B if self._mixed else None,
       encoded=self._encoded,
     )
+    max_s = self._config.max_s
     return HostBatch(
       batch=batch,
       keys=tuple(e.key for e in examples),
       texts=tuple(e.text for e in examples),
       tasks=tuple(e.task for e in examples),
-      seconds=tuple(min(e.seconds, self._max_s) for e in examples),
+      seconds=tuple(min(e.seconds, max_s) for e in examples),
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
-      cut=sum(e.seconds > self._max_s for e in examples),
+      num_truncated=sum(e.seconds > max_s for e in examples),
     )
 
 
 class _Window:
-  """Utterances of one epoch that are sorted together; a whole number of batches."""
+  """Utterances of one epoch that are sorted together; a multiple of the batch size."""
 
   def __init__(self, stream: UtteranceStream, *, size: int, batch_size: int):
-    self.start = stream.position()
+    self.start = stream.position
     self._stream, self._size, self._batch_size = stream, size, batch_size
     self._examples: list[Example] = []
     self._full = False
@@ -190,18 +197,18 @@ class _Window:
   def missing(self) -> int:
     return 0 if self._full else self._size - len(self._examples)
 
-  def read(self, count: int):
-    """Takes up to `count` more utterances, fewer if the window is full or the epoch ends."""
-    for _ in range(count):
-      whole = self._examples and len(self._examples) % self._batch_size == 0
-      if whole and self._stream.peek().epoch != self._examples[0].epoch:
+  def read(self, number: int):
+    """Takes up to `number` more utterances, fewer if the window is full or the epoch ends."""
+    for _ in range(number):
+      complete = self._examples and len(self._examples) % self._batch_size == 0
+      if complete and self._stream.peek().epoch != self._examples[0].epoch:
         self._full = True
       if not self.missing:
         return
       self._examples.append(self._stream.take())
 
-  def cut(self, rng: np.random.Generator) -> list[list[Example]]:
-    """Batches of utterances of like length, in random order."""
+  def batches(self, rng: np.random.Generator) -> list[list[Example]]:
+    """Batches of utterances of similar length, in random order."""
     order = rng.permutation(len(self._examples))  # so that equal lengths mix
     lengths = np.asarray([len(e.features[0]) for e in self._examples])
     order = order[np.argsort(lengths[order], kind="stable")]
@@ -210,12 +217,16 @@ class _Window:
 
 
 class TrainIterator(grain.DatasetIterator):
-  """Gives the batches of one window while the next one fills."""
+  """Returns the batches of one window while the next one fills."""
 
   def __init__(self, config: DataConfig, batcher: Batcher, stream: UtteranceStream):
     super().__init__()
     self._config, self._batcher, self._stream = config, batcher, stream
-    self._number, self._index = 0, 0
+    self._go_to(0, 0)
+
+  def _go_to(self, number: int, index: int) -> None:
+    """Continues with batch `index` of window `number`, which starts at the stream's position."""
+    self._number, self._index = number, index
     self._batches: list = []
     self._next = self._new_window()
     self._start = self._next.start
@@ -224,7 +235,7 @@ class TrainIterator(grain.DatasetIterator):
     if not self._batches:
       self._begin()
     examples = self._batches[self._index]
-    self._batches[self._index] = None  # lets go of its memory
+    self._batches[self._index] = None  # releases its memory
     self._index += 1
     left = len(self._batches) - self._index
     # In equal parts, so that no batch has to wait for a whole window.
@@ -235,13 +246,11 @@ class TrainIterator(grain.DatasetIterator):
     return self._batcher(examples)
 
   def get_state(self) -> dict[str, Any]:
-    return {"window": self._number, "index": self._index, "start": self._start}
+    return {"window": self._number, "index": self._index, "start": self._start.to_json()}
 
   def set_state(self, state: dict[str, Any]):
-    self._number, self._index, self._start = state["window"], state["index"], state["start"]
-    self._stream.seek(self._start)
-    self._batches = []
-    self._next = self._new_window()
+    self._stream.seek(Position.from_json(state["start"]))
+    self._go_to(state["window"], state["index"])
 
   def close(self):
     super().close()
@@ -250,9 +259,9 @@ class TrainIterator(grain.DatasetIterator):
   def _begin(self):
     while self._next.missing:
       self._next.read(self._next.missing)
-    # 1: apart from the numbers that shuffle shards. The same in all workers and processes.
+    # 1: a stream apart from the one that shuffles shards; the same in all workers and processes
     rng = np.random.default_rng([self._config.seed, 1, self._number])
-    self._batches = self._next.cut(rng)
+    self._batches = self._next.batches(rng)
     self._batches[: self._index] = [None] * self._index
     self._next = self._new_window()
 
@@ -268,30 +277,31 @@ class EvalIterator(grain.DatasetIterator):
   def __init__(self, config: DataConfig, batcher: Batcher, stream: UtteranceStream):
     super().__init__()
     self._rows, self._batcher, self._stream = config.batch_size, batcher, stream
-    self._state: dict[str, Any] | None = stream.position()
+    self._position: Position | None = stream.position
 
   def __next__(self) -> HostBatch:
-    if self._state is None:
+    if self._position is None:
       raise StopIteration
     examples: list[Example] = []
-    left_over: tuple[Skip, ...] = ()
+    left_over: tuple[SkippedUtterance, ...] = ()
     try:
       while len(examples) < self._rows:
         examples.append(self._stream.take())
-      self._stream.peek()  # skips behind the last utterance belong to its batch
-      self._state = self._stream.position()
+      self._stream.peek()  # utterances skipped after the last one belong to its batch
+      self._position = self._stream.position
     except StopIteration:
-      self._state = None
+      self._position = None
       left_over = self._stream.left_over()
     return self._batcher(examples, left_over)
 
   def get_state(self) -> dict[str, Any]:
-    return {"position": self._state}
+    return {"position": self._position and self._position.to_json()}
 
   def set_state(self, state: dict[str, Any]):
-    self._state = state["position"]
-    if self._state is not None:
-      self._stream.seek(self._state)
+    saved = state["position"]
+    self._position = None if saved is None else Position.from_json(saved)
+    if self._position is not None:
+      self._stream.seek(self._position)
 
   def close(self):
     super().close()

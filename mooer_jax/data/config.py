@@ -7,39 +7,37 @@ from typing import ClassVar
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where the utterances come from and how they become batches.
+  """Data pipeline configuration.
 
   Attributes:
-    shards: path of a `data.list`, one tar a line; relative tars are sought beside the list. Or a
-      SALMONN annotation file (`.json`).
-    task: which of the model's prompts the utterances are trained on; "" takes each utterance's own
-      task, which the annotation or a `.json` in the shard names.
-    task_weights: with task="", how often an utterance of a task is read in an epoch, on average; 1
-      for tasks that are not named.
-    prompts: file of prompts, {task: [prompts]}, from which one is drawn for each reading; "": the
-      model's own, one for each task. In training the model gets tasks that it lacks from there,
-      each with the first of its prompts.
-    prompt_tokens: length in tokens that the side of a prompt with the question is padded to; needed
-      where prompts take questions.
-    batch_size: utterances a batch, for one process (host).
-    buckets: lengths in encoder input steps (MooER: 60 ms each) that a batch is padded to,
-      ascending; the longest must hold a clip of max_s.
-    answer_buckets: lengths in tokens, eos included, that answers are padded to, ascending.
-    min_s: shorter clips are skipped and counted, seconds (MooER: 0.2).
-    max_s: longer clips are skipped and counted, seconds (MooER: 20).
-    truncate: take the first max_s of longer clips instead, as SALMONN does.
+    shards: path of a `data.list`, one tar per line, relative to the list; or a SALMONN annotation
+      file (`.json`).
+    task: task of all utterances; "": each utterance's own task, from the annotation or a `.json` in
+      the shard.
+    task_weights: with task="", mean number of readings of an utterance in an epoch, by task;
+      default: 1.
+    prompts: file of prompts, {task: [prompts]}, one of which is sampled for each reading; "": the
+      model's own, one per task. Training adds its tasks to the model's, with their first prompts.
+    prompt_tokens: length in tokens that the side of a prompt with the question is padded to;
+      required for prompts with questions.
+    batch_size: utterances per batch, for one process (host).
+    buckets: lengths in encoder input steps (MooER: 60 ms each) that batches are padded to,
+      ascending; the longest must fit a clip of max_s.
+    answer_buckets: lengths in tokens, including eos, that labels are padded to, ascending.
+    min_s: minimum length, seconds (MooER: 0.2); shorter clips are skipped and counted.
+    max_s: maximum length, seconds (MooER: 20); longer clips are skipped and counted.
+    truncate: truncate longer clips to max_s instead, as SALMONN does.
     shuffle_buffer_size: utterances that are shuffled and sorted by length together; a multiple of
-      batch_size.
-      Memory is that of the features, for each worker: SAN-M 37 kB a second of audio in it, Whisper
-      32 (of 128 bins 51), BEATs 51 more.
-    seed: of the order of shards and of batches.
-    cache_features: folder for the frames of frozen encoders, which are computed once, before
-      training; "": in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more;
-      each clip as much as 30 s where Whisper's frames of silence are kept (trim=False).
-    workers: worker processes that decode; each owns whole shards. 0: a thread of this process.
-    prefetch: batches made ahead, for each worker.
-    max_bad_share: the run stops once more than this share of the utterances read was skipped, or
-      of the shards read in an epoch (two or more, or all of them) is damaged.
+      batch_size. Memory for their features, per worker and second of audio: SAN-M 37 kB, Whisper
+      32 kB (128 bins: 51), BEATs 51 kB more.
+    seed: seed of the order of shards and batches.
+    cache_features: folder for the frames of frozen encoders, computed once before training; "":
+      in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more; each clip as
+      much as 30 s if Whisper's frames of silence are kept (trim=False).
+    workers: number of worker processes, each with its own shards; 0: a thread of this process.
+    prefetch: number of batches made ahead, per worker.
+    max_bad_share: largest share of skipped utterances, and of damaged shards in an epoch (of two or
+      more read, or of all), before the run stops.
     tolerance: utterances read before max_bad_share is applied (or the end of the first epoch).
   """
 
@@ -78,7 +76,9 @@ class DataConfig:
         f" data.batch_size={self.batch_size}; set it to {multiple}"
       )
     if not 0 <= self.min_s < self.max_s:
-      raise ValueError(f"data.min_s={self.min_s} and data.max_s={self.max_s}: want 0 <= min < max")
+      raise ValueError(
+        f"data.min_s={self.min_s} and data.max_s={self.max_s}: must satisfy 0 <= min_s < max_s"
+      )
     if self.prompt_tokens < 0:
       raise ValueError(f"data.prompt_tokens={self.prompt_tokens}: must be at least 0")
     if self.task and self.task_weights:
@@ -90,4 +90,4 @@ class DataConfig:
       if not 0 <= weight < float("inf"):
         raise ValueError(f"data.task_weights.{task}={weight}: must be at least 0")
     if not 0 <= self.max_bad_share <= 1:
-      raise ValueError(f"data.max_bad_share={self.max_bad_share}: must lie between 0 and 1")
+      raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")

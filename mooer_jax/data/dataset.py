@@ -14,7 +14,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data import annotation
 from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterator
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.examples import Asker, Reader
+from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
 from mooer_jax.data.utterances import UtteranceStream, shard_names
 from mooer_jax.speech_llm import Batch
@@ -32,45 +32,27 @@ def train_batches(
 ) -> "Batches":
   """Endless stream of HostBatch, epoch after epoch in new orders; every batch is full.
 
-  An epoch's remainder below a whole batch is completed with the next epoch's first utterances.
-  Batches of all processes come in the same order of length, so that their buckets mostly agree.
+  An epoch's remainder below a full batch is completed with the next epoch's first utterances.
+  Batches of all processes come in the same order of length, so their buckets mostly agree.
 
   Args:
     config: see DataConfig.
-    tokenizer: of the language model.
-    model: its features, template and prompts.
-    cache: with the encoders' frames of all clips, see `run.fill_feature_cache`.
-    process_index: which of the processes (hosts) this is.
-    process_count: each process reads every process_count-th shard.
+    tokenizer: tokenizer of the language model.
+    model: determines the features, the template and the prompts.
+    cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
+    process_index: index of this process (host).
+    process_count: number of processes; each reads every process_count-th shard.
 
   Returns:
-    A dataset that knows its shapes and whose iterator has get_state() and set_state(); states are
-    JSON-able dicts. Call close() on the iterator to end its workers or thread.
+    A dataset that knows its shapes. Its iterator has get_state() and set_state(), whose states are
+    JSON-able dicts, and close(), which ends its workers or thread.
 
   Raises:
     FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, or tasks
-      that the model has no prompt for.
+      for which the model has no prompt.
   """
-  asker = Asker(config, tokenizer, model)
-  shards = _list(config, asker)
-  streams = process_count * max(1, config.workers)
-  if len(shards) < streams:
-    raise ValueError(
-      f"{config.shards}: {len(shards)} shards for {process_count} processes with data.workers="
-      f"{config.workers}, but each of the {streams} streams needs a shard of its own; lower"
-      " data.workers or pack again with fewer utterances a shard (--per-shard)"
-    )
-  batches = _TrainBatches(
-    config,
-    shards[process_index::process_count],
-    Reader(config, tokenizer, model, asker, needs_answer=True, cache=cache),
-    Batcher(config, model, asker, encoded=cache is not None),
-  )
-  return Batches(
-    _ahead(batches, config, config.workers),
-    _description(config, asker, shards, process_index, process_count),
-    batches.batcher.shapes(),
-  )
+  process = (process_index, process_count)
+  return _pipeline(config, tokenizer, model, cache=cache, process=process, endless=True)
 
 
 def eval_batches(
@@ -81,78 +63,73 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> "Batches":
-  """One pass over the utterances as they lie in the shards; the last batch has padding rows.
+  """One pass over the utterances in the order of the shards; the last batch has padding rows.
 
-  Each key is either in one batch's keys or in its `skipped`. A transcript that is empty, too long
-  or not in the tokenizer's alphabet does not keep an utterance out: its answer is just padding.
+  Each key is either in one batch's keys or in its `skipped`. An utterance whose transcript is
+  empty, too long or not in the tokenizer's alphabet is kept; its labels are padding.
 
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
-  asker = Asker(config, tokenizer, model)
-  shards = _list(config, asker)
-  if len(shards) < process_count:
+  process = (process_index, process_count)
+  return _pipeline(config, tokenizer, model, cache=None, process=process, endless=False)
+
+
+def _pipeline(
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  model: SpeechLLMConfig,
+  *,
+  cache: EncodedCache | None,
+  process: tuple[int, int],
+  endless: bool,
+) -> "Batches":
+  sampler = PromptSampler(config, tokenizer, model)
+  shards = _shards(config, sampler)
+  index, count = process
+  workers = config.workers if endless else min(1, config.workers)
+  streams = count * max(1, workers)
+  if len(shards) < streams:
     raise ValueError(
-      f"{config.shards}: {len(shards)} shards for {process_count} processes; pack again with fewer"
-      " utterances a shard (--per-shard) or evaluate with fewer processes"
+      f"{config.shards}: {len(shards)} shards for {count} processes with data.workers={workers},"
+      f" but each of the {streams} streams needs a shard of its own; lower data.workers, run fewer"
+      " processes, or pack again with fewer utterances a shard (--per-shard)"
     )
-  batches = _EvalBatches(
+  batches = _Batches(
     config,
-    shards[process_index::process_count],
-    Reader(config, tokenizer, model, asker, needs_answer=False),
-    Batcher(config, model, asker),
+    shards[index::count],
+    Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache),
+    Batcher(config, model, sampler.lengths, encoded=cache is not None),
+    endless=endless,
   )
-  return Batches(
-    _ahead(batches, config, min(1, config.workers)),
-    _description(config, asker, shards, process_index, process_count),
-    batches.batcher.shapes(),
-  )
+  description = _description(config, sampler, shards, process=list(process))
+  return Batches(_prefetch(batches, workers), description, batches.batcher.shapes())
 
 
-def _list(config: DataConfig, asker: Asker) -> list[str]:
-  """Shards, or parts of an annotation file, whose tasks are looked at before any is read."""
+def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
+  """Shards, or parts of an annotation file after a check of its tasks."""
   names = shard_names(config.shards)
   if not annotation.is_annotation(config.shards):
     return names
   named = annotation.tasks(config.shards)
   if config.task and (other := sorted(named - {config.task})):
     raise ValueError(
-      f"{config.shards} has the tasks {other}, but data.task={config.task!r} would ask all alike;"
-      " set data.task='' (eval.task='') for each utterance's own"
+      f"{config.shards} has the tasks {other}, but data.task={config.task!r} would prompt all"
+      " alike; set data.task='' (eval.task='') for each utterance's own task"
     )
-  if not config.task and (unknown := sorted(named - set(asker.tasks))):
+  if not config.task and (unknown := sorted(named - set(sampler.tasks))):
     raise ValueError(
-      f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(asker.tasks)}. It"
+      f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(sampler.tasks)}. It"
       " gets its prompts in training, from model.prompts and data.prompts"
     )
-  if strange := sorted(set(config.task_weights) - named):
-    raise ValueError(f"data.task_weights names {strange}, but {config.shards} has {sorted(named)}")
+  if unused := sorted(set(config.task_weights) - named):
+    raise ValueError(f"data.task_weights names {unused}, but {config.shards} has {sorted(named)}")
   return names
 
 
-def _ahead(batches, config, workers) -> grain.IterDataset:
-  if not workers:
-    return grain.experimental.ThreadPrefetchIterDataset(
-      batches, prefetch_buffer_size=config.prefetch
-    )
-  if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which a plain script never parses
-    flags.FLAGS.mark_as_parsed()
-  options = grain.MultiprocessingOptions(
-    num_workers=workers, per_worker_buffer_size=config.prefetch
-  )
-  return batches.mp_prefetch(options, worker_init_fn=_start_worker)
-
-
-def _start_worker(index, count):
-  """Keeps a worker off the GPU or TPU, which it would take from the training, and from Ctrl-C."""
-  del index, count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training stops in order and then ends it
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  if "jax" in sys.modules:  # too late for the variable, early enough for the setting
-    sys.modules["jax"].config.update("jax_platforms", "cpu")
-
-
-def _description(config, asker, shards, process_index, process_count) -> dict[str, Any]:
-  """What must be the same for a saved state to mean the same batches."""
+def _description(
+  config: DataConfig, sampler: PromptSampler, shards: Sequence[str], *, process: list[int]
+) -> dict[str, Any]:
+  """The settings that must be equal for a saved state to mean the same batches."""
   names = (
     "batch_size", "shuffle_buffer_size", "seed", "workers", "min_s", "max_s", "truncate", "buckets",
     "answer_buckets", "task", "task_weights", "prompt_tokens",
@@ -162,54 +139,64 @@ def _description(config, asker, shards, process_index, process_count) -> dict[st
   files = "\n".join(os.path.basename(shard) for shard in shards)
   return {
     **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
-    "checksum of the prompts": asker.checksum,
+    "checksum of the prompts": sampler.checksum,
     "shards in the list": len(shards),
     "checksum of their names": zlib.crc32(files.encode()),
-    "process": [process_index, process_count],
+    "process": process,
   }
 
 
 class _Batches(grain.IterDataset):
-  """What both kinds of batches are made from; Grain slices it between workers."""
+  """Batches of some shards, which Grain slices between workers."""
 
-  def __init__(self, config: DataConfig, shards: list[str], reader: Reader, batcher: Batcher):
+  def __init__(
+    self,
+    config: DataConfig,
+    shards: list[str],
+    preprocess: Preprocessor,
+    batcher: Batcher,
+    *,
+    endless: bool,
+  ):
     super().__init__()
-    self.config, self.shards = config, shards
-    self.reader, self.batcher = reader, batcher
+    self.config, self.shards, self.endless = config, shards, endless
+    self.preprocess, self.batcher = preprocess, batcher
 
   def set_slice(self, sl: slice, sequential_slice: bool = False):
     """Called by mp_prefetch in each worker, which then owns these shards."""
     assert not sequential_slice
     self.shards = self.shards[sl]
 
-  def stream(self, seed: int | None) -> UtteranceStream:
-    return UtteranceStream(
-      self.shards,
-      self.reader,
-      seed=seed,
-      max_bad_share=self.config.max_bad_share,
-      tolerance=self.config.tolerance,
-      task_weights=None if seed is None else self.config.task_weights,
-    )
-
-
-class _TrainBatches(_Batches):
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
-    return TrainIterator(self.config, self.batcher, self.stream(self.config.seed))
+    stream = UtteranceStream(self.shards, self.preprocess, self.config, endless=self.endless)
+    iterator = TrainIterator if self.endless else EvalIterator
+    return iterator(self.config, self.batcher, stream)
 
 
-class _EvalBatches(_Batches):
-  def __iter__(self) -> grain.DatasetIterator[HostBatch]:
-    return EvalIterator(self.config, self.batcher, self.stream(None))
+def _prefetch(batches: _Batches, workers: int) -> grain.IterDataset:
+  ahead = batches.config.prefetch
+  if not workers:
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead)
+  if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which a plain script never parses
+    flags.FLAGS.mark_as_parsed()
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+  return batches.mp_prefetch(options, worker_init_fn=_start_worker)
+
+
+def _start_worker(index, count):
+  """Keeps a worker off the GPU or TPU, which the training needs, and off Ctrl-C."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training stops in order and then ends it
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  if "jax" in sys.modules:  # too late for the variable, early enough for the setting
+    sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 class Batches(grain.IterDataset):
-  """Batches of a few shapes, whose iterators have states that belong to them alone.
-
-  Each state says what it is of, and the state of another pipeline is refused.
+  """Batches of a few shapes; iterators refuse the saved state of a pipeline with other settings.
 
   Attributes:
-    shapes: all that a batch can have, as `ShapeDtypeStruct`s, the largest first.
+    shapes: all shapes of a batch, as `ShapeDtypeStruct`s, the largest first.
   """
 
   def __init__(
@@ -237,8 +224,7 @@ class _DescribedIterator(grain.DatasetIterator):
     changed = [
       f"{name} was {state['of'].get(name)!r} and is {value!r}"
       for name, value in self._description.items()
-      # A state of version 0.1 lacks what it did not know of yet.
-      if name in state["of"] and state["of"][name] != value
+      if name in state["of"] and state["of"][name] != value  # early states lack some names
     ]
     if changed:
       raise ValueError(

@@ -1,4 +1,4 @@
-"""Frames of frozen encoders on disk, so that an epoch does not pay for the encoders again."""
+"""Cache of the frames of frozen encoders on disk, so that each clip is encoded once."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ _INDEX, _DONE = "index.jsonl", "complete"
 
 
 def digest(raw: RawUtterance) -> str:
-  """What identifies the audio of an utterance, in whatever shard it lies."""
+  """Identifies the audio of an utterance, in any shard."""
   made = hashlib.blake2b(digest_size=16)
   for part in (raw.audio, *raw.more):
     made.update(len(part).to_bytes(8, "little") + part)
@@ -26,17 +26,17 @@ def digest(raw: RawUtterance) -> str:
 class EncodedCache:
   """A folder with a file of frames for each encoder, and an index of clips.
 
-  Writing appends, so an interrupted run goes on; a torn end is passed over, and cut off when more
-  is written. Who reads sees what was whole when it was opened, whatever another process appends.
-  It can be pickled, so data workers may hold it.
+  Writing appends, so an interrupted run resumes; an incomplete end is ignored, and removed by the
+  next write. Readers see what was complete when they opened the folder. Picklable, for data
+  workers.
   """
 
   def __init__(self, folder: str | Path, widths: Mapping[str, int]):
     """Opens a folder to read; it need not exist.
 
     Args:
-      folder: of these encoders alone.
-      widths: name of the encoder -> values of a frame.
+      folder: folder for these encoders only.
+      widths: values per frame by name of the encoder.
     """
     self.folder, self.widths = Path(folder), dict(widths)
     self._clips: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {}
@@ -59,14 +59,14 @@ class EncodedCache:
     return list(self._clips)
 
   def get(self, name: str) -> tuple[tuple[np.ndarray, ...], float] | None:
-    """Of a clip, by its digest: float16 [T, D] for each encoder, and its length in seconds."""
+    """Frames float16 [T, D] of a clip for each encoder, and its length in seconds, by digest."""
     if name not in self._clips:
       return None
     if self._frames is None:
       self._frames = [
         np.memmap(self._file(encoder), DTYPE, "r", shape=(end, width))
         if end
-        else np.zeros((0, width), DTYPE)  # which cannot be mapped
+        else np.zeros((0, width), DTYPE)  # an empty file cannot be mapped
         for (encoder, width), end in zip(self.widths.items(), self._ends, strict=True)
       ]
     starts, lengths, seconds = self._clips[name]
@@ -74,7 +74,7 @@ class EncodedCache:
     return tuple(frames_TD[start : start + n] for frames_TD, start, n in parts), seconds
 
   def write(self, clips: Sequence[tuple[str, Sequence[np.ndarray], float]]) -> None:
-    """Appends (digest, frames [T, D] of each encoder, seconds) of clips that are not there.
+    """Appends (digest, frames [T, D] of each encoder, seconds) of clips that are not cached.
 
     Raises:
       ValueError: if a value is not finite in float16.
@@ -88,7 +88,7 @@ class EncodedCache:
           assert x_TD.shape[1] == width, (encoder, x_TD.shape)
           if not (np.abs(x_TD) <= np.finfo(DTYPE).max).all():
             raise ValueError(
-              f"the {encoder} encoder gives values that float16 does not hold (largest"
+              f"the {encoder} encoder has outputs beyond the range of float16 (largest"
               f" {np.abs(x_TD).max()}); train without data.cache_features"
             )
           file.write(x_TD.astype(DTYPE).tobytes())
@@ -102,7 +102,7 @@ class EncodedCache:
     self._frames = None
 
   def complete(self, dataset: str) -> bool:
-    """Whether all clips of a data set (whatever names it) were looked at."""
+    """Whether all clips of a data set, identified by a string, were processed."""
     done = self.folder / _DONE
     marks = done.read_text(encoding="utf-8").split("\n") if done.is_file() else []
     return self._whole and dataset in marks
@@ -116,7 +116,7 @@ class EncodedCache:
     return self.folder / f"{encoder}.float16"
 
   def _read_index(self) -> bool:
-    """Takes the clips whose frames are all there; returns whether these are all."""
+    """Adds the clips whose frames are complete; returns whether these are all."""
     index = self.folder / _INDEX
     if not index.is_file():
       return True

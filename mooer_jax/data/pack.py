@@ -1,4 +1,4 @@
-"""Kaldi-style lists of clips and transcripts, packed into tar shards."""
+"""Packing of Kaldi-style lists of clips and transcripts into tar shards."""
 
 import concurrent.futures
 import dataclasses
@@ -19,10 +19,10 @@ import regex
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.shards import AUDIO_SUFFIXES, SPACE, VIDEO_SUFFIXES, read_lines
 
-OVERSHOOT_S = 0.5  # a segment may end so much after its recording, as in Kaldi's extract-segments
+OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments
 _LATIN_LETTER = regex.compile(r"\p{Latin}")
 _BETWEEN_LATIN = regex.compile(r"(?<=\p{Latin}\p{M}*) (?=\p{Latin})")
-# In scripts that are written with spaces; the others lose nothing with them.
+# Words of scripts that are written with spaces.
 _WORDS = (
   r"[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}"
   r"\p{Myanmar}\p{Tibetan}]]"
@@ -32,7 +32,7 @@ _LOST_SPACE = regex.compile(rf"(?V1)(?<={_WORDS}) (?={_WORDS})")
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """An utterance to be packed: a whole recording, or the part from start_s to end_s of it."""
+  """An utterance to be packed: a recording, or its part from start_s to end_s."""
 
   key: str
   path: str
@@ -52,13 +52,13 @@ class Unpacked:
 
 @dataclasses.dataclass(frozen=True)
 class PackReport:
-  """What was written.
+  """Result of `pack`.
 
   Attributes:
     data_list: path of the list of shards.
     shards: number of tar files.
     utterances: number of utterances in them.
-    left_out: what could not be packed; also in `left_out.tsv` beside the list.
+    left_out: utterances that could not be packed; also in `left_out.tsv` beside the list.
     joined_words: number of transcripts in which normalisation removed a space between two words,
       since only those between Latin letters are kept.
   """
@@ -84,9 +84,9 @@ def pack(
 ) -> PackReport:
   """Writes `shards_%09d.tar`, `data.list` and `text` (the transcripts as packed) into a folder.
 
-  Whole recordings go in as they are, byte for byte, if they can be decoded; the content decides,
-  not the extension. Segments are cut out and stored as 16-bit wav.
-  The folder appears at the end, complete, or not at all.
+  Recordings that can be decoded (by their content, not their extension) are packed unchanged.
+  Segments are extracted and stored as 16-bit wav. The folder appears at the end, complete, or not
+  at all.
 
   Args:
     wav_scp: `KEY path` a line.
@@ -128,7 +128,7 @@ def pack(
       for i, start in enumerate(range(0, len(clips), per_shard))
     ]
     done = []
-    for name, packed, unpacked in _write_all(jobs, processes, progress, len(clips)):
+    for name, packed, unpacked in _write_all(jobs, processes=processes, progress=progress):
       left_out += unpacked
       if packed:
         done.append((name, packed))
@@ -173,13 +173,13 @@ def read_clips(
   """Joins the lists by key, in the order of `text`.
 
   Args:
-    wav_scp: `KEY path` a line; a relative path is taken from the present folder, as in Kaldi.
-    text: `KEY transcript` a line; the transcript may be empty.
-    segments: `KEY RECORDING start_s end_s` a line; RECORDING is then the key in wav_scp. An end of
-      -1 is the end of the recording.
+    wav_scp: `KEY path` per line; relative paths start at the current folder, as in Kaldi.
+    text: `KEY transcript` per line; the transcript may be empty.
+    segments: `KEY RECORDING start_s end_s` per line; RECORDING is then the key in wav_scp. An end
+      of -1 is the end of the recording.
 
   Returns:
-    The clips, and the keys that stand in one list but not in the other or twice.
+    The clips, and the keys that are missing from a list or duplicate.
 
   Raises:
     FileNotFoundError: if a list does not exist.
@@ -189,7 +189,7 @@ def read_clips(
   paths = _read_table(wav_scp, left_out)
   for key, path in paths.items():
     if not path:
-      raise ValueError(f"{wav_scp}: {key!r} has no path; want `KEY path` a line")
+      raise ValueError(f"{wav_scp}: {key!r} has no path; write `KEY path` per line")
     if path.endswith("|"):
       raise ValueError(f"{wav_scp}: {key!r} is a command, {path!r}; run it and list its output")
   texts = _read_table(text, left_out)
@@ -238,24 +238,17 @@ def _segment(path, key, line) -> tuple[str, float, float]:
     return recording, float(start_s), float(end_s)
   except ValueError:
     raise ValueError(
-      f"{path}: {key!r} has {line!r}; want `KEY RECORDING start_s end_s` a line"
+      f"{path}: {key!r} has {line!r}; write `KEY RECORDING start_s end_s` per line"
     ) from None
 
 
-def _write_all(jobs, processes, progress, total):
+def _write_all(jobs, *, processes, progress):
   """Yields (shard name, clips packed, left out), in order."""
-  import rich.progress as bars
+  from rich.progress import Progress
 
   processes = min(processes or os.cpu_count() or 1, len(jobs))
-  columns = (
-    bars.TextColumn("packing"),
-    bars.BarColumn(),
-    bars.MofNCompleteColumn(),
-    bars.TextColumn("utterances"),
-    bars.TimeRemainingColumn(),
-  )
-  with bars.Progress(*columns, disable=not progress) as bar:
-    task = bar.add_task("", total=total)
+  with Progress(disable=not progress) as bar:
+    task = bar.add_task("packing utterances", total=sum(len(clips) for _, clips in jobs))
     if processes <= 1:
       for job in jobs:
         yield write_shard(*job)
@@ -263,7 +256,7 @@ def _write_all(jobs, processes, progress, total):
       return
     # Not forked: this process may run JAX's threads.
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C is left to this process, which then waits for the shards that are being written.
+    # Only this process handles Ctrl-C; it then waits for the shards that are being written.
     quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context, **quiet) as pool:
       try:
@@ -276,19 +269,19 @@ def _write_all(jobs, processes, progress, total):
 
 
 def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list[Unpacked]]:
-  """Writes one tar of the clips that can be read.
+  """Writes a tar of the clips that can be read.
 
   Returns:
-    The tar's path, the clips in it, and what was left out; without clips there is no tar.
+    The tar's path, the clips in it, and those left out; without clips there is no tar.
   """
   packed, left_out = [], []
   with (
     tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool,
     tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar,
   ):
-    places = _cut_segments(clips, spool)
+    places = _extract_segments(clips, spool)
     for clip in clips:
-      found = places[clip.key] if clip.key in places else _attempt(clip, _whole, clip)
+      found = places[clip.key] if clip.key in places else _attempt(clip, _recording, clip)
       if isinstance(found, Unpacked):
         left_out.append(found)
         continue
@@ -304,11 +297,11 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
   return path, packed, left_out
 
 
-def _cut_segments(clips, spool) -> dict[str, Unpacked | tuple[str, slice]]:
-  """Writes all segments into a file, so that each recording is decoded once, whatever the order.
+def _extract_segments(clips, spool) -> dict[str, Unpacked | tuple[str, slice]]:
+  """Writes all segments into a file, so that each recording is decoded once, in any order.
 
   Returns:
-    For each segment's key its suffix and bytes of the file, or why it cannot be packed.
+    For each segment's key its suffix and slice of the file, or why it cannot be packed.
   """
   by_recording: dict[str, list[Clip]] = {}
   for clip in clips:
@@ -321,7 +314,7 @@ def _cut_segments(clips, spool) -> dict[str, Unpacked | tuple[str, slice]]:
       if isinstance(recording, Unpacked):
         places[clip.key] = dataclasses.replace(recording, key=clip.key)
         continue
-      audio = _attempt(clip, _part, clip, *recording)
+      audio = _attempt(clip, _segment_audio, clip, *recording)
       if isinstance(audio, Unpacked):
         places[clip.key] = audio
       else:
@@ -331,7 +324,7 @@ def _cut_segments(clips, spool) -> dict[str, Unpacked | tuple[str, slice]]:
 
 
 def _attempt(clip, read, *args):
-  """What `read` returns, or why the clip cannot be packed."""
+  """Returns the result of `read`, or why the clip cannot be packed."""
   try:
     return read(*args)
   except OSError as error:
@@ -348,7 +341,7 @@ class _Unusable(Exception):
     self.cause, self.detail = cause, detail
 
 
-def _whole(clip) -> tuple[str, bytes]:
+def _recording(clip) -> tuple[str, bytes]:
   """Suffix and content of a recording, if it can be decoded."""
   audio = Path(clip.path).read_bytes()
   decode(audio, name=clip.path)
@@ -356,7 +349,7 @@ def _whole(clip) -> tuple[str, bytes]:
   return suffix if suffix in (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES) else "audio", audio
 
 
-def _part(clip, samples_NC, rate_hz) -> bytes:
+def _segment_audio(clip, samples_NC, rate_hz) -> bytes:
   import soundfile
 
   length_s = len(samples_NC) / rate_hz

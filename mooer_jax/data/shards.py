@@ -11,17 +11,17 @@ from pathlib import Path
 
 from mooer_jax.audio.decode import CAUSES as AUDIO_CAUSES
 
-SPACE = "▁"  # stands in transcripts for the space between two words in Latin letters
-# Which members are audio; their content, not the suffix, decides how they are decoded.
+SPACE = "▁"  # marks the space between two words in Latin letters in transcripts
+# Suffixes of audio members; the content determines the decoder.
 AUDIO_SUFFIXES = (
   *("wav", "flac", "mp3", "m4a", "ogg", "opus", "wma", "webm", "aac"),
   *("aif", "aifc", "aiff", "amr", "au", "caf", "mka", "oga", "sph", "w64", "audio"),
 )
-VIDEO_SUFFIXES = ("mp4", "mkv", "mov", "avi", "3gp")  # audio where no other member is
+VIDEO_SUFFIXES = ("mp4", "mkv", "mov", "avi", "3gp")  # used if no member is audio
 CAUSES = (
-  "bad shard",  # truncated or damaged tar: what follows the damage is lost
+  "bad shard",  # truncated or damaged tar; the rest of it is lost
   "duplicate key",
-  "members apart",  # the members of an utterance do not stand together
+  "members apart",  # the members of an utterance are not adjacent
   "no audio",
   "no transcript",
   "transcript not UTF-8",
@@ -35,25 +35,25 @@ CAUSES = (
   "answer too long",
   *AUDIO_CAUSES,
   "too long",
-  "not cached",  # audio that changed after its encoder frames were kept, or could not be heard then
+  "not cached",  # audio that changed after the cache was filled, or could not be decoded then
 )
 _TOGETHER = (
-  "the members of an utterance must stand together; if its others are elsewhere in the tar, make it"
-  " anew with tar --sort=name"
+  "the members of an utterance must be adjacent; if others are elsewhere in the tar, create it"
+  " again with tar --sort=name"
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Skip:
-  """An utterance that was left out.
+class SkippedUtterance:
+  """An utterance that was skipped.
 
   Attributes:
     cause: one of CAUSES.
-    key: of the utterance; empty where the shard broke between utterances.
+    key: key of the utterance; empty if the shard is damaged between utterances.
     shard: path of the tar.
-    detail: what was found, for a person.
-    text: the transcript, where there is one: evaluation counts it as not heard.
-    task: of the utterance's own, where it names one.
+    detail: description for the user.
+    text: the transcript, if known; evaluation scores it as not decoded.
+    task: the utterance's own task, if known.
   """
 
   cause: str
@@ -66,15 +66,15 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class RawUtterance:
-  """An utterance as it lies in a shard.
+  """An utterance of a shard.
 
   Attributes:
-    suffix: of the audio, such as "wav".
-    audio: encoded.
-    text: UTF-8 transcript, or what else is to be answered.
-    task: what it is an answer to; empty where the shard does not tell.
-    question: that stands in the prompt of some tasks.
-    more: encoded audio of further clips, which follow the first after a pause.
+    suffix: suffix of the audio file, such as "wav".
+    audio: content of the audio file.
+    text: reference text in UTF-8, such as the transcript.
+    task: the utterance's own task; empty if the shard has none.
+    question: text that replaces `{}` in prompts that take a question.
+    more: contents of further audio files, which follow the first after a pause.
   """
 
   key: str
@@ -88,11 +88,11 @@ class RawUtterance:
 
 
 def read_list(path: str | Path) -> list[str]:
-  """Returns the tar paths of a `data.list`; relative ones are taken from the list's folder.
+  """Returns the tar paths of a `data.list`; relative paths start at the list's folder.
 
   Raises:
     FileNotFoundError: if the list or a shard that it names does not exist.
-    ValueError: if it is empty, names a shard twice, or holds URLs or JSON lines.
+    ValueError: if it is empty, names a shard twice, or contains URLs or JSON lines.
   """
   path = Path(path)
   if not path.is_file():
@@ -131,13 +131,13 @@ def read_lines(path: Path) -> list[str]:
     raise ValueError(f"{path}:{number}: not UTF-8; convert the file to UTF-8") from error
 
 
-def read_shard(path: str) -> Generator[RawUtterance | Skip]:
-  """Yields the utterances of a tar, in order, each either whole or as a Skip.
+def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """Yields the utterances of a tar, in order, each either complete or skipped.
 
-  Members of one utterance stand together and share the name up to the last dot; transcript and
-  audio come in either order. Members with other suffixes than .txt, .json, AUDIO_SUFFIXES and
-  VIDEO_SUFFIXES are ignored, and so are the files `._NAME` and .DS_Store that macOS adds. The tar
-  is read as a stream, also compressed, so memory holds one utterance at a time.
+  Members of one utterance are adjacent, in any order, and share the name up to the last dot.
+  Members with other suffixes than .txt, .json, AUDIO_SUFFIXES and VIDEO_SUFFIXES are ignored, as
+  are macOS' `._NAME` and .DS_Store. The tar, which may be compressed, is read as a stream, so one
+  utterance at a time is in memory.
   """
   seen: dict[str, bool] = {}
   key, parts = None, {}
@@ -157,30 +157,30 @@ def read_shard(path: str) -> Generator[RawUtterance | Skip]:
         stem = stem if suffix else name
         slot = _slot(suffix)
         if key is not None and (stem != key or slot in parts):
-          done, found = (key, parts)
+          utterance = _utterance(key, parts, path, seen)
           key, parts = None, {}
-          yield _whole(done, found, path, seen)
+          yield utterance
         key = stem
         read = slot in ("txt", "audio", "video", "json")
         parts[slot] = (suffix, _content(tar, member) if read else b"")
       if key is not None:
-        done, found = (key, parts)
-        key, parts = None, {}
-        yield _whole(done, found, path, seen)
+        utterance = _utterance(key, parts, path, seen)
+        key = None
+        yield utterance
       _check_end(file, tar.offset)
   except damage as error:
-    yield Skip("bad shard", key or "", path, f"{type(error).__name__}: {error}")
+    yield SkippedUtterance("bad shard", key or "", path, f"{type(error).__name__}: {error}")
 
 
 def _slot(suffix: str) -> str:
-  """The part of an utterance that a member holds."""
+  """The kind of a member: "audio", "video", or its suffix."""
   if suffix in AUDIO_SUFFIXES:
     return "audio"
   return "video" if suffix in VIDEO_SUFFIXES else suffix
 
 
 def _printable(name: str) -> str:
-  """Names that are not UTF-8 would break the files that keys are written to."""
+  """Escapes what is not UTF-8, since keys are written to text files."""
   return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -191,18 +191,18 @@ def _content(tar, member) -> bytes:
   return content
 
 
-def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
+def _utterance(key, parts, shard, seen) -> RawUtterance | SkippedUtterance:
   found = parts.get("audio") or parts.get("video")
   only = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())
   if key in seen:
     if seen[key]:
-      return Skip("duplicate key", key, shard)
-    return Skip("members apart", key, shard, f"{only} here; {_TOGETHER}")
+      return SkippedUtterance("duplicate key", key, shard)
+    return SkippedUtterance("members apart", key, shard, f"{only} here; {_TOGETHER}")
   seen[key] = bool(found) and "txt" in parts
   if not found:
-    return Skip("no audio", key, shard, f"{only}; {_TOGETHER}", *_wanted(parts))
+    return SkippedUtterance("no audio", key, shard, f"{only}; {_TOGETHER}", *_wanted(parts))
   if "txt" not in parts:
-    return Skip("no transcript", key, shard, f"{only}; {_TOGETHER}")
+    return SkippedUtterance("no transcript", key, shard, f"{only}; {_TOGETHER}")
   suffix, audio = found
   about = {}
   if "json" in parts:
@@ -211,14 +211,14 @@ def _whole(key, parts, shard, seen) -> RawUtterance | Skip:
       if not all(isinstance(about.get(name, ""), str) for name in ("task", "Q")):
         raise ValueError("task and Q must be strings")
     except (ValueError, AttributeError, RecursionError) as error:
-      return Skip("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
+      return SkippedUtterance("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
   return RawUtterance(
     key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
   )
 
 
 def _wanted(parts) -> tuple[str, str]:
-  """Transcript and task of an utterance that is left out, as far as they can be read."""
+  """Transcript and task of a skipped utterance, if they can be read."""
   text, task = "", ""
   with contextlib.suppress(KeyError, UnicodeDecodeError):
     text = parts["txt"][1].decode("utf-8-sig").strip()
@@ -228,7 +228,7 @@ def _wanted(parts) -> tuple[str, str]:
 
 
 def _check_end(file, offset):
-  """tarfile takes a cut or a damaged header between members for the end; a real end is zeros."""
+  """Detects damaged headers, which tarfile takes for the end of the tar; a real end is zeros."""
   file.seek(0)
   if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
     return  # compressed: the codec has its own checksum

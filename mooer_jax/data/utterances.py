@@ -1,15 +1,21 @@
 """Utterances from shards, endless or once through, with a position that can be restored."""
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mooer_jax.data import annotation
-from mooer_jax.data.examples import Example, copies
-from mooer_jax.data.shards import RawUtterance, Skip, read_list, read_shard
+from mooer_jax.data.config import DataConfig
+from mooer_jax.data.examples import Example, num_copies
+from mooer_jax.data.shards import RawUtterance, SkippedUtterance, read_list, read_shard
+
+_COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
 
 
 def shard_names(shards: str) -> list[str]:
@@ -21,8 +27,8 @@ def shard_names(shards: str) -> list[str]:
   return annotation.pieces(shards) if annotation.is_annotation(shards) else read_list(shards)
 
 
-def read(name: str) -> Generator[RawUtterance | Skip]:
-  """The utterances of a shard or part, in order, each either whole or as a Skip."""
+def read(name: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """The utterances of a shard or part, in order, each either complete or skipped."""
   return annotation.read_piece(name) if annotation.is_piece(name) else read_shard(name)
 
 
@@ -30,90 +36,174 @@ class BadDataError(ValueError):
   """Too much of the data cannot be used."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """Place of the next reading in an `UtteranceStream`, and the counts up to it.
+
+  Attributes:
+    epoch: number of the epoch.
+    shard: place in the epoch's order of shards.
+    entry: number of the utterance in the shard.
+    copy: number of the reading of this utterance in the epoch.
+    read: utterances read so far, usable or not.
+    usable: usable utterances of this epoch.
+    passed: whether a task weight below 1 left an utterance out of this epoch.
+    read_before: utterances read before this epoch.
+    skipped: number of skipped utterances by cause.
+    damaged: indices of the damaged shards of this epoch.
+  """
+
+  epoch: int = 0
+  shard: int = 0
+  entry: int = 0
+  copy: int = 0  # early positions lack it, and passed and read_before
+  read: int = 0
+  usable: int = 0
+  passed: bool = False
+  read_before: int = 0
+  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  damaged: tuple[int, ...] = ()
+
+  @classmethod
+  def from_json(cls, saved: Mapping[str, Any]) -> "Position":
+    """The position that `to_json` of this version or an earlier one returned."""
+    return cls(**{**saved, "damaged": tuple(saved["damaged"])})
+
+  def to_json(self) -> dict[str, Any]:
+    return {**dataclasses.asdict(self), "damaged": list(self.damaged)}
+
+  def replace(self, **changes) -> "Position":
+    return dataclasses.replace(self, **changes)
+
+  def add_skipped(self, cause: str, shard: int) -> "Position":
+    """Counts an utterance that was skipped in the shard of this index."""
+    return self.replace(
+      read=self.read + 1,
+      skipped={**self.skipped, cause: self.skipped.get(cause, 0) + 1},
+      damaged=(*self.damaged, shard) if cause == "bad shard" else self.damaged,
+    )
+
+  def next_epoch(self) -> "Position":
+    return Position(self.epoch + 1, read=self.read, read_before=self.read, skipped=self.skipped)
+
+
+class Reading(NamedTuple):
+  """A step of `EpochReader`: `after` is (shard, entry, copy) of the `Position` behind it."""
+
+  entry: RawUtterance | SkippedUtterance | None  # None at the end of a shard
+  copy: int | None  # number of this reading in the epoch; None if a task weight leaves it out
+  after: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochReader:
+  """Reads the shards of one epoch.
+
+  Attributes:
+    shards: paths of the shards.
+    epoch: number of the epoch.
+    seed: seed of the order of the shards; None reads them as listed.
+    task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
+  """
+
+  shards: Sequence[str]
+  epoch: int
+  seed: int | None
+  task_weights: Mapping[str, float]
+
+  @functools.cached_property
+  def order(self) -> list[int]:
+    """Indices of the shards in the order in which this epoch reads them."""
+    if self.seed is None:
+      return list(range(len(self.shards)))
+    # 0: a stream apart from the one that shuffles windows with the same seed
+    rng = np.random.default_rng([self.seed, 0, self.epoch])
+    return rng.permutation(len(self.shards)).tolist()
+
+  def read_from(self, shard: int, entry: int, copy: int) -> Generator[Reading]:
+    """Yields the readings from a place on; closing the generator closes the open shard."""
+    keys: set[str] = set()
+    for place in range(0 if self.seed is None else shard, len(self.order)):
+      with contextlib.closing(self._entries(place, keys)) as entries:
+        if place < shard:
+          collections.deque(entries, maxlen=0)  # only for their keys
+          continue
+        for number, raw in enumerate(itertools.islice(entries, entry, None), entry):
+          copies = self._num_copies(raw)
+          if not copies:
+            yield Reading(raw, None, (place, number + 1, 0))
+          for index in range(copy, copies):
+            last = index + 1 == copies
+            yield Reading(raw, index, (place, number + last, 0 if last else index + 1))
+          copy = 0
+      entry = 0
+      yield Reading(None, None, (place + 1, 0, 0))
+
+  def _entries(self, place: int, keys: set[str]) -> Generator[RawUtterance | SkippedUtterance]:
+    """The entries of a shard; of a single pass, each key once, and those are added to `keys`."""
+    with contextlib.closing(read(self.shards[self.order[place]])) as entries:
+      for entry in entries:
+        if self.seed is None and entry.key:
+          problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
+          if entry.key in keys and problem not in ("members apart", "bad shard"):
+            entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
+          keys.add(entry.key)
+        yield entry
+
+  def _num_copies(self, entry: RawUtterance | SkippedUtterance) -> int:
+    if isinstance(entry, SkippedUtterance) or not self.task_weights:
+      return 1
+    seed = self.seed or 0
+    return num_copies(entry.task, self.task_weights, seed=seed, epoch=self.epoch, key=entry.key)
+
+
 class UtteranceStream:
   """Iterates over the usable utterances of some shards.
 
-  What has to be left out is counted and handed over with the next utterance. Positions are small
-  JSON-able dicts; a stream sent to a position goes on exactly as the one that it was taken from.
+  Skipped utterances are counted and returned with the next usable one. A stream that seeks a
+  position continues exactly as the stream from which the position was taken.
   """
 
   def __init__(
     self,
     shards: Sequence[str],
-    reader: Callable[[RawUtterance, int], Example | Skip],
+    preprocess: Callable[[RawUtterance, int | str], Example | SkippedUtterance],
+    config: DataConfig,
     *,
-    seed: int | None,
-    max_bad_share: float,
-    tolerance: int,
-    task_weights: Mapping[str, float] | None = None,
+    endless: bool,
   ):
     """Starts at the first utterance.
 
     Args:
-      shards: tar paths.
-      reader: makes examples of raw utterances.
-      seed: of the order of the shards in each epoch; None reads them once, as listed, and takes
-        a key that another shard had already for a duplicate.
-      max_bad_share: largest share of skipped utterances, and of damaged shards in an epoch, since
-        nobody knows how many utterances a damaged shard has lost.
-      tolerance: utterances read before that is applied to them; for shards it is two, or all.
-      task_weights: how often an utterance of a task is read in an epoch; default: once.
+      shards: tar paths, or parts of an annotation file.
+      preprocess: makes an example of a raw utterance and the identifier of its reading.
+      config: seed, weights of the tasks, and limits of unusable data.
+      endless: whether epoch follows epoch in new orders. Otherwise the shards are read once, as
+        listed, and a key that occurred in an earlier shard is skipped as a duplicate.
     """
-    self._shards = list(shards)
-    self._reader = reader
-    self._seed = seed
-    self._max_bad_share = max_bad_share
-    self._tolerance = tolerance
-    self._task_weights = task_weights or {}
-    start = {"epoch": 0, "shard": 0, "entry": 0, "copy": 0, "read": 0, "usable": 0}
-    self.seek({**start, "skipped": {}, "damaged": []})
+    self._shards, self._preprocess, self._config = list(shards), preprocess, config
+    self._seed = config.seed if endless else None
+    self._task_weights = config.task_weights if endless else {}
+    self.seek(Position())
 
-  def seek(self, position: dict):
-    """Goes to what `position()` returned."""
-    self._epoch, self._shard = position["epoch"], position["shard"]
-    self._entry, self._copy = position["entry"], position.get("copy", 0)
-    self._raw: RawUtterance | Skip | None = None
-    self._read, self._usable = position["read"], position["usable"]
-    # What an epoch's weights passed over, and what had been read before it.
-    self._passed = position.get("passed", False)
-    self._read_before = position.get("read_before", 0)
-    self._counts = collections.Counter(position["skipped"])
-    self._damaged = list(position["damaged"])  # indices of shards, in this epoch
-    self._pending: list[Skip] = []
-    self._peeked: tuple[Example, dict] | None = None
-    self._order = self._shard_order()
-    self._entries: Generator[RawUtterance | Skip] | None = None
-    self._keys: set[str] = set()
-    if self._seed is None:
-      for index in self._order[: self._shard]:
-        self._keys.update(e.key for e in read(self._shards[index]) if e.key)
+  def seek(self, position: Position) -> None:
+    """Continues from a position."""
+    self._pending: list[SkippedUtterance] = []
+    self._peeked: tuple[Example, Position] | None = None
+    self._start_reading(position)
 
-  def position(self) -> dict:
-    """Where the next utterance (with the skips before it) starts."""
+  @property
+  def position(self) -> Position:
+    """Where the next utterance starts, and the skipped ones before it."""
     if self._peeked is not None:
       return self._peeked[1]
     assert not self._pending, "positions are taken between utterances"
-    return {
-      "epoch": self._epoch,
-      "shard": self._shard,
-      "entry": self._entry,
-      "copy": self._copy,
-      "read": self._read,
-      "usable": self._usable,
-      "passed": self._passed,
-      "read_before": self._read_before,
-      "skipped": dict(self._counts),
-      "damaged": list(self._damaged),
-    }
+    return self._position
 
   def peek(self) -> Example:
-    """Returns the next utterance without taking it.
-
-    Raises:
-      StopIteration, BadDataError: as `take`.
-    """
+    """Returns the next utterance without taking it; raises as `take`."""
     if self._peeked is None:
-      before = self.position()
+      before = self.position
       self._peeked = (self._advance(), before)
     return self._peeked[0]
 
@@ -122,122 +212,107 @@ class UtteranceStream:
 
     Raises:
       StopIteration: after the last one, if the shards are read once.
-      BadDataError: if more than the allowed share was skipped or of the shards is damaged, or an
-        epoch had nothing usable.
+      BadDataError: if more than the allowed share of utterances was skipped or of shards is
+        damaged, or an epoch had no usable utterance.
     """
     example = self.peek()
     self._peeked = None
     return example
 
-  def close(self):
+  def close(self) -> None:
     """Closes the shard that is being read."""
-    if self._entries is not None:
-      self._entries.close()
+    self._readings.close()
 
-  def left_over(self) -> tuple[Skip, ...]:
-    """What was left out after the last utterance; known once StopIteration was raised."""
+  def left_over(self) -> tuple[SkippedUtterance, ...]:
+    """Utterances skipped since the last usable one; at the end, those behind it."""
     left, self._pending = tuple(self._pending), []
     return left
 
+  def _start_reading(self, position: Position) -> None:
+    self._position = position
+    self._epoch = EpochReader(self._shards, position.epoch, self._seed, self._task_weights)
+    self._readings = self._epoch.read_from(position.shard, position.entry, position.copy)
+
   def _advance(self) -> Example:
     while True:
-      if self._shard == len(self._order):
+      reading = next(self._readings, None)
+      if reading is None:
         self._end_epoch()
-      if self._entries is None:
-        self._entries = self._open()
-      if self._raw is None:
-        self._raw = next(self._entries, None)
-      entry, copy = self._raw, self._copy
-      if entry is None:
-        self._shard, self._entry, self._entries = self._shard + 1, 0, None
-        self._check_shards()
         continue
-      if copy + 1 < self._copies(entry):
-        self._copy += 1
+      shard, number, copy = reading.after
+      self._position = here = self._position.replace(shard=shard, entry=number, copy=copy)
+      if reading.entry is None:
+        _check_shards(here, self._shards, self._config)
+      elif reading.copy is None:
+        # Unless its task's weight is 0, another epoch reads it.
+        passed = here.passed or self._task_weights[reading.entry.task] > 0
+        self._position = here.replace(passed=passed)
+      elif isinstance(made := self._make(reading.entry, reading.copy), Example):
+        self._position = here.replace(read=here.read + 1, usable=here.usable + 1)
+        return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
       else:
-        self._entry, self._copy, self._raw = self._entry + 1, 0, None
-      if copy >= self._copies(entry):
-        # Its task's weight is below 1; unless it is 0, another epoch will read it.
-        self._passed = self._passed or self._task_weights[entry.task] > 0
-        continue
-      self._read += 1
-      if isinstance(entry, Skip) and entry.cause == "bad shard":
-        self._damaged.append(self._order[self._shard])
-      made = self._make(entry, copy)
-      if isinstance(made, Example):
-        self._usable += 1
-        skipped, self._pending = tuple(self._pending), []
-        return dataclasses.replace(made, epoch=self._epoch, skipped=skipped)
-      self._pending.append(made)
-      self._counts[made.cause] += 1
-      self._check_share(self._tolerance)
+        self._pending.append(made)
+        self._position = here.add_skipped(made.cause, self._epoch.order[here.shard])
+        _check_share(self._position, self._pending, self._config, self._config.tolerance)
 
-  def _copies(self, entry: RawUtterance | Skip) -> int:
-    if isinstance(entry, Skip) or not self._task_weights:
-      return 1
-    return copies(entry.task, self._task_weights, self._seed or 0, self._epoch, entry.key)
-
-  def _make(self, entry: RawUtterance | Skip, copy: int) -> Example | Skip:
-    if self._seed is None and entry.key:
-      apart = isinstance(entry, Skip) and entry.cause == "members apart"
-      if entry.key in self._keys and not apart:
-        return Skip("duplicate key", entry.key, entry.shard)
-      self._keys.add(entry.key)
-    if isinstance(entry, Skip):
+  def _make(self, entry: RawUtterance | SkippedUtterance, copy: int) -> Example | SkippedUtterance:
+    if isinstance(entry, SkippedUtterance):
       return entry
-    # Evaluation reads once and asks the same whenever it runs.
-    made = self._reader(entry, 0 if self._seed is None else 1000 * self._epoch + copy)
-    return dataclasses.replace(made, task=entry.task) if isinstance(made, Skip) else made
+    # One pass takes the same prompts whenever it runs.
+    reading = 0 if self._seed is None else reading_id(self._position.epoch, copy)
+    made = self._preprocess(entry, reading)
+    return (
+      dataclasses.replace(made, task=entry.task) if isinstance(made, SkippedUtterance) else made
+    )
 
-  def _open(self) -> Generator[RawUtterance | Skip]:
-    """Opens the current shard behind the entries that were taken already."""
-    entries = read(self._shards[self._order[self._shard]])
-    for passed in itertools.islice(entries, self._entry):
-      if self._seed is None:
-        self._keys.add(passed.key)
-    return entries
-
-  def _end_epoch(self):
-    idle = self._passed and self._read == self._read_before
-    if not self._usable and not idle:
-      raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
-    self._check_share(1)
+  def _end_epoch(self) -> None:
+    here = self._position
+    idle = here.passed and here.read == here.read_before
+    if not here.usable and not idle:
+      found = _summary(here, self._pending, self._config)
+      raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {found}")
+    _check_share(here, self._pending, self._config, 1)
     if self._seed is None:
       raise StopIteration
-    self._epoch, self._shard, self._entry, self._usable = self._epoch + 1, 0, 0, 0
-    self._passed, self._read_before = False, self._read
-    self._damaged = []
-    self._order = self._shard_order()
+    self._start_reading(here.next_epoch())
 
-  def _shard_order(self) -> list[int]:
-    if self._seed is None:
-      return list(range(len(self._shards)))
-    # 0: apart from the numbers that shuffle windows with the same seed
-    rng = np.random.default_rng([self._seed, 0, self._epoch])
-    return rng.permutation(len(self._shards)).tolist()
 
-  def _check_share(self, least_read):
-    bad = self._counts.total()
-    if self._read >= least_read and bad > self._max_bad_share * self._read:
-      raise BadDataError(
-        f"{bad} of {self._read} utterances cannot be used: {self._summary()}; repair the data or"
-        f" raise data.max_bad_share={self._max_bad_share}"
-      )
+def _check_shards(position: Position, shards: Sequence[str], config: DataConfig) -> None:
+  """Raises BadDataError if too many of the shards of the epoch that were read are damaged."""
+  bad, read = len(position.damaged), position.shard
+  if bad > config.max_bad_share * read and (read >= 2 or read == len(shards)):
+    names = ", ".join(shards[index] for index in position.damaged[:5])
+    raise BadDataError(
+      f"{bad} of {read} shards read are truncated or damaged: {names}{', …' if bad > 5 else ''};"
+      f" copy or pack them again, or raise data.max_bad_share={config.max_bad_share}"
+    )
 
-  def _check_shards(self):
-    bad, read = len(self._damaged), self._shard
-    if bad > self._max_bad_share * read and (read >= 2 or read == len(self._order)):
-      names = ", ".join(self._shards[index] for index in self._damaged[:5])
-      raise BadDataError(
-        f"{bad} of {read} shards read are truncated or damaged: {names}{', …' if bad > 5 else ''};"
-        f" copy or pack them again, or raise data.max_bad_share={self._max_bad_share}"
-      )
 
-  def _summary(self) -> str:
-    counts = ", ".join(f"{cause} {n}" for cause, n in self._counts.most_common())
-    if not self._pending:
-      if not counts and self._task_weights:
-        return f"they are empty, or data.task_weights={self._task_weights} leaves nothing of them"
-      return counts or "the shards are empty"
-    last = self._pending[-1]
+def _check_share(
+  position: Position, pending: Sequence[SkippedUtterance], config: DataConfig, least_read: int
+) -> None:
+  """Raises BadDataError if too many utterances were skipped, once `least_read` were read."""
+  read, bad = position.read, sum(position.skipped.values())
+  if read >= least_read and bad > config.max_bad_share * read:
+    raise BadDataError(
+      f"{bad} of {read} utterances cannot be used: {_summary(position, pending, config)}; repair"
+      f" the data or raise data.max_bad_share={config.max_bad_share}"
+    )
+
+
+def _summary(position: Position, pending: Sequence[SkippedUtterance], config: DataConfig) -> str:
+  skipped = sorted(position.skipped.items(), key=lambda item: -item[1])
+  counts = ", ".join(f"{cause} {n}" for cause, n in skipped)
+  if pending:
+    last = pending[-1]
     return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
+  if not counts and config.task_weights:
+    return f"they are empty, or data.task_weights={config.task_weights} leaves nothing of them"
+  return counts or "the shards are empty"
+
+
+def reading_id(epoch: int, copy: int) -> int | str:
+  """Identifies a reading of an utterance; with the key, it determines which prompt is sampled."""
+  if copy < _COPIES_PER_EPOCH:
+    return _COPIES_PER_EPOCH * epoch + copy
+  return f"{epoch}.{copy}"  # a number would be that of a later epoch

@@ -138,9 +138,8 @@ class LLMConfig:
 
 _SMALL_QWEN2 = LLMConfig(vocab_size=151936, kv_heads=2, tie_word_embeddings=True)
 _LLAMA = LLMConfig(vocab_size=32000, rope_theta=1e4, norm_eps=1e-5, qkv_bias=False)
-_VICUNA = dataclasses.replace(
-  _LLAMA, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11008
-)
+_SMOLLM2 = dataclasses.replace(_LLAMA, vocab_size=49152, rope_theta=1e5, tie_word_embeddings=True)
+_VICUNA_13B = dataclasses.replace(_LLAMA, layers=40, heads=40, kv_heads=40, norm_eps=1e-6)  # v1.1
 LLMConfig.SIZES = {
   "qwen2_7b": LLMConfig(),
   "qwen2_1.5b": dataclasses.replace(
@@ -149,28 +148,12 @@ LLMConfig.SIZES = {
   "qwen2_0.5b": dataclasses.replace(
     _SMALL_QWEN2, hidden_size=896, layers=24, heads=14, head_dim=64, intermediate_size=4864
   ),
-  "vicuna_7b": _VICUNA,  # v1.5
-  "vicuna_13b": dataclasses.replace(  # v1.1
-    _LLAMA,
-    hidden_size=5120,
-    layers=40,
-    heads=40,
-    kv_heads=40,
-    intermediate_size=13824,
-    norm_eps=1e-6,
+  "vicuna_7b": dataclasses.replace(  # v1.5
+    _LLAMA, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11008
   ),
-  "smollm2_135m": LLMConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    intermediate_size=1536,
-    rope_theta=1e5,
-    norm_eps=1e-5,
-    qkv_bias=False,
-    tie_word_embeddings=True,
+  "vicuna_13b": dataclasses.replace(_VICUNA_13B, hidden_size=5120, intermediate_size=13824),
+  "smollm2_135m": dataclasses.replace(
+    _SMOLLM2, hidden_size=576, layers=30, heads=9, kv_heads=3, head_dim=64, intermediate_size=1536
   ),
 }
 

@@ -199,12 +199,9 @@ class BEATsAttention(nn.Module):
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, table_HR: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
     q_BTHC, k_BTHC, v_BTHC = (
-      rearrange(
-        Dense(c.hidden_size, use_bias=True, dtype=dtype, name=name)(x_BTD),
-        "B T (H C) -> B T H C",
-        H=c.heads,
-      )
+      rearrange(dense(x_BTD), "B T (H C) -> B T H C", H=c.heads)
       for name in "qkv"
+      for dense in [Dense(c.hidden_size, use_bias=True, dtype=dtype, name=name)]
     )
     gate_BTH = Gate(dtype, name="gate")(q_BTHC)
     out_BTHC = kernels.attention(

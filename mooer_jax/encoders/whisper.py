@@ -111,12 +111,9 @@ class WhisperAttention(nn.Module):
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
     c, dtype = self.config, self.compute.jnp_dtype
     q_BTHC, k_BTHC, v_BTHC = (
-      rearrange(
-        Dense(c.hidden_size, use_bias=name != "k", dtype=dtype, name=name)(x_BTD),
-        "B T (H C) -> B T H C",
-        H=c.heads,
-      )
-      for name in ("q", "k", "v")
+      rearrange(dense(x_BTD), "B T (H C) -> B T H C", H=c.heads)
+      for name in "qkv"
+      for dense in [Dense(c.hidden_size, use_bias=name != "k", dtype=dtype, name=name)]
     )
     out_BTHC = kernels.attention(
       q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, implementation=self.compute.attention

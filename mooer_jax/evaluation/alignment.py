@@ -1,4 +1,4 @@
-"""Edit distance between two token sequences, with the alignment that attains it."""
+"""Edit distance between two token sequences, and its alignment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """Numbers of tokens by what became of them; utterances add up to a corpus."""
+  """Numbers of tokens by kind of edit; the sum over utterances is that of the corpus."""
 
   correct: int = 0
   substitutions: int = 0
@@ -60,8 +60,8 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Pair]:
   and inserts before it pairs; MooER's script does the same, so the split into kinds agrees too.
 
   Args:
-    reference: tokens that were said, R of them.
-    hypothesis: tokens that were recognised, H of them.
+    reference: R tokens.
+    hypothesis: H tokens.
 
   Returns:
     Pairs (reference token, hypothesis token) in order; None on the right is a deletion, on the

@@ -1,4 +1,4 @@
-"""Scores a set of hypotheses against their references."""
+"""Error rates of hypotheses against references."""
 
 from __future__ import annotations
 
@@ -11,43 +11,30 @@ from typing import NamedTuple
 
 from mooer_jax.evaluation.alignment import Counts, Pair, align, count
 
-# MooER writes this for the blank between two English words of a transcript.
+# MooER's mark of the space between two English words of a transcript.
 SPACE_MARK = "▁"
 
 
-_DROPPED = frozenset("!,?、。！，；？：「」︰『』《》")
-
-
-_BLANKS = frozenset(" \t\r\n")
-
-
+_DROPPED = frozenset("!,?、。！，；？：「」︰『』《》 \t\r\n")
 _SKIPPED_CATEGORIES = ("Zs", "Cn")
-
-
 _TAG_RUN = re.compile(r"<[^ \t\r\n>\x80-\U0010FFFF]*>?")
-
-
 _RUN = re.compile(r"(?s:.)[^ \t\r\n\x80-\U0010FFFF]*")
-
-
 _TAG = re.compile(r"<[^>]*>?")
 
 
 def mixed_tokens(text: str) -> list[str]:
-  """Cuts a text the way MooER's published error rates do.
+  """Tokenizes a text as MooER's published error rates do.
 
-  A letter without case (Unicode category Lo: Chinese, kana, Thai, ...) is a token of its own. Any
-  other character opens a run that ends before the next blank, tab, line end or character beyond
-  ASCII; a run opened by `<` also ends with its `>`. Where a token would start, blanks of any kind,
-  unassigned characters and these marks are dropped:
-  `! , ? 、 。 ！ ， ； ？ ： 「 」 ︰ 『 』 《 》`.
-  Within a run they stay, so `hello,` is one token with its comma. Tags `<...>` are cut out of each
-  run.
+  A letter without case (Unicode category Lo: Chinese, kana, Thai, ...) is a token. Any other
+  character opens a run that ends before the next space, tab, line end or non-ASCII character; a run
+  opened by `<` also ends with its `>`. At the start of a token, spaces of any kind, unassigned
+  characters and these marks are dropped: `! , ? 、 。 ！ ， ； ？ ： 「 」 ︰ 『 』 《 》`.
+  Within a run they are kept, so `hello,` is one token. Tags `<...>` are removed from each run.
 
-  What follows from that, and is kept for comparability: `don't` is one token, `café` two
-  (`caf`, `é`), each full-width Latin letter one, `HELLO▁WORLD` two (`HELLO`, `▁WORLD`).
+  Consequences, kept for comparability: `don't` is one token, `café` two (`caf`, `é`), each
+  full-width Latin letter one, `HELLO▁WORLD` two (`HELLO`, `▁WORLD`).
 
-  Case is kept; `ScoreConfig` upper-cases the tokens afterwards, again as the original does.
+  Case is kept; `ScoreConfig` upper-cases the tokens afterwards, as the original does.
 
   Source: MooER's scoring script `compute-wer.py` with `--char=1`.
   """
@@ -56,7 +43,7 @@ def mixed_tokens(text: str) -> list[str]:
   while start < len(text):
     character = text[start]
     category = unicodedata.category(character)
-    if character in _DROPPED or character in _BLANKS or category in _SKIPPED_CATEGORIES:
+    if character in _DROPPED or category in _SKIPPED_CATEGORIES:
       start += 1
       continue
     if category == "Lo":
@@ -72,7 +59,7 @@ def mixed_tokens(text: str) -> list[str]:
 
 
 def word_tokens(text: str) -> list[str]:
-  """Cuts a text at blanks. Punctuation stays, so `hello,` and `hello` differ.
+  """Splits a text at white space. Punctuation is kept, so `hello,` and `hello` differ.
 
   Composed and decomposed accents (Unicode NFC) count as the same letter.
   """
@@ -80,7 +67,7 @@ def word_tokens(text: str) -> list[str]:
 
 
 def character_tokens(text: str) -> list[str]:
-  """Cuts a text into its characters; a run of blanks within it is one blank, at its ends none.
+  """Splits a text into characters; white space is one space between words, none at the ends.
 
   Composed and decomposed accents (Unicode NFC) count as the same letter.
   """
@@ -88,7 +75,7 @@ def character_tokens(text: str) -> list[str]:
 
 
 class Metric(NamedTuple):
-  """An error rate: its title in reports, its tokens, and how it takes `▁` unless told."""
+  """An error rate: title in reports, tokenizer, and default treatment of `▁`."""
 
   title: str
   tokens: Callable[[str], list[str]]
@@ -100,8 +87,6 @@ METRICS = {
   "word": Metric("word error rate", word_tokens, "space"),
   "character": Metric("character error rate", character_tokens, "space"),
 }
-
-
 _CHOICES = {
   "metric": tuple(METRICS),
   "space_mark": ("auto", "keep", "space"),
@@ -111,16 +96,16 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-  """How transcripts are compared.
+  """Comparison of transcripts.
 
   Attributes:
     metric: "mixed" (MooER's), "word" or "character"; see `METRICS`.
     case_sensitive: whether `a` and `A` differ. By default both sides are upper-cased.
-    space_mark: what `▁` is, on both sides: "keep" a character like others, "space" a blank, or
-      "auto": kept by "mixed", as MooER's script does, and a blank for "word" and "character".
-      Take "space" where one side has `▁` and the other blanks.
+    space_mark: meaning of `▁` on both sides: "keep" (a character), "space", or "auto": "keep" for
+      "mixed", as in MooER's script, and "space" for "word" and "character". Use "space" if one side
+      has `▁` and the other spaces.
     missing: "count" a reference without hypothesis as all deleted, or "skip" it, as MooER's script
-      does. Either way it is reported.
+      does. It is reported in both cases.
   """
 
   metric: str = "mixed"
@@ -139,7 +124,7 @@ class ScoreConfig:
     return choice == "keep"
 
   def tokens(self, text: str) -> tuple[str, ...]:
-    """Returns the tokens that are compared."""
+    """Tokens of a text."""
     if not self.keeps_space_mark:
       text = text.replace(SPACE_MARK, " ")
     tokens = METRICS[self.metric].tokens(text)
@@ -166,15 +151,15 @@ class Utterance:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """What came of a comparison.
+  """Error rates of a corpus.
 
   Attributes:
-    config: how it was compared.
+    config: rules of the comparison.
     counts: totals over `utterances`; `counts.rate` is the error rate of the corpus.
-    utterances: the scored ones, in the order of the references.
-    missing: keys of references without a hypothesis; scored or not as `config.missing` says.
-    without_reference: keys of hypotheses without a reference; they are not scored.
-    notes: what a reader should know before trusting the figure.
+    utterances: the scored utterances, in the order of the references.
+    missing: keys of references without a hypothesis; scored unless config.missing is "skip".
+    without_reference: keys of hypotheses without a reference, which are not scored.
+    notes: warnings about the data.
   """
 
   config: ScoreConfig
@@ -208,8 +193,8 @@ def score(
   """Compares hypotheses with references and totals the errors over the corpus.
 
   Args:
-    references: transcript by key, what was said.
-    hypotheses: transcript by key, what was recognised; may be empty strings.
+    references: reference transcript by key.
+    hypotheses: recognised transcript by key; may be empty strings.
     config: metric and rules.
 
   Raises:
@@ -252,8 +237,8 @@ def _notes(references, hypotheses, utterances, config):
     if in_references != in_hypotheses:
       side = "references" if in_references else "hypotheses"
       notes.append(
-        f"{SPACE_MARK} stands in the {side} only, and counts as a character; with "
-        'space_mark="space" it is a blank'
+        f"{SPACE_MARK} is in the {side} only, and counts as a character; with "
+        'space_mark="space" it is a space'
       )
   if empty := sum(not u.reference for u in utterances):
     notes.append(f"{empty} of {len(utterances)} references have no tokens")

@@ -1,4 +1,4 @@
-"""Tables and figures of what `run/perplexity.py` measures."""
+"""Tables and figures of perplexities and of scores by LoRA scale."""
 
 import dataclasses
 import itertools
@@ -9,25 +9,25 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from mooer_jax.evaluation.answers import TaskScore
+from mooer_jax.evaluation.answer_matching import TaskScore
 from mooer_jax.files import replace_file
 
-NONE = "(none)"  # what the absence of an instruction is called
+NONE = "(none)"  # stands for no instruction
 _STYLES = ("-", "--", ":", "-.")  # of the lines of several LoRA scales
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-  """Of the reference answers to one task.
+  """Perplexity of the reference answers of one task.
 
   Attributes:
-    checkpoint: its folder, or that of a run that is measured as it trains.
-    step: of the checkpoint in its run, 0 where it is in none.
-    scale: of LoRA.
-    instruction: the task whose prompt was given, "(none)" without.
-    task: whose answers they are.
+    checkpoint: folder of the checkpoint, or of a run that is measured while it trains.
+    step: step of the checkpoint in its run, 0 if it is in none.
+    scale: LoRA scale.
+    instruction: task of the prompt, or "(none)".
+    task: task of the answers.
     perplexity: exp(nats per token).
-    tokens: in them, eos included.
+    tokens: number of tokens, including eos.
   """
 
   checkpoint: str
@@ -41,7 +41,7 @@ class Perplexity:
 
 @dataclasses.dataclass(frozen=True)
 class SweepPoint:
-  """How the answers to a task are at a LoRA scale."""
+  """Scores of a task at a LoRA scale."""
 
   scale: float
   task: str
@@ -61,7 +61,7 @@ def read_perplexities(path: Path) -> list[Perplexity]:
 
 
 def perplexity_table(rows: Sequence[Perplexity]) -> Table:
-  """A line for each checkpoint, scale and instruction, a column for each task."""
+  """A row for each checkpoint, scale and instruction, a column for each task."""
   tasks = list(dict.fromkeys(row.task for row in rows))
   whole = Column("checkpoint", overflow="fold")
   table = Table(whole, "step", "LoRA scale", "instruction", *tasks, title="perplexity")
@@ -76,7 +76,7 @@ def perplexity_table(rows: Sequence[Perplexity]) -> Table:
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> Table:
-  """A line for each scale, a column for each task: accuracy, and WER in brackets; or BLEU."""
+  """A row for each scale, a column for each task: accuracy (WER), or BLEU."""
   tasks = list(dict.fromkeys(point.task for point in points))
   table = Table("LoRA scale", *tasks, title="accuracy % (WER %), or BLEU")
   found = {(p.scale, p.task): p for p in points}
@@ -94,10 +94,10 @@ def _cell(point: SweepPoint) -> str:
 
 
 def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
-  """P(Y|X) above P(Y|X, I), a column for each instruction, as the paper's figure 4.
+  """Draws P(Y|X) above P(Y|X, I), a column for each instruction, as in the paper's figure 4.
 
-  A column shows the tasks but those of the other instructions. Against the step, the LoRA scale of
-  a single checkpoint, or the checkpoints in their order where their steps do not grow.
+  A column shows all tasks but those of the other instructions. The x axis is the step, the LoRA
+  scale of a single checkpoint, or the order of checkpoints whose steps do not increase.
   """
   from matplotlib.figure import Figure
 
@@ -152,7 +152,7 @@ def _name(folder: str) -> str:
 
 
 def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path:
-  """Accuracy, word error rate and, of tasks that translate, BLEU against the LoRA scale."""
+  """Draws accuracy, word error rate and, for tasks that translate, BLEU over the LoRA scale."""
   from matplotlib.figure import Figure
 
   translates = any(point.score.bleu is not None for point in points)
@@ -167,7 +167,7 @@ def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path
     wer.plot(scales, [None if rate is None else min(rate, 200) for rate in rates], **style)
     if line[0].score.bleu is not None:
       bleu[0].plot(scales, [p.score.bleu for p in line], **style)
-  accuracy.set(ylabel="answers that are right, %", ylim=(-3, 103))
+  accuracy.set(ylabel="accuracy, %", ylim=(-3, 103))
   wer.set(ylabel="word error rate, % (above 200 at 200)")
   if bleu:
     bleu[0].set(ylabel="BLEU", ylim=(-3, 103))

@@ -26,20 +26,20 @@ def write_report(
   worst: int = 10,
   details: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path]:
-  """Writes `report.json` and `report.txt` into a folder, which is made if needed.
+  """Writes `report.json` and `report.txt` into a folder, which is created if needed.
 
   Args:
-    folder: where to write; files of these names are replaced.
-    score: what to report.
-    name: of the test set, for the headline.
-    worst: utterances shown aligned.
-    details: further facts to record (checkpoint, speed, ...), JSON values by name.
+    folder: output folder; files of these names are replaced.
+    score: scores to report.
+    name: name of the test set, for the headline.
+    worst: number of utterances to show aligned.
+    details: other values to record (checkpoint, speed, ...), JSON values by name.
 
   Returns:
     The paths of the two files.
 
   Raises:
-    ValueError: if `details` holds what JSON cannot (NaN and infinity included).
+    ValueError: if `details` has values that are not JSON, such as NaN and infinity.
   """
   folder = Path(folder)
   content = as_dict(score, name=name, worst=worst, details=details)
@@ -80,7 +80,7 @@ def as_dict(
 def as_text(
   score: Score, *, name: str, worst: int = 10, details: Mapping[str, Any] | None = None
 ) -> str:
-  """Returns the report for people: the totals, then the worst utterances aligned."""
+  """Returns the report as text: the totals, then the worst utterances aligned."""
   c = score.counts
   lines = [
     f"{name}: {METRICS[score.config.metric].title} {_percent(c.rate)}",
@@ -137,10 +137,10 @@ def table(scores: Mapping[str, Score]):
 
 
 def alignment_lines(pairs: Sequence[Pair], *, width: int = _LINE_WIDTH) -> list[str]:
-  """Draws an alignment as rows REF and HYP, and a third that marks S, D and I.
+  """Shows an alignment as rows REF and HYP, and a third with the marks S, D and I.
 
-  Tokens of a pair start in the same column, wide characters counting two; asterisks fill the side
-  that has no token. Rows longer than `width` columns go on below.
+  Tokens of a pair start in the same column, with wide characters counted as two; asterisks take the
+  place of a missing token. Rows are wrapped at `width` columns.
   """
   lines = []
   for chunk in _chunks(pairs, width - len("REF: ")):
@@ -153,7 +153,7 @@ def alignment_lines(pairs: Sequence[Pair], *, width: int = _LINE_WIDTH) -> list[
 
 
 def display_width(text: str) -> int:
-  """Columns that a text takes on a terminal: wide characters two, combining ones none."""
+  """Columns of a text on a terminal: wide characters take two, combining ones none."""
   return sum(
     0
     if unicodedata.combining(c) or unicodedata.category(c) in ("Cf", "Me", "Mn")
@@ -165,7 +165,7 @@ def display_width(text: str) -> int:
 
 
 def printable(text: str) -> str:
-  """Spells out characters that a terminal would act on or not show, a line break as `\\n`."""
+  """Escapes characters that a terminal would interpret or not show, a line break as `\\n`."""
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,4 +1,4 @@
-"""Files `text`: one transcript a line, `key<TAB>transcript`."""
+"""Files `text`: one transcript per line, `key<TAB>transcript`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 def read_text(path: str | Path) -> dict[str, str]:
   """Reads transcripts by key, in the order of the file.
 
-  The key ends at the first tab or blank. After a tab the transcript is taken as it stands, after a
-  blank without blanks around it. It may be empty. The two characters `\\n` in it are a line break,
-  as `write_text` writes them. Lines of blanks only are passed over; a byte order mark goes.
+  The key ends at the first tab or space. After a tab the transcript is unchanged, after a space it
+  is stripped. It may be empty. The two characters `\\n` in it are a line break, as `write_text`
+  writes them. Blank lines are skipped; a byte order mark is removed.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -38,11 +38,11 @@ def read_text(path: str | Path) -> dict[str, str]:
       continue
     key, text = _split(line)
     if not key:
-      raise ValueError(f"{path}:{number}: the line starts with a blank, so it has no key")
+      raise ValueError(f"{path}:{number}: the line starts with white space, so it has no key")
     if key in texts:
       raise ValueError(
-        f"{path}:{number}: key {key!r} stands in line {lines[key]} already; a key "
-        "names one utterance, so one of the two lines must go"
+        f"{path}:{number}: duplicate key {key!r} (first on line {lines[key]}); remove one of the"
+        " two lines"
       )
     texts[key] = text.replace("\\n", "\n")
     lines[key] = number
@@ -50,18 +50,20 @@ def read_text(path: str | Path) -> dict[str, str]:
 
 
 def write_text(path: str | Path, texts: Mapping[str, str]) -> None:
-  """Writes transcripts by key, so that `read_text` returns them, and makes the folder if needed.
+  """Writes transcripts by key for `read_text`, and creates the folder if needed.
 
-  A line break within a transcript (a multitask answer has two lines) is written as the two
-  characters `\\n`. The file is written beside and renamed, so it is never there in part.
+  A line break within a transcript is written as the two characters `\\n`. The file is replaced as a
+  whole.
 
   Raises:
-    ValueError: if a key is empty or holds a blank.
+    ValueError: if a key is empty or contains white space.
   """
   lines = []
   for key, text in texts.items():
     if not key.strip() or _BREAKS_KEY.search(key) or key.startswith("\ufeff"):
-      raise ValueError(f"key {key!r}: must be a word without blanks, since it ends at the first")
+      raise ValueError(
+        f"key {key!r}: must be a word without white space, since it ends at the first"
+      )
     line = _LINE_BREAK.sub(r"\\n", text)
     lines.append(f"{key}\t{line}\n")
   with replace_file(path) as beside:

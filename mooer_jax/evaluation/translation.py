@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from mooer_jax.prompts import TASKS, split_answer
 
-# Tasks whose answers are translations, and sacrebleu's tokenizer for the language of these.
+# Tasks that translate, and sacrebleu's tokenizer for the target language.
 TOKENIZERS = {
   "ast": "13a",
   "asr_ast_mtl": "13a",
@@ -24,11 +24,11 @@ class Bleu:
 
   Attributes:
     score: 0 to 100.
-    signature: sacrebleu's, which says how it was computed; quote it beside the score.
-    utterances: how many were compared.
-    missing: keys without a hypothesis; they count as empty ones.
+    signature: sacrebleu's description of the computation; quote it beside the score.
+    utterances: number of utterances.
+    missing: keys without a hypothesis, which counts as empty.
     details: sacrebleu's line with the n-gram precisions and the brevity penalty.
-    notes: what a reader should know before comparing it.
+    notes: warnings about comparability.
   """
 
   score: float
@@ -42,17 +42,17 @@ class Bleu:
 def bleu_of_task(
   task: str, references: Mapping[str, str], hypotheses: Mapping[str, str], *, tokenize: str = ""
 ) -> Bleu | None:
-  """BLEU of the translations in the answers to a task, None where it asks for none.
+  """BLEU of the translations of a task; None if it does not translate.
 
   Args:
-    task: one of TOKENIZERS, or one of a model's own, which translates if `tokenize` is given.
-    references: answer by key; of a multitask answer only the translation counts.
-    hypotheses: answer by key; one that is missing counts as empty.
-    tokenize: sacrebleu's name; "": that of the task. Without MeCab the Japanese one gives way to
-      "char", and the result says so.
+    task: one of TOKENIZERS, or another task, which translates if `tokenize` is given.
+    references: text by key; of a multitask text only the translation counts.
+    hypotheses: text by key; a missing one counts as empty.
+    tokenize: sacrebleu's tokenizer; "": that of the task. Without MeCab, "char" replaces the
+      Japanese one, with a note in the result.
 
   Raises:
-    ValueError: if a reference lacks the translation that the task asks for; and as `bleu`.
+    ValueError: if a reference lacks the translation; and as `bleu`.
   """
   if task not in TOKENIZERS and (task in TASKS or not tokenize):
     return None
@@ -83,12 +83,12 @@ def has_mecab() -> bool:
 def bleu(
   references: Mapping[str, str], hypotheses: Mapping[str, str], *, tokenize: str = "13a"
 ) -> Bleu:
-  """Compares translations with one reference each.
+  """BLEU of translations with one reference each.
 
   Args:
     references: translation by key.
-    hypotheses: translation by key; one that is missing counts as empty.
-    tokenize: sacrebleu's name: "13a" (its default, for English and its neighbours), "zh", "char",
+    hypotheses: translation by key; a missing one counts as empty.
+    tokenize: sacrebleu's tokenizer: "13a" (its default, for European languages), "zh", "char",
       "intl", "none".
 
   Raises:

@@ -1,12 +1,16 @@
 """Autoregressive decoding over an explicit KV cache: prefill, then one while loop.
 
-The prompt is read once and cached once an utterance, however many answers grow from it. The R
-answers of an utterance are R queries of one row; each step writes their keys and values into R new
-slots, and a mask says which of the slots hold an answer's own past. A beam that takes over the past
-of another takes over small integers (`search.Answers.slots_BRS`); no cache entry is ever moved.
+The prompt is read and cached once per utterance, for all R hypotheses. The R hypotheses of an
+utterance are R queries of one row; each step writes their keys and values into R new slots, and a
+mask selects the slots of a hypothesis' own past. When beams are reordered, only small integers move
+(`search.Hypotheses.slots_BRS`), never cache entries.
 """
 
+import concurrent.futures
+import dataclasses
 import functools
+from collections.abc import Callable, Generator, Iterable
+from typing import TypeVar
 
 import flax.struct
 import jax
@@ -20,20 +24,22 @@ from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import min_new_tokens
 from mooer_jax.speech_llm import Batch
 
+T = TypeVar("T")
+
 
 @flax.struct.dataclass
-class Generated:
-  """What was generated: R = num_return_sequences answers an utterance, the best first.
+class GenerateOutput:
+  """Generated tokens: R = num_return_sequences hypotheses per utterance, the best first.
 
   Attributes:
-    tokens_BRS: int32 [B, R, max_new_tokens], the eos included where one came; -1 after the end.
-    lengths_BR: int32, tokens in each answer, the eos included.
+    tokens_BRS: int32 [B, R, max_new_tokens], including the eos if there is one; -1 after the end.
+    lengths_BR: int32, number of tokens, including the eos.
     scores_BR: float32, summed log-probabilities of the tokens / length ** length_penalty. With
       beams they are transformers' `sequences_scores`, sums of processed log-probabilities; with
-      one beam, of the processed distribution that each token was taken from.
-    finished_BR: bool, False where max_new_tokens cut the answer off.
-    hidden_BRSD: with return_hidden, the last hidden state (after the final norm) at each token of
-      the answer, as a pass over prompt and answer gives it; 0 after the end. Else None.
+      one beam, of the processed distribution from which each token was taken.
+    finished_BR: bool, False where generation stopped at max_new_tokens.
+    hidden_BRSD: with return_hidden, the last hidden state (after the final norm) at each generated
+      token, as in a pass over prompt and tokens; 0 after the end. Else None.
   """
 
   tokens_BRS: jax.Array
@@ -44,7 +50,7 @@ class Generated:
 
   @property
   def tokens_BS(self) -> jax.Array:
-    """Of each utterance's first answer, as are the other fields without R."""
+    """Tokens of each utterance's first hypothesis; the other fields without R likewise."""
     return self.tokens_BRS[:, 0]
 
   @property
@@ -69,19 +75,19 @@ def generate(
   *,
   key: jax.Array | None = None,
   lora_scale: jax.Array | float | None = None,
-) -> Generated:
-  """Answers a batch of prompts; compiled once for each shape of batch, config and options.
+) -> GenerateOutput:
+  """Generates text for a batch; compiled once for each shape of batch, config and options.
 
   Args:
     params: per-layer parameters (`tree.unstack_layers`), config.compute.scan False.
-    batch: prompts; `answer_BS` is not read. Rows of padding give rows of padding.
+    batch: speech and prompts; `labels_BS` is not read. Padding rows give padding rows.
     config: the model.
-    options: how answers are searched for, and when to stop.
-    key: PRNG key, needed when sampling; row i draws from fold_in(key, i) whatever the batch size.
+    options: decoding options.
+    key: PRNG key, required for sampling; row i uses fold_in(key, i), for every batch size.
     lora_scale: scalar or [B]; None is the scale of training.
 
   Raises:
-    ValueError: if params are stacked, or sampling is asked for without a key.
+    ValueError: if params are stacked, or sampling has no key.
   """
   _check(params, config, options, key)
   inputs_BSD, valid_BS = speech_llm.prompt(params, batch, config)
@@ -107,100 +113,152 @@ def generate_from(
   padding_B: jax.Array | None = None,
   key: jax.Array | None = None,
   lora_scale: jax.Array | float | None = None,
-) -> Generated:
-  """Answers prompts given as embeddings; what `generate` does behind the connector.
+) -> GenerateOutput:
+  """Generates text for prompts given as embeddings; the part of `generate` after the connector.
 
   Args:
-    params, config, options, key, lora_scale: as of `generate`; only params["decoder"] is read.
-    inputs_BSD: the prompts' embeddings; the answer follows the last slot.
-    valid_BS: bool, True for the slots that hold a token; the last slot must.
-    padding_B: bool, True for rows that get no answer.
+    params, config, options, key, lora_scale: as in `generate`; only params["decoder"] is read.
+    inputs_BSD: embeddings of the prompts; generation continues after the last slot.
+    valid_BS: bool, True for slots that hold a token; the last slot must.
+    padding_B: bool, True for padding rows, for which nothing is generated.
   """
   _check(params, config, options, key)
   rows, prompt_slots = valid_BS.shape
-  R, S = options.width, options.max_new_tokens
   key = jax.random.key(0) if key is None else key
-  row_keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
   prompt_B = valid_BS.sum(axis=1, dtype=jnp.int32)
-  min_new_B = min_new_tokens(prompt_B, options)
-  # No answer goes on after its last token, but with return_hidden it is read all the same.
-  read = S if options.return_hidden else max(S - 1, 1)
-  decoder = config.decoder
-  cache = decoder.empty_cache(rows=rows, slots=prompt_slots, dtype=config.compute.jnp_dtype)
-  decode = functools.partial(speech_llm.decode, config=config, lora_scale=lora_scale)
-
-  def choose(state, hidden_BRD):
-    logits_BRV = speech_llm.logits(params, hidden_BRD, config)
-    logits_BRV = jnp.broadcast_to(logits_BRV, (rows, R, logits_BRV.shape[-1]))
-    keys_B = jax.vmap(lambda row_key: jax.random.fold_in(row_key, state.step))(row_keys_B)
-    return search.advance(state, logits_BRV, options, min_new_B=min_new_B, keys_B=keys_B)
-
-  def read_tokens(tokens_BR, positions_BR, past_BRS, slots_BRS, cache):
-    """(hidden [B, R, D], cache) of tokens that see the prompt, their past and themselves."""
-    own_BRSR = past_BRS[..., None] & (slots_BRS[..., None] == jnp.arange(R))
-    own_BRT = own_BRSR.reshape(*tokens_BR.shape, S * R)[..., : read * R]
-    prompt_BRT = jnp.ones((*tokens_BR.shape, prompt_slots), bool)
-    placement = Placement(positions_BR, jnp.concatenate([prompt_BRT, own_BRT], axis=-1))
-    inputs_BRD = speech_llm.embed(params, tokens_BR, config)
-    valid_BR = jnp.ones(tokens_BR.shape, bool)
-    return decode(params, inputs_BRD, valid_BR, cache=cache, placement=placement)
-
-  def body(carry):
-    state, cache, read_BYD = carry
-    last = state.step - 1
-    positions_BR = jnp.broadcast_to(prompt_B[:, None] + last, (rows, R))
-    hidden_BRD, cache = read_tokens(
-      jax.lax.dynamic_index_in_dim(state.running.tokens_BRS, last, axis=-1, keepdims=False),
-      positions_BR,
-      jnp.arange(S) <= last,
-      state.running.slots_BRS,
-      cache,
-    )
-    if options.return_hidden:
-      read_BYD = jax.lax.dynamic_update_slice_in_dim(read_BYD, hidden_BRD, last * R, axis=1)
-    return choose(state, hidden_BRD), cache, read_BYD
-
-  hidden_BSD, cache = decode(params, inputs_BSD, valid_BS, cache=cache)
-  state = choose(search.start(rows, options, padding_B), hidden_BSD[:, -1:])
-  cache = cache.grow(read * R)
+  steps = _Steps(
+    params=params,
+    config=config,
+    options=options,
+    decode=functools.partial(speech_llm.decode, params, config=config, lora_scale=lora_scale),
+    prompt_slots=prompt_slots,
+    prompt_B=prompt_B,
+    min_new_B=min_new_tokens(prompt_B, options),
+    keys_B=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows)),
+  )
+  hidden_BSD, cache = steps.prefill(inputs_BSD, valid_BS)
+  state = steps.choose(search.start(rows, options, padding_B), hidden_BSD[:, -1:])
   read_BYD = None
   if options.return_hidden:
-    read_BYD = jnp.zeros((rows, S * R, decoder.hidden_size), hidden_BSD.dtype)
+    slots = options.max_new_tokens * options.width
+    read_BYD = jnp.zeros((rows, slots, hidden_BSD.shape[-1]), hidden_BSD.dtype)
   state, cache, read_BYD = jax.lax.while_loop(
-    lambda carry: search.unfinished(carry[0], options), body, (state, cache, read_BYD)
+    lambda carry: search.unfinished(carry[0], options), steps.step, (state, cache, read_BYD)
   )
-  answers = search.best(state, options)
-  last_BR1 = jnp.maximum(answers.lengths_BR - 1, 0)[..., None]
-  last_tokens_BR = jnp.take_along_axis(answers.tokens_BRS, last_BR1, axis=-1)[..., 0]
+  found = search.best(state, options)
   hidden_BRSD = None
   if options.return_hidden:
-    # The last tokens were never read: they go into the slots of the last step, one an answer.
-    place_BRS = answers.slots_BRS.at[..., -1].set(jnp.arange(options.num_return_sequences))
-    past_BRS = (jnp.arange(S) < last_BR1) | (jnp.arange(S) == S - 1)
-    cache = cache.replace(filled=jnp.int32(prompt_slots + (S - 1) * R))
-    final_BRD, _ = read_tokens(
-      last_tokens_BR, prompt_B[:, None] + last_BR1[..., 0], past_BRS, place_BRS, cache
-    )
-    hidden_BRSD = _collect(read_BYD, final_BRD, answers, R)
-  is_empty_BR = answers.lengths_BR == 0
-  is_eos_BR = jnp.isin(last_tokens_BR, jnp.array(options.eos_token_id, jnp.int32))
-  return Generated(
-    tokens_BRS=answers.tokens_BRS,
-    lengths_BR=answers.lengths_BR,
-    scores_BR=jnp.where(is_empty_BR, 0, answers.scores_BR),
+    hidden_BRSD = _collect(read_BYD, steps.read_last(found, cache), found, options.width)
+  is_empty_BR = found.lengths_BR == 0
+  is_eos_BR = jnp.isin(_last_tokens(found), jnp.array(options.eos_token_id, jnp.int32))
+  return GenerateOutput(
+    tokens_BRS=found.tokens_BRS,
+    lengths_BR=found.lengths_BR,
+    scores_BR=jnp.where(is_empty_BR, 0, found.scores_BR),
     finished_BR=is_eos_BR | is_empty_BR,
     hidden_BRSD=hidden_BRSD,
   )
 
 
-def _collect(read_BYD, final_BRD, answers: search.Answers, places: int) -> jax.Array:
-  """Hidden states [B, R, S, D] of answers, from those of all slots and of the last tokens."""
-  rows, count, steps = answers.slots_BRS.shape
-  index_BY = (jnp.arange(steps) * places + answers.slots_BRS).reshape(rows, -1)
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+  """The steps of one call of `generate_from`; R hypotheses of S = max_new_tokens slots each.
+
+  Attributes:
+    decode: `speech_llm.decode` of this model.
+    prompt_slots: slots of the prompts.
+    prompt_B: int32, tokens of each prompt.
+    min_new_B: int32, tokens before an eos is allowed.
+    keys_B: PRNG key of each row.
+  """
+
+  params: dict
+  config: SpeechLLMConfig
+  options: GenerationConfig
+  decode: Callable
+  prompt_slots: int
+  prompt_B: jax.Array
+  min_new_B: jax.Array
+  keys_B: jax.Array
+
+  @property
+  def slots(self) -> int:
+    """Slots of the cache for generated tokens."""
+    S = self.options.max_new_tokens
+    # Nothing follows the last token, but return_hidden reads it too.
+    return self.options.width * (S if self.options.return_hidden else max(S - 1, 1))
+
+  def prefill(self, inputs_BSD, valid_BS):
+    """(hidden [B, S, D] of the prompts, cache with room for generated tokens)."""
+    dtype = self.config.compute.jnp_dtype
+    rows, slots = valid_BS.shape
+    cache = self.config.decoder.empty_cache(rows=rows, slots=slots, dtype=dtype)
+    hidden_BSD, cache = self.decode(inputs_BSD, valid_BS, cache=cache)
+    return hidden_BSD, cache.grow(self.slots)
+
+  def choose(self, state: search.State, hidden_BRD) -> search.State:
+    """Chooses the next tokens; the hidden states have one entry for all R hypotheses, or R."""
+    logits_BRV = speech_llm.logits(self.params, hidden_BRD, self.config)
+    rows, _, vocab = logits_BRV.shape
+    logits_BRV = jnp.broadcast_to(logits_BRV, (rows, self.options.width, vocab))
+    keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(self.keys_B)
+    return search.advance(state, logits_BRV, self.options, min_new_B=self.min_new_B, keys_B=keys_B)
+
+  def step(self, carry):
+    """Reads the tokens that were chosen last and chooses the next ones."""
+    state, cache, read_BYD = carry
+    last, S, R = state.step - 1, self.options.max_new_tokens, self.options.width
+    tokens_BRS = state.running.tokens_BRS
+    hidden_BRD, cache = self.read_tokens(
+      jax.lax.dynamic_index_in_dim(tokens_BRS, last, axis=-1, keepdims=False),
+      jnp.broadcast_to(self.prompt_B[:, None] + last, tokens_BRS.shape[:2]),
+      past_BRS=jnp.arange(S) <= last,
+      slots_BRS=state.running.slots_BRS,
+      cache=cache,
+    )
+    if self.options.return_hidden:
+      read_BYD = jax.lax.dynamic_update_slice_in_dim(read_BYD, hidden_BRD, last * R, axis=1)
+    return self.choose(state, hidden_BRD), cache, read_BYD
+
+  def read_tokens(self, tokens_BR, positions_BR, *, past_BRS, slots_BRS, cache):
+    """(hidden [B, R, D], cache) of tokens that attend to the prompt, their past and themselves."""
+    own_BRSR = past_BRS[..., None] & (slots_BRS[..., None] == jnp.arange(self.options.width))
+    own_BRT = own_BRSR.reshape(*tokens_BR.shape, -1)[..., : self.slots]
+    prompt_BRT = jnp.ones((*tokens_BR.shape, self.prompt_slots), bool)
+    placement = Placement(positions_BR, jnp.concatenate([prompt_BRT, own_BRT], axis=-1))
+    inputs_BRD = speech_llm.embed(self.params, tokens_BR, self.config)
+    valid_BR = jnp.ones(tokens_BR.shape, bool)
+    return self.decode(inputs_BRD, valid_BR, cache=cache, placement=placement)
+
+  def read_last(self, found: search.Hypotheses, cache) -> jax.Array:
+    """Hidden states [B, R, D] of the last tokens, which `step` never read."""
+    S, R = self.options.max_new_tokens, self.options.width
+    last_BR1 = jnp.maximum(found.lengths_BR - 1, 0)[..., None]
+    # They go into the slots of the last step, one per hypothesis.
+    slots_BRS = found.slots_BRS.at[..., -1].set(jnp.arange(self.options.num_return_sequences))
+    hidden_BRD, _ = self.read_tokens(
+      _last_tokens(found),
+      self.prompt_B[:, None] + last_BR1[..., 0],
+      past_BRS=(jnp.arange(S) < last_BR1) | (jnp.arange(S) == S - 1),
+      slots_BRS=slots_BRS,
+      cache=cache.replace(filled=jnp.int32(self.prompt_slots + (S - 1) * R)),  # type: ignore[attr-defined]
+    )
+    return hidden_BRD
+
+
+def _last_tokens(found: search.Hypotheses) -> jax.Array:
+  last_BR1 = jnp.maximum(found.lengths_BR - 1, 0)[..., None]
+  return jnp.take_along_axis(found.tokens_BRS, last_BR1, axis=-1)[..., 0]
+
+
+def _collect(read_BYD, last_BRD, found: search.Hypotheses, width: int) -> jax.Array:
+  """Hidden states [B, R, S, D] of hypotheses, from those of all slots and of the last tokens."""
+  rows, number, steps = found.slots_BRS.shape
+  index_BY = (jnp.arange(steps) * width + found.slots_BRS).reshape(rows, -1)
   hidden_BRSD = jnp.take_along_axis(read_BYD, index_BY[..., None], axis=1)
-  hidden_BRSD = hidden_BRSD.reshape(rows, count, steps, -1)
-  order_S1, lengths_BR11 = jnp.arange(steps)[:, None], answers.lengths_BR[..., None, None]
-  hidden_BRSD = jnp.where(order_S1 == lengths_BR11 - 1, final_BRD[:, :, None], hidden_BRSD)
+  hidden_BRSD = hidden_BRSD.reshape(rows, number, steps, -1)
+  order_S1, lengths_BR11 = jnp.arange(steps)[:, None], found.lengths_BR[..., None, None]
+  hidden_BRSD = jnp.where(order_S1 == lengths_BR11 - 1, last_BRD[:, :, None], hidden_BRSD)
   return jnp.where(order_S1 < lengths_BR11, hidden_BRSD, 0)
 
 
@@ -209,3 +267,43 @@ def _check(params, config, options, key):
     raise ValueError("generate needs compute.scan=False and per-layer params: tree.unstack_layers")
   if options.do_sample and key is None:
     raise ValueError("do_sample=True needs a PRNG key: generate(..., key=jax.random.key(seed))")
+
+
+def decode_batches(
+  params: dict,
+  batches: Iterable[tuple[T, Batch]],
+  config: SpeechLLMConfig,
+  options: GenerationConfig,
+  *,
+  key: jax.Array,
+  lora_scale: float | None = None,
+) -> Generator[tuple[T, GenerateOutput]]:
+  """Generates text for batch after batch; a thread makes the next one while the device decodes.
+
+  Close the generator to stop early: it waits for the batch that is being made, and makes no other.
+
+  Args:
+    params, config, options, lora_scale: as in `generate`.
+    batches: (what identifies the batch to the caller, the batch); iterated in a thread, and at
+      most one batch ahead. Its exceptions are raised here.
+    key: PRNG key; batch n uses fold_in(key, n).
+
+  Yields:
+    (what identifies the batch, output in NumPy).
+  """
+  with concurrent.futures.ThreadPoolExecutor(1, "next batch") as thread:
+    iterator, end = iter(batches), None
+    coming = thread.submit(next, iterator, end)
+    number = 0
+    while (item := coming.result()) is not None:
+      coming = thread.submit(next, iterator, end)
+      output = generate(
+        params,
+        item[1],
+        config,
+        options,
+        key=jax.random.fold_in(key, number),
+        lora_scale=lora_scale,
+      )
+      yield item[0], jax.device_get(output)
+      number += 1

@@ -1,4 +1,4 @@
-"""How an answer is searched for: the options of `transformers.generate`, by their names."""
+"""Decoding options, named as in `transformers.generate`."""
 
 import dataclasses
 import math
@@ -10,24 +10,23 @@ class GenerationConfig:
   """Decoding options, named and meant as in `transformers.generate` called with embeddings.
 
   Attributes:
-    max_new_tokens: upper bound on generated tokens, eos included.
-    eos_token_id: tokens that end an answer.
-    do_sample: False takes the most probable, True draws.
-    temperature: divides the scores before drawing, > 0.
-    top_k: draws from the k most probable tokens only; 0 = all.
-    top_p: draws from the smallest set of most probable tokens that holds this much mass.
-    num_beams: answers followed side by side; 1 is greedy decoding or plain sampling.
-    length_penalty: an answer's score is its summed log-probability / length ** length_penalty.
-    early_stopping: True stops as soon as num_beams answers are complete; False when no open beam
-      would beat them at its present length; "never" when none could at any length.
-    num_return_sequences: answers returned for each utterance, best first; with one beam, draws.
-    min_length: eos is barred until prompt and answer together have this many tokens.
-    min_new_tokens: eos is barred until the answer has this many; given, it replaces min_length.
-    repetition_penalty: divides positive scores of tokens that the answer holds already, multiplies
-      negative ones; 1 does nothing. The prompt does not count.
-    no_repeat_ngram_size: no n tokens in a row come twice in an answer; 0 = no such rule.
+    max_new_tokens: maximum number of generated tokens, including the eos.
+    eos_token_id: ids of the tokens that end generation.
+    do_sample: sample instead of greedy decoding.
+    temperature: sampling temperature, above 0.
+    top_k: sample from the k most probable tokens; 0 is all.
+    top_p: nucleus (top-p) sampling threshold, in (0, 1].
+    num_beams: number of beams; 1 is greedy decoding or plain sampling.
+    length_penalty: exponent of the length in beam scores, summed log-probability / length ** it.
+    early_stopping: True stops as soon as num_beams hypotheses are finished; False when no open
+      beam would beat them at its present length; "never" when none could at any length.
+    num_return_sequences: hypotheses returned per utterance, best first; with one beam, samples.
+    min_length: minimum length of prompt and generated tokens together.
+    min_new_tokens: minimum number of generated tokens; replaces min_length if given.
+    repetition_penalty: penalty on tokens generated before (not those of the prompt); 1 is none.
+    no_repeat_ngram_size: forbid repeating any n-gram of this size; 0 allows all.
     sequence_bias: (token, value) pairs; the value is added to the token's score at every step.
-      Of transformers' sequence_bias, the sequences of one token.
+      Only transformers' sequences of one token.
     return_hidden: also return the last hidden state at each generated token.
   """
 
@@ -50,18 +49,12 @@ class GenerationConfig:
   return_hidden: bool = False
 
   def __post_init__(self):
-    for name, least in (
-      ("max_new_tokens", 1),
-      ("num_beams", 1),
-      ("num_return_sequences", 1),
-      ("top_k", 0),
-      ("min_length", 0),
-      ("min_new_tokens", 0),
-      ("no_repeat_ngram_size", 0),
-    ):
+    least_1 = ("max_new_tokens", "num_beams", "num_return_sequences")
+    for name in (*least_1, "top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"):
+      least = 1 if name in least_1 else 0
       value = getattr(self, name)
       if value is not None and value < least:
-        raise ValueError(f"generation.{name}={value}: at least {least}")
+        raise ValueError(f"generation.{name}={value}: must be at least {least}")
     if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
       raise ValueError(
         f"generation.min_new_tokens={self.min_new_tokens} exceeds max_new_tokens="
@@ -92,11 +85,11 @@ class GenerationConfig:
       )
     if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
       raise ValueError(
-        f"generation.num_return_sequences={self.num_return_sequences} answers cannot come out of"
-        f" num_beams={self.num_beams}; raise num_beams, or draw with do_sample=True and one beam"
+        f"generation.num_return_sequences={self.num_return_sequences} exceeds"
+        f" num_beams={self.num_beams}; raise num_beams, or sample with do_sample=True and one beam"
       )
 
   @property
   def width(self) -> int:
-    """Answers followed side by side for each utterance: beams, or independent draws."""
+    """Hypotheses per utterance that run side by side: beams, or independent samples."""
     return self.num_beams if self.num_beams > 1 else self.num_return_sequences

@@ -1,6 +1,6 @@
-"""What is done to the scores of the next token before one is chosen.
+"""Processing of the next token's scores before one is chosen.
 
-Each function is the processor of the same name in transformers, over any number of leading axes.
+Each function is the processor of that name in transformers, over any number of leading axes.
 """
 
 import jax
@@ -13,20 +13,21 @@ def process(
   scores_XV: jax.Array,
   tokens_XS: jax.Array,
   step: jax.Array | int,
+  *,
   min_new_X: jax.Array,
   options: GenerationConfig,
 ) -> jax.Array:
   """Applies every option, in transformers' order.
 
   Args:
-    scores_XV: float32 [..., V]: logits where one beam decodes, log-probabilities in beam search.
-    tokens_XS: int32 [..., S], the answers so far; their first `step` entries count.
-    step: tokens that every answer holds.
-    min_new_X: int32, broadcast against [...]: eos is barred while `step` is below.
-    options: what to apply; temperature, top_k and top_p where do_sample.
+    scores_XV: float32 [..., V]: logits with one beam, log-probabilities in beam search.
+    tokens_XS: int32 [..., S], tokens generated so far; the first `step` entries count.
+    step: number of tokens generated so far.
+    min_new_X: int32, broadcast against [...]: eos is forbidden while `step` is below.
+    options: decoding options; temperature, top_k and top_p apply if do_sample.
 
   Returns:
-    float32 [..., V]; -inf for a token that must not come.
+    float32 [..., V]; -inf for a forbidden token.
 
   Raises:
     ValueError: if sequence_bias or eos_token_id name a token that the vocabulary lacks.
@@ -42,31 +43,31 @@ def process(
     tokens, values = zip(*options.sequence_bias)
     scores_XV = scores_XV.at[..., jnp.array(tokens)].add(jnp.array(values, jnp.float32))
   if options.repetition_penalty != 1:
-    scores_XV = penalize_repetition(scores_XV, tokens_XS, step, options.repetition_penalty)
+    scores_XV = penalize_repetition(scores_XV, tokens_XS, step, penalty=options.repetition_penalty)
   if options.no_repeat_ngram_size:
-    scores_XV = ban_repeated_ngrams(scores_XV, tokens_XS, step, options.no_repeat_ngram_size)
+    scores_XV = ban_repeated_ngrams(scores_XV, tokens_XS, step, size=options.no_repeat_ngram_size)
   if options.eos_token_id:
     early_X1 = (step < min_new_X)[..., None]
     is_eos_V = jnp.isin(jnp.arange(vocab), jnp.array(options.eos_token_id))
     scores_XV = jnp.where(early_X1 & is_eos_V, -jnp.inf, scores_XV)
   if options.do_sample:
-    # Beams need a way on where every eos is among the most probable tokens.
+    # An open beam must remain even if every eos is among the most probable tokens.
     keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
-    scores_XV = restrict(
+    scores_XV = apply_top_k_top_p(
       scores_XV / options.temperature, top_k=options.top_k, top_p=options.top_p, keep=keep
     )
   return scores_XV
 
 
 def min_new_tokens(prompt_B: jax.Array, options: GenerationConfig) -> jax.Array:
-  """Tokens that an answer needs before its eos, int32 [B], from the lengths of the prompts."""
+  """Tokens that must precede the eos, int32 [B], from the lengths of the prompts."""
   if options.min_new_tokens is not None:
     return jnp.full_like(prompt_B, options.min_new_tokens)
   return jnp.maximum(options.min_length - prompt_B, 0)
 
 
-def penalize_repetition(scores_XV, tokens_XS, step, penalty: float) -> jax.Array:
-  """Makes the tokens of the answer less probable (penalty > 1) or more (< 1).
+def penalize_repetition(scores_XV, tokens_XS, step, *, penalty: float) -> jax.Array:
+  """Makes tokens generated before less probable (penalty > 1) or more probable (< 1).
 
   Source: CTRL (Keskar et al., 2019).
   """
@@ -76,13 +77,13 @@ def penalize_repetition(scores_XV, tokens_XS, step, penalty: float) -> jax.Array
   return jnp.where(seen_XV, penalized_XV, scores_XV)
 
 
-def ban_repeated_ngrams(scores_XV, tokens_XS, step, size: int) -> jax.Array:
-  """Bars every token that would repeat `size` tokens in a row."""
+def ban_repeated_ngrams(scores_XV, tokens_XS, step, *, size: int) -> jax.Array:
+  """Forbids every token that would repeat an n-gram of this size."""
   slots = tokens_XS.shape[-1]
   if slots < size:
     return scores_XV
   starts = jnp.arange(slots - size + 1)
-  # A window repeats if it is whole and its first tokens are the last ones of the answer.
+  # An n-gram repeats if it is complete and its first tokens are the last ones generated.
   repeats_XW = jnp.broadcast_to(starts + size <= step, (*tokens_XS.shape[:-1], len(starts)))
   for offset in range(size - 1):
     last = jnp.clip(step - size + 1 + offset, 0, slots - 1)
@@ -93,7 +94,7 @@ def ban_repeated_ngrams(scores_XV, tokens_XS, step, size: int) -> jax.Array:
 
 
 def _marked(tokens_XS, chosen_XS, vocab: int) -> jax.Array:
-  """bool [..., V], True for the tokens that stand where `chosen` is True."""
+  """bool [..., V], True for the tokens at the places where `chosen` is True."""
 
   def row(tokens_S, chosen_S):
     return jnp.zeros(vocab, bool).at[jnp.where(chosen_S, tokens_S, vocab)].set(True, mode="drop")
@@ -102,11 +103,13 @@ def _marked(tokens_XS, chosen_XS, vocab: int) -> jax.Array:
   return jnp.vectorize(row, signature="(n),(n)->(v)")(tokens_XS, chosen_XS)
 
 
-def restrict(scores_XV: jax.Array, *, top_k: int, top_p: float, keep: int = 1) -> jax.Array:
+def apply_top_k_top_p(
+  scores_XV: jax.Array, *, top_k: int, top_p: float, keep: int = 1
+) -> jax.Array:
   """Sets scores outside the k most probable, then outside the nucleus of mass p, to -inf.
 
-  Ties with the k-th score stay in; of equal scores at the nucleus' edge, those with the lower ids
-  are in. At least the `keep` most probable tokens stay.
+  Ties with the k-th score are kept; of equal scores at the edge of the nucleus, those with the
+  lower ids. At least the `keep` most probable tokens are kept.
 
   Source: nucleus sampling (Holtzman et al., 2020).
   """

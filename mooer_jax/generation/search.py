@@ -1,14 +1,14 @@
-"""The search for answers, as pure functions over logits; it knows no model.
+"""Greedy decoding, sampling and beam search as pure functions over logits, for any model.
 
     state = start(rows, options)
     while unfinished(state, options):
       logits_BRV = ...  # after state.running.tokens_BRS[..., : state.step]
       state = advance(state, logits_BRV, options, min_new_B=..., keys_B=...)
-    answers = best(state, options)
+    hypotheses = best(state, options)
 
-R answers of an utterance run side by side: the beams of a beam search, or independent draws. The
-model needs no copy of anything: `slots_BRS` says under which of the R places the model met each
-token of an answer, and only these small integers move when beams are reordered.
+R hypotheses of an utterance run side by side: the beams of a beam search, or independent samples.
+The cache is never copied: `slots_BRS` is the place, of R, under which the model read each token of
+a hypothesis, and only these small integers move when beams are reordered.
 
 Source: the semantics of `generate` in transformers 5.23.
 """
@@ -23,17 +23,17 @@ from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import process
 
 PAD = -1
-BARRED = -1e9  # what transformers adds to a score to keep a candidate out; finite, so that it sums
+NEG_INF = -1e9  # transformers adds it to the scores of forbidden candidates; finite, so it sums
 
 
-class Answers(NamedTuple):
-  """Answers, whole or begun.
+class Hypotheses(NamedTuple):
+  """Generated tokens, finished or not.
 
   Attributes:
-    tokens_BRS: int32 [B, R, max_new_tokens], -1 where no token is.
-    slots_BRS: int32, the place in 0 … R-1 that the answer held when each token was chosen.
-    lengths_BR: int32, tokens held.
-    scores_BR: float32, summed log-probabilities; of whole answers, after the length penalty.
+    tokens_BRS: int32 [B, R, max_new_tokens], -1 after the end.
+    slots_BRS: int32, place in 0 … R-1 of the hypothesis when each token was chosen.
+    lengths_BR: int32, number of tokens.
+    scores_BR: float32, summed log-probabilities; if finished, after the length penalty.
   """
 
   tokens_BRS: jax.Array
@@ -43,42 +43,42 @@ class Answers(NamedTuple):
 
 
 class State(NamedTuple):
-  """Where the search stands.
+  """State of the search.
 
   Attributes:
     step: int32 scalar, tokens chosen so far.
-    running: the beams or draws that go on; best first where beams.
-    whole: the best whole answers of a beam search; draws end in place, in `running`.
-    is_whole_BR: bool, True where `whole` holds an answer, or where a draw has ended.
+    running: the open beams, best first; or the samples, which also end here.
+    finished: the best finished hypotheses of a beam search.
+    is_finished_BR: bool, True where `finished` holds a hypothesis, or where a sample has ended.
     done_B: bool, True where nothing changes any more.
   """
 
   step: Any
-  running: Answers
-  whole: Answers
-  is_whole_BR: jax.Array
+  running: Hypotheses
+  finished: Hypotheses
+  is_finished_BR: jax.Array
   done_B: jax.Array
 
 
 def start(rows: int, options: GenerationConfig, done_B: jax.Array | None = None) -> State:
-  """Empty answers for `rows` utterances; those with done_B True stay empty."""
+  """Empty hypotheses for `rows` utterances; those with done_B True stay empty."""
   R, S = options.width, options.max_new_tokens
-  empty = Answers(
+  empty = Hypotheses(
     tokens_BRS=jnp.full((rows, R, S), PAD, jnp.int32),
     slots_BRS=jnp.zeros((rows, R, S), jnp.int32),
     lengths_BR=jnp.zeros((rows, R), jnp.int32),
     scores_BR=jnp.zeros((rows, R), jnp.float32),
   )
-  running, whole = empty, empty
+  running, finished = empty, empty
   if options.num_beams > 1:
-    # The beams begin alike: only the first counts, or all would follow the same answer.
-    running = empty._replace(scores_BR=empty.scores_BR.at[:, 1:].set(BARRED))
-    whole = empty._replace(scores_BR=jnp.full((rows, R), BARRED, jnp.float32))
+    # All beams start alike: only the first counts, or all would choose the same tokens.
+    running = empty._replace(scores_BR=empty.scores_BR.at[:, 1:].set(NEG_INF))
+    finished = empty._replace(scores_BR=jnp.full((rows, R), NEG_INF, jnp.float32))
   return State(
     step=jnp.zeros((), jnp.int32),
     running=running,
-    whole=whole,
-    is_whole_BR=jnp.zeros((rows, R), bool),
+    finished=finished,
+    is_finished_BR=jnp.zeros((rows, R), bool),
     done_B=jnp.zeros(rows, bool) if done_B is None else done_B,
   )
 
@@ -96,20 +96,20 @@ def advance(
   min_new_B: jax.Array,
   keys_B: jax.Array | None = None,
 ) -> State:
-  """Chooses one more token for every running answer.
+  """Chooses one more token for every running hypothesis.
 
   Args:
     state: the search so far.
-    logits_BRV: float32, of the token after each running answer.
-    options: how to choose.
-    min_new_B: int32, tokens before an eos may come; see `processors.min_new_tokens`.
-    keys_B: one PRNG key an utterance and step, where do_sample.
+    logits_BRV: float32, logits of the token after each running hypothesis.
+    options: decoding options.
+    min_new_B: int32, tokens before an eos is allowed; see `processors.min_new_tokens`.
+    keys_B: a PRNG key per utterance and step, if do_sample.
 
   Returns:
-    The next state; an utterance that is done keeps what it has, whatever the others do.
+    The next state; an utterance that is done no longer changes.
   """
-  choose = _advance_beams if options.num_beams > 1 else _advance_draws
-  new = choose(state, logits_BRV, options, min_new_B, keys_B)
+  choose = _advance_beams if options.num_beams > 1 else _advance_samples
+  new = choose(state, logits_BRV, options, min_new_B=min_new_B, keys_B=keys_B)
 
   def kept(old, new):
     done = state.done_B.reshape(-1, *[1] * (new.ndim - 1))
@@ -118,13 +118,13 @@ def advance(
   return jax.tree.map(kept, state._replace(step=None), new)._replace(step=state.step + 1)
 
 
-def best(state: State, options: GenerationConfig) -> Answers:
-  """The `num_return_sequences` answers of each utterance, best first; draws in their order."""
+def best(state: State, options: GenerationConfig) -> Hypotheses:
+  """The `num_return_sequences` hypotheses of each utterance, best first; samples in their order."""
   if options.num_beams > 1:
-    return jax.tree.map(lambda x: x[:, : options.num_return_sequences], state.whole)
-  answers, divisors_S = state.running, _divisors(options)
-  last_BR = jnp.maximum(answers.lengths_BR - 1, 0)
-  return answers._replace(scores_BR=answers.scores_BR / divisors_S[last_BR])
+    return jax.tree.map(lambda x: x[:, : options.num_return_sequences], state.finished)
+  found, divisors_S = state.running, _divisors(options)
+  last_BR = jnp.maximum(found.lengths_BR - 1, 0)
+  return found._replace(scores_BR=found.scores_BR / divisors_S[last_BR])
 
 
 def _divisors(options: GenerationConfig) -> jax.Array:
@@ -137,83 +137,85 @@ def _is_eos(tokens: jax.Array, options: GenerationConfig) -> jax.Array:
   return jnp.isin(tokens, jnp.array(options.eos_token_id, jnp.int32))
 
 
-def _advance_draws(state, logits_BRV, options, min_new_B, keys_B) -> State:
-  """Greedy decoding or sampling: every answer goes its own way."""
-  answers, step = state.running, state.step
-  scores_BRV = process(logits_BRV, answers.tokens_BRS, step, min_new_B[:, None], options)
+def _advance_samples(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
+  """Greedy decoding or sampling; hypotheses are independent."""
+  begun, step = state.running, state.step
+  scores_BRV = process(
+    logits_BRV, begun.tokens_BRS, step, min_new_X=min_new_B[:, None], options=options
+  )
   if options.do_sample:
     tokens_BR = jax.vmap(jax.random.categorical)(keys_B, scores_BRV).astype(jnp.int32)
   else:
     tokens_BR = scores_BRV.argmax(-1).astype(jnp.int32)
   log_probs_BRV = jax.nn.log_softmax(scores_BRV)
   gained_BR = jnp.take_along_axis(log_probs_BRV, tokens_BR[..., None], axis=-1)[..., 0]
-  goes_on_BR = ~state.is_whole_BR
-  tokens_BR = jnp.where(goes_on_BR, tokens_BR, PAD)
-  running = Answers(
-    tokens_BRS=answers.tokens_BRS.at[..., step].set(tokens_BR),
-    slots_BRS=answers.slots_BRS.at[..., step].set(jnp.arange(options.width)),
-    lengths_BR=answers.lengths_BR + goes_on_BR,
-    scores_BR=answers.scores_BR + jnp.where(goes_on_BR, gained_BR, 0),
+  is_open_BR = ~state.is_finished_BR
+  tokens_BR = jnp.where(is_open_BR, tokens_BR, PAD)
+  running = Hypotheses(
+    tokens_BRS=begun.tokens_BRS.at[..., step].set(tokens_BR),
+    slots_BRS=begun.slots_BRS.at[..., step].set(jnp.arange(options.width)),
+    lengths_BR=begun.lengths_BR + is_open_BR,
+    scores_BR=begun.scores_BR + jnp.where(is_open_BR, gained_BR, 0),
   )
-  is_whole_BR = state.is_whole_BR | _is_eos(tokens_BR, options)
-  return State(None, running, state.whole, is_whole_BR, is_whole_BR.all(axis=1))
+  is_finished_BR = state.is_finished_BR | _is_eos(tokens_BR, options)
+  return State(None, running, state.finished, is_finished_BR, is_finished_BR.all(axis=1))
 
 
-def _take(answers: Answers, index_BX: jax.Array) -> Answers:
-  """Picks answers of each utterance."""
+def _take(hypotheses: Hypotheses, index_BX: jax.Array) -> Hypotheses:
+  """Picks hypotheses of each utterance."""
 
   def pick(x):
     return jnp.take_along_axis(x, index_BX.reshape(*index_BX.shape, *[1] * (x.ndim - 2)), axis=1)
 
-  return jax.tree.map(pick, answers)
+  return jax.tree.map(pick, hypotheses)
 
 
-def _advance_beams(state, logits_BRV, options, min_new_B, keys_B) -> State:
-  """One step of beam search: candidates, the beams that go on, the answers that became whole."""
+def _advance_beams(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
+  """One step of beam search: candidates, the open beams, the finished hypotheses."""
   step, R = state.step, options.num_beams
   divisors_S = _divisors(options)
   log_probs_BRV = jax.nn.log_softmax(logits_BRV)
   log_probs_BRV = process(
-    log_probs_BRV, state.running.tokens_BRS, step, min_new_B[:, None], options
+    log_probs_BRV, state.running.tokens_BRS, step, min_new_X=min_new_B[:, None], options=options
   )
-  candidates = _candidates(state, log_probs_BRV, options, keys_B)
+  candidates = _candidates(state, log_probs_BRV, options, keys_B=keys_B)
   stops_BX = _is_eos(candidates.tokens_BRS[..., step], options)
   stops_BX |= step + 1 >= options.max_new_tokens
 
-  barred_BX = candidates.scores_BR + stops_BX * BARRED
-  running = _take(candidates._replace(scores_BR=barred_BX), jax.lax.top_k(barred_BX, R)[1])
+  open_BX = candidates.scores_BR + stops_BX * NEG_INF
+  running = _take(candidates._replace(scores_BR=open_BX), jax.lax.top_k(open_BX, R)[1])
   running = running._replace(slots_BRS=running.slots_BRS.at[..., step].set(jnp.arange(R)))
 
-  # Candidates behind the first R stand by for beams that end; they cannot become answers.
+  # Candidates after the first R only replace beams that end; they cannot become finished.
   ends_BX = stops_BX & (jnp.arange(stops_BX.shape[1]) < R)
-  scores_BX = candidates.scores_BR / divisors_S[step] + ~ends_BX * BARRED
+  scores_BX = candidates.scores_BR / divisors_S[step] + ~ends_BX * NEG_INF
   both = jax.tree.map(
     lambda *x: jnp.concatenate(x, axis=1),
-    (state.whole, state.is_whole_BR),
+    (state.finished, state.is_finished_BR),
     (candidates._replace(scores_BR=scores_BX), ends_BX),
   )
   chosen_BR = jax.lax.top_k(both[0].scores_BR, R)[1]
-  whole = _take(both[0], chosen_BR)
-  is_whole_BR = jnp.take_along_axis(both[1], chosen_BR, axis=1)
+  finished = _take(both[0], chosen_BR)
+  is_finished_BR = jnp.take_along_axis(both[1], chosen_BR, axis=1)
 
   to_the_end = options.early_stopping == "never" and options.length_penalty > 0
   hope_B1 = running.scores_BR[:, :1] / divisors_S[-1 if to_the_end else step]
-  worst_B1 = whole.scores_BR.min(axis=1, keepdims=True)
-  done_B = ~(hope_B1 > jnp.where(is_whole_BR, worst_B1, BARRED)).any(axis=1)
+  worst_B1 = finished.scores_BR.min(axis=1, keepdims=True)
+  done_B = ~(hope_B1 > jnp.where(is_finished_BR, worst_B1, NEG_INF)).any(axis=1)
   done_B |= stops_BX.all(axis=1)
   if options.early_stopping is True:
-    done_B |= is_whole_BR.all(axis=1)
-  return State(None, running, whole, is_whole_BR, done_B)
+    done_B |= is_finished_BR.all(axis=1)
+  return State(None, running, finished, is_finished_BR, done_B)
 
 
-def _candidates(state, log_probs_BRV, options, keys_B) -> Answers:
-  """The most probable continuations of all beams together, or as many drawn without replacement.
+def _candidates(state, log_probs_BRV, options, *, keys_B) -> Hypotheses:
+  """The most probable continuations of all beams together, or samples without replacement.
 
-  There are enough for R to go on even if every beam could end with each eos.
+  There are enough for R open beams even if every beam could end with each eos.
   """
   B, R, V = log_probs_BRV.shape
-  count = R * max(2, 1 + len(options.eos_token_id))
-  if count > R * V:
+  number = R * max(2, 1 + len(options.eos_token_id))
+  if number > R * V:
     raise ValueError(
       f"generation.eos_token_id has {len(options.eos_token_id)} tokens of a vocabulary of {V}; beam"
       " search needs at least one token more"
@@ -221,12 +223,12 @@ def _candidates(state, log_probs_BRV, options, keys_B) -> Answers:
   totals_BY = (log_probs_BRV + state.running.scores_BR[..., None]).reshape(B, R * V)
   ranked_BY = totals_BY
   if options.do_sample:
-    # The largest sums with Gumbel noise are draws without replacement, in the order of drawing
-    # (Kool et al., 2019).
+    # The largest sums with Gumbel noise are samples without replacement, in order (Kool et al.,
+    # 2019).
     ranked_BY += jax.vmap(lambda key: jax.random.gumbel(key, (R * V,)))(keys_B)
-  index_BX = jax.lax.top_k(ranked_BY, count)[1]
+  index_BX = jax.lax.top_k(ranked_BY, number)[1]
   begun = _take(state.running, index_BX // V)
-  return Answers(
+  return Hypotheses(
     tokens_BRS=begun.tokens_BRS.at[..., state.step].set(index_BX % V),
     slots_BRS=begun.slots_BRS,
     lengths_BR=begun.lengths_BR + 1,

@@ -61,30 +61,29 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """A test set, how it is decoded and how it is scored.
+  """Test set, decoding and scoring.
 
   Batches have the buckets of `data`, and one more for max_s if that is longer.
 
   Attributes:
     shards: `data.list` of the test set, or its annotation file (.json).
-    references: a `text` file (key, transcript); "" takes the one beside the data.list, as in
-      MooER's test sets, else the transcripts in the shards or the annotation.
-    task: the prompt; "": each utterance's own task, and each is scored by itself.
-    batch_size: utterances decoded together.
-    out: folder for `text` and the reports; "" is `eval/NAME` in the run's folder, NAME being that
-      of the folder of the data.list, FOLDER-FILE for an annotation file, or of what else eval.py
-      does: "salmonn" for that suite, "perplexity", "lora_sweep".
-    metric: the one that report.json is about: "mixed" (MooER's), "character" or "word".
-    space_mark: how `▁` in a transcript is read: "space", as models are trained to write it, or
-      "keep", as MooER's script does.
-    skip_missing: leave utterances without a hypothesis out, as MooER's script does.
+    references: a `text` file (key, transcript); "": the one beside the data.list, as in MooER's
+      test sets, else the transcripts in the shards or the annotation.
+    task: task of all utterances; "": each utterance's own task; each task is scored separately.
+    batch_size: utterances per batch.
+    out: folder for `text` and the reports; "": `eval/NAME` in the run's folder. NAME is the folder
+      of the data.list, FOLDER-FILE for an annotation file, or "salmonn" (the suite), "perplexity",
+      "lora_sweep".
+    metric: metric of report.json: "mixed" (MooER's), "character" or "word".
+    space_mark: meaning of `▁` in a transcript: "space", as in training, or "keep" (a character), as
+      in MooER's script.
+    skip_missing: leave out utterances without a hypothesis, as MooER's script does.
     max_s: longest clip, in seconds; default: the model's limit. Longer clips are reported and
       scored as not decoded.
     truncate: truncate longer clips to max_s instead, as SALMONN does; their number is printed.
     lora_scale: scale of LoRA; default: that of training.
-    bleu_tokenize: sacrebleu's tokenizer, by the language of the answers: "13a", "zh", "char", …;
-      "": as `evaluation.translation.TOKENIZERS` has it for the task. A task that is not there, of
-      the model's own, gets BLEU where this is set.
+    bleu_tokenize: sacrebleu's tokenizer for the language of the texts: "13a", "zh", "char", …; "":
+      that of `evaluation.translation.TOKENIZERS`. Required for the BLEU of other tasks.
   """
 
   RENAMED: ClassVar = {"cut_longer": "truncate"}
@@ -130,15 +129,15 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationConfig:
-  """What the model is asked at the discounted scale.
+  """Activation tuning: training on texts generated at a lower LoRA scale.
 
   Attributes:
     shards: annotation file (.json) of the clips; "": no activation tuning.
-    task: which of the model's prompts; it should allow for long and diverse answers.
-    lora_scale: while answering.
-    clips: so many of the first ones (SALMONN: 12).
-    review: stop when the answers are written, so that a person may edit them; the same command
-      with False then trains on them.
+    task: task of the prompt, which should allow long and diverse texts.
+    lora_scale: LoRA scale of generation.
+    clips: number of clips, the first ones (SALMONN: 12).
+    review: stop after generation, so that a person can edit the texts; the same command with
+      False then trains on them.
   """
 
   shards: str = ""
@@ -149,9 +148,9 @@ class ActivationConfig:
 
   def __post_init__(self):
     if self.shards and not self.shards.endswith(".json"):
-      raise ValueError(f"activation.shards={self.shards!r}: an annotation file (.json) is needed")
+      raise ValueError(f"activation.shards={self.shards!r}: must be an annotation file (.json)")
     if self.shards and not self.task:
-      raise ValueError("activation.task is missing: name the task whose prompt is asked")
+      raise ValueError("activation.task is missing: set it to the task of the prompt")
     if self.clips < 1 or self.lora_scale < 0:
       raise ValueError(
         f"activation.clips={self.clips} must be at least 1, activation.lora_scale={self.lora_scale}"
@@ -161,10 +160,10 @@ class ActivationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityConfig:
-  """Perplexities of reference answers, by task, that a run measures while it trains.
+  """Perplexity evaluation during training, by task.
 
   Attributes:
-    shards: test set, each utterance with its own task; "" measures nothing.
+    shards: test set, each utterance with its own task; "": no evaluation.
     instructions: tasks whose prompts are measured, besides no prompt.
     every: steps between two measurements; the first and the last model are always measured.
     batch_size: utterances per batch.

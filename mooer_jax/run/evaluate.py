@@ -1,4 +1,4 @@
-"""Decodes a test set, writes the hypotheses, scores them."""
+"""Evaluation of a checkpoint on a test set: decode, write the hypotheses, score them."""
 
 import dataclasses
 import math
@@ -11,9 +11,9 @@ from rich.console import Console
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import is_annotation
 from mooer_jax.evaluation import report
-from mooer_jax.evaluation.answers import score_by_task
-from mooer_jax.evaluation.answers import table as task_table
-from mooer_jax.evaluation.answers import write as write_by_task
+from mooer_jax.evaluation.answer_matching import score_by_task
+from mooer_jax.evaluation.answer_matching import table as task_table
+from mooer_jax.evaluation.answer_matching import write as write_by_task
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.translation import Bleu, bleu_of_task
@@ -28,16 +28,16 @@ _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
 def evaluate(
   run: Run, path: str, *, base: str | None = None
 ) -> tuple[dict[str, Score], Bleu | None]:
-  """Runs `eval.py`: leaves `text`, report.json, report.txt.
+  """Runs `eval.py`: writes `text`, report.json, report.txt.
 
   Args:
     run: the config; its `generation` overrides the options of the checkpoint.
     path: checkpoint folder, or training workdir.
-    base: where the base of a fine-tune lies, if it moved.
+    base: base checkpoint path of a fine-tune, if it has moved.
 
   Returns:
-    (error rates by metric, BLEU where the task translates). A multitask answer, and its reference,
-    have two lines: error rates are of the transcripts, BLEU is of the translations.
+    (error rates by metric, BLEU if the task translates). For multitask texts of two lines, error
+    rates are of the transcripts, BLEU is of the translations.
 
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or reference file.
@@ -47,7 +47,7 @@ def evaluate(
   folder = checkpoint.find(path)
   shards = Path(options.shards).absolute()
   out = out_folder(options, folder, _name(shards))
-  references = _given_references(options, out)  # before minutes of work, for it may be wrong
+  references = _given_references(options, out)  # before minutes of work, since it may raise
   start = time.perf_counter()
   decoded = decode_set(run, options, load(run, folder, base))
   seconds = time.perf_counter() - start
@@ -75,7 +75,7 @@ def evaluate(
     "audio_seconds": round(decoded.audio_s, 2),
     "decode_seconds_with_compilation": round(seconds, 2),
     "rates": {m: s.rate if math.isfinite(s.rate) else None for m, s in scores.items()},
-    "cut_off": len(decoded.cut),
+    "cut_off": len(decoded.unfinished),
     "not_decoded": [f"{s.key}: {s.cause}" for s in decoded.skipped],
     **({"bleu": dataclasses.asdict(translated)} if translated else {}),
   }
@@ -89,8 +89,8 @@ def evaluate(
       console.print(f"BLEU: {note}", markup=False, soft_wrap=True)
   console.print(report.table({_SHORT[metric]: s for metric, s in scores.items()}))
   if translated:
-    said = "\n".join((translated.details, translated.signature, *translated.notes))
-    console.print(said, markup=False, soft_wrap=True)
+    lines = (translated.details, translated.signature, *translated.notes)
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
   for note in scores[options.metric].notes:
     console.print(f"note: {note}", markup=False)
   for s in decoded.skipped:
@@ -105,13 +105,13 @@ def _name(shards: Path) -> str:
 
 
 def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:
-  """The transcripts of answers; whole answers where the task asks for no transcript."""
+  """The transcripts in the texts; the texts themselves if the task has no transcript."""
   parts = {key: split_answer(task, text).transcript for key, text in texts.items()}
   return {key: texts[key] if part is None else part for key, part in parts.items()}
 
 
 def _given_references(options: EvalConfig, out: Path) -> dict[str, str] | None:
-  """References in a file; None where those in the shards count."""
+  """References from a file; None if those in the shards apply."""
   beside = Path(options.shards).with_name("text")
   if options.references:
     given = Path(options.references)
@@ -123,7 +123,7 @@ def _given_references(options: EvalConfig, out: Path) -> dict[str, str] | None:
     return None
   if given.resolve() == (out / "text").resolve():
     raise ValueError(
-      f"{given} holds the references, and the answers would be written over it: set eval.out to"
+      f"{given} holds the references and would be overwritten by the hypotheses: set eval.out to"
       " another folder"
     )
   print(f"references: {given}")

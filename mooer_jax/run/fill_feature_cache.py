@@ -1,4 +1,4 @@
-"""The frames of frozen encoders, computed once before training."""
+"""Encoder frames of all clips, computed once before training."""
 
 import hashlib
 import itertools
@@ -20,39 +20,39 @@ from mooer_jax.config import SpeechLLMConfig, to_json
 from mooer_jax.data import annotation
 from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.examples import hear
+from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.shards import Skip
+from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.data.utterances import read, shard_names
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.sharding import batch_sharding
 
-# Raise it when the same weights and audio come to give other frames: what was cached is then old.
+# Raise it when the same weights and audio give other frames, so that old caches are not used.
 FRAMES_VERSION = 2
 
 
 def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
-  """Runs the encoders over all clips of the data set whose frames are not there.
+  """Runs the encoders over all clips of the data set that are not in the cache.
 
-  What is cached belongs to these encoders and their weights: with others, a folder of its own is
-  filled. A clip is encoded once, whatever is asked about it and under whatever keys, and anew when
-  its audio has changed. An interrupted pass goes on where it stopped.
+  A cache belongs to the encoders and their weights; other weights fill another folder. A clip is
+  encoded once, for all prompts and keys, and again if its audio changes. An interrupted pass
+  resumes.
 
   Args:
-    run: with data.cache_features.
-    params: of the whole model, on the mesh.
-    mesh: where the encoders run.
+    run: a config with data.cache_features.
+    params: parameters of the whole model, on the mesh.
+    mesh: mesh on which the encoders run.
 
   Raises:
-    ValueError: if an encoder is trained, or there is no checkpoint that it comes from.
+    ValueError: if an encoder is trained, or there is no init_from.
   """
   trained, _ = tree.partition(params, run.trainable)
   if moving := [p for p in tree.flatten(trained) if p.startswith(("encoders/", "frontend/"))]:
     raise ValueError(
-      f"data.cache_features keeps what frozen encoders give, but {moving[0]} is trained; leave the"
-      " encoders out of config.trainable, or unset data.cache_features"
+      f"data.cache_features needs frozen encoders, but {moving[0]} is trained; leave the encoders"
+      " out of config.trainable, or unset data.cache_features"
     )
   if run.init_from is None:
     raise ValueError("data.cache_features needs the trained encoders of init_from")
@@ -73,17 +73,17 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
   model = run.model
   encode = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, model))
   needed = {part: params.get(part, {}) for part in ("frontend", "encoders")}
-  passed: Counter[str] = Counter()
-  begun = (
-    (clips, encode(needed, jax.device_put(clips.batch, batch_sharding(mesh))))
-    for clips in uncached_batches(run.data, model, known={*cache.names()}, passed=passed)
+  skipped: Counter[str] = Counter()
+  misses = cache_misses(run.data, model, known={*cache.names()}, skipped=skipped)
+  started = (
+    (clips, encode(needed, jax.device_put(clips.batch, batch_sharding(mesh)))) for clips in misses
   )
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("encoding", total=None)
-    now = next(begun, None)
-    while now:
-      clips, streams = now
-      now = next(begun, None)  # is read while the devices work on the one before
+    current = next(started, None)
+    while current:
+      clips, streams = current
+      current = next(started, None)  # is read while the devices work on the previous one
       by_name = jax.device_get(streams)
       in_order = [by_name[encoder] for encoder in cache.widths]  # jit has sorted the names
       cache.write([
@@ -91,13 +91,13 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
         for row, (digest, seconds) in enumerate(zip(clips.digests, clips.seconds, strict=True))
       ])  # fmt: skip
       progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
-  if passed:
-    causes = ", ".join(f"{cause}: {n}" for cause, n in passed.most_common())
-    print(f"not encoded: {causes}; the training says which, in skipped.jsonl")
+  if skipped:
+    causes = ", ".join(f"{cause}: {n}" for cause, n in skipped.most_common())
+    print(f"not encoded: {causes}; training lists them in skipped.jsonl")
 
 
 def _stamp(run: Run, params: dict) -> str:
-  """Names what the frames follow from, besides the audio; all stages of a training share it."""
+  """Hash of everything that determines the frames, besides the audio."""
   described = to_json(run.model)
   names = ("encoders", "frontends", "min_audio_s", "channel")
   of = {name: described[name] for name in names}
@@ -118,32 +118,32 @@ def _hash(params: dict) -> str:
 
 
 class Clips(NamedTuple):
-  """A batch without prompts and answers, and digest and length (seconds) of what is in its rows."""
+  """A batch without prompts and labels, and digest and length (seconds) of the clip in each row."""
 
   batch: Batch
   digests: tuple[str, ...]
   seconds: tuple[float, ...]
 
 
-def uncached_batches(
-  config: DataConfig, model: SpeechLLMConfig, *, known: set[str], passed: Counter[str]
+def cache_misses(
+  config: DataConfig, model: SpeechLLMConfig, *, known: set[str], skipped: Counter[str]
 ) -> Generator[Clips]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
 
-  What cannot be heard is passed over; training, which meets it again, reports it by name.
+  Clips that cannot be decoded are counted only; training skips them again and reports the keys.
 
   Args:
     config: shards, batch size, buckets, limits of length.
-    model: what features its encoders take.
-    known: digests of the clips that it has; those that are read are added.
-    passed: counts what is passed over, by cause.
+    model: determines the features.
+    known: digests of the cached clips; those that are read are added.
+    skipped: numbers of skipped clips by cause, which are added to.
 
   Raises:
     FileNotFoundError, ValueError: for a bad list, or buckets too short.
   """
   pad = input_padding(config, model)
   utterances = itertools.chain.from_iterable(map(read, shard_names(config.shards)))
-  found = _uncached(utterances, config, model, known=known, passed=passed)
+  found = _misses(utterances, config, model, known=known, skipped=skipped)
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
     digests, clips, seconds = zip(*some, strict=True)
@@ -151,21 +151,21 @@ def uncached_batches(
     yield Clips(Batch(features, frames, none_BS, none_BS, none_BS), digests, seconds)
 
 
-def _uncached(utterances, config, model, *, known, passed):
+def _misses(utterances, config, model, *, known, skipped):
   for raw in utterances:
-    if isinstance(raw, Skip):
-      passed[raw.cause] += 1
+    if isinstance(raw, SkippedUtterance):
+      skipped[raw.cause] += 1
     elif (name := digest(raw)) in known:
       continue
-    elif isinstance(heard := hear(raw, config, model), Skip):
-      passed[heard.cause] += 1
+    elif isinstance(found := load_features(raw, config, model), SkippedUtterance):
+      skipped[found.cause] += 1
     else:
       known.add(name)
-      yield name, *heard
+      yield name, *found
 
 
 def dataset_name(config: DataConfig) -> str:
-  """Names what can be heard of a data set: its files, as they are now, and the limits of length."""
+  """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
   annotated = annotation.is_annotation(config.shards)
   audio: Sequence[str | Path] = (
     annotation.audio_files(config.shards) if annotated else shard_names(config.shards)

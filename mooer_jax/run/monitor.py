@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress line, metrics.jsonl, TensorBoard, loss curve."""
+"""Records of a training run: progress line, metrics.jsonl, TensorBoard, loss curve."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mooer_jax.files import replace_file
+from mooer_jax.run.config import TrainConfig
 
 
 class Evaluation(NamedTuple):
@@ -48,18 +49,16 @@ class Evaluator(Protocol):
 class Monitor:
   """Records every step, prints every `log_every`; draws the loss curve when the run ends."""
 
-  def __init__(
-    self, workdir: Path, first: int, steps: int, log_every: int, tasks: Sequence[str] = ()
-  ):
-    """Starts or goes on with what a run leaves behind.
+  def __init__(self, workdir: Path, config: TrainConfig, *, first: int, tasks: Sequence[str] = ()):
+    """Starts or continues the records of a run.
 
     Args:
-      workdir: of the run; the metrics of its first updates are kept.
-      first: updates already done.
-      steps: updates in all.
-      log_every: updates between two lines.
-      tasks: of the model, in the order of its prompts.
+      workdir: folder of the run; the records of its first steps are kept.
+      config: number of steps, and steps between two lines.
+      first: number of steps done before.
+      tasks: tasks of the model, in the order of its prompts.
     """
+    steps, log_every = config.steps, config.log_every
     self._workdir, self._log_every, self._tasks = workdir, log_every, tuple(tasks)
     self._console = Console(stderr=True)
     self._progress = Progress(
@@ -95,7 +94,7 @@ class Monitor:
     return self
 
   def record(self, metrics: dict[str, jax.Array], host_batch):
-    """Takes one step's metrics and the batch that it was made of."""
+    """Records the metrics of a step and its batch."""
     values = jax.device_get(metrics)
     sums = values.pop("task_sums", None)
     row = {name: value.item() for name, value in values.items()}
@@ -103,16 +102,16 @@ class Monitor:
       self._task_sums += sums
       row["tasks"] = self._by_task(sums)
     row["audio_s"] = host_batch.audio_s
-    if host_batch.cut:
-      row["cut"] = host_batch.cut
+    if host_batch.num_truncated:
+      row["truncated"] = host_batch.num_truncated
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
-    for skip in host_batch.skipped:
-      name = (skip.shard, skip.key, skip.cause)
+    for skipped in host_batch.skipped:
+      name = (skipped.shard, skipped.key, skipped.cause)
       if name in self._skipped:
-        continue  # it was met in an earlier epoch
+        continue  # also skipped in an earlier epoch
       self._skipped.add(name)
-      line = {"step": row["step"], **dataclasses.asdict(skip)}
+      line = {"step": row["step"], **dataclasses.asdict(skipped)}
       self._skips_file.write(json.dumps(line, ensure_ascii=False) + "\n")
     step = row["step"]
     start, steps, audio_s = self._since
@@ -121,7 +120,7 @@ class Monitor:
       self._log(step, row)
 
   def _by_task(self, sums) -> dict[str, dict[str, float]]:
-    """Loss per token and token accuracy of each task that came."""
+    """Loss per token and token accuracy of each task in the batches."""
     return {
       task: {"loss": loss / tokens, "accuracy": correct / tokens, "tokens": tokens}
       for task, (loss, tokens, correct) in zip(self._tasks, sums.tolist(), strict=True)
@@ -145,8 +144,8 @@ class Monitor:
     )
     if self._skipped:
       line += f"  skipped {len(self._skipped)}"
-    if row.get("cut"):
-      line += f"  cut {row['cut']}"
+    if row.get("truncated"):
+      line += f"  truncated {row['truncated']}"
     if tasks:
       said = (f"{task} {of['loss']:.3f}/{of['accuracy']:.3f}" for task, of in tasks.items())
       self.message(f"step {step}  loss/accuracy by task: {'  '.join(said)}")
@@ -176,14 +175,15 @@ class Monitor:
       causes = Counter(cause for _, _, cause in self._skipped)
       counts = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
       self.message(f"skipped utterances: {counts}; see {self._skips}")
-    if cut := sum(row.get("cut", 0) for row in self._rows):
-      self.message(f"clips cut to data.max_s, their texts whole: {cut}")
+    # "cut" in runs of version 0.1
+    if truncated := sum(row.get("truncated", row.get("cut", 0)) for row in self._rows):
+      self.message(f"clips truncated to data.max_s, but not their transcripts: {truncated}")
     if self._rows:
       self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-  """Drops the lines of later steps, which a resumed run does again; returns the others."""
+  """Drops the lines of later steps, which a resumed run repeats; returns the others."""
   if not path.exists():
     return []
   lines = path.read_text("utf-8").splitlines(keepends=True)
@@ -197,24 +197,24 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
-  """Draws loss and token accuracy against the step: updates pale, their running mean strong."""
+  """Draws loss and token accuracy against the step: steps pale, their running mean strong."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 4), layout="constrained")
   loss_axes = figure.add_subplot()
-  _draw(loss_axes, rows, "loss", "tab:blue")
+  _draw(loss_axes, rows, "loss", color="tab:blue")
   loss_axes.set(xlabel="step", yscale="log")
   loss_axes.set_ylabel("loss (nats per answer token)", color="tab:blue")
   accuracy_axes = loss_axes.twinx()
-  _draw(accuracy_axes, rows, "accuracy", "tab:orange")
+  _draw(accuracy_axes, rows, "accuracy", color="tab:orange")
   accuracy_axes.set_ylabel("token accuracy", color="tab:orange")
   accuracy_axes.set_ylim(0, 1)
-  loss_axes.set_title(f"{len(rows)} updates, last loss {rows[-1]['loss']:.4f}")
+  loss_axes.set_title(f"{len(rows)} steps, last loss {rows[-1]['loss']:.4f}")
   figure.savefig(path, dpi=120)
   return path
 
 
-def _draw(axes, rows, name, color):
+def _draw(axes, rows, name, *, color):
   steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows])
   window = max(1, len(rows) // 50)
   means = np.convolve(values, np.ones(window) / window, mode="valid")

@@ -1,9 +1,8 @@
-"""How strongly a model is bound to the tasks that it was trained on, and at which LoRA scale.
+"""Perplexity evaluation: how strongly a model is bound to its training tasks, by LoRA scale.
 
-Trained on short, certain answers, a speech LLM comes to give them whatever it is asked: its P(Y|X),
-the probability of an answer without any instruction, outweighs what the instruction says. The
-perplexity of reference answers under P(Y|X) and P(Y|X,I) shows it, and so do the scores of every
-task as the LoRA scale goes down.
+Trained on short, certain answers, a speech LLM gives them for every prompt: its P(Y|X), the
+probability of an answer without an instruction I, outweighs the instruction. The perplexities of
+reference answers under P(Y|X) and P(Y|X,I) measure this.
 
 Source: SALMONN (Tang et al., 2023), section 5.4 and figure 4.
 """
@@ -49,14 +48,14 @@ def perplexity(
   scales: Sequence[float] = (),
   base: str | None = None,
 ) -> list[Perplexity]:
-  """Runs `eval.py --mode=perplexity`: leaves perplexity.json and perplexity.png.
+  """Runs `eval.py --mode=perplexity`: writes perplexity.json and perplexity.png.
 
   Args:
     run: the config; each utterance has its own task.
-    paths: checkpoint folders; of the folder of a run every checkpoint is taken.
-    instructions: tasks of the model whose prompts are given as I; no instruction always is.
+    paths: checkpoint folders; the folder of a run stands for all its checkpoints.
+    instructions: tasks of the model whose prompts are measured, besides no instruction.
     scales: LoRA scales; none: that of training. A checkpoint without LoRA is measured once.
-    base: where the base of a fine-tune lies, if it moved.
+    base: base checkpoint path of a fine-tune, if it has moved.
 
   Returns:
     A row for each checkpoint, scale, instruction and task.
@@ -87,7 +86,7 @@ def perplexity(
 
 
 class PerplexityEvaluator:
-  """Measures a run while it trains: perplexity.json and perplexity.png in its folder."""
+  """Evaluator of a training run; writes perplexity.json and perplexity.png in its folder."""
 
   def __init__(self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, first: int):
     """Reads the measurements up to step `first`, where training starts or resumes.
@@ -113,16 +112,16 @@ class PerplexityEvaluator:
         f"{self._file} was measured under {sorted(measured)}; move it away, or set"
         " perplexity.instructions to the same"
       )
-    self._told = False
+    self._reported = False
     _check(run.perplexity.instructions, run.model)
-    batches_of(run, self._options, self._loaded({}))  # its list and tasks are looked at
+    batches_of(run, self._options, self._loaded({}))  # checks its list and tasks
 
   def lacks(self, step: int) -> bool:
-    """Whether a step was not measured."""
+    """Whether a step was not measured yet."""
     return all(row.step != step for row in self._rows)
 
   def __call__(self, step: int, params: dict) -> Evaluation:
-    """Perplexities of these parameters, at the LoRA scale of training.
+    """Measures the perplexities at the LoRA scale of training.
 
     Raises:
       ValueError: if none of the answers can be measured.
@@ -134,17 +133,17 @@ class PerplexityEvaluator:
         self._run, self._options, loaded, instruction=instruction, sharding=self._sharding
       )
       rows += measured.rows(str(self._run.workdir), step)
-      if measured.left_out and not self._told:
+      if measured.left_out and not self._reported:
         print(measured.left_out)
-    self._told = True
+    self._reported = True
     self._rows += rows
     write(self._file, self._rows)
     draw_perplexities(self._rows, self._file.with_suffix(".png"))
     scalars = {f"perplexity/{r.instruction.strip('()')}/{r.task}": r.perplexity for r in rows}
-    said: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for row in rows:
-      said.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
-    shown = ("  ".join((f"under {name}:", *values)) for name, values in said.items())
+      values.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
+    shown = ("  ".join((f"under {name}:", *of_name)) for name, of_name in values.items())
     return Evaluation(scalars, f"perplexities {'; '.join(shown)}")
 
   def _loaded(self, params: dict) -> Loaded:
@@ -156,8 +155,8 @@ def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
     task_prompt(instruction, dict(model.prompts))
   if not fill_template(model.chat_template, bare_prompt(model))[1]:
     raise ValueError(
-      f"model.chat_template={model.chat_template!r} has nothing after the speech without an"
-      " instruction, and an answer is read off what stands there: P(Y|X) cannot be measured"
+      f"model.chat_template={model.chat_template!r} has no token after the speech without an"
+      " instruction, which would predict the answer: P(Y|X) cannot be measured"
     )
 
 
@@ -169,7 +168,7 @@ def check_scales(scales: Sequence[float]) -> None:
 
 
 def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
-  """The checkpoints of a run, after the model that it began with; or the one that is named."""
+  """The checkpoints of a run, after the model with which it began; or the named one."""
   folders = checkpoint.all_steps(path)
   if not folders:
     folder = checkpoint.find(path)
@@ -182,12 +181,12 @@ def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
 
 
 class _Measured(NamedTuple):
-  """What came of an instruction.
+  """Sums for one instruction.
 
   Attributes:
-    instruction: which.
-    sums: by scale and task, nats of the reference answers and their tokens.
-    left_out: what could not be measured, or not whole, for a person; empty if nothing.
+    instruction: task of the prompt, or "(none)".
+    sums: (nats, tokens) of the reference answers by scale and task.
+    left_out: a message about skipped and truncated utterances; empty if there are none.
   """
 
   instruction: str
@@ -211,31 +210,29 @@ def _measure(
   scales: Sequence[float] = (),
   sharding: jax.sharding.Sharding | None = None,
 ) -> _Measured:
-  """Goes through the test set once; `sharding` says how its rows lie on a mesh."""
-  model = loaded.model
-  asked = bare_prompt(model) if instruction == NONE else task_prompt(
-    instruction, dict(model.prompts)
-  )  # fmt: skip
-  tasks = [task for task, _ in model.prompts]
-  model = model.replace(prompts=tuple((task, asked) for task in tasks))
-  # What is compiled knows no prompt, so that those of one length share it.
+  """Measures the test set in one pass; `sharding` is that of its rows on a mesh."""
+  model, prompts = loaded.model, dict(loaded.model.prompts)
+  prompt = bare_prompt(model) if instruction == NONE else task_prompt(instruction, prompts)
+  tasks = list(prompts)
+  model = model.replace(prompts=tuple((task, prompt) for task in tasks))
+  # The compiled program has no prompts, so that all of one length share it.
   program = model.replace(prompts=tuple((task, "") for task in tasks))
-  wanted = list(scales) or [model.decoder.lora_scale]
-  totals = {scale: np.zeros((len(tasks), 3)) for scale in wanted}
+  scales = list(scales) or [model.decoder.lora_scale]
+  totals = {scale: np.zeros((len(tasks), 3)) for scale in scales}
   left_out: Counter[str] = Counter()
-  shortened = 0
+  num_truncated = 0
   for host in batches_of(run, options, loaded._replace(model=model)):
     left_out.update(skip.cause for skip in host.skipped)
-    shortened += host.cut
-    for row_S, text in zip(host.batch.answer_BS, host.texts, strict=False):  # the rest is padding
+    num_truncated += host.num_truncated
+    for row_S, text in zip(host.batch.labels_BS, host.texts, strict=False):  # the rest is padding
       if row_S[0] < 0:
         left_out["no answer that fits data.answer_buckets" if text else "empty text"] += 1
     batch = host.batch if sharding is None else jax.device_put(host.batch, sharding)
-    for scale in wanted:
+    for scale in scales:
       sums = _task_sums(loaded.params, batch, scale, model=program, sharding=sharding)
       totals[scale] += jax.device_get(sums)
   causes = ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n)
-  if not any(tokens for _, tokens, _ in totals[wanted[0]]):
+  if not any(tokens for _, tokens, _ in totals[scales[0]]):
     raise ValueError(
       f"{options.shards}, instruction {instruction}: no answer could be measured ({causes})"
     )
@@ -247,10 +244,11 @@ def _measure(
     }
     for scale, sums in totals.items()
   }
-  said = [f"utterances left out: {causes}"] * bool(causes)
-  said += [f"{shortened} clips were too long and cut (eval.truncate)"] * bool(shortened)
-  told = f"instruction {instruction}: {', '.join(said)}" if said else ""
-  return _Measured(instruction, sums_by_task, told)
+  notes = [f"utterances left out: {causes}"] * bool(causes)
+  if num_truncated:
+    notes.append(f"{num_truncated} clips were truncated to eval.max_s (eval.truncate)")
+  message = f"instruction {instruction}: {', '.join(notes)}" if notes else ""
+  return _Measured(instruction, sums_by_task, message)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
@@ -259,7 +257,7 @@ def _task_sums(params, batch, scale, *, model: SpeechLLMConfig, sharding):
 
 
 def bare_prompt(model: SpeechLLMConfig) -> str:
-  """A prompt of the speech and no instruction; in tags if all of the model's prompts have them."""
+  """A prompt with the speech only; in tags if all of the model's prompts have them."""
   if SPEECH in TEMPLATES[model.chat_template]:
     return ""
   tagged = f"<Speech>{SPEECH}</Speech>"

@@ -24,8 +24,8 @@ def run_program(
 ) -> None:
   """Parses absl flags, runs a program and exits.
 
-  Errors of the user or the system are one line on stderr and status 1; defects of the program keep
-  their traceback.
+  Errors of the user or the system are one line on stderr and status 1; other exceptions keep their
+  traceback.
 
   Args:
     work: the program; it reads its flags.
@@ -109,14 +109,14 @@ def one_line_errors(work: Callable[[], object], *, program: str) -> None:
 
 
 def prepare_process():
-  """Turns on the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR says where."""
+  """Enables the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mooer_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 class StopRequest:
-  """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second one kills."""
+  """Turns the first SIGINT or SIGTERM into a request to stop after this step; a second kills."""
 
   def __init__(self):
     self.requested = False
@@ -129,7 +129,7 @@ class StopRequest:
 
   def _handle(self, number, frame):
     self.requested = True
-    print("stopping after this step; once more to stop at once", file=sys.stderr)
+    print("stopping after this step; repeat to stop at once", file=sys.stderr)
     signal.signal(number, self._previous[number])
 
   def __exit__(self, *error):

@@ -1,4 +1,4 @@
-"""What a training run begins with: parameters, CMVN, optimizer state, on their mesh."""
+"""Initial state of a training run on its mesh: parameters, CMVN, optimizer state."""
 
 import contextlib
 import itertools
@@ -32,18 +32,18 @@ CMVN_BATCHES = 32
 def initial_params(
   run: Run, mesh, start_from: Path | None, *, exactly: bool, base: Path | None = None
 ) -> dict:
-  """Params with stacked layers on the mesh: from a checkpoint, or fresh.
+  """Parameters with stacked layers on the mesh: from a checkpoint, or fresh.
 
   Args:
     run: the config.
-    mesh: where they go.
+    mesh: mesh of the parameters.
     start_from: checkpoint folder or None.
-    exactly: whether the checkpoint must be of this very model. If not, prompts, limits and dropout
-      may differ, and LoRA that the checkpoint lacks starts fresh.
-    base: where the base of that checkpoint lies.
+    exactly: whether the model of the checkpoint must be identical. If not, prompts, limits and
+      dropout may differ, and LoRA that the checkpoint lacks starts fresh.
+    base: base checkpoint path of that checkpoint.
 
   Raises:
-    ValueError: if the checkpoint holds another model, or something frozen would be random.
+    ValueError: if the checkpoint holds another model, or frozen parameters would be random.
   """
   key = jax.random.fold_in(jax.random.key(run.seed), 0)
   wanted = jax.eval_shape(lambda: speech_llm.init(key, run.model))
@@ -52,7 +52,7 @@ def initial_params(
   have: dict = {}
   if start_from is not None:
     saved = checkpoint.describe(start_from, base=base)
-    _check_same_model(saved.config, run.model, start_from, exactly)
+    _check_same_model(saved.config, run.model, start_from, exactly=exactly)
     checkpoint.check_leaves(saved, _leaves_of(saved, run.model))
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
@@ -78,8 +78,8 @@ def initial_params(
   return tree.merge(have, jax.jit(fresh, out_shardings=placed)())
 
 
-def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactly):
-  """Compares config.json with the config; that of joined parts only says what they are."""
+def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exactly: bool):
+  """Compares config.json with the config; that of joined parts describes only the parts."""
   free = [] if exactly else [f"{re.escape(path)}(/.*)?" for path in run_fields(wanted)]
   if not exactly and not saved.get("decoder", {}).get("lora_rank"):
     free.append("decoder/lora_.*")
@@ -97,15 +97,15 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, exactl
     if not re.fullmatch("|".join(free), p)
   }
   if different:
-    said = "; ".join(f"{p} is {a!r}, the config says {b!r}" for p, (a, b) in different.items())
-    raise ValueError(f"{folder} holds another model than the config describes: {said}")
+    found = "; ".join(f"{p} is {a!r}, in the config {b!r}" for p, (a, b) in different.items())
+    raise ValueError(f"{folder} holds another model than the config describes: {found}")
 
 
 def _leaves_of(saved: checkpoint.Checkpoint, wanted: SpeechLLMConfig) -> dict:
-  """The parameters that a checkpoint must hold by its config.json."""
+  """The parameters that a checkpoint must hold according to its config.json."""
   if "connector" in saved.config:
     return speech_llm.param_shapes(from_json(saved.config))
-  # Encoders or an LLM: those of the wanted model, but LoRA and CMVN may start fresh.
+  # Encoders or an LLM: those of the wanted model; LoRA and CMVN may start fresh.
   parts = [f"encoders/{encoder['kind']}/" for encoder in saved.config.get("encoders", ())]
   parts += ["decoder/"] if "decoder" in saved.config else []
   have = tree.flatten(saved.params)
@@ -124,15 +124,15 @@ def _again(read, section: dict) -> dict:
 
 
 def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
-  """Shift and scale of the features: read from a file, or measured on the first batches.
+  """CMVN of the features: read from a file, or estimated on the first batches.
 
   Args:
     run: the config.
     dataset: the batches of training.
-    cmvn: what the params have, by encoder; says where the result lies.
+    cmvn: CMVN in the parameters, by encoder; determines the sharding of the result.
 
   Raises:
-    ValueError: if train.cmvn names a file and not just one encoder's features are normalised.
+    ValueError: if train.cmvn is a file and the features of several encoders are normalised.
   """
   encoders = [encoder.kind for encoder in run.model.encoders]
   found = {}
@@ -163,8 +163,8 @@ def _clips(batch, number: int):
     yield x_TF[:frames]
 
 
-def initial_state(run: Run, params, tx, mesh):
-  """Cuts params in two and adds the optimizer's state.
+def initial_state(run: Run, params: dict, *, tx, mesh):
+  """Partitions the parameters and creates the optimizer state.
 
   Returns:
     (TrainState, frozen params, (state shardings, frozen shardings)).

@@ -1,15 +1,17 @@
-"""Training, from a config to a checkpoint; read it from top to bottom."""
+"""Training, from a config to a checkpoint."""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple, cast
 
+import grain
 import jax
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
-from mooer_jax.data.dataset import train_batches
+from mooer_jax.data.dataset import Batches, train_batches
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
@@ -42,8 +44,8 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
 
   Args:
     run: the config.
-    evaluators: make what measures the model while it trains, from (run, tokenizer, mesh, the step
-      that training starts or resumes from).
+    evaluators: make the evaluators of the model in training from (run, tokenizer, mesh, the step
+      from which training starts or resumes).
 
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint, or if another
@@ -61,13 +63,12 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
 def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh) -> Path:
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
-  measured = any(frontend.normalised for frontend in run.model.frontends)
-  if start_from is None and measured and not run.train.cmvn:
+  normalised = any(frontend.normalised for frontend in run.model.frontends)
+  if start_from is None and normalised and not run.train.cmvn:
     raise ValueError(
       "train.cmvn='' takes the CMVN of init_from, but there is none; set train.cmvn='estimate' or"
       " the path of an am.mvn"
     )
-  base = _base_of(resumed, run.init_from) if resumed else run.init_from
   if resumed:
     print(f"resuming from {resumed}")
     if checkpoint.step_of(resumed) >= run.train.steps:
@@ -81,20 +82,36 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
   tokenizer = read_tokenizer(run, start_from)
   check_vocabulary(tokenizer, run.model)
   first = checkpoint.step_of(resumed) if resumed else 0
-  measuring = [make(run, tokenizer, mesh, first) for make in evaluators]
+  made = [make(run, tokenizer, mesh, first) for make in evaluators]  # before minutes of loading
+  start = _load(run, mesh, tokenizer, resumed)
+  return _loop(run, start, made, first=first, mesh=mesh) or cast(Path, resumed)
 
+
+class _Start(NamedTuple):
+  """Everything that the loop needs; `base` is the checkpoint to which its checkpoints point."""
+
+  tokenizer: Tokenizer
+  dataset: Batches
+  batches: grain.DatasetIterator
+  state: TrainState
+  frozen: dict
+  step: Callable
+  base: Path | None
+
+
+def _load(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, resumed: Path | None) -> _Start:
+  base = _base_of(resumed, run.init_from) if resumed else run.init_from
   params = initial_params(
-    run, mesh, start_from, exactly=bool(resumed), base=base if resumed else None
+    run, mesh, resumed or run.init_from, exactly=bool(resumed), base=base if resumed else None
   )
   cache = fill_cache(run, params, mesh) if run.data.cache_features else None
   dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
     params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
-  tx = make_optimizer(run.optimizer)
-  state, frozen, shardings = initial_state(run, params, tx, mesh)
+  state, frozen, shardings = initial_state(run, params, tx=make_optimizer(run.optimizer), mesh=mesh)
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
-    base = None  # nothing of it is left but the CMVN, so checkpoints are whole
+    base = None  # only its CMVN is left, so checkpoints hold all parameters
   if base is not None:
     checkpoint.keep_for(base, run.workdir)
   batches = iter(dataset)
@@ -103,28 +120,38 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
     rest, data_state = checkpoint.load_train_state(resumed, target)
     state = dataclasses.replace(rest, trainable=state.trainable)
     batches.set_state(data_state)
-
-  jitted = jitted_step(
+  step = jitted_step(
     run.model,
     run.optimizer,
     accumulation=run.train.gradient_accumulation_steps,
     mesh=mesh,
     shardings=shardings,
   )
+  return _Start(tokenizer, dataset, batches, state, frozen, step, base)
+
+
+def _loop(
+  run: Run, start: _Start, evaluators: Sequence[Evaluator], *, first: int, mesh: jax.sharding.Mesh
+) -> Path | None:
+  """Runs the steps after `first`; returns the last checkpoint, if any was saved."""
+  state, frozen, batches = start.state, start.frozen, start.batches
+  folder = pending = None
   stop = StopRequest()
-  folder = resumed
-  pending = None
   tasks = [task for task, _ in run.model.prompts]
-  monitor = Monitor(run.workdir, first, run.train.steps, run.train.log_every, tasks)
+  monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
   with contextlib.closing(batches), monitor, stop:
     monitor.message(
       f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
     train_step = CompiledStep(
-      jitted, state=state, frozen=frozen, batches=dataset.shapes, message=monitor.message
+      start.step,
+      state=state,
+      frozen=frozen,
+      batches=start.dataset.shapes,
+      message=monitor.message,
     )
-    for evaluator in measuring:
+    for evaluator in evaluators:
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
     for step in range(first + 1, run.train.steps + 1):
@@ -137,13 +164,13 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
       pending = (metrics, host_batch)
       last = step == run.train.steps or stop.requested
       saves = last or step % run.train.save_every == 0
-      due = [e for e in measuring if (last or step % e.every == 0) and not stop.requested]
+      due = [e for e in evaluators if (last or step % e.every == 0) and not stop.requested]
       if saves or due:
         check_finite(metrics)
         monitor.record(*pending)
         pending = None
       if saves:
-        folder = save(run, state, frozen, tokenizer, batches.get_state(), base)
+        folder = _save(run, start, state, batches.get_state())
         monitor.message(f"saved {folder}")
       for evaluator in due:
         monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
@@ -151,7 +178,6 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
         break
   if stop.requested:
     print(f"stopped at step {step}; rerun the same command to resume")
-  assert folder is not None
   return folder
 
 
@@ -160,7 +186,7 @@ def _elements(params) -> int:
 
 
 def _base_of(resumed: Path, init_from: Path | None) -> Path | None:
-  """A run keeps the base that it began with; init_from says where it lies if it moved since."""
+  """The base with which the run began; init_from is its path if it has moved since."""
   try:
     return checkpoint.describe(resumed).base
   except FileNotFoundError:
@@ -173,8 +199,8 @@ def _check_rows(run: Run, mesh):
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if run.perplexity.shards and run.perplexity.batch_size % ways:
     raise ValueError(
-      f"perplexity.batch_size={run.perplexity.batch_size} does not divide into rows for mesh.data="
-      f"{mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} devices; make it a multiple of {ways}"
+      f"perplexity.batch_size={run.perplexity.batch_size} must be divisible by mesh.data="
+      f"{mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}; make it a multiple of {ways}"
     )
   if run.data.batch_size % (run.train.gradient_accumulation_steps * ways):
     raise ValueError(
@@ -185,22 +211,16 @@ def _check_rows(run: Run, mesh):
     )
 
 
-def save(
-  run: Run, state: TrainState, frozen, tokenizer: Tokenizer, data_state, base: Path | None
-) -> Path:
-  """Writes a checkpoint folder that a user can run, and that training can go on from.
-
-  With a base only the trained parameters are written, beside a pointer to it.
-  """
-  step = int(state.step)
-  params = state.trainable if base else tree.merge(state.trainable, frozen)
+def _save(run: Run, start: _Start, state: TrainState, data_state) -> Path:
+  """Saves a checkpoint; if there is a base, only the trained parameters and a pointer to it."""
+  params = state.trainable if start.base else tree.merge(state.trainable, start.frozen)
   folder = checkpoint.save(
-    checkpoint.step_folder(run.workdir, step),
+    checkpoint.step_folder(run.workdir, int(state.step)),
     params=jax.jit(tree.unstack_layers)(params),  # jit: eager slicing needs all shards here
     config_json=to_json(run.model),
-    tokenizer=tokenizer.save,
+    tokenizer=start.tokenizer.save,
     generation=dataclasses.asdict(run.decoding_defaults()),
-    base=base,
+    base=start.base,
     train_state=dataclasses.replace(state, trainable=None),
     data_state=data_state,
   )

@@ -1,4 +1,8 @@
-"""SentencePiece models (`tokenizer.model`) as tokenizers of the package `tokenizers`."""
+"""SentencePiece models (`tokenizer.model`) as tokenizers of the package `tokenizers`.
+
+The few fields that matter are parsed here. The parser in the package `sentencepiece` 0.2.3 refuses
+protobuf runtimes before 7.36.1, a requirement that the package does not declare.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BLANK = "▁"
+SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
 
 
 @dataclass(frozen=True)
 class Piece:
-  """One entry of the vocabulary; its id is its place."""
+  """One entry of the vocabulary; its id is its position."""
 
   text: str
   score: float
@@ -24,31 +28,31 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-  """What a SentencePiece model says about cutting text.
+  """Vocabulary and normalization of a SentencePiece model.
 
   Attributes:
     pieces: the vocabulary in the order of ids.
     algorithm: UNIGRAM or BPE.
-    prefix_blank: whether a text is cut as if a blank stood before it.
-    squeeze_blanks: whether blanks at the ends and repeated ones are dropped.
-    charsmap: compiled table of character replacements; empty for none (LLaMA).
-    bos, eos: texts of these control pieces, None where the model has none.
+    add_dummy_prefix: whether a space is prepended to a text.
+    remove_extra_whitespaces: whether leading, trailing and repeated spaces are removed.
+    precompiled_charsmap: compiled table of character replacements; empty for none (LLaMA).
+    bos, eos: texts of these control pieces, None if the model has none.
   """
 
   pieces: tuple[Piece, ...]
   algorithm: int = BPE
-  prefix_blank: bool = True
-  squeeze_blanks: bool = False
-  charsmap: bytes = b""
+  add_dummy_prefix: bool = True
+  remove_extra_whitespaces: bool = False
+  precompiled_charsmap: bytes = b""
   bos: str | None = None
   eos: str | None = None
 
 
 def read_model(path: Path) -> SentencePieceModel:
-  """Reads a `tokenizer.model`, a protocol buffer whose few fields of interest are parsed here.
+  """Read a `tokenizer.model`, which is a protocol buffer.
 
   Raises:
-    ValueError: if it is not one, or of a kind that is not supported (named).
+    ValueError: if it is not a SentencePiece model, or of a kind that is not supported.
 
   Source: sentencepiece_model.proto of google/sentencepiece.
   """
@@ -69,39 +73,39 @@ def read_model(path: Path) -> SentencePieceModel:
   algorithm = setting(trainer, 3, UNIGRAM)
   if not pieces or algorithm not in (UNIGRAM, BPE):
     raise ValueError(
-      f"{path}: SentencePiece model of type {algorithm} with {len(pieces)} pieces; "
-      f"read are unigram ({UNIGRAM}) and BPE ({BPE})"
+      f"{path}: SentencePiece model of type {algorithm} with {len(pieces)} pieces; supported are"
+      f" unigram ({UNIGRAM}) and BPE ({BPE}) models with at least one piece"
     )
   if setting(trainer, 24, 0) or not setting(normalizer, 5, 1):
     raise ValueError(
-      f"{path}: SentencePiece models that put blanks behind words or do not escape "
-      "them are not supported"
+      f"{path}: SentencePiece models with treat_whitespace_as_suffix or without escape_whitespaces"
+      " are not supported"
     )
   return SentencePieceModel(
     pieces,
     algorithm,
-    prefix_blank=bool(setting(normalizer, 3, 1)),
-    squeeze_blanks=bool(setting(normalizer, 4, 1)),
-    charsmap=setting(normalizer, 2, b""),
+    add_dummy_prefix=bool(setting(normalizer, 3, 1)),
+    remove_extra_whitespaces=bool(setting(normalizer, 4, 1)),
+    precompiled_charsmap=setting(normalizer, 2, b""),
     bos=control(41, 1),
     eos=control(42, 2),
   )
 
 
 def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
-  """Makes a `tokenizers.Tokenizer` with the ids of a SentencePiece model.
+  """Build a `tokenizers.Tokenizer` with the ids of a SentencePiece model.
 
-  Control and unknown pieces written in a text become their ids, as in transformers (SentencePiece
-  itself would spell them), and each stretch of text between such pieces is cut by itself.
+  Control and unknown pieces in a text become their ids, as in transformers (SentencePiece itself
+  would spell them). The segments between such pieces are tokenized separately.
 
   Args:
-    model: the pieces; BPE's merges follow from their scores.
-    legacy: every stretch gets the blank before it, as LLaMA and Vicuna were trained; False, as
-      `"legacy": false` in a tokenizer_config.json: only the text's beginning does, and only if
-      no blank stands there.
+    model: the pieces; the merges of BPE follow from their scores.
+    legacy: prepend the space to every segment, as LLaMA and Vicuna were trained; False, as
+      `"legacy": false` in a tokenizer_config.json: only to the beginning of the text, unless it
+      starts with a space.
 
   Raises:
-    ValueError: if there is not one unknown piece, or a piece stands twice.
+    ValueError: if the number of unknown pieces is not one, or a piece occurs twice.
   """
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
   from tokenizers import models as kinds
@@ -111,8 +115,8 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
   ids = {piece.text: i for i, piece in enumerate(pieces)}
   if len(unknown) != 1 or len(ids) != len(pieces):
     raise ValueError(
-      f"a SentencePiece vocabulary of {len(pieces)} pieces, {len(ids)} of them "
-      f"distinct, with {len(unknown)} unknown pieces; one is needed"
+      f"the SentencePiece vocabulary has {len(pieces)} pieces, {len(ids)} of them distinct, and"
+      f" {len(unknown)} unknown pieces; all must be distinct, and one must be the unknown piece"
     )
   byte_fallback = any(piece.kind == BYTE for piece in pieces)
   if model.algorithm == BPE:
@@ -129,21 +133,22 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
     )
   tokenizer = Tokenizer(core)
 
-  steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-  if model.squeeze_blanks:
+  charsmap = model.precompiled_charsmap
+  steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+  if model.remove_extra_whitespaces:
     steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
   if legacy:
-    steps += [normalizers.Prepend(BLANK)] if model.prefix_blank else []
-    steps.append(normalizers.Replace(" ", BLANK))
+    steps += [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
+    steps.append(normalizers.Replace(" ", SPACE))
   else:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-      BLANK, prepend_scheme="first" if model.prefix_blank else "never", split=False
+      SPACE, prepend_scheme="first" if model.add_dummy_prefix else "never", split=False
     )
   if steps:
     tokenizer.normalizer = normalizers.Sequence(steps)
-  back = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+  back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
   tokenizer.decoder = decoders.Sequence(
-    back + ([decoders.Strip(" ", 1, 0)] if model.prefix_blank else [])
+    back + ([decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else [])
   )
   tokenizer.add_tokens(
     [
@@ -156,7 +161,7 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
 
 
 def _merges(pieces: tuple[Piece, ...], ids: dict[str, int]) -> list[tuple[str, str]]:
-  """Pairs in the order in which SentencePiece joins them: the best score of the result first."""
+  """Pairs in the order in which SentencePiece merges them: by falling score of the result."""
   joinable = {piece.text for piece in pieces if piece.kind in (NORMAL, USER_DEFINED)}
   ranked = []
   for piece in pieces:
@@ -174,7 +179,7 @@ def _piece(fields: dict[int, list]) -> Piece:
 
 
 def _fields(data: bytes) -> dict[int, list]:
-  """The values of each field of a message: whole numbers, or bytes to be read further."""
+  """Values of each field of a message: integers, or bytes that may be messages themselves."""
   found: dict[int, list] = {}
   for number, value in _messages(data):
     found.setdefault(number, []).append(value)
@@ -195,9 +200,9 @@ def _messages(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     elif kind in (1, 5):
       length = 8 if kind == 1 else 4
     else:
-      raise ValueError(f"a field of wire type {kind} at byte {position}")
+      raise ValueError(f"unknown wire type {kind} at byte {position}")
     if position + length > len(data):
-      raise ValueError(f"cut short at byte {len(data)}")
+      raise ValueError(f"truncated at byte {len(data)}")
     yield tag >> 3, data[position : position + length]
     position += length
 
@@ -206,10 +211,10 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
   value = 0
   for shift in range(0, 70, 7):
     if position >= len(data):
-      raise ValueError(f"cut short at byte {position}")
+      raise ValueError(f"truncated at byte {position}")
     byte = data[position]
     position += 1
     value |= (byte & 0x7F) << shift
     if byte < 0x80:
       return value, position
-  raise ValueError(f"a number without end at byte {position}")
+  raise ValueError(f"a number of more than 10 bytes at byte {position}")

@@ -1,4 +1,4 @@
-"""The language model's tokenizer behind one small face."""
+"""The tokenizer of the language model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _CONFIG_FILE = "tokenizer_config.json"
 
 
 class Tokenizer:
-  """Turns text into ids and back with a Hugging Face `tokenizer.json` or a `tokenizer.model`.
+  """Convert between text and token ids with a `tokenizer.json` or a `tokenizer.model`.
 
-  Make one with `from_folder` or `from_characters`. It can be pickled, so data workers may hold it.
+  Create one with `from_folder` or `from_characters`. It can be pickled for data workers.
   """
 
   def __init__(self, model, config: dict, eos: str):
-    # A folder saved after padded or truncated calls keeps those settings; here they would cut
-    # transcripts without a word.
+    # A folder saved after padded or truncated calls keeps those settings, which would truncate
+    # transcripts silently.
     model.no_truncation()
     model.no_padding()
     self._model = model
@@ -33,7 +33,7 @@ class Tokenizer:
     self._known = frozenset(self._vocabulary.values())
     self._vocab_size = max(self._known) + 1
     self._specials = [t.content for t in model.get_added_tokens_decoder().values()]
-    # A word-level model has no bytes to fall back to, so each character must be in it.
+    # A word-level model has no byte fallback, so each character must be in its vocabulary.
     self._per_character = type(model.model).__name__ == "WordLevel"
     self.eos_id = self.token_id(eos)
 
@@ -42,19 +42,18 @@ class Tokenizer:
 
   @classmethod
   def from_folder(cls, path: str | Path, *, eos: str | None = None) -> Tokenizer:
-    """Reads the tokenizer of a Hugging Face model folder or of a checkpoint's `tokenizer/`.
+    """Read the tokenizer of a Hugging Face model folder or of a checkpoint's `tokenizer/`.
 
     Args:
       path: folder with `tokenizer.json` and `tokenizer_config.json`; or with LLaMA's
         `tokenizer.model` (SentencePiece), where those two and `added_tokens.json` may be absent.
-      eos: token that ends an answer; by default `eos_token` of `tokenizer_config.json`, which is
-        then needed (`<|im_end|>` in Qwen2-Instruct; a `tokenizer.model` names its own).
-        `generation_config.json` plays no part: it lists further ids which do not end an answer in
-        MooER.
+      eos: token that ends an answer; default: `eos_token` of `tokenizer_config.json`
+        (`<|im_end|>` in Qwen2-Instruct), or that of the `tokenizer.model`. The further ids in
+        `generation_config.json` are not used: they do not end an answer in MooER.
 
     Raises:
-      FileNotFoundError: if the folder or a needed file is missing.
-      ValueError: if a file cannot be read, names no eos, or the two files disagree on an id.
+      FileNotFoundError: if the folder or a required file is missing.
+      ValueError: if a file cannot be read, no eos is defined, or the two files disagree on an id.
     """
     import tokenizers
 
@@ -66,7 +65,7 @@ class Tokenizer:
       config = _read_config(config_file, needed=eos is None)
       try:
         model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-      except Exception as error:  # the package raises plain Exception for whatever is wrong
+      except Exception as error:  # the package raises plain Exception for every problem
         raise ValueError(f"{file}: not a tokenizer.json that can be read: {error}") from error
     elif (folder / _SENTENCEPIECE_FILE).is_file():
       model, config = _from_sentencepiece(folder, _read_config(config_file, needed=False))
@@ -91,19 +90,19 @@ class Tokenizer:
     *,
     eos: str = QWEN2_EOS,
   ) -> Tokenizer:
-    """Makes a small tokenizer with one token a character, for tiny models and tests.
+    """Create a small tokenizer with one token per character, for tiny models and tests.
 
     Ids: the distinct characters in code point order from 0, then the specials as given. It has no
-    bytes and no unknown token, so `encode` refuses a character it does not hold.
+    byte fallback and no unknown token, so `encode` raises for other characters.
 
     Args:
-      characters: the characters; those of the prompt template belong in it too.
-      specials: tokens found whole in a text before it is cut into characters.
+      characters: the characters, including those of the prompt template.
+      specials: special tokens, which are matched before the text is split into characters.
       eos: one of the specials.
 
     Raises:
-      ValueError: if an item is not a single character, a special is given twice or is itself a
-        character, or eos is not a special.
+      ValueError: if an item is not a single character, a special occurs twice or is one of the
+        characters, or eos is not a special.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Model
@@ -114,7 +113,7 @@ class Tokenizer:
     names = [*letters, *specials]
     if len(set(names)) != len(names) or "" in names:
       raise ValueError(
-        f"specials {tuple(specials)} must be distinct and no single character of the vocabulary"
+        f"specials {tuple(specials)} must be distinct, not empty and none of the characters"
       )
     if eos not in specials:
       raise ValueError(f"eos {eos!r} is not among the specials {tuple(specials)}")
@@ -126,14 +125,14 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """The greatest id plus one; an embedding needs at least so many rows (it may have more)."""
+    """The largest id plus one: the minimum number of rows of the embedding."""
     return self._vocab_size
 
   @property
   def bos_ids(self) -> list[int]:
-    """What leads every text: [the BOS of LLaMA], or nothing in Qwen2.
+    """Ids before every text: [BOS] for LLaMA, [] for Qwen2.
 
-    `add_bos_token` of the config says so; without it, the tokenizer's own post-processor.
+    Set by `add_bos_token` of the config, else by the tokenizer's own post-processor.
     """
     bos = _token_text(self._config.get("bos_token"))
     added = self._config.get("add_bos_token")
@@ -143,32 +142,31 @@ class Tokenizer:
     return [self.token_id(bos)] if added and bos else []
 
   def vocabulary(self) -> dict[str, int]:
-    """Token to id, the special ones included."""
+    """Return {token: id}, special tokens included."""
     return dict(self._vocabulary)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`; special tokens written in it become their ids, none is added.
+    """Return the ids of `text`. Special tokens in it become their ids; none is added.
 
     Raises:
-      ValueError: if a character-level tokenizer lacks a character.
+      ValueError: if a character-level tokenizer does not have a character.
     """
     if self._per_character:
       self._check_characters(text)
     return self._model.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Returns the text of `ids`.
+    """Return the text of `ids`.
 
-    An id that the embedding has but the vocabulary lacks (Qwen2 pads its table) and bytes that are
-    not UTF-8 become U+FFFD, so that they are seen rather than lost.
+    Ids outside the vocabulary (Qwen2 pads its embedding) and invalid UTF-8 become U+FFFD.
 
     Raises:
-      ValueError: if an id is negative, which is how this library marks padding.
+      ValueError: if an id is negative, which marks padding in this library.
     """
     pieces, run = [], []
     for i in (int(i) for i in ids):
       if i < 0:
-        raise ValueError(f"token id {i} is padding, not a token; cut it off before decoding")
+        raise ValueError(f"token id {i} is padding; remove it before decoding")
       if i in self._known:
         run.append(i)
       else:
@@ -177,10 +175,10 @@ class Tokenizer:
     return "".join(pieces) + self._model.decode(run, skip_special_tokens=skip_special)
 
   def token_id(self, token: str) -> int:
-    """Returns the id of one token, spelt as in the vocabulary.
+    """Return the id of one token, spelled as in the vocabulary.
 
     Raises:
-      ValueError: if the vocabulary has no such token.
+      ValueError: if the token is not in the vocabulary.
     """
     if token not in self._vocabulary:
       raise ValueError(
@@ -190,7 +188,7 @@ class Tokenizer:
     return self._vocabulary[token]
 
   def save(self, folder: str | Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`, which `from_folder` reads back."""
+    """Write `tokenizer.json` and `tokenizer_config.json`, which `from_folder` reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     self._model.save(str(folder / _TOKENIZER_FILE))
@@ -205,12 +203,12 @@ class Tokenizer:
       if character not in self._vocabulary:
         raise ValueError(
           f"character {character!r} (U+{ord(character):04X}) in {text[:60]!r} is "
-          "not in this character tokenizer; make it with that character as well"
+          "not in the vocabulary; pass it to Tokenizer.from_characters as well"
         )
 
 
 def _from_sentencepiece(folder: Path, config: dict):
-  """The tokenizer of `tokenizer.model` with the tokens that were added later, and its config."""
+  """Return the tokenizer of `tokenizer.model` with its added tokens, and its config."""
   from tokenizers import AddedToken
 
   from mooer_jax.text import sentencepiece
@@ -231,9 +229,9 @@ def _from_sentencepiece(folder: Path, config: dict):
     model.add_tokens([AddedToken(token, normalized=False, special=special)])
     if model.token_to_id(token) != index:
       raise ValueError(
-        f"{folder}: the added token {token!r} should get the id {index}, but comes "
-        f"to {model.token_to_id(token)} after the {len(pieces.pieces)} pieces of "
-        f"{_SENTENCEPIECE_FILE}"
+        f"{folder}: the added token {token!r} must have the id {index}, but gets"
+        f" {model.token_to_id(token)} after the {len(pieces.pieces)} pieces of"
+        f" {_SENTENCEPIECE_FILE}; correct {_ADDED_FILE} or {_CONFIG_FILE}"
       )
   own = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -248,8 +246,8 @@ def _read_config(file: Path, *, needed: bool) -> dict:
   if not file.is_file():
     if needed:
       raise FileNotFoundError(
-        f"{file}: not found, so the token that ends an answer is unknown; add the file or pass "
-        f"eos= (Qwen2: {QWEN2_EOS!r})"
+        f"{file}: not found, so the end-of-text token is unknown; add the file, or pass eos="
+        f" (Qwen2: {QWEN2_EOS!r})"
       )
     return {}
   try:
@@ -270,6 +268,6 @@ def _check_added_tokens(model, config: dict, folder: Path) -> None:
     token = _token_text(entry)
     if model.token_to_id(token) != int(index):
       raise ValueError(
-        f"{folder}: {_CONFIG_FILE} gives {token!r} the id {index}, {_TOKENIZER_FILE} "
-        f"{model.token_to_id(token)}; save the folder again with transformers"
+        f"{folder}: token {token!r} has the id {index} in {_CONFIG_FILE}, but"
+        f" {model.token_to_id(token)} in the tokenizer; save the folder again with transformers"
       )

@@ -73,7 +73,7 @@ class CompiledStep:
 
 
 def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
-  return tuple(x.shape[1] for x in batch.features), batch.answer_BS.shape[1]
+  return tuple(x.shape[1] for x in batch.features), batch.labels_BS.shape[1]
 
 
 def cast_params(params: dict, trained: Iterable[str], dtype) -> dict:

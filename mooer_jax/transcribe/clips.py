@@ -10,8 +10,8 @@ from mooer_jax.audio.decode import SILENCE, AudioError, check_samples, load_audi
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.speech_llm import num_speech_tokens, shortest_s
 
-# Where a long clip is cut: at the quietest 0.2 s of the last 5 s that a piece may have. Pieces of
-# less than a second would hold little more than the end of a word.
+# A long clip is split at the quietest 0.2 s of the last 5 s that a chunk may have. Chunks of less
+# than a second would contain little more than the end of a word.
 PAUSE_S, SEARCH_S, SHORTEST_S = 0.2, 5.0, 1.0
 
 
@@ -36,13 +36,13 @@ def load_clips(
   Raises:
     ValueError: for a chunk_length_s out of range.
   """
-  lengths = None if chunk_length_s is None else _piece_lengths(chunk_length_s, config)
+  lengths = None if chunk_length_s is None else _chunk_lengths(chunk_length_s, config)
   clips: list[list[np.ndarray] | ValueError | OSError] = []
   for index, clip in enumerate(audio):
     try:
       name = os.fsdecode(clip) if isinstance(clip, (str, os.PathLike)) else f"audio[{index}]"
       waveform_N = _read(clip, name, config)
-      clips.append(_pieces(waveform_N, name, config, lengths=lengths))
+      clips.append(_chunks(waveform_N, name, config, lengths=lengths))
     except (ValueError, OSError) as error:
       clips.append(error)
   return clips
@@ -58,8 +58,8 @@ def raise_first(clips: Sequence[Any]) -> None:
     raise ValueError(f"{len(errors)} of {len(clips)} audio files could not be used: {said}")
 
 
-def _piece_lengths(chunk_length_s: float, config: SpeechLLMConfig) -> tuple[int, int]:
-  """Samples that the pieces of a long clip may have: (at least, at most)."""
+def _chunk_lengths(chunk_length_s: float, config: SpeechLLMConfig) -> tuple[int, int]:
+  """Minimum and maximum number of samples of the chunks of a long clip."""
   shortest, longest = max(SHORTEST_S, shortest_s(config)), config.max_audio_s
   if not 2 * shortest <= chunk_length_s <= longest:
     raise ValueError(
@@ -70,7 +70,7 @@ def _piece_lengths(chunk_length_s: float, config: SpeechLLMConfig) -> tuple[int,
 
 
 def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
-  """One clip as float32 [samples] of a sensible range."""
+  """Reads one clip as float32 [samples] and checks its samples."""
   rate_hz = config.sample_rate_hz
   if isinstance(clip, (str, os.PathLike, bytes)):
     name = f"{len(clip)} bytes of {name}" if isinstance(clip, bytes) else name
@@ -90,14 +90,14 @@ def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
   return waveform_N
 
 
-def _pieces(
+def _chunks(
   waveform_N: np.ndarray,
   name: str,
   config: SpeechLLMConfig,
   *,
   lengths: tuple[int, int] | None,
 ) -> list[np.ndarray]:
-  """The clip if the model takes it as it is; where lengths are given, in such pieces."""
+  """Returns the clip if it is within the model's limits; with lengths, its chunks."""
   rate_hz = config.sample_rate_hz
   seconds = len(waveform_N) / rate_hz
   if not num_speech_tokens(len(config.pad_to_min_duration(waveform_N)), config):
@@ -107,7 +107,7 @@ def _pieces(
     raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
   if lengths is not None:
     search, window = (round(length * rate_hz) for length in (SEARCH_S, PAUSE_S))
-    return cut_at_pauses(
+    return split_at_pauses(
       waveform_N, shortest=lengths[0], longest=lengths[1], search=search, window=window
     )
   if seconds > (limit := config.max_audio_s):
@@ -118,42 +118,42 @@ def _pieces(
   return [waveform_N]
 
 
-def cut_at_pauses(
+def split_at_pauses(
   waveform_N: np.ndarray, *, longest: int, shortest: int, search: int, window: int
 ) -> list[np.ndarray]:
-  """Cuts a long clip into pieces; joined again they are the clip, sample for sample.
+  """Splits a long clip into chunks; concatenated, they are the clip, sample for sample.
 
-  Each cut lies where the `window` samples around it hold the least energy, among the last `search`
-  samples of what a piece may take; of equally quiet places, digital silence say, at the last one.
+  Each boundary is where the `window` samples around it have the least energy, among the last
+  `search` samples that the chunk may have; of equally quiet places, the last one.
 
   Args:
     waveform_N: float [N].
-    longest: samples that a piece may have.
-    shortest: samples that a piece must have, unless the whole clip is shorter.
-    search: samples before a piece's end among which a pause is looked for.
+    longest: maximum number of samples of a chunk.
+    shortest: minimum number of samples of a chunk, unless the clip is shorter.
+    search: samples before the maximum among which a pause is searched for.
     window: samples over which energy is averaged.
 
   Returns:
-    One view or more into the waveform, in order; the clip itself if it is no longer than `longest`.
+    Views into the waveform, in order; the clip itself if it is no longer than `longest`.
 
   Raises:
-    ValueError: if longest < 2 * shortest, for then not every length can be cut.
+    ValueError: if longest < 2 * shortest, since then not every length can be split.
   """
   if longest < 2 * shortest or shortest < 1:
     raise ValueError(
-      f"pieces of {shortest} to {longest} samples: the longest must have twice the shortest's"
+      f"chunks of {shortest} to {longest} samples: the maximum must be twice the minimum or more"
     )
-  pieces = []
+  chunks = []
   while len(waveform_N) > longest:
     last = min(longest, len(waveform_N) - shortest)
     first = max(shortest, last - search)
-    cut = first + _quietest(waveform_N, first, last, window)
-    pieces.append(waveform_N[:cut])
-    waveform_N = waveform_N[cut:]
-  return [*pieces, waveform_N]
+    end = first + _quietest(waveform_N, first=first, last=last, window=window)
+    chunks.append(waveform_N[:end])
+    waveform_N = waveform_N[end:]
+  return [*chunks, waveform_N]
 
 
-def _quietest(waveform_N: np.ndarray, first: int, last: int, window: int) -> int:
+def _quietest(waveform_N: np.ndarray, *, first: int, last: int, window: int) -> int:
   """The quietest place in first..last, counted from first."""
   half = max(1, window // 2)
   begin = max(0, first - half)

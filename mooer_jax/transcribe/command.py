@@ -186,36 +186,21 @@ def _check_json_target(path: Path, audio: list[str]) -> None:
 
 @contextlib.contextmanager
 def _json_writer(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-  """Yields a function that appends a row; the file is complete when the block ends.
+  """Yields a function that appends a row; the file is written when the block ends.
 
-  Rows written before an error or an interruption are kept: the file then holds those.
+  After an error or an interruption, it has the rows up to there; without rows it is unchanged.
   """
-  if path is None:
-    yield lambda row: None
-    return
-  rows = 0
-  with contextlib.ExitStack() as stack:
-    regular = not path.exists() or path.is_file()
-    target = stack.enter_context(replace_file(path)) if regular else path
-    # A lone surrogate of a file name becomes an escape, which JSON has as well.
-    file = open(target, "w", encoding="utf-8", errors="backslashreplace")
-
-    def write(row: dict[str, Any]) -> None:
-      nonlocal rows
-      text = json.dumps(row, ensure_ascii=False, indent=2)
-      file.write((",\n" if rows else "[\n") + text)
-      rows += 1
-
-    failure: BaseException | None = None
-    try:
-      yield write
-    except BaseException as error:
-      failure = error
-    if failure is None or rows:
-      file.write("\n]\n" if rows else "[]\n")
-    file.close()
-    if failure is not None and not rows:
-      raise failure
-  if failure is not None:
-    print(f"{path} holds the {rows} results up to here", file=sys.stderr)
-    raise failure
+  rows: list[dict[str, Any]] = []
+  complete = False
+  try:
+    yield rows.append
+    complete = True
+  finally:
+    if path is not None and (rows or complete):
+      replaceable = not path.exists() or path.is_file()  # not /dev/stdout
+      with replace_file(path) if replaceable else contextlib.nullcontext(path) as target:
+        # A lone surrogate of a file name becomes an escape, which JSON has as well.
+        with open(target, "w", encoding="utf-8", errors="backslashreplace") as file:
+          file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+      if not complete:
+        print(f"{path} holds the {len(rows)} results up to here", file=sys.stderr)

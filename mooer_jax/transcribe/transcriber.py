@@ -1,5 +1,6 @@
 """Audio in, text out: the class behind `mooer-jax transcribe`."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from mooer_jax.audio.decode import SILENCE
 from mooer_jax.config import SpeechLLMConfig, build
-from mooer_jax.generation import GenerationConfig, generate
+from mooer_jax.generation import GenerationConfig, decode_batches
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
 from mooer_jax.nn.compute import ExecutionConfig
@@ -145,71 +146,77 @@ class Transcriber:
     clips = load_clips(audio, self.config, chunk_length_s=chunk_length_s)
     if errors == "raise":
       raise_first(clips)
-    flat = [piece_N for pieces in clips if isinstance(pieces, list) for piece_N in pieces]
-    answers = self._answers(
-      flat, task, filled, options, batch_size=batch_size, seed=seed, progress=progress
+    chunks = [chunk_N for clip in clips if isinstance(clip, list) for chunk_N in clip]
+    transcripts = self._transcribe_chunks(
+      chunks,
+      task,
+      prompt=filled,
+      options=options,
+      batch_size=batch_size,
+      seed=seed,
+      progress=progress,
     )
     results = []
-    for source, pieces in zip(audio, clips, strict=True):
-      if isinstance(pieces, list):
-        result = join_transcripts(answers[: len(pieces)])
-        answers = answers[len(pieces) :]
+    for source, clip in zip(audio, clips, strict=True):
+      if isinstance(clip, list):
+        result = join_transcripts(transcripts[: len(clip)])
+        transcripts = transcripts[len(clip) :]
       else:
-        result = Transcript("", [], 0.0, task, finished=False, error=str(pieces))
+        result = Transcript("", [], 0.0, task, finished=False, error=str(clip))
       path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
       results.append(dataclasses.replace(result, path=path))
     return results
 
-  def _answers(
+  def _transcribe_chunks(
     self,
-    pieces: Sequence[np.ndarray],
+    chunks: Sequence[np.ndarray],
     task: str,
+    *,
     prompt: tuple[str, str],
     options: GenerationConfig,
-    *,
     batch_size: int,
     seed: int,
     progress: bool,
   ) -> list[Transcript]:
-    """Of each piece, in order; a silent one is not asked and says nothing."""
+    """Transcripts of the chunks, in order; silent chunks are skipped and have no text."""
     from rich.progress import track
 
-    def transcript(piece_N, tokens=(), **outcome):
+    def transcript(chunk_N, tokens=(), **outcome):
       text = self.tokenizer.decode(tokens)
-      seconds = len(piece_N) / self.config.sample_rate_hz
+      seconds = len(chunk_N) / self.config.sample_rate_hz
       parts = split_answer(task, text)._asdict()
       return Transcript(text, list(tokens), seconds, task, **outcome, **parts)
 
-    answers = [transcript(piece_N) for piece_N in pieces]
-    heard = [i for i, piece_N in enumerate(pieces) if np.abs(piece_N).max() >= SILENCE]
-    heard.sort(key=lambda i: len(pieces[i]))
-    batches = [heard[i : i + batch_size] for i in range(0, len(heard), batch_size)]
-    key = jax.random.key(seed)
-    for number, members in enumerate(track(batches, "transcribing", disable=not progress)):
-      rows = min(batch_size, 1 << (len(members) - 1).bit_length())  # few shapes, little padding
-      batch = self._batch([pieces[i] for i in members], prompt, rows)
-      batch_key = jax.random.fold_in(key, number)
-      generated = jax.device_get(generate(self.params, batch, self.config, options, key=batch_key))
-      for row, i in enumerate(members):
-        answers[i] = transcript(
-          pieces[i],
-          generated.tokens_BS[row, : generated.lengths_B[row]].tolist(),
-          score=float(generated.scores_B[row]),
-          finished=bool(generated.finished_B[row]),
-        )
-    return answers
-
-  def _batch(self, clips, prompt: tuple[str, str], rows: int) -> Batch:
-    made = [extract_features(clip, self.config) for clip in clips]
-    features, frames = encoder_inputs(made, rows=rows, buckets=self.buckets)
-    before_S, after_S = encode_prompt(self.tokenizer, prompt)
-    return Batch(
-      features=features,
-      frames=frames,
-      before_BS=np.tile(np.asarray(before_S, np.int32), (rows, 1)),
-      after_BS=np.tile(np.asarray(after_S, np.int32), (rows, 1)),
-      answer_BS=np.full((rows, 1), -1, np.int32),
+    transcripts = [transcript(chunk_N) for chunk_N in chunks]
+    loud = [i for i, chunk_N in enumerate(chunks) if np.abs(chunk_N).max() >= SILENCE]
+    loud.sort(key=lambda i: len(chunks[i]))
+    groups = [loud[i : i + batch_size] for i in range(0, len(loud), batch_size)]
+    batches = (
+      (group, self._batch([chunks[i] for i in group], prompt, batch_size)) for group in groups
     )
+    outputs = decode_batches(self.params, batches, self.config, options, key=jax.random.key(seed))
+    shown = track(outputs, "transcribing", total=len(groups), disable=not progress)
+    with contextlib.closing(outputs):
+      for group, output in shown:
+        for row, i in enumerate(group):
+          transcripts[i] = transcript(
+            chunks[i],
+            output.tokens_BS[row, : output.lengths_B[row]].tolist(),
+            score=float(output.scores_B[row]),
+            finished=bool(output.finished_B[row]),
+          )
+    return transcripts
+
+  def _batch(self, chunks, prompt: tuple[str, str], batch_size: int) -> Batch:
+    rows = min(batch_size, 1 << (len(chunks) - 1).bit_length())  # few shapes, little padding
+    clips = [extract_features(chunk_N, self.config) for chunk_N in chunks]
+    features, frames = encoder_inputs(clips, rows=rows, buckets=self.buckets)
+    prefix_BS, suffix_BS = (
+      np.tile(np.asarray(side, np.int32), (rows, 1))
+      for side in encode_prompt(self.tokenizer, prompt)
+    )
+    labels_BS = np.full((rows, 1), -1, np.int32)
+    return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
 
 
 def _buckets(longest: int) -> tuple[int, ...]:

@@ -306,13 +306,13 @@ def test_what_is_too_long_for_memory_is_refused(make, monkeypatch):
   monkeypatch.setattr(decode_module, "_MAX_VALUES", RATE_HZ)
   monkeypatch.setattr(decode_module, "_VALUES_AT_A_TIME", 1000)
   load_audio(make(chirp(0.8)))
-  with pytest.raises(AudioError, match="holds more than 16000 samples; cut it into shorter"):
+  with pytest.raises(AudioError, match="has more than 16000 samples; split it into shorter"):
     load_audio(make(chirp(1.3)))
 
 
 @pytest.mark.parametrize("rate_hz", [1, 999, 1_000_001, 2**31 - 1])
 def test_a_rate_that_no_sound_has_is_refused(rate_hz):
-  with pytest.raises(AudioError, match=rf"has {rate_hz} samples a second; 1000 to 1000000"):
+  with pytest.raises(AudioError, match=rf"sample rate of {rate_hz} Hz; it must be 1000 to 1000000"):
     load_audio(encode(chirp(0.1), rate_hz=rate_hz))
 
 

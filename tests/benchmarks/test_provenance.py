@@ -87,7 +87,10 @@ def test_a_source_that_does_not_exist_is_refused(tmp_path):
   assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("name", ["accuracy", "beam_cache", "convert_7b", "gpu_suite"])
+BENCHMARKS = ["accuracy", "beam_cache", "checkpoint_load", "convert_7b", "gpu_suite"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_sources_of_each_benchmark_exist(name):
   sources = importlib.import_module(f"benchmarks.{name}").SOURCES
   assert f"benchmarks/{name}.py" in sources

@@ -13,7 +13,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.annotation import read_annotation
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import eval_batches, train_batches
-from mooer_jax.data.examples import copies
+from mooer_jax.data.examples import num_copies
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -73,8 +73,8 @@ def test_each_utterance_is_asked_its_own_task(annotate, letters):
   before, after, ids, seconds = [], [], [], []
   for host in hosts:
     for row in range(len(host.keys)):
-      before.append(decoded(letters, host.batch.before_BS[row]))
-      after.append(decoded(letters, host.batch.after_BS[row]))
+      before.append(decoded(letters, host.batch.prefix_BS[row]))
+      after.append(decoded(letters, host.batch.suffix_BS[row]))
       ids.append(int(host.batch.task_B[row]))
     seconds += host.seconds
   assert before == ["", "", "HOW MANY"] and after == ["WRITE", "WHO?", "WORDS"]
@@ -116,7 +116,7 @@ def test_unknown_tasks_and_weights_stop_before_anything_is_read(annotate, letter
     ("{", "not JSON"),
     ("[]", "must hold a JSON object"),
     ("[" * 100_000, "not JSON"),
-    ('{"annotation": []}', "holds no entries"),
+    ('{"annotation": []}', "no entries"),
     ('{"annotation": [{"text": "a"}]}', r"annotation\[0\] has path=None"),
     ('{"annotation": [{"path": "a", "text": 3}]}', r"annotation\[0\] has text=3"),
     ('{"annotation": [{"path": "a", "text": "", "Q": 1}]}', r"\[0\] has Q=1"),
@@ -155,14 +155,17 @@ def test_no_utterance_is_starved_by_a_weight_or_a_draw():
   """Each reading is decided by itself: neither keys nor epochs move together."""
   keys, epochs, weight = [f"{n:07d}-clip" for n in range(1000)], 20, 0.25
   read = np.array(
-    [[copies("a", {"a": weight}, 0, e, key) for key in keys] for e in range(epochs)]
-  )  # fmt: skip
+    [
+      [num_copies("a", {"a": weight}, seed=0, epoch=e, key=key) for key in keys]
+      for e in range(epochs)
+    ]
+  )
   assert read.mean() == pytest.approx(weight, rel=0.1)
   for axis in (0, 1):  # spread over the keys, and over the epochs, as of independent draws
     n = read.shape[axis]
     assert read.sum(axis).var() == pytest.approx(n * weight * (1 - weight), rel=0.75)
   assert (read.sum(0) == 0).mean() == pytest.approx((1 - weight) ** epochs, abs=0.01)
-  other = np.array([copies("a", {"a": weight}, 1, 0, key) for key in keys])
+  other = np.array([num_copies("a", {"a": weight}, seed=1, epoch=0, key=key) for key in keys])
   assert 0 < (other * read[0]).sum() < 0.5 * read[0].sum()
 
 
@@ -210,7 +213,7 @@ def test_weighted_epochs_are_restored_exactly(annotate, letters):
       for host in hosts[at + 1 : at + 5]:
         found = next(again)
         assert found.keys == host.keys
-        np.testing.assert_array_equal(found.batch.after_BS, host.batch.after_BS)
+        np.testing.assert_array_equal(found.batch.suffix_BS, host.batch.suffix_BS)
 
 
 def test_training_draws_from_several_prompts_and_evaluation_takes_the_models(
@@ -223,7 +226,7 @@ def test_training_draws_from_several_prompts_and_evaluation_takes_the_models(
     drawn = [
       decoded(letters, row_S)
       for host in itertools.islice(batches, 30)
-      for row_S in host.batch.after_BS
+      for row_S in host.batch.suffix_BS
     ]
   counts = collections.Counter(drawn)
   assert set(counts) == {"A", "B", "C"} and min(counts.values()) > 8
@@ -245,6 +248,6 @@ def test_a_question_has_room_on_its_own_side_of_the_speech(annotate, letters):
   ):  # fmt: skip
     model = MODEL.replace(chat_template=template, prompts=(("qa", prompt),))
     (host,) = eval_batches(annotate(listed), letters, model)
-    assert (host.batch.before_BS.shape[1], host.batch.after_BS.shape[1]) == (before, after)
-    sides = decoded(letters, host.batch.before_BS[0]) + decoded(letters, host.batch.after_BS[0])
+    assert (host.batch.prefix_BS.shape[1], host.batch.suffix_BS.shape[1]) == (before, after)
+    sides = decoded(letters, host.batch.prefix_BS[0]) + decoded(letters, host.batch.suffix_BS[0])
     assert "WHO IS IT?" in sides

@@ -94,8 +94,8 @@ def test_a_batch_holds_the_features_and_answers_of_its_keys(shards, take, tokeni
   raw = {e.key: e for path in paths for e in read_shard(str(path))}
   for host in take(shards.config(), 4):
     batch = host.batch
-    assert batch.before_BS.shape == (4, 0)
-    assert batch.after_BS.tolist() == [tokenizer.encode("ASK <|im_end|>")] * 4
+    assert batch.prefix_BS.shape == (4, 0)
+    assert batch.suffix_BS.tolist() == [tokenizer.encode("ASK <|im_end|>")] * 4
     seconds = 0.0
     for row, key in enumerate(host.keys):
       waveform_N = load_audio(raw[key].audio)
@@ -106,13 +106,13 @@ def test_a_batch_holds_the_features_and_answers_of_its_keys(shards, take, tokeni
       assert not batch.features[0][row, frames:].any()
       answer = [*tokenizer.encode(host.texts[row]), tokenizer.eos_id]
       assert host.texts[row] == f"N{int(key[3:])}"
-      answer += [-1] * (batch.answer_BS.shape[1] - len(answer))
-      assert batch.answer_BS[row].tolist() == answer
+      answer += [-1] * (batch.labels_BS.shape[1] - len(answer))
+      assert batch.labels_BS[row].tolist() == answer
     assert host.audio_s == pytest.approx(seconds)
     length = batch.features[0].shape[1]
     longest = batch.frames[0].max()
     assert length == next(b for b in (10, 20, 40) if longest <= b)
-    assert batch.answer_BS.shape[1] in (4, 8)
+    assert batch.labels_BS.shape[1] in (4, 8)
 
 
 def test_sorting_saves_padding(shards, take):
@@ -194,7 +194,7 @@ def test_processes_share_the_shards(shards, take):
 
 def test_too_few_shards_name_the_remedy(shards, model_side):
   shards.add(4)
-  with pytest.raises(ValueError, match="1 shards for 1 processes.*lower data.workers or pack"):
+  with pytest.raises(ValueError, match="1 shards for 1 processes.*lower data.workers.*pack again"):
     train_batches(shards.config(workers=2), *model_side)
   with pytest.raises(ValueError, match="1 shards for 2 processes.*--per-shard"):
     eval_batches(shards.config(), *model_side, process_count=2)
@@ -338,9 +338,9 @@ def test_evaluation_sees_each_key_once_and_in_order(shards, wav, encode_wav, mod
   assert [len(host.keys) for host in hosts] == [4, 4, 4, 4, 2]
   last = hosts[-1].batch
   assert last.frames[0].tolist()[2:] == [0, 0]
-  assert (last.answer_BS[2:] == -1).all()
+  assert (last.labels_BS[2:] == -1).all()
   assert not last.features[0][2:].any()
-  by_key = {key: row for host in hosts for key, row in zip(host.keys, host.batch.answer_BS)}
+  by_key = {key: row for host in hosts for key, row in zip(host.keys, host.batch.labels_BS)}
   assert all((by_key[key] == -1).all() for key in kept)
   assert all((by_key[key] >= 0).any() for key in shards.keys)
 

@@ -54,9 +54,9 @@ def test_drawn_prompts_are_restored_exactly(dataset, workers):
     states.append(json.dumps(iterator.get_state()))
     hosts.append(next(iterator))
   iterator.close()
-  said = {row.tobytes() for host in hosts for row in host.batch.after_BS}
+  said = {row.tobytes() for host in hosts for row in host.batch.suffix_BS}
   assert len(said) > 20  # the same keys were asked in several ways
-  for start in (0, 5, 9):
+  for start in (5,) if workers else (0, 5, 9):  # a worker process takes seconds to start
     other = iter(dataset(workers))
     other.set_state(json.loads(states[start]))
     for expected in hosts[start : start + 3]:

@@ -91,7 +91,7 @@ def test_a_data_set_is_complete_once_all_of_it_was_seen(tmp_path):
 def test_values_beyond_float16_are_refused(tmp_path):
   name, frames, seconds = clip("x", 2, 0)
   frames[1][0, 0] = 1e5
-  with pytest.raises(ValueError, match="two encoder gives values that float16"):
+  with pytest.raises(ValueError, match="two encoder has outputs beyond the range of float16"):
     EncodedCache(tmp_path, WIDTHS).write([(name, frames, seconds)])
 
 

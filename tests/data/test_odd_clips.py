@@ -8,7 +8,7 @@ import pytest
 from mooer_jax.data.dataset import eval_batches, train_batches
 from mooer_jax.data.pack import pack
 from mooer_jax.data.shards import CAUSES, RawUtterance, read_list, read_shard
-from mooer_jax.run.fill_feature_cache import uncached_batches
+from mooer_jax.run.fill_feature_cache import cache_misses
 from tests.audio.made import odd_clips
 
 ODD = odd_clips()
@@ -49,10 +49,10 @@ def test_evaluation_skips_and_counts_them(config, model_side, shards):
 
 
 def test_the_feature_cache_skips_and_counts_them(config, model_side, shards):
-  passed = Counter()
-  batches = uncached_batches(config, model_side[1], known=set(), passed=passed)
+  skipped = Counter()
+  batches = cache_misses(config, model_side[1], known=set(), skipped=skipped)
   assert sum(len(batch.digests) for batch in batches) == len(USED) + len(shards.keys)
-  assert passed == Counter(REFUSED.values())
+  assert skipped == Counter(REFUSED.values())
 
 
 def test_clips_of_an_annotation_are_skipped_and_counted(model_side, shards, tmp_path):

@@ -6,15 +6,15 @@ import tarfile
 import pytest
 
 from mooer_jax.data.dataset import eval_batches
-from mooer_jax.data.shards import CAUSES, RawUtterance, Skip, read_list, read_shard
+from mooer_jax.data.shards import CAUSES, RawUtterance, SkippedUtterance, read_list, read_shard
 from mooer_jax.data.utterances import BadDataError
 
 
 def _read(path):
   entries = list(read_shard(str(path)))
-  assert all(e.cause in CAUSES for e in entries if isinstance(e, Skip))
+  assert all(e.cause in CAUSES for e in entries if isinstance(e, SkippedUtterance))
   good = [e.key for e in entries if isinstance(e, RawUtterance)]
-  return good, [(e.cause, e.key) for e in entries if isinstance(e, Skip)]
+  return good, [(e.cause, e.key) for e in entries if isinstance(e, SkippedUtterance)]
 
 
 def test_members_come_in_either_order_and_keys_end_at_the_last_dot(shards):
@@ -114,7 +114,7 @@ def test_members_that_stand_apart_are_named_with_the_remedy(shards, first):
   skips = list(read_shard(str(path)))
   alone = {"txt": "no audio", "wav": "no transcript"}[first]
   assert [s.cause for s in skips] == [alone] * 3 + ["members apart"] * 3
-  assert all("must stand together" in s.detail and "tar --sort=name" in s.detail for s in skips)
+  assert all("must be adjacent" in s.detail and "tar --sort=name" in s.detail for s in skips)
 
 
 def test_a_shard_of_members_apart_stops_evaluation_with_the_remedy(shards, model_side):

@@ -274,7 +274,7 @@ def test_tied_logits_are_products_with_the_embedding():
     assert_within(logits * 1.001, exact, rounding(40, np.abs(exact).max()))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
 def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
   config = dataclasses.replace(tiny.LLM_CONFIG, tie_word_embeddings=tied)
   model, params, inputs = make(config)
@@ -324,8 +324,8 @@ def test_branches_of_one_row_equal_rows_of_their_own():
       attention_mask_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
     positions_BR = np.repeat(VALID_BS.sum(1)[:, None] + step, branches, axis=1)
     new, valid = more[:, :, step].astype(np.float32), np.ones((B, branches), bool)
-    hidden, cache = model.apply(
-      {"params": params}, new, valid, cache, placement=Placement(positions_BR, attention_mask_BRT)
+    hidden, cache = apply(
+      model, params, new, valid, cache, placement=Placement(positions_BR, attention_mask_BRT)
     )
     found[:, :, step] = hidden
   assert int(cache.filled) == S + branches * steps

@@ -2,7 +2,7 @@
 
 import pytest
 
-from demo.report import failures
+from demo.digits import failures
 from demo.stages import Stages, fingerprint
 
 

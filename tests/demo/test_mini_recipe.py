@@ -8,10 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mini_activation, mini_salmonn
-from demo.mini.annotations import entry, write_annotations
 from demo.mini.plan import SpeechConfig
 from demo.mini.recipe import QUICK, STAGES, Recipe, share_beyond_digits
-from demo.mini.speech import entries_of
+from demo.mini.speech import entries_of, entry, write_annotations
 from mooer_jax.config import build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.prompts import read_prompts
@@ -36,7 +35,7 @@ def test_the_quick_recipe_stays_apart(monkeypatch):
   recipe = importlib.import_module("demo.mini.recipe")
   called = [QUICK.settings(stage) for stage in STAGES]
   assert "--config.train.steps=60" in QUICK.settings("tasks")
-  monkeypatch.setattr(recipe, "_call", lambda *words: called.append([*map(str, words)]))
+  monkeypatch.setattr(recipe, "call", lambda *words: called.append([*map(str, words)]))
   monkeypatch.setattr(recipe, "_train", lambda *_: None)
   monkeypatch.setattr(recipe.checkpoint, "find", lambda path: path)
   recipe._tune(None, QUICK)
@@ -112,7 +111,7 @@ def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, 
 def test_before_and_after_tuning_answers_may_be_as_long(monkeypatch, tmp_path):
   recipe = importlib.import_module("demo.mini.recipe")
   called = []
-  monkeypatch.setattr(recipe, "_call", lambda *words: called.append(words[-1]))
+  monkeypatch.setattr(recipe, "call", lambda *words: called.append(words[-1]))
   monkeypatch.setattr(recipe, "share_beyond_digits", lambda *_: {})
   for model in ("tasks", "activation"):
     for test in ("probe", "test_tasks"):

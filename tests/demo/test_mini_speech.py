@@ -11,14 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
 from demo.mini import plan as planning
-from demo.mini.annotations import entry, write_annotations
 from demo.mini.plan import (
   DIGITS_LIMIT_S,
   LIMIT_S,
@@ -34,15 +32,16 @@ from demo.mini.plan import (
 from demo.mini.speech import (
   HURRIES,
   entries_of,
+  entry,
   lanes_of,
   make_speech,
   render,
+  write_annotations,
 )
 from demo.mini.voices import (
-  FEMALE_VARIANTS,
-  MALE_VARIANTS,
   Joe,
   Speaker,
+  sex_of,
   speak,
   without_edges,
 )
@@ -123,17 +122,13 @@ def test_labels_are_right(plans, split):
     assert label.text == ("yes" if label.question in _said(clip).split() else "no")
 
 
-def test_the_sexes_are_those_of_espeaks_own_definitions():
-  import espeakng_loader
-
-  definitions = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
-  stated = {}
-  for name in (*TRAIN_VARIANTS, *TEST_VARIANTS):
-    found = re.search(r"^gender\s+(\w+)", (definitions / name).read_text("latin-1"), re.M)
-    if found:
-      stated[name] = found[1].lower()
-  expected = dict.fromkeys(FEMALE_VARIANTS, "female") | dict.fromkeys(MALE_VARIANTS, "male")
-  assert stated == expected
+def test_the_sex_of_many_voices_is_known():
+  sexes = collections.Counter(map(sex_of, (*TRAIN_VARIANTS, *TEST_VARIANTS, *RANDOM_VARIANTS)))
+  assert sexes["female"] >= 16 and sexes["male"] >= 22 and sexes[None] > 100
+  assert sexes.keys() == {"female", "male", None} and (sex_of("f1"), sex_of("m1")) == (
+    "female",
+    "male",
+  )
 
 
 def _shares(entries, task):
@@ -229,7 +224,7 @@ def test_files_have_every_clip_they_name_within_the_limits(made):
       assert (info.samplerate, info.channels, info.subtype) == (SAMPLE_RATE_HZ, 1, "PCM_16")
       limit_s = DIGITS_LIMIT_S if "digits" in line["path"] else LIMIT_S
       assert 0.3 < info.duration <= limit_s
-  assert not list(made.rglob("*.part"))
+  assert not list(made.rglob("*.tmp"))
 
 
 def test_what_is_missing_is_made_again_the_same_and_nothing_else(made):

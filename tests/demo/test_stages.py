@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from demo.stages import Stages, Terminated, call, imported_sources
+from demo.stages import Stages, Terminated, call, imported_sources, one_line_errors
 
 # The command says that it is there, then ends as train.py does: it saves first.
 COMMAND = """
@@ -29,7 +29,7 @@ folder, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
 def work():
   (folder / "made").mkdir(exist_ok=True)
   if command:
-    return call(command)
+    return call(*command)
   (folder / "ready").touch()
   time.sleep(60)
 try:
@@ -75,7 +75,7 @@ def test_after_a_step_sigterm_does_what_it_did_before(tmp_path):
 
 
 def test_sigterm_reaches_a_command_outside_of_any_step(tmp_path, plain_env):
-  run = "import sys\nfrom demo.stages import call\ncall(sys.argv[1:])"
+  run = "import sys\nfrom demo.stages import call\ncall(*sys.argv[1:])"
   command = [sys.executable, "-c", run, sys.executable, "-c", COMMAND, str(tmp_path)]
   process = subprocess.Popen(command, env=plain_env, stderr=subprocess.DEVNULL)
   deadline = time.monotonic() + 60
@@ -88,10 +88,30 @@ def test_sigterm_reaches_a_command_outside_of_any_step(tmp_path, plain_env):
 
 
 def test_a_command_that_fails_says_so():
-  call([sys.executable, "-c", ""])
+  call(sys.executable, "-c", "")
   with pytest.raises(subprocess.CalledProcessError) as caught:
-    call([sys.executable, "-c", "raise SystemExit(3)"])
+    call(sys.executable, "-c", "raise SystemExit(3)")
   assert caught.value.returncode == 3
+
+
+@pytest.mark.parametrize(
+  "error, message",
+  [
+    (subprocess.CalledProcessError(3, ["python", "train.py"]), "exit status 3"),
+    (FileNotFoundError(2, "No such file", "clip.wav"), "clip.wav"),
+  ],
+)
+def test_a_failed_step_is_one_line(error, message, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)  # and back, at the end of the test
+  with pytest.raises(SystemExit, match=f"^make demo: .*{message}"), one_line_errors("make demo"):
+    raise error
+
+
+def test_an_interruption_says_how_to_resume(capsys, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit) as ended, one_line_errors("make demo"):
+    raise KeyboardInterrupt
+  assert ended.value.code == 130 and "rerun the same command" in capsys.readouterr().err
 
 
 def test_a_change_redoes_what_goes_on_from_it_and_no_other_branch(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from mooer_jax.evaluation.answers import score_by_task
+from mooer_jax.evaluation.answer_matching import score_by_task
 from mooer_jax.evaluation.perplexity import (
   NONE,
   Perplexity,

@@ -40,8 +40,8 @@ def test_reading_takes_blanks_as_separator_and_windows_line_ends(tmp_path):
 @pytest.mark.parametrize(
   "content, message",
   [
-    (b"a x\nb y\na z\n", "text:3: key 'a' stands in line 1"),
-    (b"a x\n b y\n", "text:2: the line starts with a blank"),
+    (b"a x\nb y\na z\n", "text:3: duplicate key 'a' \\(first on line 1\\)"),
+    (b"a x\n b y\n", "text:2: the line starts with white space"),
     (b"a x\nb \xff\n", "text:2: not UTF-8"),
   ],
 )
@@ -61,6 +61,6 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_key_that_could_not_be_read_back_leaves_the_old_file(tmp_path, key):
   path = tmp_path / "text"
   write_text(path, {"old": "x"})
-  with pytest.raises(ValueError, match="without blanks"):
+  with pytest.raises(ValueError, match="without white space"):
     write_text(path, {"good": "y", key: "z"})
   assert read_text(path) == {"old": "x"}

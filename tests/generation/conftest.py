@@ -32,7 +32,7 @@ def config():
 
 @pytest.fixture(scope="session")
 def params(config):
-  params = speech_llm.init(jax.random.key(0), config)
+  params = jax.jit(lambda key: speech_llm.init(key, config))(jax.random.key(0))
   # Larger weights than at the start of training: with those every answer is one token repeated.
   params["decoder"] = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params["decoder"])
   return params
@@ -51,9 +51,9 @@ def batch():
     return Batch(
       features=(features,),
       frames=(np.asarray(frames, np.int32),),
-      before_BS=np.zeros((len(frames), 0), np.int32),
-      after_BS=np.tile(after, (len(frames), 1)),
-      answer_BS=np.full((len(frames), 1), -1, np.int32),
+      prefix_BS=np.zeros((len(frames), 0), np.int32),
+      suffix_BS=np.tile(after, (len(frames), 1)),
+      labels_BS=np.full((len(frames), 1), -1, np.int32),
     )
 
   return make

@@ -71,7 +71,7 @@ def test_hidden_states_and_scores_are_those_of_a_pass_over_the_answer(
     ours = {"hidden": found.hidden_BRSD[:, rank], "scores": found.scores_BR[:, rank]}
     bound = bound_for(params, clips, tokens_BS)
     assert_within(ours, teacher_forced(params, clips, tokens_BS), bound)
-    moved = dataclasses.replace(clips, after_BS=clips.after_BS[:, ::-1])  # another prompt
+    moved = dataclasses.replace(clips, suffix_BS=clips.suffix_BS[:, ::-1])  # another prompt
     other = teacher_forced(params, moved, tokens_BS)
     for name in ours:
       with exceeds_the_bound():

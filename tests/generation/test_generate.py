@@ -14,13 +14,12 @@ LENGTH_8 = GenerationConfig(max_new_tokens=8)
 
 
 def greedy_without_cache(params, batch, config, steps):
-  """Runs the whole sequence again for every token."""
-  tokens = np.zeros((len(batch.frames[0]), 0), np.int32)
-  for _ in range(steps):
-    longer = np.concatenate([tokens, np.zeros((len(tokens), 1), np.int32)], axis=1)
-    logits_BAV = speech_llm.answer_logits(params, batch.replace(answer_BS=longer), config)
-    tokens = np.concatenate([tokens, np.asarray(logits_BAV[:, -1:].argmax(-1))], axis=1)
-  return tokens
+  """Runs the whole sequence again for every token; those not known yet are zeros."""
+  logits = jax.jit(lambda batch: speech_llm.answer_logits(params, batch, config))
+  tokens_BS = np.zeros((len(batch.frames[0]), steps), np.int32)
+  for n in range(steps):
+    tokens_BS[:, n] = logits(batch.replace(labels_BS=tokens_BS))[:, n].argmax(-1)
+  return tokens_BS
 
 
 def test_cached_greedy_decoding_equals_the_full_pass(params, config, batch):
@@ -95,7 +94,8 @@ def test_the_loop_ends_with_the_last_row(params, config, batch):
 
   decode, speech_llm.decode = speech_llm.decode, count
   try:
-    jax.block_until_ready(generate.__wrapped__(params, clips, config, options))
+    run = jax.jit(lambda params, clips: generate.__wrapped__(params, clips, config, options))
+    jax.block_until_ready(run(params, clips))
     jax.effects_barrier()
   finally:
     speech_llm.decode = decode

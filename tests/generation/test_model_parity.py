@@ -133,13 +133,13 @@ def logit_bound(kind) -> float:
   _, params, config = model(kind)
   inputs_BSD, lengths = prompts(np.random.default_rng(0), 8)
   valid_BS = np.arange(PROMPT) >= PROMPT - lengths[:, None]
-  answer_BS = np.random.default_rng(1).integers(0, VOCAB, (8, LENGTH))
+  labels_BS = np.random.default_rng(1).integers(0, VOCAB, (8, LENGTH))
 
   @jax.jit
   def logits(params, inputs_BSD):
-    answer_BSD = speech_llm.embed(params, answer_BS, config)
+    answer_BSD = speech_llm.embed(params, labels_BS, config)
     inputs_BSD = jnp.concatenate([inputs_BSD, answer_BSD], 1)
-    attended_BS = np.concatenate([valid_BS, np.ones(answer_BS.shape, bool)], 1)
+    attended_BS = np.concatenate([valid_BS, np.ones(labels_BS.shape, bool)], 1)
     hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, attended_BS, config)
     return speech_llm.logits(params, hidden_BSD, config)[:, PROMPT:]
 
@@ -228,7 +228,8 @@ def test_scores_of_another_model_exceed_the_bound(kind):
   options = GenerationConfig(max_new_tokens=LENGTH)
   valid_BS = np.arange(PROMPT) >= PROMPT - lengths[:, None]
   config = config.replace(decoder=dataclasses.replace(config.decoder, rope_theta=2e4))
-  found = generate_from(params, inputs_BSD, valid_BS, config, options).scores_BR
+  generate = jax.jit(functools.partial(generate_from, config=config, options=options))
+  found = generate(params, inputs_BSD, valid_BS).scores_BR
   _, expected = our_answers(kind, options, inputs_BSD, lengths)
   with exceeds_the_bound():
     assert_within(found, expected, score_bound(kind, options))

@@ -28,7 +28,7 @@ def test_restrict_keeps_what_transformers_keeps(top_k, top_p, keep):
     expected = warp(None, expected)
   if top_p < 1:
     expected = logits_process.TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, expected)
-  found = processors.restrict(jnp.asarray(scores), top_k=top_k, top_p=top_p, keep=keep)
+  found = processors.apply_top_k_top_p(jnp.asarray(scores), top_k=top_k, top_p=top_p, keep=keep)
   np.testing.assert_array_equal(found, expected.numpy())
 
 
@@ -71,7 +71,11 @@ def assert_equal_to_processor(values, theirs, step):
   options = GenerationConfig(eos_token_id=(3, 7), **values)
   min_new = processors.min_new_tokens(jnp.zeros(len(scores), jnp.int32), options)
   found = processors.process(
-    jnp.asarray(scores), jnp.asarray(tokens, jnp.int32), jnp.int32(step), min_new, options
+    jnp.asarray(scores),
+    jnp.asarray(tokens, jnp.int32),
+    jnp.int32(step),
+    min_new_X=min_new,
+    options=options,
   )
   name, *arguments = theirs
   processor = getattr(logits_process, f"{name}LogitsProcessor")(*arguments)
@@ -99,8 +103,8 @@ def test_a_token_outside_of_the_vocabulary_is_refused():
         jnp.zeros((1, VOCAB)),
         jnp.zeros((1, 2), jnp.int32),
         0,
-        jnp.zeros(1, jnp.int32),
-        GenerationConfig(**values),
+        min_new_X=jnp.zeros(1, jnp.int32),
+        options=GenerationConfig(**values),
       )
 
 

@@ -28,22 +28,22 @@ def tie_free(rng, options):
   draw = functools.partial(
     reference.random_table,
     rng,
-    vocab=VOCAB,
+    vocab_size=VOCAB,
     length=LENGTH,
     eos_token_id=options.eos_token_id,
     eos_boost=2.5,
   )
   table, again = draw(UTTERANCES), 0
   while True:
-    expected, scores = reference.table_answers(table, options, PROMPT)
     noise = rounding(LENGTH, np.abs(table).max()) / 3 * rng.normal(size=(2, *table.shape))
-    noise = noise.astype(np.float32)
-    shaken = [reference.table_answers(table + x, options, PROMPT)[0] for x in noise]
+    tables = np.concatenate([table, *(table + noise.astype(np.float32))])
+    answers, scores = reference.table_answers(tables, options, PROMPT)
+    expected, *shaken = (answers[i : i + UTTERANCES] for i in range(0, len(answers), UTTERANCES))
     ties = [
       row for row in range(UTTERANCES) if any(other[row] != expected[row] for other in shaken)
     ]
     if not ties:
-      return table, expected, scores, again
+      return table, expected, scores[:UTTERANCES], again
     table[ties] = draw(len(ties))
     again += len(ties)
 

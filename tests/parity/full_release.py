@@ -12,7 +12,7 @@ from tests.text.qwen import write_qwen2_folder
 
 TASKS = ("asr", "ast", "asr_ast_mtl")
 TOKENS, EOS, LINE_BREAK = 151646, 151645, 198  # of Qwen2's tokenizer
-LLM_WIDTH = 128
+LLM_WIDTH = 64
 LLM = "Qwen2-0.1B-Instruct"
 
 
@@ -55,7 +55,7 @@ def language_model():
   config = Qwen2Config(
     vocab_size=151936,
     hidden_size=LLM_WIDTH,
-    intermediate_size=256,
+    intermediate_size=128,
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,

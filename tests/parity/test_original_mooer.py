@@ -2,6 +2,8 @@
 
     MOOER_SRC=<clone of MooreThreads/MooER> pytest tests/parity/test_original_mooer.py -m nightly
 
+FIGURES=FOLDER writes what was compared to FOLDER/original_mooer_TASK.json.
+
 Its script runs as it is, with its own features, models, prompts, batches and decoding options, in
 float32 on the CPU. What stands in for something else:
 - torchaudio: `load` by soundfile, `compliance.kaldi.fbank` by kaldi-native-fbank; no resampling,
@@ -165,7 +167,7 @@ def run_original(source, release, task, arguments, monkeypatch):
 
 @pytest.mark.parametrize("task", ["asr", "ast"])
 def test_the_original_program_gives_the_same_tokens_and_texts(
-  original, release, recordings, task, tmp_path, monkeypatch
+  original, release, recordings, task, tmp_path, monkeypatch, record
 ):
   ours = tmp_path / "ours"
   assert convert(["import", "mooer", str(release), str(ours), "--task", task]) == 0
@@ -194,3 +196,5 @@ def test_the_original_program_gives_the_same_tokens_and_texts(
   single = run_original(original, release, task, [f"--wav_path={recordings[0]}"], monkeypatch)
   [first] = transcriber.transcribe(recordings[:1])
   assert single == ([first.tokens], [first.text])
+  figures = {"answers": 2 * CLIPS + 1, "tokens": compared + len(first.tokens), "mismatches": 0}
+  record(figures, clone="MOOER_SRC")

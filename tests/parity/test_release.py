@@ -2,7 +2,7 @@
 
 Both sides read the same files. The encoder has its full width; nightly its full depth, too, for
 which the checkpoints are large: each is removed with the module's folder. `make test` takes three
-layers and two clips through every step, and two clips through all fifty layers.
+layers and two clips through every step, and two clips through fifty layers with narrow MLPs.
 """
 
 import functools
@@ -22,7 +22,7 @@ from tests.parity.full_release import LLM, TASKS, write_release
 
 pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip the prompt: meant
 NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(3600))
-SHALLOW, FULL = SANMConfig(layers=3), SANMConfig()
+SHALLOW, DEEP, FULL = SANMConfig(layers=3), SANMConfig(intermediate_size=128), SANMConfig()
 BEAMS = (1, 4)
 OPTIONS = dict(length_penalty=0.8, max_new_tokens=40)
 
@@ -73,13 +73,22 @@ class Sides:
     return wrong, excused
 
 
+# First, while the process is small.
+def test_the_tokens_of_two_clips_at_full_depth(clips, tmp_path):
+  sides = Sides(tmp_path, clips[:2], DEEP, tasks=("asr",))
+  paths = [clip.path for clip in clips[:2]]
+  assert sides.mismatches(sides.ours("asr"), "asr", paths, beams=4, batch_size=2) == ([], [])
+  shutil.rmtree(tmp_path)
+
+
 @pytest.fixture(
   scope="module",
   params=[pytest.param(SHALLOW, id="3-layers"), pytest.param(FULL, id="50-layers", marks=NIGHTLY)],
 )
 def sides(request, tmp_path_factory, clips):
   folder = tmp_path_factory.mktemp("release")
-  yield Sides(folder, clips, request.param)
+  tasks = TASKS if request.param == FULL else ("asr", "asr_ast_mtl")
+  yield Sides(folder, clips, request.param, tasks)
   shutil.rmtree(folder)
 
 
@@ -104,26 +113,17 @@ def recordings(request, few, tmp_path_factory) -> list[Path]:
 
 
 def test_the_tokens_are_those_of_pytorch(sides, recordings):
-  cases, wrong, excused = 0, [], []
-  for task in ("asr", "ast"):
-    for beams in BEAMS:
-      for batch_size in (1, 16):
-        found = sides.mismatches(
-          sides.ours(task), task, recordings, beams=beams, batch_size=batch_size
-        )
-        cases += len(recordings)
-        wrong += found[0]
-        excused += found[1]
+  ways = [(task, beams, n) for task in ("asr", "ast") for beams in BEAMS for n in (1, 16)]
+  if sides.encoder == SHALLOW:  # each way compiles a program
+    ways = [("asr", 4, 1), ("asr", 1, 16)]
+  cases, wrong, excused = len(ways) * len(recordings), [], []
+  for task, beams, batch_size in ways:
+    found = sides.mismatches(sides.ours(task), task, recordings, beams=beams, batch_size=batch_size)
+    wrong += found[0]
+    excused += found[1]
   print(f"{cases} answers, {len(wrong)} differ, excused by rounding: {excused}")
   assert not wrong
   assert len(excused) <= cases // 100, excused
-
-
-def test_the_tokens_of_two_clips_at_full_depth(clips, tmp_path):
-  sides = Sides(tmp_path, clips[:2], FULL, tasks=("asr",))
-  paths = [clip.path for clip in clips[:2]]
-  assert sides.mismatches(sides.ours("asr"), "asr", paths, beams=4, batch_size=2) == ([], [])
-  shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["lora-apart", "lora-merged"])
@@ -138,8 +138,7 @@ def test_there_and_back_and_merged(sides, few, tmp_path, merged):
   for folder in (first, again):
     transcriber = Transcriber.from_checkpoint(folder, dtype="float32")
     assert bool(transcriber.config.decoder.lora_rank) != merged
-    for beams in BEAMS:
-      assert sides.mismatches(transcriber, "asr", paths, beams=beams, batch_size=8) == ([], [])
+    assert sides.mismatches(transcriber, "asr", paths, beams=4, batch_size=8) == ([], [])
   for folder in folders:
     shutil.rmtree(folder)
 

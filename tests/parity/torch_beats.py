@@ -9,21 +9,10 @@ from convert.parts import beats
 from convert.verify.reference.beats import BEATs
 from mooer_jax import tree
 from mooer_jax.encoders.beats import BEATsConfig
+from tests import tiny
 from tests.parity.torch_models import vary_vectors
 
-SMALL = BEATsConfig(
-  input_width=32,
-  hidden_size=24,
-  layers=3,
-  heads=4,
-  intermediate_size=40,
-  patch=8,
-  patch_width=20,
-  conv_pos=6,
-  conv_pos_groups=3,
-  buckets=16,
-  max_distance=20,
-)
+SMALL = dataclasses.replace(tiny.BEATS, layers=3)
 
 
 def model(config: BEATsConfig, seed=0) -> BEATs:

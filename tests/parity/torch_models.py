@@ -2,12 +2,15 @@
 
 import re
 
+import jax
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mooer_jax import tree
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
+from tests import numerics
 
 SANM_NAMES = (
   (r"^encoders0\.0\.", "first_layer."),
@@ -149,8 +152,45 @@ def qwen2_params(module, config: LLMConfig) -> dict:
   return nested
 
 
-def error(ours, theirs) -> float:
-  """Largest absolute difference in standard deviations of the reference."""
-  theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
-  assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-  return float(np.abs(np.asarray(ours) - theirs).max() / theirs.std())
+class Float64(TorchFunctionMode):
+  """Replaces float32 by float64 where a module names it: in norms, softmax and RoPE's angles."""
+
+  def __torch_function__(self, function, types, args=(), kwargs=None):
+    def widened(x):
+      return torch.float64 if x is torch.float32 else x
+
+    if function is torch.Tensor.float:
+      function = torch.Tensor.double
+    kwargs = {name: widened(value) for name, value in (kwargs or {}).items()}
+    return function(*map(widened, args), **kwargs)
+
+
+def assert_parity(ours, run, module, *inputs, layers):
+  """Asserts that our error is at most twice that of a module in float32, plus a rounding per layer.
+
+  Args:
+    ours: our result, in float32: an array or a tree of them.
+    run: function of the module, its dtype (to which it casts inputs) and `inputs`; returns tensors.
+    module: in float32. The truth is what it computes in float64.
+    inputs: of `run`, beside those that it has.
+    layers: number of layers, each of which rounds values of the magnitude of the result.
+
+  Returns:
+    the largest difference from theirs of each array.
+
+  Raises:
+    BoundExceeded: see `tests.numerics.assert_as_accurate`.
+  """
+  differences = []
+  with torch.no_grad():
+    theirs = run(module, torch.float32, *inputs)
+    with Float64():
+      truth = run(module.double(), torch.float64, *inputs)
+    module.float()  # bit for bit what it was, and no second copy meanwhile
+  for our, their, exact in zip(*map(jax.tree.leaves, (ours, theirs, truth)), strict=True):
+    our, their, exact = np.asarray(our), their.numpy(), exact.numpy()
+    assert our.dtype == their.dtype == np.float32 and exact.dtype == np.float64
+    floor = numerics.rounding(layers, np.abs(exact).max())
+    numerics.assert_as_accurate(our, their, exact, floor=floor)
+    differences.append(float(np.abs(our - their).max()))
+  return differences

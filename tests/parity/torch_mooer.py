@@ -1,6 +1,7 @@
 """MooER put together from funasr, peft and transformers, on a release folder."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,20 @@ class Heard:
   attention_mask: torch.Tensor
 
 
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path):
+  from transformers import AutoTokenizer
+
+  return AutoTokenizer.from_pretrained(folder)
+
+
 class TorchMooer:
   """The model of one task."""
 
   def __init__(self, release: Path, llm: str, task: str, encoder: SANMConfig = SANMConfig()):
     from funasr.frontends.wav_frontend import load_cmvn
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder = release / "paraformer_encoder"
     self.cmvn = load_cmvn(str(folder / "am.mvn"))
@@ -78,7 +86,7 @@ class TorchMooer:
     module = PeftModel.from_pretrained(module, str(release / task / "lora_weights"))
     self.llm = module.merge_and_unload().eval()
     self.llm.generation_config = GenerationConfig()
-    self.tokenizer = AutoTokenizer.from_pretrained(release / llm)
+    self.tokenizer = _tokenizer(release / llm)
     self.prompt_S = self.tokenizer.encode(TEMPLATE.format(PROMPTS[task]))
 
   @torch.no_grad()

@@ -16,9 +16,9 @@ from torch import nn
 
 from convert.parts import beats
 from convert.verify.reference import beats as reference_beats
-from convert.verify.reference.qformer import QFormer
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.encoders.beats import BEATsConfig
+from tests.audio.test_logmel import transformers_float64
 from tests.convert.folders_of import vary
 from tests.parity import torch_qformer
 from tests.parity.torch_beats import model as beats_model
@@ -137,7 +137,7 @@ class Salmonn(nn.Module):
       for name, parameter in self.llama_model.named_parameters():
         if "lora_B" in name:
           parameter.normal_(0, 0.2)
-    connect = torch_qformer.make(QFormer, QFORMER, width, 40, seed)
+    connect = torch_qformer.make(torch_qformer.QFormer, QFORMER, width, 40, seed)
     with torch.no_grad():
       for name, parameter in connect.named_parameters():
         if "crossattention.self.value.weight" in name:
@@ -167,9 +167,10 @@ class Salmonn(nn.Module):
 
   @torch.no_grad()
   def frames(self, waveform_N: np.ndarray) -> torch.Tensor:
-    """Both encoders' frames side by side: [1, T, D]."""
+    """Both encoders' frames side by side, in the dtype of the module: [1, T, D]."""
     waveform_N = np.pad(waveform_N, (0, max(0, 16000 - len(waveform_N))))
-    mel = self.listen(waveform_N, sampling_rate=16000, return_tensors="pt")["input_features"]
+    mel_TF = transformers_float64(waveform_N, self.listen)
+    mel = torch.tensor(mel_TF.T[None], dtype=self.ln_speech.weight.dtype)
     frames = self.ln_speech(self.speech_encoder(mel).last_hidden_state)
     if hasattr(self, "beats"):
       heard = self.ln_audio(self.beats(reference_beats.features(waveform_N)[None]))

@@ -78,13 +78,13 @@ def test_a_task_of_ones_own_has_bleu_where_its_language_is_given(config, tmp_pat
 def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monkeypatch):
   config.train.steps = 2
   folder = train(config)
-  monkeypatch.setattr(mooer_jax.run.decoding, "generate", None)  # decoding would fail otherwise
+  monkeypatch.setattr(mooer_jax.run.decoding, "decode_batches", None)  # must not run
   config.eval.references = str(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match=r"eval\.references=.*nowhere"):
     evaluate(config, config.workdir)
   (tmp_path / "text").write_text("somebody\telse\n", "utf-8")
   config.eval.references, config.eval.out = str(tmp_path / "text"), str(tmp_path)
-  with pytest.raises(ValueError, match=r"answers would be written over it: set eval\.out"):
+  with pytest.raises(ValueError, match=r"would be overwritten by the hypotheses: set eval\.out"):
     evaluate(config, config.workdir)
   config.eval.references = config.eval.out = ""
   config.eval.bleu_tokenize = "cn"
@@ -130,7 +130,9 @@ def test_of_longer_clips_the_beginning_is_heard_where_that_is_asked_for(config, 
     report = json.loads((scored / "report.json").read_text("utf-8"))
     assert len(report["details"]["not_decoded"]) == 24 - heard
     assert len(read_text(scored / "text")) == heard
-    assert ("8 clips were too long and cut (eval.truncate)" in capsys.readouterr().out) == cut
+    assert (
+      "8 clips were truncated to eval.max_s (eval.truncate)" in capsys.readouterr().out
+    ) == cut
 
 
 def test_annotations_of_one_folder_are_scored_apart(config, clips, tmp_path):

@@ -75,9 +75,9 @@ def _expected(run, params, path):
   batch = speech_llm.Batch(
     features=tuple(x_TF[None] for x_TF in made),
     frames=tuple(np.array([len(x_TF)]) for x_TF in made),
-    before_BS=none_BS,
-    after_BS=none_BS,
-    answer_BS=none_BS,
+    prefix_BS=none_BS,
+    suffix_BS=none_BS,
+    labels_BS=none_BS,
   )
   streams = speech_llm.encode_each(params, batch, run.model)
   return [np.asarray(x_BTD[0][valid_BT[0]]) for x_BTD, valid_BT in streams.values()]
@@ -107,7 +107,7 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
         assert_within(rounded_to(jnp.bfloat16, kept_TD), expected_TD, bound)
 
   with monkeypatch.context() as patch:  # nothing is read again where nothing changed
-    patch.setattr(fill_feature_cache, "uncached_batches", None)
+    patch.setattr(fill_feature_cache, "cache_misses", None)
     assert len(fill_feature_cache.fill_cache(run, params, mesh)) == 3
   before = paths[0].stat()
   paths[0].write_bytes(paths[1].read_bytes()[:-2000])

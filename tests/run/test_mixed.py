@@ -80,7 +80,7 @@ def base(settings):
   """The joined checkpoint, of random parts."""
   folder, config = settings
   model = Run.read(config).model.with_compute(scan=False)
-  params = speech_llm.init(jax.random.key(0), model)
+  params = jax.jit(lambda key: speech_llm.init(key, model))(jax.random.key(0))
   tokenizer = Tokenizer.from_characters(CHARACTERS, SPECIALS, eos="<|im_end|>")
   heard = checkpoint.save(
     folder / "whisper",
@@ -161,7 +161,7 @@ def test_cached_frames_train_alike_and_each_task_is_scored(settings, base, tmp_p
   config.eval.out = str(tmp_path / "scored")
   evaluate(config, str(saved))
   scores = json.loads((tmp_path / "scored/tasks.json").read_text())
-  assert {task: s["count"] for task, s in scores.items()} == {"asr": 6, "keyword": 6}
+  assert {task: s["num_examples"] for task, s in scores.items()} == {"asr": 6, "keyword": 6}
   assert "keyword" in capsys.readouterr().out
 
 
@@ -180,7 +180,7 @@ def test_perplexities_and_scales_are_tabled_and_drawn(settings, trained, tmp_pat
   assert (tmp_path / "probe/perplexity.png").stat().st_size > 5000
 
   points = lora_sweep(config, str(run), scales=[0.0, 8.0])
-  assert {(p.scale, p.task, p.score.count) for p in points} == {
+  assert {(p.scale, p.task, p.score.num_examples) for p in points} == {
     (scale, task, 6) for scale in (0.0, 8.0) for task in ("asr", "keyword")
   }
   assert (tmp_path / "probe/lora_sweep.png").stat().st_size > 5000
@@ -199,6 +199,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   rows = perplexity(config, [str(trained)], instructions=["asr"])
   params, model, tokenizer, _ = load(config, trained)
   found = next(r for r in rows if (r.instruction, r.task) == ("asr", "asr"))
+  logits = jax.jit(lambda params, batch: speech_llm.answer_logits(params, batch, model))
   nats = tokens = 0.0
   for entry in json.loads((folder / "train.json").read_text())["annotation"]:
     if entry["task"] != "asr":
@@ -210,11 +211,11 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
     batch = speech_llm.Batch(
       features=(x_TF[None],),
       frames=(np.array([len(x_TF)]),),
-      before_BS=np.array([before]),
-      after_BS=np.array([after]),
-      answer_BS=np.array([answer]),
+      prefix_BS=np.array([before]),
+      suffix_BS=np.array([after]),
+      labels_BS=np.array([answer]),
     )
-    logits_AV = np.asarray(speech_llm.answer_logits(params, batch, model)[0], np.float64)
+    logits_AV = np.asarray(logits(params, batch)[0], np.float64)
     log_p_AV = logits_AV - np.log(np.exp(logits_AV).sum(-1, keepdims=True))
     nats -= log_p_AV[np.arange(len(answer)), answer].sum()
     tokens += len(answer)
@@ -306,7 +307,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   write("librispeech_test_clean.json", "asr", "one two")
   write("librispeech_test_other.json", "asr", "today")
   with monkeypatch.context() as patch:
-    patch.setattr(mooer_jax.run.decoding, "generate", None)  # decoding would fail otherwise
+    patch.setattr(mooer_jax.run.decoding, "decode_batches", None)  # decoding would fail otherwise
     write("sac.json", "story", "a dog")
     with pytest.raises(ValueError, match=r"sac\.json: tasks \['story'\] have no prompt"):
       evaluate_suite(config, str(trained), str(folder))
@@ -323,7 +324,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
   assert report["tasks"][0]["count"] == 3
   answers = read_text(out / "hypotheses/librispeech_test_other.text")
   assert len(answers) == 2  # the lost clip has none
-  monkeypatch.setattr(mooer_jax.run.decoding, "generate", None)
+  monkeypatch.setattr(mooer_jax.run.decoding, "decode_batches", None)
   assert evaluate_suite(config, str(trained), str(folder)) == results  # nothing is decoded again
 
 
@@ -348,7 +349,7 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
     return dataclasses.replace(
       decoded,
       hypotheses=dict.fromkeys(decoded.hypotheses, "a yes"),
-      cut=[*decoded.hypotheses][1:2],
+      unfinished=[*decoded.hypotheses][1:2],
     )
 
   config.activation.review = True
@@ -407,5 +408,5 @@ def test_parts_of_another_size_are_refused_by_name(settings, base, tmp_path):
   config = config.copy_and_resolve_references()
   config.workdir, config.data.cache_features = str(tmp_path / "a"), ""
   config.model.llm.intermediate_size = 64
-  with pytest.raises(ValueError, match="decoder/intermediate_size is 48, the config says 64"):
+  with pytest.raises(ValueError, match="decoder/intermediate_size is 48, in the config 64"):
     train(config)

@@ -293,7 +293,7 @@ def test_a_checkpoint_of_another_model_is_refused(config, tmp_path):
   config.train.cmvn = ""
   config.workdir = str(tmp_path / "other")
   config.model.sanm.layers = 3
-  with pytest.raises(ValueError, match=r"layers is 2, the config says 3"):
+  with pytest.raises(ValueError, match=r"layers is 2, in the config 3"):
     train(config)
 
 

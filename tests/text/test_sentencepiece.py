@@ -98,7 +98,7 @@ def test_tokens_added_later_keep_their_ids(llama_folder, tmp_path):
   assert tokenizer.decode([700, 701]) == "<Speech>"  # not special, and special
   (tmp_path / "tokenizer_config.json").unlink()
   (tmp_path / "added_tokens.json").write_text('{"<Speech>": 705}')
-  with pytest.raises(ValueError, match="'<Speech>' should get the id 705, but comes to 700"):
+  with pytest.raises(ValueError, match="'<Speech>' must have the id 705, but gets 700"):
     Tokenizer.from_folder(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_a_byte_spelt_out_is_not_that_byte():
   pieces = tuple(
     ours.Piece(text, -float(i), kinds.get(text, ours.NORMAL)) for i, text in enumerate(texts)
   )
-  model = ours.build_tokenizer(ours.SentencePieceModel(pieces, prefix_blank=False))
+  model = ours.build_tokenizer(ours.SentencePieceModel(pieces, add_dummy_prefix=False))
   assert model.encode("A").ids == [1]
   assert 1 not in model.encode("<0x41>").ids
   assert model.encode("Aa").ids == [1, texts.index("a")]
@@ -125,8 +125,9 @@ def test_a_byte_spelt_out_is_not_that_byte():
 
 def test_settings_are_read(llama_folder, tmp_path, spm_training):
   model = ours.read_model(llama_folder / "tokenizer.model")
-  assert (model.algorithm, model.prefix_blank, model.squeeze_blanks) == (ours.BPE, True, False)
-  assert (model.bos, model.eos, model.charsmap) == ("<s>", "</s>", b"")
+  assert model.algorithm == ours.BPE
+  assert (model.add_dummy_prefix, model.remove_extra_whitespaces) == (True, False)
+  assert (model.bos, model.eos, model.precompiled_charsmap) == ("<s>", "</s>", b"")
   processor = _processor(llama_folder)
   for i, piece in enumerate(model.pieces):
     assert piece.text == processor.id_to_piece(i)
@@ -138,8 +139,8 @@ def test_settings_are_read(llama_folder, tmp_path, spm_training):
       tmp_path, "unigram", bos_id=-1, eos_id=1, unk_id=0, normalization_rule_name="nmt_nfkc"
     )
   )
-  assert (other.algorithm, other.squeeze_blanks) == (ours.UNIGRAM, True)
-  assert (other.bos, other.eos) == (None, "</s>") and other.charsmap
+  assert (other.algorithm, other.remove_extra_whitespaces) == (ours.UNIGRAM, True)
+  assert (other.bos, other.eos) == (None, "</s>") and other.precompiled_charsmap
 
 
 @pytest.mark.parametrize(
@@ -147,8 +148,8 @@ def test_settings_are_read(llama_folder, tmp_path, spm_training):
   [
     (b"", "0 pieces"),
     (b"not a model", "not a SentencePiece model"),
-    (b"\x0a\xff\xff\xff\xff\x0f", "cut short"),
-    (b"\x0a" + b"\xff" * 12, "without end"),
+    (b"\x0a\xff\xff\xff\xff\x0f", "truncated"),
+    (b"\x0a" + b"\xff" * 12, "more than 10 bytes"),
     (b"\x0a\x03\x0a\x01\xff", "not a SentencePiece model"),
     (b"\x0a\x03\x0a\x01a", "0 unknown pieces"),
   ],
@@ -161,7 +162,7 @@ def test_broken_models_are_named(tmp_path, content, message):
 
 def test_kinds_that_are_not_supported_are_named(tmp_path, spm_training):
   options = {"treat_whitespace_as_suffix": True, **spm_training.LLAMA}
-  with pytest.raises(ValueError, match="blanks behind words"):
+  with pytest.raises(ValueError, match="treat_whitespace_as_suffix"):
     ours.read_model(spm_training.train(tmp_path, "unigram", **options))
   with pytest.raises(ValueError, match="type 4"):
     ours.read_model(spm_training.train(tmp_path, "char", vocab_size=400, **spm_training.LLAMA))

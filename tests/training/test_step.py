@@ -39,7 +39,7 @@ def toy_batch(seed, rows=ROWS):
   rng = np.random.default_rng(seed)
   answers = rng.integers(0, D, size=(rows, 5)).astype(np.int32)
   answers[np.arange(5) > rng.integers(0, 5, size=(rows, 1))] = -1  # rows of uneven length
-  return {"x_BD": rng.normal(size=(rows, D)).astype(np.float32), "answer_BS": answers}
+  return {"x_BD": rng.normal(size=(rows, D)).astype(np.float32), "labels_BS": answers}
 
 
 def toy_loss(trainable, frozen, batch, key, dropout=0.0):
@@ -49,12 +49,12 @@ def toy_loss(trainable, frozen, batch, key, dropout=0.0):
   if dropout:
     hidden_BM *= jax.random.bernoulli(key, 1 - dropout, hidden_BM.shape)
   logp_BV = jax.nn.log_softmax(hidden_BM @ params["decoder"]["head"]["kernel"])
-  answer_BS = batch["answer_BS"]
-  valid_BS = answer_BS >= 0
-  logp_BS = jnp.take_along_axis(logp_BV, jnp.maximum(answer_BS, 0), axis=1)
+  labels_BS = batch["labels_BS"]
+  valid_BS = labels_BS >= 0
+  logp_BS = jnp.take_along_axis(logp_BV, jnp.maximum(labels_BS, 0), axis=1)
   loss_sum = -jnp.sum(logp_BS * valid_BS)
   tokens = jnp.sum(valid_BS)
-  correct = jnp.sum((jnp.argmax(logp_BV, -1)[:, None] == answer_BS) & valid_BS)
+  correct = jnp.sum((jnp.argmax(logp_BV, -1)[:, None] == labels_BS) & valid_BS)
   return loss_sum / tokens, {
     "loss_sum": loss_sum,
     "tokens": tokens,

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     max_audio_s=6.0,
     prompts=PROMPTS,
   )
-  params = speech_llm.init(jax.random.key(0), config)
+  params = jax.jit(lambda key: speech_llm.init(key, config))(jax.random.key(0))
   params["decoder"] = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params["decoder"])
   return checkpoint.save(
     tmp_path_factory.mktemp("run") / "step_00000001",

@@ -138,7 +138,7 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
   for key, text in decoded.hypotheses.items():
     of = by_key[key]
     kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}
-    if key in decoded.cut:  # training on it needs an end
+    if key in decoded.unfinished:  # training on it needs an end
       print(f"{of['path']}: the answer reached generation.max_new_tokens; left out")
     elif text.strip():
       entries.append({**kept, "text": text.strip(), "task": wanted.task})

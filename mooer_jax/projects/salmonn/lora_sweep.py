@@ -1,4 +1,4 @@
-"""Scores of every task against the LoRA scale."""
+"""Scores of every task by LoRA scale."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mooer_jax import checkpoint
-from mooer_jax.evaluation.answers import score_by_task
+from mooer_jax.evaluation.answer_matching import score_by_task
 from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table, write
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
@@ -17,13 +17,13 @@ from mooer_jax.run.process import prepare_process
 def lora_sweep(
   run: Run, path: str, *, scales: Sequence[float], base: str | None = None
 ) -> list[SweepPoint]:
-  """Runs `eval.py --mode=lora-sweep`: leaves lora_sweep.json and lora_sweep.png.
+  """Run `eval.py --mode=lora-sweep`, which writes lora_sweep.json and lora_sweep.png.
 
   Args:
-    run: the config; each utterance has its own task.
+    run: the config; each utterance is prompted for its own task.
     path: checkpoint folder, or training workdir.
-    scales: LoRA scales; none: eight from 0 to that of training.
-    base: where the base of a fine-tune lies, if it moved.
+    scales: LoRA scales; default: nine from 0 to that of training.
+    base: base checkpoint of a fine-tune, if it has moved.
 
   Returns:
     The scores of each task at each scale.
@@ -39,7 +39,7 @@ def lora_sweep(
   loaded = load(run, folder, base)
   trained = loaded.model.decoder.lora_scale
   if not trained:
-    raise ValueError(f"{path} has no LoRA whose scale could be changed")
+    raise ValueError(f"{path}: the model has no LoRA, so there is no scale to vary")
   points: list[SweepPoint] = []
   for scale in scales or [trained * eighths / 8 for eighths in range(9)]:
     decoded = decode_set(run, dataclasses.replace(options, lora_scale=scale), loaded)

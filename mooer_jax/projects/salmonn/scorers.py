@@ -1,7 +1,7 @@
-"""How the tasks of a suite are scored: a function for each kind of task.
+"""Scorers of SALMONN's evaluation tasks, one function for each kind of task.
 
-Each takes a row of the suite, its annotation entries and the answers by key, and what was read from
-outside; at least one entry has an answer. An entry without one counts as answered with nothing.
+A scorer takes a row of the suite, its annotation entries by key, the hypotheses by key (at least
+one) and external scores. A missing hypothesis counts as an empty one.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mooer_jax.evaluation import answers
+from mooer_jax.evaluation import answer_matching
 from mooer_jax.evaluation.error_rate import ScoreConfig, score
 from mooer_jax.evaluation.translation import bleu, bleu_of_task
-from mooer_jax.projects.salmonn.outside_scores import judged_share
+from mooer_jax.projects.salmonn.external_scores import judged_share
 
 _TOKEN = re.compile(r"[a-z0-9]+")
 
 
+# The package rouge-score would bring nltk, whose import takes two seconds, and is not faster.
 def rouge_l(reference: str, hypothesis: str) -> float:
   """F-measure of the longest common subsequence of words, 0 to 1; 0 if either has no words.
 
-  Words are runs of a-z and 0-9 in lower case, without stemming; precision and recall weigh the
-  same.
+  Words are runs of a-z and 0-9 in lower case, without stemming; precision and recall have the same
+  weight. The values are those of Google's package rouge-score.
 
-  Source: Lin (2004), "ROUGE: a package for automatic evaluation of summaries"; words and weights
-  as in Google's package rouge-score, to which it is equal.
+  Source: Lin (2004), "ROUGE: a package for automatic evaluation of summaries".
   """
   wanted, given = _TOKEN.findall(reference.lower()), _TOKEN.findall(hypothesis.lower())
   common = common_length(wanted, given)
@@ -48,7 +48,7 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-  """What was read from outside: a tool's scores by metric, judgements by key; None: no file."""
+  """External scores: a tool's by metric, judgements by key; None if there is no file."""
 
   scores: Mapping[str, float] | None = None
   judgements: Mapping[str, Mapping[str, Any]] | None = None
@@ -56,14 +56,14 @@ class Extras:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """What came of a task.
+  """Scores of a task.
 
   Attributes:
-    values: one for each metric of the row, in its unit; None where it cannot be told.
-    following_rate: share of the answers that follow the instruction; None where it is not asked
-      for or cannot be told.
-    count: entries scored, those without an answer included.
-    notes: why a value is None, and what a reader should know before trusting the others.
+    values: one for each metric of the row, in its unit; None if it is unknown.
+    following_rate: share of the answers that follow the instruction; None if it is unknown or not
+      part of the task.
+    count: number of entries, those without an answer included.
+    notes: reasons for None, and how the other values were computed.
   """
 
   values: tuple[float | None, ...]
@@ -82,13 +82,13 @@ class Row:
 
   Attributes:
     level: 1 trained, 2 untrained on speech, 3 untrained on audio.
-    task: name of the prompt, as SALMONN's prompt and annotation files have it.
+    task: name of the prompt in SALMONN's prompt and annotation files.
     file: the annotation file.
-    metrics: what is measured; rates and scores in %, accuracy as a fraction, diversity in words.
-    before, after: the published figures without and with activation tuning.
-    following: the published following rates, without and with, where there are any.
-    judged: what a judge may say of the answers: "follows", "correct".
-    outside: the metrics are read from a public tool's scores.
+    metrics: names; rates and scores are in %, accuracy is a fraction, diversity a number of words.
+    before, after: published scores without and with activation tuning.
+    following: published following rates, without and with, if there are any.
+    judged: fields of a judgement: "follows", "correct".
+    external: whether the metrics are read from the scores of a public tool.
   """
 
   level: int
@@ -102,7 +102,7 @@ class Row:
   higher_is_better: bool = True
   following: tuple[float, float] | None = None
   judged: tuple[str, ...] = ()
-  outside: bool = False
+  external: bool = False
 
   @property
   def stem(self) -> str:
@@ -120,7 +120,7 @@ def error_rate(row, entries, hypotheses, extras):
 def phone_error_rate(row, entries, hypotheses, extras):
   del row, extras
   references = {key: entry["text"] for key, entry in entries.items()}
-  return _rate(references, hypotheses, "phones as they are written, in either case")
+  return _rate(references, hypotheses, "phones as written, case-insensitive")
 
 
 def _rate(references, hypotheses, note):
@@ -164,13 +164,13 @@ def class_accuracy(forms: Mapping[str, tuple[str, ...]]) -> Scorer:
     del extras
     correct = unread = 0
     for key, entry in entries.items():
-      wanted = answers.named_class(entry["text"], forms)
+      wanted = answer_matching.named_class(entry["text"], forms)
       if wanted is None:
-        raise ValueError(f"{row.file}: {key} has text={entry['text']!r}, none of {list(forms)}")
-      given = answers.named_class(hypotheses.get(key, ""), forms)
+        raise ValueError(f"{row.file}: {key} has text={entry['text']!r}; allowed are {list(forms)}")
+      given = answer_matching.named_class(hypotheses.get(key, ""), forms)
       correct += given == wanted
       unread += key in hypotheses and given is None
-    note = (f"{unread} answers name none or several of {', '.join(forms)}: wrong",)
+    note = (f"{unread} answers name none or several of {', '.join(forms)} and count as wrong",)
     return Scored((correct / len(entries),), None, len(entries), note if unread else ())
 
   return scorer
@@ -181,68 +181,71 @@ def keyword_accuracy(row, entries, hypotheses, extras):
   total = 0.0
   for key, entry in entries.items():
     try:
-      total += answers.keyword_accuracy(hypotheses.get(key, ""), entry["text"])
+      total += answer_matching.keyword_accuracy(hypotheses.get(key, ""), entry["text"])
     except ValueError as error:
       raise ValueError(f"{row.file}: {key}: {error}") from error
-  note = "share of three keywords that the reference has, word for word"
+  note = "share of three keywords that occur in the reference, word for word"
   return Scored((total / len(entries),), None, len(entries), (note,))
 
 
 def judged_accuracy(row, entries, hypotheses, extras):
-  """Accuracy from the judgements alone: answers are free text."""
+  """Accuracy from judgements only, because answers are free text."""
   correct, why = _judged("correct", row, entries, hypotheses, extras)
   following, *notes = _following(row, entries, hypotheses, extras)
-  return Scored((correct,), following, len(entries), _said(why, *notes))
+  return Scored((correct,), following, len(entries), _notes(why, *notes))
 
 
 def slot_accuracy(row, entries, hypotheses, extras):
-  """Accuracy from the judgements, else by comparison with the slot's value."""
+  """Accuracy from judgements, else by comparison with the value of the slot."""
   following, *notes = _following(row, entries, hypotheses, extras)
   if extras.judgements is not None:
     correct, why = _judged("correct", row, entries, hypotheses, extras)
-    return Scored((correct,), following, len(entries), _said(why, *notes))
+    return Scored((correct,), following, len(entries), _notes(why, *notes))
   tell = _all_have_transcripts(entries)
   right = 0
   for key, entry in entries.items():
-    if not answers.words(entry["text"]):
-      raise ValueError(f"{row.file}: {key} has text={entry['text']!r}; the slot's value is needed")
+    if not answer_matching.words(entry["text"]):
+      raise ValueError(
+        f"{row.file}: {key} has text={entry['text']!r}; it must be the value of the slot"
+      )
     answer = hypotheses.get(key, "")
     # The transcript holds the value too, so a sentence counts only where it is told from one.
-    sentence = tell and not answers.is_transcript(answer, entry["transcript"])
+    sentence = tell and not answer_matching.is_transcript(answer, entry["transcript"])
     right += (
-      answers.contains(answer, entry["text"])
+      answer_matching.contains(answer, entry["text"])
       if sentence
-      else answers.words(answer) == answers.words(entry["text"])
+      else answer_matching.words(answer) == answer_matching.words(entry["text"])
     )
   note = (
-    "correct: holds the value and is no transcript"
+    "correct: contains the value and is not a transcript"
     if tell
-    else "correct: the value and no word more; sentences need `transcript` or judgements"
+    else "correct: exactly the value; longer answers need `transcript` or judgements"
   )
-  return Scored((right / len(entries),), following, len(entries), _said(note, *notes))
+  return Scored((right / len(entries),), following, len(entries), _notes(note, *notes))
 
 
 def diversity(row, entries, hypotheses, extras):
   following, why = _judged("follows", row, entries, hypotheses, extras)
-  total = sum(answers.distinct_words(hypotheses.get(key, "")) for key in entries)
-  return Scored((total / len(entries),), following, len(entries), _said(why))
+  total = sum(answer_matching.distinct_words(hypotheses.get(key, "")) for key in entries)
+  return Scored((total / len(entries),), following, len(entries), _notes(why))
 
 
 def _following(row, entries, hypotheses, extras):
-  """(following rate or None, notes …): judged, else the share that is not a mere transcript."""
+  """(following rate or None, notes …): judged, else the share that is not a transcript."""
   if extras.judgements is not None or not _all_have_transcripts(entries):
     return _judged("follows", row, entries, hypotheses, extras)
   followed = sum(
-    bool(answers.words(text)) and not answers.is_transcript(text, entry["transcript"])
+    bool(answer_matching.words(text))
+    and not answer_matching.is_transcript(text, entry["transcript"])
     for key, entry in entries.items()
     if (text := hypotheses.get(key)) is not None
   )
-  return followed / len(entries), "follows: says something and does not merely transcribe"
+  return followed / len(entries), "follows: not empty and not a transcript"
 
 
 def _judged(field, row, entries, hypotheses, extras):
   if extras.judgements is None:
-    return None, f"{field!r} needs {row.stem}.judgements.json; its form is in to_judge/"
+    return None, f"{field!r} needs {row.stem}.judgements.json; fill in the form in to_judge/"
   return judged_share(extras.judgements, field, list(entries), hypotheses)
 
 
@@ -251,8 +254,8 @@ def _all_have_transcripts(entries) -> bool:
 
 
 def _normal(text: str) -> str:
-  return " ".join(answers.words(text))
+  return " ".join(answer_matching.words(text))
 
 
-def _said(*notes: str) -> tuple[str, ...]:
+def _notes(*notes: str) -> tuple[str, ...]:
   return tuple(dict.fromkeys(note for note in notes if note))

@@ -1,4 +1,4 @@
-"""Runs SALMONN's 15 tasks: decodes what annotation files are there, scores, prints one table."""
+"""Evaluation on SALMONN's 15 tasks: decode, score and print one table."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from mooer_jax.data.annotation import entry_key, read_annotation
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.files import read_json_object, replace_file
 from mooer_jax.projects.salmonn import tasks
-from mooer_jax.projects.salmonn.outside_scores import judgement_sheet, read_judgements, read_scores
+from mooer_jax.projects.salmonn.external_scores import judgement_sheet, read_judgements, read_scores
 from mooer_jax.projects.salmonn.scorers import Extras, Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
@@ -36,32 +36,31 @@ def run_suite(
   check: Callable[[Path], object] = lambda file: None,
   identity: str = "",
 ) -> dict[str, Scored | str]:
-  """Decodes and scores every task whose annotation file is there, and prints the table.
+  """Decode and score every task that has an annotation file, and print the table.
 
-  Annotation files, each `{"annotation": [{"path", "text", "task", "Q"}, …]}`, are sought by the
-  names in `tasks.ROWS`; docs/salmonn.md says what `text` and `Q` hold in each.
+  docs/salmonn.md describes the annotation files. Their names are those in `tasks.ROWS`. Tasks that
+  have hypotheses from an earlier run are only scored.
 
-  Leaves in `out`: suite.json and suite.txt, after each task; hypotheses/NAME.text; the forms
-  to_judge/NAME.json. Reads from `out`, since they belong to one model's answers:
-  NAME.scores.json and NAME.judgements.json (see `outside_scores.py`). A second run decodes
-  only tasks that have no hypotheses yet, and scores all.
+  Files in `out`: suite.json and suite.txt, written after each task; hypotheses/NAME.text; the forms
+  to_judge/NAME.json; and, read if they exist, NAME.scores.json and NAME.judgements.json
+  (`external_scores`).
 
   Args:
     annotations: folder of the annotation files; other .json files in it are named in the output.
-    out: folder to write to.
-    decode: answers by key (`annotation.entry_key`) for an annotation file; clips that cannot be
-      read are left out.
-    check: raises for an annotation file that `decode` would not take.
-    identity: what the answers depend on, such as the checkpoint and the decoding options; answers
-      of another one are not mixed with these.
+    out: output folder.
+    decode: function that returns the answers to an annotation file by key (`entry_key`), without
+      clips that cannot be read.
+    check: function that raises if `decode` would not accept an annotation file.
+    identity: description of the checkpoint and the decoding options. Answers with another identity
+      are an error.
 
   Returns:
-    By name of the annotation file without .json: the result, or why it was not run.
+    The scores, or the reason why a task was not run, by name of the annotation file without .json.
 
   Raises:
-    FileNotFoundError: if there is no such folder.
-    ValueError: if none of the files is there; if a file is not of its kind; if `out` holds answers
-      of another identity or annotation, or scores without their answers.
+    FileNotFoundError: if the folder of annotation files does not exist.
+    ValueError: if it contains none of the files; if a file is invalid; if `out` contains answers
+      with another identity or annotation, or scores without their answers.
   """
   annotations, out = Path(annotations), Path(out)
   if not annotations.is_dir():
@@ -69,9 +68,9 @@ def run_suite(
   there = [row for row in ROWS if (annotations / row.file).is_file()]
   if not there:
     names = ", ".join(row.file for row in ROWS)
-    raise ValueError(f"{annotations}: holds none of the suite's annotation files: {names}")
+    raise ValueError(f"{annotations}: contains none of the suite's annotation files: {names}")
   unknown = _unknown(annotations, out)
-  # Everything is read and checked before hours of decoding.
+  # All files are checked before hours of decoding.
   for row in there:
     check(annotations / row.file)
   entries = {row.stem: _checked_entries(annotations / row.file, row) for row in there}
@@ -99,7 +98,7 @@ def run_suite(
 
 
 def _checked_entries(path: Path, row: Row) -> dict[str, dict[str, Any]]:
-  """Entries by key; scoring the references themselves shows whether they can be scored."""
+  """Entries by key; to check the references, they are scored as their own hypotheses."""
   listed = read_annotation(str(path))
   entries = {entry_key(number, entry): entry for number, entry in enumerate(listed)}
   score_task(row, entries, {key: entry["text"] for key, entry in entries.items()})
@@ -112,26 +111,26 @@ def _source(path: Path, identity: str) -> dict[str, str]:
 
 
 def _hypotheses(out: Path, row: Row, source: Mapping[str, str]) -> dict[str, str] | None:
-  """The answers that an earlier run left, None if there are none; others' are refused."""
+  """Answers of an earlier run from the same source, or None."""
   record = out / "hypotheses" / row.file
   text = record.with_suffix(".text")
   if record.is_file() and text.is_file():
     if (left := read_json_object(record)) != source:
       raise ValueError(
-        f"{text}: these answers are of {left}, not {source}; remove the file, or choose another"
+        f"{text}: these answers come from {left}, not {source}; remove the file, or choose another"
         " folder"
       )
     return read_text(text)
   for ending in _GIVEN:
     if (given := out / f"{row.stem}{ending}").is_file():
-      raise ValueError(f"{given}: belongs to answers that are no longer there; remove the file")
+      raise ValueError(f"{given}: belongs to answers that no longer exist; remove the file")
   return None
 
 
 def _keep(out, row, source, answers) -> dict[str, str]:
   record = out / "hypotheses" / row.file
   text = record.with_suffix(".text")
-  record.unlink(missing_ok=True)  # it says that the answers are complete, so it comes last
+  record.unlink(missing_ok=True)  # marks complete answers, so it is written last
   write_text(text, answers)
   _write_json(record, source)
   return read_text(text)
@@ -148,15 +147,15 @@ def _check_keys(hypotheses, entries, row) -> None:
 def _extras(out: Path, row: Row) -> Extras:
   scores, judgements = (out / f"{row.stem}{ending}" for ending in _GIVEN)
   return Extras(
-    read_scores(scores, row.metrics) if row.outside and scores.is_file() else None,
+    read_scores(scores, row.metrics) if row.external and scores.is_file() else None,
     read_judgements(judgements) if row.judged and judgements.is_file() else None,
   )
 
 
 def _unknown(annotations: Path, out: Path) -> list[str]:
-  """Names of .json files that nothing here reads, a hint beside misplaced ones."""
+  """Names of .json files that are not read, with a hint for misplaced ones."""
   known = {row.file for row in ROWS}
-  given = {f"{row.stem}.scores.json" for row in ROWS if row.outside}
+  given = {f"{row.stem}.scores.json" for row in ROWS if row.external}
   given |= {f"{row.stem}.judgements.json" for row in ROWS if row.judged}
   found = []
   for path in sorted(annotations.glob("*.json")):
@@ -193,13 +192,13 @@ def _write_json(path: Path, content: Any) -> None:
 def evaluate_suite(
   run: Run, path: str, annotations: str, *, base: str | None = None
 ) -> dict[str, Any]:
-  """Runs `eval.py --suite=salmonn`: see `run_suite` for files and results.
+  """Run `eval.py --suite=salmonn`; see `run_suite` for the files and results.
 
   Args:
     run: the config; its `generation` overrides the options of the checkpoint.
     path: checkpoint folder, or training workdir.
     annotations: folder of the annotation files.
-    base: where the base of a fine-tune lies, if it moved.
+    base: base checkpoint of a fine-tune, if it has moved.
 
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint or annotation file.
@@ -217,8 +216,8 @@ def evaluate_suite(
     lacking = [n for n, e in enumerate(read_annotation(str(file))) if not e.get("task")]
     if lacking:
       raise ValueError(
-        f"{file}: annotation[{lacking[0]}] and {len(lacking) - 1} others name no task; give each"
-        ' its "task"'
+        f"{file}: annotation[{lacking[0]}] and {len(lacking) - 1} others have no task; add the"
+        ' field "task" to each'
       )
     batches_of(run, of_file(file), loaded)
 

@@ -1,7 +1,7 @@
-"""SALMONN's 15 evaluation tasks: what is measured on which set, and what was published.
+"""SALMONN's 15 evaluation tasks: test sets, metrics and published scores.
 
-Where the paper leaves a measure open, the functions in `answers` and the notes of a result say what
-is done here. Following rates and what only a judge can decide come from `outside_scores`.
+Where the paper does not define a metric, the functions in `answers` and the notes of a result do.
+Following rates and correctness of free text come from `external_scores`.
 """
 
 from __future__ import annotations
@@ -40,26 +40,25 @@ YES_NO = {"yes": ("yes",), "no": ("no",)}
 def score_task(
   row: Row, entries: Entries, hypotheses: Mapping[str, str], extras: Extras = Extras()
 ) -> Scored:
-  """Scores one task.
+  """Score one task.
 
   Args:
     row: one of ROWS.
     entries: annotation entries by key: `text` is the reference, `Q` the question or slot name.
-      `transcript`, where every entry has one, tells answers that merely transcribe.
-    hypotheses: answers by key. An entry without one counts as answered with nothing.
-    extras: scores and judgements from outside.
+      `transcript`, if every entry has one, identifies answers that only transcribe.
+    hypotheses: answers by key. A missing one counts as an empty answer.
+    extras: external scores and judgements.
 
   Raises:
-    ValueError: if there are no entries, if one is of another task, or a reference is none of its
-      kind, by key.
+    ValueError: if there are no entries, or an entry has another task or an impossible reference.
   """
   if not entries:
     raise ValueError(f"{row.file}: no entries to score")
   for key, entry in entries.items():
     if entry.get("task", row.task) != row.task:
       raise ValueError(
-        f"{row.file}: {key} has task={entry['task']!r}; the figure is of task {row.task!r}, whose"
-        " prompt asks for what is scored"
+        f"{row.file}: {key} has task={entry['task']!r}; it must be {row.task!r}, because another"
+        " prompt is another test"
       )
   missing = [key for key in entries if key not in hypotheses]
   if len(missing) == len(entries):
@@ -72,7 +71,7 @@ def score_task(
 
 
 def _row(level, name, task, stem, scorer, *figures, **more) -> Row:
-  """A row; a figure is (metric, published without, published with activation tuning)."""
+  """A row; a figure is (metric, published score without, with activation tuning)."""
   metrics, before, after = zip(*figures)
   return Row(level, name, task, f"{stem}.json", metrics, before, after, scorer, **more)
 
@@ -92,7 +91,7 @@ ROWS = (
   _row(1, "En→Zh, CoVoST2", "translation_ec", "covost2_en_zh", translation,
        ("BLEU4", 34.4, 33.1)),
   _row(1, "audio captioning, AudioCaps", "audiocaption", "audiocaps", from_tool,
-       ("METEOR", 25.6, 24.0), ("SPIDEr", 47.6, 40.3), outside=True),
+       ("METEOR", 25.6, 24.0), ("SPIDEr", 47.6, 40.3), external=True),
   _row(1, "phone recognition, LibriSpeech", "phone_recognition", "librispeech_phones",
        phone_error_rate, ("PER", 4.2, 4.2), **_LOWER),
   _row(1, "emotion recognition, IEMOCAP", "emotion_recognition", "iemocap",
@@ -121,16 +120,16 @@ ROWS = (
 # fmt: on
 
 
-# A task's result, or why it was not run; by `Row.stem`.
+# Scores of a task, or the reason why it was not run; by `Row.stem`.
 Results = Mapping[str, Scored | str]
 _DECIMALS = {"accuracy": 2, "diversity": 2}
 
 
 def table(rows: Sequence[Row], results: Results):
-  """Returns a `rich` table: a line for each metric of each row.
+  """Return a `rich` table with a line for each metric of each row.
 
-  A rate of following the instruction stands in brackets. A dash is a figure that is not there;
-  why stands in the cell where the task was not run, else in the lines of `notes`.
+  Following rates are in brackets. A dash marks a missing value, with the reason beside it if the
+  task was not run, else in `notes`.
   """
   import rich.table
   import rich.text
@@ -145,7 +144,7 @@ def table(rows: Sequence[Row], results: Results):
 
 
 def notes(rows: Sequence[Row], results: Results) -> list[str]:
-  """What a reader of the table should know, a line for each note, after the task's name."""
+  """Return the notes below the table, one line each, after the name of the task."""
   return [
     f"{row.name}: {note}"
     for row in rows
@@ -155,7 +154,7 @@ def notes(rows: Sequence[Row], results: Results) -> list[str]:
 
 
 def as_dict(rows: Sequence[Row], results: Results) -> list[dict[str, Any]]:
-  """Returns the table as JSON values; what is not there is null, with its reason."""
+  """Return the table as JSON values; missing values are null."""
   return [_row_dict(row, results[row.stem]) for row in rows]
 
 

@@ -51,9 +51,9 @@ def assert_same_model(folder, modules, cmvn):
   batch = speech_llm.Batch(
     features=(raw_TF[None],),
     frames=(np.array([len(raw_TF)]),),
-    before_BS=np.zeros((1, 0), np.int32),
-    after_BS=tokens_S[None],
-    answer_BS=np.full((1, 1), -1),
+    prefix_BS=np.zeros((1, 0), np.int32),
+    suffix_BS=tokens_S[None],
+    labels_BS=np.full((1, 1), -1),
   )
 
   @jax.jit

@@ -12,7 +12,6 @@ from convert.core.folders import save_checkpoint
 from convert.core.kind import Opened
 from convert.parts import qformer
 from convert.readers import open_source
-from convert.verify.reference.qformer import QFormer
 from mooer_jax import checkpoint
 from mooer_jax.connectors.qformer import QFormerConfig
 from tests.parity import torch_qformer
@@ -28,7 +27,7 @@ BERT = "speech_Qformer.bert"
 @pytest.fixture
 def tensors():
   """A state dict as the original saves it."""
-  made = torch_qformer.make(QFormer, CONFIG, INPUT, OUTPUT).state_dict()
+  made = torch_qformer.make(torch_qformer.QFormer, CONFIG, INPUT, OUTPUT).state_dict()
   return made | {f"{BERT}.embeddings.position_ids": torch.arange(512)[None]}
 
 

@@ -1,6 +1,5 @@
 """DeepSpeed folders in the layout of ZeRO 1, 2 and 3, cut here over several ranks."""
 
-import math
 import os
 import sys
 import types
@@ -166,7 +165,7 @@ RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     (_remove(RANK_1), "rank 1 is missing"),
     (
       _remove("zero_pp_rank_2_mp_rank_00_optim_states.pt"),
-      "2 files of ranks, which were saved by 3",
+      "2 files .*, but partition_count is 3",
     ),
     (_remove("zero_pp_rank_0_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
     (_remove("zero_pp_rank_2_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
@@ -218,7 +217,7 @@ SHAPES = [{n: p.shape for n, p in group.items()} for group in groups_of(_model()
     ),
     ({"stage": 4}, "ZeRO stage 4"),
     ({"stage": "x"}, "ZeRO stage 'x'"),
-    ({"optimizer": {"partition_count": 7}}, "saved by 7"),
+    ({"optimizer": {"partition_count": 7}}, "partition_count is 7"),
     (
       {"optimizer": {"single_partition_of_fp32_groups": 3, "fp32_flat_groups": [torch.ones(2, 2)]}},
       "not a list of flat float32",
@@ -229,12 +228,3 @@ def test_files_that_contradict_each_other(tmp_path, stage, extra, message):
   write_zero(tmp_path, stage, 2, _model(), extra=extra)
   with pytest.raises(ReadError, match=message):
     open_source(tmp_path)
-
-
-def test_a_nan_is_named(tmp_path):
-  params = _model()
-  params["big.weight"][10, 12] = math.nan
-  source = open_source(write_zero(tmp_path, 2, 3, params))
-  source.read("embed.weight")
-  with pytest.raises(ReadError, match="'big.weight' has 1 of 143"):
-    source.read("big.weight")

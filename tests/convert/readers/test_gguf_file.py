@@ -1,6 +1,5 @@
 """GGUF: tensors, settings and refusals, against transformers' models and llama.cpp's layout."""
 
-import random
 import re
 import struct
 
@@ -235,7 +234,7 @@ def _small(path, *, arch="llama", tensors=None, spoil=None):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (dict(arch="mamba"), "architecture 'mamba'; read are llama, qwen2"),
+    (dict(arch="mamba"), "architecture 'mamba'; supported are llama, qwen2"),
     (
       dict(tensors={"blk.0.ffn_gate_inp.weight": np.ones((2, 2), np.float32)}),
       "'blk.0.ffn_gate_inp.weight' belongs to no",
@@ -310,7 +309,7 @@ def test_data_that_end_early_or_overlap(tmp_path):
   whole = _small(tmp_path / "a.gguf", tensors=tensors).read_bytes()
   assert len(open_source(tmp_path / "a.gguf").tensors) == 2
   (tmp_path / "a.gguf").write_bytes(whole[:-1])
-  with pytest.raises(ReadError, match="'output_norm.weight' should end at byte .* cut short"):
+  with pytest.raises(ReadError, match="'output_norm.weight' should end at byte .* copy it again"):
     open_source(tmp_path / "a.gguf")
   # Name, number of dimensions, one dimension, type, then the offset.
   at = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4
@@ -323,31 +322,3 @@ def test_data_that_end_early_or_overlap(tmp_path):
     (tmp_path / "a.gguf").write_bytes(whole[:at] + struct.pack("<Q", offset) + whole[at + 8 :])
     with pytest.raises(ReadError, match=f"'output_norm.weight' .*{message}"):
       open_source(tmp_path / "a.gguf")
-
-
-def test_damaged_bytes_never_raise_anything_else(tmp_path):
-  tensors = {
-    "output_norm.weight": np.ones(64, np.float32),
-    "blk.0.attn_q.weight": np.ones((64, 64), np.float16),
-  }
-  whole = _small(tmp_path / "whole.gguf", tensors=tensors).read_bytes()
-  header = whole.index(b"output_norm.weight") + 40
-  rng, refused = random.Random(11), 0
-  for case in range(300):
-    damaged = bytearray(whole)
-    if case % 3:
-      for _ in range(rng.randint(1, 3)):
-        damaged[rng.randrange(header)] = rng.randrange(256)
-    else:
-      del damaged[rng.randrange(len(damaged)) :]
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(damaged)
-    try:
-      source = open_source(path)
-      for name in source.tensors:
-        source.read(name)
-      gguf_config(path)
-    except ReadError as error:
-      refused += 1
-      assert "bad.gguf" in str(error)
-  assert 150 < refused < 300

@@ -115,7 +115,6 @@ def test_an_index_that_is_wrong(tmp_path, tensors, write_safetensors, change, me
   [
     ("{", "not JSON"),
     ("[]", "object"),
-    ('{"weight_map": {"a": "x", "a": "y"}}', "'a' .* twice"),
   ],
 )
 def test_an_index_that_is_no_index(tmp_path, text, message):

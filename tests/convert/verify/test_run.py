@@ -15,11 +15,13 @@ from convert.core.options import Options
 from convert.importing import import_checkpoint
 from convert.main import main
 from convert.verify import ours
-from convert.verify.report import BOUNDS, Error, Report, accuracy, same_tokens, stage_errors
+from convert.verify.bounds import with_bounds
+from convert.verify.report import Report, accuracy, same_tokens, stage_errors
 from convert.verify.run import verify
 from mooer_jax import checkpoint, tree
 from tests.convert.folders_of import llm, saved_llm, with_lora
 from tests.convert.releases import funasr_folder, release
+from tests.numerics import condition, rounded_to, rounding
 
 STAGES = ["features", "encoder", "adapter", "prompt", "logits"]
 
@@ -274,13 +276,15 @@ def test_a_lora_without_its_base_cannot_be_verified(tmp_path):
     verify("peft", tmp_path / "lora", tmp_path / "ours", options=Options(llm=tmp_path / "hf"))
 
 
-def test_only_what_is_within_its_bound_is_held():
-  for stage, bound in BOUNDS.items():
-    absolute = stage == "features"
-    for size, held in ((bound, True), (1.01 * bound, False), (float("nan"), False)):
-      row = Error(stage, size if absolute else 9.0, 9.0 if absolute else size)
-      assert row.held == held
-      assert Report([row]).failed == ([] if held else [stage])
+@pytest.mark.parametrize("size, held", [(1.0, True), (1.01, False), (float("nan"), False)])
+def test_only_what_is_within_its_bound_is_held(size, held):
+  ours = {"encoder": np.array([[1.0, 0.0], [7.0, 0.0]]), "logits": np.zeros((1, 2))}
+  theirs = {"encoder": np.array([[1.0, 0.0], [7.0, 0.25 * size]]), "logits": np.zeros((1, 2))}
+  rows = stage_errors(
+    ours, theirs, {"encoder": np.array([[9.0], [0.25]]), "logits": np.zeros((1, 1))}
+  )
+  assert [row.held for row in rows] == [held, True]
+  assert Report(rows).failed == ([] if held else ["encoder"])
   assert Report([], (3, 4)).failed == ["tokens"] and Report([], (4, 4)).failed == []
 
 
@@ -307,11 +311,31 @@ def test_small_divergences_are_computed_in_float64():
 
 def test_a_stage_of_one_value_is_compared_too():
   """As the features of silence are."""
-  same = {"features": np.full((1, 3), -1.5)}
-  (error,) = stage_errors(same, same)
+  same, bounds = {"features": np.full((1, 3), -1.5)}, {"features": np.ones((1, 1))}
+  (error,) = stage_errors(same, same, bounds)
   assert error.relative == 0
-  (error,) = stage_errors({"features": np.zeros((1, 3))}, same)
+  (error,) = stage_errors({"features": np.zeros((1, 3))}, same, bounds)
   assert error.relative == math.inf
+
+
+def test_the_bound_is_that_of_the_tests():
+  """Of a matrix product, both derivations give the same, and another order of the sum is within."""
+  rng = np.random.default_rng(0)
+  params = {"dense": {"kernel": rng.normal(size=(4096, 3)).astype(np.float32)}}
+  clips = [rng.normal(size=4096).astype(np.float32)]
+
+  def product(params, clips):
+    return {"logits": np.stack(clips) @ params["dense"]["kernel"]}
+
+  values, bounds = with_bounds(product, params, clips)
+  scale = condition(lambda p, x: product(p, [x])["logits"], params, *clips, of_rows=True)
+  assert bounds["logits"].shape == (1, 1)
+  np.testing.assert_allclose(bounds["logits"], rounding(4096, scale), rtol=1)
+  order = rng.permutation(4096)
+  again = product({"dense": {"kernel": params["dense"]["kernel"][order]}}, [clips[0][order]])
+  assert np.all(np.abs(again["logits"] - values["logits"]) <= bounds["logits"])
+  rounded = rounded_to(np.float16, params)
+  assert np.any(np.abs(product(rounded, clips)["logits"] - values["logits"]) > bounds["logits"])
 
 
 def test_what_does_not_exist_is_named_and_not_sought_on_the_net(sides):

@@ -141,7 +141,7 @@ def test_a_misplaced_or_misnamed_file_is_named(folder, tmp_path):
   [
     ("sac.json", "{", "not JSON"),
     ("sac.json", "[]", "must hold a JSON object"),
-    ("sac.json", '{"annotation": []}', "holds no entries"),
+    ("sac.json", '{"annotation": []}', "no entries"),
     ("sac.json", '{"annotation": [{"path": "a.wav"}]}', r"annotation\[0\] has text=None"),
     ("sac.json", '{"annotation": ["a.wav"]}', r"annotation\[0\]"),
     ("iemocap.json", '{"annotation": [{"path": "a.wav", "text": "bored"}]}', "'bored'"),

@@ -6,17 +6,17 @@ import jiwer
 import pytest
 import sacrebleu
 
-from mooer_jax.evaluation import answers
-from mooer_jax.evaluation.answers import score_by_task, table, write
+from mooer_jax.evaluation import answer_matching
+from mooer_jax.evaluation.answer_matching import score_by_task, table, write
 
 
 def test_words_are_what_remains_without_case_and_punctuation():
   text = "Well-known: “Don’t,” she said <COMMA> it's 3 o'clock … 'twas <PERIOD>"
   said = ["well", "known", "don't", "she", "said", "it's", "3", "o'clock", "twas"]
-  assert answers.words(text) == said
-  assert answers.words("▁HELLO▁World_x") == ["hello", "world", "x"]
-  assert answers.words(" ?! ") == []
-  assert answers.words("cafe\u0301") == ["café"]
+  assert answer_matching.words(text) == said
+  assert answer_matching.words("▁HELLO▁World_x") == ["hello", "world", "x"]
+  assert answer_matching.words(" ?! ") == []
+  assert answer_matching.words("cafe\u0301") == ["café"]
 
 
 @pytest.mark.parametrize(
@@ -32,19 +32,19 @@ def test_words_are_what_remains_without_case_and_punctuation():
 )
 def test_a_class_is_read_only_where_one_is_named(answer, named):
   forms = {"angry": ("angry", "anger"), "sad": ("sad",), "happy": ("happy",)}
-  assert answers.named_class(answer, forms) == named
+  assert answer_matching.named_class(answer, forms) == named
 
 
 def test_keywords_are_read_from_lists_of_all_kinds():
-  assert answers.keywords("Keywords: Neural nets, LoRA; and audio.") == [
+  assert answer_matching.keywords("Keywords: Neural nets, LoRA; and audio.") == [
     "neural nets",
     "lora",
     "audio",
   ]
-  assert answers.keywords("1. speech\n2) sound\n- sound") == ["speech", "sound"]
-  assert answers.keywords("The three key words are: a, b") == ["a", "b"]
-  assert answers.keywords("3d audio, 16 bit") == ["3d audio", "16 bit"]
-  assert answers.keywords(" , ") == []
+  assert answer_matching.keywords("1. speech\n2) sound\n- sound") == ["speech", "sound"]
+  assert answer_matching.keywords("The three key words are: a, b") == ["a", "b"]
+  assert answer_matching.keywords("3d audio, 16 bit") == ["3d audio", "16 bit"]
+  assert answer_matching.keywords(" , ") == []
 
 
 @pytest.mark.parametrize(
@@ -59,20 +59,22 @@ def test_keywords_are_read_from_lists_of_all_kinds():
   ],
 )
 def test_keyword_accuracy_by_hand(answer, accuracy):
-  assert answers.keyword_accuracy(answer, "speech, sound, voice, ear") == pytest.approx(accuracy)
+  assert answer_matching.keyword_accuracy(answer, "speech, sound, voice, ear") == pytest.approx(
+    accuracy
+  )
 
 
 def test_a_short_reference_asks_for_less_and_an_empty_one_is_refused():
-  assert answers.keyword_accuracy("speech, x, y", "speech") == 1.0
+  assert answer_matching.keyword_accuracy("speech, x, y", "speech") == 1.0
   with pytest.raises(ValueError, match="' ,' has no keywords"):
-    answers.keyword_accuracy("speech", " ,")
+    answer_matching.keyword_accuracy("speech", " ,")
 
 
 def test_a_phrase_is_contained_as_whole_words_in_order():
-  assert answers.contains("It is at Five P.M. sharp", "five p m")
-  assert not answers.contains("fifty five", "five fifty")
-  assert not answers.contains("tomorrows", "tomorrow")
-  assert not answers.contains("anything", " . ")
+  assert answer_matching.contains("It is at Five P.M. sharp", "five p m")
+  assert not answer_matching.contains("fifty five", "five fifty")
+  assert not answer_matching.contains("tomorrows", "tomorrow")
+  assert not answer_matching.contains("anything", " . ")
 
 
 @pytest.mark.parametrize(
@@ -86,12 +88,12 @@ def test_a_phrase_is_contained_as_whole_words_in_order():
 )
 def test_a_transcript_has_a_low_word_error_rate(answer, transcript):
   expected = jiwer.wer(transcript, answer.lower().strip("?")) <= 0.5
-  assert answers.is_transcript(answer, transcript) == expected
+  assert answer_matching.is_transcript(answer, transcript) == expected
 
 
 def test_diversity_counts_different_words():
-  assert answers.distinct_words("A dog barks. The dog barks at a cat!") == 6
-  assert answers.distinct_words("") == 0
+  assert answer_matching.distinct_words("A dog barks. The dog barks at a cat!") == 6
+  assert answer_matching.distinct_words("") == 0
 
 
 def test_each_task_is_scored_by_itself():
@@ -100,7 +102,7 @@ def test_each_task_is_scored_by_itself():
   hypotheses = dict(a="One two.", b="three five", c="male", d="male", e="one two", f="Female")
   scores = score_by_task(tasks, references, hypotheses)
   assert list(scores) == ["asr", "sex"]
-  assert (scores["asr"].count, scores["asr"].wer, scores["asr"].accuracy) == (2, 25.0, 0.5)
+  assert (scores["asr"].num_examples, scores["asr"].wer, scores["asr"].accuracy) == (2, 25.0, 0.5)
   assert scores["asr"].following is None  # two texts for two clips are no choice
   assert scores["sex"].accuracy == 1 / 2 and scores["sex"].following == 3 / 4
 
@@ -109,7 +111,7 @@ def test_an_answer_that_is_missing_is_wrong_and_all_its_words_are_lost():
   tasks = dict.fromkeys("abcdef", "asr")
   references = dict(a="one two", b="three", c="!", d="one two", e="three", f="!")
   score = score_by_task(tasks, references, {"b": "three"})["asr"]
-  assert (score.count, score.not_decoded) == (6, 5)
+  assert (score.num_examples, score.not_decoded) == (6, 5)
   assert score.wer == pytest.approx(500 / 6)
   assert score.accuracy == score.following == pytest.approx(1 / 6)  # nothing is not "!"
   none = score_by_task({"a": "asr"}, {"a": "one two"}, {})["asr"]

@@ -1,20 +1,18 @@
-"""Scores that this package does not compute: public tools' figures, a judge's answers.
+"""Scores that this package does not compute: those of public tools, and judgements of answers.
 
-`NAME.scores.json` holds corpus figures of a public tool, as fractions:
+`NAME.scores.json` contains corpus scores of a public tool as fractions, with names in either case:
 
     {"METEOR": 0.256, "SPIDEr": 0.476}
 
 Both need Java. The package aac-metrics computes them (`evaluate(candidates, mult_references,
-metrics=["meteor", "spider"])`, whose corpus scores have just these names in lower case); so does
-pycocoevalcap, whose SPIDEr is the mean of its CIDEr and SPICE. Names are taken in either case,
-further ones are passed over.
+metrics=["meteor", "spider"])`), and so does pycocoevalcap (SPIDEr is the mean of CIDEr and SPICE).
 
-`NAME.judgements.json` holds what a person or a judge model says of each answer, by key:
+`NAME.judgements.json` contains the judgements of a person or a judge model by key:
 
     {"0000000-clip": {"follows": true, "correct": false}}
 
-`judgement_sheet` makes the form to fill in; its field `answer`, where it is kept, ties a judgement
-to the answer that was judged.
+`judgement_sheet` returns the form to fill in. If the field `answer` is kept, a judgement counts for
+that answer only.
 """
 
 from __future__ import annotations
@@ -31,10 +29,10 @@ _LARGEST = {"meteor": 1.0, "spider": 5.5}
 
 
 def read_scores(path: str | Path, names: Sequence[str]) -> dict[str, float]:
-  """Reads a tool's figures by the given names.
+  """Read the scores with the given names.
 
   Raises:
-    ValueError: if the file is no such JSON, lacks a name, or a value is no fraction.
+    ValueError: if the file is not such JSON, a name is missing, or a value is not a fraction.
   """
   content = _read_object(path)
   values = {str(name).lower(): value for name, value in content.items()}
@@ -42,19 +40,19 @@ def read_scores(path: str | Path, names: Sequence[str]) -> dict[str, float]:
   for name in names:
     value = values.get(name.lower())
     if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ValueError(f"{path}: {name}={value!r}; needed is a number, as in {{{name!r}: 0.25}}")
+      raise ValueError(f"{path}: {name}={value!r}; must be a number, as in {{{name!r}: 0.25}}")
     largest = _LARGEST.get(name.lower(), 1.0)
     if not (math.isfinite(value) and 0 <= value <= largest):
-      raise ValueError(f"{path}: {name}={value}; needed is a fraction from 0 to {largest:g}")
+      raise ValueError(f"{path}: {name}={value}; must be a fraction from 0 to {largest:g}")
     scores[name] = float(value)
   return scores
 
 
 def read_judgements(path: str | Path) -> dict[str, dict[str, Any]]:
-  """Reads judgements by key; each names at least one of `follows` and `correct`, null if open.
+  """Read judgements by key, with the fields `follows` and `correct`: true, false or null.
 
   Raises:
-    ValueError: if the file is no such JSON, or a judgement holds something else, by key.
+    ValueError: if the file is not such JSON, or a judgement has neither field or other values.
   """
   content = _read_object(path)
   for key, judgement in content.items():
@@ -62,7 +60,7 @@ def read_judgements(path: str | Path) -> dict[str, dict[str, Any]]:
     given = [fields[name] for name in ("follows", "correct") if name in fields]
     if not given or not all(value is None or isinstance(value, bool) for value in given):
       raise ValueError(
-        f'{path}: {key!r} has {judgement!r}; needed is {{"follows": true, "correct": false}}'
+        f'{path}: {key!r} has {judgement!r}; must be like {{"follows": true, "correct": false}}'
       )
   return content
 
@@ -70,7 +68,7 @@ def read_judgements(path: str | Path) -> dict[str, dict[str, Any]]:
 def judgement_sheet(
   entries: Mapping[str, Mapping[str, Any]], hypotheses: Mapping[str, str], fields: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-  """The form for a judge: question, reference and answer by key, and null in the given fields."""
+  """Return the form for a judge: question, reference, answer and the fields to fill in, by key."""
   return {
     key: {
       "question": entry.get("Q", ""),
@@ -90,20 +88,20 @@ def judged_share(
   keys: Sequence[str],
   hypotheses: Mapping[str, str],
 ) -> tuple[float | None, str]:
-  """Share of all keys that were judged true; a key without a hypothesis counts as false.
+  """Share of keys that were judged true; a key without a hypothesis counts as false.
 
   Returns:
-    (share, ""), or (None, reason) if an answer is not judged, or another answer was.
+    (share, ""), or (None, reason) if an answer is not judged or has changed since.
   """
   answered = [key for key in keys if key in hypotheses]
   open_ = [key for key in answered if judgements.get(key, {}).get(field) is None]
   if open_:
     return None, (
-      f"the judgements lack {field!r} for {len(open_)} of {len(answered)} answers, first {open_[0]}"
+      f"{field!r} is not judged for {len(open_)} of {len(answered)} answers, first {open_[0]}"
     )
   stale = [k for k in answered if judgements[k].get("answer", hypotheses[k]) != hypotheses[k]]
   if stale:
-    return None, f"{len(stale)} judgements are of other answers, first {stale[0]}"
+    return None, f"{len(stale)} answers have changed since they were judged, first {stale[0]}"
   return sum(judgements[key][field] for key in answered) / len(keys), ""
 
 

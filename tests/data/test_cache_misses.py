@@ -1,4 +1,4 @@
-"""What is cached is what training reads, whatever is asked, by however many workers."""
+"""Cached frames are those that training reads, for all prompts and numbers of workers."""
 
 import json
 from collections import Counter
@@ -13,17 +13,17 @@ from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.shards import read_shard
 from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.whisper import WhisperConfig
-from mooer_jax.run.fill_feature_cache import dataset_name, uncached_batches
+from mooer_jax.run.fill_feature_cache import cache_misses, dataset_name
 
 WHISPER = WhisperConfig(hidden_size=8, layers=1, heads=1, positions=100, context=100, trim=True)
 BEATS = BEATsConfig(hidden_size=16, layers=1, heads=1, conv_pos_groups=1)
 
 
-def fill(cache, config, model, passed=None):
+def fill(cache, config, model, skipped=None):
   """Writes made-up frames of the lengths that the encoders would give; returns how many clips."""
   count = 0
-  for batch, digests, seconds in uncached_batches(
-    config, model, known={*cache.names()}, passed=Counter() if passed is None else passed
+  for batch, digests, seconds in cache_misses(
+    config, model, known={*cache.names()}, skipped=Counter() if skipped is None else skipped
   ):
     rows = []
     for row, name in enumerate(digests):
@@ -52,9 +52,9 @@ def test_clips_are_cached_that_evaluation_would_leave_out(shards, wav, tokenizer
     shards.add_members([("same.wav", audio), ("same.txt", b"A"), ("same.json", about)])
   shards.add_members([("lost.wav", wav(0.5, seed=2)), ("lost.txt", b"A"), ("short.wav", wav(0.1))])
   cache = open_cache(tmp_path / "cache", model)
-  passed = Counter()
-  assert fill(cache, config, model, passed) == 3
-  assert passed == {"no transcript": 1}
+  skipped = Counter()
+  assert fill(cache, config, model, skipped) == 3
+  assert skipped == {"no transcript": 1}
   iterator = iter(train_batches(config, tokenizer, model, cache=cache))
   hosts = [next(iterator) for _ in range(3)]
   iterator.close()

@@ -1,4 +1,4 @@
-"""What an answer of a speech LLM says: its words, the class it names, its keywords."""
+"""Matching of generated answers with references: words, classes, keywords; scores by task."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _AND = re.compile(r"^\s*and\s+", re.IGNORECASE)
 
 
 def words(text: str) -> list[str]:
-  """Cuts an English text into words: lower case, no punctuation, apostrophes within words stay.
+  """Splits an English text into words: lower case, no punctuation but apostrophes within words.
 
-  A hyphen parts two words; Unicode NFKC; GigaSpeech's tags (`<COMMA>`, `<SIL>`, …) go. Numbers and
-  spellings stay as they are written.
+  Hyphens separate words; Unicode NFKC; GigaSpeech's tags (`<COMMA>`, `<SIL>`, …) are removed.
+  Numbers and spellings are unchanged.
 
   Source: our choice; SALMONN's public code does not score, so its normalisation is not known.
   """
@@ -39,25 +39,25 @@ def words(text: str) -> list[str]:
 
 
 def named_class(answer: str, forms: Mapping[str, Sequence[str]]) -> str | None:
-  """The class that an answer begins with, else the only one that it names; None where neither.
+  """The class with which an answer begins, else the only one that it names, else None.
 
   Args:
     answer: a word or a sentence.
-    forms: by class the words that name it, in lower case.
+    forms: words that name each class, in lower case.
   """
   class_of = {form: name for name, given in forms.items() for form in given}
-  said = words(answer)
-  if said and said[0] in class_of:
-    return class_of[said[0]]
-  named = {class_of[word] for word in said if word in class_of}
+  found = words(answer)
+  if found and found[0] in class_of:
+    return class_of[found[0]]
+  named = {class_of[word] for word in found if word in class_of}
   return named.pop() if len(named) == 1 else None
 
 
 def keywords(text: str) -> list[str]:
   """The keywords of a list, normalised by `words`, each once and in order.
 
-  Commas, semicolons, bullets and line breaks part them; a heading (`Keywords:`), numbering and a
-  leading `and` go.
+  Separators are commas, semicolons, bullets and line breaks; a heading (`Keywords:`), numbering and
+  a leading `and` are removed.
   """
   listed = (
     _AND.sub("", _NUMBERING.sub("", part)) for part in _SEPARATOR.split(_LABEL.sub("", text))
@@ -66,11 +66,11 @@ def keywords(text: str) -> list[str]:
   return list(dict.fromkeys(keyword for keyword in normal if keyword))
 
 
-def keyword_accuracy(answer: str, reference: str, *, asked: int = 3) -> float:
-  """Share of the keywords asked for that the answer gives and the reference has, 0 to 1.
+def keyword_accuracy(answer: str, reference: str, *, number: int = 3) -> float:
+  """Share of the requested keywords that are in both the answer and the reference, 0 to 1.
 
-  The first `asked` keywords of the answer count; too few of them count as wrong ones. Of a
-  reference with fewer keywords only as many are asked.
+  The first `number` keywords of the answer count, missing ones as wrong. If the reference has
+  fewer keywords, only as many are requested.
 
   Raises:
     ValueError: if the reference has no keyword.
@@ -80,23 +80,20 @@ def keyword_accuracy(answer: str, reference: str, *, asked: int = 3) -> float:
   """
   wanted = keywords(reference)
   if not wanted:
-    raise ValueError(f"the reference {reference!r} has no keywords; give them with commas between")
-  given = keywords(answer)[:asked]
-  return len(set(given) & set(wanted)) / min(asked, len(wanted))
+    raise ValueError(f"the reference {reference!r} has no keywords; separate them with commas")
+  given = keywords(answer)[:number]
+  return len(set(given) & set(wanted)) / min(number, len(wanted))
 
 
 def contains(answer: str, phrase: str) -> bool:
-  """Whether the words of a phrase stand in an answer, one after the other."""
-  said, wanted = words(answer), words(phrase)
-  starts = range(len(said) - len(wanted) + 1)
-  return bool(wanted) and any(said[i : i + len(wanted)] == wanted for i in starts)
+  """Whether an answer contains the words of a phrase, one after the other."""
+  found, wanted = words(answer), words(phrase)
+  starts = range(len(found) - len(wanted) + 1)
+  return bool(wanted) and any(found[i : i + len(wanted)] == wanted for i in starts)
 
 
 def is_transcript(answer: str, transcript: str) -> bool:
-  """Whether an answer merely writes down the speech: at most half of its words differ.
-
-  The words are `words`; "differ" is the word error rate of the answer against the transcript.
-  """
+  """Whether an answer is merely a transcript: its word error rate is at most 0.5."""
   return count(align(words(transcript), words(answer))).rate <= 0.5
 
 
@@ -105,28 +102,28 @@ def distinct_words(answer: str) -> int:
   return len(set(words(answer)))
 
 
-# A task is taken for a choice among its references where there are so many different ones at most,
-# and each comes twice on average.
-FEW = 25
+# A task is a choice among its references if they have at most this many different values, each of
+# which occurs twice or more on average.
+MAX_CHOICES = 25
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskScore:
-  """How the answers to one task are.
+  """Scores of one task.
 
   Attributes:
-    count: utterances.
-    not_decoded: those of them that have no answer; they count as wrong, all their words as lost.
-    wer: errors in 100 words of the references, lower case and without punctuation; None where
-      these have no words.
-    accuracy: share of the answers that are the reference, word for word.
-    following: share of the answers that are one of those that the task's references have, right
-      or wrong; None where the references are too many to be a choice.
-    bleu: of a task that translates, see `translation.TOKENIZERS`; None of others.
-    bleu_notes: sacrebleu's signature, and what a reader should know before comparing it.
+    num_examples: number of utterances.
+    not_decoded: number of utterances without an answer, which counts as wrong and empty.
+    wer: word error rate in percent, lower case and without punctuation; None if the references
+      have no words.
+    accuracy: share of the answers that equal the reference, word for word.
+    following: share of the answers that equal any reference of the task; None if the references
+      are too many to be a choice.
+    bleu: BLEU of a task that translates, see `translation.TOKENIZERS`; else None.
+    bleu_notes: sacrebleu's signature and notes on comparability.
   """
 
-  count: int
+  num_examples: int
   not_decoded: int
   wer: float | None
   accuracy: float
@@ -138,13 +135,9 @@ class TaskScore:
 def score_by_task(
   tasks: Mapping[str, str], references: Mapping[str, str], hypotheses: Mapping[str, str]
 ) -> dict[str, TaskScore]:
-  """Scores the answers of each task; an utterance without an answer counts as wrong, one without a
-  reference is left out.
+  """Scores the answers of each task, given tasks, references and hypotheses by key.
 
-  Args:
-    tasks: task by key.
-    references: text by key.
-    hypotheses: answer by key.
+  An utterance without an answer counts as wrong; one without a reference is left out.
   """
   scores = {}
   for task in dict.fromkeys(tasks.values()):
@@ -166,11 +159,11 @@ def score_by_task(
       {key: hypotheses.get(key, "") for key in wanted},
     )
     scores[task] = TaskScore(
-      count=len(wanted),
+      num_examples=len(wanted),
       not_decoded=len(wanted) - len(given),
       wer=100 * rate if math.isfinite(rate) else None,
       accuracy=sum(given.get(key) == text for key, text in wanted.items()) / len(wanted),
-      following=follow if len(choices) <= min(FEW, len(wanted) // 2) else None,
+      following=follow if len(choices) <= min(MAX_CHOICES, len(wanted) // 2) else None,
       bleu=translated.score if translated else None,
       bleu_notes="; ".join((translated.signature, *translated.notes)) if translated else "",
     )
@@ -185,12 +178,13 @@ def table(scores: Mapping[str, TaskScore]) -> Table:
     follows = "" if s.following is None else f"{100 * s.following:.1f}"
     bleu = "" if s.bleu is None else f"{s.bleu:.2f}"
     accuracy = f"{100 * s.accuracy:.1f}"
-    made.add_row(task, str(s.count), str(s.not_decoded), wer, accuracy, follows, bleu)
+    made.add_row(task, str(s.num_examples), str(s.not_decoded), wer, accuracy, follows, bleu)
   return made
 
 
 def write(path: Path, scores: Mapping[str, TaskScore]) -> None:
   """Writes them as JSON."""
-  rows = {task: dataclasses.asdict(s) for task, s in scores.items()}
+  # "count" was the name of num_examples in version 0.1.
+  rows = {task: {"count": s.num_examples, **dataclasses.asdict(s)} for task, s in scores.items()}
   with replace_file(path) as beside:
     beside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mooer_jax.projects.salmonn.outside_scores import (
+from mooer_jax.projects.salmonn.external_scores import (
   judged_share,
   judgement_sheet,
   read_judgements,
@@ -30,10 +30,10 @@ def test_scores_are_taken_by_name_in_either_case(written):
 @pytest.mark.parametrize(
   "content, says",
   [
-    ({"METEOR": 25.6}, "METEOR=25.6; needed is a fraction from 0 to 1"),
-    ({"METEOR": -0.1}, "METEOR=-0.1; needed is a fraction"),
+    ({"METEOR": 25.6}, "METEOR=25.6; must be a fraction from 0 to 1"),
+    ({"METEOR": -0.1}, "METEOR=-0.1; must be a fraction"),
     ({"METEOR": True}, "METEOR=True"),
-    ({"CIDEr": 0.3}, "METEOR=None; needed is a number"),
+    ({"CIDEr": 0.3}, "METEOR=None; must be a number"),
     ({}, "empty"),
     ([0.25], "must hold a JSON object"),
     ("METEOR 0.25", "not JSON"),
@@ -59,7 +59,7 @@ def test_a_sheet_filled_in_is_judgements(written):
   keys = list(entries)
   blank = read_judgements(written(sheet))
   share, why = judged_share(blank, "correct", keys, hypotheses)
-  assert share is None and "lack 'correct' for 2 of 2 answers, first a" in why
+  assert share is None and "'correct' is not judged for 2 of 2 answers, first a" in why
 
   sheet["a"].update(follows=True, correct=True)
   sheet["b"].update(follows=True, correct=False)
@@ -67,4 +67,4 @@ def test_a_sheet_filled_in_is_judgements(written):
   assert judged_share(filled, "correct", keys, hypotheses) == (pytest.approx(1 / 3), "")
   assert judged_share(filled, "follows", keys, hypotheses) == (pytest.approx(2 / 3), "")
   share, why = judged_share(filled, "follows", keys, {**hypotheses, "b": "well"})
-  assert share is None and "1 judgements are of other answers, first b" in why
+  assert share is None and "1 answers have changed since they were judged, first b" in why

@@ -1,0 +1,53 @@
+"""Positions in a stream, in this version's form and in earlier ones, and readings of utterances."""
+
+import contextlib
+import itertools
+import json
+
+import pytest
+
+from mooer_jax.data.examples import Example
+from mooer_jax.data.utterances import Position, UtteranceStream, reading_id
+
+
+def test_readings_are_numbered_as_before_and_never_alike():
+  places = list(itertools.product(range(3), (0, 1, 999, 1000, 1001, 2000, 5000)))
+  names = [str(reading_id(*place)) for place in places]
+  assert len(set(names)) == len(places)
+  assert [reading_id(0, 7), reading_id(2, 999)] == [7, 2999]  # what saved runs continue with
+
+
+def test_a_position_of_an_early_version_is_read():
+  early = {"epoch": 2, "shard": 1, "entry": 3, "read": 40, "usable": 5}
+  saved = {**early, "skipped": {"too short": 2}, "damaged": [1]}
+  position = Position.from_json(saved)
+  assert position == Position(**early, skipped={"too short": 2}, damaged=(1,))
+  assert Position.from_json(json.loads(json.dumps(position.to_json()))) == position
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_stream_continues_from_every_position(shards, wav, endless):
+  for number in range(3):
+    shards.add(5)
+    shards.add_members([(f"lone{number}.wav", wav(0.3)), ("twice.wav", b""), ("twice.txt", b"")])
+
+  def make(raw, reading):
+    return Example(raw.key, f"{raw.shard} {reading}", (), raw.task, None, None, None, 1.0)
+
+  def stream():
+    config = shards.config(task="", task_weights={"": 1.6}, max_bad_share=1.0)
+    paths = sorted(map(str, shards.folder.glob("*.tar")))
+    return UtteranceStream(paths, make, config, endless=endless)
+
+  original, found = stream(), []
+  with contextlib.suppress(StopIteration):
+    while len(found) < 40:
+      found.append((original.position, original.take()))
+  assert len(found) == 40 if endless else 16
+  assert len({(example.key, example.text) for _, example in found}) == len(found)
+  for start in range(len(found)):
+    other = stream()
+    other.seek(Position.from_json(json.loads(json.dumps(found[start][0].to_json()))))
+    for position, example in found[start : start + 9]:
+      assert other.position == position
+      assert other.take() == example
