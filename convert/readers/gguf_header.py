@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,12 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
     raise ReadError(f"{path}: general.alignment is {alignment!r}, not a power of two")
   tensors = [_parse_tensor(path, cursor, alignment) for _ in range(n_tensors)]
   start = -(-cursor.position // alignment) * alignment
-  return GGUFHeader(
-    path, metadata, tuple(GGUFTensor(*fields, start + at, size) for *fields, at, size in tensors)
-  )
+  moved = (replace(tensor, offset=start + tensor.offset) for tensor in tensors)
+  return GGUFHeader(path, metadata, tuple(moved))
 
 
-def _parse_tensor(path: Path, cursor: _Cursor, alignment: int) -> tuple:
-  """(name, shape, kind, offset in the data, bytes)."""
+def _parse_tensor(path: Path, cursor: _Cursor, alignment: int) -> GGUFTensor:
+  """A tensor whose offset is that in the data, not in the file."""
   name = cursor.text()
   where, n_dims = f"{path}: tensor {name!r}", cursor.one("I")
   if n_dims > _MAX_DIMS:
@@ -171,7 +170,7 @@ def _parse_tensor(path: Path, cursor: _Cursor, alignment: int) -> tuple:
     raise ReadError(f"{where} of shape {list(shape)} cannot be cut into blocks of {block}")
   if offset % alignment:
     raise ReadError(f"{where} begins at {offset}, not a multiple of the alignment {alignment}")
-  return name, shape, kind, offset, math.prod(shape) // block * block_bytes
+  return GGUFTensor(name, shape, kind, offset, math.prod(shape) // block * block_bytes)
 
 
 def _check_spans(header: GGUFHeader, size: int) -> None:

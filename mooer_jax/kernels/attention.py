@@ -62,15 +62,18 @@ def attention(
   implementation = _resolve(implementation)
   if implementation in ("mosaic", "triton"):
     rows, heads = P(_ROWS), P(_ROWS, None, _HEADS)
-    bias_spec = None if bias is None else Bias(heads, P(_HEADS))
+    bias_spec: Any = None if bias is None else (heads, P(_HEADS))
     attend = functools.partial(flash_attention, causal=causal, backend=implementation)
 
     def of_device(q, k, v, valid_BS, first_query, bias):
+      bias = bias and Bias(*bias)
       return attend(q, k, v, valid_BS=valid_BS, first_query=first_query, bias=bias)
 
     specs = (heads, heads, heads, rows, P(), bias_spec)
     first_query = jnp.asarray(first_query, jnp.int32)
-    return on_mesh(of_device, specs, heads)(q_BTHC, k_BSKC, v_BSKC, valid_BS, first_query, bias)
+    return on_mesh(of_device, specs, heads)(
+      q_BTHC, k_BSKC, v_BSKC, valid_BS, first_query, bias and tuple(bias)
+    )
   mask_BTS = valid_BS[:, None, :]
   if causal:
     query_T = first_query + jnp.arange(q_BTHC.shape[1])

@@ -57,7 +57,9 @@ def parse_flags(argv: list[str]) -> list[str]:
   argv = [_with_new_name(_with_config_file(text, argv[0])) for text in argv]
   sys.argv[1:] = argv[1:]  # where ml_collections looks for overrides
   try:
-    return app.parse_flags_with_usage(argv)
+    rest = app.parse_flags_with_usage(argv)
+    _check_overrides(argv)
+    return rest
   except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour
     key = (re.findall(r"\w+", str(error)) or ["?"])[0]
     found = re.search(r'Did you mean "(\w+)"', str(error))
@@ -95,6 +97,23 @@ def _with_new_name(text: str) -> str:
       print(f"config.{old} is deprecated; use config.{new}", file=sys.stderr)
       return f"--config.{new}{flag.removeprefix(f'--config.{old}')}{equals}{value}"
   return text
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+  """Exits if a flag sets a key whose deprecated name is in the config file and would win."""
+  if "config" not in flags.FLAGS or not (config := flags.FLAGS["config"].value):
+    return
+  for old, new in renamed_keys().items():
+    if any(text.partition("=")[0] == f"--config.{new}" for text in argv):
+      section: Any = config
+      *parents, name = old.split(".")
+      for parent in parents:
+        section = section.get(parent, {})
+      if name in section:
+        sys.exit(
+          f"{argv[0]}: the config file sets {old}, the deprecated name of {new}, which a flag sets"
+          f" too; rename it in the file to {new}"
+        )
 
 
 def one_line_errors(work: Callable[[], object], *, program: str) -> None:

@@ -62,6 +62,19 @@ def test_what_a_flag_sets_is_checked(repo_root, plain_env, flag, message):
   assert message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["keep", "max_to_keep"])
+def test_a_flag_is_not_overridden_by_an_old_name_in_the_file(repo_root, plain_env, tmp_path, name):
+  old = tmp_path / "old.py"
+  old.write_text(
+    "from configs import tiny\n\ndef get_config():\n  config = tiny.get_config()\n"
+    "  with config.unlocked():\n    config.train.keep = 3\n  return config\n"
+  )
+  command = [sys.executable, "train.py", f"--config={old}", f"--config.train.{name}=5"]
+  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert "sets train.keep, the deprecated name of train.max_to_keep" in done.stderr
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
