@@ -9,7 +9,6 @@ from jax.experimental import topologies
 from benchmarks import flops
 from mooer_jax import tree
 from mooer_jax.data.batches import Batcher
-from mooer_jax.kernels.attention import auto
 from mooer_jax.run.config import Run
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.program import abstract_state, jitted_step
@@ -63,8 +62,6 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     The content of the JSON file; memory is that of one chip.
   """
   devices = topology_devices(topology)
-  if run.model.compute.attention == "auto":  # would be that of this machine
-    run = run.replace(model=run.model.with_compute(attention=auto("tpu")))
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
   (state, frozen), shardings = abstract_state(
     run.model, run.optimizer, trainable=run.trainable, mesh=mesh
@@ -86,8 +83,9 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
   compiled = lowered.compile()
   seconds["compile_seconds"] = time.perf_counter() - start
   chips = len(devices)
-  counted = flops.traced(traced.jaxpr)
-  needed = flops.traced(trace(run.model.with_compute(remat="none")).jaxpr)
+  # Counted without kernels: a kernel's body is traced once, whatever its grid.
+  counted = flops.traced(trace(run.model.with_compute(attention="xla")).jaxpr)
+  needed = flops.traced(trace(run.model.with_compute(attention="xla", remat="none")).jaxpr)
   memory = memory_of(compiled)
   kind = devices[0].device_kind
   return {

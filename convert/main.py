@@ -13,6 +13,8 @@ from .core.options import DESCRIPTIONS, Options, flag
 from .kinds import KINDS
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+# Packages of the extras `convert` and `verify`.
+_EXTRAS = {"funasr", "gguf", "peft", "safetensors", "torch", "transformers", "yaml"}
 _MOVED = "base checkpoint of a fine-tune, if it has moved"
 
 
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
   try:
     return args.run(args)
   except ModuleNotFoundError as error:
-    if error.name not in ("torch", "yaml", "transformers", "sentencepiece", "funasr", "peft"):
+    if (error.name or "").partition(".")[0] not in _EXTRAS:
       raise
     install = "pip install 'mooer-jax[convert,verify]'"
     print(f"{prog}: {error}; install it with: {install}", file=sys.stderr)

@@ -6,6 +6,7 @@ Every function takes the whole parameter tree and the config; there is no state.
 """
 
 import bisect
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -250,24 +251,29 @@ def answer_hidden(
   *,
   lora_scale: jax.Array | float | None = None,
   dropout_key: jax.Array | None = None,
-  rows: jax.sharding.Sharding | None = None,
+  rows: jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
   """Hidden states that predict the answer tokens, [B, A, D].
 
   `rows` is the sharding of rows on a mesh. Without it, XLA may propagate the sharding of the
-  embedding table, and then every chip holds all rows of every layer.
+  embedding table, and then every chip holds all rows of every layer; and attention kernels, which
+  XLA cannot split, do not know the mesh.
   """
-  rngs = None if dropout_key is None else {"dropout": dropout_key}
-  inputs_BSD, valid_BS = prompt(params, batch, config, rngs=rngs)
-  first = inputs_BSD.shape[1] - 1  # the last slot of the prompt predicts the first answer token
-  given_BA = batch.labels_BS[:, :-1]
-  answer_BAD = embed(params, given_BA, config)
-  inputs_BSD = jnp.concatenate([inputs_BSD, answer_BAD.astype(inputs_BSD.dtype)], axis=1)
-  valid_BS = jnp.concatenate([valid_BS, given_BA >= 0], axis=1)
+  mesh = contextlib.nullcontext()
   if rows is not None:
-    inputs_BSD = jax.lax.with_sharding_constraint(inputs_BSD, rows)
-  hidden_BSD, _ = decode(params, inputs_BSD, valid_BS, config, lora_scale=lora_scale, rngs=rngs)
-  return hidden_BSD[:, first:]
+    mesh = jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh)
+  rngs = None if dropout_key is None else {"dropout": dropout_key}
+  with mesh:
+    inputs_BSD, valid_BS = prompt(params, batch, config, rngs=rngs)
+    first = inputs_BSD.shape[1] - 1  # the last slot of the prompt predicts the first answer token
+    given_BA = batch.labels_BS[:, :-1]
+    answer_BAD = embed(params, given_BA, config)
+    inputs_BSD = jnp.concatenate([inputs_BSD, answer_BAD.astype(inputs_BSD.dtype)], axis=1)
+    valid_BS = jnp.concatenate([valid_BS, given_BA >= 0], axis=1)
+    if rows is not None:
+      inputs_BSD = jax.lax.with_sharding_constraint(inputs_BSD, rows)
+    hidden_BSD, _ = decode(params, inputs_BSD, valid_BS, config, lora_scale=lora_scale, rngs=rngs)
+    return hidden_BSD[:, first:]
 
 
 def loss(
@@ -307,8 +313,8 @@ def loss(
 def _token_losses(params, hidden_BAD, target_BA, config):
   """(-log p in nats, whether it is the most probable token) of each target, both [B, A].
 
-  The logits of a few positions at a time are in memory, in the backward pass too: those of a long
-  answer over a vocabulary of 152k would be most of the memory of a train step.
+  With rematerialization, the logits of a few positions at a time are in memory, in the backward
+  pass too: of a long answer over a vocabulary of 152k, they would be most of a train step's memory.
   """
 
   def of_block(block):
@@ -319,7 +325,7 @@ def _token_losses(params, hidden_BAD, target_BA, config):
     return nats_BA, logits_BAV.argmax(-1) == target_BA
 
   length = target_BA.shape[1]
-  if length <= _LOGITS:
+  if length <= _LOGITS or config.compute.remat == "none":
     return of_block((hidden_BAD, target_BA))
   padded = [
     jnp.pad(x, [(0, 0), (0, -length % _LOGITS)] + [(0, 0)] * (x.ndim - 2))

@@ -82,20 +82,22 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
   leaves = about["leaves"]
   if pointer is None and base is not None:
     raise CheckpointError(
-      f"{folder} is whole: it has no base, so base={base} (--base) means nothing"
+      f"{folder} is not a fine-tune and has no base checkpoint, but base_checkpoint={base} was"
+      " given; leave it out"
     )
   if pointer is not None:
     place = _base(folder, pointer) if base is None else Path(base)
     if not place.is_dir():
       raise FileNotFoundError(
-        f"{folder} is a fine-tune of {place}, which is not there; if it moved, say where it"
-        " is: --base FOLDER, in Python base=FOLDER, to go on training --config.init_from=FOLDER"
+        f"{folder} is a fine-tune of {place}, which does not exist. If the base has moved, pass"
+        " its path: --base-checkpoint PATH (Python: base_checkpoint=PATH; training:"
+        " --config.init_from=PATH)"
       )
     origin = describe(place)
     if origin.hash != pointer["hash"]:
       raise CheckpointError(
-        f"{folder} was trained on other weights than {place} holds (hash {pointer['hash']}, "
-        f"there {origin.hash}); pass base=FOLDER (--base FOLDER) of the right ones"
+        f"{folder} is a fine-tune of weights with hash {pointer['hash']}, but those of {place}"
+        f" have {origin.hash}; pass the right base: --base-checkpoint PATH"
       )
     leaves = {**arrays.shapes(origin.params), **leaves}
   try:

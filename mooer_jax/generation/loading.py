@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json
 from mooer_jax.generation import GenerationConfig
+from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ def load_model(
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
       that is unknown or out of range.
   """
+  check_backend(compute.attention)
   folder = checkpoint.find(path)
   about = checkpoint.describe(folder, base=base_checkpoint)
   if "connector" not in about.config:

@@ -12,14 +12,22 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax.kernels import decode_tpu, window_tpu
 from mooer_jax.kernels.flash_attention import Bias, flash_attention
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "mosaic", "triton")
+# Implementations and the backends of JAX that they run on.
+IMPLEMENTATIONS = {
+  "xla": ("cpu", "gpu", "tpu"), "cudnn": ("gpu",), "mosaic": ("tpu",), "triton": ("gpu",)
+}  # fmt: skip
 # Axes of a mesh that split rows and heads, if it has them.
 _ROWS, _HEADS = ("data", "fsdp"), "tensor"
 
 
-def auto(platform: str) -> str:
-  """Implementation for a platform ("cpu", "gpu", "tpu"): Mosaic's kernels on TPU, else XLA."""
-  return "mosaic" if platform == "tpu" else "xla"
+def check_backend(implementation: str) -> None:
+  """Raises ValueError if an implementation does not run on the default backend of JAX."""
+  backends, here = IMPLEMENTATIONS[implementation], jax.default_backend()
+  if here not in backends:
+    raise ValueError(
+      f"compute.attention={implementation!r} runs on {' and '.join(backends)}; JAX runs on {here}"
+      " here. Set compute.attention='xla'"
+    )
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
@@ -36,7 +44,7 @@ def attention(
   causal: bool = False,
   first_query: jax.Array | int = 0,
   bias: Bias | None = None,
-  implementation: str = "auto",
+  implementation: str = "xla",
 ) -> jax.Array:
   """Scaled dot-product attention with grouped key-value heads; softmax in float32.
 
@@ -48,18 +56,17 @@ def attention(
     causal: mask keys after index `first_query + t` for query t.
     first_query: key index of query 0; with a KV cache, the number of filled slots.
     bias: added to the scaled scores before the softmax.
-    implementation: "xla" (any backend), "cudnn" (GPU, bfloat16, no bias), "mosaic" (TPU), "triton"
-      (NVIDIA GPU), or "auto", which is `auto(jax.default_backend())`.
+    implementation: "xla" (any backend), "cudnn" (GPU, bfloat16, no bias), "mosaic" (TPU) or
+      "triton" (NVIDIA GPU).
 
   Returns:
     [B, T, H, C] in q's dtype; zeros for a query without keys.
 
   Raises:
-    ValueError: for an unknown implementation, one that cannot run on this backend or with these
-      arguments, or if H is not divisible by K.
+    ValueError: for an unknown implementation or one that does not support these arguments, or if H
+      is not divisible by K, or K by the mesh axis that splits the heads of a kernel.
   """
-  _check_heads(q_BTHC.shape[2], k_BSKC.shape[2])
-  implementation = _resolve(implementation)
+  _check(implementation, q_BTHC.shape[2], k_BSKC.shape[2])
   if implementation in ("mosaic", "triton"):
     rows, heads = P(_ROWS), P(_ROWS, None, _HEADS)
     bias_spec: Any = None if bias is None else (heads, P(_HEADS))
@@ -95,7 +102,7 @@ def decode_attention(
   kv_heads: int,
   mask_BTS: jax.Array,
   end: jax.Array | int,
-  implementation: str = "auto",
+  implementation: str = "xla",
 ) -> jax.Array:
   """Attention of a few new tokens to a KV cache: beams of a prompt, or tokens of a draft.
 
@@ -109,20 +116,13 @@ def decode_attention(
 
   Returns and raises: as `attention`.
   """
-  _check_heads(q_BTHC.shape[2], kv_heads)
-  implementation = _resolve(implementation)
+  _check(implementation, q_BTHC.shape[2], kv_heads)
   if implementation == "triton":
     raise ValueError("attention='triton' has no kernel for decoding; use attention='xla'")
   if implementation == "mosaic":
-
-    def of_device(q, k, v, mask, end):
-      kv_heads = k.shape[-1] // q.shape[-1]
-      return decode_tpu.decode_attention(q, k, v, kv_heads=kv_heads, mask_BTS=mask, end=end)
-
-    heads, channels = P(_ROWS, None, _HEADS), P(_ROWS, None, _HEADS)
-    specs = (heads, channels, channels, P(_ROWS), P())
-    end = jnp.asarray(end, jnp.int32)
-    return on_mesh(of_device, specs, heads)(q_BTHC, k_BSE, v_BSE, mask_BTS, end)
+    return decode_tpu.decode_attention(
+      q_BTHC, k_BSE, v_BSE, kv_heads=kv_heads, mask_BTS=mask_BTS, end=end
+    )
   k_BSKC, v_BSKC = (rearrange(x, "B S (K C) -> B S K C", K=kv_heads) for x in (k_BSE, v_BSE))
   if implementation == "cudnn":
     return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
@@ -135,22 +135,19 @@ def window_attention(
   v_NLHC: jax.Array,
   *,
   weight_scale_NHQL: jax.Array | None = None,
-  implementation: str = "auto",
+  implementation: str = "xla",
 ) -> jax.Array:
   """Attention of a few queries to all frames of their window, for many windows.
 
   Args:
     q_NQHC: queries of N windows, a few each.
     k_NLHC, v_NLHC: keys and values of the frames of each window.
-    weight_scale_NHQL: factor of the weights after the softmax, for dropout; only "xla" takes it,
-      and "auto" chooses "xla" then.
+    weight_scale_NHQL: factor of the weights after the softmax, for dropout; only of "xla".
     implementation: as for `attention`; "triton" has no kernel for this.
 
   Returns and raises: as `attention`.
   """
-  if implementation == "auto" and weight_scale_NHQL is not None:
-    implementation = "xla"
-  implementation = _resolve(implementation)
+  _check(implementation, q_NQHC.shape[2], k_NLHC.shape[2], shared=False)
   if weight_scale_NHQL is not None and implementation != "xla":
     raise ValueError(
       f"attention={implementation!r} does not support dropout; use attention='xla' or dropout=0"
@@ -195,15 +192,18 @@ def on_mesh(function, in_specs, out_specs):
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _check_heads(heads: int, kv_heads: int) -> None:
-  if heads % kv_heads:
-    raise ValueError(f"{heads} query heads must be divisible by {kv_heads} key-value heads")
-
-
-def _resolve(implementation: str) -> str:
+def _check(implementation: str, heads: int, kv_heads: int, *, shared: bool = True) -> None:
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"attention={implementation!r}: choose one of {IMPLEMENTATIONS}")
-  return auto(jax.default_backend()) if implementation == "auto" else implementation
+    raise ValueError(f"attention={implementation!r}: choose one of {[*IMPLEMENTATIONS]}")
+  if heads % kv_heads or (not shared and heads != kv_heads):
+    rule = "divisible by" if shared else "equal to"
+    raise ValueError(f"{heads} query heads must be {rule} {kv_heads} key-value heads")
+  parts = dict(jax.sharding.get_abstract_mesh().shape).get(_HEADS, 1)
+  if implementation in ("mosaic", "triton") and kv_heads % parts:
+    raise ValueError(
+      f"attention={implementation!r} splits {kv_heads} key-value heads over mesh.tensor={parts},"
+      " which must divide them; lower mesh.tensor or use attention='xla'"
+    )
 
 
 def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS=None, weight_scale_BHTS=None):

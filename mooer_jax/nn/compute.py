@@ -25,14 +25,16 @@ class ExecutionConfig:
   Attributes:
     dtype: of activations and matmuls, "float32" or "bfloat16" (Qwen2's overflow float16).
     scan: scan over stacked layers (training) instead of per-layer params (decoding).
-    remat: recomputed in the backward pass: "none", "dots" (all but matmul outputs) or "full".
-    attention: implementation of `kernels.attention`.
+    remat: recomputed in the backward pass: "none", "dots" (all but matmul outputs and the logits of
+      long answers) or "full".
+    attention: implementation of `kernels.attention`: "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU)
+      or "triton" (NVIDIA GPU; not for decoding, nor for a Q-Former).
   """
 
   dtype: str = "float32"
   scan: bool = False
   remat: Remat = "none"
-  attention: str = "auto"
+  attention: str = "xla"
 
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
@@ -40,8 +42,10 @@ class ExecutionConfig:
       raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'{reason}")
     if self.remat not in ("none", *_POLICIES):
       raise ValueError(f"remat={self.remat!r}: use 'none', 'dots' or 'full'")
+    if self.attention == "auto":  # the default of version 0.1, which always meant "xla"
+      object.__setattr__(self, "attention", "xla")
     if self.attention not in IMPLEMENTATIONS:
-      raise ValueError(f"attention={self.attention!r}: choose one of {IMPLEMENTATIONS}")
+      raise ValueError(f"attention={self.attention!r}: choose one of {[*IMPLEMENTATIONS]}")
 
   @property
   def jnp_dtype(self) -> Any:

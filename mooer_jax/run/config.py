@@ -23,6 +23,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.translation import check_tokenizer
 from mooer_jax.generation import GenerationConfig
+from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import read_prompts, task_prompt
 from mooer_jax.training.optimizer import OptimizerConfig
@@ -272,6 +273,7 @@ class Run:
       raise ValueError(
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
       )
+    check_backend(self.model.compute.attention)
     if self.init_from is not None:
       folder = checkpoint.find(self.init_from)
       if folder != self.init_from:

@@ -71,7 +71,12 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
 
 def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
   model = run.model
-  encode = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, model))
+
+  @jax.jit
+  def encode(params, batch):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for attention kernels
+      return speech_llm.encode_each(params, batch, model)
+
   needed = {part: params.get(part, {}) for part in ("frontend", "encoders")}
   skipped: Counter[str] = Counter()
   misses = cache_misses(run.data, model, known={*cache.names()}, skipped=skipped)

@@ -31,8 +31,7 @@ def jitted_step(
 
   def loss_fn(trainable, frozen, batch, key):
     params = tree.merge(trainable, frozen)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels that XLA cannot split
-      return speech_llm.loss(params, batch, model, dropout_key=key, rows=batch_sharding(mesh))
+    return speech_llm.loss(params, batch, model, dropout_key=key, rows=batch_sharding(mesh))
 
   step = make_train_step(
     loss_fn,

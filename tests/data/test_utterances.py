@@ -43,7 +43,7 @@ def test_a_stream_continues_from_every_position(shards, wav, endless):
   with contextlib.suppress(StopIteration):
     while len(found) < 40:
       found.append((original.position, original.take()))
-  assert len(found) == 40 if endless else 16
+  assert len(found) == (40 if endless else 16)
   assert len({(example.key, example.text) for _, example in found}) == len(found)
   for start in range(len(found)):
     other = stream()

@@ -1,12 +1,18 @@
+import contextlib
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mooer_jax.kernels import attention, decode_attention, window_attention
-from mooer_jax.kernels.flash_attention import Bias
+from mooer_jax.kernels.attention import check_backend
+from mooer_jax.kernels.flash_attention import Bias, flash_attention
+from mooer_jax.training.sharding import make_mesh
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 
@@ -137,6 +143,8 @@ def test_dropout_of_windows_multiplies_weights_after_the_softmax():
   assert_within(sum(shares), call(), bound(q, k, v))
   with exceeds_the_bound():
     assert_within(sum(shares[1:]), call(), bound(q, k, v))
+  with pytest.raises(ValueError, match="6 query heads must be equal to 3 key-value heads"):
+    window_attention(q, k[:, :, :3], v[:, :, :3])
   for name in ("cudnn", "mosaic"):
     with pytest.raises(ValueError, match=f"'{name}' does not support dropout.*attention='xla'"):
       call(weight_scale_NHQL=scale_NHQL, implementation=name)
@@ -192,6 +200,47 @@ def test_errors_name_the_value_and_the_choices():
   q, k, v = random_qkv()
   with pytest.raises(ValueError, match="'flash'.*'xla'"):
     attention(q, k, v, valid_BS=valid_BS, implementation="flash")
+
+
+@pytest.mark.parametrize("name", ["cudnn", "mosaic", "triton"])
+def test_an_implementation_that_does_not_run_here_is_refused(name):
+  with pytest.raises(ValueError, match=f"{name}' runs on .pu; JAX runs on cpu here.*'xla'"):
+    check_backend(name)
+
+
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_kernels_have_the_arguments_that_xla_has_also_on_a_mesh(name, monkeypatch):
+  interpreted = functools.partial(flash_attention, interpret=True)
+  monkeypatch.setattr(sys.modules[attention.__module__], "flash_attention", interpreted)
+  q, k, v = random_qkv(B=4, H=4, K=2)
+  valid_BS = np.arange(7) >= np.array([[0], [2], [1], [0]])
+  rng = np.random.default_rng(1)
+  bias = [rng.normal(size=shape).astype(np.float32) for shape in ((4, 5, 4), (4, 5 + 7 - 1))]
+  mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+
+  def run(name, on_mesh, *, bias=None, **arguments):
+    def loss(q, k, v, bias):
+      context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+      with context if on_mesh else contextlib.nullcontext():
+        bias = bias and Bias(*bias)
+        out = attention(q, k, v, valid_BS=valid_BS, bias=bias, implementation=name, **arguments)
+      return jnp.square(out).sum(), out
+
+    inputs = jax.device_put((q, k, v, bias), NamedSharding(mesh, P()) if on_mesh else None)
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+
+  for arguments in ({"causal": True, "first_query": 2}, {"bias": bias}):
+    expected = run("xla", False, **arguments)
+    scale = 16 * bound(q, k, v)  # gradients of the square sum further products
+    for on_mesh in (False, True):
+      assert_within(run(name, on_mesh, **arguments), expected, scale)
+  with exceeds_the_bound():
+    shifted = run(name, True, causal=True, first_query=1)
+    assert_within(shifted, run("xla", False, causal=True), scale)
+  with pytest.raises(ValueError, match="2 key-value heads over mesh.tensor=4"):
+    four = jax.sharding.AbstractMesh((1, 1, 4), ("data", "fsdp", "tensor"))
+    with jax.sharding.use_abstract_mesh(four):
+      attention(q, k, v, valid_BS=valid_BS, implementation=name)
 
 
 @pytest.mark.parametrize("backend, dtype", [("cpu", jnp.bfloat16), ("gpu", jnp.float16)])

@@ -15,4 +15,4 @@ def test_unknown_names_are_refused_by_name(field):
 
 
 def test_the_old_default_of_attention_is_read_as_xla():
-  assert ExecutionConfig(attention="auto") == ExecutionConfig()
+  assert ExecutionConfig(attention="auto").attention == "xla"

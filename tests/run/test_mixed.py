@@ -312,7 +312,7 @@ def test_the_suite_runs_on_a_real_decoder_and_checks_all_files_first(
     with pytest.raises(ValueError, match=r"sac\.json: tasks \['story'\] have no prompt"):
       evaluate_suite(config, str(trained), str(folder))
     write("sac.json", "", "a dog")
-    with pytest.raises(ValueError, match=r"sac\.json: annotation\[0\] and 2 others name no task"):
+    with pytest.raises(ValueError, match=r"sac\.json: annotation\[0\] and 2 others have no task"):
       evaluate_suite(config, str(trained), str(folder))
   (folder / "sac.json").unlink()
   results = evaluate_suite(config, str(trained), str(folder))

@@ -81,5 +81,5 @@ def test_it_is_imported_and_fine_tuned(toy_config, tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, imported["encoders"], tuned["encoders"])
   toy_config.workdir = str(tmp_path / "other")
   toy_config.model.encoders = ("toy_small",)
-  with pytest.raises(ValueError, match="encoders/0/hidden_size is 48, the config says 24"):
+  with pytest.raises(ValueError, match="encoders/0/hidden_size is 48, in the config 24"):
     train(toy_config)

@@ -227,7 +227,7 @@ def evaluate_suite(
       print(f"{file.name}: not decoded: {s.key}: {s.cause} {s.detail}")
     return decoded.hypotheses
 
-  asked = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)
-  of = [checkpoint.describe(folder, base=base).hash, loaded.generation, asked]
+  model_json = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)
+  of = [checkpoint.describe(folder, base=base).hash, loaded.generation, model_json]
   of += [loaded.model.compute.dtype, options.lora_scale, options.max_s, options.truncate]
   return run_suite(annotations, out, decode, check=check, identity=" ".join(map(str, of)))

@@ -1,6 +1,7 @@
 """SALMONN's 15 evaluation tasks: test sets, metrics and published scores.
 
-Where the paper does not define a metric, the functions in `answers` and the notes of a result do.
+Where the paper does not define a metric, the functions in `evaluation.answer_matching` and the
+notes of a result do.
 Following rates and correctness of free text come from `external_scores`.
 """
 
