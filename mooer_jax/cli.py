@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   Errors of the user and of the system (no permission, disk full) are one line on stderr and exit
   status 2; train and eval exit with status 1.
   """
-  parser = argparse.ArgumentParser(prog="mooer-jax", description=__doc__)
+  about = "Speech LLMs (MooER, SALMONN) in JAX: convert, train, evaluate, transcribe."
+  parser = argparse.ArgumentParser(prog="mooer-jax", description=about)
   parser.add_argument("--version", action="version", version=metadata.version("mooer-jax"))
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   command.add_parser(commands)

@@ -1,5 +1,6 @@
 """The process that trains or evaluates: flags, error messages, signals, compilation cache."""
 
+import functools
 import importlib
 import os
 import re
@@ -46,14 +47,23 @@ def run_program(
       )
     one_line_errors(work, program=arguments[0])
 
-  app.run(main, None if argv is None else list(argv), flags_parser=parse_flags)
+  parse = functools.partial(parse_flags, program=work.__module__)
+  app.run(main, None if argv is None else list(argv), flags_parser=parse)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], program: str = "__main__") -> list[str]:
   """Parses as absl does, for `app.run(main, flags_parser=parse_flags)`.
 
   A config key that does not exist is one line on stderr and status 1 rather than a traceback.
+
+  Args:
+    argv: name of the program and its arguments.
+    program: the module that defines the flags of --help.
   """
+  if {"--help", "-h"} & {*argv}:  # absl's lists no flag of a program that a function defines
+    print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.module_help(program)}\n")
+    print("--helpfull lists the flags of other packages too; docs/training.md has the config keys")
+    sys.exit()
   argv = [_with_new_name(_with_config_file(text, argv[0])) for text in argv]
   sys.argv[1:] = argv[1:]  # where ml_collections looks for overrides
   try:
@@ -149,7 +159,7 @@ class StopRequest:
   def _handle(self, number, frame):
     self.requested = True
     print("stopping after this step; repeat to stop at once", file=sys.stderr)
-    signal.signal(number, self._previous[number])
+    self.__exit__()
 
   def __exit__(self, *error):
     for number, handler in self._previous.items():

@@ -202,8 +202,8 @@ class Tokenizer:
     for character in plain:
       if character not in self._vocabulary:
         raise ValueError(
-          f"character {character!r} (U+{ord(character):04X}) in {text[:60]!r} is "
-          "not in the vocabulary; pass it to Tokenizer.from_characters as well"
+          f"{character!r} (U+{ord(character):04X}) in {text[:60]!r} is not in the tokenizer's"
+          " characters; a model that is trained from scratch has those of config.characters"
         )
 
 

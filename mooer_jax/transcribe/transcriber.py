@@ -108,12 +108,12 @@ class Transcriber:
       batch_size: chunks decoded together; it changes no result, unless tokens are sampled.
       seed: seed of sampling, 0 to 2**32 - 1.
       progress: show a progress bar.
-      errors: "raise" raises for clips that cannot be used, before anything is decoded; "return"
+      errors: "raise" raises for clips that cannot be used, before any is transcribed; "return"
         returns a Transcript with `error` for each of them and transcribes the others.
       generation: fields of `GenerationConfig` that override the checkpoint's, such as num_beams=4.
 
     Raises:
-      FileNotFoundError: for a missing file.
+      FileNotFoundError: if the only clip that cannot be used is a missing file.
       ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name; for an
         unknown task or template; for a prompt that does not have exactly one place for the speech,
         or ends with it; for a question that is missing, empty or not asked for; for a
