@@ -274,7 +274,7 @@ def test_tied_logits_are_products_with_the_embedding():
     assert_within(logits * 1.001, exact, rounding(40, np.abs(exact).max()))
 
 
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
 def test_bfloat16_is_close_and_takes_bfloat16_params(tied):
   config = dataclasses.replace(tiny.LLM_CONFIG, tie_word_embeddings=tied)
   model, params, inputs = make(config)

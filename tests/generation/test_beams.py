@@ -115,16 +115,17 @@ def test_padding_and_neighbours_change_no_answer(params, config, batch, bound_fo
 def test_the_prompt_is_cached_once_an_utterance(params, config, batch):
   """No array of the program holds the prompt's keys or values once a beam, in any layout."""
   clips = batch([20, 13], padded_to=38)
-  rows, beams, heads, channels = 2, 4, config.decoder.kv_heads, config.decoder.head_dim
+  rows, beams, width = 2, 4, config.decoder.kv_heads * config.decoder.head_dim
   prompt = 38 // 2 + 3
   traced = jax.make_jaxpr(lambda p, b: generate(p, b, config, BEAMS))(params, clips)
   [loop] = [e for e in jaxprs.equations(traced) if e.primitive.name == "while"]
   slots = prompt + (BEAMS.max_new_tokens - 1) * beams
-  caches = [v.aval.shape for v in loop.outvars if v.aval.shape[-2:] == (heads, channels)]
-  assert caches == [(rows, slots, heads, channels)] * 2 * config.decoder.layers
-  per_beam = rows * beams * prompt * heads * channels
+  cache = (rows, slots, width)
+  caches = [v.aval.shape for v in loop.outvars if v.aval.shape == cache]
+  assert caches == [cache] * 2 * config.decoder.layers
+  per_beam = rows * beams * prompt * width
   inside = jaxprs.shapes(loop.params["body_jaxpr"])
-  assert (rows, slots, heads, channels) in inside
+  assert cache in inside
   # Scores [beams, heads, slots] are smaller, logits [beams, vocab] too.
   assert max(np.prod(shape, initial=1) for shape in inside) < per_beam
   # And nothing gathers from the cache: a reorder of beams moves integers.
@@ -133,7 +134,7 @@ def test_the_prompt_is_cached_once_an_utterance(params, config, batch):
     for equation in jaxprs.equations(loop.params["body_jaxpr"])
     if equation.primitive.name in ("gather", "dynamic_slice")
   ]
-  assert moved and (rows, slots, heads, channels) not in moved
+  assert moved and cache not in moved
 
 
 def test_the_loop_ends_once_every_utterance_is_done(params, config, batch):

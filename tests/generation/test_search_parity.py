@@ -28,7 +28,7 @@ def tie_free(rng, options):
   draw = functools.partial(
     reference.random_table,
     rng,
-    vocab_size=VOCAB,
+    vocab=VOCAB,
     length=LENGTH,
     eos_token_id=options.eos_token_id,
     eos_boost=2.5,

@@ -257,7 +257,7 @@ def test_another_kind_is_named(tmp_path):
     export_checkpoint("llama", tmp_path / "ours", tmp_path / "out")
   with pytest.raises(ConversionError, match="no sanm encoder"):
     export_checkpoint("paraformer", tmp_path / "ours", tmp_path / "out")
-  with pytest.raises(ValueError, match="of a part of a speech LLM"):
+  with pytest.raises(ValueError, match="describes a part of a speech LLM"):
     export_checkpoint("mooer", tmp_path / "ours", tmp_path / "out")
   with pytest.raises(ValueError, match="--task has no effect on the kind 'qwen2'"):
     import_checkpoint("qwen2", source, tmp_path / "out", Options(task="asr"))

@@ -88,7 +88,7 @@ def test_an_encoder_that_hears_less_than_the_original_is_refused(tmp_path, run, 
   _, source = test_whisper.hf_folder(tmp_path / "hf")
   import_checkpoint("whisper", source, tmp_path / "ours")
   status, printed = run("whisper", source, tmp_path / "ours", clips[0].path)
-  assert status == 2 and "cut the clip" in printed and str(clips[0].path) in printed
+  assert status == 2 and "split the clip" in printed and str(clips[0].path) in printed
   file = tmp_path / "ours" / "config.json"
   config = json.loads(file.read_text())
   config["encoders"][0]["trim"] = True
