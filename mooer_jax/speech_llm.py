@@ -259,7 +259,7 @@ def answer_hidden(
   embedding table, and then every chip holds all rows of every layer; and attention kernels, which
   XLA cannot split, do not know the mesh.
   """
-  mesh = contextlib.nullcontext()
+  mesh: contextlib.AbstractContextManager = contextlib.nullcontext()
   if rows is not None:
     mesh = jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh)
   rngs = None if dropout_key is None else {"dropout": dropout_key}
