@@ -136,6 +136,13 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   fields["encoders"] = tuple(_part(encoders.KINDS, n, "encoders", sections) for n in names)
   fields["connector"] = _part(connectors.KINDS, fields["connector"], "connector", sections)
   fields["decoder"] = _part(decoders.KINDS, fields["decoder"], "decoder", sections)
+  used = {part.kind for part in (*fields["encoders"], fields["connector"], fields["decoder"])}
+  for kind in sections:
+    if kind not in (*used, "frontends") and sections[kind]:
+      raise ValueError(
+        f"model.{kind} has no effect: the model consists of {', '.join(sorted(used))}; remove the"
+        " section or name the part in model.encoders, .connector or .decoder"
+      )
   for kind in sections["frontends"]:
     if kind not in (allowed := [encoder.kind for encoder in fields["encoders"]]):
       raise ValueError(unknown_key(f"model.frontends.{kind}", allowed))

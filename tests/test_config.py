@@ -76,6 +76,7 @@ def test_plain_dicts_and_locked_configdicts_read_alike():
     (dict(connector=["linear"]), "model.connector=.*choose one of"),
     (dict(encoders="sanm_large"), r"a tuple of names, such as \('sanm_large',\)"),
     (dict(channel="left"), "model.channel='left'"),
+    (dict(whisper=dict(layers=2)), "model.whisper has no effect: the model .*linear, llm, sanm"),
     (dict(encoders=()), r"model.encoders=\[\]: give one or more"),
     (dict(encoders=("sanm_large",) * 2), "model.encoders=.*of different kinds"),
     (dict(chat_template="chat"), "model.chat_template='chat': choose one of .*'mooer'"),
