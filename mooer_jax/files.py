@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 LOCK_FILE = ".lock"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_REMEDY = "a Git LFS pointer: run git lfs pull"
 
 
 @contextlib.contextmanager
@@ -38,10 +40,16 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is not UTF-8, not JSON or not an object; one line that names the file.
+    ValueError: if it is a folder, a Git LFS pointer, not UTF-8, not JSON or not an object; one line
+      that names the file.
   """
+  if Path(path).is_dir():
+    raise ValueError(f"{path}: is a folder; must be a JSON file")
+  content = Path(path).read_bytes()
+  if content.startswith(LFS_POINTER):
+    raise ValueError(f"{path}: {LFS_REMEDY}")
   try:
-    value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    value = json.loads(content.decode("utf-8-sig"))
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: not JSON: {error}") from error
   if not isinstance(value, dict):

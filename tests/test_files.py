@@ -70,6 +70,7 @@ def test_a_json_object_is_read(tmp_path, encoding):
     (b"\xff\xfe{\0}\0", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b"[1]", "must hold a JSON object, got list"),
+    (files.LFS_POINTER + b"v1\noid sha256:00\nsize 1\n", "run git lfs pull"),
   ],
 )
 def test_what_is_not_a_json_object_is_one_line_with_the_path(tmp_path, content, message):
@@ -78,6 +79,11 @@ def test_what_is_not_a_json_object_is_one_line_with_the_path(tmp_path, content, 
   with pytest.raises(ValueError, match=message) as error:
     files.read_json_object(path)
   assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_in_place_of_a_json_file(tmp_path):
+  with pytest.raises(ValueError, match="is a folder; must be a JSON file"):
+    files.read_json_object(tmp_path)
 
 
 HOLD = textwrap.dedent("""
