@@ -27,12 +27,24 @@ def replace_file(path: str | Path) -> Iterator[Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
   try:
-    yield beside
-    with open(beside, "rb+") as file:
-      os.fsync(file.fileno())
+    with write_errors_name(path):
+      yield beside
+      with open(beside, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(beside, path)
   finally:
     beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors_name(path: str | Path) -> Iterator[None]:
+  """Add a path to an OSError of the block that has none, such as that of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Files are replaced whole or not at all, and a folder has one writer."""
 
+import errno
 import json
 import os
 import signal
@@ -148,3 +149,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
   with files.lock_folder(tmp_path, said.append):
     entered = True
   assert entered and "cannot be locked" in said[0]
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+  with pytest.raises(OSError, match="No space left on device: '.*a.json'"):
+    with files.replace_file(tmp_path / "a.json") as beside:
+      beside.touch()
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

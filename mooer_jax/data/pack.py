@@ -21,7 +21,7 @@ import regex
 
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.shards import AUDIO_SUFFIXES, IGNORED, SPACE, VIDEO_SUFFIXES, read_lines
-from mooer_jax.files import LOCK_FILE, lock_folder
+from mooer_jax.files import LOCK_FILE, lock_folder, write_errors_name
 
 OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments
 _LATIN_LETTER = regex.compile(r"\p{Latin}")
@@ -145,7 +145,8 @@ def pack(
     if not done:
       found = "; ".join(f"{u.cause}: {u.key} {u.detail}" for u in left_out[:3])
       raise ValueError(f"{text}: nothing to pack; {len(left_out)} utterances left out ({found} …)")
-    _write_lists(beside, done, left_out)
+    with write_errors_name(beside):
+      _write_lists(beside, done, left_out)
     (beside / LOCK_FILE).unlink()
     os.replace(beside, out)
   count = sum(len(packed) for _, packed in done)
@@ -333,6 +334,7 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
   """
   packed, left_out = [], []
   with (
+    write_errors_name(path),
     tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool,
     tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar,
   ):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -366,3 +367,13 @@ def test_a_killed_pack_leaves_no_worker_and_no_folder(lists, tmp_path, number):
       (tmp_path / f"clip {i}.wav").unlink()
     lists()  # takes the folder over
   assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_named_with_the_file(lists, tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+  try:
+    with pytest.raises(OSError, match=r"\.out\.partial/shards_000000000\.tar"):
+      lists()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
