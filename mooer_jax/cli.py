@@ -127,7 +127,8 @@ def _verify(args) -> int:
         if about.base and (about.base, None) not in todo:
           todo.append((about.base, None))
         if "connector" in about.config:
-          checkpoint.check_leaves(about, param_shapes(from_json(about.config)))
+          model = from_json(about.config, path=about.folder / "config.json")
+          checkpoint.check_leaves(about, param_shapes(model))
       except (ValueError, OSError) as error:
         faults.append(" ".join(str(error).split()))
       if faults:

@@ -53,7 +53,7 @@ def load_model(
       f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot generate"
       " text by itself"
     )
-  model = from_json(about.config, compute)
+  model = from_json(about.config, compute, path=about.folder / "config.json")
   checkpoint.check_leaves(about, param_shapes(model))
   loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
   options = build(GenerationConfig, {**loaded.generation, **(generation or {})}, "generation")

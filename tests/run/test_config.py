@@ -1,5 +1,6 @@
 """Deprecated names of config keys still work, each with a message; bad flags are refused."""
 
+import math
 import subprocess
 import sys
 
@@ -95,3 +96,50 @@ def test_eval_refuses_what_would_have_no_effect(repo_root, plain_env, tmp_path, 
   done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
   assert done.returncode != 0
   assert message in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("workdir", None, "workdir=None"),
+    ("workdir", "", "workdir=''"),
+    ("init_from", 5, "init_from=5"),
+    ("optimizer", None, r"optimizer=None \(NoneType\): expected a section"),
+    ("generation", 5, "generation=5"),
+    ("trainable", "lora", "trainable='lora'"),
+    ("seed", -1, "seed=-1: must be at least 0"),
+    ("seed", 1.5, "seed=1.5"),
+    ("optimizer.max_grad_norm", math.nan, "optimizer.max_grad_norm=nan: must be a finite number"),
+    ("optimizer.peak_lr", math.inf, "optimizer.peak_lr=inf: must be a finite number"),
+    ("activation.lora_scale", math.nan, "activation.lora_scale=nan: must be a finite number"),
+    ("eval.max_s", math.inf, "eval.max_s=inf: must be a finite number"),
+  ],
+)
+def test_a_wrong_type_or_range_is_named(key, value, message):
+  config = tiny.get_config().to_dict()
+  section, _, name = key.rpartition(".")
+  (config[section] if section else config)[name] = value
+  with pytest.raises(ValueError, match=message):
+    Run.read(config)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("c.train.steps = 2.5", ":5: TypeError: Could not override field 'steps'"),
+    ("c.data.buckets = 84", ":5: TypeError: Could not override field 'buckets'"),
+    ("c.lock().foo = 1", ":5: no config key 'foo'"),
+    ("pass\ndel get_config", "c.py: the file must define get_config()"),
+  ],
+)
+def test_an_error_in_a_config_file_is_one_line_with_the_place(
+  repo_root, plain_env, tmp_path, line, message
+):
+  head = "from mooer_jax.run.config import default_config\n\ndef get_config():\n"
+  body, _, after = line.partition("\n")
+  content = f"{head}  c = default_config()\n  {body}\n  return c\n{after}\n"
+  (tmp_path / "c.py").write_text(content)
+  command = [sys.executable, "train.py", f"--config={tmp_path}/c.py"]
+  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  (text,) = done.stderr.splitlines()
+  assert done.returncode == 1 and message in text and "c.py" in text
