@@ -326,19 +326,27 @@ def with_new_names(
 ) -> Mapping[str, Any]:
   """A section in which the new names replace deprecated keys.
 
-  Values of deprecated keys override those of new names, which may be defaults.
+  In a config, values of deprecated keys override those of new names, which may be defaults. In a
+  saved file, where nothing is a default, both names of one key are an error.
 
   Args:
     section: of a config, or of a saved file.
     renamed: {old key: new key}.
     name: name of the section, to print a warning for each deprecated key; "" for a saved file,
       whose keys its user did not choose.
+
+  Raises:
+    ValueError: for a saved file with both names of a key.
   """
   old_keys = [key for key in section if key in renamed]
   if not old_keys:
     return section
   result = {key: value for key, value in section.items() if key not in renamed}
   for key in old_keys:
+    if not name and renamed[key] in result:
+      raise ValueError(
+        f"both {renamed[key]!r} and its deprecated name {key!r} are set; remove {key!r}"
+      )
     result[renamed[key]] = section[key]
     if name not in ("", "generation"):
       print(f"{name}.{key} is deprecated; use {name}.{renamed[key]}", file=sys.stderr)

@@ -148,6 +148,12 @@ def test_old_names_in_a_saved_config_are_read_silently(capsys):
   assert not capsys.readouterr().err
 
 
+def test_both_names_of_a_key_in_a_saved_config_are_an_error():
+  fields = json.loads(json.dumps(to_json(SpeechLLMConfig())))
+  with pytest.raises(ValueError, match="both 'chat_template' and its deprecated name 'template'"):
+    from_json({**fields, "template": "bare"})
+
+
 @pytest.mark.parametrize("kind", part_kinds())
 def test_old_names_in_a_config_are_deprecated(kind, capsys):
   encoder = kind if kind in ("whisper", "beats") else "sanm"

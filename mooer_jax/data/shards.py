@@ -37,6 +37,7 @@ CAUSES = (
   *AUDIO_CAUSES,
   "too long",
   "not cached",  # audio that changed after the cache was filled, or could not be decoded then
+  "scores not finite",  # of the model, for this utterance
 )
 _TOGETHER = (
   "the members of an utterance must be adjacent; if others are elsewhere in the tar, create it"

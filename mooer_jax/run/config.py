@@ -270,7 +270,9 @@ class Run:
   def decoding_defaults(self) -> GenerationConfig:
     """Generation options of the run's checkpoints: the config's, over those of init_from."""
     inherited = checkpoint.describe(self.init_from).generation if self.init_from else {}
-    return build(GenerationConfig, {**inherited, **self.generation}, "generation")
+    inherited = with_new_names(inherited, GenerationConfig.RENAMED)
+    given = with_new_names(self.generation, GenerationConfig.RENAMED)
+    return build(GenerationConfig, {**inherited, **given}, "generation")
 
   def check_training(self) -> None:
     """Checks what only training needs, before anything is loaded.

@@ -3,10 +3,12 @@
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 
 from configs import tiny
+from mooer_jax import checkpoint
 from mooer_jax.data.config import DataConfig
 from mooer_jax.run.config import SECTIONS, Run, renamed_keys
 
@@ -39,6 +41,19 @@ def test_every_old_name_is_tried():
   others = {key for key in renamed_keys() if "." in key and not key.startswith("model.")}
   assert others == OLD.keys() - {"probe.every"}
   assert DataConfig in SECTIONS.values()
+
+
+def test_generation_options_of_a_run_go_over_deprecated_names_in_a_checkpoint(monkeypatch):
+  config = tiny.get_config()
+  config.init_from = "somewhere"
+  config.generation.eos_token_id = (10,)
+  saved = types.SimpleNamespace(generation={"eos_ids": [11], "num_beams": 2})
+  monkeypatch.setattr(checkpoint, "describe", lambda folder: saved)
+  options = Run.read(config).decoding_defaults()
+  assert options.eos_token_id == (10,) and options.num_beams == 2
+  config.generation.eos_ids = (12,)
+  with pytest.raises(ValueError, match="both 'eos_token_id' and its deprecated name 'eos_ids'"):
+    Run.read(config).decoding_defaults()
 
 
 def test_blank_as_space_mark_is_read_as_space():
