@@ -2,6 +2,9 @@
 
 import sys
 
+from mooer_jax.cli import exit_on_sigterm
+
 from .main import main
 
-sys.exit(main())
+with exit_on_sigterm():
+  sys.exit(main())

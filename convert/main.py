@@ -137,9 +137,11 @@ def _add_base(parser, text: str) -> None:
 def _size(text: str) -> int:
   number, unit = text[:-2], text[-2:].lower()
   try:
-    return round(float(number) * _UNITS[unit])
-  except (ValueError, KeyError):
-    raise argparse.ArgumentTypeError(f"{text!r}: write 500MB or 5GB") from None
+    if (size := round(float(number) * _UNITS[unit])) > 0:
+      return size
+  except (ValueError, KeyError, OverflowError):
+    pass
+  raise argparse.ArgumentTypeError(f"{text!r}: write a size above 0, such as 500MB or 5GB")
 
 
 def _import(args) -> int:

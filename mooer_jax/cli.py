@@ -1,11 +1,15 @@
 """The command `mooer-jax`: transcribe, train, eval, pack, checkpoint, convert."""
 
 import argparse
+import contextlib
 import functools
 import importlib
+import os
+import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Errors of the user and of the system (no permission, disk full) are one line on stderr and exit
   status 2; train and eval exit with status 1.
+
+  Raises:
+    SystemExit: on SIGTERM, with status 143, after files and processes are cleaned up; train has
+      handling of its own.
   """
   about = "Speech LLMs (MooER, SALMONN) in JAX: convert, train, evaluate, transcribe."
   parser = argparse.ArgumentParser(prog="mooer-jax", description=about)
@@ -30,19 +38,43 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands.add_parser("convert", help="convert PyTorch checkpoints in and out", add_help=False)
   argv = sys.argv[1:] if argv is None else argv
   if argv[:1] == ["convert"]:  # these have parsers of their own
-    return _convert(argv[1:])
+    with exit_on_sigterm():
+      return _convert(argv[1:])
   if argv[:1] in (["train"], ["eval"]):
     program = importlib.import_module(f"mooer_jax.programs.{argv[0]}")
     return program.main([f"mooer-jax {argv[0]}", *argv[1:]])
   args = parser.parse_args(argv)
   try:
-    return args.run(args)
+    with exit_on_sigterm():
+      return args.run(args)
   except (ValueError, OSError) as error:
     print(f"mooer-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"mooer-jax {args.command}: interrupted", file=sys.stderr)
     return 130
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+  """Turns SIGTERM into SystemExit with status 143, so that `finally` blocks run as on Ctrl-C."""
+  if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+    yield
+    return
+  process = os.getpid()
+
+  def handle(number, frame):
+    del frame
+    if os.getpid() != process:  # a forked worker
+      os._exit(128 + number)
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleanup
+    sys.exit(128 + number)
+
+  before = signal.signal(signal.SIGTERM, handle)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _add_pack(commands):
@@ -127,7 +159,8 @@ def _verify(args) -> int:
         if about.base and (about.base, None) not in todo:
           todo.append((about.base, None))
         if "connector" in about.config:
-          checkpoint.check_leaves(about, param_shapes(from_json(about.config)))
+          model = from_json(about.config, path=about.folder / "config.json")
+          checkpoint.check_leaves(about, param_shapes(model))
       except (ValueError, OSError) as error:
         faults.append(" ".join(str(error).split()))
       if faults:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -65,9 +67,16 @@ class SpeechLLMConfig:
     kinds = [encoder.kind for encoder in self.encoders]
     if not kinds or len(set(kinds)) < len(kinds):
       raise ValueError(f"model.encoders={kinds}: give one or more, of different kinds")
+    if not 0 <= self.min_audio_s <= self.max_audio_s < math.inf:
+      raise ValueError(
+        f"model.min_audio_s={self.min_audio_s:g} and model.max_audio_s={self.max_audio_s:g}: must"
+        " be finite, and satisfy 0 <= min_audio_s <= max_audio_s"
+      )
     rates = {frontend.sample_rate_hz for frontend in self.frontends}
     if len(rates) > 1:
       raise ValueError(f"all front ends must use the same sample rate; got {sorted(rates)} Hz")
+    if len(self.frontends) != len(kinds):
+      raise ValueError(f"{len(kinds)} encoders, but {len(self.frontends)} frontends: each has one")
     encoder_frames = 0  # of the longest clip
     for encoder, frontend in zip(self.encoders, self.frontends, strict=True):
       if encoder.input_width != frontend.width:
@@ -120,8 +129,11 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   Raises:
     ValueError: for an unknown name or key, a wrong type, or sizes that do not fit together.
   """
+  check_section(model, "model")
   fields = dict(with_new_names(model, SpeechLLMConfig.RENAMED, "model"))
   sections = {name: fields.pop(name, {}) for name in (*part_kinds(), "frontends")}
+  for name, section in sections.items():
+    check_section(section, f"model.{name}")
   parts = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
   known = [name for name in parts if name not in ("frontends", "compute")]
   for key in fields:
@@ -131,8 +143,8 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
     if key not in fields:
       raise ValueError(f"model.{key} is missing: name a size")
   names = fields["encoders"]
-  if isinstance(names, str):
-    raise ValueError(f"model.encoders={names!r}: a tuple of names, such as ({names!r},)")
+  if not isinstance(names, (list, tuple)):
+    raise ValueError(f"model.encoders={names!r}: a tuple of names, such as ('sanm_large',)")
   fields["encoders"] = tuple(_part(encoders.KINDS, n, "encoders", sections) for n in names)
   fields["connector"] = _part(connectors.KINDS, fields["connector"], "connector", sections)
   fields["decoder"] = _part(decoders.KINDS, fields["decoder"], "decoder", sections)
@@ -152,6 +164,7 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   )
   fields["compute"] = build(ExecutionConfig, compute or {}, "compute")
   if "prompts" in fields:
+    check_section(fields["prompts"], "model.prompts")
     fields["prompts"] = tuple(dict(fields["prompts"]).items())
   return build(SpeechLLMConfig, fields, "model")
 
@@ -183,13 +196,15 @@ def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
   """Inverse of part_to_json for features; raises as part_from_json."""
   # Checkpoints of version 0.1 have no kind, as there was only one.
   kinds = {kind.kind: kind for kind in frontends.KINDS}
+  check_section(section, name)
   return _from_kind(kinds, {"kind": FrontendConfig.kind, **section}, name)
 
 
 def _from_kind(kinds: Mapping[str, type], section: Mapping[str, Any], name: str) -> Any:
+  check_section(section, name)
   section = dict(section)
   kind = section.pop("kind", None)
-  if kind not in kinds:
+  if not isinstance(kind, str) or kind not in kinds:
     raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(kinds)}")
   section = dict(with_new_names(section, getattr(kinds[kind], "RENAMED", {})))
   return build(kinds[kind], section, name)
@@ -207,18 +222,28 @@ def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
   return fields
 
 
-def from_json(fields: Mapping[str, Any], compute: ExecutionConfig | None = None) -> SpeechLLMConfig:
-  """Inverse of to_json.
+def from_json(
+  fields: Mapping[str, Any],
+  compute: ExecutionConfig | None = None,
+  *,
+  path: str | Path = "config.json",
+) -> SpeechLLMConfig:
+  """Inverse of to_json; `path` of the file begins errors.
 
   Raises:
     ValueError: for a part of unknown kind, an unknown key or a wrong type.
   """
-  fields = dict(fields)
+  try:
+    return _from_json(dict(fields), compute or ExecutionConfig())
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _from_json(fields: dict[str, Any], compute: ExecutionConfig) -> SpeechLLMConfig:
   for name in ("encoders", "frontends", "connector", "decoder", "prompts"):
     if name not in fields:
       raise ValueError(
-        f"config.json has no {name!r}: it describes a part of a speech LLM ({', '.join(fields)}),"
-        " or is damaged"
+        f"has no {name!r}: it describes a part of a speech LLM ({', '.join(fields)}), or is damaged"
       )
   fields["encoders"] = tuple(
     part_from_json(section, f"encoders[{i}]") for i, section in enumerate(fields["encoders"])
@@ -229,8 +254,8 @@ def from_json(fields: Mapping[str, Any], compute: ExecutionConfig | None = None)
   for name in ("connector", "decoder"):
     fields[name] = part_from_json(fields[name], name)
   fields["prompts"] = tuple(fields["prompts"].items())
-  fields = with_new_names(fields, SpeechLLMConfig.RENAMED)
-  return build(SpeechLLMConfig, {**fields, "compute": compute or ExecutionConfig()}, "config.json")
+  fields = dict(with_new_names(fields, SpeechLLMConfig.RENAMED))
+  return build(SpeechLLMConfig, {**fields, "compute": compute}, "model")
 
 
 def run_fields(config: SpeechLLMConfig) -> set[str]:
@@ -278,6 +303,7 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
   Raises:
     ValueError: for an unknown key (with the closest match), a wrong type or an invalid value.
   """
+  check_section(section, name)
   section = with_new_names(section, getattr(cls, "RENAMED", {}), name)
   hints = typing.get_type_hints(cls)
   allowed = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -286,7 +312,7 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
     if key not in allowed:
       raise ValueError(unknown_key(f"{name}.{key}", allowed))
     current = getattr(cls if base is None else base, key, None)  # cls: the default value
-    values[key] = _convert(hints[key], value, f"{name}.{key}", current)
+    values[key] = convert(hints[key], value, f"{name}.{key}", current)
   if base is not None:
     return dataclasses.replace(base, **values)  # type: ignore[type-var]
   try:
@@ -300,19 +326,27 @@ def with_new_names(
 ) -> Mapping[str, Any]:
   """A section in which the new names replace deprecated keys.
 
-  Values of deprecated keys override those of new names, which may be defaults.
+  In a config, values of deprecated keys override those of new names, which may be defaults. In a
+  saved file, where nothing is a default, both names of one key are an error.
 
   Args:
     section: of a config, or of a saved file.
     renamed: {old key: new key}.
     name: name of the section, to print a warning for each deprecated key; "" for a saved file,
       whose keys its user did not choose.
+
+  Raises:
+    ValueError: for a saved file with both names of a key.
   """
   old_keys = [key for key in section if key in renamed]
   if not old_keys:
     return section
   result = {key: value for key, value in section.items() if key not in renamed}
   for key in old_keys:
+    if not name and renamed[key] in result:
+      raise ValueError(
+        f"both {renamed[key]!r} and its deprecated name {key!r} are set; remove {key!r}"
+      )
     result[renamed[key]] = section[key]
     if name not in ("", "generation"):
       print(f"{name}.{key} is deprecated; use {name}.{renamed[key]}", file=sys.stderr)
@@ -326,9 +360,28 @@ def unknown_key(key: str, allowed: Sequence[str]) -> str:
   return f"unknown config key {key!r}{hint} Allowed: {', '.join(allowed)}"
 
 
-def _convert(hint, value, name, current=None):
+def check_section(section: Any, name: str) -> None:
+  """Raises ValueError unless a section is a dict or a ConfigDict (which is no Mapping)."""
+  if not hasattr(section, "items"):
+    raise ValueError(
+      f"{name}={section!r} ({type(section).__name__}): expected a section of keys and values"
+    )
+
+
+def convert(hint: Any, value: Any, name: str, current: Any = None) -> Any:
+  """Check the type of a value, and convert sections to dataclasses and lists to tuples.
+
+  Args:
+    hint: type of the value.
+    value: from a config or a JSON file.
+    name: dotted name of the value in errors.
+    current: for a dataclass, the instance with the values of missing keys.
+
+  Raises:
+    ValueError: for a wrong type, or a float that is NaN or infinite.
+  """
   origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if dataclasses.is_dataclass(hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     if isinstance(value, hint):
       return value
     if hasattr(value, "items"):  # a ConfigDict is no Mapping
@@ -336,9 +389,12 @@ def _convert(hint, value, name, current=None):
   elif origin in (typing.Union, types.UnionType):
     if value is None and type(None) in args:
       return None
-    for arg in (a for a in args if a is not type(None)):
+    kinds = [arg for arg in args if arg is not type(None)]
+    if len(kinds) == 1 and isinstance(value, (int, float)):
+      return convert(kinds[0], value, name)  # for its message
+    for arg in kinds:
       try:
-        return _convert(arg, value, name)
+        return convert(arg, value, name)
       except ValueError:
         continue
   elif origin is Literal:
@@ -347,10 +403,12 @@ def _convert(hint, value, name, current=None):
   elif origin is tuple and isinstance(value, (list, tuple)):
     items = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
     if len(items) == len(value):
-      return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(items, value)))
+      return tuple(convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(items, value)))
   elif origin is dict and hasattr(value, "items"):
-    return {key: _convert(args[1], item, f"{name}.{key}") for key, item in value.items()}
+    return {key: convert(args[1], item, f"{name}.{key}") for key, item in value.items()}
   elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if not math.isfinite(value):
+      raise ValueError(f"{name}={value!r}: must be a finite number")
     return float(value)
   elif isinstance(hint, type) and isinstance(value, hint):
     if hint is bool or not isinstance(value, bool):  # True is an int to Python

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 LOCK_FILE = ".lock"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_REMEDY = "a Git LFS pointer: run git lfs pull"
 
 
 @contextlib.contextmanager
@@ -25,12 +27,24 @@ def replace_file(path: str | Path) -> Iterator[Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
   try:
-    yield beside
-    with open(beside, "rb+") as file:
-      os.fsync(file.fileno())
+    with write_errors_name(path):
+      yield beside
+      with open(beside, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(beside, path)
   finally:
     beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors_name(path: str | Path) -> Iterator[None]:
+  """Add a path to an OSError of the block that has none, such as that of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -38,10 +52,16 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is not UTF-8, not JSON or not an object; one line that names the file.
+    ValueError: if it is a folder, a Git LFS pointer, not UTF-8, not JSON or not an object; one line
+      that names the file.
   """
+  if Path(path).is_dir():
+    raise ValueError(f"{path}: is a folder; must be a JSON file")
+  content = Path(path).read_bytes()
+  if content.startswith(LFS_POINTER):
+    raise ValueError(f"{path}: {LFS_REMEDY}")
   try:
-    value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    value = json.loads(content.decode("utf-8-sig"))
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: not JSON: {error}") from error
   if not isinstance(value, dict):

@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 import mooer_jax.transcribe.transcriber
 from mooer_jax import cli
 
+ROWS = '[{"text": "earlier", "tokens": [1], "path": "a.wav"}]'
+
 
 class Model:
   """Stands for a Transcriber; loading it fails in the way that it is told."""
@@ -70,9 +72,33 @@ def test_a_json_target_that_cannot_be_written_fails_before_the_model_loads(
 
 def test_earlier_results_survive_a_failure(monkeypatch, tmp_path):
   target = tmp_path / "out.json"
-  target.write_text("[1]")
+  target.write_text(ROWS)
   assert transcribe(monkeypatch, ValueError("bad"), "--json", str(target)) == (2, 1)
-  assert target.read_text() == "[1]"
+  assert target.read_text() == ROWS
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"text": "a"}]', "[", "\xff"])
+def test_a_file_that_holds_no_results_is_never_overwritten(monkeypatch, capsys, tmp_path, content):
+  target = tmp_path / "config.json"
+  target.write_text(content, "latin-1")
+  assert transcribe(monkeypatch, ValueError("loaded"), "--json", str(target)) == (2, 0)
+  assert "holds no results of transcribe" in capsys.readouterr().err
+  assert target.read_text("latin-1") == content
+
+
+def test_nothing_is_written_into_a_checkpoint(monkeypatch, capsys, tmp_path):
+  (tmp_path / "checkpoint.json").touch()
+  for name in ("new.json", "weights/new.json"):
+    given = ["--json", str(tmp_path / name)]
+    assert transcribe(monkeypatch, ValueError("loaded"), *given) == (2, 0)
+    assert f"is in the checkpoint {tmp_path.resolve()}" in capsys.readouterr().err
+  assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"]
+
+
+def test_a_closed_stdin_is_an_error_before_the_model_loads(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "stdin", None)
+  assert transcribe(monkeypatch, ValueError("loaded"), "-") == (2, 0)
+  assert "stdin) is closed" in capsys.readouterr().err
 
 
 def test_a_json_target_is_not_left_behind_empty_when_the_run_fails(monkeypatch, tmp_path):

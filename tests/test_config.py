@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 from ml_collections import ConfigDict
@@ -147,6 +148,12 @@ def test_old_names_in_a_saved_config_are_read_silently(capsys):
   assert not capsys.readouterr().err
 
 
+def test_both_names_of_a_key_in_a_saved_config_are_an_error():
+  fields = json.loads(json.dumps(to_json(SpeechLLMConfig())))
+  with pytest.raises(ValueError, match="both 'chat_template' and its deprecated name 'template'"):
+    from_json({**fields, "template": "bare"})
+
+
 @pytest.mark.parametrize("kind", part_kinds())
 def test_old_names_in_a_config_are_deprecated(kind, capsys):
   encoder = kind if kind in ("whisper", "beats") else "sanm"
@@ -172,7 +179,7 @@ def test_old_names_in_a_config_are_deprecated(kind, capsys):
     (lambda f: f.pop("decoder"), "has no 'decoder'"),
     (lambda f: f["decoder"].update(kind="rnn"), "decoder.kind='rnn': this version knows .*'llm'"),
     (lambda f: f["encoders"][0].update(depth=3), "unknown config key 'encoders.0..depth'"),
-    (lambda f: f.update(extra=1), "'config.json.extra'"),
+    (lambda f: f.update(extra=1), "config.json: unknown config key 'model.extra'"),
     (lambda f: f["frontends"][0]["fbank"].update(bins="80"), "bins='80'"),
   ],
 )
@@ -226,3 +233,53 @@ def test_build_takes_any_dataclass():
     build(Outer, dict(needed=1, pair=(1, 2.0, 3)), "outer")
   with pytest.raises(ValueError, match="inner.b=3"):
     build(Inner, dict(b=3), "inner")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(encoders=()), "one or more"),
+    (dict(frontends=()), "1 encoders, but 0 frontends"),
+    (dict(max_audio_s=math.inf), r"max_audio_s=inf: must be a finite"),
+    (dict(min_audio_s=1e6), "min_audio_s=1e.06 and .*max_audio_s=30: must"),
+    (dict(min_audio_s=-1.0), "min_audio_s=-1 and"),
+    (dict(prompts={"asr": 5}), r"prompts\[0\]\[1\]=5"),
+  ],
+)
+def test_a_saved_value_out_of_range_is_named_with_the_file(change, message):
+  with pytest.raises(ValueError, match=f"^a/config.json: .*{message}"):
+    from_json({**to_json(SpeechLLMConfig()), **change}, path="a/config.json")
+
+
+@pytest.mark.parametrize("kind", [5, ["sanm"], None])
+def test_a_kind_is_a_name(kind):
+  fields = to_json(SpeechLLMConfig())
+  fields["encoders"] = [{**fields["encoders"][0], "kind": kind}]
+  with pytest.raises(ValueError, match=r"encoders\[0\]\.kind="):
+    from_json(fields)
+
+
+@pytest.mark.parametrize("part", list(part_kinds().values()), ids=lambda c: c.__name__)
+def test_floats_of_a_part_have_ranges(part):
+  for field in dataclasses.fields(part):
+    if field.type is float:
+      for value in (-0.1, math.nan, math.inf, *[1.0] * field.name.endswith("dropout")):
+        with pytest.raises(ValueError, match=f"{part.kind}.{field.name}={value} must be"):
+          part(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(encoders=5), "model.encoders=5: a tuple of names"),
+    (dict(frontends=5), r"model.frontends=5 \(int\): expected a section"),
+    (dict(frontends=dict(sanm=5)), "model.frontends.sanm=5"),
+    (dict(llm=None), "model.llm=None"),
+    (dict(prompts=5), "model.prompts=5"),
+    (dict(max_audio_s=math.inf), "model.max_audio_s=inf: must be a finite number"),
+    (dict(llm=dict(rope_theta=0.0)), "llm.rope_theta=0.0 must be positive"),
+  ],
+)
+def test_a_section_of_another_type_or_range_is_named(change, message):
+  with pytest.raises(ValueError, match=message):
+    model_config({**mooer().to_dict(), **change})

@@ -1,5 +1,6 @@
 """Files are replaced whole or not at all, and a folder has one writer."""
 
+import errno
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ def test_a_json_object_is_read(tmp_path, encoding):
     (b"\xff\xfe{\0}\0", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b"[1]", "must hold a JSON object, got list"),
+    (files.LFS_POINTER + b"v1\noid sha256:00\nsize 1\n", "run git lfs pull"),
   ],
 )
 def test_what_is_not_a_json_object_is_one_line_with_the_path(tmp_path, content, message):
@@ -78,6 +80,11 @@ def test_what_is_not_a_json_object_is_one_line_with_the_path(tmp_path, content, 
   with pytest.raises(ValueError, match=message) as error:
     files.read_json_object(path)
   assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_in_place_of_a_json_file(tmp_path):
+  with pytest.raises(ValueError, match="is a folder; must be a JSON file"):
+    files.read_json_object(tmp_path)
 
 
 HOLD = textwrap.dedent("""
@@ -142,3 +149,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
   with files.lock_folder(tmp_path, said.append):
     entered = True
   assert entered and "cannot be locked" in said[0]
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+  with pytest.raises(OSError, match="No space left on device: '.*a.json'"):
+    with files.replace_file(tmp_path / "a.json") as beside:
+      beside.touch()
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

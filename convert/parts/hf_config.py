@@ -19,6 +19,7 @@ _SIZES = {
   "heads": "num_attention_heads",
   "intermediate_size": "intermediate_size",
 }
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 # Names that transformers has used for the same thing.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -42,9 +43,16 @@ def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
     if name != ARCHITECTURES[kind]:
       problems.add(f"architectures={name!r}: only {ARCHITECTURES[kind]} can be converted")
   _refuse(hf, kind, problems)
-  for key in _SIZES.values():
-    if type(hf.get(key)) is not int:
-      problems.add(f"{key}={hf.get(key)!r}: a whole number is needed")
+  # transformers' defaults where a key is absent.
+  rope_theta = _rope(hf).get("rope_theta") or hf.get("rope_theta") or 10000.0
+  norm_eps = hf.get("rms_norm_eps", 1e-6)
+  for key in (*_SIZES.values(), *_OPTIONAL_SIZES):
+    size = hf.get(key)
+    if (type(size) is not int or size < 1) and not (size is None and key in _OPTIONAL_SIZES):
+      problems.add(f"{key}={size!r}: a whole number above 0 is needed")
+  for key, value in (("rope_theta", rope_theta), ("rms_norm_eps", norm_eps)):
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+      problems.add(f"{key}={value!r}: a number above 0 is needed")
   if len(problems.found) > before:
     return None
   sizes = {ours: hf[theirs] for ours, theirs in _SIZES.items()}
@@ -56,11 +64,10 @@ def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
   try:
     return LLMConfig(
       **sizes,
-      # transformers' defaults where a key is absent.
       kv_heads=hf.get("num_key_value_heads") or (32 if kind == "qwen2" else heads),
       head_dim=head_dim,
-      rope_theta=float(_rope(hf).get("rope_theta") or hf.get("rope_theta") or 10000.0),
-      norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+      rope_theta=float(rope_theta),
+      norm_eps=float(norm_eps),
       qkv_bias=kind == "qwen2",
       tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
     )

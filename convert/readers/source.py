@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mooer_jax.files import read_json_object
+from mooer_jax.files import LFS_POINTER, LFS_REMEDY, read_json_object
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Finite values have an exponent that is not all ones; integer tests are faster than isfinite here.
@@ -18,7 +18,6 @@ _EXPONENTS = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
 _CHECKED_AT_ONCE = 1 << 22
 _MAX_DIMS = 32
 # An integer tensor under one of these names is a quantized weight; others are plain buffers.
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _WEIGHT_NAMES = ("weight", "qweight", "qzeros", "scales", "weight_packed")
 
 
@@ -161,8 +160,8 @@ def check_file(path: Path) -> None:
     ReadError: if it is empty, or a Git LFS pointer in place of the file.
   """
   with path.open("rb") as file:
-    start = file.read(len(_LFS_POINTER))
+    start = file.read(len(LFS_POINTER))
   if not start:
     raise ReadError(f"{path}: empty, 0 bytes; copy it again")
-  if start == _LFS_POINTER:
-    raise ReadError(f"{path}: a Git LFS pointer: run git lfs pull")
+  if start == LFS_POINTER:
+    raise ReadError(f"{path}: {LFS_REMEDY}")

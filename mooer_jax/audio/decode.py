@@ -122,6 +122,8 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
   data = _read_bytes(source, name)
   if not data:
     raise AudioError(f"{name}: the file has 0 bytes", "empty audio")
+  if data.startswith(b"version https://git-lfs.github.com/spec/"):
+    raise AudioError(f"{name}: a Git LFS pointer: run git lfs pull", "undecodable")
   with _named(name):
     samples_NC, rate_hz = _concatenate([
       part for file in split_joined(data) for part in _decode_file(file)
@@ -179,6 +181,8 @@ def _read_bytes(source, name: str) -> bytes:
     return bytes(source)
   if not isinstance(source, (str, os.PathLike)):
     raise TypeError(f"audio source is {type(source).__name__}; give a path or the bytes of a file")
+  if not os.fspath(source):
+    raise FileNotFoundError("'': the path is empty; give an audio file")
   path = pathlib.Path(source)
   if path.is_dir():
     raise AudioError(f"{name}: is a folder; give the audio files in it", "undecodable")

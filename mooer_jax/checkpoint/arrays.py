@@ -1,5 +1,6 @@
 """Arrays of a checkpoint: nested dicts written and read with Orbax."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -30,9 +31,19 @@ def write(folder: Path, arrays: Mapping) -> dict[str, str]:
   else:
     handler = ocp.PyTreeCheckpointHandler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-  with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+  logger = logging.getLogger("absl")
+  logger.addFilter(_has_no_traceback)
+  try:
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+  finally:
+    logger.removeFilter(_has_no_traceback)
   return digests
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+  """False for the errors that each of Orbax's threads logs, and that it raises too."""
+  return not record.exc_info
 
 
 def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:

@@ -1,6 +1,7 @@
 """Open checkpoints and read from them."""
 
 import dataclasses
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,20 @@ from mooer_jax.checkpoint.steps import latest, remedy
 
 FORMAT = 1
 _CHANGED = "{}: files were added, removed or changed since they were saved"
+_SECTIONS = {
+  "encoders": list,
+  "frontends": list,
+  "connector": dict,
+  "decoder": dict,
+  "prompts": dict,
+}
+_TYPES: dict[str, Any] = {  # of the values in checkpoint.json
+  "base": (dict, type(None)),
+  "hash": str,
+  "leaves": dict,
+  "train_state": (dict, type(None)),
+  "files": (dict, type(None)),
+}
 _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 
@@ -102,7 +117,7 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
     leaves = {**arrays.shapes(origin.params), **leaves}
   try:
     structs = {
-      path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+      path: jax.ShapeDtypeStruct(tuple(map(operator.index, shape)), np.dtype(dtype))
       for path, (shape, dtype) in leaves.items()
     }
   except (TypeError, ValueError) as error:
@@ -112,7 +127,7 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
   return Checkpoint(
     folder=folder,
     params=tree.unflatten(structs),
-    config=_read_json(folder / "config.json"),
+    config=_read_config(folder),
     generation=_read_json(folder / "generation.json"),
     hash=about["hash"],
     origin=origin,
@@ -302,6 +317,15 @@ def open_folder(folder) -> tuple[Path, dict]:
     )
   if missing := sorted({"base", "hash", "leaves", "train_state"} - about.keys()):
     raise _damaged(folder, f"checkpoint.json lacks {', '.join(missing)}")
+  for name, kinds in _TYPES.items():
+    if not isinstance(about.get(name), kinds):
+      value = repr(about.get(name))[:80]
+      raise _damaged(folder, f"checkpoint.json has {name}={value}")
+  if about["base"] is not None and not {"path", "hash"} <= about["base"].keys():
+    raise _damaged(folder, f"checkpoint.json has base={about['base']}, without path and hash")
+  for name, entry in (about.get("files") or {}).items():
+    if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+      raise _damaged(folder, f"checkpoint.json has no size and sum of {name}: {entry!r}")
   name = _weights_name(about["base"])
   if not (folder / name).is_dir():
     raise _damaged(folder, f"the checkpoint is not complete, it has no {name}")
@@ -388,6 +412,18 @@ def _cast(leaf, wanted):
 
 def data_file() -> str:
   return f"data_{jax.process_index()}.json"
+
+
+def _read_config(folder: Path) -> dict:
+  config = _read_json(folder / "config.json")
+  for name, kind in _SECTIONS.items():
+    value = config.get(name, kind())
+    if not isinstance(value, kind) or (
+      kind is list and not all(isinstance(part, dict) for part in value)
+    ):
+      wanted = "a list of objects" if kind is list else "an object"
+      raise _damaged(folder, f"config.json has {name}={value!r}, which must be {wanted}")
+  return config
 
 
 def _read_json(path: Path) -> dict:

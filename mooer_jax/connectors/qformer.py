@@ -62,8 +62,6 @@ class QFormerConfig:
       )
     if self.edge not in ("drop", "pad"):
       raise ValueError(f"qformer.edge={self.edge!r}: use 'drop' or 'pad'")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"qformer.dropout={self.dropout} must be in [0, 1)")
 
   @property
   def min_frames(self) -> int:

@@ -221,14 +221,22 @@ class _DescribedIterator(grain.DatasetIterator):
     return {"of": self._description, "reader": self._inner.get_state()}
 
   def set_state(self, state: dict[str, Any]):
-    changed = [
-      f"{name} was {state['of'].get(name)!r} and is {value!r}"
-      for name, value in self._description.items()
-      if name in state["of"] and state["of"][name] != value  # early states lack some names
-    ]
+    try:
+      saved = state["of"]
+      changed = [
+        f"{name} was {saved[name]!r} and is {value!r}"
+        for name, value in self._description.items()
+        if name in saved and saved[name] != value  # early states lack some names
+      ]
+      if not changed:
+        self._inner.set_state(state["reader"])
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"the saved data position is damaged ({type(error).__name__}: {error}); restore its file,"
+        " or resume from another checkpoint"
+      ) from error
     if changed:
       raise ValueError(
         f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
         " or start without the data position"
       )
-    self._inner.set_state(state["reader"])

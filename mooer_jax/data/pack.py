@@ -1,14 +1,17 @@
 """Packing of Kaldi-style lists of clips and transcripts into tar shards."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tarfile
 import tempfile
+import threading
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +20,8 @@ import numpy as np
 import regex
 
 from mooer_jax.audio.decode import AudioError, decode
-from mooer_jax.data.shards import AUDIO_SUFFIXES, SPACE, VIDEO_SUFFIXES, read_lines
+from mooer_jax.data.shards import AUDIO_SUFFIXES, IGNORED, SPACE, VIDEO_SUFFIXES, read_lines
+from mooer_jax.files import LOCK_FILE, lock_folder, write_errors_name
 
 OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments
 _LATIN_LETTER = regex.compile(r"\p{Latin}")
@@ -104,13 +108,17 @@ def pack(
   Raises:
     FileNotFoundError: if a list does not exist.
     FileExistsError: if `out` has something in it.
-    ValueError: for a malformed list, per_shard < 1, or nothing to pack.
+    ValueError: for a malformed list, an option out of range, nothing to pack, or if another
+      process packs to `out`.
   """
   out = Path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out}: exists already; remove it or choose another --out")
-  if per_shard < 1:
-    raise ValueError(f"per_shard={per_shard}: must be at least 1")
+  for name, value, least in (
+    ("per_shard", per_shard, 1), ("processes", processes, 1), ("shuffle_seed", shuffle_seed, 0)
+  ):  # fmt: skip
+    if value is not None and value < least:
+      raise ValueError(f"{name}={value}: must be at least {least}")
   clips, left_out = read_clips(wav_scp, text, segments)
   joined_words = 0
   if normalise_text:
@@ -120,27 +128,57 @@ def pack(
   if shuffle_seed is not None:
     order = np.random.default_rng(shuffle_seed).permutation(len(clips))
     clips = [clips[i] for i in order]
-  beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-  beside.mkdir(parents=True)
-  try:
+  if not clips and not left_out:
+    raise ValueError(f"{text}: nothing to pack; the lists are empty")
+  with _partial_folder(out) as beside, _sigterm_exits():
     jobs = [
       (str(beside / f"shards_{i:09d}.tar"), clips[start : start + per_shard])
       for i, start in enumerate(range(0, len(clips), per_shard))
     ]
     done = []
-    for name, packed, unpacked in _write_all(jobs, processes=processes, progress=progress):
-      left_out += unpacked
-      if packed:
-        done.append((name, packed))
+    # Closed before the folder is removed: workers may still write to it.
+    with contextlib.closing(_write_all(jobs, processes=processes, progress=progress)) as results:
+      for name, packed, unpacked in results:
+        left_out += unpacked
+        if packed:
+          done.append((name, packed))
     if not done:
       found = "; ".join(f"{u.cause}: {u.key} {u.detail}" for u in left_out[:3])
       raise ValueError(f"{text}: nothing to pack; {len(left_out)} utterances left out ({found} …)")
-    _write_lists(beside, done, left_out)
+    with write_errors_name(beside):
+      _write_lists(beside, done, left_out)
+    (beside / LOCK_FILE).unlink()
     os.replace(beside, out)
-  finally:
-    shutil.rmtree(beside, ignore_errors=True)
   count = sum(len(packed) for _, packed in done)
   return PackReport(str(out / "data.list"), len(done), count, tuple(left_out), joined_words)
+
+
+@contextlib.contextmanager
+def _partial_folder(out: Path):
+  """Yields an empty folder beside `out`, locked, which is removed unless it was renamed."""
+  beside = out.with_name(f".{out.name}.partial")
+  with lock_folder(beside):
+    for left in beside.iterdir():  # by a process that was killed
+      if left.name != LOCK_FILE:
+        left.unlink()
+    try:
+      yield beside
+    finally:
+      shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sigterm_exits():
+  """Makes SIGTERM raise SystemExit, so that `finally` runs, unless the program handles it."""
+  main_thread = threading.current_thread() is threading.main_thread()
+  if not main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    yield
+    return
+  signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def normalise(text: str) -> str:
@@ -179,7 +217,8 @@ def read_clips(
       of -1 is the end of the recording.
 
   Returns:
-    The clips, and the keys that are missing from a list or duplicate.
+    The clips, and the keys that are missing from a list, duplicate, or no name in a tar. A leading
+    `./` of a key is removed, as by the reader of shards.
 
   Raises:
     FileNotFoundError: if a list does not exist.
@@ -203,6 +242,11 @@ def read_clips(
     }
   clips = []
   for key, transcript in texts.items():
+    *folders, name = key.split("/")
+    if {"", ".", ".."} & {*folders, name} or name.startswith(IGNORED) or "\0" in key:
+      detail = "a relative path without `..`, whose name does not start with `._` or `.DS_Store`"
+      left_out.append(Unpacked("bad key", key, f"in {text}; use {detail}"))
+      continue
     if key not in parts:
       missing = wav_scp if segments is None else segments
       left_out.append(Unpacked("no audio", key, f"not in {missing}"))
@@ -219,12 +263,15 @@ def read_clips(
 
 
 def _read_table(path, left_out) -> dict[str, str]:
-  if not Path(path).is_file():
+  if Path(path).is_dir():
+    raise ValueError(f"{path}: is a folder; give a list")
+  if not Path(path).exists():  # it may be a pipe
     raise FileNotFoundError(f"{path}: no such list")
   table: dict[str, str] = {}
   for line in read_lines(Path(path)):
     if line.strip():
       key, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
+      key = key.removeprefix("./") or key
       if key in table:
         left_out.append(Unpacked("duplicate key", key, f"again in {path}"))
       else:
@@ -235,7 +282,7 @@ def _read_table(path, left_out) -> dict[str, str]:
 def _segment(path, key, line) -> tuple[str, float, float]:
   try:
     recording, start_s, end_s = line.split()
-    return recording, float(start_s), float(end_s)
+    return recording.removeprefix("./"), float(start_s), float(end_s)
   except ValueError:
     raise ValueError(
       f"{path}: {key!r} has {line!r}; write `KEY RECORDING start_s end_s` per line"
@@ -256,9 +303,9 @@ def _write_all(jobs, *, processes, progress):
       return
     # Not forked: this process may run JAX's threads.
     context = multiprocessing.get_context("spawn")
-    # Only this process handles Ctrl-C; it then waits for the shards that are being written.
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context, **quiet) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+      processes, mp_context=context, initializer=_start_worker
+    ) as pool:
       try:
         for job, result in zip(jobs, pool.map(write_shard, *zip(*jobs, strict=True)), strict=True):
           yield result
@@ -266,6 +313,17 @@ def _write_all(jobs, *, processes, progress):
       except BaseException:
         pool.shutdown(cancel_futures=True)
         raise
+
+
+def _start_worker():
+  # Only the parent handles Ctrl-C; it then waits for the shards that are being written.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+  multiprocessing.parent_process().join()
+  os._exit(1)  # the parent was killed; nobody reads the result
 
 
 def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list[Unpacked]]:
@@ -276,6 +334,7 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
   """
   packed, left_out = [], []
   with (
+    write_errors_name(path),
     tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool,
     tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar,
   ):

@@ -18,6 +18,7 @@ AUDIO_SUFFIXES = (
   *("aif", "aifc", "aiff", "amr", "au", "caf", "mka", "oga", "sph", "w64", "audio"),
 )
 VIDEO_SUFFIXES = ("mp4", "mkv", "mov", "avi", "3gp")  # used if no member is audio
+IGNORED = ("._", ".DS_Store")  # names of files that macOS adds start with these
 CAUSES = (
   "bad shard",  # truncated or damaged tar; the rest of it is lost
   "duplicate key",
@@ -36,6 +37,7 @@ CAUSES = (
   *AUDIO_CAUSES,
   "too long",
   "not cached",  # audio that changed after the cache was filled, or could not be decoded then
+  "scores not finite",  # of the model, for this utterance
 )
 _TOGETHER = (
   "the members of an utterance must be adjacent; if others are elsewhere in the tar, create it"
@@ -150,7 +152,7 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
         if not member.isfile():
           continue
         name = _printable(member.name).removeprefix("./")
-        if name.rpartition("/")[2].startswith(("._", ".DS_Store")):
+        if name.rpartition("/")[2].startswith(IGNORED):
           continue
         stem, dot, suffix = name.rpartition(".")
         suffix = suffix.lower() if dot and "/" not in suffix else ""

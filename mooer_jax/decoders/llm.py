@@ -107,11 +107,10 @@ class LLMConfig:
   def __post_init__(self):
     sizes = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim")
     check_sizes(self, *sizes, "intermediate_size", divisible={"heads": "kv_heads"})
-    if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
-      raise ValueError(
-        f"llm.lora_rank={self.lora_rank} must be 0 or more,"
-        f" llm.lora_dropout={self.lora_dropout} in [0, 1)"
-      )
+    if self.lora_rank < 0:
+      raise ValueError(f"llm.lora_rank={self.lora_rank} must be 0 or more")
+    if not self.rope_theta:
+      raise ValueError(f"llm.rope_theta={self.rope_theta} must be positive")
     if self.head_dim % 2:
       raise ValueError(f"llm.head_dim={self.head_dim} must be even, because RoPE rotates pairs")
     if unknown := set(self.lora_targets) - set(LORA_TARGETS):

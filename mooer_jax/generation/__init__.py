@@ -1,5 +1,6 @@
 """Decoding: from a prompt's embeddings to tokens, in one compiled program."""
 
+from mooer_jax.generation.generate import NOT_FINITE as NOT_FINITE
 from mooer_jax.generation.generate import GenerateOutput as GenerateOutput
 from mooer_jax.generation.generate import decode_batches as decode_batches
 from mooer_jax.generation.generate import generate as generate

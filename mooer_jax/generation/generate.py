@@ -26,6 +26,12 @@ from mooer_jax.speech_llm import Batch
 
 T = TypeVar("T")
 
+# Error for an utterance whose scores are NaN or infinite; its tokens mean nothing.
+NOT_FINITE = (
+  "the model's scores are not finite; its weights are damaged or diverged, the dtype overflows"
+  " (try float32), or the temperature is too low"
+)
+
 
 @flax.struct.dataclass
 class GenerateOutput:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mooer_jax import checkpoint
-from mooer_jax.config import SpeechLLMConfig, build, from_json
+from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
@@ -45,6 +45,8 @@ def load_model(
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
       that is unknown or out of range.
   """
+  if not isinstance(path, (str, Path)):
+    raise ValueError(f"checkpoint={path!r} ({type(path).__name__}): must be the path of a folder")
   check_backend(compute.attention)
   folder = checkpoint.find(path)
   about = checkpoint.describe(folder, base=base_checkpoint)
@@ -53,10 +55,15 @@ def load_model(
       f"{folder} holds a part of a speech LLM ({', '.join(about.config)}), which cannot generate"
       " text by itself"
     )
-  model = from_json(about.config, compute)
+  model = from_json(about.config, compute, path=about.folder / "config.json")
   checkpoint.check_leaves(about, param_shapes(model))
   loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
-  options = build(GenerationConfig, {**loaded.generation, **(generation or {})}, "generation")
+  saved, given = (
+    with_new_names(named, GenerationConfig.RENAMED)
+    for named in (loaded.generation, generation or {})
+  )
+  options = build(GenerationConfig, {**saved, **given}, "generation")
+  options.check_effect(given)
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,))
   return Loaded(loaded.params, model, tokenizer, options)

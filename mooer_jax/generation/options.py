@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import ClassVar, Literal
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +63,11 @@ class GenerationConfig:
         f"generation.min_new_tokens={self.min_new_tokens} exceeds max_new_tokens="
         f"{self.max_new_tokens}"
       )
-    if not 0 < self.temperature < math.inf:
+    float32 = np.finfo(np.float32)  # logits are divided in float32, where a smaller number is 0
+    if not float32.tiny <= self.temperature <= float32.max:
       raise ValueError(
-        f"generation.temperature={self.temperature}: must be a number above 0; for greedy decoding"
-        " set do_sample=False"
+        f"generation.temperature={self.temperature}: must be a number from {float32.tiny:.2g} to"
+        f" {float32.max:.2g}; for greedy decoding set do_sample=False"
       )
     if not 0 < self.top_p <= 1:
       raise ValueError(f"generation.top_p={self.top_p}: must be in (0, 1]")
@@ -88,6 +92,18 @@ class GenerationConfig:
         f"generation.num_return_sequences={self.num_return_sequences} exceeds"
         f" num_beams={self.num_beams}; raise num_beams, or sample with do_sample=True and one beam"
       )
+
+  def check_effect(self, given: Iterable[str]) -> None:
+    """Raises ValueError if one of the options that the user gave (or the seed) has no effect."""
+    for name in given:
+      if name in ("temperature", "top_k", "top_p", "seed") and not self.do_sample:
+        raise ValueError(
+          f"{name} has no effect without sampling; add do_sample=True (--do-sample) or leave it out"
+        )
+      if name in ("length_penalty", "early_stopping") and self.num_beams == 1:
+        raise ValueError(
+          f"{name} has no effect with one beam; raise num_beams (--num-beams) or leave it out"
+        )
 
   @property
   def width(self) -> int:

@@ -63,9 +63,12 @@ def attention(
     [B, T, H, C] in q's dtype; zeros for a query without keys.
 
   Raises:
-    ValueError: for an unknown implementation or one that does not support these arguments, or if H
-      is not divisible by K, or K by the mesh axis that splits the heads of a kernel.
+    ValueError: for an unknown implementation or one that does not support these arguments; for
+      shapes that do not fit together, a mask that is not bool or other arrays that are not float;
+      or if H is not divisible by K, or K by the mesh axis that splits the heads of a kernel.
   """
+  added = {} if bias is None else {"gate_BTH": bias.gate_BTH, "table_HR": bias.table_HR}
+  _check_inputs(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC, valid_BS=valid_BS, **added)
   _check(implementation, q_BTHC.shape[2], k_BSKC.shape[2])
   if implementation in ("mosaic", "triton"):
     rows, heads = P(_ROWS), P(_ROWS, None, _HEADS)
@@ -116,6 +119,11 @@ def decode_attention(
 
   Returns and raises: as `attention`.
   """
+  sizes = _check_inputs(q_BTHC=q_BTHC, k_BSE=k_BSE, v_BSE=v_BSE, mask_BTS=mask_BTS)
+  if sizes["E"] != kv_heads * sizes["C"]:
+    raise ValueError(
+      f"k_BSE has E={sizes['E']} channels; expected kv_heads * C = {kv_heads} * {sizes['C']}"
+    )
   _check(implementation, q_BTHC.shape[2], kv_heads)
   if implementation == "triton":
     raise ValueError("attention='triton' has no kernel for decoding; use attention='xla'")
@@ -147,6 +155,8 @@ def window_attention(
 
   Returns and raises: as `attention`.
   """
+  scale = {} if weight_scale_NHQL is None else {"weight_scale_NHQL": weight_scale_NHQL}
+  _check_inputs(q_NQHC=q_NQHC, k_NLKC=k_NLHC, v_NLKC=v_NLHC, **scale)
   _check(implementation, q_NQHC.shape[2], k_NLHC.shape[2], shared=False)
   if weight_scale_NHQL is not None and implementation != "xla":
     raise ValueError(
@@ -192,10 +202,28 @@ def on_mesh(function, in_specs, out_specs):
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def _check_inputs(**arrays: jax.Array) -> dict[str, int]:
+  """Checks that shapes fit the letters after the `_` of the names; returns the size of each."""
+  sizes: dict[str, int] = {}
+  for name, x in arrays.items():
+    kind, letters = name.rsplit("_", 1)
+    if "R" in letters:
+      sizes["R"] = sizes["T"] + sizes["S"] - 1
+    known = zip(letters, x.shape)
+    if x.ndim != len(letters) or any(sizes.get(letter, size) != size for letter, size in known):
+      wanted = ", ".join(f"{n}={sizes[n]}" if n in sizes else n for n in letters)
+      raise ValueError(f"{name} has shape {x.shape}; expected [{wanted}]")
+    sizes |= zip(letters, x.shape)
+    dtype = jnp.bool_ if kind in ("valid", "mask") else jnp.floating
+    if not jnp.issubdtype(x.dtype, dtype):
+      raise ValueError(f"{name} is {x.dtype}; expected {'bool' if dtype is jnp.bool_ else 'float'}")
+  return sizes
+
+
 def _check(implementation: str, heads: int, kv_heads: int, *, shared: bool = True) -> None:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention={implementation!r}: choose one of {[*IMPLEMENTATIONS]}")
-  if heads % kv_heads or (not shared and heads != kv_heads):
+  if not kv_heads or heads % kv_heads or (not shared and heads != kv_heads):
     rule = "divisible by" if shared else "equal to"
     raise ValueError(f"{heads} query heads must be {rule} {kv_heads} key-value heads")
   parts = dict(jax.sharding.get_abstract_mesh().shape).get(_HEADS, 1)

@@ -1,6 +1,8 @@
 """Layers that several parts share, how they are sharded, and checks of their sizes."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -122,10 +124,10 @@ def dense_sharding(*, outputs: str, inputs: str, whole: str | None = None) -> Sh
 
 
 def check_sizes(config: Any, *positive: str, divisible: Mapping[str, str] = {}) -> None:
-  """Checks the sizes of a part.
+  """Checks the sizes of a part, and that its floats are finite and not negative.
 
   Args:
-    config: of the part.
+    config: of the part; fields named dropout must be in [0, 1).
     positive: names of fields that must be at least 1.
     divisible: {field: field that must divide it}.
 
@@ -135,6 +137,11 @@ def check_sizes(config: Any, *positive: str, divisible: Mapping[str, str] = {}) 
   for name in positive:
     if getattr(config, name) < 1:
       raise ValueError(f"{config.kind}.{name}={getattr(config, name)} must be positive")
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    below = 1 if field.name.endswith("dropout") else math.inf
+    if field.type is float and not 0 <= value < below:
+      raise ValueError(f"{config.kind}.{field.name}={value} must be in [0, {below})")
   for name, divisor in divisible.items():
     value, by = getattr(config, name), getattr(config, divisor)
     if value % by:

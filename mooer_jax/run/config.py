@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -14,6 +15,8 @@ from mooer_jax import checkpoint
 from mooer_jax.config import (
   SpeechLLMConfig,
   build,
+  check_section,
+  convert,
   model_config,
   part_kinds,
   unknown_key,
@@ -152,10 +155,10 @@ class ActivationConfig:
       raise ValueError(f"activation.shards={self.shards!r}: must be an annotation file (.json)")
     if self.shards and not self.task:
       raise ValueError("activation.task is missing: set it to the task of the prompt")
-    if self.clips < 1 or self.lora_scale < 0:
+    if self.clips < 1 or not 0 <= self.lora_scale < math.inf:
       raise ValueError(
         f"activation.clips={self.clips} must be at least 1, activation.lora_scale={self.lora_scale}"
-        " at least 0"
+        " at least 0 and finite"
       )
 
 
@@ -232,26 +235,33 @@ class Run:
     for name in ("model", "data", "workdir", "trainable"):
       if name not in config:
         raise ValueError(f"the config has no {name!r}")
-    if isinstance(config["trainable"], str):
-      raise ValueError(f"trainable={config['trainable']!r}: give a tuple of patterns, not a string")
+    for name in ("model", "generation", *SECTIONS):
+      check_section(config.get(name, {}), name)
     for key, why in _DERIVED.items():
       section, _, name = key.partition(".")
       if name in config.get(section, {}):
         raise ValueError(f"{key}: {why}")
-    values: dict[str, Any] = {name: config[name] for name in _VALUES if name in config}
+    hints = {**typing.get_type_hints(cls), "workdir": str, "init_from": str | None}
+    values: dict[str, Any] = {}
+    for name in ("trainable", "workdir", *_VALUES):
+      if name in config:
+        value = str(config[name]) if isinstance(config[name], Path) else config[name]
+        values[name] = convert(hints[name], value, name)
     for name, section_class in SECTIONS.items():
-      values[name] = build(section_class, dict(config.get(name, {})), name)
+      values[name] = build(section_class, config.get(name, {}), name)
+    if not values["workdir"]:
+      raise ValueError("workdir='': name the folder of the run")
     seed = values.get("seed", 0)
+    if seed < 0:
+      raise ValueError(f"seed={seed}: must be at least 0")
     values["data"] = dataclasses.replace(values["data"], seed=seed)
     compute = {**dict(config.get("compute", {})), "scan": True}
     model = model_config(config["model"], compute)
     values["model"] = _with_tasks_of(values["data"].prompts, model)
     values["generation"] = dict(config.get("generation", {}))
     build(GenerationConfig, values["generation"], "generation")
-    values["trainable"] = tuple(config["trainable"])
-    values["specials"] = tuple(values.get("specials", ()))
-    values["workdir"] = Path(config["workdir"])
-    values["init_from"] = Path(config["init_from"]) if config.get("init_from") else None
+    values["workdir"] = Path(values["workdir"])
+    values["init_from"] = Path(values["init_from"]) if values.get("init_from") else None
     return cls(**values)
 
   def replace(self, **changes) -> "Run":
@@ -260,7 +270,9 @@ class Run:
   def decoding_defaults(self) -> GenerationConfig:
     """Generation options of the run's checkpoints: the config's, over those of init_from."""
     inherited = checkpoint.describe(self.init_from).generation if self.init_from else {}
-    return build(GenerationConfig, {**inherited, **self.generation}, "generation")
+    inherited = with_new_names(inherited, GenerationConfig.RENAMED)
+    given = with_new_names(self.generation, GenerationConfig.RENAMED)
+    return build(GenerationConfig, {**inherited, **given}, "generation")
 
   def check_training(self) -> None:
     """Checks what only training needs, before anything is loaded.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.shards import SkippedUtterance
-from mooer_jax.generation import decode_batches
+from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
 
@@ -103,12 +104,20 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   """Creates and returns the folder of results: eval.out, or eval/NAME in the run's folder.
 
   Raises:
-    ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run.
+    ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run, or
+      if eval.out holds packed data or a `text` that no evaluation wrote.
   """
   if not options.out and checkpoint.latest(folder.parent) is None:
     raise ValueError(
       f"{folder} is not in the folder of a run; set the output folder: --config.eval.out=DIR"
     )
+  if options.out:
+    text, report = (Path(options.out) / name for name in ("text", "report.json"))
+    if text.with_name("data.list").exists() or (text.exists() and not report.exists()):
+      raise ValueError(
+        f"eval.out={options.out} holds a data.list, or a `text` that would be overwritten by the"
+        " hypotheses: set eval.out to another folder"
+      )
   out = Path(options.out) if options.out else folder.parent / "eval" / name
   out.mkdir(parents=True, exist_ok=True)
   return out
@@ -132,20 +141,24 @@ def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> DecodingResults
   with contextlib.closing(hosts), contextlib.closing(outputs), progress:
     bar = progress.add_task("decoding", total=None)
     for host, output in outputs:
+      not_finite = []
       for row, key in enumerate(host.keys):
+        results.transcripts[key] = host.texts[row]
+        if not options.task:
+          results.tasks[key] = host.tasks[row]
+        if not math.isfinite(output.scores_B[row]):
+          not_finite.append(SkippedUtterance("scores not finite", key, "", NOT_FINITE))
+          continue
         tokens = output.tokens_BS[row, : output.lengths_B[row]]
         if not output.finished_B[row]:
           results.unfinished.append(key)
         results.hypotheses[key] = tokenizer.decode(tokens)
-        results.transcripts[key] = host.texts[row]
-        if not options.task:
-          results.tasks[key] = host.tasks[row]
       for skipped in host.skipped:
         if skipped.text:
           results.transcripts[skipped.key] = skipped.text
         if skipped.task and not options.task:
           results.tasks[skipped.key] = skipped.task
-      results.skipped += host.skipped
+      results.skipped += [*host.skipped, *not_finite]
       results.audio_s += host.audio_s
       num_truncated += host.num_truncated
       done = len(results.hypotheses)

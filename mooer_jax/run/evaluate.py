@@ -51,6 +51,12 @@ def evaluate(
   start = time.perf_counter()
   decoded = decode_set(run, options, load(run, folder, base))
   seconds = time.perf_counter() - start
+  if decoded.skipped and not decoded.hypotheses:
+    first = decoded.skipped[0]
+    raise ValueError(
+      f"none of {len(decoded.skipped)} utterances could be decoded; the first,"
+      f" {first.key}: {first.cause} {first.detail}"
+    )
   write_text(out / "text", decoded.hypotheses)
 
   references = decoded.transcripts if references is None else references

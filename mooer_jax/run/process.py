@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,18 +68,36 @@ def parse_flags(argv: list[str], program: str = "__main__") -> list[str]:
   argv = [_with_new_name(_with_config_file(text, argv[0])) for text in argv]
   sys.argv[1:] = argv[1:]  # where ml_collections looks for overrides
   try:
-    rest = app.parse_flags_with_usage(argv)
+    rest = flags.FLAGS(argv)
     _check_overrides(argv)
     return rest
-  except (AttributeError, KeyError) as error:  # ml_collections: the text names key and neighbour
-    key = (re.findall(r"\w+", str(error)) or ["?"])[0]
-    found = re.search(r'Did you mean "(\w+)"', str(error))
-    hint = f"; did you mean {found[1]!r}?" if found else ""
-    given = [text for text in argv if text.startswith("--config.") and key in text]
-    sys.exit(
-      f"{argv[0]}: no config key {key!r} for {' '.join(given)}{hint} Flags override keys that the"
-      " config file sets; set keys of a model part or of `generation` in the file first"
-    )
+  except (AttributeError, KeyError, flags.Error) as error:
+    sys.exit(f"{argv[0]}: {_flag_error(argv, error)}")
+
+
+def _flag_error(argv: Sequence[str], error: Exception) -> str:
+  """One line about an error of a flag, or of the config file with its name and line."""
+  values = [text.removeprefix("--config=") for text in argv if text.startswith("--config=")]
+  path = values[-1].partition(":")[0] if values else ""
+  if "has no attribute 'get_config'" in str(error):
+    return f"{path}: the file must define get_config(), which returns a ConfigDict"
+  # ml_collections copies the traceback of some errors into the message of another.
+  trace = "".join(traceback.format_exception(error))
+  lines = re.findall(rf'File ".*{re.escape(Path(path).name)}", line (\d+)', trace) if path else []
+  where = f"{path}:{lines[-1]}: " if lines else ""
+  if isinstance(error, flags.Error):
+    return where + (str(error).splitlines()[-1] if lines else " ".join(str(error).split()))
+  # ml_collections: the text names the key and its neighbour.
+  key = (re.findall(r'(?<=Key ")\w+', str(error)) or re.findall(r"\w+", str(error)) or ["?"])[0]
+  found = re.search(r'Did you mean "(\w+)"', str(error))
+  hint = f"; did you mean {found[1]!r}?" if found else ""
+  if lines:
+    return f"{where}no config key {key!r}{hint}"
+  given = [text for text in argv if text.startswith("--config.") and key in text]
+  return (
+    f"no config key {key!r} for {' '.join(given)}{hint} Flags override keys that the config file"
+    " sets; set keys of a model part or of `generation` in the file first"
+  )
 
 
 def _with_config_file(text: str, program: str) -> str:

@@ -90,7 +90,7 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exa
     saved |= {"frontends": [_again(frontend_from_json, f) for f in saved.get("frontends", ())]}
     saved |= {"decoder": _again(part_from_json, saved["decoder"])} if "decoder" in saved else {}
   else:
-    saved = to_json(from_json(saved))
+    saved = to_json(from_json(saved, path=folder / "config.json"))
   different = {
     p: v
     for p, v in json_differences(saved, described).items()
@@ -104,7 +104,8 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exa
 def _leaves_of(saved: checkpoint.Checkpoint, wanted: SpeechLLMConfig) -> dict:
   """The parameters that a checkpoint must hold according to its config.json."""
   if "connector" in saved.config:
-    return speech_llm.param_shapes(from_json(saved.config))
+    model = from_json(saved.config, path=saved.folder / "config.json")
+    return speech_llm.param_shapes(model)
   # Encoders or an LLM: those of the wanted model; LoRA and CMVN may start fresh.
   parts = [f"encoders/{encoder['kind']}/" for encoder in saved.config.get("encoders", ())]
   parts += ["decoder/"] if "decoder" in saved.config else []

@@ -119,7 +119,10 @@ def _load(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, resumed: Path
     target = dataclasses.replace(state, trainable=None)  # these came with the weights
     rest, data_state = checkpoint.load_train_state(resumed, target)
     state = dataclasses.replace(rest, trainable=state.trainable)
-    batches.set_state(data_state)
+    try:
+      batches.set_state(data_state)
+    except ValueError as error:
+      raise ValueError(f"{resumed}/train_state: {error}") from error
   step = jitted_step(
     run.model,
     run.optimizer,

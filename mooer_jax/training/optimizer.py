@@ -69,8 +69,8 @@ class OptimizerConfig:
     if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
       raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
     for name in ("eps", "weight_decay", "max_grad_norm", "warmup_steps", "peak_lr"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be finite, not negative")
     for name, allowed in (("warmup", WARMUPS), ("decay", DECAYS)):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")

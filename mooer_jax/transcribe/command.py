@@ -76,7 +76,7 @@ def add_parser(commands) -> None:
     help="dtype of the computation; default: float32 on CPU, bfloat16 on accelerators",
   )
   parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
-  parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+  parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   group = parser.add_argument_group("generation options; defaults come from the checkpoint")
   for name, (kind, text) in _GENERATION.items():
     flag = "--" + name.replace("_", "-")
@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
   from mooer_jax.transcribe.transcriber import Transcriber
 
   prepare_process()
+  if STDIN in args.audio and sys.stdin is None:
+    raise ValueError("- (stdin) is closed; pipe audio into the command or name a file")
   if args.audio.count(STDIN) > 1:
     raise ValueError("- (stdin) is given twice; it can be read once")
   if args.json:
@@ -169,19 +171,34 @@ def _check_json_target(path: Path, audio: list[str]) -> None:
   """Raises OSError or ValueError for a file that cannot or must not be written."""
   if path.is_dir():
     raise IsADirectoryError(f"--json {path}: a folder; name a file")
+  for folder in path.resolve().parents:
+    if (folder / "checkpoint.json").is_file():
+      raise ValueError(f"--json {path} is in the checkpoint {folder}; name another folder")
   if path.exists():
     if any(os.path.exists(name) and os.path.samefile(name, path) for name in audio):
       raise ValueError(f"--json {path} is one of the audio files; name another file")
     if not stat.S_ISREG(path.stat().st_mode):
       return  # such as /dev/stdout
-    with open(path, "rb") as file:
-      if file.read(64).strip()[:1] not in (b"", b"[", b"{"):
-        raise ValueError(f"--json {path} exists and is no JSON file; name another file")
+    if not _is_replaceable(path):
+      raise ValueError(
+        f"--json {path} exists and holds no results of transcribe; name another file"
+      )
     path.open("a").close()
   else:
     with replace_file(path) as beside:  # the folder must exist or be creatable, and be writable
       beside.touch()
     path.unlink()
+
+
+def _is_replaceable(path: Path) -> bool:
+  """Whether a file is empty or holds earlier results."""
+  text = path.read_bytes()
+  try:
+    rows = json.loads(text) if text.strip() else []
+  except (ValueError, RecursionError):
+    return False
+  names = {"text", "tokens", "path"}
+  return isinstance(rows, list) and all(isinstance(r, dict) and names <= r.keys() for r in rows)
 
 
 @contextlib.contextmanager
@@ -201,6 +218,6 @@ def _json_writer(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]
       with replace_file(path) if replaceable else contextlib.nullcontext(path) as target:
         # A lone surrogate of a file name becomes an escape, which JSON has as well.
         with open(target, "w", encoding="utf-8", errors="backslashreplace") as file:
-          file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+          file.write(json.dumps(rows, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
       if not complete:
         print(f"{path} holds the {len(rows)} results up to here", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import math
+import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from mooer_jax.audio.decode import SILENCE
 from mooer_jax.config import SpeechLLMConfig, build
-from mooer_jax.generation import GenerationConfig, decode_batches
+from mooer_jax.generation import NOT_FINITE, GenerationConfig, decode_batches
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
 from mooer_jax.nn.compute import ExecutionConfig
@@ -79,7 +81,7 @@ class Transcriber:
 
   def transcribe(
     self,
-    audio: Sequence[str | os.PathLike | bytes | np.ndarray],
+    audio: Iterable[str | os.PathLike | bytes | np.ndarray],
     *,
     task: str | None = None,
     prompt: str | None = None,
@@ -87,7 +89,7 @@ class Transcriber:
     chat_template: str | None = None,
     chunk_length_s: float | None = None,
     batch_size: int = 8,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = False,
     errors: Literal["raise", "return"] = "raise",
     **generation: Any,
@@ -106,7 +108,7 @@ class Transcriber:
         chunk gets the same prompt, and the texts are joined. Silent chunks are skipped. Default: a
         clip longer than the model's limit is an error.
       batch_size: chunks decoded together; it changes no result, unless tokens are sampled.
-      seed: seed of sampling, 0 to 2**32 - 1.
+      seed: seed of sampling, 0 to 2**32 - 1; default: 0.
       progress: show a progress bar.
       errors: "raise" raises for clips that cannot be used, before any is transcribed; "return"
         returns a Transcript with `error` for each of them and transcribes the others.
@@ -114,14 +116,24 @@ class Transcriber:
 
     Raises:
       FileNotFoundError: if the only clip that cannot be used is a missing file.
-      ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name; for an
-        unknown task or template; for a prompt that does not have exactly one place for the speech,
-        or ends with it; for a question that is missing, empty or not asked for; for a
-        chunk_length_s or seed out of range.
+      ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name, or one
+        for which the model's scores are not finite; for an unknown task or template; for a prompt
+        that does not have exactly one place for the speech, or ends with it; for a question that is
+        missing, empty or not asked for; for an argument of a wrong type, out of range or without
+        effect.
     """
-    if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)):
-      raise ValueError("transcribe takes a list of clips: transcribe([clip])")
-    if batch_size < 1:
+    if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)) or not isinstance(audio, Iterable):
+      raise ValueError(
+        f"audio: {type(audio).__name__}; transcribe takes a list of clips: transcribe([clip])"
+      )
+    audio = list(audio)
+    texts = dict(task=task, prompt=prompt, question=question, chat_template=chat_template)
+    _check_types(str, "a str", **texts)
+    _check_types(numbers.Real, "a number", chunk_length_s=chunk_length_s)
+    _check_types(numbers.Integral, "an int", batch_size=batch_size, seed=seed)
+    if errors not in ("raise", "return"):
+      raise ValueError(f"errors={errors!r}: must be 'raise' or 'return'")
+    if batch_size is None or batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: must be at least 1")
     prompts = dict(self.config.prompts)
     if task is None:
@@ -130,7 +142,7 @@ class Transcriber:
     if prompt is None:
       prompt = task_prompt(task, prompts)
     check_question(prompt, question, task)
-    template = chat_template or self.config.chat_template
+    template = self.config.chat_template if chat_template is None else chat_template
     filled = fill_template(template, prompt, question or "")
     check_prompt_suffix(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
     options = build(
@@ -141,8 +153,11 @@ class Transcriber:
         f"generation.num_return_sequences={options.num_return_sequences}: transcribe returns"
         " one result per clip; call mooer_jax.generate for more"
       )
-    if not 0 <= seed < 2**32:
+    if generation.get("return_hidden"):
+      raise ValueError("return_hidden=True has no effect on transcribe; call mooer_jax.generate")
+    if seed is not None and not 0 <= seed < 2**32:
       raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
+    options.check_effect([*generation, *([] if seed is None else ["seed"])])
     clips = load_clips(audio, self.config, chunk_length_s=chunk_length_s)
     if errors == "raise":
       raise_first(clips)
@@ -153,17 +168,22 @@ class Transcriber:
       prompt=filled,
       options=options,
       batch_size=batch_size,
-      seed=seed,
+      seed=seed or 0,
       progress=progress,
     )
     results = []
-    for source, clip in zip(audio, clips, strict=True):
+    for index, (source, clip) in enumerate(zip(audio, clips, strict=True)):
+      path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
       if isinstance(clip, list):
         result = join_transcripts(transcripts[: len(clip)])
         transcripts = transcripts[len(clip) :]
-      else:
+        if not math.isfinite(result.score):
+          name = f"audio[{index}]" if path is None else os.fsdecode(path)
+          clip = ValueError(f"{name}: {NOT_FINITE}")
+          if errors == "raise":
+            raise clip
+      if isinstance(clip, Exception):
         result = Transcript("", [], 0.0, task, finished=False, error=str(clip))
-      path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
       results.append(dataclasses.replace(result, path=path))
     return results
 
@@ -217,6 +237,12 @@ class Transcriber:
     )
     labels_BS = np.full((rows, 1), -1, np.int32)
     return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
+
+
+def _check_types(kind: type, name: str, **values: Any) -> None:
+  for argument, value in values.items():
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+      raise ValueError(f"{argument}={value!r} ({type(value).__name__}): must be {name}")
 
 
 def _buckets(longest: int) -> tuple[int, ...]:

@@ -357,3 +357,15 @@ def test_real_recordings_decode(shared_data):
   for samples in (wav, mp3):
     assert 0.2 < len(samples) / RATE_HZ < 3
     assert 0.01 < np.abs(samples).max() < 1.1
+
+
+def test_a_git_lfs_pointer_is_named_with_its_remedy(tmp_path):
+  (tmp_path / "a.wav").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+  with pytest.raises(AudioError, match=r"a\.wav: a Git LFS pointer: run git lfs pull") as caught:
+    decode(tmp_path / "a.wav")
+  assert caught.value.cause == "undecodable"
+
+
+def test_an_empty_path_is_not_the_current_folder():
+  with pytest.raises(FileNotFoundError, match="the path is empty"):
+    decode("")

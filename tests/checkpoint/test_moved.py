@@ -55,5 +55,5 @@ def test_a_checkpoint_that_knows_only_the_absolute_path_still_loads(tuned, tmp_p
 
 def test_a_whole_checkpoint_takes_no_base(tuned, tmp_path):
   base = tmp_path / "home" / "models" / "base"
-  with pytest.raises(checkpoint.CheckpointError, match="is whole: it has no base"):
+  with pytest.raises(checkpoint.CheckpointError, match="is not a fine-tune and has no base"):
     checkpoint.describe(base, base=tuned)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mooer_jax import checkpoint, tree
 from mooer_jax.checkpoint import CheckpointError
+from mooer_jax.cli import main
 from tests.checkpoint.checkpoints_of import CONFIG, GENERATION, assert_same, params, save
 
 RNG = np.random.default_rng(0)
@@ -175,3 +176,46 @@ def test_weights_of_another_model_than_config_json_says_are_named(saved):
 def test_importing_the_module_does_not_import_orbax(plain_env):
   program = "import sys, mooer_jax.checkpoint; sys.exit('orbax.checkpoint' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", program], env=plain_env).returncode == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    *(("leaves", value) for value in (None, 5, [], {"a": 5}, {"a": ["x", "float32"]})),
+    ("base", "x"),
+    ("base", {}),
+    ("hash", None),
+    ("train_state", []),
+    ("files", {"a": 5}),
+  ],
+)
+def test_an_edited_checkpoint_json_is_named(tmp_path, name, value, capsys):
+  path = save(tmp_path / "model", params()) / "checkpoint.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+  with pytest.raises(CheckpointError, match=f"{path.parent}: .*checkpoint.json"):
+    checkpoint.describe(path.parent)
+  assert main(["checkpoint", "verify", str(path.parent)]) == 1
+  assert f"{path.parent}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    *(("encoders", value) for value in (None, 5, [1])),
+    *(("connector", value) for value in (None, "x")),
+    ("frontends", [1]),
+    *(("prompts", value) for value in (None, ["a"])),
+  ],
+)
+def test_an_edited_config_json_is_named(tmp_path, name, value):
+  folder = save(tmp_path / "model", params(), config_json={name: value})
+  with pytest.raises(CheckpointError, match=f"{folder}: config.json has {name}="):
+    checkpoint.describe(folder)
+
+
+def test_a_folder_in_place_of_config_json_is_named(tmp_path):
+  folder = save(tmp_path / "model", params())
+  (folder / "config.json").unlink()
+  (folder / "config.json").mkdir()
+  with pytest.raises(CheckpointError, match="config.json: is a folder"):
+    checkpoint.describe(folder)

@@ -49,11 +49,11 @@ def test_a_fine_tune_joins_its_leaves_with_those_of_its_base(tuned):
 def test_a_base_that_moved_or_changed_is_named(tuned, tmp_path):
   base = tuned.parent / "base"
   base.rename(tmp_path / "moved")
-  with pytest.raises(FileNotFoundError, match="fine-tune of .*base.* --base FOLDER"):
+  with pytest.raises(FileNotFoundError, match="fine-tune of .*base.* --base-checkpoint PATH"):
     checkpoint.load(tuned)
   assert checkpoint.load(tuned, base=tmp_path / "moved").params
   save(base, params(5))
-  with pytest.raises(CheckpointError, match="trained on other weights"):
+  with pytest.raises(CheckpointError, match="is a fine-tune of weights with hash"):
     checkpoint.load(tuned)
 
 

@@ -216,7 +216,7 @@ def test_the_command_verifies_a_run_and_the_bases(saved, tmp_path, capsys):
 
   base.rename(tmp_path / "moved")
   status, lines, _ = verify(capsys, run / "step_00000002")
-  assert status == 1 and len(lines) == 1 and "is not there" in lines[0]
+  assert status == 1 and len(lines) == 1 and "does not exist" in lines[0]
 
 
 def test_the_command_says_when_no_sums_were_recorded(saved, tmp_path, capsys):

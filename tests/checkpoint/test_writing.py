@@ -95,3 +95,16 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path, 
   assert_same(checkpoint.load(newest).params, params())
   save(checkpoint.step_folder(tmp_path, 2), params(2))  # the same step again, over the remains
   assert_same(checkpoint.load(checkpoint.latest(tmp_path)).params, params(2))
+
+
+def test_a_full_disk_is_one_error_without_the_tracebacks_of_threads(tmp_path, caplog):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+  big = {"big": np.random.default_rng(0).normal(size=(100, 100))}
+  try:
+    with pytest.raises(SaveError, match=f"^{tmp_path}/model: the checkpoint was not saved"):
+      save(tmp_path / "model", big)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not [record for record in caplog.records if record.exc_info]
+  assert list(tmp_path.iterdir()) == []

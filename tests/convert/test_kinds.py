@@ -220,3 +220,21 @@ def test_a_git_lfs_pointer_is_named_before_any_tensor_is_read(tmp_path, capsys, 
   assert main(["import", kind, str(source), str(tmp_path / "ours"), *others]) == 2
   said = capsys.readouterr().err
   assert f"{path}: a Git LFS pointer: run git lfs pull" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("size", ["infGB", "0GB", "-1GB", "nanGB", "5"])
+def test_a_shard_size_is_above_zero(capsys, size):
+  with pytest.raises(SystemExit):
+    main(["export", "qwen2", "ours", "back", f"--shard-size={size}"])
+  assert f"{size!r}: write a size above 0, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [("num_attention_heads", 0), ("num_key_value_heads", "2"), ("rms_norm_eps", None)],
+)
+def test_a_value_of_the_original_config_is_named(key, value):
+  assert llm_config(QWEN2, Problems())
+  problems = Problems()
+  assert llm_config({**QWEN2, key: value}, problems) is None
+  assert [text.partition(":")[0] for text in problems.found] == [f"{key}={value!r}"]

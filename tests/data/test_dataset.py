@@ -392,3 +392,19 @@ def test_workers_keep_off_accelerators_and_leave_ctrl_c_to_the_training(monkeypa
     signal.signal(signal.SIGINT, before)
   assert dataset.os.environ["JAX_PLATFORMS"] == "cpu"
   assert jax.config.jax_platforms == "cpu"
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda state: {},
+    lambda state: {**state, "of": None},
+    lambda state: {**state, "reader": {}},
+    lambda state: {**state, "reader": None},
+  ],
+)
+def test_a_damaged_position_is_refused(shards, model_side, damage):
+  shards.add(8)
+  batches = iter(train_batches(shards.config(), *model_side))
+  with pytest.raises(ValueError, match="the saved data position is damaged"):
+    batches.set_state(damage(batches.get_state()))

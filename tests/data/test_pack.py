@@ -1,8 +1,16 @@
 """Packing: what goes in comes out, what cannot go in is named, and there is never half a folder."""
 
 import io
+import os
+import resource
+import signal
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,3 +293,87 @@ def test_normalisation_twice_is_once_and_leaves_no_space(text):
   assert normalise(once) == once
   assert not any(c.isspace() for c in once)
   assert once == unicodedata.normalize("NFC", once)
+
+
+def test_keys_are_read_back_as_they_were_packed_or_left_out(lists, tmp_path):
+  bad = ["._u1", "a/._u1", ".DS_Store1", "/abs", "../up", "a/", "a//b", "a/./b", ".", ".."]
+  good = {"./u2": "u2", "a/u3": "a/u3", "u.4": "u.4", ".u5": ".u5"}
+  clip = f"{tmp_path}/clip 0.wav"
+  (tmp_path / "wav.scp").write_text("".join(f"{key} {clip}\n" for key in [*bad, *good]))
+  (tmp_path / "text").write_text("".join(f"{key} t\n" for key in [*bad, *good]))
+  report = lists()
+  assert [key for key, _, _ in _content(report.data_list)] == list(good.values())
+  assert {(u.cause, u.key) for u in report.left_out} == {("bad key", key) for key in bad}
+
+
+def test_lists_may_be_pipes_but_not_folders(lists, tmp_path):
+  scp, clip = tmp_path / "wav.scp", f"{tmp_path}/clip 0.wav"
+  scp.unlink()
+  os.mkfifo(scp)
+  writer = threading.Thread(target=scp.write_text, args=(f"k0 {clip}\n",))
+  writer.start()
+  assert lists().utterances == 1
+  writer.join()
+  with pytest.raises(ValueError, match="is a folder; give a list"):
+    pack(tmp_path, tmp_path / "text", tmp_path / "new")
+  with pytest.raises(ValueError, match="null: nothing to pack; the lists are empty"):
+    pack("/dev/null", "/dev/null", tmp_path / "new")
+
+
+@pytest.mark.parametrize("option", [{"processes": 0}, {"shuffle_seed": -1}])
+def test_options_out_of_range(lists, option):
+  with pytest.raises(ValueError, match="|".join(f"{k}={v}: must be" for k, v in option.items())):
+    lists(**option)
+
+
+def _children(pid):
+  ids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+  return [int(child) for child in ids.stdout.split()]
+
+
+def _alive(pid):
+  state = Path(f"/proc/{pid}/stat")
+  return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_pack_leaves_no_worker_and_no_folder(lists, tmp_path, number):
+  """The clips are pipes that nobody writes to, so the workers wait until they are released."""
+  for i in range(2):
+    (tmp_path / f"clip {i}.wav").unlink()
+    os.mkfifo(tmp_path / f"clip {i}.wav")
+  arguments = ["--wav-scp", "wav.scp", "--text", "text", "--out", "out", "--per-shard", "1"]
+  command = [sys.executable, "-m", "mooer_jax.cli", "pack", *arguments, "--processes", "2"]
+  packing = subprocess.Popen(command, cwd=tmp_path)
+  # A write end can be opened as soon as a worker reads.
+  ends = [os.open(tmp_path / f"clip {i}.wav", os.O_WRONLY) for i in range(2)]
+  workers = _children(packing.pid)
+  assert len(workers) >= 2
+  packing.send_signal(number)
+  if number == signal.SIGTERM:
+    for end in ends:
+      os.close(end)
+  assert packing.wait(60) == (143 if number == signal.SIGTERM else -number)
+  deadline = time.monotonic() + 60
+  while any(map(_alive, workers)) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not any(map(_alive, workers))
+  if number == signal.SIGKILL:
+    for end in ends:
+      os.close(end)
+    assert (tmp_path / ".out.partial").exists()
+    for i in range(2):
+      (tmp_path / f"clip {i}.wav").unlink()
+    lists()  # takes the folder over
+  assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_named_with_the_file(lists, tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+  try:
+    with pytest.raises(OSError, match=r"\.out\.partial/shards_000000000\.tar"):
+      lists()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

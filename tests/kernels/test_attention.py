@@ -202,6 +202,40 @@ def test_errors_name_the_value_and_the_choices():
     attention(q, k, v, valid_BS=valid_BS, implementation="flash")
 
 
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(q=np.ones((2, 5, 6, 8), int)), "q_BTHC is int64; expected float"),
+    (
+      dict(q=np.ones((1, 5, 6, 8))),
+      r"k_BSKC has shape \(2, 7, 3, 8\); expected \[B=1, S, K, C=8\]",
+    ),
+    (dict(q=np.ones((2, 5, 6))), r"q_BTHC has shape \(2, 5, 6\); expected \[B, T, H, C\]"),
+    (dict(v=np.ones((2, 6, 3, 8))), r"v_BSKC has shape .*S=7"),
+    (dict(valid_BS=np.ones((2, 7), int)), "valid_BS is int64; expected bool"),
+    (dict(valid_BS=np.ones((1, 7), bool)), r"valid_BS has shape \(1, 7\); expected \[B=2, S=7\]"),
+    (dict(bias=Bias(np.ones((2, 5, 6)), np.ones((6, 10)))), r"table_HR has shape .*H=6, R=11\]"),
+  ],
+)
+def test_inputs_that_do_not_fit_are_refused(changes, message):
+  q, k, v = random_qkv()
+  arguments = dict(q=q, k=k, v=v, valid_BS=np.ones((2, 7), bool)) | changes
+  q, k, v = (arguments.pop(name) for name in "qkv")
+  with pytest.raises(ValueError, match=message):
+    attention(q, k, v, **arguments)
+
+
+def test_a_cache_or_window_that_does_not_fit_is_refused():
+  q, k, v = random_qkv()
+  cache = [x.reshape(*x.shape[:2], -1) for x in (k, v)]
+  with pytest.raises(ValueError, match=r"E=24 channels; expected .* = 2 \* 8"):
+    decode_attention(q, *cache, kv_heads=2, mask_BTS=np.ones((2, 5, 7), bool), end=7)
+  with pytest.raises(ValueError, match=r"mask_BTS has shape \(2, 1, 7\)"):
+    decode_attention(q, *cache, kv_heads=3, mask_BTS=np.ones((2, 1, 7), bool), end=7)
+  with pytest.raises(ValueError, match=r"k_NLKC has shape .*N=1"):
+    window_attention(q[:1], k, v)
+
+
 @pytest.mark.parametrize("name", ["cudnn", "mosaic", "triton"])
 def test_an_implementation_that_does_not_run_here_is_refused(name):
   with pytest.raises(ValueError, match=f"{name}' runs on .pu; JAX runs on cpu here.*'xla'"):

@@ -1,11 +1,14 @@
 """Deprecated names of config keys still work, each with a message; bad flags are refused."""
 
+import math
 import subprocess
 import sys
+import types
 
 import pytest
 
 from configs import tiny
+from mooer_jax import checkpoint
 from mooer_jax.data.config import DataConfig
 from mooer_jax.run.config import SECTIONS, Run, renamed_keys
 
@@ -38,6 +41,19 @@ def test_every_old_name_is_tried():
   others = {key for key in renamed_keys() if "." in key and not key.startswith("model.")}
   assert others == OLD.keys() - {"probe.every"}
   assert DataConfig in SECTIONS.values()
+
+
+def test_generation_options_of_a_run_go_over_deprecated_names_in_a_checkpoint(monkeypatch):
+  config = tiny.get_config()
+  config.init_from = "somewhere"
+  config.generation.eos_token_id = (10,)
+  saved = types.SimpleNamespace(generation={"eos_ids": [11], "num_beams": 2})
+  monkeypatch.setattr(checkpoint, "describe", lambda folder: saved)
+  options = Run.read(config).decoding_defaults()
+  assert options.eos_token_id == (10,) and options.num_beams == 2
+  config.generation.eos_ids = (12,)
+  with pytest.raises(ValueError, match="both 'eos_token_id' and its deprecated name 'eos_ids'"):
+    Run.read(config).decoding_defaults()
 
 
 def test_blank_as_space_mark_is_read_as_space():
@@ -95,3 +111,50 @@ def test_eval_refuses_what_would_have_no_effect(repo_root, plain_env, tmp_path, 
   done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
   assert done.returncode != 0
   assert message in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("workdir", None, "workdir=None"),
+    ("workdir", "", "workdir=''"),
+    ("init_from", 5, "init_from=5"),
+    ("optimizer", None, r"optimizer=None \(NoneType\): expected a section"),
+    ("generation", 5, "generation=5"),
+    ("trainable", "lora", "trainable='lora'"),
+    ("seed", -1, "seed=-1: must be at least 0"),
+    ("seed", 1.5, "seed=1.5"),
+    ("optimizer.max_grad_norm", math.nan, "optimizer.max_grad_norm=nan: must be a finite number"),
+    ("optimizer.peak_lr", math.inf, "optimizer.peak_lr=inf: must be a finite number"),
+    ("activation.lora_scale", math.nan, "activation.lora_scale=nan: must be a finite number"),
+    ("eval.max_s", math.inf, "eval.max_s=inf: must be a finite number"),
+  ],
+)
+def test_a_wrong_type_or_range_is_named(key, value, message):
+  config = tiny.get_config().to_dict()
+  section, _, name = key.rpartition(".")
+  (config[section] if section else config)[name] = value
+  with pytest.raises(ValueError, match=message):
+    Run.read(config)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("c.train.steps = 2.5", ":5: TypeError: Could not override field 'steps'"),
+    ("c.data.buckets = 84", ":5: TypeError: Could not override field 'buckets'"),
+    ("c.lock().foo = 1", ":5: no config key 'foo'"),
+    ("pass\ndel get_config", "c.py: the file must define get_config()"),
+  ],
+)
+def test_an_error_in_a_config_file_is_one_line_with_the_place(
+  repo_root, plain_env, tmp_path, line, message
+):
+  head = "from mooer_jax.run.config import default_config\n\ndef get_config():\n"
+  body, _, after = line.partition("\n")
+  content = f"{head}  c = default_config()\n  {body}\n  return c\n{after}\n"
+  (tmp_path / "c.py").write_text(content)
+  command = [sys.executable, "train.py", f"--config={tmp_path}/c.py"]
+  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  (text,) = done.stderr.splitlines()
+  assert done.returncode == 1 and message in text and "c.py" in text

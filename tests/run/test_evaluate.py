@@ -10,6 +10,8 @@ import sacrebleu
 import mooer_jax.run.decoding
 from mooer_jax.data.shards import read_list
 from mooer_jax.evaluation.text_files import read_text
+from mooer_jax.run.config import EvalConfig
+from mooer_jax.run.decoding import out_folder
 from mooer_jax.text.tokenizer import Tokenizer
 from tests.run.programs import evaluate, train
 
@@ -102,6 +104,48 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
   folder.rename(bare)
   with pytest.raises(ValueError, match=r"eval\.out"):
     evaluate(config, str(bare))
+
+
+def test_texts_that_no_evaluation_wrote_are_not_overwritten(tmp_path):
+  packed, other, scored = (tmp_path / name for name in ("packed", "other", "scored"))
+  for folder, names in (
+    (packed, ("data.list", "text", "report.json")),
+    (other, ("text",)),
+    (scored, ("text", "report.json")),
+  ):
+    folder.mkdir()
+    for name in names:
+      (folder / name).touch()
+  for folder in (packed, other):
+    with pytest.raises(ValueError, match=rf"eval\.out={folder} holds .*set eval\.out to another"):
+      out_folder(EvalConfig(out=str(folder)), tmp_path, "name")
+  assert out_folder(EvalConfig(out=str(scored)), tmp_path, "name") == scored
+
+
+def test_utterances_whose_scores_are_not_finite_are_not_decoded(config, monkeypatch):
+  config.train.steps = 2
+  train(config)
+  real = mooer_jax.run.decoding.decode_batches
+  broken = slice(0, 1)
+
+  def decode_batches(*arguments, **options):
+    for host, output in real(*arguments, **options):
+      scores_BR = output.scores_BR.copy()
+      scores_BR[broken] = np.nan
+      yield host, output.replace(scores_BR=scores_BR)
+
+  monkeypatch.setattr(mooer_jax.run.decoding, "decode_batches", decode_batches)
+  scores, _ = evaluate(config, config.workdir)
+  scored = Path(config.workdir) / "eval" / Path(config.eval.shards).parent.name
+  report = json.loads((scored / "report.json").read_text("utf-8"))
+  told = report["details"]["not_decoded"]
+  assert 1 <= len(told) < 24 and len(told) == len(scores["word"].missing)
+  assert all(line.endswith(": scores not finite") for line in told)
+  broken = slice(None)
+  with pytest.raises(
+    ValueError, match="none of 24 utterances .* the model's scores are not finite"
+  ):
+    evaluate(config, config.workdir)
 
 
 def test_a_rate_without_reference_tokens_is_null_and_nothing_is_lost(config, tmp_path):

@@ -226,7 +226,7 @@ def test_a_flag_sets_what_the_file_leaves_at_its_default(repo_root, plain_env, a
     command(repo_root, tmp_path / "run", as_flags, "--config.optimizer.weight_decay=-1.0"),
     env=plain_env, capture_output=True, text=True,
   )  # fmt: skip
-  assert "weight_decay=-1.0 must not be negative" in process.stderr
+  assert "optimizer.weight_decay=-1.0: must be finite, not negative" in process.stderr
 
 
 def test_a_fine_tune_starts_from_a_checkpoint_not_from_a_run(config, tmp_path):

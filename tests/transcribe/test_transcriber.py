@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +22,8 @@ from mooer_jax.config import SpeechLLMConfig, to_json
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.generation.loading import load_model
+from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe.clips import load_clips
 from mooer_jax.transcribe.transcript import Transcript, join_transcripts
@@ -340,6 +344,105 @@ def test_results_survive_an_interruption(folder, clips, tmp_path, monkeypatch, c
   assert len(rows) == len(calls[0]) and rows[0]["text"] == "said"
   assert f"{out} holds the {len(rows)} results" in capsys.readouterr().err
   assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_results_survive_sigterm(folder, clips, tmp_path, monkeypatch):
+  out, calls = tmp_path / "out.json", []
+
+  def transcribe(self, paths, **options):
+    calls.append(paths)
+    if len(calls) == 2:
+      signal.raise_signal(signal.SIGTERM)
+    return [Transcript("said", [1], 1.0, "asr", path=path) for path in paths]
+
+  monkeypatch.setattr(mooer_jax.Transcriber, "transcribe", transcribe)
+  before = signal.getsignal(signal.SIGTERM)
+  command = ["transcribe", "--checkpoint", str(folder), "--json", str(out), "--batch-size", "1"]
+  with pytest.raises(SystemExit) as ended:
+    cli.main([*command, *[str(clips[0].path)] * 20])
+  assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+  assert len(json.loads(out.read_text("utf-8"))) == len(calls[0])
+
+
+def test_scores_that_are_not_finite_are_errors_of_their_clips(transcriber, clips, monkeypatch):
+  params = jax.tree.map(lambda x: np.full_like(x, np.nan), transcriber.params)
+  broken = mooer_jax.Transcriber(params, transcriber.config, transcriber.tokenizer)
+  path = clips[0].path
+  with pytest.raises(ValueError, match=f"{path.name}: the model's scores are not finite"):
+    broken.transcribe([path], max_new_tokens=2)
+  audio = [path, load_audio(path)]
+  for beams in (1, 2):
+    results = broken.transcribe(audio, max_new_tokens=2, num_beams=beams, errors="return")
+    for name, result in zip((str(path), r"audio\[1\]"), results, strict=True):
+      assert re.match(f"{name}: .*not finite", result.error) and result.text == ""
+      json.dumps(result.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    (dict(temperature=1.0), "temperature has no effect without sampling"),
+    (dict(top_k=5), "top_k has no effect"),
+    (dict(top_p=0.5, do_sample=False), "top_p has no effect"),
+    (dict(seed=0), "seed has no effect"),
+    (dict(length_penalty=1.0), "length_penalty has no effect with one beam"),
+    (dict(return_hidden=True), "return_hidden=True has no effect"),
+    (dict(do_sample=True, temperature=1e-320), "temperature=1e-320: must be a number from 1.2e-38"),
+    (dict(errors="retrun"), "errors='retrun': must be 'raise' or 'return'"),
+    (dict(batch_size=1.5), r"batch_size=1.5 \(float\): must be an int"),
+    (dict(batch_size="8"), "batch_size='8'"),
+    (dict(batch_size=None), "batch_size=None"),
+    (dict(seed=1.5), r"seed=1.5 \(float\)"),
+    (dict(chunk_length_s="2"), r"chunk_length_s='2' \(str\)"),
+    (dict(prompt=5), r"prompt=5 \(int\): must be a str"),
+    (dict(chat_template=""), "''"),
+  ],
+  ids=str,
+)
+def test_arguments_of_a_wrong_type_or_without_effect_are_refused(transcriber, given, message):
+  with pytest.raises(ValueError, match=message):
+    transcriber.transcribe(["nowhere.wav"], **given)
+
+
+def test_an_option_has_an_effect_where_the_checkpoint_samples_or_has_beams(transcriber, clips):
+  for own, given in (
+    (dict(do_sample=True), dict(temperature=2.0, seed=1)),
+    (dict(num_beams=2), dict(length_penalty=2.0)),
+  ):
+    options = dataclasses.replace(transcriber.options, **own)
+    other = mooer_jax.Transcriber(
+      transcriber.params, transcriber.config, transcriber.tokenizer, options
+    )
+    other.transcribe([clips[0].path], max_new_tokens=2, **given)
+
+
+def test_any_iterable_of_clips_is_transcribed(transcriber, clips):
+  path = clips[0].path
+  assert transcriber.transcribe(iter([path])) == transcriber.transcribe([path])
+  for wrong in (None, 5):
+    with pytest.raises(ValueError, match=f"{type(wrong).__name__}; transcribe takes a list"):
+      transcriber.transcribe(wrong)
+  with pytest.raises(ValueError, match="checkpoint=None .*path of a folder"):
+    mooer_jax.Transcriber.from_checkpoint(None)
+
+
+def test_given_options_go_over_deprecated_names_in_a_checkpoint(folder, tmp_path, monkeypatch):
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  original = checkpoint.load
+
+  def load(*arguments, **options):
+    loaded = original(*arguments, **options)
+    return dataclasses.replace(loaded, generation={"eos_ids": [11], "max_new_tokens": 6})
+
+  monkeypatch.setattr(checkpoint, "load", load)
+  compute = ExecutionConfig()
+  assert load_model(copy, compute).generation.eos_token_id == (11,)
+  for name in ("eos_token_id", "eos_ids"):
+    given = load_model(copy, compute, generation={name: (10,)})
+    assert given.generation.eos_token_id == (10,)
+  with pytest.raises(ValueError, match="temperature has no effect"):
+    load_model(copy, compute, generation={"temperature": 2.0})
 
 
 def test_odd_file_names_are_escaped(folder, clips, tmp_path, capsys):
