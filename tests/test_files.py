@@ -142,3 +142,20 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
   with files.lock_folder(tmp_path, said.append):
     entered = True
   assert entered and "cannot be locked" in said[0]
+
+
+def test_sigterm_cleans_up_and_exits_with_status_143(tmp_path):
+  program = """
+    import sys, time
+    from mooer_jax.files import exit_on_sigterm, replace_file
+    with exit_on_sigterm(), replace_file(sys.argv[1]) as beside:
+      beside.touch()
+      print("ready", flush=True)
+      time.sleep(60)
+  """
+  command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "a.txt")]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "ready\n" and list(tmp_path.iterdir())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+  assert not list(tmp_path.iterdir())
