@@ -2,7 +2,7 @@
 
 import sys
 
-from mooer_jax.cli import exit_on_sigterm
+from mooer_jax.files import exit_on_sigterm
 
 from .main import main
 

@@ -1,18 +1,15 @@
 """The command `mooer-jax`: transcribe, train, eval, pack, checkpoint, convert."""
 
 import argparse
-import contextlib
 import functools
 import importlib
-import os
-import signal
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from mooer_jax.files import exit_on_sigterm
 from mooer_jax.transcribe import command
 
 
@@ -53,28 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f"mooer-jax {args.command}: interrupted", file=sys.stderr)
     return 130
-
-
-@contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-  """Turns SIGTERM into SystemExit with status 143, so that `finally` blocks run as on Ctrl-C."""
-  if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
-    yield
-    return
-  process = os.getpid()
-
-  def handle(number, frame):
-    del frame
-    if os.getpid() != process:  # a forked worker
-      os._exit(128 + number)
-    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleanup
-    sys.exit(128 + number)
-
-  before = signal.signal(signal.SIGTERM, handle)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
 
 
 def _add_pack(commands):

@@ -1,10 +1,13 @@
-"""Files that are replaced as a whole, JSON files, and the lock of a folder."""
+"""Files that are replaced as a whole, JSON files, the lock of a folder, and cleanup on SIGTERM."""
 
 import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +48,28 @@ def write_errors_name(path: str | Path) -> Iterator[None]:
     if error.filename is not None or error.errno is None:
       raise
     raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+  """Turns SIGTERM into SystemExit with status 143, so that `finally` blocks run as on Ctrl-C."""
+  if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+    yield
+    return
+  process = os.getpid()
+
+  def handle(number, frame):
+    del frame
+    if os.getpid() != process:  # a forked worker
+      os._exit(128 + number)
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleanup
+    sys.exit(128 + number)
+
+  before = signal.signal(signal.SIGTERM, handle)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:

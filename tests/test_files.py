@@ -156,3 +156,20 @@ def test_an_error_of_writing_names_the_file(tmp_path):
     with files.replace_file(tmp_path / "a.json") as beside:
       beside.touch()
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_sigterm_cleans_up_and_exits_with_status_143(tmp_path):
+  program = """
+    import sys, time
+    from mooer_jax.files import exit_on_sigterm, replace_file
+    with exit_on_sigterm(), replace_file(sys.argv[1]) as beside:
+      beside.touch()
+      print("ready", flush=True)
+      time.sleep(60)
+  """
+  command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "a.txt")]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "ready\n" and list(tmp_path.iterdir())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+  assert not list(tmp_path.iterdir())

@@ -269,8 +269,10 @@ class Run:
 
   def decoding_defaults(self) -> GenerationConfig:
     """Generation options of the run's checkpoints: the config's, over those of init_from."""
-    inherited = checkpoint.describe(self.init_from).generation if self.init_from else {}
-    inherited = with_new_names(inherited, GenerationConfig.RENAMED)
+    saved: Mapping[str, Any] = {}
+    if self.init_from:
+      saved = checkpoint.describe(self.init_from).generation
+    inherited = with_new_names(saved, GenerationConfig.RENAMED)
     given = with_new_names(self.generation, GenerationConfig.RENAMED)
     return build(GenerationConfig, {**inherited, **given}, "generation")
 

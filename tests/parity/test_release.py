@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip
 NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(3600))
 SHALLOW, DEEP, FULL = SANMConfig(layers=3), SANMConfig(intermediate_size=128), SANMConfig()
 BEAMS = (1, 4)
-OPTIONS = dict(length_penalty=0.8, max_new_tokens=40)
+OPTIONS = dict(max_new_tokens=40)
 
 
 class Sides:

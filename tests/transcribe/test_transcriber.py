@@ -1,11 +1,10 @@
-"""The public class and command: the same text in any batch, bad clips and options named."""
+"""The public class: the same text in any batch, bad clips and arguments are named."""
 
 import dataclasses
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -16,56 +15,12 @@ import pytest
 import soundfile
 
 import mooer_jax
-from mooer_jax import checkpoint, cli, speech_llm
+from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.config import SpeechLLMConfig, to_json
-from mooer_jax.connectors.linear import LinearConfig
-from mooer_jax.decoders.llm import LLMConfig
-from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.generation.loading import load_model
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe.clips import load_clips
-from mooer_jax.transcribe.transcript import Transcript, join_transcripts
-
-PROMPTS = (("asr", "<|transcribe|>"), ("ast", "<|end|>"), ("asr_ast_mtl", "0"), ("QA", "{}0"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  """A checkpoint of a tiny random model, whose answers depend on what it hears."""
-  tokenizer = Tokenizer.from_characters("0123456789", ("<|transcribe|>", "<|end|>"), eos="<|end|>")
-  config = SpeechLLMConfig(
-    encoders=(SANMConfig(hidden_size=32, layers=2, heads=2, intermediate_size=48),),
-    connector=LinearConfig(hidden_size=24),
-    decoder=LLMConfig(
-      vocab_size=12,
-      hidden_size=32,
-      layers=2,
-      heads=4,
-      kv_heads=2,
-      head_dim=8,
-      intermediate_size=48,
-      tie_word_embeddings=True,
-    ),
-    chat_template="bare",
-    max_audio_s=6.0,
-    prompts=PROMPTS,
-  )
-  params = jax.jit(lambda key: speech_llm.init(key, config))(jax.random.key(0))
-  params["decoder"] = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params["decoder"])
-  return checkpoint.save(
-    tmp_path_factory.mktemp("run") / "step_00000001",
-    params=params,
-    config_json=to_json(config),
-    tokenizer=tokenizer.save,
-    generation={"max_new_tokens": 6},
-  )
-
-
-@pytest.fixture(scope="module")
-def transcriber(folder):
-  return mooer_jax.Transcriber.from_checkpoint(folder)
+from mooer_jax.transcribe.transcript import join_transcripts
 
 
 def test_results_follow_the_clips_whatever_the_batch(transcriber, clips):
@@ -179,14 +134,6 @@ def test_a_damaged_checkpoint_says_what_is_missing(folder, tmp_path, missing):
     mooer_jax.Transcriber.from_checkpoint(copy)
 
 
-@pytest.fixture(scope="module")
-def long_clip(clips):
-  """18 seconds of speech, 7 of silence, speech again."""
-  spoken = np.concatenate([load_audio(clip.path) for clip in clips])
-  spoken = np.resize(spoken, 18 * 16000)
-  return np.concatenate([spoken, np.zeros(7 * 16000, np.float32), spoken[: 2 * 16000]])
-
-
 @pytest.mark.parametrize("task", ["asr", "asr_ast_mtl"])
 def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task):
   [pieces] = load_clips([long_clip], transcriber.config, chunk_length_s=4.0)
@@ -254,63 +201,6 @@ def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcr
   assert str(error).startswith("audio[0]: empty")
 
 
-def test_the_command_reads_line_breaks_and_hands_the_template_over(
-  folder, clips, monkeypatch, capsys
-):
-  given = {}
-  result = Transcript("said", [1], 1.0, "prompt")
-  monkeypatch.setattr(
-    mooer_jax.Transcriber,
-    "transcribe",
-    lambda self, paths, **options: given.update(options) or [result],
-  )
-  command = ["ask", "--checkpoint", str(folder), "--prompt", r"1\n<SpeechHere>0"]
-  assert cli.main([*command, "--chat-template", "none", str(clips[0].path)]) == 0
-  assert given["prompt"] == "1\n<SpeechHere>0" and given["chat_template"] == "none"
-  assert capsys.readouterr().err == ""
-  # The names of version 0.1 still work.
-  old = ["--template", "none", "--chunk-s", "6", "--beams", "2"]
-  assert cli.main([*command, *old, str(clips[0].path)]) == 0
-  assert (given["chat_template"], given["chunk_length_s"], given["num_beams"]) == ("none", 6.0, 2)
-  assert capsys.readouterr().err.count("is deprecated; use --") == 3
-
-
-def test_the_command_takes_questions_and_long_clips(
-  folder, transcriber, long_clip, tmp_path, capsys
-):
-  path = str(tmp_path / "long.wav")
-  soundfile.write(path, long_clip, 16000, subtype="FLOAT")
-  command = ["ask", "--checkpoint", str(folder), "--task", "QA", path]
-  assert cli.main([*command, "--question", "1", "--chunk-length-s", "6"]) == 0
-  [expected] = transcriber.transcribe([path], task="QA", question="1", chunk_length_s=6.0)
-  out, err = capsys.readouterr()
-  assert out == expected.text + "\n"
-  assert err.splitlines() == [f"{path}: {told}" for told in expected.warnings()]
-  for more, message, status in (
-    ([], "--question", 2),
-    (["--question", "1"], "--chunk-length-s 6", 1),
-  ):
-    assert cli.main([*command, *more]) == status
-    [line] = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
-@pytest.mark.parametrize("chunked", [[], ["--chunk-length-s", "6", "--batch-size", "1"]])
-def test_a_bad_file_costs_only_itself(folder, clips, tmp_path, capsys, chunked):
-  good, out = clips[0].path, tmp_path / "out.json"
-  (tmp_path / "bad.wav").write_text("no audio")
-  bad = [str(tmp_path / name) for name in ("bad.wav", "none.wav", "")]
-  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", *chunked]
-  assert cli.main([*command, "--json", str(out), bad[0], str(good), *bad[1:]]) == 1
-  said, error = capsys.readouterr()
-  assert [line.split("\t")[0] for line in said.splitlines()] == [str(good)]
-  told = [line for line in error.splitlines() if line.startswith("not transcribed: ")]
-  assert len(told) == 3 and all(name in line for name, line in zip(bad, told, strict=True))
-  rows = json.loads(out.read_text("utf-8"))
-  assert [row["path"] for row in rows] == [bad[0], str(good), *bad[1:]]
-  assert [bool(row["error"]) for row in rows] == [True, False, True, True]
-
-
 def test_stdin_and_pipes_are_read(folder, clips, tmp_path, plain_env, transcriber):
   [expected] = transcriber.transcribe([clips[0].path], task="asr")
   command = [sys.executable, "-m", "mooer_jax.cli", "transcribe", "--checkpoint", str(folder)]
@@ -325,43 +215,6 @@ def test_stdin_and_pipes_are_read(folder, clips, tmp_path, plain_env, transcribe
   writer.start()
   assert transcriber.transcribe([pipe], task="asr")[0].tokens == expected.tokens
   writer.join()
-
-
-def test_results_survive_an_interruption(folder, clips, tmp_path, monkeypatch, capsys):
-  out = tmp_path / "out.json"
-  calls = []
-
-  def transcribe(self, paths, **options):
-    calls.append(paths)
-    if len(calls) == 2:
-      raise KeyboardInterrupt
-    return [Transcript("said", [1], 1.0, "asr", path=path) for path in paths]
-
-  monkeypatch.setattr(mooer_jax.Transcriber, "transcribe", transcribe)
-  command = ["transcribe", "--checkpoint", str(folder), "--json", str(out), "--batch-size", "1"]
-  assert cli.main([*command, *[str(clips[0].path)] * 20]) == 130
-  rows = json.loads(out.read_text("utf-8"))
-  assert len(rows) == len(calls[0]) and rows[0]["text"] == "said"
-  assert f"{out} holds the {len(rows)} results" in capsys.readouterr().err
-  assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
-
-
-def test_results_survive_sigterm(folder, clips, tmp_path, monkeypatch):
-  out, calls = tmp_path / "out.json", []
-
-  def transcribe(self, paths, **options):
-    calls.append(paths)
-    if len(calls) == 2:
-      signal.raise_signal(signal.SIGTERM)
-    return [Transcript("said", [1], 1.0, "asr", path=path) for path in paths]
-
-  monkeypatch.setattr(mooer_jax.Transcriber, "transcribe", transcribe)
-  before = signal.getsignal(signal.SIGTERM)
-  command = ["transcribe", "--checkpoint", str(folder), "--json", str(out), "--batch-size", "1"]
-  with pytest.raises(SystemExit) as ended:
-    cli.main([*command, *[str(clips[0].path)] * 20])
-  assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
-  assert len(json.loads(out.read_text("utf-8"))) == len(calls[0])
 
 
 def test_scores_that_are_not_finite_are_errors_of_their_clips(transcriber, clips, monkeypatch):
@@ -443,69 +296,3 @@ def test_given_options_go_over_deprecated_names_in_a_checkpoint(folder, tmp_path
     assert given.generation.eos_token_id == (10,)
   with pytest.raises(ValueError, match="temperature has no effect"):
     load_model(copy, compute, generation={"temperature": 2.0})
-
-
-def test_odd_file_names_are_escaped(folder, clips, tmp_path, capsys):
-  odd = os.fsdecode(bytes(tmp_path) + b"/a\nb\t\xff.wav")
-  shutil.copyfile(clips[0].path, odd)
-  out = tmp_path / "out.json"
-  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", "--json", str(out)]
-  assert cli.main([*command, odd, str(clips[0].path)]) == 0
-  assert len(capsys.readouterr().out.splitlines()) == 2
-  rows = json.loads(out.read_text("utf-8"))
-  assert rows[0]["path"] == odd
-
-
-def test_audio_is_never_overwritten(folder, clips, tmp_path, capsys):
-  copy = tmp_path / "a.wav"
-  shutil.copyfile(clips[0].path, copy)
-  before = copy.read_bytes()
-  command = ["transcribe", "--checkpoint", str(folder), "--json", str(copy)]
-  for audio in (str(copy), str(clips[1].path)):
-    assert cli.main([*command, audio]) == 2
-    assert str(copy) in capsys.readouterr().err
-  assert copy.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-  "flags, message",
-  [
-    (["--repetition-penalty", "nan"], "repetition_penalty=nan"),
-    (["--temperature", "nan"], "temperature=nan"),
-    (["--temperature", "inf"], "temperature=inf"),
-    (["--top-p", "nan"], "top_p=nan"),
-    (["--length-penalty", "nan"], "length_penalty=nan"),
-    (["--seed", str(2**64)], f"seed={2**64}"),
-    (["--seed", "-1"], "seed=-1"),
-    (["--min-new-tokens", "300", "--max-new-tokens", "200"], "exceeds max_new_tokens=200"),
-  ],
-)
-def test_options_without_a_meaning_are_refused(folder, clips, capsys, flags, message):
-  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", str(clips[0].path)]
-  assert cli.main([*command, *flags]) == 2
-  [line] = capsys.readouterr().err.splitlines()
-  assert message in line
-
-
-def test_the_command_prints_and_writes_json(folder, clips, tmp_path, capsys, transcriber):
-  paths = [str(clip.path) for clip in clips[:2]]
-  out = tmp_path / "results" / "out.json"
-  status = cli.main(["transcribe", "--checkpoint", str(folder), "--json", str(out), *paths])
-  assert status == 0
-  rows = json.loads(out.read_text("utf-8"))
-  expected = transcriber.transcribe(paths)
-  assert rows == [result.to_json() for result in expected]
-  assert capsys.readouterr().out == "".join(f"{r.path}\t{r.text}\n" for r in expected)
-
-
-def test_the_command_fails_with_one_line(folder, clips, tmp_path, plain_env):
-  command = [sys.executable, "-m", "mooer_jax.cli", "transcribe", "--checkpoint"]
-  for checkpoint_folder, audio, message in (
-    (folder, tmp_path / "nowhere.wav", "nowhere.wav"),
-    (tmp_path, clips[0].path, "config.json"),
-  ):
-    done = subprocess.run(
-      [*command, str(checkpoint_folder), str(audio)], env=plain_env, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
