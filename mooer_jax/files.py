@@ -52,8 +52,12 @@ def write_errors_name(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-  """Turns SIGTERM into SystemExit with status 143, so that `finally` blocks run as on Ctrl-C."""
-  if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+  """Turn SIGTERM into SystemExit with status 143, so that `finally` blocks run as on Ctrl-C.
+
+  A program that handles SIGTERM keeps its handler.
+  """
+  in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+  if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
     yield
     return
   process = os.getpid()

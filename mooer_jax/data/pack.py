@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tarfile
 import tempfile
 import threading
@@ -21,7 +20,7 @@ import regex
 
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.shards import AUDIO_SUFFIXES, IGNORED, SPACE, VIDEO_SUFFIXES, read_lines
-from mooer_jax.files import LOCK_FILE, lock_folder, write_errors_name
+from mooer_jax.files import LOCK_FILE, exit_on_sigterm, lock_folder, write_errors_name
 
 OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments
 _LATIN_LETTER = regex.compile(r"\p{Latin}")
@@ -130,7 +129,7 @@ def pack(
     clips = [clips[i] for i in order]
   if not clips and not left_out:
     raise ValueError(f"{text}: nothing to pack; the lists are empty")
-  with _partial_folder(out) as beside, _sigterm_exits():
+  with _partial_folder(out) as beside, exit_on_sigterm():
     jobs = [
       (str(beside / f"shards_{i:09d}.tar"), clips[start : start + per_shard])
       for i, start in enumerate(range(0, len(clips), per_shard))
@@ -165,20 +164,6 @@ def _partial_folder(out: Path):
       yield beside
     finally:
       shutil.rmtree(beside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _sigterm_exits():
-  """Makes SIGTERM raise SystemExit, so that `finally` runs, unless the program handles it."""
-  main_thread = threading.current_thread() is threading.main_thread()
-  if not main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-    yield
-    return
-  signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def normalise(text: str) -> str:
