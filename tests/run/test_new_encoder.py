@@ -47,6 +47,7 @@ KIND = Kind(name="toy", open=open_toy)
 def toy_config(config, monkeypatch):
   monkeypatch.setattr(encoders, "KINDS", (*encoders.KINDS, ToyConfig))
   config.model.encoders = ("toy_large",)
+  del config.model.sanm
   config.model.toy = {"gain": 0.5}
   return config
 
