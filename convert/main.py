@@ -12,6 +12,8 @@ from absl import logging
 from .core.options import DESCRIPTIONS, Options, flag
 from .kinds import KINDS
 
+# Packages of the extras `convert` and `verify`.
+_EXTRAS = ("torch", "yaml", "gguf", "transformers", "sentencepiece", "funasr", "peft")
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 _MOVED = "base checkpoint of a fine-tune, if it has moved"
 
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
   try:
     return args.run(args)
   except ModuleNotFoundError as error:
-    if error.name not in ("torch", "yaml", "transformers", "sentencepiece", "funasr", "peft"):
+    if error.name not in _EXTRAS:
       raise
     install = "pip install 'mooer-jax[convert,verify]'"
     print(f"{prog}: {error}; install it with: {install}", file=sys.stderr)
@@ -74,7 +76,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     "verify",
     help="compare the original and a checkpoint on the same clips",
     description="Runs the original and a checkpoint in float32. Prints the largest error of every"
-    " stage, and whether both generate the same tokens. Exit status: 0 if every stage is within its"
+    " stage relative to the difference that rounding explains, and whether both generate the same"
+    " tokens. Exit status: 0 if every stage is within its"
     " bound and all tokens are equal, 1 if not, 2 if they could not be run.",
   )
   verifying.add_argument("kind", choices=KINDS)
@@ -137,7 +140,7 @@ def _size(text: str) -> int:
   try:
     return round(float(number) * _UNITS[unit])
   except (ValueError, KeyError):
-    raise argparse.ArgumentTypeError(f"{text!r}: write 500MB or 5GB") from None
+    raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 500MB or 5GB") from None
 
 
 def _import(args) -> int:

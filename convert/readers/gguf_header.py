@@ -148,11 +148,13 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
   alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
   if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
     raise ReadError(f"{path}: general.alignment is {alignment!r}, not a power of two")
-  tensors = [_parse_tensor(path, cursor, alignment) for _ in range(n_tensors)]
+  rows = [_parse_tensor(path, cursor, alignment) for _ in range(n_tensors)]
   start = -(-cursor.position // alignment) * alignment
-  return GGUFHeader(
-    path, metadata, tuple(GGUFTensor(*fields, start + at, size) for *fields, at, size in tensors)
-  )
+  tensors = [
+    GGUFTensor(name, shape, kind, start + offset, nbytes)
+    for name, shape, kind, offset, nbytes in rows
+  ]
+  return GGUFHeader(path, metadata, tuple(tensors))
 
 
 def _parse_tensor(path: Path, cursor: _Cursor, alignment: int) -> tuple:

@@ -15,7 +15,7 @@ A folder is written beside its place as `.tmp-NAME` and renamed when it is compl
 has its name is whole. With several processes, all call `save` and `load` on a shared file system.
 """
 
-from mooer_jax.checkpoint.leaves import CheckpointError, Lazy, SaveError
+from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, SaveError
 from mooer_jax.checkpoint.reading import (
   Checkpoint,
   check_leaves,
@@ -41,7 +41,7 @@ from mooer_jax.checkpoint.writing import put_in_place, save
 __all__ = [
   "Checkpoint",
   "CheckpointError",
-  "Lazy",
+  "LazyArray",
   "SaveError",
   "all_steps",
   "check_leaves",

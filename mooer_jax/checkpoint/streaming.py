@@ -10,13 +10,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from mooer_jax.checkpoint.leaves import Lazy, hash_file
+from mooer_jax.checkpoint.leaves import LazyArray, hash_file
 
 GROUP_BYTES = 256 * 2**20  # at most two groups are in memory: one is written, the next is read
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-  """Saves `Lazy` leaves as the NumPy arrays that they read; they are restored like any array.
+  """Saves `LazyArray` leaves as the NumPy arrays that they read; they are restored like any array.
 
   The files of a group are hashed as soon as they are written; after 15 GB they would have to come
   from the disk again.
@@ -26,7 +26,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     super().__init__(deepcopy_host_arrays=False)
     self._digests = digests
 
-  async def serialize(self, values: Sequence[Lazy], infos, args=None):
+  async def serialize(self, values: Sequence[LazyArray], infos, args=None):
     with ThreadPoolExecutor(1) as hashing:
       return await self._serialize(values, infos, args, hashing)
 
@@ -101,10 +101,10 @@ def _with_types(*types, **options) -> ocp.PyTreeCheckpointHandler:
 
 
 def streaming_handler(digests: dict[str, str]) -> ocp.PyTreeCheckpointHandler:
-  """The handler for trees of `Lazy` leaves; it notes the SHA-256 of files in `digests`.
+  """The handler for trees of `LazyArray` leaves; it notes the SHA-256 of files in `digests`.
 
   Each chunk is a file of its own: in one big file (OCDBT) all chunks of a leaf are copied before
   the first is written, which doubles the memory and, for 2 GB of bfloat16, took 2.8 s against
   0.4 s. Not compressed, for weights hardly shrink and converting would be bound by it.
   """
-  return _with_types((Lazy, _LazyHandler(digests)), use_ocdbt=False, use_compression=False)
+  return _with_types((LazyArray, _LazyHandler(digests)), use_ocdbt=False, use_compression=False)

@@ -49,7 +49,7 @@ def record(
 def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -> str:
   """SHA-256 (hex) of a seed and of the names and contents of the weights' files.
 
-  The same `Lazy` leaves give the same hash whenever they are written, so that weights that are
+  The same `LazyArray` leaves give the same hash whenever they are written, so that weights that are
   converted again are still the base of what was trained on them. (Orbax writes arrays on devices
   into files of random names.)
 

@@ -34,8 +34,8 @@ def save(
 
   Args:
     folder: where it will lie; its parents are made.
-    params: nested dict of arrays, or of `Lazy` leaves that are read one after another, per layer
-      (`tree.unstack_layers`); with `base` only the trained.
+    params: nested dict of arrays, or of `LazyArray` leaves that are read one after another, per
+      layer (`tree.unstack_layers`); with `base` only the trained.
     config_json: the model's config as JSON values.
     tokenizer: folder to copy, or a function that writes the files into the folder it is given.
     generation: prompts and decoding defaults as JSON values.

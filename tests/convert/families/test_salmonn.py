@@ -168,7 +168,7 @@ def test_merged_lora_is_a_model_without(module, llm, tmp_path):
 def test_alpha_comes_from_the_file_or_from_the_published_values_or_a_config(module, llm, tmp_path):
   for name in "abc":
     (tmp_path / name).mkdir()
-  with pytest.raises(ConversionError, match="LoRA has rank 4, .* says 8.*--lora-config"):
+  with pytest.raises(ConversionError, match="LoRA has rank 4, but r is 8.*--lora-config"):
     bring(tmp_path / "a", module, llm, config=None)
   told = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.0}
   (tmp_path / "adapter_config.json").write_text(json.dumps(told))
