@@ -210,7 +210,7 @@ def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> Whis
     return WhisperConfig(
       input_width=found["conv1/kernel"][1],
       hidden_size=found["conv1/kernel"][2],
-      layers=sum(path.endswith("mlp/up/kernel") for path in paths),
+      layers=len({path.split("/")[2] for path in paths if "/layers_" in path}),
       heads=heads,
       intermediate_size=found["layers_0/mlp/up/kernel"][1],
       positions=found["positions"][0],
