@@ -1,4 +1,4 @@
-"""`convert export KIND CKPT OUT`: a checkpoint becomes files of PyTorch."""
+"""`convert export KIND CKPT OUT`: a checkpoint to PyTorch files."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ def export_checkpoint(
   shard_bytes: int = SHARD_BYTES,
   overwrite: bool = False,
 ) -> Path:
-  """Writes files of PyTorch, one tensor at a time.
+  """Converts a checkpoint to PyTorch files, one tensor at a time.
 
   Args:
     kind: a name in KINDS.
     checkpoint: folder of a checkpoint or of a run.
-    out: folder to make; it is complete or absent.
+    out: folder to make; complete or absent.
     base: base checkpoint of a fine-tune, if it has moved.
     shard_bytes: maximum size of a file of an LLM, unless one tensor is larger.
     overwrite: replace an earlier result.

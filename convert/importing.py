@@ -1,9 +1,9 @@
-"""`convert import KIND SRC OUT`: files of PyTorch become a checkpoint."""
+"""`convert import KIND SRC OUT`: PyTorch files to a checkpoint."""
 
 import dataclasses
 from pathlib import Path
 
-from mooer_jax.checkpoint import Lazy
+from mooer_jax.checkpoint import LazyArray
 
 from .core.errors import Problems
 from .core.folders import check_apart, check_target, save_checkpoint
@@ -13,35 +13,28 @@ from .kinds import find_kind
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Results of an import.
-
-  Attributes:
-    folder: the checkpoint.
-    leaves: path -> (shape, dtype).
-    ignored: names of tensors and entries that no leaf is made of.
-    notes: sentences for the user.
-  """
+  """Results of an import: the checkpoint, and fields of `Opened`."""
 
   folder: Path
-  leaves: dict[str, Lazy]
+  leaves: dict[str, LazyArray]
   ignored: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 
 
 def import_checkpoint(kind: str, src: Path, out: Path, options: Options = Options()) -> Report:
-  """Makes a checkpoint of files of PyTorch, one tensor at a time.
+  """Converts PyTorch files to a checkpoint, one tensor at a time.
 
   Args:
     kind: a name in KINDS.
     src: the folder or file to import.
-    out: folder of the checkpoint; it is complete or absent.
-    options: further options of the kind.
+    out: folder of the checkpoint; complete or absent.
+    options: options of the kind.
 
   Raises:
     FileNotFoundError, FileExistsError: for the source and the target.
-    ValueError: for an option that has no effect, or that is missing.
+    ValueError: for an option that has no effect or is missing.
     ConversionError: with every tensor and setting that does not fit.
-    ReadError: if a file is broken or holds values that are not finite.
+    ReadError: for a file that is damaged, or has values that are not finite.
   """
   found = find_kind(kind)
   if not src.exists():

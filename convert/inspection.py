@@ -1,4 +1,4 @@
-"""`convert inspect PATH`: the content of a file or folder of weights, a checkpoint or a run."""
+"""`convert inspect PATH`: lists the content of weights, a checkpoint or a run."""
 
 import math
 import sys
@@ -20,13 +20,12 @@ def inspect(path: Path, *, names: bool = True, base: Path | None = None) -> None
   """Prints names, shapes and dtypes, totals, and the kind to import it with.
 
   Args:
-    path: a file or folder of weights, a checkpoint, or a run folder, whose latest checkpoint is
-      inspected.
+    path: a file or folder of weights, a checkpoint, or a run folder with its latest checkpoint.
     names: whether to print a row for each tensor.
     base: base checkpoint of a fine-tune, if it has moved.
 
   Raises:
-    FileNotFoundError, ReadError: if there is nothing that could be read.
+    FileNotFoundError, ReadError: if there are no weights.
   """
   from rich.box import SIMPLE
   from rich.console import Console
@@ -38,7 +37,7 @@ def inspect(path: Path, *, names: bool = True, base: Path | None = None) -> None
     rows, kind, notes = _checkpoint(path, base)
   else:
     rows, kind, notes = _weights(path)
-  # In a file or a pipe, a row is one line, however long.
+  # In a file or a pipe, a row is one line.
   console = Console(width=None if sys.stdout.isatty() else 500)
   if names:
     table = Table("name", "shape", "dtype", "file", title=str(path), box=SIMPLE)

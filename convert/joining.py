@@ -1,11 +1,14 @@
-"""`convert join OUT PART …`: encoders and an LLM in one checkpoint, to start training from."""
+"""`convert join OUT PART …`: encoders and an LLM to one checkpoint, to train on."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy, describe, find, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, describe, find, read_leaves
 
 from .core.errors import ConversionError
 from .core.folders import SOURCE_FILE, check_apart, check_target, copier, save_checkpoint
@@ -13,7 +16,7 @@ from .core.kind import Opened
 from .readers import read_object
 
 
-def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[str, Lazy]:
+def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[str, LazyArray]:
   """Copies the leaves of several checkpoints into one, one tensor at a time.
 
   The connector between the encoders and the LLM is absent; training initializes it.
@@ -24,17 +27,17 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
     overwrite: replace an existing checkpoint.
 
   Returns:
-    path -> leaf of everything that was written.
+    path -> leaf.
 
   Raises:
     FileNotFoundError, FileExistsError: for a part and the target.
-    ConversionError: if two parts hold the same leaf, or one is not an encoder or LLM alone.
+    ConversionError: if two parts have the same leaf, or one is not an encoder or LLM alone.
   """
   opened = [describe(find(part)) for part in parts]
   check_apart(out, [path for about in opened for path in (about.folder, about.base)])
   check_target(out, overwrite=overwrite)
   config: dict[str, Any] = {"encoders": [], "frontends": []}
-  leaves: dict[str, Lazy] = {}
+  leaves: dict[str, LazyArray] = {}
   style: dict[str, Any] = {}
   kept: dict[str, tuple[Path, ...]] = {}
   tokenizer: list[Path] = []
@@ -44,10 +47,10 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
       raise ConversionError(
         f"{about.folder} is not an encoder or an LLM alone: it has {', '.join(unknown)}"
       )
-    for path in tree.flatten(about.params):
+    for path, leaf in tree.flatten(about.params).items():
       if path in leaves:
         raise ConversionError(f"{about.folder} has {path}, which another part has too")
-      leaves[path] = _lazy(about, path)
+      leaves[path] = LazyArray(leaf.shape, leaf.dtype, functools.partial(_read, about, path))
     config["encoders"] += about.config.get("encoders", [])
     config["frontends"] += about.config.get("frontends", [])
     if "decoder" in about.config:
@@ -59,11 +62,10 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
   if "decoder" not in config or not config["encoders"]:
     found = "no LLM" if config["encoders"] else "no encoder"
     raise ConversionError(f"{found} among {', '.join(map(str, parts))}; both are needed")
-  joined = Opened(config, leaves, style=style, tokenizer=copier(tokenizer), kept=kept)
+  joined = Opened(config=config, leaves=leaves, style=style, tokenizer=copier(tokenizer), kept=kept)
   save_checkpoint(out, joined, kind="join", overwrite=overwrite)
   return leaves
 
 
-def _lazy(about: Checkpoint, path: str) -> Lazy:
-  leaf = tree.flatten(about.params)[path]
-  return Lazy(leaf.shape, leaf.dtype, lambda: read_leaves(about, [path])[path])
+def _read(about: Checkpoint, path: str) -> np.ndarray:
+  return read_leaves(about, [path])[path]

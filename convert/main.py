@@ -76,7 +76,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     "verify",
     help="compare the original and a checkpoint on the same clips",
     description="Runs the original and a checkpoint in float32. Prints the largest error of every"
-    " stage, and whether both generate the same tokens. Exit status: 0 if every stage is within its"
+    " stage relative to the difference that rounding explains, and whether both generate the same"
+    " tokens. Exit status: 0 if every stage is within its"
     " bound and all tokens are equal, 1 if not, 2 if they could not be run.",
   )
   verifying.add_argument("kind", choices=KINDS)

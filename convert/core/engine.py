@@ -1,4 +1,4 @@
-"""Maps whole sets of tensors by a table: all that does not fit is found before anything is read."""
+"""Maps sets of tensors by a table, and finds all misfits before any tensor is read."""
 
 import dataclasses
 import functools
@@ -10,27 +10,22 @@ import jax
 import numpy as np
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
 
 from ..readers import Source
 from .errors import Problems
 from .rules import Table, Transform
 
-# What a checkpoint keeps as it is; float64 is not among them, for JAX would round it.
+# Dtypes of a checkpoint. Not float64, which JAX would round.
 STORED = ("float16", "bfloat16", "float32")
-GROUP_BYTES = 256 * 2**20  # leaves that are read from a checkpoint in one go
+GROUP_BYTES = 256 * 2**20  # of leaves that are read from a checkpoint at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-  """What a table made of a source.
+  """The leaves (path -> leaf, not yet read) of a source, and the names of its other tensors."""
 
-  Attributes:
-    leaves: path -> leaf, to be read later.
-    ignored: names of the tensors that no leaf is made of.
-  """
-
-  leaves: dict[str, Lazy]
+  leaves: dict[str, LazyArray]
   ignored: tuple[str, ...] = ()
 
 
@@ -38,22 +33,22 @@ def map_in(
   source: Source,
   table: Table,
   expected: Mapping[str, tuple[int, ...]],
-  problems: Problems,
   *,
+  problems: Problems,
   ignored: Sequence[str] = (),
   names: Iterable[str] | None = None,
 ) -> Mapped:
-  """Gives every expected leaf its tensor, without reading one.
+  """Finds the tensor of every expected leaf, without reading one.
 
   Args:
     source: the tensors.
-    table: which is which.
-    expected: path -> shape of every leaf that must come out.
-    problems: gets every unmapped, missing, duplicate and mis-shaped tensor.
-    ignored: regular expressions of whole names that may be there and are not needed.
-    names: those of the source's tensors that are meant; default: all.
+    table: the rules.
+    expected: path -> shape of every leaf.
+    problems: receives every unmapped, missing, duplicate and mis-shaped tensor.
+    ignored: regular expressions of names that are not needed.
+    names: names to map; default: all.
   """
-  leaves: dict[str, Lazy] = {}
+  leaves: dict[str, LazyArray] = {}
   origin: dict[str, str] = {}
   dropped = []
   for name in source.tensors if names is None else names:
@@ -68,19 +63,18 @@ def map_in(
       continue
     path, transform = mapped
     if path in leaves:
-      problems.add(f"{tensor.file.name}: {name} is a duplicate: {origin[path]} is {path} as well")
+      problems.add(f"{tensor.file.name}: {name} is a duplicate: {origin[path]} is also {path}")
       continue
     origin[path] = name
-    leaves[path] = Lazy(expected[path], tensor.dtype, _reader(source, name, transform))
-    fits = transform.torch_ndim in (None, len(tensor.shape))
-    if not fits or tuple(transform.shape(tensor.shape)) != tuple(expected[path]):
-      wanted = list(transform.torch_shape(expected[path]))
+    leaves[path] = LazyArray(expected[path], tensor.dtype, _reader(source, name, transform))
+    wanted = transform.torch_shape(expected[path])
+    if tensor.shape != wanted:
       problems.add(
-        f"{tensor.file.name}: {name} has shape {list(tensor.shape)}, the model needs {wanted}"
+        f"{tensor.file.name}: {name} has shape {list(tensor.shape)}, the model needs {list(wanted)}"
       )
     if tensor.dtype.name not in STORED:
       problems.add(
-        f"{tensor.file.name}: {name} has dtype {tensor.dtype.name}; can be {', '.join(STORED)}"
+        f"{tensor.file.name}: {name} has dtype {tensor.dtype.name}; use {' or '.join(STORED)}"
       )
   for path in expected:
     if path not in leaves:
@@ -101,9 +95,9 @@ def _counterpart(table: Table, path: str) -> tuple[str, Transform]:
 
 
 def leaf_shapes(module, *args, method=None) -> dict[str, tuple[int, ...]]:
-  """path -> shape of the parameters that `module.init` would make of such arguments, per layer.
+  """path -> shape of the parameters that `module.init` makes for such arguments, per layer.
 
-  With `compute.scan` the module is traced in the time of one layer, and each module only once.
+  Each module is traced once; with `compute.scan` in the time of one layer.
   """
   return dict(_leaf_shapes(module, tuple((arg.shape, arg.dtype) for arg in args), method))
 
@@ -118,13 +112,13 @@ def _leaf_shapes(module, inputs, method) -> dict[str, tuple[int, ...]]:
 
 
 def under(prefix: str, leaves: Mapping) -> dict:
-  """The same leaves below a path."""
+  """Moves leaves below a path."""
   return {f"{prefix}/{path}": leaf for path, leaf in leaves.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
-  """A tensor to be written: what it is called, and the leaf that it is made of."""
+  """A tensor to write, and the leaf that supplies its values."""
 
   name: str
   shape: tuple[int, ...]
@@ -137,11 +131,13 @@ class Outgoing:
     return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-def map_out(
-  about: Checkpoint, table: Table, paths: Iterable[str], problems: Problems
-) -> list[Outgoing]:
-  """The tensors that leaves of a checkpoint become, in natural order of their names."""
-  leaves = tree.flatten(about.params)
+def map_out(about: Checkpoint, table: Table, paths: Iterable[str]) -> list[Outgoing]:
+  """Returns the tensors of leaves of a checkpoint, in natural order of their names.
+
+  Raises:
+    ConversionError: with every leaf that no rule matches.
+  """
+  leaves, problems = tree.flatten(about.params), Problems()
   outgoing: dict[str, Outgoing] = {}
   for path in paths:
     found = table.to_torch(path)
@@ -150,28 +146,25 @@ def map_out(
       continue
     name, transform = found
     leaf = leaves[path]
-    outgoing[name] = Outgoing(
-      name, tuple(transform.torch_shape(leaf.shape)), np.dtype(leaf.dtype), path, transform
-    )
+    shape = transform.torch_shape(leaf.shape)
+    outgoing[name] = Outgoing(name, shape, np.dtype(leaf.dtype), path, transform)
+  problems.check(str(about.folder))
   return [outgoing[name] for name in sorted(outgoing, key=natural)]
 
 
 def natural(name: str) -> list:
-  """Sorts numbers in names by value: layers.2 before layers.10."""
+  """Sort key that puts layers.2 before layers.10."""
   return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"(\d+)", name)]
 
 
 def read_out(about: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[np.ndarray]:
-  """Reads the tensors in their order, with a group of them, or one large one, in memory.
-
-  They may be views that are not in C order (`transforms.row_blocks`).
-  """
+  """Reads tensors in order, GROUP_BYTES at a time, as views in any memory order."""
   for group in _groups(tensors):
     arrays = read_leaves(about, {tensor.path for tensor in group})
     for tensor in group:
       yield tensor.transform.to_torch(arrays[tensor.path])
     arrays.clear()
-    gc.collect()  # Orbax's futures refer to themselves and hold on to what they read
+    gc.collect()  # Orbax's futures are in reference cycles, and keep the arrays
 
 
 def _groups(tensors: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:

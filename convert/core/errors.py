@@ -1,12 +1,12 @@
-"""What can go wrong in a conversion, told all at once."""
+"""Errors of a conversion, all reported at once."""
 
 
 class ConversionError(ValueError):
-  """The files cannot be converted; lists every reason that was found."""
+  """Files that cannot be converted, with every reason."""
 
 
 class Problems:
-  """Collects what is wrong, so that one error tells everything."""
+  """Collects problems, so that one error lists all of them."""
 
   def __init__(self):
     self.found: list[str] = []
@@ -15,7 +15,7 @@ class Problems:
     self.found.append(problem)
 
   def check(self, what: str) -> None:
-    """Raises ConversionError if there were problems; `what` begins the message."""
+    """Raises ConversionError if there are problems; the message begins with `what`."""
     if not self.found:
       return
     if len(self.found) == 1:

@@ -1,4 +1,4 @@
-"""Folders that are complete or absent, and the source/ folder of an imported checkpoint."""
+"""Complete folders, and the source/ folder of an imported checkpoint."""
 
 import contextlib
 import dataclasses
@@ -36,13 +36,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def complete_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-  """Yields a folder to write into. It becomes `out` if the block succeeds, else it is removed.
-
-  Its name is unique, so concurrent runs do not mix.
+  """Yields a folder to write into, which becomes `out` if the block succeeds.
 
   Raises:
-    FileExistsError: if `out` exists, before or after the block, and overwrite is False; or if it
-      holds files that are not written again.
+    FileExistsError: if `out` exists and overwrite is False, or if it has files that are not
+      written again.
   """
   out = out.absolute()
 
@@ -70,22 +68,19 @@ def _check_nothing_lost(part: Path, out: Path) -> None:
   ]
   if lost := sorted(map(str, files[0] - files[1])):
     raise FileExistsError(
-      f"{out} holds {len(lost)} files that this would remove, such as {lost[0]}; remove the folder"
-      " yourself or choose another"
+      f"{out} has {len(lost)} other files, such as {lost[0]}; remove the folder or choose another"
     )
 
 
 def check_apart(out: Path, sources: Iterable[Path | None]) -> None:
-  """Raises ValueError if replacing `out` would remove one of the sources or a part of it."""
+  """Raises ValueError if `out` is, contains or is part of one of the sources."""
   out = out.resolve()
   for source in filter(None, sources):
     read = source.resolve()
     if out in (read, *read.parents):
-      raise ValueError(f"{out} would replace {read}, which is read; choose another folder")
+      raise ValueError(f"{out} would replace the source {read}; choose another folder")
     if out.exists() and read in out.parents:
-      raise ValueError(
-        f"{out} would replace a part of {read}, which is read; choose another folder"
-      )
+      raise ValueError(f"{out} would replace a part of the source {read}; choose another folder")
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -104,7 +99,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def copier(files: Iterable[Path]) -> Callable[[Path], None]:
-  """A function that copies the files into the folder that it is given."""
+  """Returns a function that copies the files into a folder."""
 
   def copy(folder: Path):
     for file in files:
@@ -114,13 +109,7 @@ def copier(files: Iterable[Path]) -> Callable[[Path], None]:
 
 
 def save_checkpoint(out: Path, opened: Opened, *, kind: str, overwrite: bool = False) -> Path:
-  """Saves an opened source, with everything that an export needs to write the same files again.
-
-  Args:
-    out: folder of the checkpoint.
-    opened: the source; its leaves are read one at a time.
-    kind: name of what was imported.
-    overwrite: replace an existing checkpoint.
+  """Saves an opened source, one leaf at a time, with all that an export needs.
 
   Raises:
     ReadError, ConversionError: if a tensor cannot be read.
@@ -132,7 +121,7 @@ def save_checkpoint(out: Path, opened: Opened, *, kind: str, overwrite: bool = F
       (folder / name).mkdir()
       copier(files)(folder / name)
 
-  # Values that are not finite are found before anything is written, at the cost of reading twice.
+  # Reads everything twice, to find values that are not finite before anything is written.
   console, leaves = Console(stderr=True), opened.leaves
   for leaf in track(leaves.values(), "checking", console=console, disable=not console.is_terminal):
     leaf.read()
@@ -149,7 +138,7 @@ def save_checkpoint(out: Path, opened: Opened, *, kind: str, overwrite: bool = F
     )
   except SaveError as error:
     cause: BaseException | None = error
-    while cause is not None:  # the error of a tensor that cannot be read names it
+    while cause is not None:  # find the error that names the tensor
       if isinstance(cause, ReadError | ConversionError):
         raise cause from error
       cause = cause.__cause__
@@ -157,7 +146,7 @@ def save_checkpoint(out: Path, opened: Opened, *, kind: str, overwrite: bool = F
 
 
 def style_of(about: Checkpoint, part: str) -> dict[str, Any]:
-  """How the imported files of a part were written; {} if it was not imported."""
+  """Returns the layout of the imported files of a part; {} if it was not imported."""
   for folder in about.sources:
     style = read_object(folder / SOURCE_FILE)["style"]
     if part in style:
@@ -166,7 +155,7 @@ def style_of(about: Checkpoint, part: str) -> dict[str, Any]:
 
 
 def kept_files(about: Checkpoint, name: str) -> list[Path]:
-  """The files in a folder of source/: of the checkpoint, else of its base."""
+  """Lists the files in a folder of source/, of the checkpoint or else of its base."""
   for folder in about.sources:
     if (folder / name).is_dir():
       return sorted((folder / name).iterdir())
@@ -174,36 +163,29 @@ def kept_files(about: Checkpoint, name: str) -> list[Path]:
 
 
 def kept_json(about: Checkpoint, name: str, file: str) -> dict[str, Any] | None:
-  """A JSON file in a folder of source/; None if it is absent."""
+  """Reads a JSON file in a folder of source/; None if it is absent."""
   return next((read_object(path) for path in kept_files(about, name) if path.name == file), None)
 
 
 def encoder_of(about: Checkpoint, kind: str) -> tuple[Any, Any]:
-  """Configs of an encoder of a checkpoint and of its features.
-
-  Raises:
-    ConversionError: if it has no encoder of that kind.
-  """
+  """Returns (config, config of its front end). Raises ConversionError without such an encoder."""
   encoders = about.config.get("encoders", ())
   for n, section in enumerate(encoders):
     if section.get("kind") == kind:
       frontend = frontend_from_json(about.config["frontends"][n], f"frontends[{n}]")
       return part_from_json(section, f"encoders[{n}]"), frontend
   held = ", ".join(section.get("kind", "?") for section in encoders) or "no encoder"
-  raise ConversionError(f"{about.folder}: no {kind} encoder in it; it holds {held}")
+  raise ConversionError(f"{about.folder}: no {kind} encoder in it; it has {held}")
 
 
 def check_roundtrip(meant: SpeechLLMConfig, read: SpeechLLMConfig, problems: Problems) -> None:
-  """Adds every difference between a model and its exported files, read again.
-
-  The dropout of encoders and connector only matters in training and is not compared.
-  """
+  """Adds every difference between a model and its exported files, except dropout."""
   for path, (ours, theirs) in differences(_essence(meant), _essence(read)).items():
     numbers = isinstance(ours, float) and isinstance(theirs, float)
     if not (numbers and math.isclose(ours, theirs, rel_tol=1e-12)):
       problems.add(
-        f"{path} is {ours!r} in config.json, which these files cannot express: they are read as"
-        f" {theirs!r}; share the checkpoint itself, or train a model with that value"
+        f"{path} is {ours!r} in config.json, which these files cannot express (they are read as"
+        f" {theirs!r}); share the checkpoint itself, or train a model with that value"
       )
 
 

@@ -1,4 +1,4 @@
-"""The record that describes a published format, and the results that its functions return."""
+"""`Kind`, the record of a published format, and the results of its functions."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -7,89 +7,80 @@ from typing import Any
 
 import numpy as np
 
-from mooer_jax.checkpoint import Checkpoint, Lazy
+from mooer_jax.checkpoint import Checkpoint, LazyArray
 from mooer_jax.config import SpeechLLMConfig, part_to_json
 from mooer_jax.text.tokenizer import Tokenizer
 
 from .errors import Problems
 from .options import Options
 
-# Values of a clip at each stage, such as "features" [T, F] and "encoder" [T, D].
+# Values of a clip by stage, such as "features" [T, F] and "encoder" [T, D].
 Stages = dict[str, np.ndarray]
-Writer = Callable[[Path], Any]  # writes files into the folder that it is given
+Writer = Callable[[Path], Any]  # writes files into a folder
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-  """A source that was opened for an import; no tensor is read.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+  """An opened source; no tensor is read.
 
   Attributes:
-    config: content of config.json.
-    leaves: path -> leaf, to be read later.
-    style: how the files were written where that is a choice; an export needs it.
+    leaves: path -> leaf.
+    style: choices in the layout of the files, which an export repeats.
     tokenizer: writes the files of tokenizer/.
-    kept: folder below source/ -> files that are copied there.
-    generation: content of generation.json.
-    base: checkpoint that holds the other leaves.
-    ignored: names of tensors and entries that no leaf is made of.
+    kept: folder below source/ -> files to copy there.
+    ignored: names of tensors and entries that are not converted.
     notes: sentences for the user.
   """
 
-  config: dict[str, Any]
-  leaves: dict[str, Lazy]
+  leaves: dict[str, LazyArray]
   style: dict[str, Any] = dataclasses.field(default_factory=dict)
   tokenizer: Writer = lambda folder: None
   kept: dict[str, tuple[Path, ...]] = dataclasses.field(default_factory=dict)
+  ignored: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened(_Source):
+  """A source as a checkpoint: content of config.json and generation.json, and its base."""
+
+  config: dict[str, Any]
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   base: Path | None = None
-  ignored: tuple[str, ...] = ()
-  notes: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """An encoder or a language model that was opened; fields as in `Opened`.
-
-  Attributes:
-    config: config of the part.
-    frontend: config of the features that an encoder takes; None for a language model.
-  """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part(_Source):
+  """An encoder with its front end, or a language model without."""
 
   config: Any
-  leaves: dict[str, Lazy]
-  style: dict[str, Any]
   frontend: Any = None
-  tokenizer: Writer = lambda folder: None
-  kept: dict[str, tuple[Path, ...]] = dataclasses.field(default_factory=dict)
-  ignored: tuple[str, ...] = ()
-  notes: tuple[str, ...] = ()
 
   def alone(self) -> Opened:
-    """The part as a checkpoint of its own."""
-    if self.frontend is None:
-      config: dict[str, Any] = {"decoder": part_to_json(self.config)}
-    else:
-      config = {
-        "encoders": [part_to_json(self.config)],
-        "frontends": [part_to_json(self.frontend)],
-      }
-    shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    del shared["config"], shared["frontend"]
-    return Opened(config, **shared)
+    """Returns the part as a checkpoint of its own."""
+    config: dict[str, Any] = {"decoder": part_to_json(self.config)}
+    if self.frontend is not None:
+      config = {"encoders": [part_to_json(self.config)], "frontends": [part_to_json(self.frontend)]}
+    shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Source)}
+    return Opened(config=config, **shared)
+
+
+def combine(parts: Sequence[Part]) -> dict[str, Any]:
+  """Returns the fields of `Opened` that parts of a model have in common, combined."""
+  return {
+    "style": {name: value for part in parts for name, value in part.style.items()},
+    "kept": {name: files for part in parts for name, files in part.kept.items()},
+    "ignored": tuple(name for part in parts for name in part.ignored),
+    "notes": tuple(note for part in parts for note in part.notes),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A comparison that `verify` asks a reference for.
+  """A comparison: a checkpoint, the source (and further files) it came from, and the input.
 
   Attributes:
-    about: the checkpoint that is verified.
-    config: its model.
-    tokenizer: its tokenizer; None if it has none.
-    src: the source that it was imported from.
-    options: further files of the original.
     waveforms: clips, float32 [N].
-    max_new_tokens: maximum number of generated tokens.
   """
 
   about: Checkpoint
@@ -110,8 +101,8 @@ class Original:
   """Results of the original model.
 
   Attributes:
-    clips: stages of each clip, in the order of computation; of a language model alone, one entry.
-    prompt: token ids before and after the speech, as our side takes them.
+    clips: stages of each clip, in the order of computation; one entry for an LLM alone.
+    prompt: token ids before and after the speech, for our side.
     notes: sentences for the user.
   """
 
@@ -125,16 +116,16 @@ class Kind:
   """A published format. The file of the format defines it; kinds.py lists it.
 
   Attributes:
-    name: the word on the command line.
-    open: maps the files of a source to leaves. None if `problems` received a reason.
-    export: (checkpoint, folder, bytes per file of weights): writes the files; None: import only.
-    recognises: (path, names of the tensors in it): a description if it is of this kind, else None.
-    files: the weights in a folder that has them in several places; empty for any other path.
+    name: name on the command line.
+    open: maps a source to leaves; None if `problems` received a reason.
+    export: writes (checkpoint, folder, bytes per file of weights); None: import only.
+    recognises: (path, names of its tensors) to a description, or None if it is another kind.
+    files: weights in a folder that has them in several places; empty for other paths.
     options: fields of `Options` that `open` uses.
-    parts: the leaves that a checkpoint of this kind has, by the beginnings of their paths.
+    parts: beginnings of the paths that every checkpoint of this kind has.
     reference: runs the original; None if the files are not a whole model.
-    needs: options without which `reference` cannot run.
-    takes: options that `reference` uses if they are given.
+    needs: options that `reference` requires.
+    takes: options that `reference` uses if given.
   """
 
   name: str

@@ -1,4 +1,4 @@
-"""Options of `import` and `verify`; imports neither torch nor JAX, so that `--help` is quick."""
+"""Options of `import` and `verify`. Imports neither torch nor JAX, so that `--help` is quick."""
 
 import dataclasses
 from pathlib import Path
@@ -33,15 +33,15 @@ class Options:
   overwrite: bool = False
 
   def given(self) -> list[str]:
-    """Names of the options that differ from their defaults."""
+    """Lists the options that differ from their defaults."""
     return [name for name, value in vars(self).items() if value != getattr(Options, name)]
 
   def paths(self) -> list[Path]:
-    """Files and folders that are read."""
+    """Lists the files and folders."""
     return [value for value in vars(self).values() if isinstance(value, Path)]
 
 
-# Of the options that name files; for `--help` and for errors.
+# For `--help` and for errors.
 DESCRIPTIONS = {
   "llm": "folder of the LLM, or of the model that a LoRA was trained on",
   "lora_config": "adapter_config.json of training, or its folder",
@@ -52,5 +52,5 @@ DESCRIPTIONS = {
 
 
 def flag(option: str) -> str:
-  """The command-line flag of a field of `Options`."""
+  """Returns the command-line flag of a field of `Options`."""
   return "--no-lora" if option == "lora" else f"--{option.replace('_', '-')}"

@@ -1,6 +1,6 @@
-"""Writes safetensors tensor by tensor, and files of torch.save.
+"""Writes safetensors, and files of torch.save.
 
-The package safetensors' own writer wants all tensors of a file at once.
+The writer of the package `safetensors` needs all tensors of a file in memory; this one needs one.
 """
 
 import json
@@ -30,13 +30,14 @@ def write_shards(
   shard_bytes: int,
   stem: str = "model",
 ) -> list[str]:
-  """Writes `stem.safetensors`, or numbered shards with an index as Hugging Face lays them out.
+  """Writes `stem.safetensors`, or numbered shards with an index, in Hugging Face's layout.
 
   Args:
-    folder: where they go.
+    folder: an existing folder.
     tensors: names, shapes and dtypes.
-    arrays: their values, in the same order; each is taken when its turn comes.
-    shard_bytes: size that a file does not exceed unless one tensor does.
+    arrays: their values in the same order, consumed one by one.
+    shard_bytes: maximum size of a file, unless one tensor is larger.
+    stem: name of the file without extension.
 
   Returns:
     Names of the files.
@@ -73,7 +74,7 @@ def _write_file(path: Path, tensors: Sequence[Outgoing], values) -> None:
       "data_offsets": [start, end],
     }
   text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # so that the data are aligned
+  text += b" " * (-len(text) % 8)  # aligns the data
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
@@ -85,14 +86,19 @@ def _write_file(path: Path, tensors: Sequence[Outgoing], values) -> None:
 
 
 def write_torch(path: Path, tensors: Sequence[Outgoing], arrays: Iterable[np.ndarray]) -> None:
-  """Writes tensors as a state dict; all of them are in memory at once."""
-  values = {tensor.name: to_torch(array) for tensor, array in zip(tensors, arrays, strict=True)}
-  torch.save(values, path)
+  """Writes tensors as a state dict, which is in memory as a whole."""
+  torch.save(state_dict(tensors, arrays), path)
+
+
+def state_dict(
+  tensors: Sequence[Outgoing], arrays: Iterable[np.ndarray]
+) -> dict[str, torch.Tensor]:
+  return {tensor.name: to_torch(array) for tensor, array in zip(tensors, arrays, strict=True)}
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-  """The same bits as a tensor; NumPy's bfloat16 is not one that torch knows."""
-  array = np.array(array, order="C")  # an own one, which torch may write to
+  """Copies an array, bit for bit. NumPy's bfloat16 is not a dtype that torch accepts."""
+  array = np.array(array, order="C")
   if array.dtype == ml_dtypes.bfloat16:
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
   return torch.from_numpy(array)

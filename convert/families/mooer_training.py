@@ -1,12 +1,11 @@
 """Training checkpoints of MooER's own program: DeepSpeed folders, import only.
 
-They hold what was trained (adapter, LoRA, perhaps encoder or LLM) under the names of the whole
-model; what was frozen, the tokenizer and the prompts come from the checkpoint of a release.
+They have the trained parts (adapter, LoRA, perhaps encoder or LLM) under the names of the complete
+model. The frozen parts, the tokenizer and the prompts come from the checkpoint of a release.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, describe, find
@@ -25,7 +24,7 @@ from . import mooer
 
 LLM = "llm."
 WRAPPED = LLM + language_model.WRAPPED
-# MooER's PeftConfig. The shapes show the rank; the folder does not hold the other values.
+# MooER's PeftConfig, which the folder does not have.
 USUAL = {"peft_type": "LORA", "r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
 BUFFERS = (r"llm\.(base_model\.model\.)?model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 LLM_TABLE = language_model.wrapped_table(LLM)
@@ -35,9 +34,9 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
   """Opens a training checkpoint.
 
   Args:
-    folder: as written by DeepSpeed (`latest`, `global_step*/`), or a file of its merged weights.
-    options: base_checkpoint, the speech LLM that supplies what was frozen; lora_config (default:
-      MooER's usual values); task that the model was trained for (default: that of the base).
+    folder: DeepSpeed's folder (`latest`, `global_step*/`), or a file of its merged weights.
+    options: base_checkpoint, which has the frozen parts; lora_config (default: USUAL); task of
+      the training (default: that of the base).
     problems: receives everything that does not fit.
 
   Returns:
@@ -71,7 +70,15 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
       expected |= mooer.connector_shapes(connector, encoder, config.decoder.hidden_size)
   added = None
   if any(".lora_" in name for name in source.tensors):
-    added = _open_lora(source, options.lora_config, problems, notes)
+    added = lora.from_training(
+      source,
+      options.lora_config,
+      problems,
+      notes,
+      usual=USUAL,
+      origin="MooER's usual training",
+      prefix=LLM,
+    )
     if added is not None:
       _check_base(about, config, added, problems)
       config = config.replace(decoder=added.added_to(config.decoder))
@@ -87,7 +94,7 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
     mapped = table.to_jax(name)
     if mapped and mapped[0].startswith(("encoders/", "decoder/")) and mapped[0] in below:
       expected.setdefault(mapped[0], below[mapped[0]])
-  mapped_in = map_in(source, table, expected, problems, ignored=_ignored(source, config))
+  mapped_in = map_in(source, table, expected, problems=problems, ignored=_ignored(source, config))
   if not mapped_in.leaves:
     problems.add("it has no tensor of a speech LLM")
   if problems.found:
@@ -116,37 +123,10 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
   )
 
 
-def _open_lora(
-  source: Source, lora_config: Path | None, problems: Problems, notes: list[str]
-) -> lora.Lora | None:
-  options: Mapping[str, Any] | None = USUAL
-  if lora_config is not None:
-    options = lora.read_options(lora.config_file(lora_config), problems)
-  if options is None:
-    return None
-  found = lora.from_source(source, options, problems, prefix=LLM)
-  if found is None:
-    return None
-  first = next(t for name, t in source.tensors.items() if ".lora_A." in name)
-  rank = first.shape[0] if first.shape else 0
-  if lora_config is None and rank != USUAL["r"]:
-    problems.add(
-      f"the LoRA has rank {rank}, MooER's has {USUAL['r']}, so its alpha is unknown; pass the"
-      " adapter_config.json of training with --lora-config"
-    )
-    return None
-  origin = "of MooER's usual training (--lora-config changes it)"
-  notes.append(
-    f"LoRA: rank {found.rank}, alpha {found.alpha:g}, on {', '.join(found.targets)}; alpha "
-    + (origin if lora_config is None else f"of {lora.config_file(lora_config)}")
-  )
-  return found
-
-
 def _check_base(
   about: Checkpoint, config: SpeechLLMConfig, added: lora.Lora, problems: Problems
 ) -> None:
-  """A LoRA was trained on a plain LLM and replaces that of the base, all of it."""
+  """The LoRA replaces that of the base, and was trained on a plain LLM."""
   if style_of(about, "mooer").get("lora_merged"):
     problems.add(
       f"--base-checkpoint {about.folder}: a LoRA was merged into its LLM, and this one was trained"
@@ -163,7 +143,7 @@ def _check_base(
 def _check_merged(
   source: Source, about: Checkpoint, added: lora.Lora | None, problems: Problems
 ) -> None:
-  """A trained LLM had its LoRA merged before, so that of the base must not be added."""
+  """The LoRA of the base must not be added to an LLM that was trained after merging it."""
   plain = [
     name
     for name in source.tensors

@@ -1,8 +1,8 @@
-"""SALMONN: what it trained, with its Whisper, BEATs and LLM: in and out."""
+"""SALMONN: its own file, with its Whisper, BEATs and LLM, in and out."""
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy
+from mooer_jax.checkpoint import Checkpoint, LazyArray
 from mooer_jax.config import SpeechLLMConfig, from_json, to_json
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.prompts import SALMONN_PROMPTS, TEMPLATES, read_prompts
@@ -19,10 +19,10 @@ from mooer_jax.text.tokenizer import Tokenizer
 from ..core.engine import Mapped, map_in, map_out, read_out
 from ..core.errors import Problems
 from ..core.folders import check_roundtrip, style_of, write_json
-from ..core.kind import Kind, Opened
+from ..core.kind import Kind, Opened, Part, combine
 from ..core.options import Options
 from ..core.rules import IDENTITY, Rule, Table
-from ..core.writers import to_torch
+from ..core.writers import state_dict
 from ..parts import beats, language_model, lora, qformer, whisper
 from ..parts.tokenizer_files import read_tokenizer
 from ..readers import Source, check_file, open_source
@@ -34,7 +34,7 @@ WHISPER, BEATS, LLM = "speech_encoder.", "beats.", "llama_model."
 NORMS = {"whisper": "ln_speech", "beats": "ln_audio"}
 # Default prompts.
 PROMPTS = {task: texts[0] for task, texts in read_prompts(SALMONN_PROMPTS).items()}
-MIN_AUDIO_S = 1.0  # as the original reads recordings
+MIN_AUDIO_S = 1.0  # to which the original pads
 DROPOUT = 0.1  # of bert-base, from whose configuration the original makes its Q-Former
 _BIAS_TABLE = r"beats\.encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight"
 _LLM = r"llama_model\.(base_model\.model\.)?"
@@ -49,12 +49,12 @@ DECODING = {
 
 
 def trained_table() -> Table:
-  """The rules of everything in the file except LoRA: `lora.table(adapter, LLM)`."""
+  """Rules of the file, without LoRA (`lora.table`)."""
   rules = list(qformer.TABLE.rules)
   for kind, name in NORMS.items():
     rules.append(Rule(f"{name}.weight", f"encoder_norms/{kind}/scale", IDENTITY))
     rules.append(Rule(f"{name}.bias", f"encoder_norms/{kind}/bias", IDENTITY))
-  # Encoders and LLM are frozen in the published training, but may be trained in others.
+  # The published training freezes encoders and LLM; others may train them.
   rules += whisper.table(WHISPER).rules
   rules += [dataclasses.replace(rule, torch=BEATS + rule.torch) for rule in beats.TABLE.rules]
   return Table((*rules, *language_model.wrapped_table(LLM).rules))
@@ -64,7 +64,7 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
   """Opens all parts of a model.
 
   Args:
-    file: salmonn_v1.pth, or what the original's training saves.
+    file: salmonn_v1.pth, or a checkpoint of the original's training.
     options: whisper and llm; beats, if the model has it; lora_config with the LoRA's alpha, if the
       file does not have it; merge_lora; prompts (default: PROMPTS).
     problems: receives everything that does not fit.
@@ -73,31 +73,24 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
     The model; None if there were problems.
 
   Raises:
-    ReadError: if a file is broken.
+    ReadError: if a file is damaged.
     ValueError: if an option is missing.
   """
   if options.whisper is None or options.llm is None:
-    raise ValueError("salmonn needs --whisper and --llm: its file holds only what was trained")
-  asked = PROMPTS if options.prompts is None else _read_prompts(options.prompts)
-  beats_path = options.beats
+    raise ValueError("salmonn needs --whisper and --llm: its file has only the trained parts")
+  prompts = PROMPTS if options.prompts is None else _read_prompts(options.prompts)
   source = open_source(file, part=PART)
   notes: list[str] = []
   training = salmonn_options.read_options(file, problems, notes)
-  if (beats_path is not None) != any(name.startswith(NORMS["beats"]) for name in source.tensors):
-    why = "has an ln_audio, so BEATs was used: name its file with --beats"
-    problems.add(f"{file.name} {'has no ln_audio: leave out --beats' if beats_path else why}")
-  speech = whisper.open_encoder(options.whisper, problems)
-  audio = None if beats_path is None else beats.open_beats(beats_path, problems)
+  streams = _open_encoders(source, options, problems)
   model = language_model.open_model(options.llm, problems)
   connector = connector_of(source, training, problems)
   added = _open_lora(source, training, options.lora_config, problems, notes)
-  if speech is None or model is None or connector is None or (beats_path and audio is None):
+  if streams is None or model is None or connector is None:
     return None
   decoder = model.config if added is None else added.added_to(model.config)
-  streams = [speech] if audio is None else [speech, audio]
   parts = [*streams, model]
   below = {path: leaf for part in parts for path, leaf in part.leaves.items()}
-
   expected = qformer.shapes(
     connector, sum(s.config.hidden_size for s in streams), decoder.hidden_size
   )
@@ -106,58 +99,67 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
       expected[f"encoder_norms/{stream.config.kind}/{name}"] = (stream.config.hidden_size,)
   if added is not None:
     expected |= lora.shapes(decoder)
-  mapped, tuned = _map_trained(
-    source, below, expected, problems, added=added, tied=decoder.tie_word_embeddings
-  )
-  leaves = {**below, **mapped.leaves}
-  template = salmonn_options.find_template(training, asked, problems)
+  tied = decoder.tie_word_embeddings
+  mapped, tuned = _map_trained(source, below, expected, problems, added=added, tied=tied)
+  leaves = below | mapped.leaves
+  chat_template = salmonn_options.find_template(training, prompts, problems)
   if problems.found:
     return None
-  write_tokenizer = salmonn_options.led_by_bos(model.tokenizer)
+  write_tokenizer = salmonn_options.with_bos(model.tokenizer)
   tokenizer = read_tokenizer(write_tokenizer)
   salmonn_options.check_tokens(training, tokenizer, problems)
 
-  style: dict[str, Any] = {name: value for part in parts for name, value in part.style.items()}
-  style["salmonn"] = {
+  if added is not None and options.merge_lora:
+    leaves, decoder = lora.merge(leaves, added.scale), model.config
+  if tuned:
+    listed = ", ".join(sorted(tuned)[:3]) + (", …" if len(tuned) > 3 else "")
+    notes.append(f"{len(tuned)} tensors of {file.name} replace those of the folders: {listed}")
+  shared = combine(parts)
+  shared["style"]["salmonn"] = {
     "adapter": "default" if added is None else added.adapter,
     "lora_merged": added is not None and options.merge_lora,
     "tuned": tuned,
   }
-  if added is not None and options.merge_lora:
-    pairs = {path: leaf for path, leaf in leaves.items() if path.endswith(("/lora_a", "/lora_b"))}
-    plain = {path: leaf for path, leaf in leaves.items() if path not in pairs}
-    leaves, decoder = lora.merge(plain, pairs, added.scale), model.config
-  if tuned:
-    notes.append(
-      f"{len(tuned)} tensors of {file.name} replace those of the folders: {_some(tuned)}"
-    )
+  shared["ignored"] = (*mapped.ignored, *source.ignored, *shared["ignored"])
+  shared["notes"] = (*notes, *source.notes, *shared["notes"])
   config = SpeechLLMConfig(
     encoders=tuple(stream.config for stream in streams),
     frontends=tuple(stream.frontend for stream in streams),
     encoder_norm=True,
     connector=connector,
     decoder=decoder,
-    chat_template=template,
-    max_audio_s=float(speech.frontend.chunk_s),
+    chat_template=chat_template,
+    max_audio_s=float(streams[0].frontend.chunk_s),
     min_audio_s=MIN_AUDIO_S,
     channel="first",
-    prompts=tuple(asked.items()),
+    prompts=tuple(prompts.items()),
   )
   return Opened(
     config=to_json(config),
     leaves=leaves,
-    style=style,
     tokenizer=write_tokenizer,
-    kept={**model.kept, **speech.kept},
     generation=decoding(tokenizer.eos_id),
-    ignored=(*mapped.ignored, *source.ignored, *(n for part in parts for n in part.ignored)),
-    notes=(*notes, *source.notes, *(note for part in parts for note in part.notes)),
+    **shared,
   )
+
+
+def _open_encoders(source: Source, options: Options, problems: Problems) -> list[Part] | None:
+  """Opens Whisper and, if the model has it, BEATs; None if one cannot be expressed."""
+  normed = any(name.startswith(NORMS["beats"]) for name in source.tensors)
+  if normed != (options.beats is not None):
+    hint = "an ln_audio, so pass --beats FILE" if normed else "no ln_audio, so leave out --beats"
+    problems.add(f"{source.path.name} has {hint}")
+  assert options.whisper is not None
+  found = [whisper.open_encoder(options.whisper, problems)]
+  if options.beats is not None:
+    found.append(beats.open_beats(options.beats, problems))
+  opened = [part for part in found if part is not None]
+  return opened if len(opened) == len(found) else None
 
 
 def _map_trained(
   source: Source,
-  below: Mapping[str, Lazy],
+  below: Mapping[str, LazyArray],
   expected: dict[str, tuple[int, ...]],
   problems: Problems,
   *,
@@ -168,14 +170,14 @@ def _map_trained(
 
   Args:
     source: the file.
-    below: leaves of the encoders and the LLM, some of which may have been trained.
-    expected: path -> shape of the leaves that only this file has.
+    below: leaves of the encoders and the LLM, which the file may replace.
+    expected: path -> shape of the leaves that only the file has.
     problems: receives everything that does not fit.
     added: the LoRA in the file.
     tied: whether the LLM's head is its embedding.
 
   Returns:
-    The mapped leaves, and path -> name of those that replace a leaf of `below`.
+    The leaves, and path -> name of those that replace a leaf of `below`.
   """
   table, expected = trained_table(), dict(expected)
   if added is not None:
@@ -192,7 +194,7 @@ def _map_trained(
     copies |= dict.fromkeys(_matching(head, source), "decoder/embed/embedding")
   copies = {name: path for name, path in copies.items() if path in below}
   ignored = (*BUFFERS, *map(re.escape, copies))
-  mapped = map_in(source, table, expected, problems, ignored=ignored)
+  mapped = map_in(source, table, expected, problems=problems, ignored=ignored)
   for name, path in copies.items():
     leaf = mapped.leaves.get(path, below[path])
     _check_copy(source, name, leaf, path=path, problems=problems)
@@ -208,14 +210,14 @@ def _read_prompts(file: Path) -> dict[str, str]:
 
 
 def decoding(eos_id: int) -> dict[str, Any]:
-  """Content of generation.json."""
+  """Returns the content of generation.json."""
   return {**DECODING, "eos_token_id": [eos_id]}
 
 
 def connector_of(
   source: Source, options: Mapping[str, Any], problems: Problems
 ) -> QFormerConfig | None:
-  """The Q-Former of a file with these training options; None if something does not fit."""
+  """Derives the Q-Former of a file with these training options; None if something does not fit."""
   return qformer.qformer_config(
     source,
     problems,
@@ -228,60 +230,44 @@ def connector_of(
 
 def _open_lora(
   source: Source,
-  options: Mapping[str, Any],
+  training: Mapping[str, Any],
   lora_config: Path | None,
   problems: Problems,
   notes: list[str],
 ) -> lora.Lora | None:
-  first = next((t for name, t in source.tensors.items() if ".lora_A." in name), None)
-  if first is None:
-    if options.get("lora"):
-      problems.add("its configuration has lora=True, but there is no LoRA in it")
+  has_lora = any(".lora_A." in name for name in source.tensors)
+  if bool(training.get("lora", has_lora)) != has_lora:
+    has = "a" if has_lora else "no"
+    problems.add(f"its configuration has lora={training['lora']}, but there is {has} LoRA in it")
+  if not has_lora:
     if lora_config is not None:
       problems.add("--lora-config: there is no LoRA in the file")
     return None
-  if not options.get("lora", True):
-    problems.add("its configuration has lora=False, but there is a LoRA in it")
-  rank = first.shape[0] if first.shape else 0
-  told: Mapping[str, Any] = {**options, "r": options["lora_rank"], "peft_type": "LORA"}
-  if lora_config is not None:
-    told = lora.read_options(lora.config_file(lora_config), problems) or told
-  if told["r"] != rank:
-    origin = "--lora-config" if lora_config else "its configuration, or the published one,"
-    problems.add(
-      f"the LoRA has rank {rank}, {origin} says {told['r']}, so its alpha is unknown; pass the"
-      " adapter_config.json of training with --lora-config"
-    )
-  found = lora.from_source(source, {**told, "r": max(rank, 1)}, problems, prefix=LLM)
-  if found is not None:
-    notes.append(
-      f"LoRA: rank {rank}, alpha {found.alpha:g}, on {', '.join(found.targets)}"
-      " (--lora-config changes alpha)"
-    )
-  return found
+  usual = {**training, "r": training["lora_rank"]}
+  origin = "its training configuration, or the published one"
+  return lora.from_training(
+    source, lora_config, problems, notes, usual=usual, origin=origin, prefix=LLM
+  )
 
 
 def _matching(pattern: str, source: Source) -> list[str]:
   return [name for name in source.tensors if re.fullmatch(pattern, name)]
 
 
-def _check_copy(source: Source, name: str, leaf: Lazy, *, path: str, problems: Problems) -> None:
-  """Adds a problem if a repeated tensor of PyTorch's state dict is not the leaf that it shares.
+def _check_copy(
+  source: Source, name: str, leaf: LazyArray, *, path: str, problems: Problems
+) -> None:
+  """Adds a problem if the second name of a shared tensor has other values.
 
-  The original adds a row for [PAD] to a shared embedding, which is left out.
+  The row of [PAD] that the original adds to an embedding is left out.
   """
   copy, ours = source.read(name), leaf.read()
   spare = len(copy) - len(ours) if copy.shape[1:] == ours.shape[1:] else -1
   more = 1 if path.startswith("decoder/") else 0
   if not 0 <= spare <= more or not np.array_equal(copy[: len(ours)], ours.astype(copy.dtype)):
     problems.add(
-      f"{name} differs from that tensor in the folders: the model was trained with other files"
+      f"{name} differs from that tensor in the folders; pass the files of the model's training"
     )
-
-
-def _some(names: Iterable[str]) -> str:
-  listed = sorted(names)
-  return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
 
 
 WHISPER_FOLDER, LLM_FOLDER, PROMPTS_FILE = "whisper", "llm", "test_prompt.json"
@@ -289,16 +275,10 @@ _KINDS = (("whisper",), ("whisper", "beats"))
 
 
 def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  """Writes salmonn_v1.pth, whisper/, beats.pt, llm/ and test_prompt.json.
-
-  Args:
-    about: a speech LLM with Whisper, perhaps BEATs, and a Q-Former.
-    folder: to write into; it exists.
-    shard_bytes: maximum size of a file of Whisper or the LLM, unless one tensor is larger.
+  """Writes salmonn_v1.pth, whisper/, beats.pt, llm/ and test_prompt.json into an existing folder.
 
   Raises:
-    ConversionError, ValueError: if the files cannot express the checkpoint, or would be read as
-      another model.
+    ConversionError, ValueError: if the files cannot express the checkpoint.
   """
   config = from_json(about.config)
   problems = Problems()
@@ -322,7 +302,7 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   _write_trained(about, config, config.connector, folder / FILE)
   write_json(folder / PROMPTS_FILE, dict(config.prompts))
 
-  # Reading the files again shows what they cannot express.
+  # Reads the files again, to find what they cannot express.
   problems = Problems()
   options = Options(
     whisper=folder / WHISPER_FOLDER,
@@ -344,7 +324,7 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
 def _write_trained(
   about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig, file: Path
 ) -> None:
-  """Writes {"model": tensors, "config": {"model": options that the tensors do not show}}."""
+  """Writes {"model": tensors, "config": {"model": training options}}."""
   style = style_of(about, "salmonn")
   tuned = style.get("tuned", {})
   rules = [rule for rule in trained_table().rules if _is_new(rule.jax)]
@@ -356,11 +336,8 @@ def _write_trained(
     rules.append(Rule(name, path, mapped[1]))
   paths = [path for path in tree.flatten(about.params) if _is_new(path) or path in tuned]
   paths += lora.paths(about)
-  problems = Problems()
-  tensors = map_out(about, Table(rules), paths, problems)
-  problems.check(str(about.folder))
-  arrays = read_out(about, tensors)
-  model = {t.name: to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
+  tensors = map_out(about, Table(rules), paths)
+  model = state_dict(tensors, read_out(about, tensors))
   torch.save({PART: model, "config": {"model": _options(about, config, connector)}}, file)
 
 
@@ -371,7 +348,7 @@ def _is_new(path: str) -> bool:
 def _options(
   about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig
 ) -> dict[str, Any]:
-  """The model section of the original's configuration, without its paths."""
+  """Returns the model section of the original's configuration, without paths."""
   decoder = config.decoder
   tokenizer = Tokenizer.from_folder(about.tokenizer)
   [end] = [token for token, i in tokenizer.vocabulary().items() if i == tokenizer.eos_id]

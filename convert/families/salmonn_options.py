@@ -1,4 +1,4 @@
-"""SALMONN's training configuration, which holds options that its tensors do not show."""
+"""SALMONN's training configuration, for options that its tensors do not show."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..core.kind import Writer
 from ..readers import read_object
 from ..readers.torch_file import TorchFile
 
-# The model section of the published configuration: defaults for a file without one.
+# The model section of the published configuration.
 USUAL = {
   "use_speech_Qformer": True,
   "window_level_Qformer": True,
@@ -25,16 +25,16 @@ USUAL = {
   "lora_dropout": 0.1,
   "prompt_template": "USER: {}\nASSISTANT:",
 }
-_FRAMES, _SECONDS = 1500, 30.0  # by which the original counts a window's frames, for every Whisper
+_FRAMES, _SECONDS = 1500, 30.0  # to which the original refers windows, for every Whisper
 
 
 def read_options(file: Path, problems: Problems, notes: list[str]) -> dict[str, Any]:
-  """The model section of the training configuration in the file, over USUAL."""
+  """Returns the model section of the training configuration in the file, over USUAL."""
   content = TorchFile(file).content()
   config = content.get("config") if isinstance(content, dict) else None
   section = config.get("model") if isinstance(config, dict) else None
   if not isinstance(section, dict):
-    notes.append(f"{file.name} does not hold its training configuration; the published one is used")
+    notes.append(f"{file.name} has no training configuration; the published one is used")
     return dict(USUAL)
   options = {**USUAL, **section}
   for name in ("use_speech_Qformer", "window_level_Qformer"):
@@ -43,13 +43,13 @@ def read_options(file: Path, problems: Problems, notes: list[str]) -> dict[str, 
   for name, usual in USUAL.items():
     kind = type(usual) if isinstance(usual, bool | str) else (int, float)
     if not isinstance(options[name], kind):
-      problems.add(f"{name}={options[name]!r}: such as {usual!r} is needed")
+      problems.add(f"{name}={options[name]!r}: must be a value such as {usual!r}")
       options[name] = usual
   return options
 
 
 def frames_of(seconds: float) -> int:
-  """Frames in a window, as the original counts them."""
+  """Returns the frames in a window, as the original counts them."""
   return round(_FRAMES * seconds / _SECONDS)
 
 
@@ -59,7 +59,7 @@ def seconds_of(frames: int) -> float:
 
 
 def templates() -> dict[str, str]:
-  """{the original's prompt_template: our name of it}."""
+  """Returns {the original's prompt_template: our name of it}."""
   return {
     text.replace("{prompt}", "{}"): name for name, text in TEMPLATES.items() if SPEECH not in text
   }
@@ -68,11 +68,11 @@ def templates() -> dict[str, str]:
 def find_template(
   options: Mapping[str, Any], prompts: Mapping[str, str], problems: Problems
 ) -> str:
-  """Our name of the original's prompt_template; a prompt that does not fit it is a problem."""
+  """Returns our name of the original's prompt_template, and checks that it fits the prompts."""
   known = templates()
   template = known.get(options["prompt_template"])
   if template is None:
-    problems.add(f"prompt_template={options['prompt_template']!r}: known are {[*known]}")
+    problems.add(f"prompt_template={options['prompt_template']!r}: supported are {[*known]}")
     return SpeechLLMConfig.chat_template
   for task, prompt in prompts.items():
     try:
@@ -82,11 +82,8 @@ def find_template(
   return template
 
 
-def led_by_bos(write: Writer) -> Writer:
-  """Writes a tokenizer's files so that every prompt begins with BOS, as in the original.
-
-  A tokenizer without a BOS is written as it is.
-  """
+def with_bos(write: Writer) -> Writer:
+  """Returns a writer of the tokenizer with BOS, if it has one, at the beginning of prompts."""
 
   def write_config(folder: Path) -> None:
     write(folder)

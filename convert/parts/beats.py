@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
 from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.nn.compute import ExecutionConfig
 
@@ -22,13 +22,13 @@ from ..core.folders import encoder_of, style_of
 from ..core.kind import Kind, Opened, Part
 from ..core.options import Options
 from ..core.rules import CONVOLUTION, TRANSPOSE, Rule, Table, Transform
-from ..core.writers import to_torch
+from ..core.writers import state_dict
 from ..readers import ReadError, Source, open_source
 from ..readers.torch_file import TorchFile
 from ..verify.reference import beats as reference
 
 FILE = "beats.pt"
-# Mean and standard deviation of the features BEATs was trained with; it divides by two of them.
+# Of the features in training; BEATs divides by two standard deviations.
 MEAN, DEVIATION = 15.41663, 6.55582
 
 BIAS_TABLE = "encoder.layers.{n}.self_attn.relative_attention_bias.weight"
@@ -50,7 +50,7 @@ _SIZES = (
   ("num_buckets", "buckets", 320),
   ("max_distance", "max_distance", 1280),
 )
-# The only value that our encoder implements, and the original's default.
+# The only supported value, and the original's default.
 _ONLY: tuple[tuple[str, Any, Any], ...] = (
   ("conv_bias", False, False),
   ("activation_fn", "gelu", "gelu"),
@@ -59,7 +59,7 @@ _ONLY: tuple[tuple[str, Any, Any], ...] = (
   ("relative_position_embedding", True, False),
   ("gru_rel_pos", True, False),
 )
-# These matter in training only, or for the head of a fine-tuned file.
+# Of training, or of the head of a fine-tuned file.
 _SKIPPED = (
   "layer_wise_gradient_decay_ratio",
   "dropout",
@@ -73,50 +73,26 @@ _SKIPPED = (
 )
 
 
-def _patch_in(weight_O1PP: np.ndarray) -> np.ndarray:
-  return weight_O1PP.reshape(len(weight_O1PP), -1).T
-
-
 def _patch_out(kernel_PO: np.ndarray) -> np.ndarray:
-  return kernel_PO.T.reshape(_patch_torch_shape(kernel_PO.shape))
-
-
-def _patch_torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  side = round(shape[0] ** 0.5)
-  return shape[1], 1, side, side
+  side = round(len(kernel_PO) ** 0.5)
+  return kernel_PO.T.reshape(-1, 1, side, side)
 
 
 # nn.Conv2d over one channel, its kernel as wide as its stride, is a linear layer on each patch.
-PATCH = Transform(
-  2,
-  4,
-  lambda s: (s[2] * s[3], s[0]) if s[1] == 1 and s[2] == s[3] else s,
-  _patch_torch_shape,
-  _patch_in,
-  _patch_out,
-)
-
-
-def _vector(torch_shape) -> Transform:
-  """A vector that PyTorch keeps with further axes of length one: `torch_shape(n)`."""
-  return Transform(
-    1,
-    len(torch_shape(1)),
-    lambda s: (max(s),) if tuple(s) == torch_shape(max(s)) else s,
-    lambda s: torch_shape(s[0]),
-    lambda x: x.reshape(-1),
-    lambda x: x.reshape(torch_shape(len(x))),
-  )
+PATCH = Transform(lambda weight_O1PP: weight_O1PP.reshape(len(weight_O1PP), -1).T, _patch_out)
+# Vectors with further axes of length one.
+_LAST = Transform(lambda x: x.reshape(-1), lambda x: x[None, None])
+_HEADS = Transform(lambda x: x.reshape(-1), lambda x: x[None, :, None, None])
 
 
 def _rules():
   rules = [
     ("patch_embedding.weight", "patch/kernel", PATCH),
     ("encoder.pos_conv.0.weight_v", "position/kernel", CONVOLUTION),
-    ("encoder.pos_conv.0.weight_g", "position/scale", _vector(lambda n: (1, 1, n))),
+    ("encoder.pos_conv.0.weight_g", "position/scale", _LAST),
     ("encoder.pos_conv.0.bias", "position/bias", None),
     (BIAS_TABLE.format(n=0), "relative_bias/embedding", None),
-    (f"{_LAYER}.self_attn.grep_a", "layers_{n}/attention/gate/scale", _vector(_heads)),
+    (f"{_LAYER}.self_attn.grep_a", "layers_{n}/attention/gate/scale", _HEADS),
   ]
   for theirs, path, parts in (
     ("layer_norm", "patch_norm", _NORM),
@@ -136,18 +112,14 @@ def _rules():
   ]
 
 
-def _heads(n: int) -> tuple[int, ...]:
-  return 1, n, 1, 1
-
-
 TABLE = Table(_rules())
 
 
 def read_cfg(path: Path) -> dict[str, Any]:
-  """Reads the sizes and options that are stored beside the weights.
+  """Reads the sizes and options beside the weights.
 
   Raises:
-    ReadError: if it is not a file of torch, or has no dict `cfg` of plain values.
+    ReadError: if there is no dict `cfg` of plain values.
   """
   if path.is_dir():
     raise ReadError(f"{path} is a folder; give the .pt file of BEATs itself")
@@ -162,10 +134,7 @@ def read_cfg(path: Path) -> dict[str, Any]:
 
 
 def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | None:
-  """Reads the sizes; refuses, by name, unknown keys and values that we do not implement.
-
-  Returns None, with the reasons in `problems`, if the encoder cannot be expressed.
-  """
+  """Reads the sizes; None, with reasons in `problems`, for unknown keys and unsupported values."""
   before = len(problems.found)
   known = {*(n for n, *_ in _SIZES), *(n for n, *_ in _ONLY), *_SKIPPED}
   for key in cfg:
@@ -176,13 +145,13 @@ def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | No
   for key, wanted, default in _ONLY:
     value = cfg.get(key, default)
     if value != wanted:
-      said = "" if key in cfg else " (not in the file, the original's default)"
-      problems.add(f"cfg {key}={value!r}{said}: only {wanted!r} can be expressed")
+      absent = "" if key in cfg else " (not in the file, the original's default)"
+      problems.add(f"cfg {key}={value!r}{absent}: only {wanted!r} can be expressed")
   sizes = {}
   for key, name, default in _SIZES:
     value = cfg.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
-      problems.add(f"cfg {key}={value!r}: a whole number is needed")
+      problems.add(f"cfg {key}={value!r}: must be an integer")
     else:
       sizes[name] = value
   if len(problems.found) > before:
@@ -195,11 +164,10 @@ def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | No
 
 
 def cfg_of(config: BEATsConfig, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """The cfg of an encoder; `given` is the cfg that it was imported with.
+  """Returns the cfg of an encoder; `given` is the imported cfg.
 
   Raises:
-    ConversionError: if the file would describe another encoder: `given` is of another one, or the
-      original has no such input width.
+    ConversionError: if the cfg describes another encoder.
   """
   if given is None:
     sizes = {key: getattr(config, name) for key, name, _ in _SIZES}
@@ -221,19 +189,13 @@ def shapes(config: BEATsConfig) -> dict[str, tuple[int, ...]]:
 
 
 def open_beats(path: Path, problems: Problems) -> Part | None:
-  """Maps a BEATs file, fine-tuned or not; of its tensors, only copies of the bias table are read.
-
-  The classifier head of a fine-tuned file is listed as ignored.
-
-  Args:
-    path: the .pt file.
-    problems: receives what does not fit.
+  """Maps a BEATs file. The head of a fine-tuned file is listed as ignored.
 
   Returns:
-    The encoder; None if its cfg cannot be expressed.
+    The encoder; None, with reasons in `problems`, if its cfg cannot be expressed.
 
   Raises:
-    ReadError: if the file is broken or holds no cfg and model.
+    ReadError: if the file is damaged, or has no cfg and model.
   """
   cfg = read_cfg(path)
   config = beats_config(cfg, problems)
@@ -241,7 +203,9 @@ def open_beats(path: Path, problems: Problems) -> Part | None:
   if config is None:
     return None
   copies = tied_copies(source, config, problems)
-  mapped = map_in(source, TABLE, shapes(config), problems, ignored=(_HEAD, *map(re.escape, copies)))
+  mapped = map_in(
+    source, TABLE, shapes(config), problems=problems, ignored=(_HEAD, *map(re.escape, copies))
+  )
   return Part(
     config=config,
     leaves={**mapped.leaves, **cmvn_leaves(config.input_width)},
@@ -253,9 +217,9 @@ def open_beats(path: Path, problems: Problems) -> Part | None:
 
 
 def tied_copies(source: Source, config: BEATsConfig, problems: Problems) -> list[str]:
-  """Names of the layers' copies of layer 0's bias table; one that differs is a problem.
+  """Names of the copies of layer 0's bias table, which all layers share.
 
-  PyTorch's state dict repeats a tensor for each layer that shares it.
+  A copy that differs is a problem.
   """
   first = BIAS_TABLE.format(n=0)
   copies = [BIAS_TABLE.format(n=n) for n in range(1, config.layers)]
@@ -270,11 +234,11 @@ def tied_copies(source: Source, config: BEATsConfig, problems: Problems) -> list
   return copies
 
 
-def cmvn_leaves(width: int) -> dict[str, Lazy]:
-  """frontend/beats/{shift,scale}, float32 [width]: what makes (x - mean) / (2 deviations)."""
+def cmvn_leaves(width: int) -> dict[str, LazyArray]:
+  """frontend/beats/{shift,scale}, float32 [width], for (x - mean) / (2 deviations)."""
   values = {"shift": -MEAN, "scale": 1 / (2 * DEVIATION)}
   return {
-    f"frontend/beats/{name}": Lazy(
+    f"frontend/beats/{name}": LazyArray(
       (width,), np.dtype(np.float32), functools.partial(np.full, width, value, np.float32)
     )
     for name, value in values.items()
@@ -282,10 +246,9 @@ def cmvn_leaves(width: int) -> dict[str, Lazy]:
 
 
 def export(about: Checkpoint, file: Path) -> None:
-  """Writes `{"cfg", "model"}` as the original loads it, strictly.
+  """Writes `{"cfg", "model"}`, with copies of the bias table, as the original loads it.
 
-  The layers' copies of the bias table are written as well, and cfg as it was imported, except
-  `finetuned_model`: the head of a fine-tuned file is not kept.
+  cfg is the imported one, but `finetuned_model` is False: the head is not kept.
 
   Raises:
     ConversionError: if the checkpoint has no BEATs, or its features are scaled differently.
@@ -293,15 +256,14 @@ def export(about: Checkpoint, file: Path) -> None:
   config, _ = encoder_of(about, BEATsConfig.kind)
   problems = Problems()
   paths = [path for path in tree.flatten(about.params) if path.startswith("encoders/beats/")]
-  tensors = map_out(about, TABLE, paths, problems)
+  tensors = map_out(about, TABLE, paths)
   for path, leaf in cmvn_leaves(config.input_width).items():
     if path in tree.flatten(about.params):
       found = read_leaves(about, [path])[path]
       if not np.allclose(np.asarray(found, np.float32), leaf.read(), rtol=1e-6):
         problems.add(f"{path} differs from the original's constant, which its file cannot express")
   problems.check(str(about.folder))
-  arrays = read_out(about, tensors)
-  model = {t.name: to_torch(array) for t, array in zip(tensors, arrays, strict=True)}
+  model = state_dict(tensors, read_out(about, tensors))
   for n in range(1, config.layers):
     model[BIAS_TABLE.format(n=n)] = model[BIAS_TABLE.format(n=0)]
   torch.save({"cfg": cfg_of(config, style_of(about, "beats").get("cfg")), "model": model}, file)

@@ -1,4 +1,4 @@
-"""FunASR's config.yaml, its sections about the encoder and the features: in and out."""
+"""The sections of FunASR's config.yaml about the encoder and its features, in and out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +14,7 @@ from ..core.errors import Problems
 from ..readers import check_file
 
 FILE = "config.yaml"
-# Defaults of FunASR's SANMEncoder and WavFrontend, for keys that a section does not have. Sizes
-# that the tensors show need none.
+# Defaults of FunASR's SANMEncoder and WavFrontend, except sizes that the tensors show.
 _ABSENT: dict[str, dict[str, Any]] = {
   "encoder_conf": {
     "attention_heads": 4,
@@ -55,7 +54,8 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
   try:
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not readable as YAML: {error}") from error
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{path}: not YAML: {reason}") from error
   if not isinstance(value, dict):
     raise ValueError(f"{path}: must hold a mapping, got {type(value).__name__}")
   for name in _ABSENT:
@@ -65,28 +65,28 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def heads(conf: Mapping[str, Any]) -> Any:
-  """The number of heads, which the tensors do not show; Paraformer's by default."""
-  return _said(conf, "encoder_conf", "attention_heads", SANMConfig.heads)
+  """Returns the number of heads; default: Paraformer's."""
+  return _setting(conf, "encoder_conf", "attention_heads", SANMConfig.heads)
 
 
 def frontend(
   conf: Mapping[str, Any], input_width: int, problems: Problems
 ) -> FrontendConfig | None:
-  """The features that an encoder with this input width takes; None, with the reason, if none fit.
+  """Reads the features of an encoder with this input width; None, with the reason, if none fit.
 
-  Without a frontend_conf they are Paraformer's: 7 frames every 6, each of input_width / 7 bins.
+  Default: those of Paraformer, 7 frames every 6, each of input_width / 7 bins.
   """
   section: dict[str, Any] = {"fbank": {"bins": input_width // FrontendConfig.lfr_window}}
   if conf.get("frontend_conf") is not None:
-    said = {**_ABSENT["frontend_conf"], **conf["frontend_conf"]}
+    settings = {**_ABSENT["frontend_conf"], **conf["frontend_conf"]}
     fbank = {
-      "sample_rate_hz": said["fs"],
-      "bins": said["n_mels"],
-      "frame_ms": said["frame_length"],
-      "hop_ms": said["frame_shift"],
-      "window": said["window"],
+      "sample_rate_hz": settings["fs"],
+      "bins": settings["n_mels"],
+      "frame_ms": settings["frame_length"],
+      "hop_ms": settings["frame_shift"],
+      "window": settings["window"],
     }
-    section = {"fbank": fbank, "lfr_window": said["lfr_m"], "lfr_stride": said["lfr_n"]}
+    section = {"fbank": fbank, "lfr_window": settings["lfr_m"], "lfr_stride": settings["lfr_n"]}
   try:
     found = build(FrontendConfig, section, "frontend_conf")
   except ValueError as error:
@@ -102,7 +102,7 @@ def frontend(
 
 
 def describe(config: SANMConfig, features: FrontendConfig) -> dict[str, Any]:
-  """Content of a config.yaml for an encoder and its features."""
+  """Returns the content of a config.yaml for an encoder and its features."""
   fbank = features.fbank
   return {
     "encoder": "SANMEncoder",
@@ -139,18 +139,18 @@ def describe(config: SANMConfig, features: FrontendConfig) -> dict[str, Any]:
 def check(
   conf: Mapping[str, Any], config: SANMConfig, features: FrontendConfig, problems: Problems
 ) -> None:
-  """Adds every value by which a config.yaml describes another model."""
+  """Adds every setting by which a config.yaml describes another model."""
   for section, wanted in describe(config, features).items():
     if not isinstance(wanted, dict):
-      if (said := conf.get(section, wanted)) != wanted:
-        problems.add(f"{FILE}: {section}={said!r}: only {wanted} can be converted")
+      if (found := conf.get(section, wanted)) != wanted:
+        problems.add(f"{FILE}: {section}={found!r}: only {wanted} can be converted")
       continue
     for key, value in wanted.items():
-      said = _said(conf, section, key, value)
-      if said != value and key != "dither":
+      found = _setting(conf, section, key, value)
+      if found != value and key != "dither":
         absent = "" if key in conf[section] else " (FunASR's default)"
         problems.add(
-          f"{FILE}: {section}.{key}={said!r}{absent}; the tensors and this version need {value!r}"
+          f"{FILE}: {section}.{key}={found!r}{absent}; the tensors and this version need {value!r}"
         )
 
 
@@ -163,14 +163,14 @@ def same(conf: Mapping[str, Any], config: SANMConfig, features: FrontendConfig) 
 
 def notes(conf: Mapping[str, Any]) -> tuple[str, ...]:
   """Sentences for the user about an imported config.yaml."""
-  dither = _said(conf, "frontend_conf", "dither", 0.0)
+  dither = _setting(conf, "frontend_conf", "dither", 0.0)
   if not dither:
     return ()
   return (f"{FILE}: dither={dither!r}: FunASR adds that noise to a clip, this library adds none",)
 
 
-def _said(conf: Mapping[str, Any], section: str, key: str, otherwise: Any) -> Any:
-  """A value of a section, FunASR's default if it lacks it; `otherwise` without the section."""
+def _setting(conf: Mapping[str, Any], section: str, key: str, otherwise: Any) -> Any:
+  """Returns a setting, by default FunASR's; `otherwise` without the section."""
   if conf.get(section) is None:
     return otherwise
   return conf[section].get(key, _ABSENT[section].get(key, otherwise))

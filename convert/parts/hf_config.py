@@ -25,14 +25,10 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
-  """The model that a config.json describes.
-
-  Args:
-    hf: the file's content.
-    problems: gets, by name, everything that our model cannot express.
+  """Reads the content of a config.json.
 
   Returns:
-    The config, without LoRA; None if there is a problem.
+    The model, without LoRA; None, with reasons in `problems`, if it cannot be expressed.
   """
   before = len(problems.found)
   kind = hf.get("model_type")
@@ -77,7 +73,7 @@ def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
 
 
 def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-  """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling."""
+  """transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling."""
   return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
 
 
@@ -108,16 +104,16 @@ def hf_config(
   *,
   eos_id: int | None = None,
 ) -> dict[str, Any]:
-  """The config.json of a model.
+  """Returns the content of config.json for a model.
 
   Args:
     config: the model.
-    dtype: what its matrices are stored in.
-    original: the config.json that it was imported from; kept wherever it describes this model.
-    eos_id: token that ends an answer, for a config without original.
+    dtype: dtype of its matrices in the files.
+    original: the imported config.json, which is kept if it still describes the model.
+    eos_id: token that ends the output, if there is no original.
 
   Raises:
-    ValueError: if neither Qwen2 nor LLaMA is of this shape.
+    ValueError: if neither Qwen2 nor LLaMA has these sizes.
   """
   kind = "qwen2" if config.qkv_bias else "llama"
   name = np.dtype(dtype).name

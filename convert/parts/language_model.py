@@ -46,17 +46,17 @@ TABLE = Table((
   Rule("model.norm.weight", "decoder/final_norm/scale"),
   Rule("lm_head.weight", "decoder/head/kernel", TRANSPOSE),
 ))  # fmt: skip
-# What peft's get_peft_model puts before the names of the model that it wraps.
+# The prefix that peft adds to the names of a wrapped model.
 WRAPPED = "base_model.model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# A buffer that old versions of transformers saved; it follows from the config.
+# A buffer of old versions of transformers; it follows from the config.
 BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 KEPT_FILES = ("config.json", "generation_config.json")
 
 
 def wrapped_table(prefix: str) -> Table:
-  """The rules where the LLM is part of a model, below `prefix`, with peft around it or without."""
+  """Rules of an LLM that is part of a model, below `prefix`, wrapped by peft or plain."""
   rules = []
   for rule in TABLE.rules:
     # peft moves a weight that it changes into `base_layer`.
@@ -75,19 +75,19 @@ def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def open_model(folder: Path, problems: Problems, *, kind: str | None = None) -> Part | None:
-  """Opens a Hugging Face folder or a GGUF file; the tokenizer is read, the tensors are not.
+  """Opens a Hugging Face folder or a GGUF file; reads the tokenizer, but no tensors.
 
   Args:
-    folder: with config.json, a tokenizer, and weights in any format that is read; or a .gguf file.
-    problems: receives what cannot be converted.
-    kind: "qwen2" or "llama" if it must be that; None accepts either.
+    folder: config.json, a tokenizer, and weights in any supported format; or a .gguf file.
+    problems: receives everything that cannot be converted.
+    kind: "qwen2" or "llama"; None accepts both.
 
   Returns:
-    The model, without LoRA; None if its config was not understood.
+    The model, without LoRA; None if its config cannot be expressed.
   """
   is_gguf = folder.is_file() and folder.suffix == ".gguf"
   if not is_gguf and not (folder / "config.json").is_file():
-    problems.add(f"{folder}: no config.json; give a folder of Hugging Face or a GGUF file")
+    problems.add(f"{folder}: no config.json; give a Hugging Face folder or a GGUF file")
     return None
   hf = gguf_config(folder) if is_gguf else read_object(folder / "config.json")
   if kind is not None and hf.get("model_type") != kind:
@@ -121,7 +121,7 @@ def _from_source(
   tokenizer: Writer,
   kept: tuple[Path, ...],
 ) -> Part:
-  """Maps the tensors of a language model; they have Hugging Face's names."""
+  """Maps the tensors of a language model from Hugging Face's names."""
   ignored = list(BUFFERS)
   head_present = config.tie_word_embeddings and HEAD in source.tensors
   if head_present:
@@ -131,7 +131,7 @@ def _from_source(
         f"{HEAD} differs from {EMBEDDING} although tie_word_embeddings is true; set it to false "
         "to keep the head"
       )
-  mapped = map_in(source, TABLE, shapes(config), problems, ignored=ignored)
+  mapped = map_in(source, TABLE, shapes(config), problems=problems, ignored=ignored)
   return Part(
     config=config,
     leaves=mapped.leaves,
@@ -144,31 +144,20 @@ def _from_source(
 
 
 def equal(source: Source, a: str, b: str) -> bool:
-  """Whether two tensors are the same in shape, dtype and values."""
-  of_a, of_b = source.tensors[a], source.tensors[b]
-  if (of_a.shape, of_a.dtype) != (of_b.shape, of_b.dtype):
-    return False
-  return np.array_equal(source.read(a), source.read(b))
+  """Whether two tensors have the same shape, dtype and values."""
+  described = [(source.tensors[name].shape, source.tensors[name].dtype) for name in (a, b)]
+  return described[0] == described[1] and np.array_equal(source.read(a), source.read(b))
 
 
 def base_paths(about: Checkpoint) -> list[str]:
-  """The decoder's leaves without LoRA."""
+  """Returns the paths of the decoder's leaves without LoRA."""
   paths = [path for path in tree.flatten(about.params) if path.startswith("decoder/")]
-  return [path for path in paths if path.rsplit("/", 1)[-1] not in ("lora_a", "lora_b")]
+  return [path for path in paths if not path.endswith(("/lora_a", "/lora_b"))]
 
 
 def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_bytes: int) -> None:
-  """Writes a Hugging Face folder: config.json, safetensors, the tokenizer and other kept files.
-
-  Args:
-    about: the checkpoint; its LoRA is not written.
-    config: its decoder.
-    folder: to write into; it exists.
-    shard_bytes: maximum size of a file of weights, unless one tensor is larger.
-  """
-  problems = Problems()
-  tensors = map_out(about, TABLE, base_paths(about), problems)
-  problems.check(str(about.folder))
+  """Writes a Hugging Face folder of the decoder, without LoRA, into an existing folder."""
+  tensors = map_out(about, TABLE, base_paths(about))
   embedding = next(tensor for tensor in tensors if tensor.name == EMBEDDING)
   if config.tie_word_embeddings and style_of(about, "llm").get("head_present", False):
     tensors.append(dataclasses.replace(embedding, name=HEAD))
@@ -182,7 +171,7 @@ def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_b
 
 
 def decoder_of(about: Checkpoint) -> LLMConfig:
-  """The language model of a checkpoint. Raises ConversionError if it has none."""
+  """Returns the config of the language model. Raises ConversionError if there is none."""
   if "decoder" not in about.config:
     raise ConversionError(f"{about.folder} has no LLM; it holds {', '.join(about.config)}")
   return part_from_json(about.config["decoder"], "decoder")

@@ -1,7 +1,4 @@
-"""LoRA folders of the package peft: opened, and merged into the weights they were trained on.
-
-The way back is in peft.py.
-"""
+"""LoRA folders of the package peft: opened, and merged into the base weights. peft.py exports."""
 
 import dataclasses
 import functools
@@ -13,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mooer_jax import tree
-from mooer_jax.checkpoint import Checkpoint, Lazy
+from mooer_jax.checkpoint import Checkpoint, LazyArray
 from mooer_jax.config import build
 from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
 
@@ -24,7 +21,8 @@ from ..readers import Source, open_source, read_object
 from . import language_model
 
 CONFIG_FILE = "adapter_config.json"
-# Options of peft that do not change what is computed from the weights.
+LEAVES = ("/lora_a", "/lora_b")
+# Options of peft that do not change what the weights compute.
 _HARMLESS = {
   "auto_mapping",
   "base_model_name_or_path",
@@ -46,21 +44,21 @@ _HARMLESS = {
   "ensure_weight_tying",
 }
 _FIELDS = ("rank", "alpha", "dropout", "targets")
-# Initialisations after which the base weights are the ones that were published.
+# Initialisations that do not change the base weights.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """A LoRA folder that was opened; no tensor is read.
+  """An opened LoRA; no tensor is read.
 
   Attributes:
     rank, alpha, dropout: of training.
     rslora: whether the scale is alpha / sqrt(rank) rather than alpha / rank.
-    targets: the adapted projections of a layer, in the order of LORA_TARGETS.
+    targets: adapted projections of a layer, in the order of LORA_TARGETS.
     source: the tensors.
     adapter: the word between `lora_A` and `weight` in their names, or "".
-    prefix: comes before peft's own names, such as "llm." where the LLM is part of a model.
+    prefix: precedes peft's names, such as "llm." where the LLM is part of a model.
   """
 
   rank: int
@@ -77,7 +75,7 @@ class Lora:
     return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
   def added_to(self, config: LLMConfig) -> LLMConfig:
-    """The model with this LoRA. Our scale is lora_alpha / lora_rank, so alpha carries rslora."""
+    """Adds the LoRA to a config. Our scale is lora_alpha / lora_rank, so alpha includes rslora."""
     return dataclasses.replace(
       config,
       lora_rank=self.rank,
@@ -91,7 +89,7 @@ class Lora:
     return table(self.adapter, self.prefix)
 
   def to_json(self) -> dict[str, Any]:
-    """Content of config.json for a LoRA without a model."""
+    """Returns the content of config.json for a LoRA without a model."""
     config = self.added_to(LLMConfig())
     return {name: getattr(config, f"lora_{name}") for name in _FIELDS}
 
@@ -102,23 +100,19 @@ class Lora:
 
 
 def table(adapter: str = "", prefix: str = "") -> Table:
-  """The rules for names with (`default`) or without the adapter's name in them."""
+  """Rules for names with the adapter's name in them (usually `default`) or without."""
   infix = f".{adapter}" if adapter else ""
-  rules = []
-  for block, ours, words in (
-    ("self_attn", "attention", "q|k|v|o"),
-    ("mlp", "mlp", "gate|up|down"),
-  ):
-    for letter in "AB":
-      rules.append(
-        Rule(
-          f"{prefix}base_model.model.model.layers.{{n}}.{block}.{{x:{words}}}_proj.lora_{letter}{infix}"
-          ".weight",
-          f"decoder/layers_{{n}}/{ours}/{{x}}/lora_{letter.lower()}",
-          TRANSPOSE,
-        )
-      )
-  return Table(rules)
+  layer = f"{prefix}{language_model.WRAPPED}model.layers.{{n}}"
+  blocks = (("self_attn", "attention", "q|k|v|o"), ("mlp", "mlp", "gate|up|down"))
+  return Table([
+    Rule(
+      f"{layer}.{block}.{{x:{words}}}_proj.lora_{letter}{infix}.weight",
+      f"decoder/layers_{{n}}/{ours}/{{x}}/lora_{letter.lower()}",
+      TRANSPOSE,
+    )
+    for block, ours, words in blocks
+    for letter in "AB"
+  ])  # fmt: skip
 
 
 def from_json(section: Mapping[str, Any]) -> LLMConfig:
@@ -129,12 +123,8 @@ def from_json(section: Mapping[str, Any]) -> LLMConfig:
 def open_folder(folder: Path, problems: Problems) -> Lora | None:
   """Opens a folder of peft's `save_pretrained`.
 
-  Args:
-    folder: with adapter_config.json and adapter_model.safetensors or .bin.
-    problems: receives, by name, every option that cannot be expressed.
-
   Returns:
-    The LoRA; None if its options were not understood.
+    The LoRA; None, with reasons in `problems`, if its options cannot be expressed.
   """
   if not (folder / CONFIG_FILE).is_file():
     problems.add(f"{folder}: no {CONFIG_FILE}; give the folder that peft's save_pretrained wrote")
@@ -144,7 +134,7 @@ def open_folder(folder: Path, problems: Problems) -> Lora | None:
 
 
 def config_file(path: Path) -> Path:
-  """The adapter_config.json that --lora-config names, itself or by its folder."""
+  """Returns the adapter_config.json that --lora-config names, directly or by its folder."""
   return path / CONFIG_FILE if path.is_dir() else path
 
 
@@ -154,22 +144,21 @@ def read_options(file: Path, problems: Problems) -> dict[str, Any] | None:
   before = len(problems.found)
   _refuse(options, problems)
   rank, alpha = options.get("r"), options.get("lora_alpha")
-  numbers = type(rank) is int and rank > 0 and isinstance(alpha, int | float)
-  if not numbers:
-    problems.add(f"r={rank!r}, lora_alpha={alpha!r}: a positive whole number and a number needed")
+  if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+    problems.add(f"r={rank!r}, lora_alpha={alpha!r}: must be a positive integer and a number")
   return None if len(problems.found) > before else options
 
 
 def from_source(
   source: Source, options: Mapping[str, Any], problems: Problems, *, prefix: str = ""
 ) -> Lora | None:
-  """Finds the LoRA in a set of tensors.
+  """Finds the LoRA among the tensors of a source; None unless there is exactly one adapter.
 
   Args:
-    source: the tensors; others may be among them.
-    options: content of an adapter_config.json that `read_options` took.
-    problems: receives the reason if there is not exactly one adapter.
-    prefix: comes before peft's own names.
+    source: the tensors.
+    options: content of an adapter_config.json, as `read_options` returns it.
+    problems: receives the reason for None.
+    prefix: precedes peft's names.
   """
   adapters = {
     name.split(".lora_A.")[1].removesuffix("weight").strip(".")
@@ -178,7 +167,7 @@ def from_source(
   }
   if len(adapters) != 1:
     names = ", ".join(sorted(adapters))
-    problems.add(f"{source.path}: {len(adapters)} adapters in one file ({names}); must be one")
+    problems.add(f"{source.path}: must hold exactly one adapter, has {len(adapters)} ({names})")
     return None
   [adapter] = adapters
   rules = table(adapter, prefix)
@@ -193,6 +182,48 @@ def from_source(
     adapter=adapter,
     prefix=prefix,
   )
+
+
+def from_training(
+  source: Source,
+  lora_config: Path | None,
+  problems: Problems,
+  notes: list[str],
+  *,
+  usual: Mapping[str, Any],
+  origin: str,
+  prefix: str,
+) -> Lora | None:
+  """Finds the LoRA in a training checkpoint, whose tensors show its rank, but not its alpha.
+
+  Args:
+    source: the tensors.
+    lora_config: adapter_config.json of training, or its folder.
+    problems: receives the reasons for None.
+    notes: receives a sentence about the LoRA.
+    usual: options without lora_config.
+    origin: where they come from.
+    prefix: precedes peft's names.
+  """
+  options: Mapping[str, Any] | None = usual
+  if lora_config is not None:
+    options = read_options(config_file(lora_config), problems)
+  found = None if options is None else from_source(source, options, problems, prefix=prefix)
+  if found is None:
+    return None
+  ranks = {t.shape[:1] for name, t in source.tensors.items() if ".lora_A." in name}
+  if ranks != {(found.rank,)}:
+    has = ", ".join(str(*rank) for rank in sorted(ranks))
+    problems.add(
+      f"the LoRA has rank {has}, but r is {found.rank} in {lora_config or origin}, so its alpha is"
+      " unknown; pass the adapter_config.json of training with --lora-config"
+    )
+    return None
+  notes.append(
+    f"LoRA: rank {found.rank}, alpha {found.alpha:g}, on {', '.join(found.targets)}; alpha of"
+    f" {lora_config or f'{origin} (--lora-config changes it)'}"
+  )
+  return found
 
 
 def _refuse(options: Mapping[str, Any], problems: Problems) -> None:
@@ -211,36 +242,19 @@ def _refuse(options: Mapping[str, Any], problems: Problems) -> None:
       problems.add(f"{name}={options[name]!r} cannot be expressed")
 
 
-def shapes(config: LLMConfig) -> dict[str, tuple[int, int]]:
+def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
   """decoder/… -> shape of the LoRA leaves of a model."""
-  c = config
-  heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-  sizes = {
-    "q": (c.hidden_size, heads),
-    "k": (c.hidden_size, kv),
-    "v": (c.hidden_size, kv),
-    "o": (heads, c.hidden_size),
-    "gate": (c.hidden_size, c.intermediate_size),
-    "up": (c.hidden_size, c.intermediate_size),
-    "down": (c.intermediate_size, c.hidden_size),
-  }
-  found = {}
-  for n in range(c.layers):
-    for name in c.lora_targets if c.lora_rank else ():
-      block = "attention" if name in "qkvo" else "mlp"
-      at = f"decoder/layers_{n}/{block}/{name}"
-      found[f"{at}/lora_a"] = (sizes[name][0], c.lora_rank)
-      found[f"{at}/lora_b"] = (c.lora_rank, sizes[name][1])
-  return found
+  leaves = language_model.shapes(config)
+  return {path: leaves[path] for path in leaves if path.endswith(LEAVES)}
 
 
 def map_lora(lora: Lora, config: LLMConfig, problems: Problems) -> Mapped:
-  """The leaves of a LoRA for the model that it is added to (`Lora.added_to`)."""
-  return map_in(lora.source, lora.table, shapes(config), problems)
+  """Maps the leaves of a LoRA of the model that `Lora.added_to` returns."""
+  return map_in(lora.source, lora.table, shapes(config), problems=problems)
 
 
 def shapes_alone(lora: Lora) -> dict[str, tuple[int, ...]]:
-  """decoder/… -> shape as the files have it, for a LoRA without a model to compare with."""
+  """decoder/… -> shape as in the files, for a LoRA without a model to compare with."""
   rules = lora.table
   layers = set()
   sizes: dict[str, tuple[int, ...]] = {}
@@ -255,31 +269,33 @@ def shapes_alone(lora: Lora) -> dict[str, tuple[int, ...]]:
   return {rest.format(layer=layer): shape for layer in layers for rest, shape in sizes.items()}
 
 
-def merge(
-  leaves: Mapping[str, Lazy], lora_leaves: Mapping[str, Lazy], scale: float
-) -> dict[str, Lazy]:
-  """Adds scale * A B to the kernels, in float32, and rounds once to the kernel's dtype.
+def merge(leaves: Mapping[str, LazyArray], scale: float) -> dict[str, LazyArray]:
+  """Adds scale * A B to the kernels in float32, and rounds once to the kernel's dtype.
 
-  A leaf raises ConversionError when it is read, if a value is then too large for its dtype.
+  Reading a leaf raises ConversionError if a value is too large for its dtype.
+
+  Args:
+    leaves: those of a model and its LoRA.
+    scale: factor of the LoRA.
+
+  Returns:
+    The leaves of the model.
   """
-  merged = dict(leaves)
-  for path, a in lora_leaves.items():
-    if not path.endswith("/lora_a"):
-      continue
-    at = path.removesuffix("/lora_a")
-    kernel, b = leaves[f"{at}/kernel"], lora_leaves[f"{at}/lora_b"]
+  merged = {path: leaf for path, leaf in leaves.items() if not path.endswith(LEAVES)}
+  for at in [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]:
+    kernel, a, b = (leaves[f"{at}/{name}"] for name in ("kernel", "lora_a", "lora_b"))
     read = functools.partial(_merged, f"{at}/kernel", kernel, a, b, scale)
-    merged[f"{at}/kernel"] = Lazy(kernel.shape, kernel.dtype, read)
+    merged[f"{at}/kernel"] = LazyArray(kernel.shape, kernel.dtype, read)
   return merged
 
 
-def _merged(path: str, kernel: Lazy, a: Lazy, b: Lazy, scale: float) -> np.ndarray:
-  with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
+def _merged(path: str, kernel: LazyArray, a: LazyArray, b: LazyArray, scale: float) -> np.ndarray:
+  with np.errstate(over="ignore", invalid="ignore"):  # counted below
     delta = a.read().astype(np.float32) @ b.read().astype(np.float32)
     delta *= np.float32(scale)
     delta += kernel.read().astype(np.float32)
     found = delta.astype(kernel.dtype)
-  if bad := found.size - int(np.count_nonzero(np.isfinite(found))):
+  if bad := int(np.count_nonzero(~np.isfinite(found))):
     name, _ = language_model.TABLE.to_torch(path) or (path, None)
     raise ConversionError(
       f"{name}: with its LoRA added, {bad} of {found.size} values are too large for"
@@ -289,5 +305,5 @@ def _merged(path: str, kernel: Lazy, a: Lazy, b: Lazy, scale: float) -> np.ndarr
 
 
 def paths(about: Checkpoint) -> list[str]:
-  """The LoRA leaves of a checkpoint."""
-  return [p for p in tree.flatten(about.params) if p.endswith(("/lora_a", "/lora_b"))]
+  """Returns the paths of the LoRA leaves of a checkpoint."""
+  return [path for path in tree.flatten(about.params) if path.endswith(LEAVES)]

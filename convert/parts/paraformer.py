@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mooer_jax import tree
 from mooer_jax.audio.cmvn import read_mvn, write_mvn
-from mooer_jax.checkpoint import Checkpoint, Lazy, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.nn.compute import ExecutionConfig
@@ -19,7 +19,7 @@ from ..core.errors import Problems
 from ..core.folders import check_roundtrip, copier, encoder_of, kept_files, style_of
 from ..core.kind import Kind, Opened, Part
 from ..core.options import Options
-from ..core.rules import DEPTHWISE, TRANSPOSE, Rule, Table
+from ..core.rules import DEPTHWISE, IDENTITY, TRANSPOSE, Rule, Table
 from ..core.writers import write_torch
 from ..readers import Source, check_file, open_source
 from ..verify.reference import paraformer as reference
@@ -44,20 +44,16 @@ _LAYER = (
 
 
 def table(prefix: str = "") -> Table:
-  """The rules for names that begin with a prefix, such as `encoder.`."""
+  """Rules for names with a prefix, such as `encoder.`."""
   rules = []
   for layer, ours in (("encoders0.0", "first_layer"), ("encoders.{n}", "layers_{n}")):
     for theirs, path in _LAYER:
-      transform = TRANSPOSE if path.endswith("kernel") else None
+      transform = TRANSPOSE if path.endswith("kernel") else IDENTITY
       transform = DEPTHWISE if "fsmn" in path else transform
-      rules.append(_rule(f"{prefix}{layer}.{theirs}", f"encoders/sanm/{ours}/{path}", transform))
+      rules.append(Rule(f"{prefix}{layer}.{theirs}", f"encoders/sanm/{ours}/{path}", transform))
   for theirs, path in (("weight", "scale"), ("bias", "bias")):
-    rules.append(_rule(f"{prefix}after_norm.{theirs}", f"encoders/sanm/after_norm/{path}", None))
+    rules.append(Rule(f"{prefix}after_norm.{theirs}", f"encoders/sanm/after_norm/{path}"))
   return Table(rules)
-
-
-def _rule(torch, jax, transform):
-  return Rule(torch, jax) if transform is None else Rule(torch, jax, transform)
 
 
 def shapes(config: SANMConfig) -> dict[str, tuple[int, ...]]:
@@ -68,27 +64,24 @@ def shapes(config: SANMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def find_prefix(names: Collection[str]) -> str | None:
-  """The prefix of the encoder's names: none in MooER's file, `encoder.` in FunASR's."""
-  for prefix in PREFIXES:
-    if any(name.startswith(f"{prefix}encoders0.0.") for name in names):
-      return prefix
-  return None
+  """Returns the prefix of the encoder's names: "" in MooER's file, `encoder.` in FunASR's."""
+  starts = {prefix: f"{prefix}encoders0.0." for prefix in PREFIXES}
+  return next((p for p, start in starts.items() if any(n.startswith(start) for n in names)), None)
 
 
 def open_encoder(
   source: Source, cmvn: Path, problems: Problems, *, conf: Mapping[str, Any] | None = None
 ) -> Part | None:
-  """Maps a SAN-M encoder and its CMVN; other tensors of the file are ignored, by name.
+  """Maps a SAN-M encoder and its CMVN; other tensors of the file are listed as ignored.
 
   Args:
     source: the file.
     cmvn: path of its am.mvn.
-    problems: receives what does not fit.
-    conf: content of FunASR's config.yaml; without it, Paraformer's values replace what the tensors
-      do not show.
+    problems: receives everything that does not fit.
+    conf: content of FunASR's config.yaml; default: Paraformer's values.
 
   Returns:
-    The encoder; None if there is none in the file.
+    The encoder; None if there is none, or its sizes or features cannot be expressed.
   """
   prefix = find_prefix(source.tensors)
   if prefix is None:
@@ -100,7 +93,7 @@ def open_encoder(
     return None
   rules = table(prefix)
   names = [name for name in source.tensors if rules.to_jax(name) is not None]
-  mapped = map_in(source, rules, shapes(config), problems, names=names)
+  mapped = map_in(source, rules, shapes(config), problems=problems, names=names)
   leaves = {**mapped.leaves, **_cmvn_leaves(cmvn, config.input_width, problems)}
   chosen = set(names)
   frontend = funasr_config.frontend(conf, config.input_width, problems)
@@ -120,10 +113,7 @@ def open_encoder(
 def sanm_config(
   source: Source, prefix: str, problems: Problems, *, heads: int = SANMConfig.heads
 ) -> SANMConfig | None:
-  """Derives the sizes from the tensors, which do not show the number of heads.
-
-  Returns None, with the reason in `problems`, if a tensor that is needed is missing.
-  """
+  """Derives the sizes from the shapes of the tensors; None, with the reason, if that fails."""
   tensors = source.tensors
   needed = {
     "qkv": (f"{prefix}encoders0.0.self_attn.linear_q_k_v.weight", 2),
@@ -135,7 +125,7 @@ def sanm_config(
       problems.add(f"{source.path}: {name} is missing: no SAN-M encoder")
       return None
     if len(tensors[name].shape) != ndim:
-      problems.add(f"{name} has shape {list(tensors[name].shape)}; {ndim} axes are needed")
+      problems.add(f"{name} has shape {list(tensors[name].shape)}; it must have {ndim} axes")
       return None
   wide, input_width = tensors[needed["qkv"][0]].shape
   start = f"{prefix}encoders."
@@ -155,8 +145,8 @@ def sanm_config(
     return None
 
 
-def _cmvn_leaves(path: Path, width: int, problems: Problems) -> dict[str, Lazy]:
-  """frontend/sanm/… of an am.mvn."""
+def _cmvn_leaves(path: Path, width: int, problems: Problems) -> dict[str, LazyArray]:
+  """Reads frontend/sanm/… from an am.mvn."""
   try:
     check_file(path)
     shift_F, scale_F = read_mvn(path, width=width)
@@ -164,22 +154,16 @@ def _cmvn_leaves(path: Path, width: int, problems: Problems) -> dict[str, Lazy]:
     problems.add(str(error))
     return {}
   return {
-    "frontend/sanm/shift": Lazy(shift_F.shape, shift_F.dtype, lambda: shift_F),
-    "frontend/sanm/scale": Lazy(scale_F.shape, scale_F.dtype, lambda: scale_F),
+    "frontend/sanm/shift": LazyArray(shift_F.shape, shift_F.dtype, lambda: shift_F),
+    "frontend/sanm/scale": LazyArray(scale_F.shape, scale_F.dtype, lambda: scale_F),
   }
 
 
 def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:
-  """Writes the encoder as a state dict, and am.mvn beside it.
-
-  Raises:
-    ConversionError: if the checkpoint has no SAN-M encoder.
-  """
+  """Writes a state dict, and am.mvn beside it. Raises ConversionError without SAN-M encoder."""
   encoder_of(about, SANMConfig.kind)
-  problems = Problems()
   paths = [path for path in tree.flatten(about.params) if path.startswith("encoders/sanm/")]
-  tensors = map_out(about, table(prefix), paths, problems)
-  problems.check(str(about.folder))
+  tensors = map_out(about, table(prefix), paths)
   write_torch(file, tensors, read_out(about, tensors))
   cmvn = read_leaves(about, ["frontend/sanm/shift", "frontend/sanm/scale"])
   write_mvn(file.with_name(CMVN_FILE), *cmvn.values())
@@ -205,9 +189,7 @@ def _open(src: Path, options: Options, problems: Problems) -> Opened | None:
 
 
 def _export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  """Writes FunASR's files of the encoder: `export`, and a config.yaml with the other settings.
-
-  The imported config.yaml is written back if it still describes this encoder.
+  """Writes FunASR's files; the imported config.yaml if it still describes this encoder.
 
   Raises:
     ConversionError: if there is no SAN-M encoder, or the files cannot express it.

@@ -1,4 +1,4 @@
-"""LoRA folders of the package peft, in and out: with the model they were trained on, or alone."""
+"""LoRA folders of the package peft, in and out: with their base model, or alone."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from mooer_jax.config import part_to_json
 from mooer_jax.decoders.llm import LLMConfig
 
 from ..core.engine import map_in, map_out, read_out
-from ..core.errors import Problems
+from ..core.errors import ConversionError, Problems
 from ..core.folders import copier, kept_json, style_of, write_json
 from ..core.kind import Kind, Opened
 from ..core.options import Options
@@ -21,7 +21,7 @@ from .language_model import decoder_of
 
 
 def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
-  """Opens a folder of `save_pretrained`; with --base-checkpoint, as a fine-tune of that."""
+  """Opens a folder of `save_pretrained`, with --base-checkpoint as a fine-tune of that."""
   opened = lora.open_folder(src, problems)
   if opened is None:
     return None
@@ -32,8 +32,10 @@ def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
     notes=opened.source.notes,
   )
   if options.base_checkpoint is None:
-    leaves = map_in(opened.source, opened.table, lora.shapes_alone(opened), problems).leaves
-    return Opened({"lora": opened.to_json()}, leaves, **shared)
+    leaves = map_in(
+      opened.source, opened.table, lora.shapes_alone(opened), problems=problems
+    ).leaves
+    return Opened(config={"lora": opened.to_json()}, leaves=leaves, **shared)
   about = describe(find(options.base_checkpoint))
   decoder = opened.added_to(decoder_of(about))
   if own := lora.paths(about):
@@ -42,8 +44,8 @@ def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
       " model with --no-lora, or with --merge-lora if this one was trained on the merged weights"
     )
   return Opened(
-    {**about.config, "decoder": part_to_json(decoder)},
-    lora.map_lora(opened, decoder, problems).leaves,
+    config={**about.config, "decoder": part_to_json(decoder)},
+    leaves=lora.map_lora(opened, decoder, problems).leaves,
     tokenizer=copier(sorted(about.tokenizer.iterdir())),
     generation=about.generation,
     base=about.folder,
@@ -58,11 +60,9 @@ def export(about: Checkpoint, folder: Path) -> None:
   else:
     config = decoder_of(about)
   style = style_of(about, "peft")
-  problems = Problems()
   if not lora.paths(about):
-    problems.add("no LoRA in it (lora_rank is 0)")
-  tensors = map_out(about, lora.table(style.get("adapter", "")), lora.paths(about), problems)
-  problems.check(str(about.folder))
+    raise ConversionError(f"{about.folder}: no LoRA in it (lora_rank is 0)")
+  tensors = map_out(about, lora.table(style.get("adapter", "")), lora.paths(about))
   original = kept_json(about, "lora", lora.CONFIG_FILE)
   write_json(folder / lora.CONFIG_FILE, _options(config, original))
   file = style.get("file", "adapter_model.safetensors")
@@ -83,15 +83,16 @@ def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str,
   }
   if original is not None:
     root = math.sqrt(config.lora_rank) if original.get("use_rslora") else 1.0
-    same = original.get("r") == config.lora_rank and math.isclose(
-      original.get("lora_alpha", 0) * root, config.lora_alpha
-    )
-    same = same and float(original.get("lora_dropout") or 0.0) == config.lora_dropout
     named = original.get("target_modules")
+    targets = set(config.lora_targets)
     if isinstance(named, list):  # else a pattern
-      ends = {name.rsplit(".", 1)[-1].removesuffix("_proj") for name in named}
-      same = same and ends >= set(config.lora_targets)
-    if same:
+      targets -= {name.rsplit(".", 1)[-1].removesuffix("_proj") for name in named}
+    if (
+      original.get("r") == config.lora_rank
+      and math.isclose(original.get("lora_alpha", 0) * root, config.lora_alpha)
+      and float(original.get("lora_dropout") or 0.0) == config.lora_dropout
+      and not (isinstance(named, list) and targets)
+    ):
       return dict(original)
   alpha = config.lora_alpha
   return {

@@ -1,4 +1,4 @@
-"""SALMONN's window-level Q-Former and its projection, as in salmonn_v1.pth."""
+"""SALMONN's window-level Q-Former and its projection, from salmonn_v1.pth."""
 
 from typing import Any
 
@@ -12,19 +12,12 @@ from ..core.errors import Problems
 from ..core.rules import IDENTITY, TRANSPOSE, Rule, Table, Transform
 from ..readers import Source
 
-# The original keeps its queries as a batch of one.
-UNBATCHED = Transform(
-  2,
-  3,
-  lambda s: s[1:] if s[0] == 1 else s,
-  lambda s: (1, *s),
-  lambda x_1QD: x_1QD[0],
-  lambda x_QD: x_QD[None],
-)
+# The original stores its queries as a batch of one.
+UNBATCHED = Transform(lambda x_1QD: x_1QD[0], lambda x_QD: x_QD[None])
 QUERIES = "speech_query_tokens"
 _BERT = "speech_Qformer.bert"
 _LAYERS = f"{_BERT}.encoder.layer."
-# The numbers 0 to 511, which the original saves although their embedding was removed.
+# A buffer of the embedding that the original removes.
 IGNORED = (r"speech_Qformer\.bert\.embeddings\.position_ids",)
 _DENSE = (
   ("attention.self.query", "attention/q"),
@@ -71,16 +64,16 @@ def shapes(config: QFormerConfig, input_width: int, output_width: int) -> dict[s
 def qformer_config(
   source: Source, problems: Problems, *, heads: int = QFormerConfig.heads, **others: Any
 ) -> QFormerConfig | None:
-  """Derives the sizes from the tensors: queries, width, layers, feed-forward.
+  """Derives the sizes from the shapes of the tensors.
 
   Args:
     source: with the Q-Former's tensors.
-    problems: receives what is missing or does not fit.
-    heads: attention heads, which the tensors do not show.
-    others: further fields that they do not show: window, stride, edge, dropout.
+    problems: receives the reason for None.
+    heads: attention heads.
+    others: other fields that the shapes do not show: window, stride, edge, dropout.
 
   Returns:
-    None, with the reason in `problems`, if a tensor that is needed is missing.
+    None if a tensor is missing or the sizes are impossible.
   """
   tensors = source.tensors
   up = f"{_LAYERS}0.intermediate_query.dense.weight"
@@ -89,7 +82,7 @@ def qformer_config(
       problems.add(f"{source.path}: {name} is missing: no Q-Former")
       return None
     if len(tensors[name].shape) != ndim:
-      problems.add(f"{name} has shape {list(tensors[name].shape)}; {ndim} axes are needed")
+      problems.add(f"{name} has shape {list(tensors[name].shape)}; it must have {ndim} axes")
       return None
   numbers = {n.removeprefix(_LAYERS).split(".")[0] for n in tensors if n.startswith(_LAYERS)}
   _, queries, width = tensors[QUERIES].shape

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..core.errors import ConversionError, Problems
 from ..core.folders import copier, encoder_of, kept_files, kept_json, style_of, write_json
 from ..core.kind import Kind, Opened, Part
 from ..core.options import Options
-from ..core.rules import CONVOLUTION, IDENTITY, TRANSPOSE, Rule, Table, Transform
+from ..core.rules import CONVOLUTION, IDENTITY, TRANSPOSE, Rule, Table
 from ..core.writers import write_shards
 from ..readers import Source, Tensor, open_source, read_object
 from ..readers.torch_file import TorchFile
@@ -36,9 +36,12 @@ _MODULES = (
   ("conv{x:1|2}", "conv{x:1|2}", "conv{x:1|2}", "conv{x:1|2}"),
   ("layers_{n}/attention_norm", "layers.{n}.self_attn_layer_norm", "blocks.{n}.attn_ln",
    "layer_{n}/self_attention/layer_norm"),
-  ("layers_{n}/attention/q", "layers.{n}.self_attn.q_proj", "blocks.{n}.attn.query", None),
-  ("layers_{n}/attention/k", "layers.{n}.self_attn.k_proj", "blocks.{n}.attn.key", None),
-  ("layers_{n}/attention/v", "layers.{n}.self_attn.v_proj", "blocks.{n}.attn.value", None),
+  ("layers_{n}/attention/q", "layers.{n}.self_attn.q_proj", "blocks.{n}.attn.query",
+   "layer_{n}/self_attention/q"),
+  ("layers_{n}/attention/k", "layers.{n}.self_attn.k_proj", "blocks.{n}.attn.key",
+   "layer_{n}/self_attention/k"),
+  ("layers_{n}/attention/v", "layers.{n}.self_attn.v_proj", "blocks.{n}.attn.value",
+   "layer_{n}/self_attention/v"),
   ("layers_{n}/attention/out", "layers.{n}.self_attn.out_proj", "blocks.{n}.attn.out",
    "layer_{n}/self_attention/linear_1"),
   ("layers_{n}/mlp_norm", "layers.{n}.final_layer_norm", "blocks.{n}.mlp_ln",
@@ -47,8 +50,10 @@ _MODULES = (
   ("layers_{n}/mlp/down", "layers.{n}.fc2", "blocks.{n}.mlp.2", "layer_{n}/ffn/linear_1"),
   ("final_norm", "layer_norm", "ln_post", "layer_norm"),
 )  # fmt: skip
-_POSITIONS = ("embed_positions.weight", "positional_embedding", "position_encodings/encodings")
-_FUSED = re.compile(r"encoder/layer_(0|[1-9]\d*)/self_attention/linear_0/(weight|bias)")
+_POSITIONS = ("positions", "embed_positions.weight", "positional_embedding",
+              "position_encodings/encodings")  # fmt: skip
+# CTranslate2 joins q, k and v; `split_qkv` makes three tensors of them.
+_FUSED = re.compile(r"(encoder/layer_\d+/self_attention)/linear_0/(weight|bias)", re.ASCII)
 HEADS = "encoder/num_heads"
 KEPT_FILES = ("config.json", "preprocessor_config.json")
 # WhisperConfig's fields as Hugging Face's config.json names them.
@@ -62,86 +67,57 @@ _SIZES = {
 }
 
 
-def table(prefix: str = PREFIX, *, openai: bool = False) -> Table:
-  """The rules for Hugging Face's names after a prefix, or for openai-whisper's."""
-  column = 2 if openai else 1
-  rules = [Rule(prefix + _POSITIONS[column - 1], f"{ROOT}/positions")]
+def table(prefix: str = PREFIX, *, style: str = "hf") -> Table:
+  """The rules for names after a prefix: of Hugging Face ("hf"), "openai" or "ctranslate2"."""
+  column = ("hf", "openai", "ctranslate2").index(style) + 1
+  rules = [Rule(prefix + _POSITIONS[column], f"{ROOT}/{_POSITIONS[0]}")]
   for module in _MODULES:
-    ours, theirs = f"{ROOT}/{module[0]}".replace("{x:1|2}", "{x}"), f"{prefix}{module[column]}"
-    leaf, transform = _weight(module[0])
-    rules.append(Rule(f"{theirs}.weight", f"{ours}/{leaf}", transform))
+    ours, theirs = f"{ROOT}/{module[0]}".replace("{x:1|2}", "{x}"), prefix + module[column]
+    leaf, transform = "kernel", CONVOLUTION if module[0].startswith("conv") else TRANSPOSE
+    names = (".weight", ".bias") if style != "ctranslate2" else ("/weight", "/bias")
+    if ours.endswith("norm"):
+      leaf, transform = "scale", IDENTITY
+      names = names if style != "ctranslate2" else ("/gamma", "/beta")
+    rules.append(Rule(theirs + names[0], f"{ours}/{leaf}", transform))
     if not ours.endswith("/k"):
-      rules.append(Rule(f"{theirs}.bias", f"{ours}/bias"))
+      rules.append(Rule(theirs + names[1], f"{ours}/bias"))
   return Table(rules)
 
 
-def _weight(module: str) -> tuple[str, Transform]:
-  if module.endswith("norm"):
-    return "scale", IDENTITY
-  return "kernel", CONVOLUTION if module.startswith("conv") else TRANSPOSE
-
-
-def _renaming() -> Table:
-  """CTranslate2's names to Hugging Face's, except the fused q, k and v."""
-  rules = [Rule(f"encoder/{_POSITIONS[2]}", f"{PREFIX}{_POSITIONS[0]}")]
-  for ours, theirs, _, fast in _MODULES:
-    if fast is not None:
-      names = ("gamma", "beta") if ours.endswith("norm") else ("weight", "bias")
-      theirs = theirs.replace("{x:1|2}", "{x}")
-      for name, other in zip(names, ("weight", "bias")):
-        rules.append(Rule(f"encoder/{fast}/{name}", f"{PREFIX}{theirs}.{other}"))
-  return Table(rules)
-
-
-def find_format(tensors: Collection[str]) -> tuple[str, str] | None:
-  """("hf", prefix), ("openai", prefix) or ("ctranslate2", prefix) by the names, else None."""
-  names = set(tensors)
-  # The first layer as well as the convolution: speech models of other families have the latter.
-  if {"encoder/conv1/weight", "encoder/layer_0/self_attention/layer_norm/gamma"} <= names:
+def find_format(names: Collection[str]) -> tuple[str, str] | None:
+  """Returns ("hf", prefix), ("openai", prefix) or ("ctranslate2", prefix) by the names, or None."""
+  # The first layer as well as the convolution: other families of speech models have the latter.
+  if {"encoder/conv1/weight", "encoder/layer_0/self_attention/layer_norm/gamma"} <= {*names}:
     return "ctranslate2", "encoder/"
-  if {"encoder.conv1.weight", "encoder.blocks.0.attn_ln.weight"} <= names:
+  if {"encoder.conv1.weight", "encoder.blocks.0.attn_ln.weight"} <= {*names}:
     return "openai", "encoder."
   for prefix in PREFIXES:
-    if {f"{prefix}conv1.weight", f"{prefix}layers.0.self_attn_layer_norm.weight"} <= names:
+    if {f"{prefix}conv1.weight", f"{prefix}layers.0.self_attn_layer_norm.weight"} <= {*names}:
       return "hf", prefix
   return None
 
 
-def split_ctranslate2(source: Source, problems: Problems) -> Source:
-  """CTranslate2's encoder under Hugging Face's names, with separate q, k and v."""
-  renaming = _renaming()
-
-  def entries() -> Iterator[tuple[Tensor, Any]]:
-    for name, tensor in source.tensors.items():
-      if not name.startswith("encoder/") or name == HEADS:
+def split_qkv(source: Source, problems: Problems) -> Source:
+  """Splits CTranslate2's joint q, k and v, without the zeros that it has as the bias of k."""
+  entries: list[tuple[Tensor, Any]] = []
+  for name, tensor in source.tensors.items():
+    fused = _FUSED.fullmatch(name)
+    if fused is None or not tensor.shape or tensor.shape[0] % 3:
+      entries.append((tensor, partial(source.read, name)))
+      continue
+    shape = (tensor.shape[0] // 3, *tensor.shape[1:])
+    for n, part in enumerate("qkv"):
+      if (part, fused[2]) == ("k", "bias"):
+        if _third(source, name, n).any():
+          problems.add(f"{source.path}: {name} has a bias of the keys, unlike Whisper")
         continue
-      fused = _FUSED.fullmatch(name)
-      if fused is None or not tensor.shape or tensor.shape[0] % 3:
-        known = renaming.to_jax(name)
-        yield dataclasses.replace(tensor, name=known[0] if known else name), _rows(source, name)
-        continue
-      width = tensor.shape[0] // 3
-      for n, part in enumerate("qkv"):
-        rows = _rows(source, name, slice(n * width, (n + 1) * width))
-        if (part, fused[2]) == ("k", "bias"):
-          if rows().any():
-            problems.add(
-              f"{source.path}: {name} gives the keys a bias, which Whisper does not have"
-            )
-          continue
-        theirs = f"{PREFIX}layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"
-        yield dataclasses.replace(tensor, name=theirs, shape=(width, *tensor.shape[1:])), rows
-
-  return Source(source.path, entries(), notes=source.notes)
+      split = dataclasses.replace(tensor, name=f"{fused[1]}/{part}/{fused[2]}", shape=shape)
+      entries.append((split, partial(_third, source, name, n)))
+  return Source(source.path, entries, notes=source.notes, ignored=source.ignored)
 
 
-def _rows(source: Source, name: str, rows: slice = slice(None)):
-  return partial(_read_rows, source, name, rows)
-
-
-def _read_rows(source: Source, name: str, rows: slice) -> np.ndarray:
-  array = source.read(name)
-  return array[rows] if array.ndim else array
+def _third(source: Source, name: str, n: int) -> np.ndarray:
+  return np.split(source.read(name), 3)[n]
 
 
 def shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
@@ -152,12 +128,12 @@ def shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
 
 
 def open_encoder(src: Path, problems: Problems) -> Part | None:
-  """Maps the encoder of a Whisper model; the names of the decoder are listed as ignored.
+  """Maps the encoder of a Whisper model; tensors of the decoder are listed as ignored.
 
   Args:
     src: folder of Hugging Face (config.json and weights) or of faster-whisper, or openai-whisper's
       .pt file.
-    problems: receives what does not fit.
+    problems: receives everything that does not fit.
 
   Returns:
     The encoder; None if there is none or its sizes are unknown.
@@ -168,18 +144,13 @@ def open_encoder(src: Path, problems: Problems) -> Part | None:
     problems.add(f"{src}: no Whisper encoder in it: no conv1 and first layer by any known names")
     return None
   style, prefix = found
-  outside = [name for name in source.tensors if not name.startswith(prefix)]
-  rules = table(prefix if style == "hf" else PREFIX)
-  given = source
   described: dict[str, Any] = {}
   kept: tuple[Path, ...] = ()
-  heads: Any = None
   if style == "ctranslate2":
     heads = int(source.read(HEADS).max(initial=0)) if HEADS in source.tensors else None
-    given = split_ctranslate2(source, problems)
+    source = split_qkv(source, problems)
   elif style == "openai":
     heads = _openai_heads(source, problems)
-    rules = table(prefix, openai=True)
   else:
     if not (src / "config.json").is_file():
       problems.add(f"{src}: no config.json, which holds the number of heads; give the folder")
@@ -187,7 +158,8 @@ def open_encoder(src: Path, problems: Problems) -> Part | None:
     described = read_object(src / "config.json")
     heads = described.get(_SIZES["heads"])
     kept = tuple(src / name for name in KEPT_FILES if (src / name).is_file())
-  config = _sizes(given, rules, heads, problems)
+  rules = table(prefix, style=style)
+  config = _sizes(source, rules, heads, problems)
   if config is None:
     return None
   if style == "hf":
@@ -195,10 +167,11 @@ def open_encoder(src: Path, problems: Problems) -> Part | None:
   frontend = features_of(config)
   if (src / KEPT_FILES[1]).is_file():
     _check_features(read_object(src / KEPT_FILES[1]), frontend, problems)
-  names = [n for n in given.tensors if given is not source or n.startswith(prefix)]
+  names = [name for name in source.tensors if name.startswith(prefix) and name != HEADS]
+  outside = [name for name in source.tensors if not name.startswith(prefix)]
   return Part(
     config=config,
-    leaves=map_in(given, rules, shapes(config), problems, names=names).leaves,
+    leaves=map_in(source, rules, shapes(config), problems=problems, names=names).leaves,
     style={"whisper": {"format": style, "prefix": prefix if style == "hf" else PREFIX}},
     frontend=frontend,
     kept={"whisper": kept},
@@ -215,17 +188,16 @@ def features_of(config: WhisperConfig) -> LogMelConfig:
 
 
 def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> WhisperConfig | None:
-  """Derives the sizes from the tensors; they do not show the number of heads."""
+  """Derives the sizes from the shapes of the tensors, which do not show the number of heads."""
   found = {}
-  for path in ("conv1/kernel", "positions", "layers_0/mlp/up/kernel"):
+  for path, axes in (("conv1/kernel", 3), ("positions", 2), ("layers_0/mlp/up/kernel", 2)):
     name, transform = rules.to_torch(f"{ROOT}/{path}") or ("", IDENTITY)
     tensor = source.tensors.get(name)
     if tensor is None:
       problems.add(f"{source.path}: {name} is missing: no Whisper encoder")
       return None
-    if len(tensor.shape) != (transform.torch_ndim or 2):
-      axes = transform.torch_ndim or 2
-      problems.add(f"{name} has shape {list(tensor.shape)}; {axes} axes are needed")
+    if len(tensor.shape) != axes:
+      problems.add(f"{name} has shape {list(tensor.shape)}; it must have {axes} axes")
       return None
     found[path] = transform.shape(tensor.shape)
   if type(heads) is not int:
@@ -234,12 +206,11 @@ def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> Whis
     )
     return None
   paths = [mapped[0] for name in source.tensors if (mapped := rules.to_jax(name))]
-  numbered = [re.match(rf"{ROOT}/layers_(\d+)/", path) for path in paths]
   try:
     return WhisperConfig(
       input_width=found["conv1/kernel"][1],
       hidden_size=found["conv1/kernel"][2],
-      layers=len({match[1] for match in numbered if match}),
+      layers=len({path.split("/")[2] for path in paths if "/layers_" in path}),
       heads=heads,
       intermediate_size=found["layers_0/mlp/up/kernel"][1],
       positions=found["positions"][0],
@@ -329,10 +300,8 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
       f"{about.folder}: whisper.norm_eps={config.norm_eps}; Hugging Face's is 1e-5"
     )
   prefix = style_of(about, "whisper").get("prefix", PREFIX)
-  problems = Problems()
   paths = [path for path in tree.flatten(about.params) if path.startswith(f"{ROOT}/")]
-  tensors = map_out(about, table(prefix), paths, problems)
-  problems.check(str(about.folder))
+  tensors = map_out(about, table(prefix), paths)
   original = kept_json(about, "whisper", "config.json")
   dtype = next(tensor.dtype for tensor in tensors if tensor.name == f"{prefix}conv1.weight")
   write_json(folder / "config.json", hf_config(config, dtype, original))

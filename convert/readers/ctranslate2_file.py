@@ -1,4 +1,4 @@
-"""CTranslate2's model.bin, as faster-whisper has it, under the names that stand in it."""
+"""CTranslate2's model.bin, the format of faster-whisper."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .safetensors_file import read_span
-from .source import BFLOAT16, ReadError, Source, Tensor, check_shape
+from .source import BFLOAT16, QUANTIZED, ReadError, Source, Tensor, check_shape
 
 _VERSION = 6
-_LARGEST_VERSION = 255  # what could be one; files of torch.save begin otherwise
+_LARGEST_VERSION = 255  # files of torch.save begin with larger numbers
 _MAX_DIMS = 8
 _DTYPES = {
   0: np.dtype(np.float32),
@@ -27,21 +27,19 @@ _DTYPES = {
 
 
 def is_ctranslate2(path: Path) -> bool:
-  """Whether a .bin file begins as CTranslate2's do, with a small version, not as torch's."""
+  """Whether a .bin file begins with a small number, the version, and is thus not of torch."""
   with path.open("rb") as file:
     start = file.read(4)
   return len(start) == 4 and 0 < int.from_bytes(start, "little") <= _LARGEST_VERSION
 
 
 def open_ctranslate2(path: Path) -> Source:
-  """Opens a file of CTranslate2's binary format 6; tensors have its names, such as `encoder/conv1`.
-
-  Names that are said to be another tensor's are among `ignored`.
+  """Opens a file of binary format 6. Its aliases of tensors are in `ignored`.
 
   Raises:
-    ReadError: if the file is of another version, cut short, at odds with itself, or quantized.
+    ReadError: if the file has another version, is cut short, inconsistent or quantized.
 
-  Source: the header and a record for each tensor, as CTranslate2's ModelSpec writes them.
+  Source: CTranslate2's ModelSpec.
   """
   with path.open("rb") as file:
     return _parse(path, _Cursor(path, file))
@@ -51,8 +49,8 @@ def _parse(path: Path, cursor: _Cursor) -> Source:
   version = cursor.one("I")
   if version != _VERSION:
     raise ReadError(
-      f"{path}: CTranslate2 format {version}, read is {_VERSION}; convert the model again with a "
-      "newer CTranslate2"
+      f"{path}: CTranslate2 format {version}, supported is {_VERSION}; convert the model again with"
+      " a newer CTranslate2"
     )
   spec, revision = cursor.text(), cursor.one("I")
   entries = []
@@ -64,12 +62,10 @@ def _parse(path: Path, cursor: _Cursor) -> Source:
   for _ in range(cursor.one("I")):
     alias, name = cursor.text(), cursor.text()
     if name not in names or alias in names:
-      raise ReadError(f"{path}: {alias!r} is said to be {name!r}; one must be there, one not")
+      raise ReadError(f"{path}: {alias!r} cannot be an alias of {name!r}; copy it again")
     aliases.append(f"{alias} (the same as {name})")
-  if cursor.position != cursor.size:
-    raise ReadError(
-      f"{path}: {cursor.size - cursor.position} bytes stand behind its end; copy it again"
-    )
+  if extra := cursor.size - cursor.position:
+    raise ReadError(f"{path}: {extra} bytes after its end; copy it again")
   return Source(path, entries, ignored=aliases, notes=[f"{path.name}: {spec}, revision {revision}"])
 
 
@@ -87,19 +83,16 @@ def _read_entry(path: Path, cursor: _Cursor) -> tuple[Tensor, int]:
   tensor = Tensor(name, check_shape(where, shape, dtype), dtype, path)
   if tensor.nbytes != nbytes:
     raise ReadError(
-      f"{where} of shape {list(shape)} and dtype {dtype} takes {tensor.nbytes} bytes, the file "
-      f"tells of {nbytes}"
+      f"{where} of shape {list(shape)} and dtype {dtype} takes {tensor.nbytes} bytes, not {nbytes};"
+      " copy it again"
     )
   if dtype.kind == "i" and math.prod(shape) > 1 and name.endswith("weight"):
-    raise ReadError(
-      f"{where} is a weight of dtype {dtype}, so the file is quantized, which is not supported; "
-      "use the float16 or float32 release"
-    )
+    raise ReadError(f"{where} {QUANTIZED.format(dtype)}")
   return tensor, cursor.skip(nbytes, where)
 
 
 class _Cursor:
-  """Takes values from the front of a file and passes over what is not to be read."""
+  """Reads values from a file in order, and skips the data of tensors."""
 
   def __init__(self, path: Path, file: BinaryIO):
     self.path, self.size, self.position = path, path.stat().st_size, 0
@@ -113,26 +106,25 @@ class _Cursor:
     return self.take(code)[0]
 
   def text(self) -> str:
-    """A string of C behind its length, which counts the zero at its end."""
+    """Reads a length, and a C string of that length including its zero."""
     data = self._bytes(self.one("H"))
     try:
       text = data[:-1].decode("utf-8")
     except UnicodeDecodeError as error:
       raise ReadError(f"{self.path}: a name in it is not UTF-8: {error}") from error
     if data[-1:] != b"\0" or not text.isprintable() or not text:
-      raise ReadError(f"{self.path}: {data[:40]!r} stands where a name should be; copy it again")
+      raise ReadError(f"{self.path}: {data[:40]!r} is not a name; copy it again")
     return text
 
   def skip(self, nbytes: int, where: str) -> int:
-    """Passes over so many bytes; returns where they begin."""
-    start = self.position
-    if nbytes > self.size - start:
+    """Skips bytes and returns their offset."""
+    start, end = self.position, self.position + nbytes
+    if end > self.size:
       raise ReadError(
-        f"{where} should end at byte {start + nbytes}, the file ends at {self.size}; it is cut "
-        "short, copy it again"
+        f"{where} should end at byte {end}, the file ends at {self.size}; copy it again"
       )
-    self.position = start + nbytes
-    self._file.seek(self.position)
+    self.position = end
+    self._file.seek(end)
     return start
 
   def _bytes(self, count: int) -> bytes:

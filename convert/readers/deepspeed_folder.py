@@ -1,10 +1,10 @@
-"""DeepSpeed's training checkpoints (ZeRO 1, 2 and 3), put together without DeepSpeed.
+"""DeepSpeed's training checkpoints (ZeRO 1, 2 and 3), read without DeepSpeed.
 
-Every rank's file holds one slice of the trained float32 weights, joined end to end; the model file
-tells names and shapes. ZeRO 1 and 2 cut the joined weights of a group into equal slices, ZeRO 3
-cuts every weight by itself. Weights that were not trained lie in the model files ("frozen").
+The file of every rank has a slice of the trained float32 weights; the model file has names and
+shapes, and frozen weights. ZeRO 1 and 2 split the concatenated weights of a group into equal
+slices, ZeRO 3 splits every weight.
 
-Source: what microsoft/DeepSpeed's zero_to_fp32.py does with the same files.
+Source: zero_to_fp32.py of microsoft/DeepSpeed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from .source import ReadError, Source, Tensor, check_shape
 from .torch_file import TorchFile, describe, to_numpy
 
-_REMEDY = "run the zero_to_fp32.py that DeepSpeed put beside it and read the file which that writes"
+_REMEDY = "run the zero_to_fp32.py in that folder, and convert the file that it writes"
 _SLICE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt", re.ASCII)
 _STATE = "optimizer_state_dict"
 _GROUPS = {
@@ -42,18 +42,18 @@ class _Slice(NamedTuple):
 
 
 def is_deepspeed(path: Path) -> bool:
-  """Whether a folder is a DeepSpeed checkpoint or the folder above, which names its latest one."""
+  """Whether a folder is a DeepSpeed checkpoint, or has a file `latest` that names one."""
   return (path / "latest").is_file() or any(path.glob("*_optim_states.pt"))
 
 
 def open_deepspeed(path: Path) -> Source:
-  """Opens a checkpoint folder (`global_step*`) or the one above it, whose `latest` names one.
+  """Opens a checkpoint folder (`global_step*`), or the latest one of the folder above.
 
-  Trained weights are read in the optimizer's float32; buffers and frozen weights as stored.
+  Trained weights are the optimizer's, in float32; buffers and frozen weights are as stored.
 
   Raises:
-    ReadError: if a rank's file is missing, the files disagree, the model was also cut by tensor
-      parallelism, or a file needs more classes than the few that are replaced by inert ones.
+    ReadError: if a file is missing or damaged, the files disagree, the model was split by tensor
+      parallelism, or a file needs other classes than PICKLE_STUBS.
   """
   folder = _tagged_folder(path)
   try:
@@ -61,7 +61,7 @@ def open_deepspeed(path: Path) -> Source:
   except ReadError:
     raise
   except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-    raise ReadError(f"{folder}: not laid out as DeepSpeed does ({error}); {_REMEDY}") from error
+    raise ReadError(f"{folder}: not a layout of DeepSpeed ({error}); {_REMEDY}") from error
 
 
 def _open_zero(path: Path, folder: Path) -> Source:
@@ -69,7 +69,7 @@ def _open_zero(path: Path, folder: Path) -> Source:
   states = [_dict(file, file.content(), _STATE) for file in ranks]
   stage = states[0].get("zero_stage")
   if stage not in _GROUPS:
-    raise ReadError(f"{ranks[0].path}: ZeRO stage {stage!r}; read are 1, 2 and 3")
+    raise ReadError(f"{ranks[0].path}: ZeRO stage {stage!r}; supported are 1, 2 and 3")
   counts = [state.get("partition_count") for state in states]
   if any((max(c) if isinstance(c, list) and c else c) != len(ranks) for c in counts):
     raise ReadError(
@@ -81,7 +81,7 @@ def _open_zero(path: Path, folder: Path) -> Source:
   content = models[0].content()
   shapes = content.get("param_shapes")
   if not isinstance(shapes, list) or not all(isinstance(group, dict) for group in shapes):
-    raise ReadError(f"{models[0].path}: no param_shapes, so the names of the weights are unknown")
+    raise ReadError(f"{models[0].path}: no param_shapes with the names of the weights; {_REMEDY}")
   cut = _cut_each if stage == 3 else _cut_joined
   entries = [
     _joined(models[0], name, shape, slices)
@@ -105,12 +105,11 @@ def _tagged_folder(path: Path) -> Path:
     return path
   tag = (path / "latest").read_text("utf-8", errors="replace").strip()
   if not tag or Path(tag).name != tag or "\\" in tag or tag == "..":
-    raise ReadError(f"{path / 'latest'}: names {tag[:80]!r}, which is no folder beside it")
+    raise ReadError(f"{path / 'latest'}: names {tag[:80]!r}, which is not a folder beside it")
   if not (path / tag).is_dir() or not any((path / tag).glob("*_optim_states.pt")):
     raise ReadError(
-      f"{path / 'latest'}: names {tag!r}, which is no ZeRO checkpoint (no "
-      "*_optim_states.pt in it); of one trained without ZeRO, give the file "
-      "mp_rank_00_model_states.pt"
+      f"{path / 'latest'}: names {tag!r}, which is not a ZeRO checkpoint (no *_optim_states.pt);"
+      " without ZeRO, give the file mp_rank_00_model_states.pt"
     )
   return path / tag
 
@@ -121,8 +120,8 @@ def _rank_files(folder: Path) -> list[TorchFile]:
     match = _SLICE.fullmatch(file.name)
     if not match or int(match[2]) or int(match[1]) in ranks:
       raise ReadError(
-        f"{file}: not of a plain ZeRO checkpoint (tensor and expert parallelism are "
-        f"not supported); {_REMEDY}"
+        f"{file}: not a plain ZeRO checkpoint (tensor and expert parallelism are not supported);"
+        f" {_REMEDY}"
       )
     ranks[int(match[1])] = file
   if missing := sorted(set(range(max(ranks) + 1)) - set(ranks)):
@@ -131,13 +130,12 @@ def _rank_files(folder: Path) -> list[TorchFile]:
 
 
 def _model_files(folder: Path, count: int) -> list[TorchFile]:
-  names = ["mp_rank_00_model_states.pt"] if count == 1 else []
-  paths = [folder / name for name in names if (folder / name).is_file()] or [
-    folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(count)
-  ]
+  paths = [folder / f"zero_pp_rank_{i}_mp_rank_00_model_states.pt" for i in range(count)]
+  if count == 1 and (whole := folder / "mp_rank_00_model_states.pt").is_file():
+    paths = [whole]
   for path in paths:
     if not path.is_file():
-      raise ReadError(f"{path}: missing; it tells the names of the weights, copy it too")
+      raise ReadError(f"{path}: missing; copy it too")
   files = [TorchFile(path, _REMEDY) for path in paths]
   for file in files:
     if not isinstance(file.content(), dict):
@@ -170,7 +168,7 @@ def _elements(where: str, shape: Any) -> int:
 
 
 def _cut_joined(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
-  """ZeRO 1 and 2: a group's weights end to end, cut into the ranks' slices."""
+  """ZeRO 1 and 2: the concatenated weights of a group, split into the slices of ranks."""
   if any(len(of_rank) != len(shapes) for of_rank in groups):
     raise ReadError(f"{folder}: {len(shapes)} groups of names, {len(groups[0])} of weights")
   for i, group in enumerate(shapes):
@@ -186,17 +184,18 @@ def _cut_joined(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterato
         begin += size
       yield name, shape, slices
       position += count
-    # The end is padded to a multiple of twice the ranks, in ways that differ between releases.
+    # The end is padded to a multiple of twice the ranks, differently in different releases.
     align = 2 * len(ranks)
     if not position <= sum(sizes) or -(-position // align) != -(-sum(sizes) // align):
       raise ReadError(
-        f"{folder}: the names of group {i} tell of {position} values, its files hold {sum(sizes)}"
+        f"{folder}: group {i} has {position} values by its names, {sum(sizes)} in its files;"
+        f" {_REMEDY}"
       )
 
 
 def _cut_each(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
-  """ZeRO 3: every weight cut into equal slices, the last one padded."""
-  ends = []  # where each group of a rank ends, were they joined
+  """ZeRO 3: every weight split into equal slices, the last one padded."""
+  ends = []  # of the groups of each rank, concatenated
   for of_rank in groups:
     ends.append(np.cumsum([0, *(group.numel() for group in of_rank)]).tolist())
   position = 0
@@ -215,8 +214,8 @@ def _cut_each(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
       position += share
   if any(of_rank[-1] != position for of_rank in ends):
     raise ReadError(
-      f"{folder}: the names tell of {position} values a rank, the files hold "
-      f"{sorted({of_rank[-1] for of_rank in ends})}"
+      f"{folder}: a rank has {position} values by the names, {sorted({e[-1] for e in ends})} in the"
+      f" files; {_REMEDY}"
     )
 
 
@@ -231,7 +230,7 @@ def _joined(
 def _read_joined(tensor: Tensor, slices: list[_Slice]) -> np.ndarray:
   values = np.empty(math.prod(tensor.shape), tensor.dtype)
   if sum(piece.length for piece in slices) != values.size:
-    raise ReadError(f"{tensor.file}: tensor {tensor.name!r} is not in the files in full")
+    raise ReadError(f"{tensor.file}: tensor {tensor.name!r} is incomplete in the files")
   position = 0
   for piece in slices:
     flat = piece.file.tensor(piece.keys, piece.length * tensor.dtype.itemsize)
@@ -242,7 +241,7 @@ def _read_joined(tensor: Tensor, slices: list[_Slice]) -> np.ndarray:
 
 
 def _frozen(models: list[TorchFile], stage: int) -> list:
-  """Weights that were not trained: whole in ZeRO 2's model file, cut over all of ZeRO 3's."""
+  """Weights that were not trained: in ZeRO 2's model file, or split over all of ZeRO 3's."""
   shapes = models[0].content().get("frozen_param_shapes") or {}
   keys, found = "frozen_param_fragments", []
   for name, shape in shapes.items() if isinstance(shapes, dict) else ():
@@ -253,7 +252,7 @@ def _frozen(models: list[TorchFile], stage: int) -> list:
       if isinstance(piece, torch.Tensor)
     ]
     if len(kinds) != len(models):
-      raise ReadError(f"{models[0].path}: tensor {name!r} is said to be frozen, but is not there")
+      raise ReadError(f"{models[0].path}: the frozen tensor {name!r} is missing")
     count = _elements(f"{models[0].path}: tensor {name!r}", shape)
     held = sum(math.prod(kind.shape) for kind in kinds)
     if held != count if stage < 3 else not count <= held < count + len(models):
@@ -280,7 +279,7 @@ def _buffers(model: TorchFile) -> list:
 
 
 def _shared(model: TorchFile, entries: dict) -> list:
-  """Weights under a second name, such as a head tied to the embedding."""
+  """Second names of weights, such as a head tied to the embedding."""
   pairs = model.content().get("shared_params") or {}
   found = []
   for name, first in dict(pairs).items():

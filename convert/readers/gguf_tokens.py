@@ -13,7 +13,7 @@ from .source import ReadError
 
 _LETTER_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How the models' own tokenizers split text before any merge: one digit at a time, or up to three.
+# Pre-tokenization of the models: one digit at a time, or up to three.
 _PATTERNS = {
   "qwen2": _LETTER_WORDS + r"\p{N}" + _REST,
   "llama-bpe": _LETTER_WORDS + r"\p{N}{1,3}" + _REST,
@@ -26,16 +26,16 @@ def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
   """Rebuilds the tokenizer of a GGUF file.
 
   Returns:
-    A `tokenizers.Tokenizer`, and what Hugging Face's `tokenizer_config.json` would say.
+    A `tokenizers.Tokenizer`, and the content of Hugging Face's `tokenizer_config.json`.
 
   Raises:
-    ReadError: if the file has none, contradicts itself, or has an unknown kind. Known are
-      byte-level BPE ("gpt2") with the pre-tokenizers in PRE_TOKENIZERS, and LLaMA's own.
+    ReadError: if there is none, or it is inconsistent or unknown. Supported are byte-level BPE
+      ("gpt2") with the pre-tokenizers in PRE_TOKENIZERS, and LLaMA's SentencePiece.
   """
   header = read_header(Path(path))
   kind = header.get("tokenizer.ggml.model", str)
   if kind not in ("gpt2", "llama"):
-    raise ReadError(f"{path}: tokenizer of kind {kind!r}; read are 'gpt2' and 'llama'")
+    raise ReadError(f"{path}: tokenizer of kind {kind!r}; supported are 'gpt2' and 'llama'")
   tokens = _texts(header, "tokenizer.ggml.tokens")
   kinds = header.get("tokenizer.ggml.token_type", list, [sentencepiece.NORMAL] * len(tokens))
   if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
@@ -47,8 +47,8 @@ def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
     tokenizer = make(header, tokens, kinds)
   except ReadError:
     raise
-  except Exception as error:  # the package raises plain Exception for whatever is wrong
-    raise ReadError(f"{path}: no tokenizer can be made of its vocabulary: {error}") from error
+  except Exception as error:  # the package `tokenizers` raises plain Exception
+    raise ReadError(f"{path}: its vocabulary is not a tokenizer: {error}") from error
   return tokenizer, _config(header, tokens)
 
 
@@ -68,7 +68,7 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
     for i, (token, kind) in enumerate(zip(tokens, kinds))
     if not (kind == sentencepiece.UNUSED and token == f"[PAD{i}]")
   }  # fills up the embedding
-  return byte_level_bpe(
+  return _byte_level_bpe(
     vocabulary,
     [(first, second) for first, _, second in (pair.partition(" ") for pair in pairs)],
     pre_tokenizer=name,
@@ -81,26 +81,14 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   )
 
 
-def byte_level_bpe(
+def _byte_level_bpe(
   vocabulary: dict[str, int],
   merges: list[tuple[str, str]],
   *,
   pre_tokenizer: str,
   added: Sequence[Any],
-  add_prefix_space: bool = False,
+  add_prefix_space: bool,
 ) -> Any:
-  """Makes a byte-level BPE tokenizer.
-
-  Args:
-    vocabulary: token -> id.
-    merges: pairs of tokens, the first to be merged first.
-    pre_tokenizer: a name in PRE_TOKENIZERS: how text is split before any merge.
-    added: `tokenizers.AddedToken`s, which are found whole in a text before any merge.
-    add_prefix_space: whether a space is put before a text.
-
-  Returns:
-    A `tokenizers.Tokenizer`.
-  """
   from tokenizers import Regex, Tokenizer, decoders, models, normalizers
   from tokenizers import pre_tokenizers as pre
 

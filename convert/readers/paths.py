@@ -1,4 +1,4 @@
-"""Which reader a path needs: a file by its extension, a folder by what is in it."""
+"""Opens any path with the reader that it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .torch_file import open_torch
 
 _TORCH = (".bin", ".pt", ".pth")
 _EXTENSIONS = (".safetensors", *_TORCH, ".gguf")
-# In this order, as transformers does; a folder often has the same weights in two formats.
+# In the order of transformers: a folder often has the same weights in two formats.
 _MODEL = (
   "model.safetensors",
   "model.safetensors.index.json",
@@ -24,17 +24,16 @@ _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def open_source(path: str | Path, part: str | None = None) -> Source:
-  """Opens weights of any format that is read here; tensors come later, one by one.
+  """Opens weights of any supported format, without reading tensors.
 
   Args:
     path: a .safetensors, .bin (of torch or CTranslate2), .pt, .pth or .gguf file, an index of
-      shards (.index.json), or a folder with an index, with one such file, or with a DeepSpeed
-      training checkpoint.
-    part: of torch files, the dict to take (see `open_torch`); None finds it.
+      shards (.index.json), or a folder with an index, one such file, or a DeepSpeed checkpoint.
+    part: key of the dict to open in a torch file (see `open_torch`).
 
   Raises:
     FileNotFoundError: if there is no such path.
-    ReadError: if it holds no weights, or they are broken or need code to be run.
+    ReadError: if it has no weights, or they are damaged or need code to be run.
   """
   path = Path(path)
   if not path.exists():
@@ -50,7 +49,9 @@ def open_source(path: str | Path, part: str | None = None) -> Source:
 
 def _open_file(path: Path, part: str | None) -> Source:
   if path.suffix not in _EXTENSIONS:
-    raise ReadError(f"{path}: unknown extension {path.suffix!r}; read are {', '.join(_EXTENSIONS)}")
+    raise ReadError(
+      f"{path}: unknown extension {path.suffix!r}; supported are {', '.join(_EXTENSIONS)}"
+    )
   check_file(path)
   ctranslate2 = path.suffix == ".bin" and is_ctranslate2(path)
   if path.suffix in _TORCH and not ctranslate2:
@@ -99,8 +100,8 @@ def _open_index(path: Path, part: str | None) -> Source:
     plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
     if not plain or Path(shard).suffix not in _EXTENSIONS:
       raise ReadError(
-        f"{path}: tensor {name!r} is said to be in {shard!r}; shards must be weight "
-        "files beside the index"
+        f"{path}: tensor {name!r} cannot be in {shard!r}; shards must be weight files beside the"
+        " index"
       )
   shards = list(dict.fromkeys(weight_map.values()))
   if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:

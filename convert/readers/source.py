@@ -1,4 +1,4 @@
-"""A set of tensors in files, read one at a time."""
+"""Tensors in files, read one at a time."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ import numpy as np
 from mooer_jax.files import LFS_POINTER, LFS_REMEDY, read_json_object
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Finite values have an exponent that is not all ones; integer tests are faster than isfinite here.
+# All ones in the exponent mean NaN or infinity; for these dtypes, isfinite is slower.
 _EXPONENTS = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
-_CHECKED_AT_ONCE = 1 << 22
+_CHECKED_VALUES = 1 << 22  # at a time
 _MAX_DIMS = 32
 # An integer tensor under one of these names is a quantized weight; others are plain buffers.
 _WEIGHT_NAMES = ("weight", "qweight", "qzeros", "scales", "weight_packed")
+QUANTIZED = (
+  "is a weight of dtype {}, so the file is quantized, which is not supported; use the float16,"
+  " bfloat16 or float32 release"
+)
 
 
 class ReadError(ValueError):
-  """A weight file that cannot be read as it stands: names the file, the reason, the tensor."""
+  """A weight file that cannot be read; names the file, the reason and the tensor."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-  """What a file says about one tensor; a bfloat16 one has the dtype of package ml_dtypes."""
+  """Description of a tensor in a file. bfloat16 is the dtype of the package ml_dtypes."""
 
   name: str
   shape: tuple[int, ...]
@@ -40,15 +44,15 @@ class Tensor:
 
 
 class Source:
-  """Tensors by name; none of their data is read before `read` asks for it.
+  """Tensors by name; only `read` reads their data.
 
   Attributes:
-    path: the file or folder that was opened.
-    tensors: what can be read, in the order of the files.
-    part: the sub-dict of a torch file that was taken, such as "state_dict"; "" if all of it.
-    ignored: other entries of the files, which are not tensors of that part.
-    notes: what a user should know about how the files are read, in sentences.
-    exact: whether `read` returns the stored bits (false where a quantized file is expanded).
+    path: the opened file or folder.
+    tensors: descriptions, in the order of the files.
+    part: key of the dict of a torch file that was opened, such as "state_dict"; "" for all of it.
+    ignored: other entries of the files.
+    notes: sentences for the user.
+    exact: whether `read` returns the stored bits; False for a quantized file.
   """
 
   def __init__(
@@ -75,11 +79,11 @@ class Source:
       self._readers[tensor.name] = reader
 
   def read(self, name: str) -> np.ndarray:
-    """Reads one tensor: an own array in the stored shape and dtype, bit for bit.
+    """Reads a tensor into a writable array in the stored shape and dtype, bit for bit.
 
     Raises:
       KeyError: if there is no such tensor.
-      ReadError: if the file no longer holds it, or it has a value that is NaN or infinite.
+      ReadError: if the file was cut, or a value is NaN or infinite.
     """
     if name not in self.tensors:
       raise KeyError(f"{self.path}: no tensor {name!r} among {len(self.tensors)}")
@@ -94,7 +98,7 @@ class Source:
 
 
 def join_sources(path: Path, sources: Sequence[Source], notes: Sequence[str] = ()) -> Source:
-  """Makes one source of several files; a tensor in two of them is an error."""
+  """Joins the sources of several files. Raises ReadError for a tensor in two of them."""
   return Source(
     path,
     [(source.tensors[n], source._readers[n]) for source in sources for n in source.tensors],
@@ -106,7 +110,7 @@ def join_sources(path: Path, sources: Sequence[Source], notes: Sequence[str] = (
 
 
 def check_shape(where: str, shape: Sequence[int], dtype: np.dtype) -> tuple[int, ...]:
-  """Returns `shape` as a tuple once NumPy can hold it; `where` begins the error."""
+  """Returns `shape` as a tuple. Raises ReadError (beginning with `where`) if it is impossible."""
   if len(shape) > _MAX_DIMS or any(size < 0 for size in shape):
     raise ReadError(f"{where} has the impossible shape {list(shape)[:_MAX_DIMS]}")
   if math.prod(size for size in shape if size) * dtype.itemsize >= 1 << 62:
@@ -118,10 +122,7 @@ def _check_described(tensor: Tensor):
   check_shape(f"{tensor.file}: tensor {tensor.name!r}", tensor.shape, tensor.dtype)
   last = tensor.name.rpartition(".")[2]
   if tensor.dtype.kind in "iu" and last in _WEIGHT_NAMES:
-    raise ReadError(
-      f"{tensor.file}: tensor {tensor.name!r} is a weight of dtype {tensor.dtype}, so the file is "
-      "quantized, which is not supported; use the float16, bfloat16 or float32 release"
-    )
+    raise ReadError(f"{tensor.file}: tensor {tensor.name!r} {QUANTIZED.format(tensor.dtype)}")
 
 
 def _count_not_finite(array: np.ndarray) -> int:
@@ -129,8 +130,8 @@ def _count_not_finite(array: np.ndarray) -> int:
   if exponent is None and array.dtype.kind != "f":
     return 0
   flat, bad = array.reshape(-1), 0
-  for start in range(0, flat.size, _CHECKED_AT_ONCE):
-    values = flat[start : start + _CHECKED_AT_ONCE]
+  for start in range(0, flat.size, _CHECKED_VALUES):
+    values = flat[start : start + _CHECKED_VALUES]
     if exponent is None:
       bad += values.size - int(np.count_nonzero(np.isfinite(values)))
     else:
@@ -153,11 +154,11 @@ def read_object(path: Path) -> dict:
 
 
 def check_file(path: Path) -> None:
-  """Checks that a file has content of its own, before a reader complains about its format.
+  """Checks that a file has content, before its format is checked.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ReadError: if it is empty, or a Git LFS pointer in place of the file.
+    ReadError: if it is empty or a Git LFS pointer.
   """
   with path.open("rb") as file:
     start = file.read(len(LFS_POINTER))

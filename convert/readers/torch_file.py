@@ -1,8 +1,8 @@
-"""Files of torch.save: read as weights only and never executed."""
+"""Files of torch.save, read as weights only: nothing in them is executed."""
 
 from __future__ import annotations
 
-import pickletools
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -16,35 +16,22 @@ import torch
 
 from .source import ReadError, Source, Tensor, check_file
 
-# Where training programs put the weights, beside their optimizer's state.
+# Keys under which training programs save the weights.
 KNOWN_PARTS = ("state_dict", "model_state_dict", "model", "module", "generator", "speaker_encoder")
 _NOT_WEIGHTS = ("optimizer", "optimizer_state_dict", "optim", "scheduler", "lr_scheduler", "scaler")
-# Magic number, protocol, machine, content, keys of the storages.
-_PICKLES_IN_OLD_FILE = 5
 _SAVE_AGAIN = (
-  "load it where it was made and save its state dict alone: torch.save(model.state_dict(), ...)"
+  "load it where it was made, and save its state dict: torch.save(model.state_dict(), ...)"
 )
 _ZIP_START = b"PK\x03\x04"
 _RENEW_AFTER_BYTES = 256 << 20
-_DTYPES = {
-  torch.bool: np.dtype(np.bool_),
-  torch.uint8: np.dtype(np.uint8),
-  torch.int8: np.dtype(np.int8),
-  torch.int16: np.dtype(np.int16),
-  torch.int32: np.dtype(np.int32),
-  torch.int64: np.dtype(np.int64),
-  torch.float16: np.dtype(np.float16),
-  torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
-  torch.float32: np.dtype(np.float32),
-  torch.float64: np.dtype(np.float64),
-}
+_NAMES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64"
+_DTYPES = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}  # with ml_dtypes
 
 
-# torch.load builds only the classes it is given. DeepSpeed's files name classes of that package for
-# values that a converter has no use for; these stubs are built in their place, so that DeepSpeed
-# need not be installed and nothing of it runs.
+# torch.load builds only the classes that it is given. These stubs replace classes that DeepSpeed's
+# files name for values that are not needed here, so that no code of DeepSpeed runs.
 class Stub:
-  """Takes any arguments and any state and does nothing with them."""
+  """Accepts any arguments and any state, and ignores them."""
 
   def __init__(self, *args):
     pass
@@ -54,7 +41,7 @@ class Stub:
 
 
 class Stage(int):
-  """The number that DeepSpeed's enumeration of ZeRO's stages stands for."""
+  """A stage of ZeRO, an enumeration in DeepSpeed."""
 
 
 PICKLE_STUBS: tuple[tuple[type, str], ...] = (
@@ -71,14 +58,14 @@ def open_torch(path: Path, part: str | None = None) -> Source:
 
   Args:
     path: a zip file (torch 1.6 and later; mapped, not loaded) or an older one (loaded whole).
-    part: keys joined by "." of the dict to take; "" for all of the file; None to find it: all of
-      the file if tensors stand at its top, else the one dict in it that holds weights.
+    part: key of the dict to open. Default: the whole file if it has tensors at its top level, else
+      the only dict in it with weights.
 
   Raises:
-    ReadError: if the file is broken, holds more than weights, or `part` is missing or needed.
+    ReadError: if the file is damaged, holds more than weights, or `part` is missing or needed.
   """
   file = TorchFile(path)
-  keys = _find_part(path, file.content(), part)
+  keys = _find_part(path, file.content()) if part is None else (part,)
   chosen = _descend(path, file.content(), keys)
   entries, ignored = [], _others(file.content(), keys)
   for names, value in _leaves(chosen):
@@ -89,16 +76,16 @@ def open_torch(path: Path, part: str | None = None) -> Source:
     else:
       ignored.append(f"{'.'.join([*map(str, keys), name])} ({type(value).__name__})")
   if not entries:
-    raise ReadError(f"{path}: no tensors in it; at its top are {_listed(file.content())}")
+    raise ReadError(f"{path}: no tensors in it; its top level has {_listed(file.content())}")
   found = ".".join(map(str, keys))
-  notes = [f"{path.name}: took the part {found!r}"] if found and part is None else []
+  notes = [f"{path.name}: opened the part {found!r}"] if found and part is None else []
   if not file.mapped:
-    notes.append(f"{path.name}: saved by torch before 1.6, so all of it is held in memory")
+    notes.append(f"{path.name}: saved by torch before 1.6, so it is loaded as a whole")
   return Source(path, entries, part=found, ignored=ignored, notes=notes)
 
 
 class TorchFile:
-  """The content of a file of torch.save, its tensors mapped from disk where the format allows."""
+  """The content of a file of torch.save; tensors are mapped if the format allows it."""
 
   def __init__(self, path: Path, remedy: str = _SAVE_AGAIN):
     check_file(path)
@@ -120,8 +107,8 @@ class TorchFile:
     return to_numpy(self.tensor(keys, tensor.nbytes))
 
   def tensor(self, keys: tuple, nbytes: int) -> torch.Tensor:
-    """The tensor under `keys`, still in the file, of which `nbytes` are going to be read."""
-    # Pages once touched stay resident as long as the file is mapped, so the map is made anew.
+    """Returns the mapped tensor under `keys`, of which the caller reads `nbytes`."""
+    # Pages that were read stay resident until the file is mapped anew.
     self._touched += nbytes
     if self.mapped and self._touched > _RENEW_AFTER_BYTES:
       self._content, self._touched = None, nbytes
@@ -131,7 +118,7 @@ class TorchFile:
     return value
 
   def _check_storages(self):
-    """A storage longer than its record would be filled with bytes of the next ones."""
+    """A storage that is longer than its record would have bytes of the next ones."""
     storages = [
       leaf.untyped_storage()
       for _, leaf in _leaves(self._content)
@@ -142,29 +129,32 @@ class TorchFile:
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
     if lost := Counter(sizes.values()) - self._records:
       raise ReadError(
-        f"{self.path}: a tensor wants {next(iter(lost))} bytes, but no record in it has that size"
+        f"{self.path}: a tensor needs {next(iter(lost))} bytes, which no record has; copy it again"
       )
 
 
 def load_weights_only(path: Path, *, mmap: bool, remedy: str = _SAVE_AGAIN) -> Any:
-  """torch.load restricted to weights; what it refuses becomes a ReadError that says why.
+  """Runs torch.load restricted to weights.
 
   Args:
     path: the file.
-    mmap: whether the tensors stay in the file until they are used.
-    remedy: ends the error about a file that needs more.
+    mmap: whether to map the tensors.
+    remedy: end of the error about a file that needs other classes.
+
+  Raises:
+    ReadError: for anything that torch refuses.
   """
   try:
     with torch.serialization.safe_globals(list(PICKLE_STUBS)):
       return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
   except Exception as error:  # a broken or hostile pickle can raise anything
     allowed = {name for _, name in PICKLE_STUBS}
-    if needed := [name for name in _classes_needed(path) if name not in allowed]:
+    if needed := [name for name in _classes_needed(path, error) if name not in allowed]:
       raise ReadError(
-        f"{path}: needs {', '.join(needed)} to be run or built; files are read as weights only, "
-        f"nothing in them is executed. If you trust the file, {remedy}"
+        f"{path}: needs {', '.join(needed)}; only weights are read, and no code in a file is"
+        f" executed. If you trust the file, {remedy}"
       ) from error
-    # The message's first part recommends to switch the protection off.
+    # The first part of the message recommends to switch the protection off.
     reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:300]
     raise ReadError(
       f"{path}: not a file of torch.save, or cut short: {reason}; copy it again"
@@ -172,16 +162,16 @@ def load_weights_only(path: Path, *, mmap: bool, remedy: str = _SAVE_AGAIN) -> A
 
 
 def describe(path: Path, name: str, tensor: torch.Tensor) -> Tensor:
-  """What the file says about a tensor, once it is known to be a plain one."""
+  """Returns name, shape and dtype of a tensor. Raises ReadError if it is not plain and dense."""
   where = f"{path}: tensor {name!r}"
   if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
     raise ReadError(
       f"{where} is {tensor.layout}, {tensor.dtype}, on {tensor.device}; only plain "
-      "dense tensors are read"
+      "dense tensors are supported"
     )
   if tensor.dtype not in _DTYPES:
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-    raise ReadError(f"{where} has dtype {tensor.dtype}; read are {allowed}")
+    raise ReadError(f"{where} has dtype {tensor.dtype}; supported are {allowed}")
   found = Tensor(name, tuple(tensor.shape), _DTYPES[tensor.dtype], path)
   if found.nbytes > path.stat().st_size:
     raise ReadError(f"{where} of shape {list(found.shape)} is larger than the file")
@@ -189,7 +179,7 @@ def describe(path: Path, name: str, tensor: torch.Tensor) -> Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-  """A copy in C order with the same bits; NumPy knows bfloat16 only through ml_dtypes."""
+  """Copies a tensor in C order, with the same bits."""
   tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
   if tensor.dtype == torch.bfloat16:
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -197,7 +187,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _check_zip(path: Path) -> Counter:
-  """Returns how many data records there are of each size, after a look at the directory."""
+  """Checks the records of a zip file. Returns the number of data records of each size."""
   try:
     with zipfile.ZipFile(path) as archive:
       infos = archive.infolist()
@@ -208,42 +198,27 @@ def _check_zip(path: Path) -> Counter:
       if packed := [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]:
         raise ReadError(f"{path}: the record {packed[0]!r} is compressed; torch.save never does so")
       if len({info.filename for info in infos}) != len(infos):
-        raise ReadError(f"{path}: a record stands in it twice")
+        raise ReadError(f"{path}: has the same record twice; copy it again")
       for info in infos:
         if "/data/" not in info.filename:
-          archive.read(info)  # compares the checksum; the tensors' own are left to the disk
+          archive.read(info)  # compares the checksum; those of the tensors would take too long
       return Counter(info.file_size for info in infos if "/data/" in info.filename)
   except ReadError:
     raise
   except Exception as error:  # zipfile raises its own, struct's, OS and value errors
-    raise ReadError(f"{path}: broken or cut short: {error}; copy it again") from error
+    raise ReadError(f"{path}: damaged or cut short: {error}; copy it again") from error
 
 
-def _classes_needed(path: Path) -> list[str]:
-  """Names what a pickle wants beyond weights, by looking through it without loading it."""
+def _classes_needed(path: Path, error: Exception) -> list[str]:
+  """Names of the classes and functions that a pickle needs beyond weights."""
   try:
     return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-  except Exception:  # not a zip file, or a pickle too odd to list
-    pass
-  needed: list[str] = []
-  texts: list[str] = []
-  try:
-    with path.open("rb") as file:
-      for _ in range(_PICKLES_IN_OLD_FILE):
-        for opcode, argument, _ in pickletools.genops(file):
-          if opcode.name in ("GLOBAL", "INST"):
-            needed.append(str(argument).replace(" ", "."))
-          elif opcode.name == "STACK_GLOBAL":
-            needed.append(".".join(texts[-2:]))
-          elif isinstance(argument, str):
-            texts.append(argument)
-  except Exception:  # whatever else is wrong with it, torch.load has told already
-    pass
-  return sorted({name for name in needed if not name.startswith(("torch", "collections."))})
+  except Exception:  # not a zip file, or an odd pickle; torch's own error names the first class
+    return re.findall(r"GLOBAL (\S+)", str(error))
 
 
 def _children(value) -> dict:
-  """A dict's entries by the key's text."""
+  """Entries of a dict by the text of their keys."""
   return {str(key): child for key, child in value.items()}
 
 
@@ -255,9 +230,7 @@ def _leaves(value, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
     yield names, value
 
 
-def _find_part(path: Path, content, part: str | None) -> tuple[str, ...]:
-  if part is not None:
-    return _named_part(path, content, part)
+def _find_part(path: Path, content) -> tuple[str, ...]:
   keys: tuple[str, ...] = ()
   while isinstance(content, dict):
     children = _children(content)
@@ -270,40 +243,31 @@ def _find_part(path: Path, content, part: str | None) -> tuple[str, ...]:
       and any(isinstance(leaf, torch.Tensor) for _, leaf in _leaves(child))
       and key not in _NOT_WEIGHTS
     ]
-    known = [key for key in holding if key in KNOWN_PARTS]
-    choices = known or holding
+    choices = [key for key in holding if key in KNOWN_PARTS] or holding
     if len(choices) > 1:
-      raise ReadError(f"{path}: several parts hold tensors: {', '.join(choices)}; name one of them")
+      raise ReadError(
+        f"{path}: several parts hold tensors: {', '.join(choices)}; save the one to convert to a"
+        " file of its own with torch.save"
+      )
     if not choices:
       break
     keys, content = (*keys, choices[0]), children[choices[0]]
   return keys
 
 
-def _named_part(path: Path, content, part: str) -> tuple[str, ...]:
-  """The keys of a part; a key may itself hold dots, so the longest that fits is taken."""
-  keys: tuple[str, ...] = ()
-  rest = part
-  while rest:
-    children = _children(content) if isinstance(content, dict) else {}
-    fitting = [key for key in children if rest == key or rest.startswith(f"{key}.")]
-    if not fitting or not isinstance(children[max(fitting, key=len)], dict):
-      raise ReadError(f"{path}: no part {part!r}; at that place are {_listed(content)}")
-    key = max(fitting, key=len)
-    keys, content, rest = (*keys, key), children[key], rest[len(key) + 1 :]
-  return keys
-
-
 def _descend(path: Path, content, keys: tuple[str, ...]):
   for key in keys:
-    content = _children(content)[key]
+    children = _children(content) if isinstance(content, dict) else {}
+    if key not in children:
+      raise ReadError(f"{path}: no part {key!r} in it; it has {_listed(content)}")
+    content = children[key]
   if not isinstance(content, dict):
     raise ReadError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
   return content
 
 
 def _others(content, keys: tuple[str, ...]) -> list[str]:
-  """What stands beside the chosen part, on every level down to it."""
+  """Names of the entries beside the chosen part, on every level down to it."""
   found = []
   for depth, key in enumerate(keys):
     children = _children(content)

@@ -18,6 +18,7 @@ from mooer_jax import tree
 ROOM = 8  # the largest of a million differences of two evaluations is at 1.4
 DRAWS = 3  # random moves, of which the largest change counts
 EPS = float(np.finfo(np.float32).eps)
+FRAME = 512  # samples in a DFT
 
 Stages = Callable[[Any, Sequence[np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -41,7 +42,10 @@ def with_bounds(
   for _ in range(DRAWS):
     for name, x in stages(moved(params, rng), moved(clips, rng)).items():
       scales[name] = np.maximum(scales[name], _largest(x - values[name]) / EPS)
-  unit = ROOM * EPS * math.sqrt(longest_sum(params))
+  # The longest sum: over the inputs of the widest kernel, or over the samples of a frame.
+  kernels = [x for path, x in tree.flatten(params).items() if path.endswith("/kernel")]
+  terms = max([FRAME if clips else 1, *(math.prod(x.shape[:-1]) for x in kernels)])
+  unit = ROOM * EPS * math.sqrt(terms)
   return values, {name: unit * scale for name, scale in scales.items()}
 
 
@@ -53,12 +57,6 @@ def moved(values: Any, rng: np.random.Generator) -> Any:
     return np.nextafter(np.asarray(x), np.where(up, np.float32(np.inf), np.float32(-np.inf)))
 
   return jax.tree.map(move, values)
-
-
-def longest_sum(params: Any) -> int:
-  """Terms of the longest sum in a model: the inputs of its widest kernel, or a frame's samples."""
-  kernels = [x for path, x in tree.flatten(params).items() if path.endswith("/kernel")]
-  return max([512, *(math.prod(x.shape[:-1]) for x in kernels)])
 
 
 def _largest(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`convert verify KIND SRC CKPT`: the original and a checkpoint on the same clips, by stage."""
+"""`convert verify KIND SRC CKPT`: compares the original and a checkpoint on the same clips."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,22 +28,22 @@ def verify(
   base: Path | None = None,
   max_new_tokens: int = 40,
 ) -> Report:
-  """Runs the original, clip by clip, and the checkpoint, all clips in one batch, in float32.
+  """Runs the original, clip by clip, and the checkpoint, in one batch, in float32.
 
-  Up to the logits, which both sides compute with the original's output as input, values are
-  compared; then the tokens that each side generates by itself, greedily.
+  Compares the values of every stage (logits with the original's output as input), and the tokens
+  that each side generates greedily.
 
   Args:
     kind: a name in KINDS.
     src: the imported source.
-    folder: the checkpoint, or a run folder, whose latest checkpoint is taken.
+    folder: the checkpoint, or a run folder with its latest checkpoint.
     audio: clips, for kinds with an encoder.
     options: further files of the original.
     base: base checkpoint of a fine-tune, if it has moved.
     max_new_tokens: maximum number of generated tokens.
 
   Raises:
-    ConversionError, ValueError: if something that is needed is missing.
+    ConversionError, ValueError: for a missing option, or a part that the checkpoint lacks.
     FileNotFoundError: for a path.
   """
   found = find_kind(kind)
@@ -90,7 +90,7 @@ def _check_options(kind: Kind, audio: Sequence[Path], options: Options) -> None:
 
 
 def _model(kind: Kind, about: Checkpoint) -> SpeechLLMConfig:
-  """The whole model, or one of which only the verified part is used."""
+  """Returns the model, or a model of which only the verified part is used."""
   if "connector/" in kind.parts:
     return from_json(about.config)
   if not kind.takes_audio:

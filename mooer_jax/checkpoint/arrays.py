@@ -8,22 +8,22 @@ import jax
 import numpy as np
 
 from mooer_jax import tree
-from mooer_jax.checkpoint.leaves import CheckpointError, Lazy, as_lazy
+from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, as_lazy
 
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
 
 
 def write(folder: Path, arrays: Mapping) -> dict[str, str]:
-  """Write a nested dict of arrays or `Lazy` leaves, from all processes.
+  """Write a nested dict of arrays or `LazyArray` leaves, from all processes.
 
   Returns:
     SHA-256 (hex) of files that were hashed while they were in the page cache, by their path below
-    the folder: most files of `Lazy` leaves, else none.
+    the folder: most files of `LazyArray` leaves, else none.
   """
   import orbax.checkpoint as ocp
 
   digests: dict[str, str] = {}
-  if any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(arrays)):
+  if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
     from mooer_jax.checkpoint.streaming import streaming_handler
 
     arrays = jax.tree.map(as_lazy, arrays)

@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazy:
+class LazyArray:
   """A leaf that is read when it is written, so that a model may exceed the memory.
 
   Attributes:
@@ -35,11 +35,11 @@ class Lazy:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def as_lazy(leaf) -> Lazy:
-  """Wrap an array as a `Lazy` leaf."""
-  if isinstance(leaf, Lazy):
+def as_lazy(leaf) -> LazyArray:
+  """Wrap an array as a `LazyArray` leaf."""
+  if isinstance(leaf, LazyArray):
     return leaf
-  return Lazy(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
+  return LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
 def hash_file(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Orbax handlers that write `Lazy` leaves one by one, and read leaves to the host."""
+"""Orbax handlers that write `LazyArray` leaves one by one, and read leaves to the host."""
 
 import copy
 import gc
@@ -10,13 +10,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from mooer_jax.checkpoint.leaves import Lazy, hash_file
+from mooer_jax.checkpoint.leaves import LazyArray, hash_file
 
 GROUP_BYTES = 256 * 2**20  # at most two groups are in memory: one is written, the next is read
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-  """Saves `Lazy` leaves as NumPy arrays.
+  """Saves `LazyArray` leaves as NumPy arrays.
 
   The files of a group are hashed as soon as they are written, while they are in the page cache.
   """
@@ -25,7 +25,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     super().__init__(deepcopy_host_arrays=False)
     self._digests = digests
 
-  async def serialize(self, values: Sequence[Lazy], infos, args=None):
+  async def serialize(self, values: Sequence[LazyArray], infos, args=None):
     with ThreadPoolExecutor(1) as hashing:
       return await self._serialize(values, infos, args, hashing)
 
@@ -99,10 +99,10 @@ def _with_types(*types, **options) -> ocp.PyTreeCheckpointHandler:
 
 
 def streaming_handler(digests: dict[str, str]) -> ocp.PyTreeCheckpointHandler:
-  """The handler for trees of `Lazy` leaves; it adds the SHA-256 of files to `digests`.
+  """The handler for trees of `LazyArray` leaves; it adds the SHA-256 of files to `digests`.
 
   Each chunk is a file. With OCDBT, all chunks of a leaf are copied before the first is written,
   which doubles the memory and took 2.8 instead of 0.4 s for 2 GB of bfloat16. There is no
   compression, because it hardly shrinks weights and would limit the speed.
   """
-  return _with_types((Lazy, _LazyHandler(digests)), use_ocdbt=False, use_compression=False)
+  return _with_types((LazyArray, _LazyHandler(digests)), use_ocdbt=False, use_compression=False)

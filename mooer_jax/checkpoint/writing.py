@@ -34,7 +34,7 @@ def save(
 
   Args:
     folder: of the checkpoint; parents are created.
-    params: nested dict of arrays, or of `Lazy` leaves that are read one by one, per layer
+    params: nested dict of arrays, or of `LazyArray` leaves that are read one by one, per layer
       (`tree.unstack_layers`); with `base` only the trained ones.
     config_json: config of the model as JSON values.
     tokenizer: folder to copy, or a function that writes the files into a folder.

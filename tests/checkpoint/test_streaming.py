@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, tree
-from mooer_jax.checkpoint import Lazy, SaveError, streaming, sums
+from mooer_jax.checkpoint import LazyArray, SaveError, streaming, sums
 
 SHAPES = {f"decoder/layers_{n}/kernel": (16, 8 + n) for n in range(12)}
 
@@ -25,7 +25,10 @@ def arrays():
 
 def lazy(flat, read=lambda path, array: array):
   return tree.unflatten(
-    {path: Lazy(x.shape, x.dtype, lambda path=path, x=x: read(path, x)) for path, x in flat.items()}
+    {
+      path: LazyArray(x.shape, x.dtype, lambda path=path, x=x: read(path, x))
+      for path, x in flat.items()
+    }
   )
 
 

@@ -45,11 +45,11 @@ def config_of(folder):
     ),
     (
       lambda c: c.update(prompts={"asr": "<|transcribe|>"}),
-      ["{'asr': '<|transcribe|>'} is not a prompt of a release", "config.model.prompts"],
+      ["{'asr': '<|transcribe|>'}: must be one of a release", "config.model.prompts"],
     ),
-    (lambda c: c.update(prompts={"asr": AST}), ["is not a prompt of a release"]),
+    (lambda c: c.update(prompts={"asr": AST}), ["must be one of a release"]),
     (lambda c: c.update(prompts={"s2s_chat": "Answer my question with speech. "}), ["s2s_chat"]),
-    (lambda c: c.update(prompts={}), ["prompts: none"]),
+    (lambda c: c.update(prompts={}), ["prompts={}: must be one of a release"]),
     (lambda c: c.update(chat_template="bare"), ["template='bare'", "config.model.chat_template"]),
     (lambda c: c.update(max_audio_s=20.0), ["max_audio_s=20", "config.model.max_audio_s"]),
     (

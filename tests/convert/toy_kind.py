@@ -3,7 +3,7 @@
 import numpy as np
 
 from convert.core.kind import Kind, Opened
-from mooer_jax.checkpoint import Lazy, read_leaves
+from mooer_jax.checkpoint import LazyArray, read_leaves
 
 LEAF = "decoder/final_norm/scale"
 
@@ -13,9 +13,10 @@ def open_toy(src, options, problems):
   if array.ndim != 1:
     problems.add(f"toy.npy has shape {list(array.shape)}; one axis is needed")
     return None
-  leaf = Lazy(array.shape, array.dtype, lambda: array)
+  leaf = LazyArray(array.shape, array.dtype, lambda: array)
   notes = (f"task: {options.task}",)
-  return Opened({"toy": {"size": len(array)}}, {LEAF: leaf}, style={"toy": {}}, notes=notes)
+  config = {"toy": {"size": len(array)}}
+  return Opened(config=config, leaves={LEAF: leaf}, style={"toy": {}}, notes=notes)
 
 
 def export_toy(about, folder, shard_bytes):

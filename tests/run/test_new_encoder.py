@@ -13,7 +13,7 @@ from convert import kinds
 from convert.core.kind import Kind, Part
 from convert.main import main
 from mooer_jax import checkpoint, encoders, tree
-from mooer_jax.checkpoint import Lazy
+from mooer_jax.checkpoint import LazyArray
 from mooer_jax.config import from_json
 from mooer_jax.text.tokenizer import Tokenizer
 from tests.encoders.toy import ToyConfig
@@ -33,7 +33,7 @@ LEAVES = {
 def open_toy(src, options, problems):
   rng = np.random.default_rng(0)
   arrays = {p: rng.normal(size=shape).astype(np.float32) for p, shape in LEAVES.items()}
-  leaves = {p: Lazy(x.shape, x.dtype, lambda x=x: x) for p, x in arrays.items()}
+  leaves = {p: LazyArray(x.shape, x.dtype, lambda x=x: x) for p, x in arrays.items()}
   size = ToyConfig.SIZES["toy_large"]
   tokenizer = Tokenizer.from_characters(tiny.DIGITS, TOKENS, eos=TOKENS[-1])
   part = Part(size, leaves, style={}, frontend=size.frontend(), tokenizer=tokenizer.save)

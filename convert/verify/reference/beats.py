@@ -31,7 +31,7 @@ DEFAULTS = {
   "num_buckets": 320,
   "max_distance": 1280,
 }
-# The options that are rebuilt here.
+# The supported options.
 OPTIONS = {"layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True, "conv_bias": False}
 
 
@@ -48,7 +48,7 @@ def run_beats_encoder(
   Args:
     file: the .pt file.
     waveforms: clips [N] at 16 kHz.
-    tuned: tensors under the file's names that replace those of the file.
+    tuned: tensors that replace those of the file.
 
   Returns:
     Per clip, "features" [T, 128], normalised, and "encoder" [T', D].

@@ -29,7 +29,7 @@ def run_peft(request: Request) -> Original:
 
 def _complete(request: Request, module: Any) -> Original:
   """Generates after a short prompt."""
-  if request.tokenizer is None:  # a checkpoint of version 0.1 may have none
+  if request.tokenizer is None:  # in a checkpoint of version 0.1
     prompt_S = list(range(min(16, request.config.decoder.vocab_size)))
   else:
     prompt_S = request.tokenizer.encode(PROMPT)
@@ -40,7 +40,7 @@ def _complete(request: Request, module: Any) -> Original:
 
 
 def state_of(source: Source, prefix: str = "") -> dict[str, torch.Tensor]:
-  """float32 tensors whose names begin with the prefix, by the rest of their names."""
+  """Reads the tensors whose names begin with the prefix, in float32, without the prefix."""
   return {
     name.removeprefix(prefix): torch.from_numpy(source.read(name).astype(np.float32))
     for name in source.tensors
@@ -49,10 +49,10 @@ def state_of(source: Source, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def load_state(module, state: State, origin: Path) -> Any:
-  """Loads the tensors that a module has; others are skipped.
+  """Loads the tensors of a module, which may be some of `state`.
 
   Raises:
-    ConversionError: if one is missing or of another shape.
+    ConversionError: if a tensor is missing or has another shape.
   """
   known = module.state_dict()
   if missing := sorted(known.keys() - state.keys()):
@@ -70,7 +70,7 @@ def load_llm(folder: Path) -> Any:
   """Loads transformers' model of a folder or GGUF file in float32.
 
   Raises:
-    ConversionError: if transformers does not find a tensor.
+    ConversionError: if transformers misses a tensor, which it would initialize at random.
   """
   from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -82,8 +82,8 @@ def load_llm(folder: Path) -> Any:
   )
   if missing := sorted(found["missing_keys"]):
     raise ConversionError(
-      f"{folder}: transformers does not find {missing[0]} ({len(missing)} such tensors), so the"
-      " two cannot be compared; save the model with its save_pretrained"
+      f"{folder}: transformers does not find {missing[0]} ({len(missing)} such tensors), so it"
+      " cannot be compared; save the model with its save_pretrained"
     )
   module.generation_config = GenerationConfig()  # the folder's own may sample or penalize
   return module.eval()
@@ -104,16 +104,16 @@ def with_lora(module, config: Any, state: State, origin: Path) -> Any:
   Args:
     module: the model.
     config: peft's LoraConfig.
-    state: the LoRA's tensors under peft's names, with or without the adapter's name in them.
+    state: tensors under peft's names, with or without the adapter's name.
     origin: path for errors.
 
   Raises:
-    ConversionError: if peft misses a tensor, or does not know one.
+    ConversionError: if a tensor is missing or unknown.
   """
   from peft import get_peft_model, set_peft_model_state_dict
 
   wrapped = get_peft_model(module, config)
-  # Some files have the adapter's name in the name of each tensor; peft adds it itself.
+  # peft adds the adapter's name, which some files already have.
   plain = {
     re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", name): tensor
     for name, tensor in state.items()
@@ -122,7 +122,7 @@ def with_lora(module, config: Any, state: State, origin: Path) -> Any:
   odd = [name for name in loaded.missing_keys if ".lora_" in name] + loaded.unexpected_keys
   if odd:
     raise ConversionError(
-      f"{origin}: peft misses or does not know {odd[0]} ({len(odd)} such tensors)"
+      f"{origin}: {odd[0]} is missing in peft or unknown to it ({len(odd)} such)"
     )
   return wrapped.eval()
 
@@ -136,17 +136,17 @@ def generate_greedily(
   eos_id: int | None,
   max_new_tokens: int,
 ) -> Stages:
-  """Greedy decoding by transformers' generate.
+  """Decodes greedily by transformers' generate.
 
   Args:
     module: the language model.
-    before_S, after_S: the prompt's tokens before and after the speech; one may be empty.
+    before_S, after_S: tokens of the prompt before and after the speech; one may be empty.
     speech_SD: embeddings of the speech.
     eos_id: token that ends the output.
     max_new_tokens: maximum number of generated tokens.
 
   Returns:
-    "prompt" [S, D], the embeddings; "tokens" [A]; "logits" [A, V], with these tokens as input.
+    "prompt" [S, D], embeddings; "tokens" [A]; "logits" [A, V], with these tokens as input.
   """
   from transformers import GenerationConfig
 

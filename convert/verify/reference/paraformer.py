@@ -13,7 +13,7 @@ from ...core.kind import Original, Request, Stages
 from ...readers import open_source
 from .language_model import State, load_state, state_of
 
-# Paraformer-large's options, where there is no config.yaml.
+# Paraformer-large's options, without a config.yaml.
 ENCODER = {
   "attention_heads": 4,
   "input_layer": "pe",
@@ -75,7 +75,7 @@ def run_sanm_encoder(
 
 
 def _frontend_of(cmvn: Path) -> dict[str, Any]:
-  """Paraformer's front end with as many mel bins as am.mvn has values per joined frame."""
+  """Paraformer's front end, with the number of mel bins from am.mvn."""
   [values] = re.findall(r"<LearnRateCoef>\s*\S+\s*\[([^\]]*)\]", cmvn.read_text("utf-8"))[:1]
   return {**FRONTEND, "n_mels": len(values.split()) // FRONTEND["lfr_m"]}
 

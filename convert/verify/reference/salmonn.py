@@ -1,4 +1,4 @@
-"""SALMONN: Whisper, BEATs, the Q-Former and the LLM, put together from its files."""
+"""SALMONN: Whisper, BEATs, the Q-Former and the LLM, from its files."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from ...readers.torch_file import TorchFile
 from .beats import run_beats_encoder
 from .language_model import generate_greedily, load_llm, load_state, state_of, with_lora
 from .qformer import run_qformer
-from .whisper import RATE_HZ, check_context, run_whisper_encoder
+from .whisper import check_context, run_whisper_encoder
 
 # The model section of the published configuration.
 PUBLISHED = {
@@ -27,9 +27,9 @@ PUBLISHED = {
   "prompt_template": "USER: {}\nASSISTANT:",
 }
 NORMS = {"whisper": "ln_speech", "beats": "ln_audio"}
-MIN_SAMPLES = RATE_HZ  # the original pads clips to one second
+MIN_S = 1.0  # to which the original pads clips
 _LLM = "llama_model."
-# The original adds a token [PAD] to its LLM, which ours does not have: one row at the end.
+# The original adds a row for [PAD] at the end of these, which our LLM does not have.
 _ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -44,23 +44,24 @@ def run(request: Request) -> Original:
     hint = "leave out --beats" if options.beats else "name the file with --beats"
     raise ConversionError(f"{request.about.folder}: its encoders are {', '.join(kinds)}; {hint}")
   check_context(request)
-  asked = next((text for _, text in config.prompts if QUESTION not in text), None)
-  if asked is None:
+  prompt = next((text for _, text in config.prompts if QUESTION not in text), None)
+  if prompt is None:
     raise ConversionError(
-      f"{request.about.folder}: all of its prompts take a question; verify needs one that does not"
+      f"{request.about.folder}: verify needs a prompt without {QUESTION} (config.json, prompts)"
     )
   source = open_source(request.src, part="model")
-  told = training_options(request.src, options.lora_config)
+  training = training_options(request.src, options.lora_config)
 
-  padded = [np.pad(x_N, (0, max(0, MIN_SAMPLES - len(x_N)))) for x_N in request.waveforms]
+  shortest = round(MIN_S * config.sample_rate_hz)
+  padded = [np.pad(x_N, (0, max(0, shortest - len(x_N)))) for x_N in request.waveforms]
   tuned = state_of(source, "speech_encoder.")
   streams = [run_whisper_encoder(options.whisper, padded, tuned=tuned)]
   if options.beats is not None:
     tuned = state_of(source, "beats.")
     streams.append(run_beats_encoder(options.beats, padded, tuned=tuned))
-  before, after = told["prompt_template"].format(asked).split(SPEECH)
+  before, after = training["prompt_template"].format(prompt).split(SPEECH)
   theirs = encode_prompt(tokenizer, (before, after))
-  model = _load_llm(source, options.llm, told)
+  model = _load_llm(source, options.llm, training)
   clips = []
   for of_clip in zip(*streams, strict=True):
     frames = [(NORMS[kind], stages["encoder"]) for kind, stages in zip(kinds, of_clip)]
@@ -68,7 +69,7 @@ def run(request: Request) -> Original:
     for kind, stages in zip(kinds, of_clip):
       prefix = f"{kind} " if len(kinds) > 1 else ""
       clip |= {f"{prefix}{stage}": x for stage, x in stages.items()}
-    clip["adapter"] = run_qformer(source, frames, told)
+    clip["adapter"] = run_qformer(source, frames, training)
     clip |= generate_greedily(
       model,
       *theirs,
@@ -78,23 +79,23 @@ def run(request: Request) -> Original:
     )
     clips.append(clip)
   return Original(
-    clips, prompt=encode_prompt(tokenizer, fill_template(config.chat_template, asked))
+    clips, prompt=encode_prompt(tokenizer, fill_template(config.chat_template, prompt))
   )
 
 
 def training_options(file: Path, lora_config: Path | None) -> dict[str, Any]:
-  """The configuration of training in the file, else the published one; LoRA's of --lora-config."""
+  """Returns the training configuration of the file over the published one, and of --lora-config."""
   content = TorchFile(file).content()
   options = {**PUBLISHED, **(content.get("config") or {}).get("model", {})}
   if lora_config is not None:
     path = lora_config / "adapter_config.json" if lora_config.is_dir() else lora_config
-    told = json.loads(path.read_text("utf-8-sig"))
-    options |= {name: told.get(name) for name in ("lora_alpha", "use_rslora")}
+    lora = json.loads(path.read_text("utf-8-sig"))
+    options |= {name: lora.get(name) for name in ("lora_alpha", "use_rslora")}
   return options
 
 
-def _load_llm(source: Source, folder: Path, told: Mapping[str, Any]) -> Any:
-  """The LLM of a folder with the tensors that SALMONN's file has of it, its LoRA by peft."""
+def _load_llm(source: Source, folder: Path, training: Mapping[str, Any]) -> Any:
+  """Loads the LLM of a folder, with SALMONN's tensors of it and its LoRA by peft."""
   state = state_of(source, _LLM)
   added = {name: tensor for name, tensor in state.items() if ".lora_" in name}
   module = load_llm(folder)
@@ -110,8 +111,8 @@ def _load_llm(source: Source, folder: Path, told: Mapping[str, Any]) -> Any:
 
   config = LoraConfig(
     r=next(len(tensor) for name, tensor in added.items() if ".lora_A." in name),
-    lora_alpha=told["lora_alpha"],
-    use_rslora=bool(told.get("use_rslora")),
+    lora_alpha=training["lora_alpha"],
+    use_rslora=bool(training.get("use_rslora")),
     target_modules=sorted({re.split(r"\.lora_[AB]", name)[0].split(".")[-1] for name in added}),
     task_type="CAUSAL_LM",
   )

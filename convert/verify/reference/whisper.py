@@ -16,7 +16,6 @@ from ...readers import Source, open_source
 from ...readers.torch_file import TorchFile
 from .language_model import State, load_state, state_of
 
-RATE_HZ, FRAME, HOP, STRIDE = 16000, 400, 160, 2  # samples; the encoder halves the frames
 # Prefixes of the encoder's names in files of Hugging Face.
 _PREFIXES = ("model.encoder.", "encoder.", "")
 # Names of openai-whisper and CTranslate2 -> of transformers; regular expressions.
@@ -54,15 +53,14 @@ def run(request: Request) -> Original:
 
 
 def check_context(request: Request) -> None:
-  """Raises ConversionError if ours does not compute the frames of the whole context."""
+  """Raises ConversionError if our encoder does not compute all frames, as the original does."""
   for encoder in request.config.encoders:
     if not isinstance(encoder, WhisperConfig):
       continue
     if encoder.trim or encoder.context != encoder.positions:
       raise ConversionError(
         f"whisper.context={encoder.context}, whisper.trim={encoder.trim}: the original computes"
-        f" all of its {encoder.positions} frames, so the two cannot be compared; verify the"
-        " checkpoint that an import made"
+        f" all of its {encoder.positions} frames; verify an imported checkpoint"
       )
 
 
@@ -73,33 +71,34 @@ def run_whisper_encoder(
 
   Args:
     src: folder of Hugging Face or faster-whisper, or openai-whisper's .pt file.
-    waveforms: clips [N] at 16 kHz.
+    waveforms: clips [N] at the sample rate of Whisper.
     tuned: tensors under transformers' names that replace those of `src`.
 
   Returns:
-    Per clip, "features" of the frames that overlap the clip, and "encoder" of the whole context.
+    Per clip, "features" of the frames that overlap the clip, and "encoder" of all frames.
   """
   from transformers import WhisperFeatureExtractor
 
   module = whisper_encoder(src, tuned)
-  samples = module.config.max_source_positions * STRIDE * HOP
   extract: Any = WhisperFeatureExtractor(feature_size=module.config.num_mel_bins)
+  frame, hop = extract.n_fft, extract.hop_length
+  samples = module.config.max_source_positions * module.conv2.stride[0] * hop
   clips = []
   for waveform_N in waveforms:
     mel_BFT = extract(
-      waveform_N, sampling_rate=RATE_HZ, max_length=samples, return_tensors="pt"
+      waveform_N, sampling_rate=extract.sampling_rate, max_length=samples, return_tensors="pt"
     ).input_features
     with torch.no_grad():
       frames_BTD = module(mel_BFT).last_hidden_state
-    # Frame t covers the samples from t * HOP - FRAME / 2 to t * HOP + FRAME / 2.
-    overlapping = -(-(len(waveform_N) + FRAME // 2) // HOP)
+    # Frame t covers the samples from t * hop - frame / 2 to t * hop + frame / 2.
+    overlapping = -(-(len(waveform_N) + frame // 2) // hop)
     features_TF = mel_BFT[0, :, :overlapping].T
     clips.append({"features": features_TF.numpy(), "encoder": frames_BTD[0].numpy()})
   return clips
 
 
 def whisper_encoder(src: Path, tuned: State | None = None) -> Any:
-  """Makes transformers' encoder with the tensors of a folder or file of Whisper, in float32."""
+  """Makes transformers' encoder in float32 from a folder or file of Whisper."""
   from transformers import WhisperConfig
   from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -135,7 +134,7 @@ def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _ctranslate2(source: Source) -> dict[str, torch.Tensor]:
-  """CTranslate2's encoder under transformers' names, its fused q, k and v separate."""
+  """Renames CTranslate2's encoder, and splits its joint q, k and v."""
   state = {}
   for name, tensor in state_of(source, "encoder/").items():
     if fused := _FUSED.fullmatch(name):

@@ -90,12 +90,11 @@ def test_export_after_import_is_the_identity(part):
     values = [finite_bits(rng, tensor) for tensor in tensors]
     write_shards(first, tensors, values, shard_bytes=shard_bytes)
     problems = Problems()
-    mapped = map_in(open_source(first), table, shapes, problems)
+    mapped = map_in(open_source(first), table, shapes, problems=problems)
     problems.check("source")
-    save_checkpoint(ours, Opened({}, mapped.leaves), kind="test")
+    save_checkpoint(ours, Opened(config={}, leaves=mapped.leaves), kind="test")
     about = checkpoint.describe(ours)
-    back = map_out(about, table, shapes, problems)
-    problems.check("checkpoint")
+    back = map_out(about, table, shapes)
     write_shards(second, back, read_out(about, back), shard_bytes=5000)
     assert contents(first) == contents(second)
 
@@ -125,7 +124,7 @@ def test_every_defect_is_in_the_one_error(part, data):
         self.tensors[name] = Tensor(name, (1,), np.dtype(np.float32), Path("f"))
 
   problems = Problems()
-  map_in(Listed(), table, shapes, problems)
+  map_in(Listed(), table, shapes, problems=problems)
   wrong = [tensor.name for tensor, defect in zip(tensors, defects) if defect != "none"] + extra
   assert len(problems.found) == len(wrong)
   for name in wrong:
@@ -144,14 +143,14 @@ def test_two_names_of_one_leaf_are_a_duplicate():
     }
 
   problems = Problems()
-  map_in(Listed(), table, {"x/3": (1,)}, problems)
-  assert problems.found == ["f: b.3 is a duplicate: a.3 is x/3 as well"]
+  map_in(Listed(), table, {"x/3": (1,)}, problems=problems)
+  assert problems.found == ["f: b.3 is a duplicate: a.3 is also x/3"]
 
 
 @pytest.mark.parametrize("other", ["a.{n}.{x:v|w}", "a.0.w", "a.{m}.w", "a.{n}.{x:w|z}"], ids=str)
 def test_two_rules_for_one_name_are_refused(other):
   fields = {"a.{n}.{x:v|w}": "y/{n}/{x}", "a.0.w": "y", "a.{m}.w": "y/{m}"}
-  with pytest.raises(ValueError, match="'a.0.w' is taken by 2 rules"):
+  with pytest.raises(ValueError, match="2 rules match 'a.0.w'"):
     Table((Rule("a.{n}.{x:u|w}", "x/{n}/{x}"), Rule(other, fields.get(other, "y/{n}/{x}"))))
   Table((Rule("a.{n}.{x:u|w}", "x/{n}/{x}"), Rule("a.{n}.{x:v|z}", "x/{n}/{x}")))
 

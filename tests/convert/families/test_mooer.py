@@ -143,7 +143,7 @@ def test_what_travels_in_the_checkpoint(released, tmp_path):
 def test_the_llm_may_lie_elsewhere(released, tmp_path):
   folder, _ = released
   shutil.copytree(folder, tmp_path / "release", ignore=lambda *_: ["Qwen2-tiny"])
-  with pytest.raises(ConversionError, match="no folder with a config.json; .* --llm"):
+  with pytest.raises(ConversionError, match="one folder with a config.json, has none; pass --llm"):
     import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", Options(task="asr"))
   options = Options(task="asr", llm=folder / "Qwen2-tiny")
   import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", options)

@@ -168,7 +168,7 @@ def test_merged_lora_is_a_model_without(module, llm, tmp_path):
 def test_alpha_comes_from_the_file_or_from_the_published_values_or_a_config(module, llm, tmp_path):
   for name in "abc":
     (tmp_path / name).mkdir()
-  with pytest.raises(ConversionError, match="LoRA has rank 4, .* says 8.*--lora-config"):
+  with pytest.raises(ConversionError, match="LoRA has rank 4, but r is 8.*--lora-config"):
     bring(tmp_path / "a", module, llm, config=None)
   told = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.0}
   (tmp_path / "adapter_config.json").write_text(json.dumps(told))
@@ -176,7 +176,7 @@ def test_alpha_comes_from_the_file_or_from_the_published_values_or_a_config(modu
   report, about = bring(tmp_path / "b", module, llm, config=None, options=options)
   decoder = from_json(about.config).decoder
   assert (decoder.lora_alpha, decoder.lora_dropout) == (6.0, 0.0)
-  assert any("does not hold its training configuration" in note for note in report.notes)
+  assert any("has no training configuration" in note for note in report.notes)
   state = module.saved()
   for n in range(2):
     for x in "qv":
@@ -289,7 +289,7 @@ def test_beats_must_be_there_exactly_if_it_was_used(module, deaf, llm, tmp_path)
     bring(tmp_path, module, llm, options={"beats": None})
   given = tmp_path / "files" / "beats.pt"
   (tmp_path / "b").mkdir()
-  with pytest.raises(ConversionError, match="has no ln_audio: leave out --beats"):
+  with pytest.raises(ConversionError, match="has no ln_audio, so leave out --beats"):
     bring(tmp_path / "b", deaf, llm, options={"beats": given})
 
 

@@ -210,7 +210,7 @@ def test_overwriting_replaces_an_earlier_result_and_nothing_else(tmp_path):
   out.mkdir()
   (out / "thesis.txt").write_text("mine")
   for run in runs:
-    with pytest.raises(FileExistsError, match=r"not a checkpoint|removed?, such as thesis\.txt"):
+    with pytest.raises(FileExistsError, match=r"not a checkpoint|other files, such as thesis\.txt"):
       run(out, overwrite=True)
     assert (out / "thesis.txt").read_text() == "mine"
 

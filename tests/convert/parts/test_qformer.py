@@ -85,7 +85,7 @@ def test_sizes_are_read_off_the_tensors(source):
   "change, heads, message",
   [
     ({"speech_query_tokens": None}, 3, "speech_query_tokens is missing: no Q-Former"),
-    ({"speech_query_tokens": torch.zeros(2, 24)}, 3, r"has shape \[2, 24\]; 3 axes are needed"),
+    ({"speech_query_tokens": torch.zeros(2, 24)}, 3, r"has shape \[2, 24\]; it must have 3 axes"),
     (
       {f"{BERT}.encoder.layer.0.intermediate_query.dense.weight": None},
       3,
@@ -108,13 +108,12 @@ def test_there_and_back_bit_for_bit(source, tensors, tmp_path, dtype):
   given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
   opened = source(**given)
   problems = Problems()
-  mapped = map_in(opened, qformer.TABLE, SHAPES, problems, ignored=qformer.IGNORED)
+  mapped = map_in(opened, qformer.TABLE, SHAPES, problems=problems, ignored=qformer.IGNORED)
   problems.check("source")
   assert mapped.ignored == (f"{BERT}.embeddings.position_ids",)
-  save_checkpoint(tmp_path / "ours", Opened({}, mapped.leaves), kind="test")
+  save_checkpoint(tmp_path / "ours", Opened(config={}, leaves=mapped.leaves), kind="test")
   about = checkpoint.describe(tmp_path / "ours")
-  back = map_out(about, qformer.TABLE, SHAPES, problems)
-  problems.check("checkpoint")
+  back = map_out(about, qformer.TABLE, SHAPES)
   assert {t.name for t in back} == given.keys() - set(mapped.ignored)
   for tensor, array in zip(back, read_out(about, back)):
     expected = given[tensor.name]
@@ -126,5 +125,5 @@ def test_there_and_back_bit_for_bit(source, tensors, tmp_path, dtype):
 def test_queries_that_are_no_batch_of_one_are_refused(source):
   opened = source(speech_query_tokens=torch.zeros(3, 2, 24))
   problems = Problems()
-  map_in(opened, qformer.TABLE, SHAPES, problems, ignored=qformer.IGNORED)
+  map_in(opened, qformer.TABLE, SHAPES, problems=problems, ignored=qformer.IGNORED)
   assert len(problems.found) == 1 and "[1, 2, 24]" in problems.found[0]

@@ -223,8 +223,9 @@ def test_the_checkpoint_says_which_features_it_takes(tmp_path):
 
 
 def test_the_table_covers_the_model_in_both_directions():
-  for prefix, openai in ((PREFIX, False), ("", False), ("encoder.", True)):
-    rules, paths = table(prefix, openai=openai), shapes(CONFIG)
+  styles = ((PREFIX, "hf"), ("", "hf"), ("encoder.", "openai"), ("encoder/", "ctranslate2"))
+  for prefix, style in styles:
+    rules, paths = table(prefix, style=style), shapes(CONFIG)
     names = {rules.to_torch(path)[0] for path in paths}
     assert len(names) == len(paths)
     assert {rules.to_jax(name)[0] for name in names} == paths.keys()
@@ -294,11 +295,11 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path):
   [
     (lambda t: t.pop("encoder/num_heads"), ConversionError, "number of heads is None"),
     (lambda t: t.pop("encoder/layer_1/ffn/layer_norm/beta"), ConversionError,
-     "layers.1.final_layer_norm.bias .32. is missing"),
+     "encoder/layer_1/ffn/layer_norm/beta .32. is missing"),
     (lambda t: t.update({"encoder/scale": np.array(2, np.float32)}), ConversionError,
      "encoder/scale .* no rule knows"),
     (lambda t: t["encoder/layer_1/self_attention/linear_0/bias"].fill(1), ConversionError,
-     "layer_1/self_attention/linear_0/bias gives the keys a bias"),
+     "layer_1/self_attention/linear_0/bias has a bias of the keys"),
     (lambda t: t.update({"encoder/layer_0/self_attention/linear_0/bias": np.ones(95, "f2")}),
      ConversionError, "layer_0/self_attention/linear_0/bias .95. is unmapped"),
     (lambda t: t["encoder/layer_1/ffn/linear_0/weight"].fill(np.nan), ReadError,

@@ -115,7 +115,7 @@ def test_other_classes_are_named_with_the_remedy(tmp_path, deepspeed_classes):
   with pytest.raises(
     ReadError,
     match=r"model_states\.pt: needs deepspeed.runtime.config"
-    r"\.DeepSpeedConfig to be .*zero_to_fp32\.py",
+    r"\.DeepSpeedConfig; only .*zero_to_fp32\.py",
   ):
     open_source(tmp_path)
 
@@ -171,9 +171,12 @@ RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     (_remove("zero_pp_rank_2_mp_rank_00_model_states.pt"), "model_states.pt: missing"),
     (_rename(RANK_1, "zero_pp_rank_1_mp_rank_01_optim_states.pt"), "tensor and expert parallelism"),
     (_rename(RANK_1, "expp_rank_1_mp_rank_00_optim_states.pt"), "tensor and expert parallelism"),
-    (_latest("../../elsewhere"), "latest: names '../../elsewhere', which is no folder beside it"),
-    (_latest(""), "no folder beside it"),
-    (_latest("global_step30"), "names 'global_step30', which is no ZeRO checkpoint"),
+    (
+      _latest("../../elsewhere"),
+      "latest: names '../../elsewhere', which is not a folder beside it",
+    ),
+    (_latest(""), "not a folder beside it"),
+    (_latest("global_step30"), "names 'global_step30', which is not a ZeRO checkpoint"),
   ],
 )
 def test_folders_that_are_not_whole(tmp_path, spoil, message):
@@ -191,11 +194,11 @@ SHAPES = [{n: p.shape for n, p in group.items()} for group in groups_of(_model()
   [
     (
       {"model": {"param_shapes": [{**SHAPES[0], "more": torch.Size([500])}, SHAPES[1]]}},
-      "tell of .* hold",
+      "values by .* in",
     ),
     (
       {"model": {"param_shapes": [{"embed.weight": torch.Size([7, 5])}, SHAPES[1]]}},
-      "tell of .* hold",
+      "values by .* in",
     ),
     ({"model": {"param_shapes": [{**SHAPES[0], "more": (-3, 5)}, SHAPES[1]]}}, "'more' .*shape"),
     (
@@ -204,7 +207,7 @@ SHAPES = [{n: p.shape for n, p in group.items()} for group in groups_of(_model()
     ),
     ({"model": {"param_shapes": None}}, "no param_shapes"),
     ({"model": {"module": None}}, "no dict 'module'"),
-    ({"model": {"buffer_names": 3}}, "not laid out as DeepSpeed does"),
+    ({"model": {"buffer_names": 3}}, "not a layout of DeepSpeed"),
     ({"model": {"frozen_param_shapes": {"f": torch.Size([3])}}}, "frozen_param_fragments|'f'"),
     (
       {

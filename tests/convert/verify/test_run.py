@@ -318,6 +318,17 @@ def test_a_stage_of_one_value_is_compared_too():
   assert error.relative == math.inf
 
 
+def test_one_vector_rounded_to_float16_exceeds_the_bound(tmp_path):
+  saved_llm(tmp_path / "hf", "llama")
+  import_checkpoint("llama", tmp_path / "hf", tmp_path / "ours")
+  path = "decoder/final_norm/scale"
+  scale = np.asarray(tree.flatten(checkpoint.load(tmp_path / "ours").params)[path])
+  fault = rounded_to(np.float16, scale) - scale
+  fine_tune(tmp_path / "wrong", tmp_path / "ours", {path: fault})
+  report = verify("llama", tmp_path / "hf", tmp_path / "wrong", max_new_tokens=5)
+  assert report.failed[:1] == ["logits"]
+
+
 def test_the_bound_is_that_of_the_tests():
   """Of a matrix product, both derivations give the same, and another order of the sum is within."""
   rng = np.random.default_rng(0)
