@@ -49,8 +49,8 @@ def record(
 def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -> str:
   """SHA-256 (hex) of a seed and of the names and contents of the weights' files.
 
-  The hash of `LazyArray` leaves is reproducible, so weights that are converted again remain the base
-  of their fine-tunes. (Orbax writes arrays on devices into files of random names.)
+  The hash of `LazyArray` leaves is reproducible, so weights that are converted again remain the
+  base of their fine-tunes. (Orbax writes arrays on devices into files of random names.)
 
   Args:
     sums: from `record`, of the checkpoint.
