@@ -36,7 +36,8 @@ def open_toy(src, options, problems):
   leaves = {p: LazyArray(x.shape, x.dtype, lambda x=x: x) for p, x in arrays.items()}
   size = ToyConfig.SIZES["toy_large"]
   tokenizer = Tokenizer.from_characters(tiny.DIGITS, TOKENS, eos=TOKENS[-1])
-  part = Part(size, leaves, style={}, frontend=size.frontend(), tokenizer=tokenizer.save)
+  tokenizer = tokenizer.save
+  part = Part(config=size, leaves=leaves, style={}, frontend=size.frontend(), tokenizer=tokenizer)
   return part.alone()
 
 
