@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-# The goal is 3 GB, and a whole run stays below it; the rest is room for other allocators and orders.
+# The goal is 3 GB, and a whole run stays below it; the rest is room for other allocators.
 LIMIT_GB = 3.5
 # Caches are cleared after a module that leaves the process larger than this. The imports alone
 # (torch, transformers, jax) take about 0.8 GB.
