@@ -332,16 +332,7 @@ def test_a_new_model_is_a_new_configuration():
       qformer=dict(
         window=5, stride=5, queries=2, hidden_size=32, heads=4, intermediate_size=48, edge="pad"
       ),
-      llm=dict(
-        vocab_size=61,
-        hidden_size=40,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=10,
-        intermediate_size=56,
-        lora_rank=4,
-      ),
+      llm=dataclasses.asdict(tiny.LLM_CONFIG),
       frontends=dict(sanm=dict(fbank=dict(bins=8))),
     )
   )

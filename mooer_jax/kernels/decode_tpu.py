@@ -78,12 +78,12 @@ def decode_attention(
     q_BTHC: queries; T is small. H is a multiple of kv_heads.
     k_BSE, v_BSE: the cache, S slots of kv_heads * C channels.
     kv_heads: K.
-    mask_BTS: bool, True where query t may see slot s.
+    mask_BTS: bool, True where query t may attend to slot s.
     end: int32, number of filled slots; those behind are not read.
     interpret: for tests on CPU; see `jax.experimental.pallas.pallas_call`.
 
   Returns:
-    [B, T, H, C] in q's dtype; a query that sees no slot gives zeros.
+    [B, T, H, C] in q's dtype; a query that attends to no slot gives zeros.
   """
   B, T, H, C = q_BTHC.shape
   S, K = k_BSE.shape[1], kv_heads

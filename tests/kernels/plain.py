@@ -20,7 +20,7 @@ def random_inputs(B, T, S, H, K, C, dtype=np.float32, seed=0) -> Inputs:
   return Inputs(*(rng.normal(size=shape).astype(dtype) for shape in shapes))
 
 
-def attention_and_gradients(inputs, sees_BTS, bias_BHTS=None):
+def attention_and_gradients(inputs, attention_mask_BTS, bias_BHTS=None):
   """Output and gradients (q, k, v, bias) in float64; queries that see no key give zeros."""
   q, k, v, do = (np.asarray(x, np.float64) for x in inputs)
   B, H, C = q.shape[0], *q.shape[2:]
@@ -29,7 +29,7 @@ def attention_and_gradients(inputs, sees_BTS, bias_BHTS=None):
   scores = np.einsum("bthc,bshc->bhts", q, k) / np.sqrt(C)
   if bias_BHTS is not None:
     scores = scores + bias_BHTS
-  sees = np.broadcast_to(sees_BTS[:, None], scores.shape)
+  sees = np.broadcast_to(attention_mask_BTS[:, None], scores.shape)
   scores = np.where(sees, scores, -np.inf)
   highest = np.where(sees.any(-1, keepdims=True), scores.max(-1, keepdims=True, initial=-1e300), 0)
   weights = np.where(sees, np.exp(scores - highest), 0)

@@ -20,11 +20,11 @@ def of_cache(x_BSKC, filled):
 )
 def test_equals_the_plain_formula(T, S, H, K, C, filled):
   inputs = random_inputs(2, T, S, H, K, C)
-  sees_BTS = np.random.default_rng(2).random((2, T, S)) < 0.7
-  sees_BTS[..., filled - 1] = True
-  expected = attention_and_gradients(inputs, sees_BTS & (np.arange(S) < filled))[0]
+  attention_mask_BTS = np.random.default_rng(2).random((2, T, S)) < 0.7
+  attention_mask_BTS[..., filled - 1] = True
+  expected = attention_and_gradients(inputs, attention_mask_BTS & (np.arange(S) < filled))[0]
   keys, values = (of_cache(x, filled) for x in (inputs.k_BSKC, inputs.v_BSKC))
-  arguments = dict(mask_BTS=jnp.array(sees_BTS), kv_heads=K, interpret=True)
+  arguments = dict(mask_BTS=jnp.array(attention_mask_BTS), kv_heads=K, interpret=True)
   out = decode_attention(inputs.q_BTHC, keys, values, end=jnp.int32(filled), **arguments)
   assert_within(out, expected, bounds(inputs)[0])
   with exceeds_the_bound():

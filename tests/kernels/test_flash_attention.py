@@ -59,10 +59,10 @@ def test_equals_the_plain_formula(backend, shape, causal):
   valid_BS[0, S - 5 :] = False  # padding on the right,
   valid_BS[-1, :3] = False  # on the left
   valid_BS[-1, S // 2] = False  # and a hole
-  sees_BTS = np.repeat(valid_BS[:, None], T, 1)
+  attention_mask_BTS = np.repeat(valid_BS[:, None], T, 1)
   if causal:
-    sees_BTS &= np.arange(S) <= np.arange(T)[:, None]
-  expected = attention_and_gradients(inputs, sees_BTS)[:-1]
+    attention_mask_BTS &= np.arange(S) <= np.arange(T)[:, None]
+  expected = attention_and_gradients(inputs, attention_mask_BTS)[:-1]
   given = inputs._replace(
     k_BSKC=with_nan(inputs.k_BSKC, valid_BS), v_BSKC=with_nan(inputs.v_BSKC, valid_BS)
   )
@@ -82,8 +82,8 @@ def test_a_bias_by_distance_is_added_and_has_gradients(backend, monkeypatch):
   valid_BS = np.arange(S) < np.array([[S], [S - 20]])
   bias_HTS = table_HR[:, np.arange(S) - np.arange(T)[:, None] + T - 1]
   bias_BHTS = gate_BTH.swapaxes(1, 2)[..., None] * bias_HTS
-  sees_BTS = np.repeat(valid_BS[:, None], T, 1)
-  *expected, dscores = attention_and_gradients(inputs, sees_BTS, bias_BHTS)
+  attention_mask_BTS = np.repeat(valid_BS[:, None], T, 1)
+  *expected, dscores = attention_and_gradients(inputs, attention_mask_BTS, bias_BHTS)
   dgate_BTH = (dscores * bias_HTS).sum(-1).swapaxes(1, 2)
   dtable_HR = np.zeros(table_HR.shape)
   for t in range(T):
@@ -102,8 +102,8 @@ def test_a_bias_by_distance_is_added_and_has_gradients(backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cache_shifts_the_causal_order(backend):
   inputs = random_inputs(1, 7, 40, 4, 2, 16)
-  sees_BTS = (np.arange(40) <= 11 + np.arange(7)[:, None])[None]
-  expected = attention_and_gradients(inputs, sees_BTS)[:-1]
+  attention_mask_BTS = (np.arange(40) <= 11 + np.arange(7)[:, None])[None]
+  expected = attention_and_gradients(inputs, attention_mask_BTS)[:-1]
   arguments = dict(valid_BS=jnp.ones((1, 40), bool), causal=True)
   actual = run(backend, inputs, first_query=jnp.int32(11), **arguments)[:4]
   assert_within(actual, expected, bounds(inputs))

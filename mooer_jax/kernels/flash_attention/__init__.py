@@ -47,10 +47,10 @@ def by_distance(table_HR: jax.Array, queries: int) -> jax.Array:
 
 
 class Keys(NamedTuple):
-  """Which keys may be seen: int32 arrays.
+  """Which keys may be attended to: int32 arrays.
 
   Attributes:
-    valid_BS: not 0 where a key may be seen.
+    valid_BS: not 0 where a key may be attended to.
     first_B, end_B: the valid keys of a row are in [first, end).
     query_1: key index of query 0, where attention is causal.
   """

@@ -116,10 +116,10 @@ def _forward_kernel(*refs, scale, causal, block_t, block_s):
     first_ref, end_ref, query_ref, i, block_t=block_t, block_s=block_s, causal=causal
   )
   max_T, sum_T, acc_TC = jax.lax.fori_loop(*tiles, body, start)
-  is_blind_T = sum_T == 0  # queries that see no key
-  sum_T = jnp.where(is_blind_T, 1.0, sum_T)
+  has_no_key_T = sum_T == 0  # queries that attend to no key
+  sum_T = jnp.where(has_no_key_T, 1.0, sum_T)
   rows.store(out_ref, acc_TC / sum_T[:, None])
-  rows.store(lse_ref, jnp.where(is_blind_T, -_MASKED, max_T + jnp.log(sum_T)))
+  rows.store(lse_ref, jnp.where(has_no_key_T, -_MASKED, max_T + jnp.log(sum_T)))
 
 
 def _dq_kernel(*refs, scale, causal, block_t, block_s):

@@ -2,7 +2,7 @@
 
 Scores exist one [block_t, block_s] tile at a time. The forward kernel keeps a running maximum and
 sum for each query and stores their log-sum-exp; the backward kernels compute the weights again
-from it. Tiles in which no query may see a key are neither loaded nor computed.
+from it. Tiles in which no query may attend to a key are neither loaded nor computed.
 
 Source: FlashAttention-2 (Dao, 2023).
 """
@@ -40,7 +40,7 @@ class _Tile:
   """The tile of queries and keys that one step of a kernel's grid works on.
 
   Attributes:
-    is_seen: scalar bool, whether any of its queries may see any of its keys.
+    is_visible: scalar bool, whether any of its queries may attend to any of its keys.
     keys_1S: bool, the valid keys of the tile.
   """
 
@@ -57,7 +57,7 @@ class _Tile:
     start = pl.cdiv(queries, block_t) * block_t - (i + 1) * block_t + j * block_s
     self._width = block_t + block_s
     self._part = pl.ds(pl.multiple_of(start, LANES), self._width)
-    self.is_seen = (first_ref[b] < (j + 1) * block_s) & (j * block_s < last)
+    self.is_visible = (first_ref[b] < (j + 1) * block_s) & (j * block_s < last)
 
   def mask_TS(self):
     mask_TS = jnp.broadcast_to(self.keys_1S, self._shape)
@@ -102,7 +102,7 @@ def _forward_kernel(*refs, scale, tile):
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-  @pl.when(tile.is_seen)
+  @pl.when(tile.is_visible)
   def _():
     mask_TS = tile.mask_TS()
     scores_TS = dot(q_ref[...], k_ref[...], NT) * scale
@@ -122,11 +122,11 @@ def _forward_kernel(*refs, scale, tile):
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _():
-    is_blind_TL = sum_ref[...] == 0  # queries that see no key
-    sum_TL = jnp.where(is_blind_TL, 1.0, sum_ref[...])
+    has_no_key_TL = sum_ref[...] == 0  # queries that attend to no key
+    sum_TL = jnp.where(has_no_key_TL, 1.0, sum_ref[...])
     out_ref[...] = (acc_ref[...] / sum_TL[:, :1]).astype(out_ref.dtype)
     # exp(score - lse) must be 0 for them.
-    lse_TL = jnp.where(is_blind_TL, -MASKED, max_ref[...] + jnp.log(sum_TL))
+    lse_TL = jnp.where(has_no_key_TL, -MASKED, max_ref[...] + jnp.log(sum_TL))
     lse_ref[...] = lse_TL.T[:1]
 
 
@@ -140,7 +140,7 @@ def _dq_kernel(*refs, scale, tile):
   def _():
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-  @pl.when(tile.is_seen)
+  @pl.when(tile.is_visible)
   def _():
     mask_TS, k_SC, v_SC = tile.mask_TS(), tile.of_keys(k_ref[...]), tile.of_keys(v_ref[...])
     scores_TS = dot(q_ref[...], k_SC, NT) * scale
@@ -168,7 +168,7 @@ def _dkv_kernel(*refs, scale, tile):
     dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
     dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
 
-  @pl.when(tile.is_seen)
+  @pl.when(tile.is_visible)
   def _():
     mask_ST, q_TC, do_TC = tile.mask_ST(), tile.of_queries(q_ref[...]), tile.of_queries(do_ref[...])
     scores_ST = dot(k_ref[...], q_TC, NT) * scale
