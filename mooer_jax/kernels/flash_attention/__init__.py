@@ -37,13 +37,13 @@ class Bias(NamedTuple):
 
 
 def by_distance(table_HR: jax.Array, queries: int) -> jax.Array:
-  """[H, T, S] of a table [H, T + S - 1]: entry s - t + T - 1 for each pair, without a gather."""
-  H, R = table_HR.shape
-  # Rows of one entry less start one entry later in each row of the repeated table.
-  flat = jnp.broadcast_to(table_HR[:, None], (H, queries, R)).reshape(H, -1)[:, queries - 1 :]
-  flat = jnp.pad(flat, ((0, 0), (0, max(0, queries * (R - 1) - flat.shape[1]))))
-  shifted_HTR = flat[:, : queries * (R - 1)].reshape(H, queries, R - 1)
-  return shifted_HTR[..., : R - queries + 1]
+  """[H, T, S] of a table [H, T + S - 1]: entry s - t + T - 1 for each pair."""
+  keys = table_HR.shape[1] - queries + 1
+
+  def of_query(t):
+    return jax.lax.dynamic_slice_in_dim(table_HR, queries - 1 - t, keys, axis=1)
+
+  return jax.vmap(of_query, out_axes=1)(jnp.arange(queries))
 
 
 class Keys(NamedTuple):
