@@ -95,7 +95,7 @@ def as_text(
     ),
     *_key_lines("hypotheses without reference (not scored)", score.without_reference),
     *(f"note: {note}" for note in score.notes),
-    *(f"{key}: {value}" for key, value in (details or {}).items()),
+    *(f"{key.replace('_', ' ')}: {_shown(value)}" for key, value in (details or {}).items()),
   ]
   shown = score.worst(worst)
   if shown:
@@ -205,6 +205,20 @@ def _chunks(pairs: Sequence[Pair], width: int) -> Iterator[list[Pair]]:
     used += needed
   if chunk:
     yield chunk
+
+
+def _shown(value: Any) -> str:
+  """A JSON value as text, without quotes and brackets."""
+  match value:
+    case None:
+      return "undefined"
+    case float():
+      return f"{round(value, 4)}"
+    case Mapping():
+      return ", ".join(f"{name.replace('_', ' ')} {_shown(x)}" for name, x in value.items())
+    case list() | tuple():
+      return "; ".join(map(_shown, value)) or "none"
+  return printable(str(value))
 
 
 def _key_lines(title: str, keys: Sequence[str]) -> list[str]:

@@ -80,6 +80,25 @@ def test_reports_without_reference_tokens_say_so(tmp_path):
   assert json.loads(path.read_text("utf-8"))["error_rate"] is None
 
 
+def test_details_are_shown_without_the_syntax_of_python(result):
+  details = {
+    "decode_seconds": 8.754321,
+    "rates": {"word": 1 / 3, "character": None},
+    "cut_off": 0,
+    "not_decoded": [],
+    "notes": ["a: too long", "b\n"],
+  }
+  lines = as_text(result, name="demo", details=details).splitlines()
+  for line in (
+    "decode seconds: 8.7543",
+    "rates: word 0.3333, character undefined",
+    "cut off: 0",
+    "not decoded: none",
+    "notes: a: too long; b\\n",
+  ):
+    assert line in lines
+
+
 def test_skipped_utterances_are_told(tmp_path):
   skipped = score({"a": "x", "b": "y"}, {"a": "x"}, ScoreConfig(missing="skip"))
   text = as_text(skipped, name="demo")
