@@ -45,9 +45,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("audio", nargs="+", type=Path)
   parser.add_argument("--llm", required=True, type=Path, help="LLaMA folder or GGUF file")
-  parser.add_argument(
-    "--dir", required=True, type=Path, help="folder for release and checkpoints, 2 GB"
-  )
+  parser.add_argument("--dir", required=True, type=Path, help="folder for 2 GB of checkpoints")
   parser.add_argument("--max-new-tokens", type=int, default=20)
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
@@ -61,41 +59,33 @@ def main():
   torch.save(_adapter(args.dir / "llm"), release / "asr" / ADAPTER_FILE)
   options = Options(task="asr", lora=False, overwrite=True)
   import_checkpoint("mooer", release, args.dir / "mooer", options)
+  generated = {"audio": args.audio, "max_new_tokens": args.max_new_tokens}
   found = {
-    "mooer": verify(
-      "mooer", release, args.dir / "mooer", audio=args.audio, max_new_tokens=args.max_new_tokens
-    ),
+    "mooer": verify("mooer", release, args.dir / "mooer", **generated),
     "llama": verify("llama", args.llm, args.dir / "llm"),
   }
   for kind, verdict in found.items():
     print(f"\n{kind}")
     print_report(verdict)
-  if args.json:
-    figures = {kind: dataclasses.asdict(verdict) for kind, verdict in found.items()}
-    write_result(args.json, figures, SOURCES)
+  figures = {kind: dataclasses.asdict(verdict) for kind, verdict in found.items()}
+  write_result(args.json, figures, SOURCES)
 
 
 def _write_encoder(folder: Path, audio: list[Path]) -> None:
   folder.mkdir(exist_ok=True)
   config = SANMConfig()
   torch.manual_seed(0)
-  module = sanm_encoder(
-    {
-      "input_size": config.input_width,
-      "output_size": config.hidden_size,
-      "linear_units": config.intermediate_size,
-      "num_blocks": config.layers,
-      "kernel_size": config.memory_kernel,
-    }
-  )
-  torch.save(module.state_dict(), folder / ENCODER_FILE)
+  sizes = {
+    "input_size": config.input_width,
+    "output_size": config.hidden_size,
+    "linear_units": config.intermediate_size,
+    "num_blocks": config.layers,
+    "kernel_size": config.memory_kernel,
+  }
+  torch.save(sanm_encoder(sizes).state_dict(), folder / ENCODER_FILE)
   frontend = FrontendConfig()
-  features_TF = np.concatenate(
-    [
-      frontend.features(load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz))
-      for file in audio
-    ]
-  )
+  clips = [load_audio(file, sample_rate_hz=frontend.fbank.sample_rate_hz) for file in audio]
+  features_TF = np.concatenate([frontend.features(clip) for clip in clips])
   write_mvn(folder / "am.mvn", -features_TF.mean(0), 1 / features_TF.std(0))
 
 

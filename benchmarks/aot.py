@@ -7,7 +7,9 @@ The compiler for TPUs comes with the package libtpu (Linux on x86_64); no chip i
 `--config.key=value` overrides values of the config, as for train.py.
 """
 
+import dataclasses
 import os
+import time
 from pathlib import Path
 
 # Otherwise libtpu queries a cloud server for the chips of this machine, which takes seconds.
@@ -16,33 +18,147 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import jax
 from absl import flags
+from jax.experimental import topologies
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compile_step import compile_step, prompt_tokens
+from benchmarks import flops
 from benchmarks.provenance import MODEL, versions, write_result
+from mooer_jax import tree
+from mooer_jax.data.batches import Batcher
 from mooer_jax.run.config import Run
 from mooer_jax.run.process import run_program
+from mooer_jax.training.program import abstract_state, jitted_step
+from mooer_jax.training.sharding import make_mesh
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
 _JSON = flags.DEFINE_string("json", None, "file to write")
 _PROMPT = flags.DEFINE_integer(
-  "prompt_tokens",
-  None,
-  "number of text tokens in the prompt; default: an estimate for the longest",
+  "prompt_tokens", None, "text tokens in the prompt; default: an estimate for the longest"
 )
 
+SOURCES = (*MODEL, "benchmarks/aot.py", "benchmarks/flops.py", "mooer_jax/training")
+GIB = 2**30
+# Memory of one chip in GiB, of which the compiler reserves a little.
+HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32, "TPU v6 lite": 32}
 
-SOURCES = (
-  *MODEL,
-  "benchmarks/aot.py",
-  "benchmarks/compile_step.py",
-  "benchmarks/flops.py",
-  "mooer_jax/training",
-)
+
+def topology_devices(name: str):
+  """Return the chips of a named topology, such as "v5e:4x4".
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+  except jax.errors.JaxRuntimeError as error:
+    if "INVALID_ARGUMENT" not in str(error):
+      raise
+    raise ValueError(
+      f"--topology={name}: {error}. Names are KIND:SHAPE, as in v5e:4x4, v6e:2x2, v5p:8x8x8"
+    ) from error
+
+
+def prompt_tokens(run: Run) -> int:
+  """Text tokens of the longest prompt: 26 for MooER's ASR prompt with Qwen2's tokenizer.
+
+  Prompts with questions are padded, and up to 8 tokens precede the speech (Vicuna's template with
+  SALMONN's prompts).
+  """
+  return 8 + run.data.prompt_tokens if run.data.prompt_tokens else 26
+
+
+def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
+  """Compile the step that `train.py` would run, for a batch in the longest buckets.
+
+  Args:
+    run: the config.
+    topology: name of the chips and their arrangement.
+    prompt: number of text tokens in the prompt.
+
+  Returns:
+    The content of the JSON file; memory is that of one chip.
+  """
+  devices = topology_devices(topology)
+  mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
+  (state, frozen), shardings = abstract_state(
+    run.model, run.optimizer, trainable=run.trainable, mesh=mesh
+  )
+  lengths = (0, prompt)  # on either side of the speech they cost the same
+  encoded = bool(run.data.cache_features)
+  batch = Batcher(run.data, run.model, lengths, encoded=encoded).shapes()[0]
+  micro_batches = run.train.gradient_accumulation_steps
+
+  def trace(model):
+    step = jitted_step(
+      model, run.optimizer, accumulation=micro_batches, mesh=mesh, shardings=shardings
+    )
+    return step.trace(state, frozen, batch)
+
+  start = time.perf_counter()
+  lowered = trace(run.model).lower()
+  lowered_at = time.perf_counter()
+  compiled = lowered.compile()
+  compiled_at = time.perf_counter()
+  # Counted without kernels: a kernel's body is traced once, whatever its grid.
+  counted = flops.traced(trace(run.model.with_compute(attention="xla")).jaxpr)
+  needed = flops.traced(trace(run.model.with_compute(attention="xla", remat="none")).jaxpr)
+  chips, memory, kind = len(devices), memory_of(compiled), devices[0].device_kind
+  return {
+    "topology": topology,
+    "chip": kind,
+    "chips": chips,
+    "mesh": dict(mesh.shape),
+    "batch": {
+      "rows": run.data.batch_size,
+      "micro_batches": micro_batches,
+      "rows_per_chip_and_micro_batch": run.data.batch_size
+      / (micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]),
+      **{
+        f"{encoder.kind}_frames": features.shape[1]
+        for encoder, features in zip(run.model.encoders, batch.features, strict=True)
+      },
+      "prompt_tokens": prompt,
+      "answer_tokens": run.data.answer_buckets[-1],
+    },
+    "parameters": {
+      name: sum(leaf.size for leaf in tree.flatten(params).values())
+      for name, params in (("trainable", state.trainable), ("frozen", frozen))
+    },
+    "compute": dataclasses.asdict(run.model.compute),
+    "hbm_gb_per_chip": memory["peak"],
+    "gb_means": "2**30 bytes; everything that is in use at once, as XLA planned it",
+    "hbm_of_chip_gb": HBM_GIB.get(kind),
+    "memory_gb_per_chip": memory,
+    "flops_per_chip": counted / chips,
+    "flops_per_chip_means": (
+      "matrix products and convolutions of one optimizer step as traced, recomputation included,"
+      " loop bodies once per iteration, divided by the chips"
+    ),
+    "flops_needed_per_chip": needed / chips,
+    "flops_needed_means": "the same without recomputation",
+    "xla_flops_per_chip_loops_once": (compiled.cost_analysis() or {}).get("flops"),
+    "trace_and_lower_seconds": round(lowered_at - start, 1),
+    "compile_seconds": round(compiled_at - lowered_at, 1),
+  }
+
+
+def memory_of(compiled) -> dict[str, float]:
+  """XLA's memory plan for one chip in GiB; peak = everything that is in use at once."""
+  stats = compiled.memory_analysis()
+  parts = {
+    "arguments": stats.argument_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "aliased": stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "code": stats.generated_code_size_in_bytes,
+  }
+  alive = sum(parts.values()) - 2 * parts["aliased"]  # aliased outputs lie in their arguments
+  return {name: round(size / GIB, 4) for name, size in {**parts, "peak": alive}.items()}
 
 
 def table(result: dict) -> Table:
@@ -58,7 +174,7 @@ def table(result: dict) -> Table:
   return rows
 
 
-def compile_config():
+def main():
   """Compile the train step of the config in the flags."""
   run = Run.read(_CONFIG.value)
   prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
@@ -71,4 +187,4 @@ def compile_config():
 
 
 if __name__ == "__main__":
-  run_program(compile_config, needs=["config"])
+  run_program(main, needs=["config"])

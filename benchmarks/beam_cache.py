@@ -30,7 +30,7 @@ SOURCES = (*MODEL, "benchmarks/beam_cache.py", "mooer_jax/generation")
 
 
 def copying(params, inputs_BSD, valid_BS, *, config, options):
-  """The usual version: beams are rows, and their keys and values move when they are reordered."""
+  """Beam search with beams as rows: reordering them moves their keys and values."""
   (rows, prompt), R = valid_BS.shape, options.num_beams
   decoder = config.decoder
   cache = decoder.empty_cache(rows=rows, slots=prompt, dtype=config.compute.jnp_dtype)
@@ -72,15 +72,12 @@ def copying(params, inputs_BSD, valid_BS, *, config, options):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--rows", type=int, default=2)
-  parser.add_argument("--beams", type=int, default=4)
-  parser.add_argument("--new", type=int, default=64)
-  parser.add_argument("--prompt", type=int, default=200)
-  parser.add_argument("--layers", type=int, default=4)
-  parser.add_argument("--vocab", type=int, default=4096)
-  parser.add_argument("--dtype", default="float32")
-  parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--json", type=Path)
+  sizes = {"rows": 2, "beams": 4, "new": 64, "prompt": 200, "layers": 4, "vocab": 4096}
+  for name, default in (*sizes.items(), ("dtype", "float32"), ("repeats", 5)):
+    parser.add_argument(
+      f"--{name}", type=type(default), default=default, help="default: %(default)s"
+    )
+  parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
   decoder = dataclasses.replace(
     LLMConfig.SIZES["qwen2_0.5b"], layers=args.layers, vocab_size=args.vocab
@@ -88,36 +85,34 @@ def main():
   config = SpeechLLMConfig(decoder=decoder, compute=ExecutionConfig(dtype=args.dtype))
   inputs_BSD = jax.random.normal(jax.random.key(0), (args.rows, args.prompt, decoder.hidden_size))
   valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
-  params = {
-    "decoder": LLM(decoder).init(
-      jax.random.key(1), inputs_BSD[:, :2], valid_BS[:, :2], method=LLM.init_all_params
-    )["params"]
-  }
+  init = functools.partial(LLM(decoder).init, method=LLM.init_all_params)
+  params = {"decoder": init(jax.random.key(1), inputs_BSD[:, :2], valid_BS[:, :2])["params"]}
   params = jax.tree.map(lambda x: x.astype(config.compute.jnp_dtype), params)
   options = GenerationConfig(max_new_tokens=args.new, num_beams=args.beams)
-  programs, seconds, memory = {}, {"shared": [], "copied": []}, {}
+  programs = {}
   for name, function in (("shared", generate_from), ("copied", copying)):
     call = functools.partial(function, config=config, options=options)
     programs[name] = jax.jit(call).lower(params, inputs_BSD, valid_BS).compile()
-    memory[name] = programs[name].memory_analysis().temp_size_in_bytes / 1e6
   tokens = {name: run(params, inputs_BSD, valid_BS) for name, run in programs.items()}
   np.testing.assert_array_equal(tokens["shared"].tokens_BRS, tokens["copied"].tokens_BRS[:, :1])
+  times: dict[str, list[float]] = {name: [] for name in programs}
   for _ in range(args.repeats):  # alternately, so that other load affects both
     for name, run in programs.items():
       start = time.perf_counter()
       jax.block_until_ready(run(params, inputs_BSD, valid_BS))
-      seconds[name].append(time.perf_counter() - start)
+      times[name].append(1e3 * (time.perf_counter() - start) / args.new)
   result = {
     "device": f"{jax.devices()[0].device_kind}, {platform.processor() or platform.machine()}",
     "jax": jax.__version__,
     **{name: value for name, value in vars(args).items() if name != "json"},
-    "ms_per_step": {name: 1e3 * statistics.median(s) / args.new for name, s in seconds.items()},
-    "fastest_ms_per_step": {name: 1e3 * min(s) / args.new for name, s in seconds.items()},
-    "temporary_mb": memory,
+    "ms_per_step": {name: statistics.median(each) for name, each in times.items()},
+    "fastest_ms_per_step": {name: min(each) for name, each in times.items()},
+    "temporary_mb": {
+      name: run.memory_analysis().temp_size_in_bytes / 1e6 for name, run in programs.items()
+    },
   }
   print(json.dumps(result, indent=2))
-  if args.json:
-    write_result(args.json, result, SOURCES)
+  write_result(args.json, result, SOURCES)
 
 
 if __name__ == "__main__":

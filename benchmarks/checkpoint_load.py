@@ -68,15 +68,10 @@ def main():
             forget(folder)
           times[kind].append(seconds_to_load(folder, kind))
       checked, unchecked = (statistics.median(times[kind]) for kind in KINDS)
-      ratio = checked / unchecked
-      result[f"{cache}_page_cache"] = {
-        "checked_s": checked,
-        "unchecked_s": unchecked,
-        "ratio": ratio,
-      }
-      print(f"{cache} page cache: {checked:.2f} s, {unchecked:.2f} s unchecked; ratio {ratio:.2f}")
-  if args.json:
-    write_result(args.json, result, SOURCES)
+      row = {"checked_s": checked, "unchecked_s": unchecked, "ratio": checked / unchecked}
+      print(f"{cache} page cache:", ", ".join(f"{name} {x:.2f}" for name, x in row.items()))
+      result[f"{cache}_page_cache"] = row
+  write_result(args.json, result, SOURCES)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ same files; all start from a cold page cache.
 
 import argparse
 import dataclasses
-import hashlib
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from convert.core.folders import write_json
 from convert.core.writers import write_shards
 from convert.parts.hf_config import hf_config
 from convert.parts.language_model import TABLE, shapes
+from mooer_jax.checkpoint.leaves import hash_file
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -85,40 +85,26 @@ def forget(folder: Path) -> None:
 
 
 def run_convert(*args: str) -> dict[str, float]:
-  """Run `convert` and returns seconds, and peak memory over the interpreter's start in GB."""
+  """Run `convert` and return seconds, and peak memory over the interpreter's start in GB."""
   begin = time.perf_counter()
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, *args], stdout=subprocess.PIPE, text=True, check=True
-  )
+  command = [sys.executable, "-c", PROGRAM, *args]
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
   seconds = time.perf_counter() - begin
   start, peak = map(float, done.stdout.rsplit("MEMORY", 1)[1].split())
   return {"seconds": seconds, "peak_gb": peak - start}
 
 
-def digests(folder: Path) -> dict[str, str]:
-  """SHA-256 of each file of weights."""
-  found = {}
-  for file in sorted(folder.glob("*.safetensors")):
-    with file.open("rb") as stream:
-      found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-  return found
-
-
-def main():
+def main() -> bool:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--dir", type=Path, help="folder for the files; default: a temporary folder")
-  parser.add_argument(
-    "--layers", type=int, default=28, help="number of layers; fewer for a quick look"
-  )
-  parser.add_argument("--json", type=Path)
+  parser.add_argument("--layers", type=int, default=28, help="default: 28; fewer: a quick look")
+  parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
   config = dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], layers=args.layers)
-  work = Path(tempfile.mkdtemp(prefix="convert_7b_", dir=args.dir))
-  try:
-    source, ours, back = (work / name for name in ("hf", "ours", "back"))
+  with tempfile.TemporaryDirectory(prefix="convert_7b_", dir=args.dir) as work:
+    source, ours, back = (Path(work) / name for name in ("hf", "ours", "back"))
     total = write_folder(source, config)
     rows: dict[str, dict[str, float]] = {}
-
     forget(source)
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", source, back], check=True)
@@ -126,24 +112,22 @@ def main():
     shutil.rmtree(back)
     forget(source)
     rows["import"] = run_convert("import", "qwen2", str(source), str(ours))
-    original = digests(source)
+    original = {file.name: hash_file(file) for file in source.glob("*.safetensors")}
     shutil.rmtree(source)  # so that the disk never holds three copies
     forget(ours)
     rows["export"] = run_convert(
       "export", "qwen2", str(ours), str(back), "--shard-size", f"{SHARD_BYTES // 10**9}GB"
     )
-    identical = digests(back) == original
-  finally:
-    shutil.rmtree(work)
+    exported = {file.name: hash_file(file) for file in back.glob("*.safetensors")}
+  identical = exported == original
   print(f"Qwen2-7B, {args.layers} layers, bfloat16: {total / 1e9:.1f} GB")
   print(f"{'':8}{'seconds':>10}{'times cp':>10}{'peak GB over start':>20}")
   for name, row in rows.items():
     ratio = row["seconds"] / rows["cp"]["seconds"]
     print(f"{name:8}{row['seconds']:10.1f}{ratio:10.2f}{row['peak_gb']:20.2f}")
   print(f"the exported files are {'the same' if identical else 'NOT the same'} byte for byte")
-  if args.json:
-    write_result(args.json, {"bytes": total, "identical": identical, **rows}, SOURCES)
-  return 0 if identical else 1
+  write_result(args.json, {"bytes": total, "identical": identical, **rows}, SOURCES)
+  return not identical
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.llm_sizes import SMALL_LLM
 from mooer_jax import kernels, tree
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.decoders.llm import LLM, LLMConfig
@@ -55,16 +56,11 @@ def attention_checks(dry_run: bool):
       if bias is not None and implementation == "cudnn":
         continue  # does not support a bias
       rounded = [jnp.asarray(x, dtype) for x in (q, k, v)]
-      expected = reference(
-        *(np.asarray(x, np.float64) for x in rounded),
-        valid_BS,
-        causal,
-        bias and np.asarray(bias.expand(), np.float64),
-      )
-      options = {"causal": causal, "implementation": implementation}
-      got = jax.jit(functools.partial(kernels.attention, **options))(
-        *rounded, valid_BS=valid_BS, bias=bias
-      )
+      exact = [np.asarray(x, np.float64) for x in rounded]
+      exact_bias = bias and np.asarray(bias.expand(), np.float64)
+      expected = reference(*exact, valid_BS, causal, exact_bias)
+      attention = functools.partial(kernels.attention, causal=causal, implementation=implementation)
+      got = jax.jit(attention)(*rounded, valid_BS=valid_BS, bias=bias)
       error = np.abs(np.asarray(got, np.float64) - expected).max()
       yield check(f"attention {implementation} {dtype}{kind}", error, ATTENTION_TOLERANCE[dtype])
 
@@ -84,8 +80,9 @@ def reference(q_BTHC, k_BSKC, v_BSKC, valid_BS, causal, bias_BHTS=None):
   return np.einsum("BHTS,BSHC->BTHC", weights_BHTS, v_BSHC)
 
 
-def random_params(shapes, seed=0) -> dict:
-  rng = np.random.default_rng(seed)
+def random_params(shapes) -> dict:
+  """NumPy params of a useful scale: He's for matrices, near 1 for the scales of norms."""
+  rng = np.random.default_rng(0)
   flat = {}
   for path, leaf in tree.flatten(shapes).items():
     noise = rng.normal(size=leaf.shape).astype(np.float32)
@@ -96,44 +93,11 @@ def random_params(shapes, seed=0) -> dict:
   return tree.unflatten(flat)
 
 
-def small_llm(dry_run: bool) -> LLMConfig:
+def small_llm(dry_run: bool) -> LLM:
   """Real widths of Qwen2-1.5B, four layers and a short vocabulary."""
-  if dry_run:
-    return LLMConfig(
-      vocab_size=64,
-      hidden_size=64,
-      layers=2,
-      heads=4,
-      kv_heads=2,
-      head_dim=16,
-      intermediate_size=96,
-      lora_rank=4,
-    )
-  wide = LLMConfig.SIZES["qwen2_1.5b"]
-  return LLMConfig(
-    vocab_size=4096,
-    hidden_size=wide.hidden_size,
-    layers=4,
-    heads=wide.heads,
-    kv_heads=wide.kv_heads,
-    intermediate_size=wide.intermediate_size,
-    lora_rank=64,
-  )
-
-
-def llm_inputs(config: LLMConfig, tokens: int):
-  """(module, params, inputs [2, S, D], valid [2, S]), float32."""
-  module = LLM(config, ExecutionConfig(dtype="float32"))
-  rng = np.random.default_rng(1)
-  inputs_BSD = rng.normal(size=(2, tokens, config.hidden_size)).astype(np.float32)
-  valid_BS = np.ones((2, tokens), bool)
-  valid_BS[1, : tokens // 4] = False
-  shapes = jax.eval_shape(
-    lambda: module.init(jax.random.key(0), inputs_BSD, valid_BS, method=LLM.init_all_params)[
-      "params"
-    ]
-  )
-  return module, random_params(shapes), inputs_BSD, valid_BS
+  qwen2 = LLMConfig.SIZES["qwen2_1.5b"]
+  config = dataclasses.replace(qwen2, vocab_size=4096, layers=4, lora_rank=64)
+  return LLM(SMALL_LLM if dry_run else config, ExecutionConfig(dtype="float32"))
 
 
 def encoders_and_qformer(dry_run: bool) -> list[tuple[str, Any, int, int]]:
@@ -159,18 +123,25 @@ def encoders_and_qformer(dry_run: bool) -> list[tuple[str, Any, int, int]]:
   ]
 
 
+def case(module, steps: int, width: int, *, left: int = 0, right: int = 0):
+  """(jitted apply, params, inputs [2, S, D], valid [2, S]); the second row is padded."""
+  x_BSD = np.random.default_rng(1).normal(size=(2, steps, width)).astype(np.float32)
+  valid_BS = np.ones((2, steps), bool)
+  valid_BS[1, :left] = valid_BS[1, steps - right :] = False
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x_BSD, valid_BS)
+  apply = jax.jit(lambda params, *args: module.apply({"params": params}, *args))
+  return apply, random_params(shapes["params"]), x_BSD, valid_BS
+
+
 def device_checks(dry_run: bool):
   """Encoders, Q-Former and LLM on this device against the CPU."""
-  rng = np.random.default_rng(2)
-  pieces = {}
-  for name, module, width, steps in encoders_and_qformer(dry_run):
-    x_BTF = rng.normal(size=(2, steps, width)).astype(np.float32)
-    valid_BT = np.arange(steps) < np.array([[steps], [steps - 5]])
-    shapes = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), x_BTF, valid_BT)
-    pieces[name] = module, random_params(shapes["params"]), x_BTF, valid_BT
-  pieces["LLM with LoRA"] = llm_inputs(small_llm(dry_run), 12 if dry_run else 64)
-  for name, (module, params, x_BSD, given_BS) in pieces.items():
-    apply = jax.jit(lambda params, *args, module=module: module.apply({"params": params}, *args))
+  cases = {
+    name: case(module, steps, width, right=5)
+    for name, module, width, steps in encoders_and_qformer(dry_run)
+  }
+  llm, tokens = small_llm(dry_run), 12 if dry_run else 64
+  cases["LLM with LoRA"] = case(llm, tokens, llm.config.hidden_size, left=tokens // 4)
+  for name, (apply, params, x_BSD, given_BS) in cases.items():
     (here, valid_BS), (there, _) = (
       apply(*jax.device_put((params, x_BSD, given_BS), device))
       for device in (jax.devices()[0], jax.devices("cpu")[0])
@@ -186,20 +157,15 @@ def device_checks(dry_run: bool):
 
 def cache_check(dry_run: bool):
   """A prompt and single steps with the cache against one forward pass."""
-  tokens = 12 if dry_run else 48
-  config = small_llm(dry_run)
-  module, params, inputs_BSD, valid_BS = llm_inputs(config, tokens)
-  apply = jax.jit(lambda params, x, valid, cache: module.apply({"params": params}, x, valid, cache))
-  full_BSD, _ = apply(params, inputs_BSD, valid_BS, None)
-  cache = config.empty_cache(rows=2, slots=tokens, dtype=jnp.float32)
+  llm, tokens = small_llm(dry_run), 12 if dry_run else 48
+  apply, params, x_BSD, valid_BS = case(llm, tokens, llm.config.hidden_size, left=tokens // 4)
+  full_BSD, _ = apply(params, x_BSD, valid_BS)
+  cache = llm.config.empty_cache(rows=2, slots=tokens, dtype=jnp.float32)
   parts, start = [], 0
-  for end in (tokens // 2, *range(tokens // 2 + 1, tokens + 1)):
-    hidden, cache = apply(params, inputs_BSD[:, start:end], valid_BS[:, start:end], cache)
-    parts.append(hidden)
+  for end in range(tokens // 2, tokens + 1):
+    hidden_BSD, cache = apply(params, x_BSD[:, start:end], valid_BS[:, start:end], cache)
+    parts.append(hidden_BSD)
     start = end
   difference = np.abs(np.concatenate(parts, axis=1) - np.asarray(full_BSD))[valid_BS]
-  return check(
-    "cached decoding against one pass, float32",
-    difference.max() / np.asarray(full_BSD)[valid_BS].std(),
-    CACHE_TOLERANCE,
-  )
+  error = difference.max() / np.asarray(full_BSD)[valid_BS].std()
+  return check("cached decoding against one pass, float32", error, CACHE_TOLERANCE)

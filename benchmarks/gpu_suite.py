@@ -30,6 +30,7 @@ SOURCES = (
   *(f"{module.replace('.', '/')}.py" for module, _ in SECTIONS.values()),
   "benchmarks/gpu_suite.py",
   "benchmarks/llm_sizes.py",
+  "convert/parts/hf_config.py",
   "mooer_jax/generation",
   "mooer_jax/training",
 )
@@ -66,12 +67,12 @@ def compare(jax_side: dict, torch_side: dict) -> dict:
   ratios = {}
   for workload in WORKLOADS:
     ours, theirs = (side.get(workload) for side in (jax_side, torch_side))
-    if not ours or not theirs:
-      continue
-    ratios[workload] = {"time_torch_over_jax": round(theirs["seconds"] / ours["seconds"], 3)}
-    if ours.get("memory_gb") and theirs.get("memory_gb"):
-      memory = theirs["memory_gb"] / ours["memory_gb"]
-      ratios[workload]["memory_torch_over_jax"] = round(memory, 3)
+    if ours and theirs:
+      ratios[workload] = {
+        f"{name}_torch_over_jax": round(theirs[key] / ours[key], 3)
+        for name, key in (("time", "seconds"), ("memory", "memory_gb"))
+        if ours.get(key) and theirs.get(key)
+      }
   return ratios
 
 
@@ -85,10 +86,9 @@ def show(report: dict):
     for check in section.get("checks", ()):
       mark = "ok" if check["passed"] else "FAILED"
       print(f"    {check['name']:44} {check['error']:.2e} <= {check['tolerance']:.0e}  {mark}")
-  sides = [report["sections"].get(name, {}) for name in ("jax_7b", "torch_7b")]
   print(f"{'':12} {'JAX s':>9} {'torch s':>9} {'torch/JAX':>10}   {'JAX GB':>7} {'torch GB':>8}")
   for workload, ratio in report["torch_over_jax"].items():
-    ours, theirs = (side[workload] for side in sides)
+    ours, theirs = (report["sections"][side][workload] for side in ("jax_7b", "torch_7b"))
     memory = "".join(f"{side['memory_gb'] or float('nan'):9.2f}" for side in (ours, theirs))
     print(
       f"{workload:12} {ours['seconds']:9.4f} {theirs['seconds']:9.4f}"
@@ -96,7 +96,7 @@ def show(report: dict):
     )
 
 
-def main() -> int:
+def main() -> bool:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
   parser.add_argument("--section", choices=SECTIONS, help="run only this section, in this process")
@@ -106,14 +106,12 @@ def main() -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
   if options.section:
-    result = run_section(options.section, options.dry_run)
-    options.json.write_text(json.dumps(result), "utf-8")
-    return 0
-
+    options.json.write_text(json.dumps(run_section(options.section, options.dry_run)), "utf-8")
+    return False
   sections = {name: spawn_section(name, options.dry_run) for name in SECTIONS}
-  devices = [section["device"] for section in sections.values() if section.get("device")]
+  devices = (section["device"] for section in sections.values() if section.get("device"))
   report = {
-    "device": devices[0] if devices else "unknown",
+    "device": next(devices, "unknown"),
     "dry_run": options.dry_run,
     "versions": versions(*PACKAGES),
     "torch_over_jax": compare(sections["jax_7b"], sections["torch_7b"]),
@@ -124,7 +122,7 @@ def main() -> int:
   path = options.json or folder / f"gpu_suite{'_dry_run' * options.dry_run}.json"
   write_result(path, report, SOURCES)
   print(f"written to {path}")
-  return 0 if all(section["passed"] for section in sections.values()) else 1
+  return not all(section["passed"] for section in sections.values())
 
 
 if __name__ == "__main__":

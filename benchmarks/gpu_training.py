@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax import speech_llm, tree
@@ -15,9 +14,9 @@ from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
-from mooer_jax.training.program import jitted_step
-from mooer_jax.training.sharding import batch_sharding, make_mesh, param_shardings
-from mooer_jax.training.step import create, state_shardings
+from mooer_jax.training.program import abstract_state, jitted_step
+from mooer_jax.training.sharding import batch_sharding, make_mesh
+from mooer_jax.training.step import create
 
 TRAINED = ("encoders/.*", "connector/.*", "decoder/.*")
 WORDS, LENGTH, FRAMES = 10, 4, 6  # every clip: LENGTH of WORDS, FRAMES steps each
@@ -26,24 +25,13 @@ EOS = WORDS
 
 def model_config(dry_run: bool) -> SpeechLLMConfig:
   """The sizes of configs/tiny.py, or smaller."""
-  width = 32 if dry_run else 128
+  width, layers = (32, (2, 1)) if dry_run else (128, (6, 3))
+  sizes = dict(hidden_size=width, heads=4)
+  llm = dict(kv_heads=2, head_dim=width // 4, intermediate_size=3 * width)
   return SpeechLLMConfig(
-    encoders=(
-      SANMConfig(
-        hidden_size=width, layers=2 if dry_run else 6, heads=4, intermediate_size=4 * width
-      ),
-    ),
+    encoders=(SANMConfig(**sizes, layers=layers[0], intermediate_size=4 * width),),
     connector=LinearConfig(hidden_size=2 * width),
-    decoder=LLMConfig(
-      vocab_size=16,
-      hidden_size=width,
-      layers=1 if dry_run else 3,
-      heads=4,
-      kv_heads=2,
-      head_dim=width // 4,
-      intermediate_size=3 * width,
-      tie_word_embeddings=True,
-    ),
+    decoder=LLMConfig(**sizes, **llm, layers=layers[1], vocab_size=16, tie_word_embeddings=True),
     compute=ExecutionConfig(dtype="float32", scan=True),
   )
 
@@ -69,14 +57,10 @@ def run(dry_run: bool) -> dict[str, Any]:
     peak_lr=2e-3, warmup="linear", warmup_steps=10, decay="constant", max_grad_norm=1.0
   )
   mesh = make_mesh(data=1, devices=jax.devices()[:1])
-  tx = make_optimizer(optimizer)
+  _, shardings = abstract_state(model, optimizer, trainable=TRAINED, mesh=mesh)
   params = jax.jit(lambda: speech_llm.init(jax.random.key(0), model))()
   trainable, frozen = tree.partition(params, TRAINED)
-  state = create(trainable, tx, jax.random.key(1))
-  shardings = (
-    state_shardings(state, tx, param_shardings(mesh, trainable)),
-    param_shardings(mesh, frozen),
-  )
+  state = create(trainable, make_optimizer(optimizer), jax.random.key(1))
   step = jitted_step(model, optimizer, accumulation=1, mesh=mesh, shardings=shardings)
   state, frozen = jax.device_put((state, frozen), shardings)
   rng = np.random.default_rng(0)
@@ -84,9 +68,8 @@ def run(dry_run: bool) -> dict[str, Any]:
 
   kept, start = [], 0.0
   for _ in range(steps):
-    state, metrics = step(
-      state, frozen, jax.device_put(batch(rng, prototypes_WF, rows), batch_sharding(mesh))
-    )
+    inputs = jax.device_put(batch(rng, prototypes_WF, rows), batch_sharding(mesh))
+    state, metrics = step(state, frozen, inputs)
     if not kept:
       jax.block_until_ready(metrics)
       start = time.perf_counter()  # the first step compiles
@@ -100,6 +83,6 @@ def run(dry_run: bool) -> dict[str, Any]:
     "steps_per_second": (steps - 1) / seconds,
     "first_loss": float(first),
     "last_loss": float(last),
-    "last_accuracy": float(jnp.mean(jnp.asarray(accuracies[-5:]))),
+    "last_accuracy": float(np.mean(accuracies[-5:])),
     "passed": bool(np.isfinite(losses).all() and last < 0.5 * first),
   }

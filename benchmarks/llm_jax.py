@@ -8,15 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.llm_sizes import DRY, FULL, LR, Sizes, median_seconds
+from benchmarks.llm_sizes import DRY, FULL, GB, LR, Sizes, median_seconds, trained
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.decoders.llm import LLM
 from mooer_jax.generation import GenerationConfig, generate_from
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.training.step import create, make_train_step
-
-GB = 1e9
 
 
 def run(dry_run: bool) -> dict[str, Any]:
@@ -43,13 +40,7 @@ def random_normal(seed, shape, scale=1.0, dtype=jnp.bfloat16):
 
 def random_params(config: SpeechLLMConfig) -> dict:
   """The decoder's params on the device, made in bfloat16 leaf by leaf; LoRA in float32."""
-  module = config.decoder.module(config.compute)
-  D = config.decoder.hidden_size
-  shapes = jax.eval_shape(
-    lambda: module.init(
-      jax.random.key(0), jnp.zeros((1, 1, D)), jnp.ones((1, 1), bool), method=LLM.init_all_params
-    )["params"]
-  )
+  shapes = jax.eval_shape(lambda: speech_llm.init(jax.random.key(0), config)["decoder"])
   flat = {}
   for seed, (path, leaf) in enumerate(tree.flatten({"decoder": shapes}).items()):
     dtype = jnp.float32 if "lora" in path else jnp.bfloat16
@@ -60,28 +51,15 @@ def random_params(config: SpeechLLMConfig) -> dict:
   return tree.unflatten(flat)
 
 
-def answer_nats(params, inputs_BSD, targets_BA, config):
-  """Summed cross-entropy of the last A positions."""
+def answer_logits(params, inputs_BSD, config, answer: int):
+  """Logits at the last `answer` positions, [B, A, V]."""
   valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
   hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, valid_BS, config)
-  logits_BAV = speech_llm.logits(params, hidden_BSD[:, -targets_BA.shape[1] :], config)
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BAV, targets_BA).sum()
-
-
-def targets(sizes: Sizes):
-  key = jax.random.key(2)
-  return jax.random.randint(key, (sizes.rows, sizes.answer), 0, sizes.llm.vocab_size)
+  return speech_llm.logits(params, hidden_BSD[:, -answer:], config)
 
 
 def measured(function, arguments, sizes: Sizes, call=None, **options) -> tuple[Any, dict[str, Any]]:
-  """Compile a function and time it.
-
-  Args:
-    function: traced with the arguments.
-    arguments: arrays or trees of arrays.
-    sizes: has the number of timed calls.
-    call: what is timed, given the executable; default: run it on the arguments.
-    options: of `jax.jit`.
+  """Compile a function with options of `jax.jit`, and time `call(executable)`.
 
   Returns:
     (executable, {"seconds": median, "memory_gb": what is in use at once, "compile_seconds"}).
@@ -103,11 +81,7 @@ def measured(function, arguments, sizes: Sizes, call=None, **options) -> tuple[A
 
 
 def forward(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
-  def logits(params, inputs_BSD):
-    valid_BS = jnp.ones(inputs_BSD.shape[:2], bool)
-    hidden_BSD, _ = speech_llm.decode(params, inputs_BSD, valid_BS, config)
-    return speech_llm.logits(params, hidden_BSD[:, -sizes.answer :], config)
-
+  logits = functools.partial(answer_logits, config=config, answer=sizes.answer)
   program, result = measured(logits, (params, inputs_BSD), sizes)
   if not jnp.isfinite(program(params, inputs_BSD)).all():
     raise FloatingPointError("forward: logits are not finite")
@@ -119,14 +93,17 @@ def train_step(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
   tx = optax.adam(LR)
 
   def loss_fn(trainable, frozen, batch, key):
-    nats = answer_nats(tree.merge(trainable, frozen), *batch, config)
-    tokens = jnp.int32(sizes.rows * sizes.answer)
+    inputs_BSD, target_BA = batch
+    logits_BAV = answer_logits(tree.merge(trainable, frozen), inputs_BSD, config, sizes.answer)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits_BAV, target_BA).sum()
+    tokens = jnp.int32(target_BA.size)
     return nats / tokens, {"loss_sum": nats, "tokens": tokens, "correct": jnp.int32(0)}
 
   step = make_train_step(loss_fn, tx, schedule=optax.constant_schedule(LR))
   # The state is donated at each call, and `params` is used again.
   state = create(jax.tree.map(jnp.copy, trainable), tx, jax.random.key(0))
-  batch = (inputs_BSD, targets(sizes))
+  key, shape = jax.random.key(2), (sizes.rows, sizes.answer)
+  batch = (inputs_BSD, jax.random.randint(key, shape, 0, sizes.llm.vocab_size))
   losses = []
 
   def call(program):
@@ -135,9 +112,7 @@ def train_step(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
     losses.append(float(metrics["loss"]))
 
   _, result = measured(step, (state, frozen, batch), sizes, call, donate_argnums=0)
-  if not losses[-1] < losses[0]:
-    raise FloatingPointError(f"the loss on one batch did not fall: {losses}")
-  return {**result, "losses": losses}
+  return trained(result, losses)
 
 
 def decode(params, config, sizes: Sizes) -> dict[str, Any]:
@@ -150,4 +125,4 @@ def decode(params, config, sizes: Sizes) -> dict[str, Any]:
     return generate_from(params, prompt_BSD, valid_BS, config, options).tokens_BS
 
   _, result = measured(greedy, (params, prompt_BSD), sizes)
-  return {**result, "tokens_per_second": sizes.rows * sizes.new / result["seconds"]}
+  return sizes.decoded(result)

@@ -33,22 +33,20 @@ MODEL = (
 
 
 def write_result(
-  path: Path, result: Mapping[str, Any], sources: Iterable[str], *, command=""
+  path: Path | None, result: Mapping[str, Any], sources: Iterable[str], *, command=""
 ) -> None:
   """Write a result with its provenance as JSON.
 
   Args:
-    path: file to write; its folder is created.
+    path: file to write; its folder is created. None (no --json) writes nothing.
     result: figures, as JSON values.
-    sources: files and folders that the figures describe, relative to the repository's root.
+    sources: files and folders of the repository that the figures describe.
     command: command that repeats the measurement; default: that of this process.
-
-  Raises:
-    FileNotFoundError: if a source does not exist.
   """
-  command = command or shlex.join(["python", *sys.orig_argv[1:]])
+  if path is None:
+    return
   provenance = {
-    "command": command,
+    "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "commit": commit_of(ROOT),
     "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
@@ -70,13 +68,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-  """Hash of a file, or of all Python files of a folder.
-
-  Comments, docstrings and the layout of Python code do not count.
-
-  Raises:
-    FileNotFoundError: if there is no such file or folder.
-  """
+  """Hash of a file, or of all Python files of a folder, without comments, docstrings and layout."""
   digest = hashlib.sha256()
   for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
     digest.update(file.relative_to(path).as_posix().encode())
@@ -112,11 +104,12 @@ def warnings(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
     if about is None:
       found.append(f"{file.name}: no provenance; repeat the benchmark")
       continue
-    changed = [
-      f"{source} {'has changed' if (root / source).exists() else 'is gone'}"
-      for source, before in about["sources"].items()
-      if not (root / source).exists() or fingerprint(root / source) != before
-    ]
+    changed = []
+    for source, before in about["sources"].items():
+      if not (root / source).exists():
+        changed.append(f"{source} is gone")
+      elif fingerprint(root / source) != before:
+        changed.append(f"{source} has changed")
     if changed:
       made = f"{about['date']} ({(about['commit'] or 'unknown commit')[:12]})"
       found.append(f"{file.name}: {', '.join(changed)} since {made}; repeat: {about['command']}")

@@ -10,24 +10,16 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from configs.tiny import get_config
-from demo.stages import (
-  ROOT,
-  Stages,
-  call,
-  fingerprint,
-  imported_sources,
-  one_line_errors,
-  schedule,
-)
+from demo.stages import ROOT, Stages, call, imported_sources, one_line_errors, schedule
 from demo.synthesize import TEST_VARIANTS, SpeechConfig, plan, write_split
 from mooer_jax.evaluation.text_files import read_text
 
@@ -71,15 +63,7 @@ def run(config: DemoConfig) -> dict:
   """Run all steps, write `report.json` and return its content."""
   out = Path(config.folder)
   speech, shards, work, scored = out / "speech", out / "shards", out / "train", out / "eval"
-  stages = Stages(out)
-  made_from = fingerprint(dataclasses.asdict(config.speech), imported_sources("demo/synthesize.py"))
-  seconds = {}
-  seconds["synthesis"] = stages.run(
-    "synthesis", made_from, lambda: _speak(config.speech, speech), makes=speech
-  )
-  made_from = fingerprint("", imported_sources("mooer_jax/data/pack.py"))
-  seconds["packing"] = stages.run("packing", made_from, lambda: _pack(speech, shards), makes=shards)
-  configured = [
+  settings = [
     "--config=configs/tiny.py",
     f"--config.workdir={work}",
     f"--config.data.shards={shards / 'train' / 'data.list'}",
@@ -87,33 +71,35 @@ def run(config: DemoConfig) -> dict:
     f"--config.eval.out={scored}",
     *config.overrides(),
   ]
-  sources = imported_sources("train.py")
-  made_from = fingerprint(configured, [ROOT / "configs" / "tiny.py", *sources])
-  seconds["training"] = stages.run(
-    "training", made_from, lambda: _train(config, configured, work), makes=work, resumable=True,
+  stages = Stages(out)
+  stages.run(
+    "synthesis", lambda: _speak(config.speech, speech), makes=speech,
+    inputs=dataclasses.asdict(config.speech), files=imported_sources("demo/synthesize.py"),
   )  # fmt: skip
-  made_from = fingerprint("", imported_sources("eval.py"))
-  seconds["evaluation"] = stages.run(
-    "evaluation", made_from,
-    lambda: call(sys.executable, "eval.py", *configured, f"--checkpoint={work}"), makes=scored,
+  stages.run(
+    "packing", lambda: _pack(speech, shards), makes=shards,
+    files=imported_sources("mooer_jax/data/pack.py"),
+  )  # fmt: skip
+  stages.run(
+    "training", lambda: _train(config, settings, work), makes=work, resumable=True,
+    inputs=settings, files=[ROOT / "configs" / "tiny.py", *imported_sources("train.py")],
+  )  # fmt: skip
+  stages.run(
+    "evaluation", lambda: call(sys.executable, "eval.py", *settings, f"--checkpoint={work}"),
+    makes=scored, files=imported_sources("eval.py"),
   )  # fmt: skip
   clip = speech / "test" / "wav" / f"{plan(config.speech, 'test')[0].key}.wav"
-  transcribed = out / "transcribe"
-  seconds["transcription"] = stages.run(
-    "transcription", "", lambda: _transcribe(work, clip, transcribed), makes=transcribed
-  )
+  result = out / "transcribe" / "result.json"
+  stages.run("transcription", lambda: _transcribe(work, clip, result), makes=result.parent)
   shutil.copyfile(work / "loss.png", out / "loss.png")
-  report = make_report(config, seconds, stages.redone)
+  report = make_report(config, stages.seconds, stages.redone)
   (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
   return report
 
 
 def _speak(config: SpeechConfig, folder: Path):
   for split in ("train", "test"):
-    clips = plan(config, split)
-    written = write_split(clips, folder / split)
-    for _ in track(written, f"synthesizing {split}", len(clips), console=Console(stderr=True)):
-      pass
+    write_split(plan(config, split), folder / split)
 
 
 def _pack(speech: Path, shards: Path):
@@ -134,9 +120,8 @@ def _train(config: DemoConfig, configured: list[str], work: Path):
     )
 
 
-def _transcribe(work: Path, clip: Path, folder: Path):
-  folder.mkdir(parents=True)
-  result = folder / "result.json"
+def _transcribe(work: Path, clip: Path, result: Path):
+  result.parent.mkdir(parents=True)
   call(MOOER_JAX, "transcribe", f"--checkpoint={work}", f"--json={result}", clip)
 
 
@@ -147,22 +132,20 @@ def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]
   rows = (out / "train" / "metrics.jsonl").read_text("utf-8").splitlines()
   losses = [json.loads(row)["loss"] for row in rows]
   hypotheses = read_text(out / "eval" / "text")
-  test = plan(config.speech, "test")
   utterances = [
     {
-      "key": utterance.key,
-      "voice": utterance.manner.voice,
-      "reference": utterance.digits,
-      "hypothesis": hypotheses.get(utterance.key),
+      "key": clip.key,
+      "voice": clip.manner.voice,
+      "reference": clip.digits,
+      "hypothesis": hypotheses.get(clip.key),
     }
-    for utterance in test
+    for clip in plan(config.speech, "test")
   ]
-  cer = scored["details"]["rates"]["character"]
   result = json.loads((out / "transcribe" / "result.json").read_text("utf-8"))
   return {
-    "cer": cer,
+    "cer": scored["details"]["rates"]["character"],
     "goal_cer": config.goal_cer,
-    "n_utterances": len(test),
+    "n_utterances": len(utterances),
     "n_wrong": sum(u["reference"] != u["hypothesis"] for u in utterances),
     "train_seconds": round(seconds["training"], 1),
     "total_seconds": round(sum(seconds.values()), 1),
@@ -170,8 +153,8 @@ def make_report(config: DemoConfig, seconds: dict[str, float], redone: list[str]
     "steps_done_in_this_run": redone,
     "n_train_utterances": config.speech.train_clips,
     "optimizer_steps": len(losses),
-    "loss_first": sum(losses[:10]) / len(losses[:10]),
-    "loss_last": sum(losses[-10:]) / len(losses[-10:]),
+    "loss_first": statistics.fmean(losses[:10]),
+    "loss_last": statistics.fmean(losses[-10:]),
     "held_out_voices": list(TEST_VARIANTS),
     "machine": {
       "cores": os.cpu_count(),
@@ -230,10 +213,9 @@ def main() -> int:
   with one_line_errors("make demo"):
     report = run(config)
   show(report, config.folder)
-  problems = failures(report)
-  for problem in problems:
+  for problem in failures(report):
     print(f"make demo: {problem}", file=sys.stderr)
-  return bool(problems)
+  return bool(failures(report))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ _SYNCHRONOUS = 2
 _UTF8 = 1
 _IPA = 2
 _RATE, _PITCH, _RANGE, _WORD_GAP = 1, 3, 4, 7
-# espeak-ng keeps its data path in a fixed buffer and crashes beyond it.
 _CALLBACK = ctypes.CFUNCTYPE(
   ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
@@ -50,9 +49,8 @@ class Espeak:
       ) from error
     self._library = ctypes.CDLL(espeakng_loader.get_library_path())
     data = self._own_voices(Path(espeakng_loader.get_data_path()))
-    self.sample_rate_hz = self._library.espeak_Initialize(
-      _SYNCHRONOUS, 0, str(data.parent).encode(), 0
-    )
+    folder = str(data.parent).encode()
+    self.sample_rate_hz = self._library.espeak_Initialize(_SYNCHRONOUS, 0, folder, 0)
     if self.sample_rate_hz <= 0:
       raise RuntimeError(f"{data}: espeak-ng did not start (code {self.sample_rate_hz})")
     self._chunks: list[np.ndarray] = []
@@ -66,7 +64,7 @@ class Espeak:
   def _own_voices(self, data: Path) -> Path:
     """Create a folder of links to espeak-ng's data, to which `define` can add voice variants.
 
-    Its path is short, because espeak-ng truncates long paths.
+    Its path is short, because espeak-ng keeps it in a fixed buffer and crashes beyond that.
     """
     self._folder = tempfile.TemporaryDirectory(prefix="espeak")
     own = Path(self._folder.name) / data.name
@@ -89,27 +87,18 @@ class Espeak:
     return 0
 
   def say(self, text: str, manner: Manner) -> np.ndarray:
-    """Synthesize a sentence.
-
-    Returns:
-      int16 [samples] at `sample_rate_hz`.
-
-    Raises:
-      ValueError: if espeak-ng does not have the voice.
-    """
-    library = self._library
+    """Synthesize a sentence: int16 [samples] at `sample_rate_hz`."""
     self._choose(manner.voice)
-    settings = {
-      _RATE: manner.words_per_minute,
-      _PITCH: manner.pitch,
-      _RANGE: manner.pitch_range,
-      _WORD_GAP: manner.word_gap,
-    }
-    for parameter, value in settings.items():
-      library.espeak_SetParameter(parameter, value, 0)
+    for parameter, value in (
+      (_RATE, manner.words_per_minute),
+      (_PITCH, manner.pitch),
+      (_RANGE, manner.pitch_range),
+      (_WORD_GAP, manner.word_gap),
+    ):
+      self._library.espeak_SetParameter(parameter, value, 0)
     self._chunks = []
     data = text.encode()
-    code = library.espeak_Synth(data, len(data) + 1, 0, 0, 0, _UTF8, None, None)
+    code = self._library.espeak_Synth(data, len(data) + 1, 0, 0, 0, _UTF8, None, None)
     if code != 0 or not self._chunks:
       raise RuntimeError(f"{text!r} with {manner}: espeak-ng returned no speech (code {code})")
     return np.concatenate(self._chunks)
@@ -123,13 +112,7 @@ class Espeak:
     self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
 
   def phonemes(self, text: str, voice: str) -> str:
-    """Return the phonemes of a text in the International Phonetic Alphabet.
-
-    Clauses are separated by spaces; punctuation is dropped.
-
-    Raises:
-      ValueError: if espeak-ng does not have the voice.
-    """
+    """Return the phonemes of a text in the International Phonetic Alphabet, without punctuation."""
     self._choose(voice)
     convert = self._library.espeak_TextToPhonemes
     convert.restype = ctypes.c_char_p

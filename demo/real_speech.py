@@ -32,14 +32,11 @@ MAX_DIGITS = 5
 # length; stretching changes only the tempo.
 RATES = (0.78, 1.28)
 STRETCHES = (0.8, 0.9, 1.0, 1.15, 1.3)
+Voice = dict[str, list[np.ndarray]]  # {digit: [waveform at 16 kHz]} of a speaker
 
 
 def find_recordings(folder: Path) -> list[Path]:
-  """Return the recordings in the dataset's folder, or in its `recordings/`.
-
-  Raises:
-    FileNotFoundError: if there are no files with names of that form.
-  """
+  """Return the recordings in the dataset's folder, or in its `recordings/`."""
   for place in (folder, folder / "recordings"):
     if found := sorted(place.glob("[0-9]_*_*.wav")):
       return found
@@ -49,20 +46,24 @@ def find_recordings(folder: Path) -> list[Path]:
   )
 
 
-def read_recordings(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
-  """Return {speaker: {digit: [waveform at 16 kHz]}}.
+def held_out_split(folder: Path, speaker: str) -> tuple[dict[str, Voice], dict[str, Voice]]:
+  """Return the voices of all other speakers, and that of a held-out speaker, by name.
 
   Raises:
     FileNotFoundError: if the folder contains no recordings.
+    ValueError: if there is no such speaker.
   """
-  recordings: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+  voices: dict = collections.defaultdict(lambda: collections.defaultdict(list))
   for path in find_recordings(folder):
-    digit, speaker, _ = path.stem.split("_")
-    recordings[speaker][digit].append(load_audio(path, sample_rate_hz=SAMPLE_RATE_HZ))
-  return recordings
+    digit, name, _ = path.stem.split("_")
+    voices[name][digit].append(load_audio(path, sample_rate_hz=SAMPLE_RATE_HZ))
+  if speaker not in voices:
+    raise ValueError(f"--held-out={speaker}: must be one of {', '.join(sorted(voices))}")
+  held_out = {speaker: voices.pop(speaker)}
+  return voices, held_out
 
 
-def stretched(voice: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+def stretched(voice: Voice) -> Voice:
   """Return every recording at every tempo of STRETCHES, with the same pitch."""
   from librosa.effects import time_stretch
 
@@ -72,7 +73,7 @@ def stretched(voice: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]
   }
 
 
-def join(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
+def join(voice: Voice, digits: str, rng) -> np.ndarray:
   """Join one speaker's unchanged recordings, with pauses of 0.05 to 0.25 s and a faint noise."""
   pieces = []
   for digit in digits:
@@ -83,16 +84,10 @@ def join(voice: dict[str, list[np.ndarray]], digits: str, rng) -> np.ndarray:
   return _at_level(speech + 10 ** (-35 / 20) * rng.standard_normal(len(speech)), -24.0)
 
 
-def join_varied(
-  voice: dict[str, list[np.ndarray]], digits: str, rng, *, hesitation_s: float = 0.0
-) -> np.ndarray:
+def join_varied(voice: Voice, digits: str, rng, *, hesitation_s: float = 0.0) -> np.ndarray:
   """Join recordings for training, with random vocal tract, pauses, response, room, noise and level.
 
-  Args:
-    voice: {digit: [waveform at 16 kHz]} of a speaker.
-    digits: the digit string.
-    rng: random generator of all choices.
-    hesitation_s: length of an additional pause after any digit but the last, seconds.
+  `hesitation_s` is the length of an additional pause after any digit but the last.
   """
   rate = np.exp(rng.uniform(*np.log(RATES)))
   longest_s = rng.choice((0.02, 0.1, 0.25))
@@ -157,12 +152,11 @@ def main():
   parser.add_argument("--train-clips", type=int, default=24000, help="default: 24000")
   parser.add_argument("--test-clips", type=int, default=300, help="default: 300")
   args = parser.parse_args()
-  recordings = read_recordings(args.fsdd)
-  if args.held_out not in recordings:
-    parser.error(f"--held-out={args.held_out}: must be one of {sorted(recordings)}")
-  others = {speaker: voice for speaker, voice in recordings.items() if speaker != args.held_out}
+  try:
+    others, held_out = held_out_split(args.fsdd, args.held_out)
+  except (FileNotFoundError, ValueError) as error:
+    parser.error(str(error))
   write_split(others, args.out / "train", args.train_clips, seed=1, vary=True)
-  held_out = {args.held_out: recordings[args.held_out]}
   write_split(held_out, args.out / "test", args.test_clips, seed=2, vary=False)
 
 

@@ -1,9 +1,9 @@
 """Steps of a demo: a finished step runs again only if its inputs have changed."""
 
-import ast
 import contextlib
 import hashlib
 import json
+import modulefinder
 import os
 import shutil
 import signal
@@ -27,25 +27,9 @@ def fingerprint(value: Any, files: Iterable[Path] = ()) -> str:
 
 def imported_sources(program: str | Path, root: Path = ROOT) -> set[Path]:
   """Return a program and all files below `root` that it imports, directly or not."""
-  found: set[Path] = set()
-  waiting = [root / program]
-  while waiting:
-    path = waiting.pop()
-    if path in found or not path.is_file():
-      continue
-    found.add(path)
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-      if isinstance(node, ast.Import):
-        modules = [alias.name for alias in node.names]
-      elif isinstance(node, ast.ImportFrom) and node.module:
-        modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-      else:
-        continue
-      for module in modules:
-        parts = module.split(".")
-        waiting.append(root.joinpath(*parts).with_suffix(".py"))
-        waiting += [root.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
-  return found
+  finder = modulefinder.ModuleFinder([str(root)])
+  finder.run_script(str(root / program))
+  return {Path(module.__file__) for module in finder.modules.values() if module.__file__}
 
 
 class Terminated(KeyboardInterrupt):
@@ -118,6 +102,11 @@ class Stages:
 
   The fingerprint of a step includes that of its predecessor, so a change in an early step repeats
   all later steps.
+
+  Attributes:
+    seconds: time of each step, in this run or in the run that finished it; for a resumable step,
+      interrupted runs included.
+    redone: names of the steps that were not already finished.
   """
 
   def __init__(self, folder: Path):
@@ -127,43 +116,43 @@ class Stages:
     self._records = json.loads(self._path.read_text("utf-8")) if self._path.exists() else {}
     self._last = ""
     self._chains = {"": ""}
+    self.seconds: dict[str, float] = {}
     self.redone: list[str] = []
 
   def run(
     self,
     name: str,
-    made_from: str,
     work: Callable[[], Any],
     *,
     makes: Path,
+    inputs: Any = None,
+    files: Iterable[Path] = (),
     resumable: bool = False,
     after: str | None = None,
-  ) -> float:
+  ) -> None:
     """Run a step, unless it has already finished with the same inputs.
 
     Args:
       name: name of the step.
-      made_from: fingerprint of the step's own inputs.
       work: function that runs the step.
       makes: output folder of the step. Its outputs from other inputs are removed first.
+      inputs: JSON value that the step depends on.
+      files: files that the step depends on.
       resumable: whether `work` resumes from the outputs of an interrupted run.
       after: name of the preceding step; default: the step that was run last.
-
-    Returns:
-      Seconds that the step took, in this run or in the run that finished it; for a resumable step,
-      interrupted runs included.
 
     Raises:
       RuntimeError: if the output folder exists, but no step of this name is recorded.
       Terminated: on SIGTERM, after the time spent is recorded.
     """
     before = self._chains[self._last if after is None else after]
-    self._last, self._chains[name] = name, fingerprint([before, made_from])
+    self._last, self._chains[name] = name, fingerprint([before, inputs], files)
     record = self._records.get(name, {})
     same = record.get("made_from") == self._chains[name] and makes.exists()
     if same and record.get("done"):
+      self.seconds[name] = record["seconds"]
       print(f"{name}: already done with the same inputs, in {record['seconds']:.0f} s", flush=True)
-      return record["seconds"]
+      return
     spent = record.get("seconds", 0.0) if same and resumable else 0.0
     if not (same and resumable) and makes.exists():
       if not record:
@@ -172,20 +161,18 @@ class Stages:
         )
       print(f"{name}: {makes} has other inputs or is incomplete; running again", flush=True)
       shutil.rmtree(makes)
-    self._write(name, done=False, seconds=spent)
-    start = time.perf_counter()
+    self._write(name, spent, done=False)
+    start, done = time.perf_counter(), False
     try:
       with _terminable():
         work()
-    except BaseException:
-      self._write(name, done=False, seconds=spent + time.perf_counter() - start)
-      raise
-    seconds = spent + time.perf_counter() - start
-    self._write(name, done=True, seconds=seconds)
+      done = True
+    finally:
+      self._write(name, spent + time.perf_counter() - start, done=done)
     self.redone.append(name)
-    print(f"{name}: {seconds:.0f} s", flush=True)
-    return seconds
+    print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
 
-  def _write(self, name: str, **record):
-    self._records[name] = {"made_from": self._chains[name], **record}
+  def _write(self, name: str, seconds: float, *, done: bool):
+    self.seconds[name] = seconds
+    self._records[name] = {"made_from": self._chains[name], "done": done, "seconds": seconds}
     self._path.write_text(json.dumps(self._records, indent=2) + "\n", encoding="utf-8")

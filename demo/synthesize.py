@@ -12,12 +12,13 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
+from rich.progress import track
 
 from demo.espeak import Manner, synthesizer
 
@@ -48,8 +49,6 @@ TRAIN_VARIANTS = (
   "robert", "robosoft", "robosoft2", "robosoft3", "robosoft4", "robosoft6", "sandro", "steph",
   "steph2", "steph3", "travis", "zac",
 )  # fmt: skip
-# espeak-ng keeps state from one sentence to the next. The work is therefore split into lanes of a
-# fixed size, each with its own process, so that the result does not depend on the machine.
 LANE_CLIPS = 750
 
 
@@ -95,9 +94,6 @@ def plan(config: SpeechConfig, split: str) -> list[Utterance]:
 
   There are only ten one-digit strings, which cannot be held out, so the test set starts at two
   digits.
-
-  Raises:
-    ValueError: for an unknown split or a config without strings for the test set.
   """
   if split not in ("train", "test"):
     raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
@@ -151,10 +147,7 @@ def random_voice(name: str) -> str:
 
 
 def draw_digits(rng, max_digits: int, *, held_out: bool, repeats: float = 0.0) -> str:
-  """Draw a string of 1 (held out: 2) to `max_digits` digits; all lengths are equally probable.
-
-  `repeats` is the probability that a digit repeats its predecessor.
-  """
+  """Draw a string of 1 (held out: 2) to `max_digits` digits; all lengths are equally probable."""
   length = int(rng.integers(2 if held_out else 1, max_digits + 1))
   while True:
     digits = random_digits(rng, length, repeats)
@@ -171,21 +164,25 @@ def random_digits(rng, length: int, repeats: float = 0.0) -> str:
   return "".join(map(str, digits))
 
 
-def render(utterance: Utterance) -> np.ndarray:
-  """Synthesize one utterance, with a random room and microphone.
+def spell(digits: str) -> list[str]:
+  """Return the words of a digit string."""
+  return [WORDS[int(digit)] for digit in digits]
 
-  Returns:
-    float32 [samples] in [-1, 1] at 16 kHz.
-  """
-  rng = np.random.default_rng(utterance.seed)
+
+def say(text: str, manner: Manner) -> tuple[np.ndarray, int]:
+  """Synthesize a text in one of espeak's or of RANDOM_VARIANTS: (float32 [samples], rate in Hz)."""
   engine = synthesizer()
-  variant = utterance.manner.voice.partition("+")[2]
+  variant = manner.voice.partition("+")[2]
   if variant in RANDOM_VARIANTS:
     engine.define(variant, random_voice(variant))
-  words = [WORDS[int(digit)] for digit in utterance.digits]
-  spoken = engine.say(" ".join(words), utterance.manner)
-  rate_hz = engine.sample_rate_hz * utterance.shift
-  speech = soxr.resample(spoken.astype(np.float32) / 32768, rate_hz, SAMPLE_RATE_HZ)
+  return engine.say(text, manner).astype(np.float32) / 32768, engine.sample_rate_hz
+
+
+def render(utterance: Utterance) -> np.ndarray:
+  """Synthesize one utterance with a random room and microphone: float32 in [-1, 1] at 16 kHz."""
+  rng = np.random.default_rng(utterance.seed)
+  spoken, rate_hz = say(" ".join(spell(utterance.digits)), utterance.manner)
+  speech = soxr.resample(spoken, rate_hz * utterance.shift, SAMPLE_RATE_HZ)
   edges = rng.uniform(0.03, 0.3, 2) * SAMPLE_RATE_HZ
   speech = np.pad(speech, edges.astype(int))
   if rng.random() < 0.2:
@@ -245,28 +242,21 @@ def silence(seconds: float):
   return np.zeros(int(seconds * SAMPLE_RATE_HZ), np.float32)
 
 
-def write_clip(path: Path, speech) -> None:
-  """Write float samples as 16-bit wav."""
-  soundfile.write(path, speech, SAMPLE_RATE_HZ, subtype="PCM_16")
+def write_clip(path: Path, speech, format: str = "WAV") -> None:
+  """Write float samples in [-1, 1] at 16 kHz as 16-bit audio."""
+  soundfile.write(path, speech, SAMPLE_RATE_HZ, subtype="PCM_16", format=format)
 
 
-def _render_lane(utterances: list[Utterance], folder: Path) -> None:
+def _write_clips(utterances: list[Utterance], folder: Path) -> None:
   for utterance in utterances:
     write_clip(folder / f"{utterance.key}.wav", render(utterance))
-
-
-def _lanes(utterances: list[Utterance]) -> list[list[Utterance]]:
-  # Sorted, because changing the voice costs as much as a short sentence.
-  ordered = sorted(utterances, key=lambda utterance: (utterance.manner.voice, utterance.key))
-  return [ordered[i : i + LANE_CLIPS] for i in range(0, len(ordered), LANE_CLIPS)]
 
 
 @contextlib.contextmanager
 def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor]:
   """Yield a pool that runs each task in a new process; default number: the number of cores.
 
-  Workers ignore Ctrl-C. This process handles it and terminates all its child processes, because it
-  is a script.
+  Workers ignore Ctrl-C; this process, which is a script, then terminates all its child processes.
   """
   with concurrent.futures.ProcessPoolExecutor(
     number or os.cpu_count() or 1,
@@ -288,20 +278,28 @@ def worker_processes(number: int | None) -> Iterator[concurrent.futures.Executor
       raise
 
 
-def write_split(
-  utterances: list[Utterance], folder: Path, processes: int | None = None
-) -> Iterator[Utterance]:
-  """Synthesize clips and write `wav/KEY.wav`, `wav.scp` and `text`.
+def in_lanes(
+  write: Callable[[list, Path], None], lanes: list[list], folder: Path, processes: int | None
+) -> None:
+  """Call `write(lane, folder)` for each lane of clips in a new process; show the progress.
 
-  Yields:
-    Each utterance that is finished.
+  Synthesizers keep state from one sentence to the next. Lanes of a fixed size make the result
+  independent of the number of processes and of interruptions.
   """
-  (folder / "wav").mkdir(parents=True, exist_ok=True)
   with worker_processes(processes) as pool:
-    futures = {pool.submit(_render_lane, lane, folder / "wav"): lane for lane in _lanes(utterances)}
-    for future in concurrent.futures.as_completed(futures):
+    futures = [pool.submit(write, lane, folder) for lane in lanes]
+    finished = concurrent.futures.as_completed(futures)
+    for future in track(finished, f"synthesizing {folder}", len(futures)):
       future.result()
-      yield from futures[future]
+
+
+def write_split(utterances: list[Utterance], folder: Path, processes: int | None = None) -> None:
+  """Synthesize clips and write `wav/KEY.wav`, `wav.scp` and `text`."""
+  (folder / "wav").mkdir(parents=True, exist_ok=True)
+  # Sorted, because changing the voice costs as much as a short sentence.
+  clips = sorted(utterances, key=lambda utterance: (utterance.manner.voice, utterance.key))
+  lanes = [clips[i : i + LANE_CLIPS] for i in range(0, len(clips), LANE_CLIPS)]
+  in_lanes(_write_clips, lanes, folder / "wav", processes)
   write_lists(folder, ((u.key, u.digits) for u in utterances))
 
 

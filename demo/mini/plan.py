@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.mini.voices import ENGINES, Casting, Speaker
-from demo.synthesize import WORDS, draw_digits
+from demo.synthesize import WORDS, draw_digits, spell
 
 SPLITS = ("train", "test")
 SPANISH = dict(
@@ -55,9 +55,8 @@ class SpeechConfig:
 
   def quick(self) -> "SpeechConfig":
     """Return a config of a tenth of the size, for a smoke test."""
-    counts = [field.name for field in dataclasses.fields(self) if field.name.endswith("clips")]
-    counts.append("test_entries")
-    return dataclasses.replace(self, **{name: getattr(self, name) // 10 for name in counts})
+    counts = {k: n // 10 for k, n in vars(self).items() if k.endswith(("clips", "entries"))}
+    return dataclasses.replace(self, **counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +88,13 @@ class Clip:
   seed: tuple[int, ...]
   limit_s: float = LIMIT_S
 
+  @property
+  def file(self) -> str:
+    return f"{self.key}.flac"
+
 
 def plan(config: SpeechConfig, split: str) -> list[Clip]:
-  """List the clips of a split ("train" or "test").
-
-  Raises:
-    ValueError: for an unknown split.
-  """
+  """List the clips of a split ("train" or "test")."""
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: allowed are {SPLITS}")
   test = split == "test"
@@ -118,23 +117,23 @@ def plan(config: SpeechConfig, split: str) -> list[Clip]:
 def _digits(rng, casting, index, *, test, max_digits) -> Clip:
   repeats = 0.0 if test else REPEATS
   digits = draw_digits(rng, max_digits, held_out=test, repeats=repeats)
-  words = tuple(WORDS[int(digit)] for digit in digits)
+  words = tuple(spell(digits))
   text = " ".join(words)
   speaker = casting.draw()
   # Yes and no alternate, and the word in the question does not predict the answer.
   absent = [word for word in WORDS if word not in words]
   asked = absent if index % 2 else words
-  labels: tuple[Label, ...] = (
+  labels = [
     Label("asr", text),
     Label("count", WORDS[len(words)]),
     Label("keyword", "no" if index % 2 else "yes", asked[rng.integers(len(asked))]),
-  )
+  ]
   if len(words) <= TRANSLATED:
-    labels += (Label("translate", " ".join(SPANISH[word] for word in words)),)
+    labels.append(Label("translate", " ".join(SPANISH[word] for word in words)))
   if test and index < len(untrained()):
-    labels += tuple(Label(task, answer.format(text)) for task, answer in untrained()[index].items())
+    labels += [Label(task, answer.format(text)) for task, answer in untrained()[index].items()]
   pieces = words if rng.random() < 0.5 else (text,)
-  return Clip("", speaker, pieces, labels, (), DIGITS_LIMIT_S)
+  return Clip("", speaker, pieces, tuple(labels), (), DIGITS_LIMIT_S)
 
 
 def _sentence(rng, casting, index, *, test, max_digits) -> Clip:

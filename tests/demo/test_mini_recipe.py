@@ -11,6 +11,7 @@ from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
 from demo.mini.recipe import QUICK, STAGES, Recipe, share_beyond_digits
 from demo.mini.speech import entries_of, entry, write_annotations
+from demo.stages import fingerprint
 from mooer_jax.config import build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.prompts import read_prompts
@@ -134,7 +135,9 @@ def test_a_stage_is_trained_anew_for_other_recordings_and_settings_and_not_for_o
   config = _config("real")
   monkeypatch.setattr(recipe.mini_salmonn, "get_config", lambda _: config)
   prints = []
-  stages = types.SimpleNamespace(run=lambda name, made, *_, **__: prints.append(made))
+  stages = types.SimpleNamespace(
+    run=lambda *_, inputs, files, **__: prints.append(fingerprint(inputs, files))
+  )
   for recording, clip_at, rows in ((b"a", 1.0, 1), (b"b", 1.0, 1), (b"b", 1.0, 4), (b"b", 0.5, 4)):
     clip.write_bytes(recording)
     config.optimizer.max_grad_norm, config.eval.batch_size = clip_at, rows

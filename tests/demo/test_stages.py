@@ -33,7 +33,7 @@ def work():
   (folder / "ready").touch()
   time.sleep(60)
 try:
-  Stages(folder).run("step", "", work, makes=folder / "made", resumable=True)
+  Stages(folder).run("step", work, makes=folder / "made", resumable=True)
 except KeyboardInterrupt:
   sys.exit(130)
 """
@@ -68,9 +68,9 @@ def test_after_a_step_sigterm_does_what_it_did_before(tmp_path):
 
   stages = Stages(tmp_path)
   with pytest.raises(Terminated):
-    stages.run("step", "", killed, makes=tmp_path / "made")
+    stages.run("step", killed, makes=tmp_path / "made")
   assert signal.getsignal(signal.SIGTERM) == before
-  stages.run("step", "", lambda: None, makes=tmp_path / "made")
+  stages.run("step", lambda: None, makes=tmp_path / "made")
   assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -120,7 +120,7 @@ def test_a_change_redoes_what_goes_on_from_it_and_no_other_branch(tmp_path):
     steps = [("base", "1", ""), ("left", left_from, "base"), ("leaf", "3", "left")]
     for name, made_from, after in [*steps, ("right", "4", "base")]:
       makes = tmp_path / name
-      stages.run(name, made_from, makes.mkdir, makes=makes, after=after)
+      stages.run(name, makes.mkdir, makes=makes, inputs=made_from, after=after)
     return stages.redone
 
   assert run("2") == ["base", "left", "leaf", "right"]
@@ -131,11 +131,11 @@ def test_a_change_redoes_what_goes_on_from_it_and_no_other_branch(tmp_path):
 def test_what_is_made_again_is_said_and_what_others_made_is_left_alone(tmp_path, capsys):
   made = tmp_path / "made"
   for made_from in ("1", "2"):
-    Stages(tmp_path).run("step", made_from, made.mkdir, makes=made)
+    Stages(tmp_path).run("step", made.mkdir, makes=made, inputs=made_from)
   assert f"{made} has other inputs or is incomplete" in capsys.readouterr().out
   (tmp_path / "stages.json").unlink()
   with pytest.raises(RuntimeError, match="made is the output folder of step, .* move it away"):
-    Stages(tmp_path).run("step", "2", made.mkdir, makes=made)
+    Stages(tmp_path).run("step", made.mkdir, makes=made, inputs="2")
   assert made.exists()
 
 
