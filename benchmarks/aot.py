@@ -48,11 +48,7 @@ HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32, "TPU v6 lite": 32}
 
 
 def topology_devices(name: str):
-  """Return the chips of a named topology, such as "v5e:4x4".
-
-  Raises:
-    ValueError: for an unknown name.
-  """
+  """Return the chips of a named topology, such as "v5e:4x4"."""
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except jax.errors.JaxRuntimeError as error:
@@ -75,22 +71,16 @@ def prompt_tokens(run: Run) -> int:
 def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
   """Compile the step that `train.py` would run, for a batch in the longest buckets.
 
-  Args:
-    run: the config.
-    topology: name of the chips and their arrangement.
-    prompt: number of text tokens in the prompt.
-
-  Returns:
-    The content of the JSON file; memory is that of one chip.
+  `prompt` is the number of text tokens in the prompt. Returns the content of the JSON file.
   """
   devices = topology_devices(topology)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
   (state, frozen), shardings = abstract_state(
     run.model, run.optimizer, trainable=run.trainable, mesh=mesh
   )
-  lengths = (0, prompt)  # on either side of the speech they cost the same
-  encoded = bool(run.data.cache_features)
-  batch = Batcher(run.data, run.model, lengths, encoded=encoded).shapes()[0]
+  # The prompt costs the same on either side of the speech.
+  batcher = Batcher(run.data, run.model, (0, prompt), encoded=bool(run.data.cache_features))
+  batch = batcher.shapes()[0]
   micro_batches = run.train.gradient_accumulation_steps
 
   def trace(model):
@@ -175,7 +165,6 @@ def table(result: dict) -> Table:
 
 
 def main():
-  """Compile the train step of the config in the flags."""
   run = Run.read(_CONFIG.value)
   prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
   result = compile_step(run, _TOPOLOGY.value, prompt=prompt)

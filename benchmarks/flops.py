@@ -6,10 +6,8 @@ import math
 def traced(jaxpr) -> int:
   """FLOPs of the matrix products and convolutions in a jaxpr; a loop counts once per iteration.
 
-  XLA's own cost analysis counts the body of a loop once, so it is wrong for scanned layers.
-
-  Raises:
-    ValueError: if a loop of unknown length contains a matrix product.
+  XLA's own cost analysis counts the body of a loop once, so it is wrong for scanned layers. A
+  matrix product in a loop of unknown length is a ValueError.
   """
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   total = 0

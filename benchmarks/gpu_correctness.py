@@ -135,13 +135,11 @@ def case(module, steps: int, width: int, *, left: int = 0, right: int = 0):
 
 def device_checks(dry_run: bool):
   """Encoders, Q-Former and LLM on this device against the CPU."""
-  cases = {
-    name: case(module, steps, width, right=5)
-    for name, module, width, steps in encoders_and_qformer(dry_run)
-  }
   llm, tokens = small_llm(dry_run), 12 if dry_run else 64
-  cases["LLM with LoRA"] = case(llm, tokens, llm.config.hidden_size, left=tokens // 4)
-  for name, (apply, params, x_BSD, given_BS) in cases.items():
+  modules = [*encoders_and_qformer(dry_run), ("LLM with LoRA", llm, llm.config.hidden_size, tokens)]
+  for name, module, width, steps in modules:
+    left, right = (steps // 4, 0) if module is llm else (0, 5)
+    apply, params, x_BSD, given_BS = case(module, steps, width, left=left, right=right)
     (here, valid_BS), (there, _) = (
       apply(*jax.device_put((params, x_BSD, given_BS), device))
       for device in (jax.devices()[0], jax.devices("cpu")[0])

@@ -55,11 +55,7 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def trained(result: dict[str, Any], losses: list[float]) -> dict[str, Any]:
-  """Add the losses of train steps on one batch to their time.
-
-  Raises:
-    FloatingPointError: if the loss did not fall.
-  """
+  """Add the losses of train steps on one batch, which must fall, to their time."""
   if not losses[-1] < losses[0]:
     raise FloatingPointError(f"the loss on one batch did not fall: {losses}")
   return {**result, "losses": losses}

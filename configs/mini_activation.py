@@ -3,8 +3,9 @@
 Command:   make mini-salmonn MINI_ARGS=--activation
            (or, after make mini-salmonn: python train.py --config=configs/mini_activation.py)
 Hardware:  2 CPU cores
-Time:      docs/salmonn.md
-Expected:  docs/salmonn.md
+Time:      18 minutes, beside other work, with the answers and the perplexities at each step
+Expected:  stories for 12 of 12 held-out clips instead of 0; WER 7.45 % instead of 4.92 %
+           (docs/salmonn.md)
 """
 
 from configs import mini_salmonn

@@ -8,8 +8,9 @@ Stages:    digits      transcription of digit strings; starts from the joined pa
            real        digit strings of real speakers; starts from tasks
            sentences   an open vocabulary; starts from tasks
 Hardware:  2 CPU cores
-Time:      docs/salmonn.md
-Expected:  docs/salmonn.md
+Time:      digits 34, tasks 18, real 48 minutes, beside other work
+Expected:  after tasks, WER 4.92 % on 300 strings of held-out synthetic voices; after real, 0.59 %
+           on 150 strings of a held-out real speaker; all scores: docs/salmonn.md
 """
 
 from mooer_jax.prompts import read_prompts
@@ -19,13 +20,12 @@ PROMPTS = "configs/prompts/mini_salmonn.json"
 # Trained on transcription alone, 3 of 4 words are correct after 120 steps; with the other tasks,
 # after 250.
 STEPS = dict(digits=600, tasks=400, real=800, sentences=400)
-STAGES = tuple(STEPS)
 INIT_FROM = dict(digits="base", tasks="digits", real="tasks", sentences="tasks")
 
 
 def get_config(stage: str = "tasks"):
-  if stage not in STAGES:
-    raise ValueError(f"configs/mini_salmonn.py:{stage}: must be one of {', '.join(STAGES)}")
+  if stage not in STEPS:
+    raise ValueError(f"configs/mini_salmonn.py:{stage}: must be one of {', '.join(STEPS)}")
   config = default_config()
   config.workdir = f"out/mini/{stage}"
   before = INIT_FROM[stage]

@@ -46,5 +46,4 @@ def get_config():
 
   config.mesh.data, config.mesh.fsdp = 1, -1
   config.generation.max_new_tokens = 256
-  config.eval.shards = ""
   return config

@@ -78,6 +78,5 @@ def get_config(chosen: str = "7b,1"):
   config.generation.num_beams = 4
   config.generation.max_new_tokens = 300
   config.eval.truncate = True
-  config.eval.shards = ""
   config.eval.task = ""
   return config

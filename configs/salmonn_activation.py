@@ -22,7 +22,6 @@ def get_config(size: str = "7b"):
   config.perplexity.batch_size = 1
 
   config.data.prompts = ""
-  config.data.task_weights = {}
   config.data.batch_size, config.data.shuffle_buffer_size = 1, 1
   config.data.workers = 0
   config.optimizer.warmup_steps = 0

@@ -22,9 +22,8 @@ def get_config():
   config.model.encoders = ("sanm_large",)
   config.model.connector = "linear"
   config.model.decoder = "qwen2_0.5b"
-  config.model.chat_template = (
-    "bare"  # a chat prompt of 150 characters is long beside 2 s of speech
-  )
+  # A chat prompt of 150 characters is long beside 2 s of speech.
+  config.model.chat_template = "bare"
   config.model.prompts = {"asr": "<|transcribe|>"}
   config.model.max_audio_s = 5.0
   config.model.sanm = dict(hidden_size=128, layers=5, heads=4, intermediate_size=512)

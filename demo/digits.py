@@ -30,19 +30,12 @@ SHOWN = 5
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-  """One size of the demo.
-
-  Attributes:
-    folder: output folder, relative to the clone.
-    speech: the speech to synthesize.
-    steps: optimizer steps, with a schedule of the same length; 0 uses those of configs/tiny.py.
-    goal_cer: largest character error rate on held-out voices that counts as success.
-  """
+  """One size of the demo; steps=0 uses the steps and the schedule of configs/tiny.py."""
 
   folder: str
   speech: SpeechConfig
   steps: int
-  goal_cer: float
+  goal_cer: float  # on held-out voices
 
   def overrides(self) -> list[str]:
     """Config overrides of configs/tiny.py, for train.py and eval.py."""

@@ -20,21 +20,13 @@ _CALLBACK = ctypes.CFUNCTYPE(
 
 @dataclasses.dataclass(frozen=True)
 class Manner:
-  """Voice and prosody of a sentence.
-
-  Attributes:
-    voice: an accent, a plus sign and a variant, such as "en-us+f3".
-    words_per_minute: tempo, 80 to 450.
-    pitch: base pitch within the range of the voice, 0 to 100 (default of the voice: 50).
-    pitch_range: 0 (monotone) to 100 (lively).
-    word_gap: silence between words, in units of 10 ms at the default rate.
-  """
+  """Voice and prosody of a sentence; the voice is ACCENT+VARIANT, such as "en-us+f3"."""
 
   voice: str
-  words_per_minute: int = 170
-  pitch: int = 50
-  pitch_range: int = 50
-  word_gap: int = 0
+  words_per_minute: int = 170  # 80 to 450
+  pitch: int = 50  # within the range of the voice, 0 to 100
+  pitch_range: int = 50  # 0 (monotone) to 100 (lively)
+  word_gap: int = 0  # silence between words, in units of 10 ms at the default rate
 
 
 class Espeak:

@@ -47,12 +47,7 @@ def find_recordings(folder: Path) -> list[Path]:
 
 
 def held_out_split(folder: Path, speaker: str) -> tuple[dict[str, Voice], dict[str, Voice]]:
-  """Return the voices of all other speakers, and that of a held-out speaker, by name.
-
-  Raises:
-    FileNotFoundError: if the folder contains no recordings.
-    ValueError: if there is no such speaker.
-  """
+  """Return the voices of all other speakers, and that of a held-out speaker, by name."""
   voices: dict = collections.defaultdict(lambda: collections.defaultdict(list))
   for path in find_recordings(folder):
     digit, name, _ = path.stem.split("_")

@@ -6,13 +6,14 @@ import json
 import modulefinder
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from mooer_jax.files import exit_on_sigterm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,42 +33,25 @@ def imported_sources(program: str | Path, root: Path = ROOT) -> set[Path]:
   return {Path(module.__file__) for module in finder.modules.values() if module.__file__}
 
 
-class Terminated(KeyboardInterrupt):
-  """SIGTERM, which stops a step or command in the same way as Ctrl-C."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-  def stop(number, frame):
-    raise Terminated
-
-  before = signal.signal(signal.SIGTERM, stop)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
 def call(*arguments: str | Path):
-  """Print and run a command; on an interrupt, wait until it has ended, because it may be saving.
+  """Print and run a command; after Ctrl-C or SIGTERM, wait until it has saved and ended.
 
   Raises:
     subprocess.CalledProcessError: if it fails.
-    Terminated: on SIGTERM, which is passed on to the command.
   """
   command = [str(argument) for argument in arguments]
   program = "python" if command[0] == sys.executable else Path(command[0]).name
   # As a user would type it in the clone.
   shown = [program, *(word.replace(f"{ROOT}{os.sep}", "") for word in command[1:])]
   print("\n$ " + " ".join(shown), flush=True)
-  interrupted: KeyboardInterrupt | None = None
-  with _terminable(), subprocess.Popen(command) as process:
+  interrupted: BaseException | None = None
+  with exit_on_sigterm(), subprocess.Popen(command) as process:
     while process.poll() is None:
       try:
         process.wait()
-      except KeyboardInterrupt as error:
+      except (KeyboardInterrupt, SystemExit) as error:
         interrupted = error
-        if isinstance(error, Terminated):  # the child receives Ctrl-C, but not SIGTERM
+        if isinstance(error, SystemExit):  # the child receives Ctrl-C, but not SIGTERM
           process.terminate()
   if interrupted:
     raise interrupted
@@ -92,9 +76,9 @@ def one_line_errors(name: str) -> Iterator[None]:
     yield
   except (subprocess.CalledProcessError, ImportError, OSError, RuntimeError) as error:
     sys.exit(f"{name}: {error}")
-  except KeyboardInterrupt:
+  except (KeyboardInterrupt, SystemExit) as error:
     print(f"{name}: interrupted; rerun the same command to resume", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(getattr(error, "code", 130))
 
 
 class Stages:
@@ -143,7 +127,6 @@ class Stages:
 
     Raises:
       RuntimeError: if the output folder exists, but no step of this name is recorded.
-      Terminated: on SIGTERM, after the time spent is recorded.
     """
     before = self._chains[self._last if after is None else after]
     self._last, self._chains[name] = name, fingerprint([before, inputs], files)
@@ -164,7 +147,7 @@ class Stages:
     self._write(name, spent, done=False)
     start, done = time.perf_counter(), False
     try:
-      with _terminable():
+      with exit_on_sigterm():
         work()
       done = True
     finally:

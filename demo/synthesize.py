@@ -54,18 +54,11 @@ LANE_CLIPS = 750
 
 @dataclasses.dataclass(frozen=True)
 class SpeechConfig:
-  """Size and seed of the synthetic speech.
-
-  Attributes:
-    train_clips: clips for training.
-    test_clips: clips of held-out voices and strings.
-    max_digits: longest string; lengths are uniform from 1 (test: from 2) to this.
-    seed: random seed.
-  """
+  """Size and seed of the synthetic speech; the test has held-out voices and strings."""
 
   train_clips: int = 12000
   test_clips: int = 300
-  max_digits: int = 6
+  max_digits: int = 6  # lengths are uniform from 1 (test: from 2)
   seed: int = 0
 
 

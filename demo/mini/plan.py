@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demo.mini.voices import ENGINES, Casting, Speaker
+from demo.mini.voices import ENGINES, Speaker, casting
 from demo.synthesize import WORDS, draw_digits, spell
 
 SPLITS = ("train", "test")
@@ -27,24 +27,14 @@ DIGITS_LIMIT_S, LIMIT_S = 5.0, 10.0
 
 @dataclasses.dataclass(frozen=True)
 class SpeechConfig:
-  """Size and seed of the synthetic speech.
-
-  Attributes:
-    digit_clips: training clips of digit strings.
-    sentence_clips: training clips of open vocabulary.
-    test_digit_clips: digit clips of held-out voices and strings.
-    test_entries: test entries for sentences and for each task except transcription.
-    max_digits: longest string; lengths are uniform from 1 (test: from 2) to this.
-    engines: text-to-speech engines of the training voices; the test voices are espeak's.
-    seed: random seed.
-  """
+  """Size and seed of the synthetic speech; the test has held-out voices and strings."""
 
   digit_clips: int = 2700
   sentence_clips: int = 1500
   test_digit_clips: int = 300
-  test_entries: int = 100
-  max_digits: int = 7
-  engines: tuple[str, ...] = ENGINES
+  test_entries: int = 100  # for sentences and for each task except transcription
+  max_digits: int = 7  # lengths are uniform from 1 (test: from 2)
+  engines: tuple[str, ...] = ENGINES  # of the training voices; the test voices are espeak's
   seed: int = 0
 
   def __post_init__(self):
@@ -70,16 +60,7 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One clip to synthesize.
-
-  Attributes:
-    key: name of the clip.
-    speaker: its voice.
-    pieces: texts that are synthesized one by one and joined with pauses.
-    labels: its tasks.
-    seed: random seed of its acoustics.
-    limit_s: longest duration, seconds.
-  """
+  """One clip to synthesize: its pieces one by one, joined with pauses, in at most `limit_s`."""
 
   key: str
   speaker: Speaker
@@ -105,21 +86,21 @@ def plan(config: SpeechConfig, split: str) -> list[Clip]:
   clips = []
   for number, (make, count) in enumerate(counts.items()):
     rng = np.random.default_rng([config.seed, int(test), number])
-    casting = Casting(rng, test=test, engines=config.engines)
+    cast = casting(rng, test=test, engines=config.engines)
     for index in range(count):
-      clip = make(rng, casting, index, test=test, max_digits=config.max_digits)
+      clip = make(rng, cast, index, test=test, max_digits=config.max_digits)
       name = make.__name__.strip("_")
       seed = (config.seed, int(test), number, index)
       clips.append(dataclasses.replace(clip, key=f"{name}-{index:05d}", seed=seed))
   return clips
 
 
-def _digits(rng, casting, index, *, test, max_digits) -> Clip:
+def _digits(rng, cast, index, *, test, max_digits) -> Clip:
   repeats = 0.0 if test else REPEATS
   digits = draw_digits(rng, max_digits, held_out=test, repeats=repeats)
   words = tuple(spell(digits))
   text = " ".join(words)
-  speaker = casting.draw()
+  speaker = cast()
   # Yes and no alternate, and the word in the question does not predict the answer.
   absent = [word for word in WORDS if word not in words]
   asked = absent if index % 2 else words
@@ -136,11 +117,11 @@ def _digits(rng, casting, index, *, test, max_digits) -> Clip:
   return Clip("", speaker, pieces, tuple(labels), (), DIGITS_LIMIT_S)
 
 
-def _sentence(rng, casting, index, *, test, max_digits) -> Clip:
+def _sentence(rng, cast, index, *, test, max_digits) -> Clip:
   sentences = sentences_of(test)
   # A stride that is coprime to the length of the list visits every sentence before it repeats one.
   sentence = sentences[index * _stride(len(sentences)) % len(sentences)]
-  return Clip("", casting.draw(), (sentence,), (Label("asr", sentence),), ())
+  return Clip("", cast(), (sentence,), (Label("asr", sentence),), ())
 
 
 @functools.cache

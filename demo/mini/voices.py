@@ -6,9 +6,11 @@ male one, a VITS model that onnxruntime runs on espeak's phonemes.
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,55 +74,43 @@ def sex_of(variant: str) -> str | None:
   return stated[1].lower() if stated else None
 
 
-class Casting:
-  """Draw speakers: a third female, a third male, a third of unknown sex.
+def casting(
+  rng: np.random.Generator, *, test: bool, engines: tuple[str, ...]
+) -> Callable[[], Speaker]:
+  """Return a function that draws speakers: a third female, a third male, a third of unknown sex.
 
   In training, half of the female and half of the male speakers are the neural voices, if `engines`
   contains them. The others alternate, so that each is about equally frequent.
   """
+  variants = TEST_VARIANTS if test else TRAIN_VARIANTS + RANDOM_VARIANTS
+  groups = []
+  for sex in ("female", "male", None):
+    neural = None if test else next((n for n in engines if NEURAL.get(n, "") == sex), None)
+    order = [variant for variant in variants if sex_of(variant) == sex]
+    rng.shuffle(order)
+    groups.append((sex, neural, itertools.cycle(order)))
 
-  def __init__(self, rng: np.random.Generator, *, test: bool, engines: tuple[str, ...]):
-    self._rng, self._test = rng, test
-    everyone = TEST_VARIANTS if test else TRAIN_VARIANTS + RANDOM_VARIANTS
-    self._groups: list[tuple[str | None, list[str]]] = []
-    for sex in ("female", "male", None):
-      neural = None if test else next((n for n in engines if NEURAL.get(n, "") == sex), None)
-      self._groups.append((neural, [v for v in everyone if sex_of(v) == sex]))
-    for _, order in self._groups:
-      rng.shuffle(order)
-    self._turns = [0, 0, 0]
-
-  def draw(self) -> Speaker:
-    """Draw one speaker."""
-    rng = self._rng
-    group = int(rng.integers(3))
-    neural, variants = self._groups[group]
+  def draw() -> Speaker:
+    sex, neural, order = groups[rng.integers(3)]
     if neural and rng.random() < 0.5:
       voice = neural
     else:
-      variant = variants[self._turns[group] % len(variants)]
-      self._turns[group] += 1
+      variant = next(order)
       voice = f"{ACCENTS[rng.integers(len(ACCENTS))]}+{variant}"
-    stated = group < 2
-    pitch = (35, 66) if stated or self._test else (20, 81)
-    low, high = MILD_SHIFTS if stated else SHIFTS
     return Speaker(
       voice,
       speed=float(rng.uniform(0.75, 1.3)),
-      pitch=int(rng.integers(*pitch)),
+      pitch=int(rng.integers(*((35, 66) if sex or test else (20, 81)))),
       pitch_range=int(rng.integers(20, 81)),
       # Test voices are unchanged.
-      shift=1.0 if self._test else float(np.exp(rng.uniform(np.log(low), np.log(high)))),
+      shift=1.0 if test else float(np.exp(rng.uniform(*np.log(MILD_SHIFTS if sex else SHIFTS)))),
     )
+
+  return draw
 
 
 def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
-  """Synthesize a text.
-
-  Args:
-    speaker: voice and prosody.
-    text: lower-case words.
-    hurry: factor of the speaker's tempo.
+  """Synthesize lower-case words, `hurry` times as fast as the speaker's tempo.
 
   Returns:
     float32 [samples] of unit power at 16 kHz, without silence at the edges.
@@ -183,11 +173,7 @@ class Joe:
     )
 
   def ids(self, text: str) -> list[int]:
-    """Return the model's input: a start, every phoneme followed by padding, and an end.
-
-    Raises:
-      ValueError: for a phoneme that the voice does not have.
-    """
+    """Return the model's input: a start, every phoneme followed by padding, and an end."""
     pad = self._ids["_"]
     ids = [*self._ids["^"], *pad]
     for phoneme in unicodedata.normalize("NFD", synthesizer().phonemes(text, self._accent) + "."):

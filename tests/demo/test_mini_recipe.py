@@ -5,11 +5,10 @@ import types
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
-from configs import mini_activation, mini_salmonn
+from configs import mini_salmonn
 from demo.mini.plan import SpeechConfig
-from demo.mini.recipe import QUICK, STAGES, Recipe, share_beyond_digits
+from demo.mini.recipe import QUICK, STAGES, Recipe, config_of, share_beyond_digits
 from demo.mini.speech import entries_of, entry, write_annotations
 from demo.stages import fingerprint
 from mooer_jax.config import build
@@ -17,13 +16,9 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.prompts import read_prompts
 
 
-def _config(stage) -> ConfigDict:
-  return mini_activation.get_config() if stage == "activation" else mini_salmonn.get_config(stage)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_settings_of_a_stage_are_those_of_its_config_elsewhere(stage):
-  config = _config(stage)
+  config = config_of(stage)
   for setting in Recipe(Path("out/mini")).settings(stage)[1:]:
     name, value = setting.removeprefix("--config.").split("=")
     where = config
@@ -56,7 +51,7 @@ def test_an_unknown_stage_is_refused():
 
 
 def test_every_task_of_the_data_has_a_prompt_and_every_weight_a_task():
-  config = _config("tasks")
+  config = config_of("tasks")
   prompts = read_prompts(mini_salmonn.PROMPTS)
   trained = {line["task"] for line in entries_of(SpeechConfig(), "train")["train_tasks.json"]}
   tested = {
@@ -106,7 +101,7 @@ def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, 
     "real: theo, beam 4",
   ]
   assert scored == [1, 1, 4, 1, 4]
-  assert {"num_beams", "max_new_tokens"} <= {*_config("activation").generation}  # flags need them
+  assert {"num_beams", "max_new_tokens"} <= {*config_of("activation").generation}  # flags need them
 
 
 def test_before_and_after_tuning_answers_may_be_as_long(monkeypatch, tmp_path):
@@ -132,7 +127,7 @@ def test_a_stage_is_trained_anew_for_other_recordings_and_settings_and_not_for_o
   clip.parent.mkdir(parents=True)
   lines = [entry("train_real/ann.flac", "asr", "one")]
   write_annotations(tmp_path / "recordings/train_real.json", lines)
-  config = _config("real")
+  config = config_of("real")
   monkeypatch.setattr(recipe.mini_salmonn, "get_config", lambda _: config)
   prints = []
   stages = types.SimpleNamespace(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from demo.stages import Stages, Terminated, call, imported_sources, one_line_errors
+from demo.stages import Stages, call, imported_sources, one_line_errors
 
 # The command says that it is there, then ends as train.py does: it saves first.
 COMMAND = """
@@ -32,10 +32,7 @@ def work():
     return call(*command)
   (folder / "ready").touch()
   time.sleep(60)
-try:
-  Stages(folder).run("step", work, makes=folder / "made", resumable=True)
-except KeyboardInterrupt:
-  sys.exit(130)
+Stages(folder).run("step", work, makes=folder / "made", resumable=True)
 """
 
 
@@ -53,7 +50,7 @@ def test_sigterm_counts_the_time_and_lets_the_command_save(tmp_path, plain_env, 
       time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=30) == 143
     assert (tmp_path / "saved").exists() == bool(command)
     record = json.loads((tmp_path / "stages.json").read_text("utf-8"))["step"]
     assert not record["done"] and record["seconds"] > spent + 0.3
@@ -67,7 +64,7 @@ def test_after_a_step_sigterm_does_what_it_did_before(tmp_path):
     signal.raise_signal(signal.SIGTERM)
 
   stages = Stages(tmp_path)
-  with pytest.raises(Terminated):
+  with pytest.raises(SystemExit):
     stages.run("step", killed, makes=tmp_path / "made")
   assert signal.getsignal(signal.SIGTERM) == before
   stages.run("step", lambda: None, makes=tmp_path / "made")
@@ -107,11 +104,12 @@ def test_a_failed_step_is_one_line(error, message, monkeypatch, tmp_path):
     raise error
 
 
-def test_an_interruption_says_how_to_resume(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_an_interruption_says_how_to_resume(error, code, capsys, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit) as ended, one_line_errors("make demo"):
-    raise KeyboardInterrupt
-  assert ended.value.code == 130 and "rerun the same command" in capsys.readouterr().err
+    raise error
+  assert ended.value.code == code and "rerun the same command" in capsys.readouterr().err
 
 
 def test_a_change_redoes_what_goes_on_from_it_and_no_other_branch(tmp_path):

@@ -92,10 +92,9 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, monkeyp
   monkeypatch.setattr("demo.synthesize.LANE_CLIPS", 5)
   utterances = plan(SpeechConfig(train_clips=15), "train")
   for processes in (1, 2):
-    written = list(write_split(utterances, tmp_path / str(processes), processes=processes))
-    assert len(written) == 15 and {u.key for u in written} == {u.key for u in utterances}
+    write_split(utterances, tmp_path / str(processes), processes=processes)
   clips = sorted((tmp_path / "1" / "wav").iterdir())
-  assert len(clips) == 15
+  assert {clip.stem for clip in clips} == {u.key for u in utterances}
   for clip in clips:
     assert clip.read_bytes() == (tmp_path / "2" / "wav" / clip.name).read_bytes()
   assert soundfile.info(clips[0]).samplerate == SAMPLE_RATE_HZ
