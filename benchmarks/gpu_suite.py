@@ -34,7 +34,6 @@ SOURCES = (
   "mooer_jax/generation",
   "mooer_jax/training",
 )
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
 
 def run_section(name: str, dry_run: bool) -> dict:
@@ -113,7 +112,7 @@ def main() -> bool:
   report = {
     "device": next(devices, "unknown"),
     "dry_run": options.dry_run,
-    "versions": versions(*PACKAGES),
+    "versions": versions("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy"),
     "torch_over_jax": compare(sections["jax_7b"], sections["torch_7b"]),
     "sections": sections,
   }

@@ -35,10 +35,10 @@ MODEL = (
 def write_result(
   path: Path | None, result: Mapping[str, Any], sources: Iterable[str], *, command=""
 ) -> None:
-  """Write a result with its provenance as JSON.
+  """Write a result with its provenance as JSON; without a path (no --json), do nothing.
 
   Args:
-    path: file to write; its folder is created. None (no --json) writes nothing.
+    path: file to write; its folder is created.
     result: figures, as JSON values.
     sources: files and folders of the repository that the figures describe.
     command: command that repeats the measurement; default: that of this process.

@@ -37,10 +37,6 @@ class DemoConfig:
   steps: int
   goal_cer: float  # on held-out voices
 
-  def overrides(self) -> list[str]:
-    """Config overrides of configs/tiny.py, for train.py and eval.py."""
-    return schedule(self.steps, warmup=self.steps // 8) if self.steps else []
-
 
 FULL = DemoConfig("out/demo", SpeechConfig(), steps=0, goal_cer=0.05)
 # Too short to learn digits well. It succeeds if the loss halves and there are transcripts.
@@ -62,7 +58,7 @@ def run(config: DemoConfig) -> dict:
     f"--config.data.shards={shards / 'train' / 'data.list'}",
     f"--config.eval.shards={shards / 'test' / 'data.list'}",
     f"--config.eval.out={scored}",
-    *config.overrides(),
+    *(schedule(config.steps, warmup=config.steps // 8) if config.steps else []),
   ]
   stages = Stages(out)
   stages.run(

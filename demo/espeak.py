@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -40,11 +41,16 @@ class Espeak:
         "the demo needs the package espeakng-loader for speech; pip install 'mooer-jax[demo]'"
       ) from error
     self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-    data = self._own_voices(Path(espeakng_loader.get_data_path()))
-    folder = str(data.parent).encode()
+    # Links to the data, to which `define` can add voices. The path must be short, because espeak-ng
+    # keeps it in a fixed buffer and crashes beyond that.
+    self._folder = tempfile.TemporaryDirectory(prefix="espeak")
+    source = Path(espeakng_loader.get_data_path())
+    self._data = Path(self._folder.name) / source.name
+    shutil.copytree(source, self._data, copy_function=os.symlink)
+    folder = self._folder.name.encode()
     self.sample_rate_hz = self._library.espeak_Initialize(_SYNCHRONOUS, 0, folder, 0)
     if self.sample_rate_hz <= 0:
-      raise RuntimeError(f"{data}: espeak-ng did not start (code {self.sample_rate_hz})")
+      raise RuntimeError(f"{source}: espeak-ng did not start (code {self.sample_rate_hz})")
     self._chunks: list[np.ndarray] = []
     # ctypes does not keep the callback alive, so this object does.
     self._callback = _CALLBACK(self._receive)
@@ -53,25 +59,9 @@ class Espeak:
     # espeak-ng seeds its breath noise from the clock.
     self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))
 
-  def _own_voices(self, data: Path) -> Path:
-    """Create a folder of links to espeak-ng's data, to which `define` can add voice variants.
-
-    Its path is short, because espeak-ng keeps it in a fixed buffer and crashes beyond that.
-    """
-    self._folder = tempfile.TemporaryDirectory(prefix="espeak")
-    own = Path(self._folder.name) / data.name
-    self._variants = own / "voices" / "!v"
-    self._variants.mkdir(parents=True)
-    for source in (data, data / "voices", data / "voices" / "!v"):
-      for entry in source.iterdir():
-        link = own / entry.relative_to(data)
-        if not link.exists():
-          os.symlink(entry, link)
-    return own
-
   def define(self, name: str, description: str):
     """Add the voice variant ACCENT+NAME, described in espeak-ng's voice format."""
-    (self._variants / name).write_text(description, encoding="ascii")
+    (self._data / "voices" / "!v" / name).write_text(description, encoding="ascii")
 
   def _receive(self, samples, count, _events) -> int:
     if samples and count > 0:

@@ -117,11 +117,9 @@ class Stages:
     """Run a step, unless it has already finished with the same inputs.
 
     Args:
-      name: name of the step.
-      work: function that runs the step.
+      name, work: the step.
       makes: output folder of the step. Its outputs from other inputs are removed first.
-      inputs: JSON value that the step depends on.
-      files: files that the step depends on.
+      inputs, files: JSON value and files that the step depends on.
       resumable: whether `work` resumes from the outputs of an interrupted run.
       after: name of the preceding step; default: the step that was run last.
 

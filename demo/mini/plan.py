@@ -99,8 +99,7 @@ def _digits(rng, cast, index, *, test, max_digits) -> Clip:
   repeats = 0.0 if test else REPEATS
   digits = draw_digits(rng, max_digits, held_out=test, repeats=repeats)
   words = tuple(spell(digits))
-  text = " ".join(words)
-  speaker = cast()
+  text, speaker = " ".join(words), cast()
   # Yes and no alternate, and the word in the question does not predict the answer.
   absent = [word for word in WORDS if word not in words]
   asked = absent if index % 2 else words

@@ -36,7 +36,6 @@ def join_digits(voices: dict[str, Voice], path: Path, clips: int, *, seed: int, 
   otherwise a model takes a long pause for the end.
   """
   folder = path.with_suffix("")
-  folder.mkdir(parents=True, exist_ok=True)
   speakers = sorted(voices)
   entries = []
   for index in track(range(clips), f"joining {folder.name}"):
@@ -75,7 +74,6 @@ def read_transcripts(folder: Path) -> list[tuple[Path, str]]:
 def copy_sentences(folder: Path, path: Path) -> None:
   """Write the read sentences of a folder, at 16 kHz, and their annotation file."""
   clips = path.with_suffix("")
-  clips.mkdir(parents=True, exist_ok=True)
   entries = []
   for source, text in read_transcripts(folder):
     name = f"{source.parent.name}-{source.stem}.flac"

@@ -81,12 +81,8 @@ def _record(speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def lanes_of(clips: list[Clip]) -> list[list[Clip]]:
   """Split the clips into lanes, slow voices first."""
-
-  def rank(clip: Clip):
-    # By voice, because a change of voice takes as long as a short sentence.
-    return clip.speaker.engine != "joe", clip.speaker.voice, clip.key
-
-  ordered = sorted(clips, key=rank)
+  # By voice, because a change of voice takes as long as a short sentence.
+  ordered = sorted(clips, key=lambda c: (c.speaker.engine != "joe", c.speaker.voice, c.key))
   return [ordered[i : i + LANE_CLIPS] for i in range(0, len(ordered), LANE_CLIPS)]
 
 
@@ -159,9 +155,7 @@ def make_speech(config: SpeechConfig, out: Path, *, processes: int | None = None
     raise ValueError(f"{record} has other settings; remove {out}, or choose another --out")
   record.write_text(settings, encoding="utf-8")
   for split in SPLITS:
-    folder = out / split
-    folder.mkdir(exist_ok=True)
-    lanes = lanes_of(plan(config, split))
+    folder, lanes = out / split, lanes_of(plan(config, split))
     missing = [lane for lane in lanes if not all((folder / clip.file).exists() for clip in lane)]
     in_lanes(_write_clips, missing, folder, processes)
     for name, entries in entries_of(config, split).items():

@@ -38,20 +38,13 @@ EDGE_DB = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-  """A voice and its prosody in one clip.
+  """A voice and its prosody in one clip."""
 
-  Attributes:
-    voice: "hibari", "joe", or espeak's accent, a plus sign and a variant.
-    speed: tempo; 1 is the default of the voice.
-    pitch, pitch_range: see `Manner`; espeak only.
-    shift: factor of all frequencies, formants included.
-  """
-
-  voice: str
-  speed: float = 1.0
-  pitch: int = 50
+  voice: str  # "hibari", "joe", or espeak's ACCENT+VARIANT
+  speed: float = 1.0  # 1 is the default of the voice
+  pitch: int = 50  # see `Manner`; espeak only
   pitch_range: int = 50
-  shift: float = 1.0
+  shift: float = 1.0  # factor of all frequencies, formants included
 
   @property
   def engine(self) -> str:
