@@ -14,22 +14,15 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Sizes of the three workloads.
+  """Sizes of the three workloads: forward pass, train step, greedy decoding."""
 
-  Attributes:
-    llm: the model, with LoRA as in MooER.
-    rows, tokens, answer: of forward pass and train step, with logits at the last `answer` tokens.
-    prompt, new: tokens of greedy decoding, with the same number of rows.
-    repeats: number of timed calls after the first one.
-  """
-
-  llm: LLMConfig = dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], lora_rank=64)
+  llm: LLMConfig = dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], lora_rank=64)  # as in MooER
   rows: int = 8
-  tokens: int = 512
-  answer: int = 64
-  prompt: int = 128
-  new: int = 64
-  repeats: int = 5
+  tokens: int = 512  # of forward pass and train step
+  answer: int = 64  # the last of these tokens, which have logits
+  prompt: int = 128  # tokens before decoding
+  new: int = 64  # decoded tokens
+  repeats: int = 5  # timed calls after the first one
 
   def decoded(self, result: dict[str, Any]) -> dict[str, Any]:
     """Add the speed of greedy decoding to its time."""

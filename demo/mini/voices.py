@@ -50,11 +50,6 @@ class Speaker:
   def engine(self) -> str:
     return self.voice if self.voice in NEURAL else "espeak"
 
-  @property
-  def variant(self) -> str:
-    """The voice without its accent: the unit that is held out and counts as one speaker."""
-    return self.voice.rpartition("+")[2]
-
 
 @functools.cache
 def sex_of(variant: str) -> str | None:
@@ -110,7 +105,9 @@ def speak(speaker: Speaker, text: str, *, hurry: float = 1.0) -> np.ndarray:
   """
   speed = speaker.speed * hurry
   if speaker.engine == "espeak":
-    speech, rate_hz = _say_espeak(speaker, text, speed)
+    synthesizer().restart_noise()
+    wpm = min(round(WORDS_PER_MINUTE * speed), 450)
+    speech, rate_hz = say(text, Manner(speaker.voice, wpm, speaker.pitch, speaker.pitch_range))
   elif speaker.engine == "hibari":
     voice = _hibari()
     # The seed only affects breath noise.
@@ -128,12 +125,6 @@ def without_edges(speech: np.ndarray) -> np.ndarray:
   level = np.abs(whole).max(axis=1)
   loud = np.flatnonzero(level > level.max() * 10 ** (-EDGE_DB / 20))
   return speech[loud[0] * frame : (loud[-1] + 1) * frame] if len(loud) else speech
-
-
-def _say_espeak(speaker: Speaker, text: str, speed: float) -> tuple[np.ndarray, int]:
-  synthesizer().restart_noise()
-  wpm = min(round(WORDS_PER_MINUTE * speed), 450)
-  return say(text, Manner(speaker.voice, wpm, speaker.pitch, speaker.pitch_range))
 
 
 @functools.cache
