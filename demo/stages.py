@@ -30,7 +30,8 @@ def imported_sources(program: str | Path, root: Path = ROOT) -> set[Path]:
   """Return a program and all files below `root` that it imports, directly or not."""
   finder = modulefinder.ModuleFinder([str(root)])
   finder.run_script(str(root / program))
-  return {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+  files = (getattr(module, "__file__", None) for module in finder.modules.values())
+  return {Path(file) for file in files if file}
 
 
 def call(*arguments: str | Path):
