@@ -39,6 +39,13 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     beside.unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, value: Any, *, allow_nan: bool = True) -> None:
+  """Replace a JSON file; raises as `json.dumps`, before anything is written."""
+  text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
+  with replace_file(path) as beside:
+    beside.write_text(text + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def write_errors_name(path: str | Path) -> Iterator[None]:
   """Add a path to an OSError of the block that has none, such as that of a full disk."""

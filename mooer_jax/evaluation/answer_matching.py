@@ -1,9 +1,6 @@
 """Matching of generated answers with references: words, classes, keywords; scores by task."""
 
-from __future__ import annotations
-
 import dataclasses
-import json
 import math
 import re
 import unicodedata
@@ -15,7 +12,7 @@ from rich.table import Table
 from mooer_jax.evaluation.alignment import align, count
 from mooer_jax.evaluation.error_rate import ScoreConfig, score
 from mooer_jax.evaluation.translation import bleu_of_task
-from mooer_jax.files import replace_file
+from mooer_jax.files import write_json
 
 # Marks that GigaSpeech writes into its transcripts.
 _TAGS = re.compile(r"<(?:COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT|SIL|NOISE|MUSIC|OTHER)>")
@@ -30,7 +27,6 @@ def words(text: str) -> list[str]:
   """Splits an English text into words: lower case, no punctuation but apostrophes within words.
 
   Hyphens separate words; Unicode NFKC; GigaSpeech's tags (`<COMMA>`, `<SIL>`, …) are removed.
-  Numbers and spellings are unchanged.
 
   Source: our choice; SALMONN's public code does not score, so its normalisation is not known.
   """
@@ -41,9 +37,7 @@ def words(text: str) -> list[str]:
 def named_class(answer: str, forms: Mapping[str, Sequence[str]]) -> str | None:
   """The class with which an answer begins, else the only one that it names, else None.
 
-  Args:
-    answer: a word or a sentence.
-    forms: words that name each class, in lower case.
+  `forms` has the words that name each class, in lower case.
   """
   class_of = {form: name for name, given in forms.items() for form in given}
   found = words(answer)
@@ -56,8 +50,7 @@ def named_class(answer: str, forms: Mapping[str, Sequence[str]]) -> str | None:
 def keywords(text: str) -> list[str]:
   """The keywords of a list, normalised by `words`, each once and in order.
 
-  Separators are commas, semicolons, bullets and line breaks; a heading (`Keywords:`), numbering and
-  a leading `and` are removed.
+  Commas, semicolons, bullets and line breaks separate; `Keywords:`, numbering, `and` are removed.
   """
   listed = (
     _AND.sub("", _NUMBERING.sub("", part)) for part in _SEPARATOR.split(_LABEL.sub("", text))
@@ -75,8 +68,7 @@ def keyword_accuracy(answer: str, reference: str, *, number: int = 3) -> float:
   Raises:
     ValueError: if the reference has no keyword.
 
-  Source: our choice. The paper says accuracy; SALMONN's code asks for exactly three keywords and
-  does not score them.
+  Source: our choice; SALMONN's code asks for three keywords and does not score them.
   """
   wanted = keywords(reference)
   if not wanted:
@@ -97,11 +89,6 @@ def is_transcript(answer: str, transcript: str) -> bool:
   return count(align(words(transcript), words(answer))).rate <= 0.5
 
 
-def distinct_words(answer: str) -> int:
-  """Number of different words in an answer, SALMONN's diversity of a story."""
-  return len(set(words(answer)))
-
-
 # A task is a choice among its references if they have at most this many different values, each of
 # which occurs twice or more on average.
 MAX_CHOICES = 25
@@ -112,10 +99,8 @@ class TaskScore:
   """Scores of one task.
 
   Attributes:
-    num_examples: number of utterances.
     not_decoded: number of utterances without an answer, which counts as wrong and empty.
-    wer: word error rate in percent, lower case and without punctuation; None if the references
-      have no words.
+    wer: word error rate in percent of `words`; None if the references have no words.
     accuracy: share of the answers that equal the reference, word for word.
     following: share of the answers that equal any reference of the task; None if the references
       are too many to be a choice.
@@ -139,25 +124,20 @@ def score_by_task(
 
   An utterance without an answer counts as wrong; one without a reference is left out.
   """
+  keys_of: dict[str, list[str]] = {}
+  for key, task in tasks.items():
+    if key in references:
+      keys_of.setdefault(task, []).append(key)
   scores = {}
-  for task in dict.fromkeys(tasks.values()):
-    wanted = {
-      key: " ".join(words(references[key]))
-      for key, of in tasks.items()
-      if of == task and key in references
-    }
-    if not wanted:
-      continue
-    given = {key: " ".join(words(hypotheses[key])) for key in wanted if key in hypotheses}
-    all_given = {key: given.get(key, "") for key in wanted}
+  for task, keys in keys_of.items():
+    wanted = {key: " ".join(words(references[key])) for key in keys}
+    given = {key: " ".join(words(hypotheses[key])) for key in keys if key in hypotheses}
+    all_given = dict.fromkeys(keys, "") | given
     rate = score(wanted, all_given, ScoreConfig(metric="word", space_mark="space")).rate
     choices = set(wanted.values())
     follow = sum(text in choices for text in given.values()) / len(wanted)
-    translated = bleu_of_task(
-      task,
-      {key: references[key] for key in wanted},
-      {key: hypotheses.get(key, "") for key in wanted},
-    )
+    answers = {key: hypotheses.get(key, "") for key in keys}
+    translated = bleu_of_task(task, {key: references[key] for key in keys}, answers)
     scores[task] = TaskScore(
       num_examples=len(wanted),
       not_decoded=len(wanted) - len(given),
@@ -174,11 +154,9 @@ def table(scores: Mapping[str, TaskScore]) -> Table:
   """A row for each task."""
   made = Table("task", "utterances", "not decoded", "WER %", "accuracy %", "follows %", "BLEU")
   for task, s in scores.items():
-    wer = "" if s.wer is None else f"{s.wer:.2f}"
-    follows = "" if s.following is None else f"{100 * s.following:.1f}"
-    bleu = "" if s.bleu is None else f"{s.bleu:.2f}"
-    accuracy = f"{100 * s.accuracy:.1f}"
-    made.add_row(task, str(s.num_examples), str(s.not_decoded), wer, accuracy, follows, bleu)
+    wer, bleu = ("" if value is None else f"{value:.2f}" for value in (s.wer, s.bleu))
+    shares = ("" if v is None else f"{100 * v:.1f}" for v in (s.accuracy, s.following))
+    made.add_row(task, str(s.num_examples), str(s.not_decoded), wer, *shares, bleu)
   return made
 
 
@@ -186,5 +164,4 @@ def write(path: Path, scores: Mapping[str, TaskScore]) -> None:
   """Writes them as JSON."""
   # "count" was the name of num_examples in version 0.1.
   rows = {task: {"count": s.num_examples, **dataclasses.asdict(s)} for task, s in scores.items()}
-  with replace_file(path) as beside:
-    beside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+  write_json(path, rows)

@@ -1,7 +1,5 @@
 """Error rates of hypotheses against references."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re
@@ -13,7 +11,6 @@ from mooer_jax.evaluation.alignment import Counts, Pair, align, count
 
 # MooER's mark of the space between two English words of a transcript.
 SPACE_MARK = "▁"
-
 
 _DROPPED = frozenset("!,?、。！，；？：「」︰『』《》 \t\r\n")
 _SKIPPED_CATEGORIES = ("Zs", "Cn")
@@ -28,13 +25,11 @@ def mixed_tokens(text: str) -> list[str]:
   A letter without case (Unicode category Lo: Chinese, kana, Thai, ...) is a token. Any other
   character opens a run that ends before the next space, tab, line end or non-ASCII character; a run
   opened by `<` also ends with its `>`. At the start of a token, spaces of any kind, unassigned
-  characters and these marks are dropped: `! , ? 、 。 ！ ， ； ？ ： 「 」 ︰ 『 』 《 》`.
-  Within a run they are kept, so `hello,` is one token. Tags `<...>` are removed from each run.
+  characters and `_DROPPED` marks are dropped; within a run they are kept, so `hello,` is one token.
+  Tags `<...>` are removed from each run.
 
   Consequences, kept for comparability: `don't` is one token, `café` two (`caf`, `é`), each
-  full-width Latin letter one, `HELLO▁WORLD` two (`HELLO`, `▁WORLD`).
-
-  Case is kept; `ScoreConfig` upper-cases the tokens afterwards, as the original does.
+  full-width Latin letter one, `HELLO▁WORLD` two (`HELLO`, `▁WORLD`). Case is kept.
 
   Source: MooER's scoring script `compute-wer.py` with `--char=1`.
   """
@@ -43,19 +38,16 @@ def mixed_tokens(text: str) -> list[str]:
   while start < len(text):
     character = text[start]
     category = unicodedata.category(character)
-    if character in _DROPPED or category in _SKIPPED_CATEGORIES:
-      start += 1
-      continue
+    end = start + 1
     if category == "Lo":
       tokens.append(character)
-      start += 1
-      continue
-    run = (_TAG_RUN if character == "<" else _RUN).match(text, start)
-    assert run, "both patterns take at least the first character"
-    if token := _TAG.sub("", run.group()):
-      tokens.append(token)
-    start = run.end()
-  return tokens
+    elif character not in _DROPPED and category not in _SKIPPED_CATEGORIES:
+      run = (_TAG_RUN if character == "<" else _RUN).match(text, start)
+      assert run, "both patterns take at least the first character"
+      tokens.append(_TAG.sub("", run.group()))
+      end = run.end()
+    start = end
+  return [token for token in tokens if token]
 
 
 def word_tokens(text: str) -> list[str]:
@@ -67,10 +59,7 @@ def word_tokens(text: str) -> list[str]:
 
 
 def character_tokens(text: str) -> list[str]:
-  """Splits a text into characters; white space is one space between words, none at the ends.
-
-  Composed and decomposed accents (Unicode NFC) count as the same letter.
-  """
+  """Splits the words of `word_tokens`, joined by one space each, into characters."""
   return list(" ".join(word_tokens(text)))
 
 
@@ -88,7 +77,7 @@ METRICS = {
   "character": Metric("character error rate", character_tokens, "space"),
 }
 _CHOICES = {
-  "metric": tuple(METRICS),
+  "metric": METRICS.keys(),
   "space_mark": ("auto", "keep", "space"),
   "missing": ("count", "skip"),
 }
@@ -101,9 +90,8 @@ class ScoreConfig:
   Attributes:
     metric: "mixed" (MooER's), "word" or "character"; see `METRICS`.
     case_sensitive: whether `a` and `A` differ. By default both sides are upper-cased.
-    space_mark: meaning of `▁` on both sides: "keep" (a character), "space", or "auto": "keep" for
-      "mixed", as in MooER's script, and "space" for "word" and "character". Use "space" if one side
-      has `▁` and the other spaces.
+    space_mark: meaning of `▁` on both sides: "keep" (a character), "space", or "auto" ("keep" for
+      "mixed", as in MooER's script, else "space").
     missing: "count" a reference without hypothesis as all deleted, or "skip" it, as MooER's script
       does. It is reported in both cases.
   """
@@ -124,7 +112,6 @@ class ScoreConfig:
     return choice == "keep"
 
   def tokens(self, text: str) -> tuple[str, ...]:
-    """Tokens of a text."""
     if not self.keeps_space_mark:
       text = text.replace(SPACE_MARK, " ")
     tokens = METRICS[self.metric].tokens(text)
@@ -155,7 +142,7 @@ class Score:
 
   Attributes:
     config: rules of the comparison.
-    counts: totals over `utterances`; `counts.rate` is the error rate of the corpus.
+    counts: totals over `utterances`.
     utterances: the scored utterances, in the order of the references.
     missing: keys of references without a hypothesis; scored unless config.missing is "skip".
     without_reference: keys of hypotheses without a reference, which are not scored.
@@ -186,16 +173,9 @@ class Score:
 
 
 def score(
-  references: Mapping[str, str],
-  hypotheses: Mapping[str, str],
-  config: ScoreConfig = ScoreConfig(),
+  references: Mapping[str, str], hypotheses: Mapping[str, str], config: ScoreConfig = ScoreConfig()
 ) -> Score:
-  """Compares hypotheses with references and totals the errors over the corpus.
-
-  Args:
-    references: reference transcript by key.
-    hypotheses: recognised transcript by key; may be empty strings.
-    config: metric and rules.
+  """Compares transcripts by key and totals the errors over the corpus.
 
   Raises:
     ValueError: if there are no references, or no hypothesis belongs to any of them.
@@ -203,47 +183,36 @@ def score(
   if not references:
     raise ValueError("there are no references to score against")
   if not references.keys() & hypotheses.keys():
+    first = f"first key {next(iter(hypotheses))!r}" if hypotheses else "none"
     raise ValueError(
-      f"none of {len(hypotheses)} hypotheses ({_first(hypotheses)}) has a reference; "
-      f"{len(references)} references ({_first(references)}): are they of the same set?"
+      f"none of {len(hypotheses)} hypotheses ({first}) has a reference; {len(references)}"
+      f" references (first key {next(iter(references))!r}): are they of the same set?"
     )
-
   missing = tuple(key for key in references if key not in hypotheses)
+  tokens = config.tokens
   utterances = tuple(
-    Utterance(
-      key,
-      config.tokens(text),
-      config.tokens(hypotheses.get(key, "")),
-      missing=key not in hypotheses,
-    )
+    Utterance(key, tokens(text), tokens(hypotheses.get(key, "")), key not in hypotheses)
     for key, text in references.items()
     if key in hypotheses or config.missing == "count"
   )
+  notes = []
+  marked = [
+    side
+    for side, texts in (("references", references), ("hypotheses", hypotheses))
+    if any(SPACE_MARK in text for text in texts.values())
+  ]
+  if config.keeps_space_mark and len(marked) == 1:
+    notes.append(
+      f"{SPACE_MARK} is in the {marked[0]} only, and counts as a character; with "
+      'space_mark="space" it is a space'
+    )
+  if empty := sum(not u.reference for u in utterances):
+    notes.append(f"{empty} of {len(utterances)} references have no tokens")
   return Score(
     config=config,
-    counts=sum((u.counts for u in utterances), Counts()),
+    counts=Counts(*map(sum, zip(*(u.counts for u in utterances), strict=True))),
     utterances=utterances,
     missing=missing,
     without_reference=tuple(key for key in hypotheses if key not in references),
-    notes=_notes(references, hypotheses, utterances, config),
+    notes=tuple(notes),
   )
-
-
-def _notes(references, hypotheses, utterances, config):
-  notes = []
-  if config.keeps_space_mark:
-    in_references = any(SPACE_MARK in text for text in references.values())
-    in_hypotheses = any(SPACE_MARK in text for text in hypotheses.values())
-    if in_references != in_hypotheses:
-      side = "references" if in_references else "hypotheses"
-      notes.append(
-        f"{SPACE_MARK} is in the {side} only, and counts as a character; with "
-        'space_mark="space" it is a space'
-      )
-  if empty := sum(not u.reference for u in utterances):
-    notes.append(f"{empty} of {len(utterances)} references have no tokens")
-  return tuple(notes)
-
-
-def _first(texts: Mapping[str, str]) -> str:
-  return "none" if not texts else "first key " + repr(next(iter(texts)))

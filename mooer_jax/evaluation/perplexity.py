@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Column, Table
 
 from mooer_jax.evaluation.answer_matching import TaskScore
-from mooer_jax.files import replace_file
+from mooer_jax.files import write_json
 
 NONE = "(none)"  # stands for no instruction
 _STYLES = ("-", "--", ":", "-.")  # of the lines of several LoRA scales
@@ -24,8 +24,7 @@ class Perplexity:
     checkpoint: folder of the checkpoint, or of a run that is measured while it trains.
     step: step of the checkpoint in its run, 0 if it is in none.
     scale: LoRA scale.
-    instruction: task of the prompt, or "(none)".
-    task: task of the answers.
+    instruction, task: task of the prompt, or "(none)"; task of the answers.
     perplexity: exp(nats per token).
     tokens: number of tokens, including eos.
   """
@@ -49,10 +48,8 @@ class SweepPoint:
 
 
 def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None:
-  """Writes them as JSON."""
-  made = [dataclasses.asdict(row) for row in rows]
-  with replace_file(path) as beside:
-    beside.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+  """Writes rows as JSON."""
+  write_json(path, [dataclasses.asdict(row) for row in rows])
 
 
 def read_perplexities(path: Path) -> list[Perplexity]:
@@ -65,32 +62,28 @@ def perplexity_table(rows: Sequence[Perplexity]) -> Table:
   tasks = list(dict.fromkeys(row.task for row in rows))
   whole = Column("checkpoint", overflow="fold")
   table = Table(whole, "step", "LoRA scale", "instruction", *tasks, title="perplexity")
-  lines: dict[tuple, dict[str, float]] = {}
+  lines: dict[tuple, dict[str, str]] = {}
   for r in rows:
     line = lines.setdefault((r.checkpoint, r.step, r.scale, r.instruction), {})
-    line[r.task] = r.perplexity
+    line[r.task] = f"{r.perplexity:.2f}"
   for (folder, step, scale, instruction), found in lines.items():
-    shown = (f"{found[task]:.2f}" if task in found else "" for task in tasks)
+    shown = (found.get(task, "") for task in tasks)
     table.add_row(_name(folder), str(step), f"{scale:g}", instruction, *shown)
   return table
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> Table:
   """A row for each scale, a column for each task: accuracy (WER), or BLEU."""
+  cells: dict[float, dict[str, str]] = {}
+  for scale, task, s in ((p.scale, p.task, p.score) for p in points):
+    wer = "–" if s.wer is None else f"{s.wer:.1f}"
+    cell = f"{100 * s.accuracy:.1f} ({wer})" if s.bleu is None else f"BLEU {s.bleu:.1f}"
+    cells.setdefault(scale, {})[task] = cell
   tasks = list(dict.fromkeys(point.task for point in points))
   table = Table("LoRA scale", *tasks, title="accuracy % (WER %), or BLEU")
-  found = {(p.scale, p.task): p for p in points}
-  for scale in dict.fromkeys(p.scale for p in points):
-    cells = (found[scale, task] for task in tasks)
-    table.add_row(f"{scale:g}", *(_cell(c) for c in cells))
+  for scale, of_task in cells.items():
+    table.add_row(f"{scale:g}", *(of_task[task] for task in tasks))
   return table
-
-
-def _cell(point: SweepPoint) -> str:
-  if point.score.bleu is not None:
-    return f"BLEU {point.score.bleu:.1f}"
-  wer = "–" if point.score.wer is None else f"{point.score.wer:.1f}"
-  return f"{100 * point.score.accuracy:.1f} ({wer})"
 
 
 def draw_perplexities(rows: Sequence[Perplexity], path: Path) -> Path:
@@ -155,25 +148,23 @@ def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path
   """Draws accuracy, word error rate and, for tasks that translate, BLEU over the LoRA scale."""
   from matplotlib.figure import Figure
 
-  translates = any(point.score.bleu is not None for point in points)
-  panels = 3 if translates else 2
-  figure = Figure(figsize=(4.5 * panels, 3.8), layout="constrained")
-  accuracy, wer, *bleu = figure.subplots(1, panels)
-  for number, task in enumerate(dict.fromkeys(point.task for point in points)):
-    line = sorted((p for p in points if p.task == task), key=lambda p: p.scale)
-    scales, style = [p.scale for p in line], dict(marker="o", color=f"C{number}")
-    accuracy.plot(scales, [100 * p.score.accuracy for p in line], label=task, **style)
-    rates = [p.score.wer for p in line]
-    wer.plot(scales, [None if rate is None else min(rate, 200) for rate in rates], **style)
-    if line[0].score.bleu is not None:
-      bleu[0].plot(scales, [p.score.bleu for p in line], **style)
-  accuracy.set(ylabel="accuracy, %", ylim=(-3, 103))
-  wer.set(ylabel="word error rate, % (above 200 at 200)")
-  if bleu:
-    bleu[0].set(ylabel="BLEU", ylim=(-3, 103))
-  for axes in (accuracy, wer, *bleu):
-    axes.set_xlabel("LoRA scale")
+  panels: dict[str, Callable[[TaskScore], float | None]] = {
+    "accuracy, %": lambda score: 100 * score.accuracy,
+    "word error rate, % (above 200 at 200)": lambda score: score.wer and min(score.wer, 200),
+  }
+  if any(point.score.bleu is not None for point in points):
+    panels["BLEU"] = lambda score: score.bleu
+  figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
+  grid = figure.subplots(1, len(panels))
+  for axes, (label, value_of) in zip(grid, panels.items(), strict=True):
+    for number, task in enumerate(dict.fromkeys(point.task for point in points)):
+      line = sorted((p for p in points if p.task == task), key=lambda p: p.scale)
+      values = [value_of(p.score) for p in line]
+      axes.plot([p.scale for p in line], values, marker="o", color=f"C{number}", label=task)
     axes.axvline(trained, color="grey", linewidth=0.8, linestyle="--")
-  accuracy.legend(fontsize="small")
+    axes.set(xlabel="LoRA scale", ylabel=label)
+    if "error" not in label:
+      axes.set_ylim(-3, 103)
+  grid[0].legend(fontsize="small")
   figure.savefig(path, dpi=120)
   return path

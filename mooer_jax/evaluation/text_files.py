@@ -1,14 +1,11 @@
 """Files `text`: one transcript per line, `key<TAB>transcript`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from mooer_jax.files import replace_file
 
-_SEPARATOR = re.compile(r"[ \t]")
 _BREAKS_KEY = re.compile(r"[ \t\r\n]")
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
@@ -36,24 +33,20 @@ def read_text(path: str | Path) -> dict[str, str]:
     line = line.removesuffix("\r")
     if not line.strip():
       continue
-    key, text = _split(line)
+    key, separator, text = re.split(r"([ \t]|$)", line, maxsplit=1)
     if not key:
       raise ValueError(f"{path}:{number}: the line starts with white space, so it has no key")
     if key in texts:
-      raise ValueError(
-        f"{path}:{number}: duplicate key {key!r} (first on line {lines[key]}); remove one of the"
-        " two lines"
-      )
+      where = f"{path}:{number}: duplicate key {key!r} (first on line {lines[key]})"
+      raise ValueError(f"{where}; remove one of the two lines")
+    text = text if separator == "\t" else text.strip(" \t")
     texts[key] = text.replace("\\n", "\n")
     lines[key] = number
   return texts
 
 
 def write_text(path: str | Path, texts: Mapping[str, str]) -> None:
-  """Writes transcripts by key for `read_text`, and creates the folder if needed.
-
-  A line break within a transcript is written as the two characters `\\n`. The file is replaced as a
-  whole.
+  """Writes transcripts by key for `read_text`; the folder is created, the file replaced.
 
   Raises:
     ValueError: if a key is empty or contains white space.
@@ -64,15 +57,6 @@ def write_text(path: str | Path, texts: Mapping[str, str]) -> None:
       raise ValueError(
         f"key {key!r}: must be a word without white space, since it ends at the first"
       )
-    line = _LINE_BREAK.sub(r"\\n", text)
-    lines.append(f"{key}\t{line}\n")
+    lines.append(key + "\t" + _LINE_BREAK.sub(r"\\n", text) + "\n")
   with replace_file(path) as beside:
     beside.write_text("".join(lines), encoding="utf-8", newline="")
-
-
-def _split(line: str) -> tuple[str, str]:
-  found = _SEPARATOR.search(line)
-  if not found:
-    return line, ""
-  key, text = line[: found.start()], line[found.end() :]
-  return key, text if found.group() == "\t" else text.strip(" \t")

@@ -1,7 +1,5 @@
 """BLEU of translations, by sacrebleu."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 from collections.abc import Mapping
@@ -25,7 +23,6 @@ class Bleu:
   Attributes:
     score: 0 to 100.
     signature: sacrebleu's description of the computation; quote it beside the score.
-    utterances: number of utterances.
     missing: keys without a hypothesis, which counts as empty.
     details: sacrebleu's line with the n-gram precisions and the brevity penalty.
     notes: warnings about comparability.
@@ -42,12 +39,11 @@ class Bleu:
 def bleu_of_task(
   task: str, references: Mapping[str, str], hypotheses: Mapping[str, str], *, tokenize: str = ""
 ) -> Bleu | None:
-  """BLEU of the translations of a task; None if it does not translate.
+  """BLEU of the translations of a task, by key; None if it does not translate.
 
   Args:
     task: one of TOKENIZERS, or another task, which translates if `tokenize` is given.
-    references: text by key; of a multitask text only the translation counts.
-    hypotheses: text by key; a missing one counts as empty.
+    references, hypotheses: texts; of a multitask text only the translation counts.
     tokenize: sacrebleu's tokenizer; "": that of the task. Without MeCab, "char" replaces the
       Japanese one, with a note in the result.
 
@@ -63,12 +59,12 @@ def bleu_of_task(
       f" {task!r} a line of `text` is KEY<TAB>transcript\\ntranslation"
     )
   given = {key: _translation(task, text) or "" for key, text in hypotheses.items()}
-  chosen, notes = tokenize or TOKENIZERS[task], []
-  if not tokenize and chosen == "ja-mecab" and not has_mecab():
-    chosen = "char"
-    notes.append("BLEU of characters, not of MeCab's words: pip install 'sacrebleu[ja]'")
   texts = {key: text or "" for key, text in wanted.items()}
-  return dataclasses.replace(bleu(texts, given, tokenize=chosen), notes=tuple(notes))
+  chosen = tokenize or TOKENIZERS[task]
+  if tokenize or chosen != "ja-mecab" or has_mecab():
+    return bleu(texts, given, tokenize=chosen)
+  note = "BLEU of characters, not of MeCab's words: pip install 'sacrebleu[ja]'"
+  return dataclasses.replace(bleu(texts, given, tokenize="char"), notes=(note,))
 
 
 def _translation(task: str, text: str) -> str | None:
@@ -83,11 +79,10 @@ def has_mecab() -> bool:
 def bleu(
   references: Mapping[str, str], hypotheses: Mapping[str, str], *, tokenize: str = "13a"
 ) -> Bleu:
-  """BLEU of translations with one reference each.
+  """BLEU of translations by key, with one reference each; a missing hypothesis counts as empty.
 
   Args:
-    references: translation by key.
-    hypotheses: translation by key; a missing one counts as empty.
+    references, hypotheses: translations.
     tokenize: sacrebleu's tokenizer: "13a" (its default, for European languages), "zh", "char",
       "intl", "none".
 
@@ -97,10 +92,8 @@ def bleu(
   from sacrebleu.metrics import BLEU
 
   if not references.keys() & hypotheses.keys():
-    raise ValueError(
-      f"none of {len(hypotheses)} hypotheses has one of {len(references)} references: are they of"
-      " the same set?"
-    )
+    counts = f"{len(hypotheses)} hypotheses has one of {len(references)} references"
+    raise ValueError(f"none of {counts}: are they of the same set?")
   check_tokenizer(tokenize)
   metric = BLEU(tokenize=tokenize)
   given = [hypotheses.get(key, "") for key in references]

@@ -9,6 +9,7 @@ mask selects the slots of a hypothesis' own past. When beams are reordered, only
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
@@ -54,22 +55,11 @@ class GenerateOutput:
   finished_BR: jax.Array
   hidden_BRSD: jax.Array | None = None
 
-  @property
-  def tokens_BS(self) -> jax.Array:
-    """Tokens of each utterance's first hypothesis; the other fields without R likewise."""
-    return self.tokens_BRS[:, 0]
-
-  @property
-  def lengths_B(self) -> jax.Array:
-    return self.lengths_BR[:, 0]
-
-  @property
-  def scores_B(self) -> jax.Array:
-    return self.scores_BR[:, 0]
-
-  @property
-  def finished_B(self) -> jax.Array:
-    return self.finished_BR[:, 0]
+  # The first hypothesis of each utterance.
+  tokens_BS = property(lambda self: self.tokens_BRS[:, 0])
+  lengths_B = property(lambda self: self.lengths_BR[:, 0])
+  scores_B = property(lambda self: self.scores_BR[:, 0])
+  finished_B = property(lambda self: self.finished_BR[:, 0])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
@@ -85,9 +75,9 @@ def generate(
   """Generates text for a batch; compiled once for each shape of batch, config and options.
 
   Args:
-    params: per-layer parameters (`tree.unstack_layers`), config.compute.scan False.
+    params: per-layer parameters (`tree.unstack_layers`).
     batch: speech and prompts; `labels_BS` is not read. Padding rows give padding rows.
-    config: the model.
+    config: the model, with compute.scan False.
     options: decoding options.
     key: PRNG key, required for sampling; row i uses fold_in(key, i), for every batch size.
     lora_scale: scalar or [B]; None is the scale of training.
@@ -95,7 +85,7 @@ def generate(
   Raises:
     ValueError: if params are stacked, or sampling has no key.
   """
-  _check(params, config, options, key)
+  _check(params, config, options, key=key)
   inputs_BSD, valid_BS = speech_llm.prompt(params, batch, config)
   return generate_from(
     params,
@@ -128,21 +118,22 @@ def generate_from(
     valid_BS: bool, True for slots that hold a token; the last slot must.
     padding_B: bool, True for padding rows, for which nothing is generated.
   """
-  _check(params, config, options, key)
+  _check(params, config, options, key=key)
   rows, prompt_slots = valid_BS.shape
   key = jax.random.key(0) if key is None else key
-  prompt_B = valid_BS.sum(axis=1, dtype=jnp.int32)
   steps = _Steps(
     params=params,
     config=config,
     options=options,
     decode=functools.partial(speech_llm.decode, params, config=config, lora_scale=lora_scale),
     prompt_slots=prompt_slots,
-    prompt_B=prompt_B,
-    min_new_B=min_new_tokens(prompt_B, options),
+    prompt_B=valid_BS.sum(axis=1, dtype=jnp.int32),
     keys_B=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows)),
   )
-  hidden_BSD, cache = steps.prefill(inputs_BSD, valid_BS)
+  dtype = config.compute.jnp_dtype
+  cache = config.decoder.empty_cache(rows=rows, slots=prompt_slots, dtype=dtype)
+  hidden_BSD, cache = steps.decode(inputs_BSD, valid_BS, cache=cache)
+  cache = cache.grow(steps.slots)
   state = steps.choose(search.start(rows, options, padding_B), hidden_BSD[:, -1:])
   read_BYD = None
   if options.return_hidden:
@@ -154,9 +145,9 @@ def generate_from(
   found = search.best(state, options)
   hidden_BRSD = None
   if options.return_hidden:
-    hidden_BRSD = _collect(read_BYD, steps.read_last(found, cache), found, options.width)
+    hidden_BRSD = _collect(read_BYD, steps.read_last(found, cache), found, width=options.width)
   is_empty_BR = found.lengths_BR == 0
-  is_eos_BR = jnp.isin(_last_tokens(found), jnp.array(options.eos_token_id, jnp.int32))
+  is_eos_BR = search.is_eos(_last_tokens(found), options)
   return GenerateOutput(
     tokens_BRS=found.tokens_BRS,
     lengths_BR=found.lengths_BR,
@@ -170,12 +161,8 @@ def generate_from(
 class _Steps:
   """The steps of one call of `generate_from`; R hypotheses of S = max_new_tokens slots each.
 
-  Attributes:
-    decode: `speech_llm.decode` of this model.
-    prompt_slots: slots of the prompts.
-    prompt_B: int32, tokens of each prompt.
-    min_new_B: int32, tokens before an eos is allowed.
-    keys_B: PRNG key of each row.
+  `decode` is `speech_llm.decode` of this model; `prompt_B` has the tokens of each prompt, of
+  `prompt_slots` slots, `keys_B` the PRNG key of each row.
   """
 
   params: dict
@@ -184,23 +171,13 @@ class _Steps:
   decode: Callable
   prompt_slots: int
   prompt_B: jax.Array
-  min_new_B: jax.Array
   keys_B: jax.Array
 
   @property
   def slots(self) -> int:
-    """Slots of the cache for generated tokens."""
     S = self.options.max_new_tokens
     # Nothing follows the last token, but return_hidden reads it too.
     return self.options.width * (S if self.options.return_hidden else max(S - 1, 1))
-
-  def prefill(self, inputs_BSD, valid_BS):
-    """(hidden [B, S, D] of the prompts, cache with room for generated tokens)."""
-    dtype = self.config.compute.jnp_dtype
-    rows, slots = valid_BS.shape
-    cache = self.config.decoder.empty_cache(rows=rows, slots=slots, dtype=dtype)
-    hidden_BSD, cache = self.decode(inputs_BSD, valid_BS, cache=cache)
-    return hidden_BSD, cache.grow(self.slots)
 
   def choose(self, state: search.State, hidden_BRD) -> search.State:
     """Chooses the next tokens; the hidden states have one entry for all R hypotheses, or R."""
@@ -208,7 +185,8 @@ class _Steps:
     rows, _, vocab = logits_BRV.shape
     logits_BRV = jnp.broadcast_to(logits_BRV, (rows, self.options.width, vocab))
     keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(self.keys_B)
-    return search.advance(state, logits_BRV, self.options, min_new_B=self.min_new_B, keys_B=keys_B)
+    min_new_B = min_new_tokens(self.prompt_B, self.options)
+    return search.advance(state, logits_BRV, self.options, min_new_B=min_new_B, keys_B=keys_B)
 
   def step(self, carry):
     """Reads the tokens that were chosen last and chooses the next ones."""
@@ -257,7 +235,7 @@ def _last_tokens(found: search.Hypotheses) -> jax.Array:
   return jnp.take_along_axis(found.tokens_BRS, last_BR1, axis=-1)[..., 0]
 
 
-def _collect(read_BYD, last_BRD, found: search.Hypotheses, width: int) -> jax.Array:
+def _collect(read_BYD, last_BRD, found: search.Hypotheses, *, width: int) -> jax.Array:
   """Hidden states [B, R, S, D] of hypotheses, from those of all slots and of the last tokens."""
   rows, number, steps = found.slots_BRS.shape
   index_BY = (jnp.arange(steps) * width + found.slots_BRS).reshape(rows, -1)
@@ -268,7 +246,7 @@ def _collect(read_BYD, last_BRD, found: search.Hypotheses, width: int) -> jax.Ar
   return jnp.where(order_S1 < lengths_BR11, hidden_BRSD, 0)
 
 
-def _check(params, config, options, key):
+def _check(params, config, options, *, key):
   if config.compute.scan or "layers" in params["decoder"]:
     raise ValueError("generate needs compute.scan=False and per-layer params: tree.unstack_layers")
   if options.do_sample and key is None:
@@ -290,26 +268,20 @@ def decode_batches(
 
   Args:
     params, config, options, lora_scale: as in `generate`.
-    batches: (what identifies the batch to the caller, the batch); iterated in a thread, and at
-      most one batch ahead. Its exceptions are raised here.
+    batches: (value that is passed on, batch) pairs; iterated in a thread, and at most one batch
+      ahead. Its exceptions are raised here.
     key: PRNG key; batch n uses fold_in(key, n).
 
   Yields:
-    (what identifies the batch, output in NumPy).
+    (the value that came with the batch, output in NumPy).
   """
   with concurrent.futures.ThreadPoolExecutor(1, "next batch") as thread:
-    iterator, end = iter(batches), None
-    coming = thread.submit(next, iterator, end)
-    number = 0
-    while (item := coming.result()) is not None:
-      coming = thread.submit(next, iterator, end)
-      output = generate(
-        params,
-        item[1],
-        config,
-        options,
-        key=jax.random.fold_in(key, number),
-        lora_scale=lora_scale,
-      )
+    iterator = iter(batches)
+    coming = thread.submit(next, iterator, None)
+    for number in itertools.count():
+      if (item := coming.result()) is None:
+        return
+      coming = thread.submit(next, iterator, None)
+      of_batch = jax.random.fold_in(key, number)
+      output = generate(params, item[1], config, options, key=of_batch, lora_scale=lora_scale)
       yield item[0], jax.device_get(output)
-      number += 1

@@ -15,12 +15,18 @@ from mooer_jax.text.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
-  """A model that was loaded for decoding."""
+  """A model that was loaded for decoding: per-layer params; options with the eos ids."""
 
   params: dict
   model: SpeechLLMConfig
   tokenizer: Tokenizer
   generation: GenerationConfig
+
+
+def merge_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationConfig:
+  """The options of a checkpoint, overridden by given ones; both may have deprecated names."""
+  saved, given = (with_new_names(named, GenerationConfig.RENAMED) for named in (saved, given))
+  return build(GenerationConfig, {**saved, **given}, "generation")
 
 
 def load_model(
@@ -37,9 +43,6 @@ def load_model(
     compute: how the model runs; its dtype is that of the weight matrices.
     base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
     generation: options that override those of the checkpoint.
-
-  Returns:
-    Per-layer params, model config, tokenizer, and generation options with the eos ids.
 
   Raises:
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
@@ -58,12 +61,8 @@ def load_model(
   model = from_json(about.config, compute, path=about.folder / "config.json")
   checkpoint.check_leaves(about, param_shapes(model))
   loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
-  saved, given = (
-    with_new_names(named, GenerationConfig.RENAMED)
-    for named in (loaded.generation, generation or {})
-  )
-  options = build(GenerationConfig, {**saved, **given}, "generation")
-  options.check_effect(given)
+  options = merge_options(loaded.generation, generation or {})
+  options.check_effect(generation or {})
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,))
   return Loaded(loaded.params, model, tokenizer, options)

@@ -52,41 +52,28 @@ class GenerationConfig:
   return_hidden: bool = False
 
   def __post_init__(self):
-    least_1 = ("max_new_tokens", "num_beams", "num_return_sequences")
-    for name in (*least_1, "top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"):
-      least = 1 if name in least_1 else 0
-      value = getattr(self, name)
-      if value is not None and value < least:
-        raise ValueError(f"generation.{name}={value}: must be at least {least}")
-    if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-      raise ValueError(
-        f"generation.min_new_tokens={self.min_new_tokens} exceeds max_new_tokens="
-        f"{self.max_new_tokens}"
-      )
-    float32 = np.finfo(np.float32)  # logits are divided in float32, where a smaller number is 0
-    if not float32.tiny <= self.temperature <= float32.max:
-      raise ValueError(
-        f"generation.temperature={self.temperature}: must be a number from {float32.tiny:.2g} to"
-        f" {float32.max:.2g}; for greedy decoding set do_sample=False"
-      )
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"generation.top_p={self.top_p}: must be in (0, 1]")
-    if not 0 < self.repetition_penalty < math.inf:
-      raise ValueError(
-        f"generation.repetition_penalty={self.repetition_penalty}: must be a number above 0; 1 is"
-        " no penalty"
-      )
-    if not math.isfinite(self.length_penalty):
-      raise ValueError(f"generation.length_penalty={self.length_penalty}: must be a finite number")
-    if not all(math.isfinite(value) for _, value in self.sequence_bias):
-      raise ValueError(f"generation.sequence_bias={self.sequence_bias}: values must be finite")
-    if self.early_stopping not in (True, False, "never"):
-      raise ValueError(f"generation.early_stopping={self.early_stopping!r}: True, False or 'never'")
-    biased = [token for token, _ in self.sequence_bias]
-    if len(set(biased)) < len(biased) or min(biased, default=0) < 0:
-      raise ValueError(
-        f"generation.sequence_bias={self.sequence_bias}: (token, value) pairs, each token once"
-      )
+    def require(name: str, is_valid: bool, allowed: str):
+      if not is_valid:
+        raise ValueError(f"generation.{name}={getattr(self, name)!r}: must be {allowed}")
+
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+      require(name, getattr(self, name) >= 1, "at least 1")
+    for name in ("top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"):
+      require(name, (getattr(self, name) or 0) >= 0, "at least 0")
+    is_valid = (self.min_new_tokens or 0) <= self.max_new_tokens
+    require("min_new_tokens", is_valid, f"at most max_new_tokens={self.max_new_tokens}")
+    tiny, largest = np.finfo(np.float32).tiny, np.finfo(np.float32).max  # logits are float32
+    limits = f"a number from {tiny:.2g} to {largest:.2g}; for greedy decoding set do_sample=False"
+    require("temperature", tiny <= self.temperature <= largest, limits)
+    require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+    is_valid = 0 < self.repetition_penalty < math.inf
+    require("repetition_penalty", is_valid, "a number above 0; 1 is no penalty")
+    require("length_penalty", math.isfinite(self.length_penalty), "a finite number")
+    require("early_stopping", self.early_stopping in (True, False, "never"), "a bool or 'never'")
+    biases = dict(self.sequence_bias)
+    is_valid = len(biases) == len(self.sequence_bias) and min(biases, default=0) >= 0
+    is_valid &= all(map(math.isfinite, biases.values()))
+    require("sequence_bias", is_valid, "(token, finite value) pairs, each token once")
     if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
       raise ValueError(
         f"generation.num_return_sequences={self.num_return_sequences} exceeds"

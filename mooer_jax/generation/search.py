@@ -99,14 +99,11 @@ def advance(
   """Chooses one more token for every running hypothesis.
 
   Args:
-    state: the search so far.
+    state: the search so far; an utterance that is done no longer changes.
     logits_BRV: float32, logits of the token after each running hypothesis.
     options: decoding options.
     min_new_B: int32, tokens before an eos is allowed; see `processors.min_new_tokens`.
     keys_B: a PRNG key per utterance and step, if do_sample.
-
-  Returns:
-    The next state; an utterance that is done no longer changes.
   """
   choose = _advance_beams if options.num_beams > 1 else _advance_samples
   new = choose(state, logits_BRV, options, min_new_B=min_new_B, keys_B=keys_B)
@@ -133,7 +130,7 @@ def _divisors(options: GenerationConfig) -> jax.Array:
   return jnp.asarray(lengths_S**options.length_penalty, jnp.float32)
 
 
-def _is_eos(tokens: jax.Array, options: GenerationConfig) -> jax.Array:
+def is_eos(tokens: jax.Array, options: GenerationConfig) -> jax.Array:
   return jnp.isin(tokens, jnp.array(options.eos_token_id, jnp.int32))
 
 
@@ -157,7 +154,7 @@ def _advance_samples(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
     lengths_BR=begun.lengths_BR + is_open_BR,
     scores_BR=begun.scores_BR + jnp.where(is_open_BR, gained_BR, 0),
   )
-  is_finished_BR = state.is_finished_BR | _is_eos(tokens_BR, options)
+  is_finished_BR = state.is_finished_BR | is_eos(tokens_BR, options)
   return State(None, running, state.finished, is_finished_BR, is_finished_BR.all(axis=1))
 
 
@@ -179,7 +176,7 @@ def _advance_beams(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
     log_probs_BRV, state.running.tokens_BRS, step, min_new_X=min_new_B[:, None], options=options
   )
   candidates = _candidates(state, log_probs_BRV, options, keys_B=keys_B)
-  stops_BX = _is_eos(candidates.tokens_BRS[..., step], options)
+  stops_BX = is_eos(candidates.tokens_BRS[..., step], options)
   stops_BX |= step + 1 >= options.max_new_tokens
 
   open_BX = candidates.scores_BR + stops_BX * NEG_INF

@@ -63,10 +63,8 @@ def test_errors_are_those_of_jiwer(reference, hypothesis):
   assert counts.rate == pytest.approx(expected.wer, rel=1e-12)
 
 
-def test_counts_add_up_and_rate_is_defined_without_reference():
-  total = Counts(3, 1, 0, 0) + Counts(0, 0, 2, 1)
-  assert total == Counts(3, 1, 2, 1)
-  assert total.rate == 4 / 6
+def test_rate_is_defined_without_reference():
+  assert Counts(3, 1, 2, 1).rate == 4 / 6
   assert Counts().rate == 0.0
   assert Counts(insertions=1).rate == float("inf")
 

@@ -16,25 +16,18 @@ from typing import Any
 from mooer_jax import checkpoint
 from mooer_jax.config import from_json
 from mooer_jax.data.annotation import entry_key, read_annotation
-from mooer_jax.files import read_json_object, replace_file
+from mooer_jax.files import read_json_object, write_json
 from mooer_jax.prompts import task_prompt
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load
-
-ANSWERS = "activation.json"
 
 
 def prepare(run: Run) -> Run:
   """The run that trains on the model's own answers, which are generated if they do not exist.
 
   They are in the run's folder, in `activation.json`. A person may edit that file before training.
-
-  Args:
-    run: with section `activation`; without activation.shards it is returned unchanged.
-
-  Returns:
-    The run, with the answers as its data set and the prompts and template of the checkpoint that
-    generated them.
+  They are the run's data set, with the prompts and template of the checkpoint that generated them.
+  Without activation.shards, the run is returned unchanged.
 
   Raises:
     FileNotFoundError, ValueError: for a bad checkpoint or annotation; if no answer is complete; if
@@ -46,31 +39,24 @@ def prepare(run: Run) -> Run:
     raise ValueError("activation tuning starts from a trained model: set init_from")
   settings, answers = _settings(run, run.init_from), answers_file(run)
   if not answers.is_file():
-    content = {"made_with": settings, "annotation": _generate_answers(run, run.init_from)}
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    with replace_file(answers) as beside:
-      beside.write_text(text + "\n", encoding="utf-8")
+    annotation = _generate_answers(run, run.init_from)
+    write_json(answers, {"made_with": settings, "annotation": annotation})
     print(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
   _check_answers(answers, settings, run.workdir)
   of = from_json(checkpoint.describe(run.init_from).config)
   model = run.model.replace(prompts=of.prompts, chat_template=of.chat_template)
-  data = dataclasses.replace(
-    run.data,
-    prompts="",
-    shards=str(answers),
-    task=run.activation.task,  # no other prompts
-  )
-  return run.replace(model=model, data=data)
+  # prompts="": the model's own prompt of the task, and no others
+  data = dataclasses.replace(run.data, shards=str(answers), task=run.activation.task, prompts="")
+  return dataclasses.replace(run, model=model, data=data)
 
 
 def answers_file(run: Run) -> Path:
-  """Where the answers of a run are."""
-  return run.workdir / ANSWERS
+  return run.workdir / "activation.json"
 
 
 def _check_answers(answers: Path, settings: dict[str, Any], workdir: Path) -> None:
-  made_with = read_json_object(answers).get("made_with")
-  made_with = made_with if isinstance(made_with, dict) else {}
+  content = read_json_object(answers).get("made_with")
+  made_with = content if isinstance(content, dict) else {}
   other = [
     f"{name}={made_with.get(name)!r}, now {value!r}"
     for name, value in settings.items()
@@ -116,21 +102,20 @@ def _settings(run: Run, init_from: Path) -> dict[str, Any]:
 
 def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
   wanted = run.activation
-  folder = Path(wanted.shards).parent
+  folder = Path(wanted.shards).parent.absolute()
   chosen = [
-    {**entry, "path": str((folder / entry["path"]).absolute()), "task": wanted.task}
+    {
+      **entry,
+      "path": str(folder / entry["path"]),
+      "expand_wav": [str(folder / path) for path in entry.get("expand_wav", [])],
+      "task": wanted.task,
+    }
     for entry in read_annotation(wanted.shards)[: wanted.clips]
   ]
-  for entry in chosen:
-    entry["expand_wav"] = [str((folder / p).absolute()) for p in entry.get("expand_wav", [])]
   clips = run.workdir / "activation_clips.json"
-  clips.parent.mkdir(parents=True, exist_ok=True)
-  clips.write_text(json.dumps({"annotation": chosen}, ensure_ascii=False), encoding="utf-8")
+  write_json(clips, {"annotation": chosen})
   options = dataclasses.replace(
-    run.eval,
-    shards=str(clips),
-    task=wanted.task,
-    lora_scale=wanted.lora_scale,
+    run.eval, shards=str(clips), task=wanted.task, lora_scale=wanted.lora_scale
   )
   decoded = decode_set(run, options, load(run, checkpoint.find(init_from)))
   entries = []

@@ -1,23 +1,15 @@
 """Scores that this package does not compute: those of public tools, and judgements of answers.
 
 `NAME.scores.json` contains corpus scores of a public tool as fractions, with names in either case:
-
-    {"METEOR": 0.256, "SPIDEr": 0.476}
-
-Both need Java. The package aac-metrics computes them (`evaluate(candidates, mult_references,
-metrics=["meteor", "spider"])`), and so does pycocoevalcap (SPIDEr is the mean of CIDEr and SPICE).
+`{"METEOR": 0.256, "SPIDEr": 0.476}`. Both need Java. The package aac-metrics computes them
+(`evaluate(candidates, mult_references, metrics=["meteor", "spider"])`), and so does pycocoevalcap
+(SPIDEr is the mean of CIDEr and SPICE).
 
 `NAME.judgements.json` contains the judgements of a person or a judge model by key:
-
-    {"0000000-clip": {"follows": true, "correct": false}}
-
-`judgement_sheet` returns the form to fill in. If the field `answer` is kept, a judgement counts for
-that answer only.
+`{"0000000-clip": {"follows": true, "correct": false}}`. `judgement_sheet` returns the form to fill
+in. If the field `answer` is kept, a judgement counts for that answer only.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,16 +26,18 @@ def read_scores(path: str | Path, names: Sequence[str]) -> dict[str, float]:
   Raises:
     ValueError: if the file is not such JSON, a name is missing, or a value is not a fraction.
   """
-  content = _read_object(path)
-  values = {str(name).lower(): value for name, value in content.items()}
+  content = read_json_object(path)
+  values = {name.lower(): value for name, value in content.items()}
   scores = {}
   for name in names:
-    value = values.get(name.lower())
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ValueError(f"{path}: {name}={value!r}; must be a number, as in {{{name!r}: 0.25}}")
-    largest = _LARGEST.get(name.lower(), 1.0)
-    if not (math.isfinite(value) and 0 <= value <= largest):
-      raise ValueError(f"{path}: {name}={value}; must be a fraction from 0 to {largest:g}")
+    value: Any = values.get(name.lower())
+    largest = _LARGEST[name.lower()]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= largest:
+      raise ValueError(
+        f"{path}: {name}={value!r}; must be a fraction from 0 to {largest:g}, as in"
+        f" {{{name!r}: 0.25}}"
+      )
     scores[name] = float(value)
   return scores
 
@@ -54,7 +48,9 @@ def read_judgements(path: str | Path) -> dict[str, dict[str, Any]]:
   Raises:
     ValueError: if the file is not such JSON, or a judgement has neither field or other values.
   """
-  content = _read_object(path)
+  content = read_json_object(path)
+  if not content:
+    raise ValueError(f"{path}: the JSON object is empty")
   for key, judgement in content.items():
     fields = judgement if isinstance(judgement, dict) else {}
     given = [fields[name] for name in ("follows", "correct") if name in fields]
@@ -86,12 +82,12 @@ def judged_share(
   judgements: Mapping[str, Mapping[str, Any]],
   field: str,
   keys: Sequence[str],
+  *,
   hypotheses: Mapping[str, str],
 ) -> tuple[float | None, str]:
-  """Share of keys that were judged true; a key without a hypothesis counts as false.
+  """(Share of keys that were judged true, ""), where a key without a hypothesis counts as false.
 
-  Returns:
-    (share, ""), or (None, reason) if an answer is not judged or has changed since.
+  If an answer is not judged or has changed since, (None, reason).
   """
   answered = [key for key in keys if key in hypotheses]
   open_ = [key for key in answered if judgements.get(key, {}).get(field) is None]
@@ -103,10 +99,3 @@ def judged_share(
   if stale:
     return None, f"{len(stale)} answers have changed since they were judged, first {stale[0]}"
   return sum(judgements[key][field] for key in answered) / len(keys), ""
-
-
-def _read_object(path: str | Path) -> dict[str, Any]:
-  content = read_json_object(path)
-  if not content:
-    raise ValueError(f"{path}: the JSON object is empty")
-  return content

@@ -11,27 +11,20 @@ from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table,
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
 from mooer_jax.run.perplexity import check_scales
-from mooer_jax.run.process import prepare_process
 
 
 def lora_sweep(
   run: Run, path: str, *, scales: Sequence[float], base: str | None = None
 ) -> list[SweepPoint]:
-  """Run `eval.py --mode=lora-sweep`, which writes lora_sweep.json and lora_sweep.png.
+  """Run `eval.py --mode=lora-sweep`: write lora_sweep.json and lora_sweep.png, return the points.
 
   Args:
-    run: the config; each utterance is prompted for its own task.
-    path: checkpoint folder, or training workdir.
+    run, path, base: as in `run.evaluate.evaluate`; each utterance is prompted for its own task.
     scales: LoRA scales; default: nine from 0 to that of training.
-    base: base checkpoint of a fine-tune, if it has moved.
-
-  Returns:
-    The scores of each task at each scale.
 
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or scale.
   """
-  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   folder = checkpoint.find(path)

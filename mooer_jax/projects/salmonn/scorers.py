@@ -1,16 +1,16 @@
 """Scorers of SALMONN's evaluation tasks, one function for each kind of task.
 
-A scorer takes a row of the suite, its annotation entries by key, the hypotheses by key (at least
-one) and external scores. A missing hypothesis counts as an empty one.
+`tasks.score_task` adds the number of entries to the result of a scorer.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from mooer_jax.evaluation import answer_matching
 from mooer_jax.evaluation.error_rate import ScoreConfig, score
@@ -30,28 +30,12 @@ def rouge_l(reference: str, hypothesis: str) -> float:
   Source: Lin (2004), "ROUGE: a package for automatic evaluation of summaries".
   """
   wanted, given = _TOKEN.findall(reference.lower()), _TOKEN.findall(hypothesis.lower())
-  common = common_length(wanted, given)
-  return 2 * common / (len(wanted) + len(given)) if common else 0.0
-
-
-def common_length(first: Sequence[str], second: Sequence[str]) -> int:
-  """Length of the longest common subsequence, in O(len(first) * len(second)) time."""
-  best = [0] * (len(second) + 1)
-  for token in first:
-    before = 0  # the entry to the left, one row up
-    for j, other in enumerate(second, start=1):
-      above = best[j]
-      best[j] = before + 1 if token == other else max(above, best[j - 1])
-      before = above
-  return best[-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Extras:
-  """External scores: a tool's by metric, judgements by key; None if there is no file."""
-
-  scores: Mapping[str, float] | None = None
-  judgements: Mapping[str, Mapping[str, Any]] | None = None
+  given_H = np.array(given, str)
+  common = np.zeros(len(given) + 1, np.int32)  # longest common subsequence with every prefix
+  for token in wanted:
+    common[1:] = np.maximum(common[1:], common[:-1] + (given_H == token))
+    common = np.maximum.accumulate(common)
+  return 2 * float(common[-1]) / (len(wanted) + len(given)) if common[-1] else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +51,12 @@ class Scored:
   """
 
   values: tuple[float | None, ...]
-  following_rate: float | None
-  count: int
-  notes: tuple[str, ...]
+  following_rate: float | None = None
+  count: int = 0
+  notes: tuple[str, ...] = ()
 
 
 Entries = Mapping[str, Mapping[str, Any]]
-Scorer = Callable[["Row", Entries, Mapping[str, str], Extras], Scored]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +81,7 @@ class Row:
   metrics: tuple[str, ...]
   before: tuple[float, ...]
   after: tuple[float, ...]
-  scorer: Scorer
-  higher_is_better: bool = True
+  scorer: Callable[["Case"], Scored]
   following: tuple[float, float] | None = None
   judged: tuple[str, ...] = ()
   external: bool = False
@@ -108,154 +90,166 @@ class Row:
   def stem(self) -> str:
     return self.file.removesuffix(".json")
 
-
-def error_rate(row, entries, hypotheses, extras):
-  del row, extras
-  references = {key: _normal(entry["text"]) for key, entry in entries.items()}
-  given = {key: _normal(text) for key, text in hypotheses.items()}
-  note = "words in lower case without punctuation"
-  return _rate(references, given, note)
+  @property
+  def higher_is_better(self) -> bool:
+    return self.metrics[0] not in ("WER", "PER")
 
 
-def phone_error_rate(row, entries, hypotheses, extras):
-  del row, extras
-  references = {key: entry["text"] for key, entry in entries.items()}
-  return _rate(references, hypotheses, "phones as written, case-insensitive")
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """The arguments of `tasks.score_task`, with at least one hypothesis."""
 
+  row: Row
+  entries: Entries
+  hypotheses: Mapping[str, str]
+  scores: Mapping[str, float] | None = None
+  judgements: Entries | None = None
 
-def _rate(references, hypotheses, note):
-  result = score(references, hypotheses, ScoreConfig(metric="word", space_mark="space"))
-  if not math.isfinite(result.rate):
-    return Scored((None,), None, len(references), ("the references have no tokens",))
-  return Scored((100 * result.rate,), None, len(references), (note, *result.notes))
+  @functools.cached_property
+  def references(self) -> dict[str, str]:
+    return {key: entry["text"] for key, entry in self.entries.items()}
 
+  @functools.cached_property
+  def answers(self) -> dict[str, str]:
+    """The hypothesis of each entry; a missing one is empty."""
+    return {key: self.hypotheses.get(key, "") for key in self.entries}
 
-def translation(row, entries, hypotheses, extras):
-  del extras
-  references = {key: entry["text"] for key, entry in entries.items()}
-  result = bleu_of_task(row.task, references, hypotheses)
-  assert result is not None
-  return Scored((result.score,), None, len(references), (*result.notes, result.signature))
+  @property
+  def has_transcripts(self) -> bool:
+    return all(entry.get("transcript") for entry in self.entries.values())
 
+  def is_transcript(self, key: str) -> bool:
+    """Whether the answer to an entry, which has a transcript, is merely that."""
+    return answer_matching.is_transcript(self.answers[key], self.entries[key]["transcript"])
 
-def music_description(row, entries, hypotheses, extras):
-  del row, extras
-  translated = bleu({key: entry["text"] for key, entry in entries.items()}, hypotheses)
-  rouge = sum(rouge_l(e["text"], hypotheses.get(key, "")) for key, e in entries.items())
-  return Scored(
-    (translated.score, 100 * rouge / len(entries)),
-    None,
-    len(entries),
-    (translated.signature, "ROUGE-L: F-measure, mean over the clips"),
-  )
+  def judged(self, field: str) -> tuple[float | None, str]:
+    """(share of the entries that were judged true or None, reason for None)."""
+    if self.judgements is None:
+      file = f"{self.row.stem}.judgements.json"
+      return None, f"{field!r} needs {file}; fill in the form in to_judge/"
+    return judged_share(self.judgements, field, [*self.entries], hypotheses=self.hypotheses)
 
-
-def from_tool(row, entries, hypotheses, extras):
-  del hypotheses
-  if extras.scores is None:
-    note = f"score the answers with aac-metrics and write {row.stem}.scores.json"
-    return Scored((None,) * len(row.metrics), None, len(entries), (note,))
-  values = tuple(100 * extras.scores[name] for name in row.metrics)
-  return Scored(values, None, len(entries), (f"read from {row.stem}.scores.json",))
-
-
-def class_accuracy(forms: Mapping[str, tuple[str, ...]]) -> Scorer:
-  def scorer(row, entries, hypotheses, extras):
-    del extras
-    correct = unread = 0
-    for key, entry in entries.items():
-      wanted = answer_matching.named_class(entry["text"], forms)
-      if wanted is None:
-        raise ValueError(f"{row.file}: {key} has text={entry['text']!r}; allowed are {list(forms)}")
-      given = answer_matching.named_class(hypotheses.get(key, ""), forms)
-      correct += given == wanted
-      unread += key in hypotheses and given is None
-    note = (f"{unread} answers name none or several of {', '.join(forms)} and count as wrong",)
-    return Scored((correct / len(entries),), None, len(entries), note if unread else ())
-
-  return scorer
-
-
-def keyword_accuracy(row, entries, hypotheses, extras):
-  del extras
-  total = 0.0
-  for key, entry in entries.items():
-    try:
-      total += answer_matching.keyword_accuracy(hypotheses.get(key, ""), entry["text"])
-    except ValueError as error:
-      raise ValueError(f"{row.file}: {key}: {error}") from error
-  note = "share of three keywords that occur in the reference, word for word"
-  return Scored((total / len(entries),), None, len(entries), (note,))
-
-
-def judged_accuracy(row, entries, hypotheses, extras):
-  """Accuracy from judgements only, because answers are free text."""
-  correct, why = _judged("correct", row, entries, hypotheses, extras)
-  following, *notes = _following(row, entries, hypotheses, extras)
-  return Scored((correct,), following, len(entries), _notes(why, *notes))
-
-
-def slot_accuracy(row, entries, hypotheses, extras):
-  """Accuracy from judgements, else by comparison with the value of the slot."""
-  following, *notes = _following(row, entries, hypotheses, extras)
-  if extras.judgements is not None:
-    correct, why = _judged("correct", row, entries, hypotheses, extras)
-    return Scored((correct,), following, len(entries), _notes(why, *notes))
-  tell = _all_have_transcripts(entries)
-  right = 0
-  for key, entry in entries.items():
-    if not answer_matching.words(entry["text"]):
-      raise ValueError(
-        f"{row.file}: {key} has text={entry['text']!r}; it must be the value of the slot"
-      )
-    answer = hypotheses.get(key, "")
-    # The transcript holds the value too, so a sentence counts only where it is told from one.
-    sentence = tell and not answer_matching.is_transcript(answer, entry["transcript"])
-    right += (
-      answer_matching.contains(answer, entry["text"])
-      if sentence
-      else answer_matching.words(answer) == answer_matching.words(entry["text"])
+  def following(self) -> tuple[float | None, str]:
+    """(following rate or None, note): judged, else the share that is not a transcript."""
+    if self.judgements is not None or not self.has_transcripts:
+      return self.judged("follows")
+    followed = sum(
+      bool(answer_matching.words(answer)) and not self.is_transcript(key)
+      for key, answer in self.answers.items()
     )
-  note = (
-    "correct: contains the value and is not a transcript"
-    if tell
-    else "correct: exactly the value; longer answers need `transcript` or judgements"
-  )
-  return Scored((right / len(entries),), following, len(entries), _notes(note, *notes))
-
-
-def diversity(row, entries, hypotheses, extras):
-  following, why = _judged("follows", row, entries, hypotheses, extras)
-  total = sum(answer_matching.distinct_words(hypotheses.get(key, "")) for key in entries)
-  return Scored((total / len(entries),), following, len(entries), _notes(why))
-
-
-def _following(row, entries, hypotheses, extras):
-  """(following rate or None, notes …): judged, else the share that is not a transcript."""
-  if extras.judgements is not None or not _all_have_transcripts(entries):
-    return _judged("follows", row, entries, hypotheses, extras)
-  followed = sum(
-    bool(answer_matching.words(text))
-    and not answer_matching.is_transcript(text, entry["transcript"])
-    for key, entry in entries.items()
-    if (text := hypotheses.get(key)) is not None
-  )
-  return followed / len(entries), "follows: not empty and not a transcript"
-
-
-def _judged(field, row, entries, hypotheses, extras):
-  if extras.judgements is None:
-    return None, f"{field!r} needs {row.stem}.judgements.json; fill in the form in to_judge/"
-  return judged_share(extras.judgements, field, list(entries), hypotheses)
-
-
-def _all_have_transcripts(entries) -> bool:
-  return all(entry.get("transcript") for entry in entries.values())
+    return followed / len(self.entries), "follows: not empty and not a transcript"
 
 
 def _normal(text: str) -> str:
   return " ".join(answer_matching.words(text))
 
 
-def _notes(*notes: str) -> tuple[str, ...]:
-  return tuple(dict.fromkeys(note for note in notes if note))
+def error_rate(
+  case: Case,
+  normal: Callable[[str], str] = _normal,
+  note: str = "words in lower case without punctuation",
+) -> Scored:
+  references = {key: normal(text) for key, text in case.references.items()}
+  answers = {key: normal(text) for key, text in case.answers.items()}
+  result = score(references, answers, ScoreConfig(metric="word", space_mark="space"))
+  if not math.isfinite(result.rate):
+    return Scored((None,), notes=("the references have no tokens",))
+  return Scored((100 * result.rate,), notes=(note, *result.notes))
+
+
+phone_error_rate = functools.partial(
+  error_rate, normal=str, note="phones as written, case-insensitive"
+)
+
+
+def translation(case: Case) -> Scored:
+  result = bleu_of_task(case.row.task, case.references, case.answers)
+  assert result is not None
+  return Scored((result.score,), notes=(*result.notes, result.signature))
+
+
+def music_description(case: Case) -> Scored:
+  translated = bleu(case.references, case.answers)
+  rouge = sum(rouge_l(text, case.answers[key]) for key, text in case.references.items())
+  notes = (translated.signature, "ROUGE-L: F-measure, mean over the clips")
+  return Scored((translated.score, 100 * rouge / len(case.entries)), notes=notes)
+
+
+def from_tool(case: Case) -> Scored:
+  file = f"{case.row.stem}.scores.json"
+  if case.scores is None:
+    note = f"score the answers with aac-metrics and write {file}"
+    return Scored((None,) * len(case.row.metrics), notes=(note,))
+  values = tuple(100 * case.scores[name] for name in case.row.metrics)
+  return Scored(values, notes=(f"read from {file}",))
+
+
+def class_accuracy(case: Case, forms: Mapping[str, Sequence[str]]) -> Scored:
+  correct = unread = 0
+  for key, text in case.references.items():
+    wanted = answer_matching.named_class(text, forms)
+    if wanted is None:
+      raise ValueError(f"{case.row.file}: {key} has text={text!r}; allowed are {list(forms)}")
+    given = answer_matching.named_class(case.answers[key], forms)
+    correct += given == wanted
+    unread += key in case.hypotheses and given is None
+  note = f"{unread} answers name none or several of {', '.join(forms)} and count as wrong"
+  return Scored((correct / len(case.entries),), notes=(note,) if unread else ())
+
+
+# IEMOCAP's four classes, as usual with "excited" among the happy ones.
+_EMOTIONS = {
+  "neutral": ("neutral", "neutrality", "calm"),
+  "happy": ("happy", "happiness", "joy", "joyful", "excited", "excitement"),
+  "sad": ("sad", "sadness"),
+  "angry": ("angry", "anger"),
+}
+emotion_accuracy = functools.partial(class_accuracy, forms=_EMOTIONS)
+yes_no_accuracy = functools.partial(class_accuracy, forms={"yes": ("yes",), "no": ("no",)})
+
+
+def keyword_accuracy(case: Case) -> Scored:
+  total = 0.0
+  for key, text in case.references.items():
+    try:
+      total += answer_matching.keyword_accuracy(case.answers[key], text)
+    except ValueError as error:
+      raise ValueError(f"{case.row.file}: {key}: {error}") from error
+  note = "share of three keywords that occur in the reference, word for word"
+  return Scored((total / len(case.entries),), notes=(note,))
+
+
+def judged_accuracy(case: Case) -> Scored:
+  """Accuracy from judgements only, because answers are free text."""
+  correct, why = case.judged("correct")
+  following, note = case.following()
+  return Scored((correct,), following, notes=(why, note))
+
+
+def slot_accuracy(case: Case) -> Scored:
+  """Accuracy from judgements, else by comparison with the value of the slot."""
+  if case.judgements is not None:
+    return judged_accuracy(case)
+  # The transcript holds the value too, so a sentence counts only where it is told from one.
+  tell = case.has_transcripts
+  right = 0
+  for key, wanted in case.references.items():
+    if not (value := answer_matching.words(wanted)):
+      raise ValueError(
+        f"{case.row.file}: {key} has text={wanted!r}; it must be the value of the slot"
+      )
+    if tell and not case.is_transcript(key):
+      right += answer_matching.contains(case.answers[key], wanted)
+    else:
+      right += answer_matching.words(case.answers[key]) == value
+  how = "correct: exactly the value; longer answers need `transcript` or judgements"
+  how = "correct: contains the value and is not a transcript" if tell else how
+  following, note = case.following()
+  return Scored((right / len(case.entries),), following, notes=(how, note))
+
+
+def diversity(case: Case) -> Scored:
+  """Mean number of different words in an answer, SALMONN's diversity of a story."""
+  following, why = case.judged("follows")
+  total = sum(len(set(answer_matching.words(answer))) for answer in case.answers.values())
+  return Scored((total / len(case.entries),), following, notes=(why,))

@@ -14,18 +14,13 @@ from mooer_jax import checkpoint
 from mooer_jax.config import to_json
 from mooer_jax.data.annotation import entry_key, read_annotation
 from mooer_jax.evaluation.text_files import read_text, write_text
-from mooer_jax.files import read_json_object, replace_file
+from mooer_jax.files import read_json_object, replace_file, write_json
 from mooer_jax.projects.salmonn import tasks
 from mooer_jax.projects.salmonn.external_scores import judgement_sheet, read_judgements, read_scores
-from mooer_jax.projects.salmonn.scorers import Extras, Row, Scored
+from mooer_jax.projects.salmonn.scorers import Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
-from mooer_jax.run.process import prepare_process
-
-_GIVEN = (".scores.json", ".judgements.json")
-_OURS = ("suite.json",)
-_WIDTH = 160
 
 
 def run_suite(
@@ -38,21 +33,18 @@ def run_suite(
 ) -> dict[str, Scored | str]:
   """Decode and score every task that has an annotation file, and print the table.
 
-  docs/salmonn.md describes the annotation files. Their names are those in `tasks.ROWS`. Tasks that
-  have hypotheses from an earlier run are only scored.
-
-  Files in `out`: suite.json and suite.txt, written after each task; hypotheses/NAME.text; the forms
-  to_judge/NAME.json; and, read if they exist, NAME.scores.json and NAME.judgements.json
-  (`external_scores`).
+  docs/salmonn.md describes the files. Tasks that have answers from an earlier run are only scored.
 
   Args:
-    annotations: folder of the annotation files; other .json files in it are named in the output.
-    out: output folder.
-    decode: function that returns the answers to an annotation file by key (`entry_key`), without
-      clips that cannot be read.
-    check: function that raises if `decode` would not accept an annotation file.
-    identity: description of the checkpoint and the decoding options. Answers with another identity
-      are an error.
+    annotations: folder of the annotation files, named as in `tasks.ROWS`; other .json files in it
+      are named in the output.
+    out: folder for suite.json and suite.txt, written after each task; hypotheses/NAME.text; and the
+      forms to_judge/NAME.json. NAME.scores.json and NAME.judgements.json (`external_scores`) are
+      read from it if they exist.
+    decode: returns the answers to an annotation file by key (`entry_key`), without clips that
+      cannot be read.
+    check: raises if `decode` would not accept an annotation file.
+    identity: description of the checkpoint and the decoding options.
 
   Returns:
     The scores, or the reason why a task was not run, by name of the annotation file without .json.
@@ -70,29 +62,29 @@ def run_suite(
     names = ", ".join(row.file for row in ROWS)
     raise ValueError(f"{annotations}: contains none of the suite's annotation files: {names}")
   unknown = _unknown(annotations, out)
-  # All files are checked before hours of decoding.
-  for row in there:
-    check(annotations / row.file)
-  entries = {row.stem: _checked_entries(annotations / row.file, row) for row in there}
-  sources = {row.stem: _source(annotations / row.file, identity) for row in there}
-  for row in there:
-    _hypotheses(out, row, sources[row.stem])
-    _extras(out, row)
+  entries, sources = {}, {}
+  for row in there:  # all files are checked before hours of decoding
+    file = annotations / row.file
+    check(file)
+    entries[row] = _checked_entries(file, row)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    sources[row] = {"annotation_sha256": digest, "identity": identity}
+    _hypotheses(out, row, sources[row])
+    _external(out, row)
 
   results: dict[str, Scored | str] = {
     row.stem: "not run yet" if row in there else f"no {row.file}" for row in ROWS
   }
   for row in there:
-    decoded = _hypotheses(out, row, sources[row.stem])
+    decoded = _hypotheses(out, row, sources[row])
     if decoded is None:
       answers = decode(annotations / row.file)
-      _check_keys(answers, entries[row.stem], row)
-      decoded = _keep(out, row, sources[row.stem], answers)
+      decoded = _keep(out, row, sources[row], entries=entries[row], answers=answers)
     if row.judged:
-      sheet = judgement_sheet(entries[row.stem], decoded, row.judged)
-      _write_json(out / "to_judge" / row.file, sheet)
-    results[row.stem] = score_task(row, entries[row.stem], decoded, _extras(out, row))
-    _report(out, results, unknown, identity)
+      sheet = judgement_sheet(entries[row], decoded, row.judged)
+      write_json(out / "to_judge" / row.file, sheet)
+    results[row.stem] = score_task(row, entries[row], decoded, **_external(out, row))
+    _report(out, results, unknown=unknown, identity=identity)
   print((out / "suite.txt").read_text("utf-8"), end="")
   return results
 
@@ -103,11 +95,6 @@ def _checked_entries(path: Path, row: Row) -> dict[str, dict[str, Any]]:
   entries = {entry_key(number, entry): entry for number, entry in enumerate(listed)}
   score_task(row, entries, {key: entry["text"] for key, entry in entries.items()})
   return entries
-
-
-def _source(path: Path, identity: str) -> dict[str, str]:
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  return {"annotation_sha256": digest, "identity": identity}
 
 
 def _hypotheses(out: Path, row: Row, source: Mapping[str, str]) -> dict[str, str] | None:
@@ -121,89 +108,75 @@ def _hypotheses(out: Path, row: Row, source: Mapping[str, str]) -> dict[str, str
         " folder"
       )
     return read_text(text)
-  for ending in _GIVEN:
-    if (given := out / f"{row.stem}{ending}").is_file():
+  for given in _given(out, row):
+    if given.is_file():
       raise ValueError(f"{given}: belongs to answers that no longer exist; remove the file")
   return None
 
 
-def _keep(out, row, source, answers) -> dict[str, str]:
-  record = out / "hypotheses" / row.file
-  text = record.with_suffix(".text")
-  record.unlink(missing_ok=True)  # marks complete answers, so it is written last
-  write_text(text, answers)
-  _write_json(record, source)
-  return read_text(text)
-
-
-def _check_keys(hypotheses, entries, row) -> None:
-  if foreign := [key for key in hypotheses if key not in entries]:
+def _keep(out: Path, row: Row, source, *, entries, answers) -> dict[str, str]:
+  """Writes new answers and returns them as they are read back."""
+  if foreign := [key for key in answers if key not in entries]:
     raise ValueError(
       f"{row.file}: {len(foreign)} answers belong to no entry, first {foreign[0]!r}; entries have"
       f" keys such as {next(iter(entries))!r}"
     )
+  record = out / "hypotheses" / row.file
+  text = record.with_suffix(".text")
+  record.unlink(missing_ok=True)  # marks complete answers, so it is written last
+  write_text(text, answers)
+  write_json(record, source)
+  return read_text(text)
 
 
-def _extras(out: Path, row: Row) -> Extras:
-  scores, judgements = (out / f"{row.stem}{ending}" for ending in _GIVEN)
-  return Extras(
-    read_scores(scores, row.metrics) if row.external and scores.is_file() else None,
-    read_judgements(judgements) if row.judged and judgements.is_file() else None,
-  )
+def _given(out: Path, row: Row) -> tuple[Path, Path]:
+  """Files of scores and judgements, whether they exist or not."""
+  return out / f"{row.stem}.scores.json", out / f"{row.stem}.judgements.json"
+
+
+def _external(out: Path, row: Row) -> dict[str, Any]:
+  scores, judgements = _given(out, row)
+  found: dict[str, Any] = {}
+  if row.external and scores.is_file():
+    found["scores"] = read_scores(scores, row.metrics)
+  if row.judged and judgements.is_file():
+    found["judgements"] = read_judgements(judgements)
+  return found
 
 
 def _unknown(annotations: Path, out: Path) -> list[str]:
   """Names of .json files that are not read, with a hint for misplaced ones."""
-  known = {row.file for row in ROWS}
-  given = {f"{row.stem}.scores.json" for row in ROWS if row.external}
-  given |= {f"{row.stem}.judgements.json" for row in ROWS if row.judged}
-  found = []
-  for path in sorted(annotations.glob("*.json")):
-    if path.name not in known and annotations.resolve() != out.resolve():
-      found.append(f"{path}" + (f" (belongs in {out})" if path.name in given else ""))
-  for path in sorted(out.glob("*.json")):
-    ours = {*_OURS, *given, *(known if annotations.resolve() == out.resolve() else ())}
-    if path.name not in ours:
-      found.append(str(path))
-  return found
+  listed = {row.file for row in ROWS}
+  given = {_given(out, row)[0].name for row in ROWS if row.external}
+  given |= {_given(out, row)[1].name for row in ROWS if row.judged}
+  ours, found = {"suite.json", *given}, []
+  if annotations.resolve() == out.resolve():
+    ours |= listed
+  else:
+    other = [path for path in sorted(annotations.glob("*.json")) if path.name not in listed]
+    found = [f"{path}" + f" (belongs in {out})" * (path.name in given) for path in other]
+  return found + [str(path) for path in sorted(out.glob("*.json")) if path.name not in ours]
 
 
-def _report(out: Path, results: dict[str, Scored | str], unknown: list[str], identity: str):
-  content = {
-    "identity": identity,
-    "unknown_files": unknown,
-    "tasks": tasks.as_dict(ROWS, results),
-  }
-  _write_json(out / "suite.json", content)
+def _report(out: Path, results: tasks.Results, *, unknown: list[str], identity: str):
+  scores = tasks.as_dict(ROWS, results)
+  content = {"identity": identity, "unknown_files": unknown, "tasks": scores}
+  write_json(out / "suite.json", content, allow_nan=False)
   text = io.StringIO()
-  Console(file=text, width=_WIDTH).print(tasks.table(ROWS, results))
+  Console(file=text, width=160).print(tasks.table(ROWS, results))
   lines = tasks.notes(ROWS, results) + [f"not read: {name}" for name in unknown]
   with replace_file(out / "suite.txt") as beside:
-    notes = "".join(f"{line}\n" for line in lines)
-    beside.write_text(text.getvalue() + notes, encoding="utf-8")
-
-
-def _write_json(path: Path, content: Any) -> None:
-  text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
-  with replace_file(path) as beside:
-    beside.write_text(text + "\n", encoding="utf-8")
+    beside.write_text(text.getvalue() + "".join(f"{n}\n" for n in lines), encoding="utf-8")
 
 
 def evaluate_suite(
   run: Run, path: str, annotations: str, *, base: str | None = None
-) -> dict[str, Any]:
-  """Run `eval.py --suite=salmonn`; see `run_suite` for the files and results.
-
-  Args:
-    run: the config; its `generation` overrides the options of the checkpoint.
-    path: checkpoint folder, or training workdir.
-    annotations: folder of the annotation files.
-    base: base checkpoint of a fine-tune, if it has moved.
+) -> dict[str, Scored | str]:
+  """Run `eval.py --suite=salmonn`: `run_suite` with the arguments of `run.evaluate.evaluate`.
 
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint or annotation file.
   """
-  prepare_process()
   folder = checkpoint.find(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")

@@ -5,41 +5,24 @@ notes of a result do.
 Following rates and correctness of free text come from `external_scores`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mooer_jax.projects.salmonn.scorers import (
-  Entries,
-  Extras,
-  Row,
-  Scored,
-  class_accuracy,
-  diversity,
-  error_rate,
-  from_tool,
-  judged_accuracy,
-  keyword_accuracy,
-  music_description,
-  phone_error_rate,
-  slot_accuracy,
-  translation,
-)
+from rich.table import Table
+from rich.text import Text
 
-# IEMOCAP's four classes, as usual with "excited" among the happy ones.
-EMOTIONS = {
-  "neutral": ("neutral", "neutrality", "calm"),
-  "happy": ("happy", "happiness", "joy", "joyful", "excited", "excitement"),
-  "sad": ("sad", "sadness"),
-  "angry": ("angry", "anger"),
-}
-YES_NO = {"yes": ("yes",), "no": ("no",)}
+from mooer_jax.projects.salmonn import scorers
+from mooer_jax.projects.salmonn.scorers import Case, Entries, Row, Scored
 
 
 def score_task(
-  row: Row, entries: Entries, hypotheses: Mapping[str, str], extras: Extras = Extras()
+  row: Row,
+  entries: Entries,
+  hypotheses: Mapping[str, str],
+  *,
+  scores: Mapping[str, float] | None = None,
+  judgements: Entries | None = None,
 ) -> Scored:
   """Score one task.
 
@@ -48,7 +31,7 @@ def score_task(
     entries: annotation entries by key: `text` is the reference, `Q` the question or slot name.
       `transcript`, if every entry has one, identifies answers that only transcribe.
     hypotheses: answers by key. A missing one counts as an empty answer.
-    extras: external scores and judgements.
+    scores, judgements: `external_scores`, by metric and by key; None if there is no file.
 
   Raises:
     ValueError: if there are no entries, or an entry has another task or an impossible reference.
@@ -63,12 +46,14 @@ def score_task(
       )
   missing = [key for key in entries if key not in hypotheses]
   if len(missing) == len(entries):
-    return Scored((None,) * len(row.metrics), None, len(entries), ("no entry has an answer",))
+    nothing: tuple[None, ...] = (None,) * len(row.metrics)
+    return Scored(nothing, count=len(entries), notes=("no entry has an answer",))
   notes = []
   if missing:
     notes.append(f"{len(missing)} of {len(entries)} entries have no answer, first {missing[0]}")
-  scored = row.scorer(row, entries, hypotheses, extras)
-  return dataclasses.replace(scored, notes=(*notes, *scored.notes))
+  scored = row.scorer(Case(row, entries, hypotheses, scores, judgements))
+  notes = [note for note in dict.fromkeys((*notes, *scored.notes)) if note]
+  return dataclasses.replace(scored, count=len(entries), notes=tuple(notes))
 
 
 def _row(level, name, task, stem, scorer, *figures, **more) -> Row:
@@ -77,70 +62,64 @@ def _row(level, name, task, stem, scorer, *figures, **more) -> Row:
   return Row(level, name, task, f"{stem}.json", metrics, before, after, scorer, **more)
 
 
-_LOWER: dict[str, Any] = dict(higher_is_better=False)
 _JUDGED = ("follows", "correct")
 
 # Figures: SALMONN (arXiv 2310.13289), table 3.
 # fmt: off
 ROWS = (
-  _row(1, "ASR, LibriSpeech test-clean", "asr", "librispeech_test_clean", error_rate,
-       ("WER", 2.1, 2.1), **_LOWER),
-  _row(1, "ASR, LibriSpeech test-other", "asr", "librispeech_test_other", error_rate,
-       ("WER", 4.9, 4.9), **_LOWER),
-  _row(1, "ASR, GigaSpeech test", "asr", "gigaspeech_test", error_rate,
-       ("WER", 9.1, 10.0), **_LOWER),
-  _row(1, "En→Zh, CoVoST2", "translation_ec", "covost2_en_zh", translation,
+  _row(1, "ASR, LibriSpeech test-clean", "asr", "librispeech_test_clean", scorers.error_rate,
+       ("WER", 2.1, 2.1)),
+  _row(1, "ASR, LibriSpeech test-other", "asr", "librispeech_test_other", scorers.error_rate,
+       ("WER", 4.9, 4.9)),
+  _row(1, "ASR, GigaSpeech test", "asr", "gigaspeech_test", scorers.error_rate,
+       ("WER", 9.1, 10.0)),
+  _row(1, "En→Zh, CoVoST2", "translation_ec", "covost2_en_zh", scorers.translation,
        ("BLEU4", 34.4, 33.1)),
-  _row(1, "audio captioning, AudioCaps", "audiocaption", "audiocaps", from_tool,
+  _row(1, "audio captioning, AudioCaps", "audiocaption", "audiocaps", scorers.from_tool,
        ("METEOR", 25.6, 24.0), ("SPIDEr", 47.6, 40.3), external=True),
   _row(1, "phone recognition, LibriSpeech", "phone_recognition", "librispeech_phones",
-       phone_error_rate, ("PER", 4.2, 4.2), **_LOWER),
+       scorers.phone_error_rate, ("PER", 4.2, 4.2)),
   _row(1, "emotion recognition, IEMOCAP", "emotion_recognition", "iemocap",
-       class_accuracy(EMOTIONS), ("accuracy", 0.63, 0.69)),
-  _row(1, "music captioning, MusicCaps", "music_description", "musiccaps", music_description,
-       ("BLEU4", 3.5, 5.5), ("ROUGE-L", 22.1, 21.8)),
-  _row(1, "overlapped speech, LibriMix", "speech_separation", "librimix", error_rate,
-       ("WER", 20.7, 23.0), **_LOWER),
+       scorers.emotion_accuracy, ("accuracy", 0.63, 0.69)),
+  _row(1, "music captioning, MusicCaps", "music_description", "musiccaps",
+       scorers.music_description, ("BLEU4", 3.5, 5.5), ("ROUGE-L", 22.1, 21.8)),
+  _row(1, "overlapped speech, LibriMix", "speech_separation", "librimix", scorers.error_rate,
+       ("WER", 20.7, 23.0)),
   _row(1, "speaker verification, VoxCeleb1", "speaker_verification", "voxceleb1",
-       class_accuracy(YES_NO), ("accuracy", 0.93, 0.94)),
-  _row(2, "En→De, CoVoST2", "translation_en2de", "covost2_en_de", translation,
+       scorers.yes_no_accuracy, ("accuracy", 0.93, 0.94)),
+  _row(2, "En→De, CoVoST2", "translation_en2de", "covost2_en_de", scorers.translation,
        ("BLEU4", 19.7, 18.6)),
-  _row(2, "En→Ja, CoVoST2", "translation_en2ja", "covost2_en_ja", translation,
+  _row(2, "En→Ja, CoVoST2", "translation_en2ja", "covost2_en_ja", scorers.translation,
        ("BLEU4", 22.0, 22.7)),
-  _row(2, "keyword extraction, Inspec", "keywords", "inspec", keyword_accuracy,
+  _row(2, "keyword extraction, Inspec", "keywords", "inspec", scorers.keyword_accuracy,
        ("accuracy", 0.30, 0.32)),
-  _row(2, "spoken question answering, WikiQA", "speech_query", "wikiqa", judged_accuracy,
+  _row(2, "spoken question answering, WikiQA", "speech_query", "wikiqa", scorers.judged_accuracy,
        ("accuracy", 0.19, 0.41), following=(0.29, 0.98), judged=_JUDGED),
-  _row(2, "slot filling, SLURP", "slot_filling", "slurp", slot_accuracy,
+  _row(2, "slot filling, SLURP", "slot_filling", "slurp", scorers.slot_accuracy,
        ("accuracy", 0.33, 0.41), following=(0.77, 0.99), judged=_JUDGED),
-  _row(3, "storytelling, AudioCaps", "audio_story_telling", "audiocaps_story", diversity,
+  _row(3, "storytelling, AudioCaps", "audio_story_telling", "audiocaps_story", scorers.diversity,
        ("diversity", 7.77, 82.57), following=(0.00, 1.00), judged=("follows",)),
-  _row(3, "speech-audio co-reasoning", "speech_audio_coreasoning", "sac", judged_accuracy,
+  _row(3, "speech-audio co-reasoning", "speech_audio_coreasoning", "sac", scorers.judged_accuracy,
        ("accuracy", 0.02, 0.50), following=(0.04, 0.73), judged=_JUDGED),
 )
 # fmt: on
 
-
 # Scores of a task, or the reason why it was not run; by `Row.stem`.
 Results = Mapping[str, Scored | str]
-_DECIMALS = {"accuracy": 2, "diversity": 2}
 
 
-def table(rows: Sequence[Row], results: Results):
-  """Return a `rich` table with a line for each metric of each row.
+def table(rows: Sequence[Row], results: Results) -> Table:
+  """Return a table with a line for each metric of each row.
 
   Following rates are in brackets. A dash marks a missing value, with the reason beside it if the
   task was not run, else in `notes`.
   """
-  import rich.table
-  import rich.text
-
-  result = rich.table.Table()
+  result = Table()
   for column in ("level", "task", "metric", "clips", "measured", "published", "activation-tuned"):
     result.add_column(column, justify="left" if column in ("task", "metric") else "right")
   for row in rows:
     for cells in _lines(row, results[row.stem]):
-      result.add_row(*(rich.text.Text(cell) for cell in cells))
+      result.add_row(*(Text(cell) for cell in cells))
   return result
 
 
@@ -162,51 +141,38 @@ def as_dict(rows: Sequence[Row], results: Results) -> list[dict[str, Any]]:
 def _row_dict(row: Row, result: Scored | str) -> dict[str, Any]:
   scored = result if isinstance(result, Scored) else None
   values = scored.values if scored else (None,) * len(row.metrics)
+
+  def beside(measured, before, after):
+    return {"measured": measured, "published": before, "activation_tuned": after}
+
+  figures = zip(row.metrics, values, row.before, row.after, strict=True)
+  followed = scored.following_rate if scored else None
   return {
     "name": row.name,
     "level": row.level,
     "task": row.task,
     "file": row.file,
-    "not_run": None if isinstance(result, Scored) else result,
+    "not_run": None if scored else result,
     "count": scored.count if scored else None,
     "higher_is_better": row.higher_is_better,
-    "metrics": {
-      metric: {"measured": value, "published": before, "activation_tuned": after}
-      for metric, value, before, after in zip(row.metrics, values, row.before, row.after)
-    },
-    "following_rate": {
-      "measured": scored.following_rate if scored else None,
-      "published": row.following[0],
-      "activation_tuned": row.following[1],
-    }
-    if row.following
-    else None,
+    "metrics": {metric: beside(*numbers) for metric, *numbers in figures},
+    "following_rate": beside(followed, *row.following) if row.following else None,
     "notes": list(scored.notes) if scored else [],
   }
 
 
 def _lines(row: Row, result: Scored | str) -> Iterator[tuple[str, ...]]:
+  before, after = row.following or (None, None)
   for i, metric in enumerate(row.metrics):
-    published = [
-      _cell(metric, figures[i], row, which) for which, figures in enumerate((row.before, row.after))
-    ]
+
+    def shown(value: float | None, rate: float | None, metric=metric) -> str:
+      decimals = 2 if metric in ("accuracy", "diversity") else 1
+      text = "–" if value is None else f"{value:.{decimals}f}"
+      return f"{text} ({'–' if rate is None else f'{rate:.2f}'})" if row.following else text
+
+    count, measured = "–", f"– {result}"
     if isinstance(result, Scored):
-      count = f"{result.count:,}"
-      measured = _number(metric, result.values[i])
-      if row.following:
-        measured += f" ({_number('accuracy', result.following_rate)})"
-    else:
-      count, measured = "–", f"– {result}"
+      count, measured = f"{result.count:,}", shown(result.values[i], result.following_rate)
     first = (str(row.level), row.name) if i == 0 else ("", "")
-    better = "↑" if row.higher_is_better else "↓"
-    rate = " (following)" if row.following else ""
-    yield (*first, f"{metric} {better}{rate}", count, measured, *published)
-
-
-def _cell(metric: str, value: float, row: Row, which: int) -> str:
-  rate = f" ({_number('accuracy', row.following[which])})" if row.following else ""
-  return _number(metric, value) + rate
-
-
-def _number(metric: str, value: float | None) -> str:
-  return "–" if value is None else f"{value:.{_DECIMALS.get(metric, 1)}f}"
+    about = f"{metric} {'↑' if row.higher_is_better else '↓'}{' (following)' * bool(row.following)}"
+    yield *first, about, count, measured, shown(row.before[i], before), shown(row.after[i], after)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rouge_score.rouge_scorer import RougeScorer
 
 from mooer_jax.evaluation import translation
-from mooer_jax.projects.salmonn.scorers import Extras, Scored
+from mooer_jax.projects.salmonn.scorers import Scored, error_rate, phone_error_rate
 from mooer_jax.projects.salmonn.tasks import ROWS, as_dict, notes, score_task, table
 from mooer_jax.prompts import SALMONN_PROMPTS
 
@@ -30,7 +30,7 @@ def test_the_suite_is_the_published_one():
   assert [sum(row.level == n for row in ROWS) for n in (1, 2, 3)] == [10, 5, 2]
   for row in ROWS:
     assert len(row.metrics) == len(row.before) == len(row.after)
-    assert row.higher_is_better == (row.metrics[0] not in ("WER", "PER"))
+    assert row.higher_is_better == (row.scorer not in (error_rate, phone_error_rate))
   assert [(r.before, r.after) for r in ROWS if r.task == "asr"] == [
     ((2.1,), (2.1,)),
     ((4.9,), (4.9,)),
@@ -123,7 +123,7 @@ def test_captions_need_a_tools_scores():
   row, entries, given = ROW["audiocaps"], _entries("a dog barks"), _answers("a dog")
   scored = score_task(row, entries, given)
   assert scored.values == (None, None) and "write audiocaps.scores.json" in scored.notes[0]
-  scored = score_task(row, entries, given, Extras(scores={"METEOR": 0.25, "SPIDEr": 0.4}))
+  scored = score_task(row, entries, given, scores={"METEOR": 0.25, "SPIDEr": 0.4})
   assert scored.values == (25.0, 40.0)
 
 
@@ -161,7 +161,7 @@ def test_spoken_questions_are_judged_never_guessed():
   assert all("wikiqa.judgements.json" in note for note in scored.notes)
 
   judged = {"k0": {"follows": True, "correct": True}, "k1": {"follows": False, "correct": False}}
-  scored = score_task(row, entries, given, Extras(judgements=judged))
+  scored = score_task(row, entries, given, judgements=judged)
   assert (scored.values, scored.following_rate) == ((0.5,), 0.5)
 
   heard = _entries("Shakespeare", "Paris", transcript="who wrote hamlet for the king")
@@ -177,17 +177,19 @@ def test_a_slot_in_the_transcript_is_no_answer():
   heard = score_task(row, _entries(*["five am"] * 4, transcript=said), given)
   assert heard.values == (0.5,) and heard.following_rate == 0.5
   judged = {key: {"follows": True, "correct": True} for key in given}
-  scored = score_task(row, _entries(*["five am"] * 4), given, Extras(judgements=judged))
+  scored = score_task(row, _entries(*["five am"] * 4), given, judgements=judged)
   assert scored.values == (0.75,) and scored.following_rate == 0.75
 
 
 def test_stories_are_counted_by_different_words():
   row, entries = ROW["audiocaps_story"], _entries("", "")
+  scored = score_task(row, entries, _answers("A dog barks. The dog barks at a cat!", ""))
+  assert scored.values == (3.0,)
   given = _answers("A dog barks.", "a dog and a dog")
   scored = score_task(row, entries, given)
   assert scored.values == (3.0,) and scored.following_rate is None
   judged = {"k0": {"follows": False}, "k1": {"follows": True}}
-  assert score_task(row, entries, given, Extras(judgements=judged)).following_rate == 0.5
+  assert score_task(row, entries, given, judgements=judged).following_rate == 0.5
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.stem)
