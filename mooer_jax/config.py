@@ -34,34 +34,21 @@ def part_kinds() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SpeechLLMConfig:
-  """Architecture of a speech LLM, which checkpoints store, and `compute`, which they do not.
-
-  Attributes:
-    encoders: configs of different kinds; their frames are concatenated on the channel axis.
-    connector: config of the connector.
-    decoder: config of the LLM.
-    frontends: feature extraction for each encoder, in the order of `encoders`.
-    encoder_norm: apply a LayerNorm to the frames of each encoder (SALMONN).
-    chat_template: name in prompts.TEMPLATES.
-    max_audio_s: longest clip, seconds.
-    min_audio_s: shorter clips are padded with silence to this length, seconds (SALMONN: 1).
-    channel: signal of a clip with several channels: their "mean", or the "first" (SALMONN).
-    prompts: (task, default prompt) pairs.
-    compute: how the model is executed.
-  """
+  """Architecture of a speech LLM, which checkpoints store, and `compute`, which they do not."""
 
   RENAMED: ClassVar = {"template": "chat_template"}
   RUN_FIELDS: ClassVar = ("prompts", "chat_template", "max_audio_s")
+  # Of different kinds; their frames are concatenated on the channel axis.
   encoders: tuple[Encoder, ...] = (SANMConfig(),)
   connector: Connector = LinearConfig()
   decoder: LLMConfig = LLMConfig()
-  frontends: tuple[Frontend, ...] = (FrontendConfig(),)
-  encoder_norm: bool = False
-  chat_template: str = "mooer"
-  max_audio_s: float = 30.0
-  min_audio_s: float = 0.0
-  channel: Channel = "mean"
-  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())
+  frontends: tuple[Frontend, ...] = (FrontendConfig(),)  # in the order of `encoders`
+  encoder_norm: bool = False  # apply a LayerNorm to the frames of each encoder (SALMONN)
+  chat_template: str = "mooer"  # name in prompts.TEMPLATES
+  max_audio_s: float = 30.0  # longest clip
+  min_audio_s: float = 0.0  # shorter clips are padded with silence (SALMONN: 1)
+  channel: Channel = "mean"  # of a clip with several channels; SALMONN: "first"
+  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())  # (task, default prompt)
   compute: ExecutionConfig = ExecutionConfig()
 
   def __post_init__(self):
@@ -146,10 +133,10 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   names = fields["encoders"]
   if not isinstance(names, (list, tuple)):
     raise ValueError(f"model.encoders={names!r}: a tuple of names, such as ('sanm_large',)")
-  parts = tuple(_part(encoders.KINDS, name, "encoders", sections) for name in names)
+  parts = tuple(_part(encoders.KINDS, name, sections, key="encoders") for name in names)
   fields["encoders"] = parts
-  fields["connector"] = _part(connectors.KINDS, fields["connector"], "connector", sections)
-  fields["decoder"] = _part(decoders.KINDS, fields["decoder"], "decoder", sections)
+  fields["connector"] = _part(connectors.KINDS, fields["connector"], sections, key="connector")
+  fields["decoder"] = _part(decoders.KINDS, fields["decoder"], sections, key="decoder")
   used = {part.kind for part in (*parts, fields["connector"], fields["decoder"])}
   for kind in sections:
     if kind not in (*used, "frontends") and sections[kind]:
@@ -162,7 +149,7 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
     if kind not in defaults:
       raise ValueError(unknown_key(f"model.frontends.{kind}", [*defaults]))
   fields["frontends"] = tuple(
-    build(type(base), sections["frontends"].get(kind, {}), f"model.frontends.{kind}", base)
+    build(type(base), sections["frontends"].get(kind, {}), f"model.frontends.{kind}", base=base)
     for kind, base in defaults.items()
   )
   fields["compute"] = build(ExecutionConfig, compute or {}, "compute")
@@ -172,13 +159,13 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   return build(SpeechLLMConfig, fields, "model")
 
 
-def _part(kinds, name, key, sections):
+def _part(kinds, name, sections, *, key):
   """The named size of one of the kinds, with the values that the section of its kind changes."""
   sizes = {name: size for kind in kinds for name, size in kind.SIZES.items()}
   if not isinstance(name, str) or name not in sizes:
     raise ValueError(f"model.{key}={name!r}: choose one of {sorted(sizes)}")
   base = sizes[name]
-  return build(type(base), sections[base.kind], f"model.{base.kind}", base)
+  return build(type(base), sections[base.kind], f"model.{base.kind}", base=base)
 
 
 def part_to_json(part: Any) -> dict[str, Any]:
@@ -202,7 +189,7 @@ def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
   return _from_kind(kinds, section, name, default=FrontendConfig.kind)
 
 
-def _from_kind(kinds: Mapping[str, type], section: Any, name: str, default: Any = None) -> Any:
+def _from_kind(kinds: Mapping[str, type], section: Any, name: str, *, default: Any = None) -> Any:
   check_section(section, name)
   values = dict(section)
   kind = values.pop("kind", default)
@@ -280,7 +267,7 @@ def _leaves(value: Any) -> dict[str, Any]:
 T = TypeVar("T")
 
 
-def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = None) -> T:
+def build(cls: type[T], section: Mapping[str, Any], name: str, *, base: T | None = None) -> T:
   """Build a frozen dataclass from a config section; every key and type is checked.
 
   Args:
@@ -301,7 +288,7 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
     if key not in allowed:
       raise ValueError(unknown_key(f"{name}.{key}", allowed))
     current = getattr(cls if base is None else base, key, None)  # cls: the default value
-    values[key] = convert(hints[key], value, f"{name}.{key}", current)
+    values[key] = convert(hints[key], value, f"{name}.{key}", current=current)
   if base is not None:
     return dataclasses.replace(base, **values)  # type: ignore[type-var]
   try:
@@ -356,7 +343,7 @@ def check_section(section: Any, name: str) -> None:
     )
 
 
-def convert(hint: Any, value: Any, name: str, current: Any = None) -> Any:
+def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   """Check the type of a value, and convert sections to dataclasses and lists to tuples.
 
   Args:
@@ -373,7 +360,7 @@ def convert(hint: Any, value: Any, name: str, current: Any = None) -> Any:
     if isinstance(value, hint):
       return value
     if hasattr(value, "items"):  # a ConfigDict is no Mapping
-      return build(hint, value, name, current)
+      return build(hint, value, name, base=current)
   elif origin in (typing.Union, types.UnionType):
     if value is None and type(None) in args:
       return None

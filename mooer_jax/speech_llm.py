@@ -29,27 +29,22 @@ _INIT_FRAMES = 16  # minimum number of feature frames in `init`; few are quick t
 
 @flax.struct.dataclass
 class Batch:
-  """A batch of utterances with prompts and, for training, answers.
+  """A batch of utterances with prompts and, for training, answers; padding has negative ids.
 
-  Attributes:
-    features: one array per encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in
-      [-1, 1], whose features are computed inside the compiled step.
-    frames: one array per encoder: int32 [B], valid feature frames (or samples).
-    prefix_BS: int32, prompt tokens before the speech; padded on the left with negative values.
-    suffix_BS: int32, prompt tokens after the speech, padded in the same way.
-    labels_BS: int32, answer and eos; padded on the right with negative values. A padding row has
-      0 frames and no answer.
-    task_B: int32, index of each row's task in config.prompts, -1 for a padding row; None if the
-      loss per task is not needed.
-    encoded: `features` are encoder frames [B, T, D], from a cache.
+  A padding row has 0 frames and no answer.
   """
 
+  # For each encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in [-1, 1], whose
+  # features are computed inside the compiled step.
   features: tuple[Array, ...]
-  frames: tuple[Array, ...]
-  prefix_BS: Array
-  suffix_BS: Array
-  labels_BS: Array
+  frames: tuple[Array, ...]  # for each encoder: int32 [B], valid feature frames (or samples)
+  prefix_BS: Array  # int32, prompt tokens before the speech; padded on the left
+  suffix_BS: Array  # int32, prompt tokens after the speech; padded on the left
+  labels_BS: Array  # int32, answer and eos; padded on the right
+  # int32, index of each row's task in config.prompts, -1 for a padding row; None if the loss per
+  # task is not needed.
   task_B: Array | None = None
+  # Whether `features` are encoder frames [B, T, D], from a cache.
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -221,8 +216,10 @@ def decode(
   rngs: dict | None = None,
 ):
   """Map embeddings to hidden states: ([B, S, D], cache); see `LLM.__call__`."""
+  options = dict(lora_scale=lora_scale, placement=placement, rngs=rngs)
+  variables = {"params": params["decoder"]}
   return config.decoder.module(config.compute).apply(
-    {"params": params["decoder"]}, inputs_BSD, valid_BS, cache, lora_scale, placement, rngs=rngs
+    variables, inputs_BSD, valid_BS, cache, **options
   )
 
 
@@ -277,10 +274,7 @@ def answer_hidden(
 
 
 def loss(
-  params: dict,
-  batch: Batch,
-  config: SpeechLLMConfig,
-  **options,
+  params: dict, batch: Batch, config: SpeechLLMConfig, **options
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Cross-entropy of answer and eos, averaged over the answer tokens of the batch.
 
@@ -296,11 +290,7 @@ def loss(
   nats_BA, is_best_BA = _token_losses(params, hidden_BAD, target_BA, config)
   correct_BA = is_best_BA & counted_BA
   nats_BA = jnp.where(counted_BA, nats_BA, 0)
-  sums = {
-    "loss_sum": nats_BA.sum(),
-    "tokens": counted_BA.sum(),
-    "correct": correct_BA.sum(),
-  }
+  sums = {"loss_sum": nats_BA.sum(), "tokens": counted_BA.sum(), "correct": correct_BA.sum()}
   if batch.task_B is not None:
     of_task_NB = batch.task_B == jnp.arange(len(config.prompts))[:, None]
     columns_3B = jnp.stack(

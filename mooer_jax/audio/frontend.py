@@ -57,12 +57,8 @@ def stack_frames_jax(
     window, stride: as for `stack_frames`.
 
   Returns:
-    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 after a row's end, else equal to
-      `stack_frames` of the row.
+    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 after a row's end.
     steps_B: int32 [B], ceil(frames / stride).
-
-  Raises:
-    ValueError: if window < stride.
   """
   _check(window, stride)
   batch, frames, bins = fbank_BTF.shape
@@ -79,18 +75,10 @@ def stack_frames_jax(
   fbank_BTF = jnp.where(valid_BT1, fbank_BTF, last_B1F)
   left = (window - 1) // 2
   right = max(0, (steps - 1) * stride + window - left - frames)
-  padded_BTF = jnp.concatenate(
-    [
-      jnp.repeat(fbank_BTF[:, :1], left, axis=1),
-      fbank_BTF,
-      jnp.repeat(fbank_BTF[:, -1:], right, axis=1),
-    ],
-    axis=1,
-  )
+  padded_BTF = jnp.pad(fbank_BTF, ((0, 0), (left, right), (0, 0)), mode="edge")
   end = (steps - 1) * stride + 1
-  stacked_BTF = jnp.concatenate(
-    [padded_BTF[:, i : i + end : stride] for i in range(window)], axis=-1
-  )
+  shifted = [padded_BTF[:, i : i + end : stride] for i in range(window)]
+  stacked_BTF = jnp.concatenate(shifted, axis=-1)
   valid_BT1 = jnp.arange(steps)[:, None] < steps_B[:, None, None]
   return jnp.where(valid_BT1, stacked_BTF, 0), steps_B
 
@@ -98,32 +86,25 @@ def stack_frames_jax(
 def _check(window: int, stride: int) -> None:
   if stride < 1 or window < stride:
     raise ValueError(
-      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window, or frames would be"
-      " lost"
+      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window (no frame is lost)"
     )
 
 
 @runtime_checkable
 class Frontend(Protocol):
-  """The frozen config of an encoder's features: all that the rest of the project knows of them.
+  """The frozen config of an encoder's features: all that the rest of the project knows of them."""
 
-  Attributes:
-    kind: its name in checkpoints.
-    RUN_FIELDS: fields that may differ between a checkpoint and a run that starts from it.
-    normalised: whether CMVN, whose values are among the model's parameters, follows.
-    sample_rate_hz: of the waveforms.
-    width: values in a frame.
-  """
-
-  kind: ClassVar[str]
-  RUN_FIELDS: ClassVar[tuple[str, ...]]
-  normalised: ClassVar[bool]
+  kind: ClassVar[str]  # its name in checkpoints
+  RUN_FIELDS: ClassVar[tuple[str, ...]]  # may differ between a checkpoint and a run from it
+  normalised: ClassVar[bool]  # whether CMVN, whose values are parameters of the model, follows
 
   @property
-  def sample_rate_hz(self) -> int: ...
+  def sample_rate_hz(self) -> int:
+    """Sample rate of the waveforms."""
 
   @property
-  def width(self) -> int: ...
+  def width(self) -> int:
+    """Number of values in a frame."""
 
   def num_frames(self, samples: int) -> int:
     """Number of frames that `features` returns; 0 for a clip that is too short."""
@@ -160,20 +141,14 @@ class Frontend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FrontendConfig:
-  """MooER's (and Paraformer's) features by default: 560 values every 60 ms.
-
-  Attributes:
-    fbank: Kaldi's filter banks.
-    lfr_window: number of fbank frames in one frame.
-    lfr_stride: fbank frames from one frame to the next.
-  """
+  """MooER's (and Paraformer's) features by default: 560 values every 60 ms."""
 
   kind: ClassVar[str] = "fbank"
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ()
   normalised: ClassVar[bool] = True
   fbank: FbankConfig = FbankConfig()
-  lfr_window: int = 7
-  lfr_stride: int = 6
+  lfr_window: int = 7  # fbank frames in one frame
+  lfr_stride: int = 6  # fbank frames from one frame to the next
 
   def __post_init__(self):
     _check(self.lfr_window, self.lfr_stride)

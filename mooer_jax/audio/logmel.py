@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError
-from mooer_jax.audio.fbank import cut_frames, rows_at_a_time
+from mooer_jax.audio.fbank import as_waveform, cut_frames, rows_at_a_time
 
 # Smallest power, also that of digital silence.
 FLOOR = 1e-10
@@ -27,24 +27,16 @@ RANGE = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class LogMelConfig:
-  """Whisper's features: Hann windows of 25 ms around every 10 ms, Slaney's mel bins.
-
-  Attributes:
-    bins: mel bins F: 80, large-v3 128.
-    sample_rate_hz: rate of the waveform.
-    frame_ms: length of a frame.
-    hop_ms: time from one frame to the next.
-    chunk_s: longest clip; the encoder pads to this length.
-  """
+  """Whisper's features: Hann windows of 25 ms around every 10 ms, Slaney's mel bins."""
 
   kind: ClassVar[str] = "logmel"
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ("chunk_s",)
   normalised: ClassVar[bool] = False  # there is no CMVN
-  bins: int = 80
+  bins: int = 80  # large-v3: 128
   sample_rate_hz: int = 16000
   frame_ms: float = 25
   hop_ms: float = 10
-  chunk_s: float = 30.0
+  chunk_s: float = 30.0  # longest clip; the encoder pads to this length
 
   def __post_init__(self):
     for name in ("bins", "sample_rate_hz"):
@@ -74,12 +66,10 @@ class LogMelConfig:
 
   @property
   def chunk_samples(self) -> int:
-    """Samples of the longest clip."""
     return round(self.chunk_s * self.sample_rate_hz)
 
   @property
   def chunk_frames(self) -> int:
-    """Frames of the longest clip."""
     return self.chunk_samples // self.hop_length
 
   @property
@@ -98,12 +88,7 @@ class LogMelConfig:
     # Equal to transformers' WhisperFeatureExtractor.
     import scipy.fft  # several times as fast as numpy.fft
 
-    waveform_N = np.asarray(waveform_N)
-    if waveform_N.ndim != 1 or not np.issubdtype(waveform_N.dtype, np.floating):
-      raise ValueError(
-        f"{name} is {waveform_N.dtype} {list(waveform_N.shape)}; log-mel takes mono floats [N] "
-        "with full scale 1 (divide 16-bit integers by 32768, average channels)"
-      )
+    waveform_N = as_waveform(waveform_N, name)
     if not len(waveform_N):
       raise AudioError(f"{name}: no samples", "empty audio")
     if len(waveform_N) > self.chunk_samples:
@@ -144,7 +129,8 @@ class LogMelConfig:
     left, inside, right = _padding(frames, self)
     waveform_BN = jnp.pad(waveform_BN, ((0, 0), (0, inside - longest)))
     waveform_BN = jnp.pad(waveform_BN, ((0, 0), (left, right)), mode="reflect")
-    frames_BTL = cut_frames(waveform_BN, frames, self.frame_length, self.hop_length)
+    length, hop = self.frame_length, self.hop_length
+    frames_BTL = cut_frames(waveform_BN, frames, length=length, hop=hop)
     matrix_LK, of_ones_K = _windowed_dft(self)
     # Without the mean, whose magnitude may exceed that of the sound: float32 would round to it.
     mean_BT1 = frames_BTL.mean(-1, keepdims=True)

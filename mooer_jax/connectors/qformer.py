@@ -21,16 +21,7 @@ _INIT = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-  """Sizes of the Q-Former; encoders and LLM determine those of input and output.
-
-  Attributes:
-    window: frames in a window; 17 frames of 20 ms are a third of a second.
-    stride: frames from one window to the next, at most `window`.
-    queries: tokens for each window.
-    edge: "drop" drops frames at the end that do not fill a window (SALMONN's released code), "pad"
-      pads the last window with zeros (SALMONN's paper).
-    dropout: of attention weights and residual branches, in training.
-  """
+  """Sizes of the Q-Former; encoders and LLM determine those of input and output."""
 
   kind: ClassVar[str] = "qformer"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -41,16 +32,18 @@ class QFormerConfig:
     inputs=rf"qformer/{LAYER}/(\w*attention/out|feed_forward/down)",
     whole=rf"queries|project/.*|qformer/({LAYER}/\w+_)?norm/(scale|bias)",
   )
-  window: int = 17
-  stride: int = 17
-  queries: int = 1
+  window: int = 17  # frames; of 20 ms, they are a third of a second
+  stride: int = 17  # frames from one window to the next, at most `window`
+  queries: int = 1  # tokens for each window
   hidden_size: int = 768
   layers: int = 2
   heads: int = 12
   intermediate_size: int = 3072
   norm_eps: float = 1e-12
+  # Frames at the end that do not fill a window: "drop" them (SALMONN's released code), or "pad" the
+  # window with zeros (its paper).
   edge: Literal["drop", "pad"] = "drop"
-  dropout: float = 0.0
+  dropout: float = 0.0  # of attention weights and residual branches
 
   def __post_init__(self):
     sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
@@ -156,7 +149,7 @@ class QFormerLayer(nn.Module):
   @nn.compact
   def __call__(self, x_NQD: jax.Array, windows_NLE: jax.Array, cache: None = None):
     c, dtype = self.config, self.compute.jnp_dtype
-    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
 
     def add(x, change, name):
       return LayerNorm(c.norm_eps, dtype=dtype, name=f"{name}_norm")(x + dropout(change))
@@ -189,11 +182,10 @@ class QFormer(nn.Module):
     self.dropout = nn.Dropout(c.dropout)
 
   def __call__(self, queries_QD: jax.Array, windows_NLE: jax.Array) -> jax.Array:
-    c, dtype = self.config, self.compute.jnp_dtype
+    dtype = self.compute.jnp_dtype
     x_QD = self.norm(queries_QD.astype(dtype))
     x_NQD = jnp.broadcast_to(x_QD, (windows_NLE.shape[0], *x_QD.shape))
-    dropped = c.dropout and self.has_rng("dropout")
-    x_NQD = self.dropout(x_NQD, deterministic=not dropped)
+    x_NQD = self.dropout(x_NQD, deterministic=not self.has_rng("dropout"))
     x_NQD, _ = run_layers(self.layers, x_NQD, windows_NLE.astype(dtype))
     return x_NQD
 

@@ -21,19 +21,12 @@ from mooer_jax.nn.positions import rope_angles, rotate
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of all layers, in slots that are filled from the left.
+  """Keys and values of all layers, in slots that are filled from the left."""
 
-  Attributes:
-    layers: (keys, values) of each layer, each [B, S, K * C] with S slots.
-    valid_BS: bool, True for filled slots that may be attended to.
-    filled: int32 scalar, number of filled slots, the same for all rows.
-    positions_B: int32, rotary position of the next token of each row.
-  """
-
-  layers: tuple[tuple[jax.Array, jax.Array], ...]
-  valid_BS: jax.Array
-  filled: jax.Array
-  positions_B: jax.Array
+  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (keys, values), each [B, S slots, K * C]
+  valid_BS: jax.Array  # bool, True for filled slots that may be attended to
+  filled: jax.Array  # int32 scalar, number of filled slots, the same for all rows
+  positions_B: jax.Array  # int32, rotary position of the next token of each row
 
   def grow(self, slots: int) -> "KVCache":
     """Append empty slots, for tokens after the prompt."""
@@ -58,13 +51,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-  """Sizes of the decoder; the defaults are Qwen2-7B.
-
-  Attributes:
-    qkv_bias: Qwen2 has a bias on q, k and v, LLaMA has none.
-    tie_word_embeddings: use the embedding table as the output head.
-    lora_rank: rank of LoRA, 0 for none; lora_alpha / lora_rank is the scale in training.
-  """
+  """Sizes of the decoder; the defaults are Qwen2-7B."""
 
   kind: ClassVar[str] = "llm"
   RENAMED: ClassVar = {
@@ -97,10 +84,10 @@ class LLMConfig:
   intermediate_size: int = 18944
   rope_theta: float = 1e6
   norm_eps: float = 1e-6
-  qkv_bias: bool = True
-  tie_word_embeddings: bool = False
-  lora_rank: int = 0
-  lora_alpha: float = 16.0
+  qkv_bias: bool = True  # LLaMA has none
+  tie_word_embeddings: bool = False  # use the embedding table as the output head
+  lora_rank: int = 0  # 0 for no LoRA
+  lora_alpha: float = 16.0  # alpha / rank is the scale in training
   lora_dropout: float = 0.0
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
@@ -158,15 +145,11 @@ LLMConfig.SIZES = {
 
 
 class Placement(NamedTuple):
-  """Positions and mask of inputs that are not consecutive tokens, such as beams of one prompt.
+  """Positions and mask of inputs that are not consecutive tokens, such as beams of one prompt."""
 
-  Attributes:
-    positions_BS: int32, rotary positions of the new inputs.
-    attention_mask_BST: bool [B, S, slots of the cache], True where an input may attend to a slot;
-      input s is in slot filled + s.
-  """
-
-  positions_BS: jax.Array
+  positions_BS: jax.Array  # int32, rotary positions of the new inputs
+  # bool [B, S, slots of the cache], True where an input may attend to a slot; input s is in slot
+  # filled + s.
   attention_mask_BST: jax.Array
 
 
@@ -317,6 +300,7 @@ class LLM(nn.Module):
     inputs_BSD: jax.Array,
     valid_BS: jax.Array,
     cache: KVCache | None = None,
+    *,
     lora_scale: jax.Array | float | None = None,
     placement: Placement | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
@@ -348,7 +332,8 @@ class LLM(nn.Module):
     angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
     context = Context(angles_BSC, cached_valid_BS, filled, scale, attention_mask_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
-    x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
+    caches = None if cache is None else cache.layers
+    x_BSD, layers = run_layers(self.layers, x_BSD, context, caches=caches)
     if cache is not None:
       cache = KVCache(
         layers=layers,

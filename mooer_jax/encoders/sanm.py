@@ -130,11 +130,7 @@ class SANMAttention(nn.Module):
       rearrange(x, "B T (H C) -> B T H C", H=c.heads) for x in (q_BTD, k_BTD, v_BTD)
     )
     out_BTHC = kernels.attention(
-      q_BTHC,
-      k_BTHC,
-      v_BTHC,
-      valid_BS=valid_BT,
-      implementation=self.compute.attention,
+      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, implementation=self.compute.attention
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD) + memory_BTD
@@ -149,7 +145,7 @@ class SANMLayer(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
     c, dtype = self.config, self.compute.jnp_dtype
-    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
     normed = LayerNorm(c.norm_eps, dtype=dtype, name="norm1")(x_BTD)
     out_BTD = SANMAttention(c, self.compute, name="attention")(normed, valid_BT)
     out_BTD = dropout(out_BTD)

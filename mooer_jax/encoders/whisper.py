@@ -24,15 +24,7 @@ _SILENCE, _RANGE = -1.5, 2.0
 
 @dataclasses.dataclass(frozen=True)
 class WhisperConfig:
-  """Sizes of the encoder; the defaults are whisper-tiny.
-
-  Attributes:
-    input_width: mel bins.
-    positions: length of the position table, in outputs of 20 ms; the largest context.
-    context: number of outputs; clips are padded with silence. Less than `positions` is cheaper for
-      short clips, but differs from the original, which attends to all 30 s.
-    trim: whether only outputs of the clip itself are valid. SALMONN uses all of the context.
-  """
+  """Sizes of the encoder; the defaults are whisper-tiny."""
 
   kind: ClassVar[str] = "whisper"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -43,14 +35,16 @@ class WhisperConfig:
     inputs=rf"{LAYER}/(attention/out|mlp/down)",
     whole=rf"conv[12]/(kernel|bias)|positions|({LAYER}/\w+|final)_norm/(scale|bias)",
   )
-  input_width: int = 80
+  input_width: int = 80  # mel bins
   hidden_size: int = 384
   layers: int = 4
   heads: int = 6
   intermediate_size: int = 1536
-  positions: int = 1500
+  positions: int = 1500  # length of the position table, in outputs of 20 ms: the largest context
+  # Number of outputs; clips are padded with silence. Less than `positions` is cheaper for short
+  # clips, but differs from the original, which attends to all 30 s.
   context: int = 1500
-  trim: bool = False
+  trim: bool = False  # only outputs of the clip itself are valid; SALMONN uses all of the context
   norm_eps: float = 1e-5
   dropout: float = 0.0
 
@@ -131,7 +125,7 @@ class WhisperLayer(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
     c, dtype = self.config, self.compute.jnp_dtype
-    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
     normed = LayerNorm(c.norm_eps, dtype=dtype, name="attention_norm")(x_BTD)
     x_BTD = x_BTD + dropout(WhisperAttention(c, self.compute, name="attention")(normed, valid_BT))
     normed = LayerNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(x_BTD)
