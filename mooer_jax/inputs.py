@@ -1,5 +1,6 @@
 """Waveforms to padded encoder inputs, for training, transcription and verification."""
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,15 +56,13 @@ def encoder_inputs(
   if not 0 < len(clips) <= rows:
     raise ValueError(f"{len(clips)} clips for {rows} rows; give 1 to {rows} clips")
   longest = tuple(max(map(len, stream)) for stream in zip(*clips, strict=True))
-  fitting = (
-    b for b in buckets or [longest] if all(n <= m for n, m in zip(longest, b, strict=True))
-  )
+  buckets = buckets or [longest]
+  fitting = (b for b in buckets if all(n <= m for n, m in zip(longest, b, strict=True)))
   lengths = next(fitting, None)
   if lengths is None:
-    raise ValueError(f"clips of {longest} frames do not fit into the largest bucket, {buckets[-1]}")  # type: ignore[index]
+    raise ValueError(f"clips of {longest} frames do not fit into the largest bucket, {buckets[-1]}")
   padded = tuple(
-    np.zeros((rows, length, clips[0][number].shape[1]), dtype)
-    for number, length in enumerate(lengths)
+    np.zeros((rows, length, x_TF.shape[1]), dtype) for length, x_TF in zip(lengths, clips[0])
   )
   frames = tuple(np.zeros(rows, np.int32) for _ in lengths)
   for row, clip in enumerate(clips):
@@ -77,10 +76,6 @@ def bucket_lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...
   """Frames for every encoder of the longest clip with `bucket` frames for the first encoder."""
   if len(frontends) == 1:
     return (bucket,)
-  low, high = 1, 1
-  while frontends[0].num_frames(high) <= bucket:
-    low, high = high, 2 * high
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if frontends[0].num_frames(middle) <= bucket else (low, middle)
-  return (bucket, *(frontend.num_frames(low) for frontend in frontends[1:]))
+  # The most samples with so many frames.
+  longest = bisect.bisect_right(range(1 << 40), bucket, key=frontends[0].num_frames) - 1
+  return (bucket, *(frontend.num_frames(longest) for frontend in frontends[1:]))

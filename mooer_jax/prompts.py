@@ -52,25 +52,18 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
   if SPEECH in question:
     raise ValueError(f"the question {question!r} contains {SPEECH}; put it into the prompt")
   around = TEMPLATES[template]
-  times = around.count(SPEECH) + prompt.count(SPEECH)
-  if times != 1:
+  if around.count(SPEECH) + prompt.count(SPEECH) != 1:
     where = "" if SPEECH not in around else f", and chat template {template!r} adds it too"
     raise ValueError(
       f"the prompt {prompt!r} contains {SPEECH} {prompt.count(SPEECH)} times{where}; it must occur"
       " exactly once"
     )
-  filled = around.replace("{prompt}", prompt)
-  before, after = filled.split(SPEECH)
+  before, after = around.replace("{prompt}", prompt).split(SPEECH)
   return before.replace(QUESTION, question), after.replace(QUESTION, question)
 
 
 def check_question(prompt: str, question: str | None, task: str):
-  """Check that a prompt and a question fit together.
-
-  Args:
-    prompt: with or without `{}`.
-    question: replaces `{}`; None if no question was given.
-    task: name of the task in errors.
+  """Check that a prompt, of a task, and a question (None if there is none) fit together.
 
   Raises:
     ValueError: for a question that is missing or empty, or a prompt without a place for it.
@@ -87,8 +80,7 @@ def check_question(prompt: str, question: str | None, task: str):
 
 def encode_prompt(tokenizer: Tokenizer, prompt: tuple[str, str]) -> tuple[list[int], list[int]]:
   """Tokens before and after the speech; BOS is prepended if the tokenizer has one."""
-  before, after = prompt
-  return [*tokenizer.bos_ids, *tokenizer.encode(before)], tokenizer.encode(after)
+  return [*tokenizer.bos_ids, *tokenizer.encode(prompt[0])], tokenizer.encode(prompt[1])
 
 
 def check_prompt_suffix(tokens_after: int, prompt: str, template: str) -> None:
@@ -142,10 +134,9 @@ class Answer(NamedTuple):
 
 
 def split_answer(task: str, text: str) -> Answer:
-  """Parse an answer: a transcript, a translation, or both, separated by a line break.
+  """Parse an answer: a transcript, a translation, or both, separated by the first line break.
 
-  A multitask answer without a line break is a transcript; everything after the first line break is
-  the translation.
+  A multitask answer without a line break is a transcript.
   """
   if task == "asr":
     return Answer(text, None)

@@ -216,7 +216,7 @@ def decode(
   rngs: dict | None = None,
 ):
   """Map embeddings to hidden states: ([B, S, D], cache); see `LLM.__call__`."""
-  options = dict(lora_scale=lora_scale, placement=placement, rngs=rngs)
+  options: Any = dict(lora_scale=lora_scale, placement=placement, rngs=rngs)
   variables = {"params": params["decoder"]}
   return config.decoder.module(config.compute).apply(
     variables, inputs_BSD, valid_BS, cache, **options

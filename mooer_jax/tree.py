@@ -33,9 +33,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
       if not isinstance(key, str):
         raise TypeError(f"key {key!r} under {'/'.join(path) or 'the root'} is not a string")
       if not key or "/" in key:
-        raise ValueError(
-          f'key {key!r} under {"/".join(path) or "the root"} is empty or contains "/"'
-        )
+        raise ValueError(f"key {key!r} under {'/'.join(path) or 'the root'} is empty or contains /")
       if isinstance(node[key], Mapping):
         visit(node[key], (*path, key))
       else:
@@ -52,20 +50,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: if a path is a leaf and the parent of another one, or has an empty key.
   """
   tree: dict[str, Any] = {}
-  parents: set[str] = set()
-  for path in flat:
+  for path, leaf in flat.items():
     parts = path.split("/")
     if not all(parts):
       raise ValueError(f"path {path!r} has an empty part")
-    parents.update("/".join(parts[:n]) for n in range(1, len(parts)))
-  for path, leaf in flat.items():
-    if path in parents:
-      raise ValueError(f"{path} is a leaf and also the parent of another path")
-    *above, last = path.split("/")
     node = tree
-    for key in above:
+    for n, key in enumerate(parts[:-1], 1):
+      if "/".join(parts[:n]) in flat:
+        raise ValueError(f"{'/'.join(parts[:n])} is a leaf and also the parent of another path")
       node = node.setdefault(key, {})
-    node[last] = leaf
+    node[parts[-1]] = leaf
   return tree
 
 
@@ -80,10 +74,11 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, d
   for pattern in compiled:
     if not any(pattern.fullmatch(path) for path in flat):
       raise ValueError(_unused(pattern.pattern, flat))
-  chosen = {path for path in flat if any(pattern.fullmatch(path) for pattern in compiled)}
-  trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
-  frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
-  return unflatten(trainable), unflatten(frozen)
+  parts: tuple[dict, dict] = {}, {}
+  for path, leaf in flat.items():
+    parts[not any(pattern.fullmatch(path) for pattern in compiled)][path] = leaf
+  trainable, frozen = map(unflatten, parts)
+  return trainable, frozen
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,13 +150,11 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(
       f"{STACK} and {STACK}_{min(numbered)} are siblings; stack or unstack all of them"
     )
-  missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
-  if missing:
+  if missing := sorted(set(range(max(numbered))) - set(numbered)):
     raise ValueError(f"{STACK}_{missing[0]} is missing, but there is {STACK}_{max(numbered)}")
   layers = [numbered[n] for n in range(len(numbered))]
   for n, layer in enumerate(layers):
-    if layer.keys() != layers[0].keys():
-      odd = sorted(layer.keys() ^ layers[0].keys())
+    if odd := sorted(layer.keys() ^ layers[0].keys()):
       raise ValueError(f"{STACK}_{n} and {STACK}_0 differ in their paths: {odd[0]}")
   stacked[STACK] = unflatten(
     {path: _stack([layer[path] for layer in layers], path) for path in layers[0]}
@@ -209,11 +202,9 @@ def _compile(patterns: Iterable[str]) -> list[re.Pattern]:
 
 def _unused(pattern: str, flat: Mapping[str, Any]) -> str:
   partly = [path for path in flat if re.search(pattern, path)]
-  hint = (
-    f"it matches part of {partly[0]!r}; patterns must match the whole path"
-    if partly
-    else f"the tree has {sorted({p.split('/')[0] for p in flat})}"
-  )
+  hint = f"the tree has {sorted({p.split('/')[0] for p in flat})}"
+  if partly:
+    hint = f"it matches part of {partly[0]!r}; patterns must match the whole path"
   return f"pattern {pattern!r} matches no path, or only paths of earlier patterns; {hint}"
 
 

@@ -75,8 +75,8 @@ def attention(
       options = dict(causal=causal, first_query=first_query, bias=bias, backend=implementation)
       return flash_attention(q, k, v, valid_BS=valid_BS, **options)
 
-    rows, heads = P(_ROWS), P(_ROWS, None, _HEADS)
-    specs = heads, heads, heads, rows, P(), bias and Bias(heads, P(_HEADS))
+    heads, table = P(_ROWS, None, _HEADS), P(_HEADS)
+    specs = heads, heads, heads, P(_ROWS), P(), bias and Bias(heads, table)  # type: ignore[arg-type]
     first_query = jnp.asarray(first_query, jnp.int32)
     return on_mesh(of_device, specs, heads)(q_BTHC, k_BSKC, v_BSKC, valid_BS, first_query, bias)
   mask_BTS = valid_BS[:, None, :]

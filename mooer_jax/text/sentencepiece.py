@@ -175,7 +175,7 @@ def _fields(data: bytes) -> dict[int, list]:
   while position < len(data):
     tag, position = _varint(data, position)
     kind = tag & 7
-    value: int | bytes = 0
+    value: Any = 0
     if kind in (0, 2):
       value, position = _varint(data, position)
     if kind:

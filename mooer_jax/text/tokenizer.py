@@ -20,6 +20,10 @@ class Tokenizer:
   """Convert between text and token ids with a `tokenizer.json` or a `tokenizer.model`.
 
   Create one with `from_folder` or `from_characters`. It can be pickled for data workers.
+
+  Attributes:
+    vocab_size: the largest id plus one, the minimum number of rows of the embedding.
+    eos_id: id of the token that ends an answer.
   """
 
   def __init__(self, model, config: dict, eos: str):
@@ -31,7 +35,7 @@ class Tokenizer:
     self._config = {**config, "eos_token": eos}
     self._vocabulary = model.get_vocab(with_added_tokens=True)
     self._known = frozenset(self._vocabulary.values())
-    self._vocab_size = max(self._known) + 1
+    self.vocab_size = max(self._known) + 1
     self._specials = [t.content for t in model.get_added_tokens_decoder().values()]
     # A word-level model has no byte fallback, so each character must be in its vocabulary.
     self._per_character = type(model.model).__name__ == "WordLevel"
@@ -68,7 +72,7 @@ class Tokenizer:
       except Exception as error:  # the package raises plain Exception for every problem
         raise ValueError(f"{file}: not a tokenizer.json that can be read: {error}") from error
     elif (folder / _SENTENCEPIECE_FILE).is_file():
-      model, config = _from_sentencepiece(folder, _read_config(config_file, needed=False))
+      model, config = _from_sentencepiece(folder, _read_config(config_file))
     else:
       raise FileNotFoundError(
         f"{file}: not found, nor {_SENTENCEPIECE_FILE}. Write one with transformers: "
@@ -124,11 +128,6 @@ class Tokenizer:
     return cls(model, {"tokenizer_class": "PreTrainedTokenizerFast"}, eos)
 
   @property
-  def vocab_size(self) -> int:
-    """The largest id plus one: the minimum number of rows of the embedding."""
-    return self._vocab_size
-
-  @property
   def bos_ids(self) -> list[int]:
     """Ids before every text: [BOS] for LLaMA, [] for Qwen2.
 
@@ -182,8 +181,8 @@ class Tokenizer:
     """
     if token not in self._vocabulary:
       raise ValueError(
-        f"token {token!r} is not in the vocabulary of {len(self._vocabulary)} "
-        f"tokens; its special tokens are {self._specials[:8]}"
+        f"token {token!r} is not in the vocabulary of {len(self._vocabulary)} tokens; its special"
+        f" tokens are {self._specials[:8]}"
       )
     return self._vocabulary[token]
 
@@ -219,12 +218,9 @@ def _from_sentencepiece(folder: Path, config: dict):
     model = sentencepiece.build_tokenizer(pieces, legacy=config.get("legacy") is not False)
   except ValueError as error:
     raise ValueError(f"{file}: {error}") from error
-  added = {
-    int(index): (token, False)
-    for token, index in _read_config(folder / _ADDED_FILE, needed=False).items()
-  }
-  for index, entry in config.get("added_tokens_decoder", {}).items():
-    added[int(index)] = (_token_text(entry), isinstance(entry, dict) and bool(entry.get("special")))
+  added = {int(n): (token, False) for token, n in _read_config(folder / _ADDED_FILE).items()}
+  for n, entry in config.get("added_tokens_decoder", {}).items():
+    added[int(n)] = (_token_text(entry), isinstance(entry, dict) and bool(entry.get("special")))
   for index, (token, special) in sorted(added.items()):
     model.add_tokens([AddedToken(token, normalized=False, special=special)])
     if model.token_to_id(token) != index:
@@ -242,7 +238,7 @@ def _from_sentencepiece(folder: Path, config: dict):
   return model, {**own, **config}
 
 
-def _read_config(file: Path, *, needed: bool) -> dict:
+def _read_config(file: Path, *, needed: bool = False) -> dict:
   if not file.is_file():
     if needed:
       raise FileNotFoundError(
