@@ -1,7 +1,6 @@
 """Structure of audio files: where concatenated files begin, and the length in their headers."""
 
 import io
-import itertools
 import re
 import zlib
 from typing import Any
@@ -139,7 +138,8 @@ def _mp3_files(data: bytes) -> list[bytes]:
   """
   import av
 
-  packets = []  # of each: setting (False if it is no sound), start, end, duration
+  files: list[list] = [[]]  # of each packet: start, end, duration of its sound
+  before = None
   try:
     with av.open(io.BytesIO(data), "r", format="mp3", metadata_errors="replace") as container:
       stream = container.streams.audio[0]
@@ -151,19 +151,22 @@ def _mp3_files(data: bytes) -> list[bytes]:
         head = int.from_bytes(frame[:4], "big")
         is_sound = head >> 21 == 0x7FF and not _MP3_HEADER.match(frame)
         # Version, layer and rate; and whether it has one channel.
-        setting = is_sound and (head & 0xFFFE0C00, head & 0xC0 == 0xC0)
-        packets.append((setting, packet.pos, packet.pos + packet.size, packet.duration))
+        setting = (head & 0xFFFE0C00, head & 0xC0 == 0xC0) if is_sound else None
+        if before is not None and setting != before:
+          files.append([])
+        end = packet.pos + packet.size
+        files[-1].append((packet.pos, end, packet.duration if is_sound else None))
+        before = setting
   except (av.FFmpegError, IndexError):
     return [data]  # decoding it raises the reason
-  runs = [list(run) for _, run in itertools.groupby(packets, key=lambda packet: packet[0])]
-  files = []
-  for number, run in enumerate(runs):
-    if run[0][0]:
-      start = run[0][1] if number else 0
-      end = run[-1][2] if len(runs) > 1 else len(data)
-      seconds = unit_s * sum(duration for *_, duration in run)
-      files.append(_with_frames(data[start:end], len(run), seconds))
-  return files or [data]
+  found = []
+  for number, packets in enumerate(files):
+    durations = [duration for *_, duration in packets if duration is not None]
+    if durations:
+      start = packets[0][0] if number else 0
+      end = packets[-1][1] if len(files) > 1 else len(data)
+      found.append(_with_frames(data[start:end], len(durations), sum(durations) * unit_s))
+  return found or [data]
 
 
 def _with_frames(mp3: bytes, frames: int, seconds: float) -> bytes:
