@@ -174,16 +174,12 @@ def part_to_json(part: Any) -> dict[str, Any]:
 
 
 def part_from_json(section: Mapping[str, Any], name: str) -> Any:
-  """Inverse of part_to_json for a part; `name` names the section in errors.
-
-  Raises:
-    ValueError: for an unknown kind, an unknown key or a wrong type.
-  """
+  """Inverse of part_to_json for a part; `name` of the section begins errors (ValueError)."""
   return _from_kind(part_kinds(), section, name)
 
 
 def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
-  """Inverse of part_to_json for features; raises as part_from_json."""
+  """Inverse of part_to_json for features, as part_from_json."""
   # Checkpoints of version 0.1 have no kind, as there was only one.
   kinds = {kind.kind: kind for kind in frontends.KINDS}
   return _from_kind(kinds, section, name, default=FrontendConfig.kind)
@@ -215,11 +211,7 @@ def from_json(
   *,
   path: str | Path = "config.json",
 ) -> SpeechLLMConfig:
-  """Inverse of to_json; `path` of the file begins errors.
-
-  Raises:
-    ValueError: for a part of unknown kind, an unknown key or a wrong type.
-  """
+  """Inverse of to_json; `path` of the file begins errors (ValueError)."""
   try:
     for name in ("encoders", "frontends", "connector", "decoder", "prompts"):
       if name not in fields:
@@ -353,7 +345,7 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
     current: for a dataclass, the instance with the values of missing keys.
 
   Raises:
-    ValueError: for a wrong type, or a float that is NaN or infinite.
+    ValueError: for a wrong type, or a float that is not finite.
   """
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if isinstance(hint, type) and dataclasses.is_dataclass(hint):

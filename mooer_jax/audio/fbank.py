@@ -121,14 +121,11 @@ def fbank(waveform_N: np.ndarray, config: FbankConfig = FbankConfig()) -> np.nda
   """Log-mel energies in NumPy.
 
   Args:
-    waveform_N: float [N], full scale = 1.
-    config: FbankConfig.
+    waveform_N: float [N], full scale = 1; ValueError for another type or shape.
+    config: options.
 
   Returns:
     float32 [T, F] with T = `num_fbank_frames(N, config)`.
-
-  Raises:
-    ValueError: if the waveform is not float [N].
 
   Computes in float64 up to the power. Kaldi's own float32 errs by up to a percent in bins 110 dB
   below the peak of their frame, about one value in a million.

@@ -87,17 +87,10 @@ BEATsConfig.SIZES = {"beats_iter3": BEATsConfig()}
 
 
 def distance_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndarray:
-  """Row of the bias table for each distance key - query.
+  """Row of the bias table for each distance key - query: int32 [2T - 1], for -(T - 1) … T - 1.
 
-  Short distances have a bucket each; longer ones share buckets of logarithmic size.
-
-  Args:
-    length: number of positions T.
-    buckets: rows of the table; the second half is for keys after the query.
-    max_distance: this distance and longer ones share the last bucket.
-
-  Returns:
-    int32 [2T - 1], for the distances -(T - 1) … T - 1.
+  Short distances have a bucket each; longer ones share buckets of logarithmic size, and all from
+  `max_distance` on the last one. The second half of the buckets is for keys after the query.
 
   Source: T5 (Raffel et al., 2020), in float32 as there, because the logarithm is truncated.
   """

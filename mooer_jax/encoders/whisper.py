@@ -186,15 +186,7 @@ class WhisperEncoder(nn.Module):
 def fill_context(
   features_BTF: jax.Array, valid_BT: jax.Array, config: WhisperConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Replace invalid features by silence and pad to the context.
-
-  Args:
-    features_BTF: float [B, T, input_width].
-    valid_BT: bool [B, T].
-    config: WhisperConfig.
-
-  Returns:
-    float32 [B, 2 * context, input_width] and bool [B, 2 * context].
+  """Replace invalid features by silence and pad to the context, T = 2 * context, as float32.
 
   Raises:
     ValueError: if the features have another width, or are longer than the context.
