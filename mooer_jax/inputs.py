@@ -76,6 +76,6 @@ def bucket_lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...
   """Frames for every encoder of the longest clip with `bucket` frames for the first encoder."""
   if len(frontends) == 1:
     return (bucket,)
-  # The most samples with so many frames.
-  longest = bisect.bisect_right(range(1 << 40), bucket, key=frontends[0].num_frames) - 1
-  return (bucket, *(frontend.num_frames(longest) for frontend in frontends[1:]))
+  # The largest number of samples that gives at most `bucket` frames.
+  samples = bisect.bisect_right(range(1 << 40), bucket, key=frontends[0].num_frames) - 1
+  return (bucket, *(frontend.num_frames(samples) for frontend in frontends[1:]))

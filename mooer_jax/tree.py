@@ -74,11 +74,11 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, d
   for pattern in compiled:
     if not any(pattern.fullmatch(path) for path in flat):
       raise ValueError(_unused(pattern.pattern, flat))
-  parts: tuple[dict, dict] = {}, {}
+  trainable, frozen = {}, {}
   for path, leaf in flat.items():
-    parts[not any(pattern.fullmatch(path) for pattern in compiled)][path] = leaf
-  trainable, frozen = map(unflatten, parts)
-  return trainable, frozen
+    is_trainable = any(pattern.fullmatch(path) for pattern in compiled)
+    (trainable if is_trainable else frozen)[path] = leaf
+  return unflatten(trainable), unflatten(frozen)
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
