@@ -215,10 +215,8 @@ def from_json(
   try:
     for name in ("encoders", "frontends", "connector", "decoder", "prompts"):
       if name not in fields:
-        raise ValueError(
-          f"has no {name!r}: it describes a part of a speech LLM ({', '.join(fields)}), or is"
-          " damaged"
-        )
+        found = f"a part of a speech LLM ({', '.join(fields)})"
+        raise ValueError(f"has no {name!r}: it describes {found}, or is damaged")
     values = dict(with_new_names(fields, SpeechLLMConfig.RENAMED))
     for name, read in (("encoders", part_from_json), ("frontends", frontend_from_json)):
       values[name] = tuple(read(part, f"{name}[{i}]") for i, part in enumerate(values[name]))
@@ -265,11 +263,8 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, *, base: T | None
   Args:
     cls: the dataclass.
     section: ConfigDict or dict; nested sections fill nested dataclasses.
-    name: dotted name of the section in errors.
+    name: dotted name of the section in errors (ValueError).
     base: instance with the values of missing keys; default: the defaults of cls.
-
-  Raises:
-    ValueError: for an unknown key (with the closest match), a wrong type or an invalid value.
   """
   check_section(section, name)
   section = with_new_names(section, getattr(cls, "RENAMED", {}), name)
@@ -301,9 +296,6 @@ def with_new_names(
     section: of a config, or of a saved file.
     renamed: {old key: new key}.
     name: of the section, for the warning about a deprecated key; "" for a saved file, without one.
-
-  Raises:
-    ValueError: for a saved file with both names of a key.
   """
   old_keys = [key for key in section if key in renamed]
   if not old_keys:
@@ -339,13 +331,10 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   """Check the type of a value, and convert sections to dataclasses and lists to tuples.
 
   Args:
-    hint: type of the value.
+    hint: type of the value; floats must be finite.
     value: from a config or a JSON file.
-    name: dotted name of the value in errors.
+    name: dotted name of the value in errors (ValueError).
     current: for a dataclass, the instance with the values of missing keys.
-
-  Raises:
-    ValueError: for a wrong type, or a float that is not finite.
   """
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if isinstance(hint, type) and dataclasses.is_dataclass(hint):

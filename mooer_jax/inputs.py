@@ -12,15 +12,12 @@ from mooer_jax.config import SpeechLLMConfig
 def extract_features(
   waveform_N: np.ndarray, config: SpeechLLMConfig, *, name: str = "waveform"
 ) -> tuple[np.ndarray, ...]:
-  """Compute the features of one clip for each encoder in NumPy.
+  """Compute the features of one clip for each encoder in NumPy: float32 [frames, features].
 
   Args:
     waveform_N: float [samples] at the model's sample rate; silence is appended up to min_audio_s.
-    config: the model.
+    config: the model; CMVN follows in its compiled step.
     name: name of the clip in errors.
-
-  Returns:
-    For each encoder float32 [frames, features], before CMVN.
 
   Raises:
     AudioError, ValueError: if the clip is empty, too short or longer than an encoder supports.

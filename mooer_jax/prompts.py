@@ -38,12 +38,10 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
 
   Args:
     template: name in TEMPLATES.
-    prompt: replaces {prompt}; MooER's own prompts end with a space.
-    question: replaces `{}` in the prompt.
+    prompt: replaces {prompt}; has one place for the speech, unless the template has it.
+    question: replaces `{}` in the prompt; required if there is one.
 
-  Raises:
-    ValueError: for an unknown template, a prompt without exactly one place for the speech, or a
-      missing question.
+  Raises ValueError for arguments that do not fit together.
   """
   if template not in TEMPLATES:
     raise ValueError(f"chat template {template!r}: choose one of {sorted(TEMPLATES)}")
@@ -93,11 +91,7 @@ def check_prompt_suffix(tokens_after: int, prompt: str, template: str) -> None:
 
 
 def task_prompt(task: str, prompts: Mapping[str, str] | None = None) -> str:
-  """The prompt of a task, from the prompts of a checkpoint (default: MooER's).
-
-  Raises:
-    ValueError: for an unknown task.
-  """
+  """The prompt of a task, from those of a checkpoint (default: MooER's), or a ValueError."""
   prompts = TASKS if prompts is None else prompts
   if task not in prompts:
     raise ValueError(f"task={task!r}: the model has {sorted(prompts)}")
@@ -107,9 +101,7 @@ def task_prompt(task: str, prompts: Mapping[str, str] | None = None) -> str:
 def read_prompts(path: str | Path) -> dict[str, tuple[str, ...]]:
   """Read a JSON file of prompts: {task: prompt} or {task: [prompts]}, as SALMONN's.
 
-  Raises:
-    FileNotFoundError: if the file does not exist.
-    ValueError: if the file has another structure, or a task has no prompt.
+  Raises FileNotFoundError, or ValueError for another structure or a task without a prompt.
   """
   path = Path(path)
   if not path.is_file():

@@ -66,10 +66,7 @@ def shortest_s(config: SpeechLLMConfig) -> float:
 
 
 def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
-  """Initial float32 parameters; layers are stacked if config.compute.scan.
-
-  CMVN is initialized to the identity; `audio.cmvn` reads or estimates it.
-  """
+  """Initial float32 parameters, CMVN as the identity; layers are stacked if config.compute.scan."""
   key_encoders, key_connector, key_decoder = jax.random.split(key, 3)
   params: dict = {"frontend": {}, "encoders": {}}
   frames = _INIT_FRAMES
@@ -141,13 +138,8 @@ def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: di
 def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
   """Concatenate the frames of all encoders: ([B, T, sum of D], valid [B, T]).
 
-  Each stream is normalized if config.encoder_norm. Shorter streams are padded with zeros, and a
-  frame is valid if it is valid in any stream.
-
-  Args:
-    params: of the whole model.
-    streams: kind of the encoder -> (frames [B, T, D], valid [B, T]).
-    config: the model.
+  Each stream, as from `encode_each`, is normalized if config.encoder_norm. Shorter streams are
+  padded with zeros, and a frame is valid if it is valid in any stream.
   """
   if config.encoder_norm:
     norms = params["encoder_norms"]
@@ -160,10 +152,9 @@ def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
   longest = max(valid_BT.shape[1] for _, valid_BT in streams.values())
   frames, valid = [], []
   for x_BTD, valid_BT in streams.values():
-    missing = longest - valid_BT.shape[1]
-    x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
-    frames.append(jnp.pad(x_BTD, ((0, 0), (0, missing), (0, 0))))
-    valid.append(jnp.pad(valid_BT, ((0, 0), (0, missing))))
+    missing = (0, 0), (0, longest - valid_BT.shape[1])
+    frames.append(jnp.pad(jnp.where(valid_BT[..., None], x_BTD, 0), (*missing, (0, 0))))
+    valid.append(jnp.pad(valid_BT, missing))
   return jnp.concatenate(frames, axis=-1), functools.reduce(jnp.logical_or, valid)
 
 
@@ -183,9 +174,8 @@ def connect(
 def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMConfig):
   """Insert the speech tokens into the embedded prompt: ([B, S, D], valid [B, S]).
 
-  Raises:
-    ValueError: if no token follows the speech. The prompt's last position predicts the answer, and
-      padded speech ends in an invalid one.
+  Raises ValueError if no token follows the speech: the prompt's last position predicts the answer,
+  and padded speech ends in an invalid one.
   """
   if batch.suffix_BS.shape[1] == 0:
     raise ValueError(
@@ -253,8 +243,7 @@ def answer_hidden(
   """Hidden states that predict the answer tokens, [B, A, D].
 
   `rows` is the sharding of rows on a mesh. Without it, XLA may propagate the sharding of the
-  embedding table, and then every chip holds all rows of every layer; and attention kernels, which
-  XLA cannot split, do not know the mesh.
+  embedding table, so that every chip holds all rows; and attention kernels do not know the mesh.
   """
   mesh: contextlib.AbstractContextManager = contextlib.nullcontext()
   if rows is not None:

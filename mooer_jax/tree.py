@@ -22,9 +22,7 @@ STACK = "layers"
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
   """Map paths to leaves, in sorted order; empty dicts are dropped.
 
-  Raises:
-    ValueError: for a key that is empty or contains "/".
-    TypeError: for a key that is not a string.
+  Raises ValueError for a key that is empty or contains "/", TypeError for one that is no string.
   """
   flat = {}
 
@@ -44,11 +42,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`.
-
-  Raises:
-    ValueError: if a path is a leaf and the parent of another one, or has an empty key.
-  """
+  """The inverse of `flatten`; ValueError for an empty key or a leaf that is also a parent."""
   tree: dict[str, Any] = {}
   for path, leaf in flat.items():
     parts = path.split("/")
@@ -74,7 +68,8 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, d
   for pattern in compiled:
     if not any(pattern.fullmatch(path) for path in flat):
       raise ValueError(_unused(pattern.pattern, flat))
-  trainable, frozen = {}, {}
+  trainable: dict[str, Any] = {}
+  frozen: dict[str, Any] = {}
   for path, leaf in flat.items():
     is_trainable = any(pattern.fullmatch(path) for pattern in compiled)
     (trainable if is_trainable else frozen)[path] = leaf
@@ -82,11 +77,7 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, d
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
-  """Merge trees without a common path; the inverse of `partition`.
-
-  Raises:
-    ValueError: if a path is in two of the trees.
-  """
+  """Merge trees; the inverse of `partition`. Raises ValueError if a path is in two of them."""
   joined: dict[str, Any] = {}
   for tree in trees:
     for path, leaf in flatten(tree).items():
@@ -165,10 +156,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
   """Split every `layers` with a leading axis N; the inverse of `stack_layers`.
 
-  NumPy leaves become views.
-
-  Raises:
-    ValueError: if the leaves below `layers` differ in their leading axis or have none.
+  NumPy leaves become views. Raises ValueError if the leaves differ in their leading axis.
   """
   unstacked: dict[str, Any] = {}
   for key, node in params.items():

@@ -23,9 +23,7 @@ def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.n
     shift_F and scale_F, float32 [F].
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if a component is missing or damaged, lengths differ, a value is not finite, or
-      the number of values is not `width`.
+    FileNotFoundError, ValueError: for a file that is missing or damaged, or of another width.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -69,13 +67,11 @@ def estimate(features: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Estimate shift and scale, so that features have mean 0 and variance 1.
 
   Args:
-    features: arrays [T, F], consumed one by one.
+    features: arrays [T, F], consumed one by one; ValueError if there is no frame, widths differ, or
+      a value is not finite.
 
   Returns:
     shift_F and scale_F, float32 [F]. The scale of a constant feature is 1.
-
-  Raises:
-    ValueError: if there is no frame, widths differ, or a value is not finite.
   """
   frames, mean_F, squares_F = 0, None, None
   for number, x_TF in enumerate(features):

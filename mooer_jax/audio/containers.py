@@ -229,10 +229,7 @@ def ffmpeg_length_s(data: bytes, container: Any, stream: Any) -> float:
 
 
 def is_unfinished_wav(data: bytes) -> bool:
-  """Whether a WAV has more data after its samples than in them.
-
-  A recorder that was killed leaves the size of the first seconds, or 0, in the header.
-  """
+  """Whether a WAV has more data after its samples than in them, as a killed recorder leaves it."""
   if not (data.startswith(b"RIFF") and data[8:12] == b"WAVE"):
     return False
   at, samples = 12, None

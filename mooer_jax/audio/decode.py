@@ -21,13 +21,13 @@ from mooer_jax.audio.containers import (
 
 Channel = Literal["mean", "first"]
 CAUSES = (
-  "undecodable",
-  "empty audio",
-  "not finite",
-  "out of range",
-  "channels cancel",
-  "too short",
-  "silent",
+  "undecodable",  # unknown format, damaged or truncated
+  "empty audio",  # no bytes or no samples
+  "not finite",  # NaN or infinite samples
+  "out of range",  # samples far outside [-1, 1]
+  "channels cancel",  # their mean is silent
+  "too short",  # less than one frame of features
+  "silent",  # raised by some callers, never by decoding
 )
 SILENCE = 1e-4  # peak below -80 dBFS
 LOUDEST = 4.0  # codecs and resampling overshoot 1 a little; 16-bit integers as floats are far above
@@ -41,14 +41,7 @@ _CANCELLED = 1e-3
 
 
 class AudioError(ValueError):
-  """A clip that cannot be used, and why.
-
-  Attributes:
-    cause: one of CAUSES: "undecodable" (unknown format, damaged or truncated), "empty audio" (no
-      bytes or no samples), "not finite" (NaN or infinite samples), "out of range" (samples far
-      outside [-1, 1]), "channels cancel" (their mean is silent), "too short" (less than one frame
-      of features), "silent" (raised by some callers, never by decoding).
-  """
+  """A clip that cannot be used; `cause` is one of CAUSES."""
 
   def __init__(self, message: str, cause: str):
     assert cause in CAUSES, cause
@@ -89,10 +82,8 @@ def load_audio(
   with _named(name):
     samples_N = _resample(_one_channel(samples_NC, channel, name), rate_hz, sample_rate_hz)
   if not samples_N.size:
-    raise AudioError(
-      f"{name}: {len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz",
-      "empty audio",
-    )
+    lost = f"{len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz"
+    raise AudioError(f"{name}: {lost}", "empty audio")
   return samples_N
 
 
@@ -294,8 +285,8 @@ def _concatenate(parts: list[_Part]) -> tuple[np.ndarray, int]:
   counts = {part.samples_NC.shape[1] for part in parts}
   if len(counts - {1}) > 1:
     raise Damaged(
-      f"the number of channels changes ({', '.join(map(str, sorted(counts)))}); convert it to one"
-      " number: ffmpeg -i IN -ac 1 OUT"
+      f"the number of channels changes ({str(sorted(counts))[1:-1]}); convert it to one number:"
+      " ffmpeg -i IN -ac 1 OUT"
     )
   if len(parts) == 1:
     return parts[0]

@@ -23,6 +23,18 @@ _BLOCK = 48
 _THREADED = 10**6
 
 
+def check_frames(config, kind: str) -> None:
+  """Raises ValueError if the frames of a front end are too short, or it has no bins."""
+  for name in ("sample_rate_hz", "bins"):
+    if getattr(config, name) < 1:
+      raise ValueError(f"{kind} {name} is {getattr(config, name)}; it must be at least 1")
+  if config.frame_length < 2 or config.hop_length < 1:
+    raise ValueError(
+      f"{kind} frame_ms={config.frame_ms}, hop_ms={config.hop_ms} are {config.frame_length} and"
+      f" {config.hop_length} samples at {config.sample_rate_hz} Hz; at least 2 and 1 are needed"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class FbankConfig:
   """Kaldi's options for a filter bank, without dither and with complete frames only."""
@@ -39,20 +51,11 @@ class FbankConfig:
   def __post_init__(self):
     if self.window not in WINDOWS:
       raise ValueError(f"fbank window is {self.window!r}; allowed: {', '.join(WINDOWS)}")
-    for name in ("sample_rate_hz", "bins"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"fbank {name} is {getattr(self, name)}; it must be at least 1")
-    if self.frame_length < 2 or self.hop_length < 1:
-      raise ValueError(
-        f"fbank frame_ms={self.frame_ms}, hop_ms={self.hop_ms} are {self.frame_length} and "
-        f"{self.hop_length} samples at {self.sample_rate_hz} Hz; at least 2 and 1 are needed"
-      )
+    check_frames(self, "fbank")
     nyquist_hz = self.sample_rate_hz / 2
     if not 0 <= self.low_hz < (self.high_hz or nyquist_hz) <= nyquist_hz:
-      raise ValueError(
-        f"fbank low_hz={self.low_hz}, high_hz={self.high_hz}: needed 0 <= low < high <= "
-        f"{nyquist_hz:g} (high_hz=0 means half the sample rate)"
-      )
+      limits = f"0 <= low_hz < high_hz <= {nyquist_hz:g} (high_hz=0 means half the sample rate)"
+      raise ValueError(f"fbank low_hz={self.low_hz}, high_hz={self.high_hz}: must be {limits}")
     if not 0 <= self.preemphasis <= 1:
       raise ValueError(f"fbank preemphasis is {self.preemphasis}; it must lie between 0 and 1")
 
@@ -68,8 +71,7 @@ class FbankConfig:
 
   @property
   def fft_length(self) -> int:
-    """Smallest power of two that is at least `frame_length`."""
-    return 1 << (self.frame_length - 1).bit_length()
+    return 1 << (self.frame_length - 1).bit_length()  # the next power of two
 
 
 @functools.cache
@@ -196,17 +198,17 @@ def fbank_jax(waveform_BN: jax.Array, samples_B: jax.Array, config: FbankConfig 
   frames_BTL = jnp.where(valid_BT1, frames_BTL, 0)
   coarse_BTL, fine_BTL = _split(frames_BTL)
   matrix_LK, coarse_LK, fine_LK = _matrices(config)
-  spectrum_BTK = _matmul(coarse_BTL, coarse_LK) + _matmul(
+  spectrum_BTK = matmul(coarse_BTL, coarse_LK) + matmul(
     jnp.concatenate([coarse_BTL, fine_BTL], axis=-1), np.concatenate([fine_LK, matrix_LK])
   )
   real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
   mel_KF = constants(config)[1].astype(np.float32)
-  energies_BTF = _matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
+  energies_BTF = matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
   fbank_BTF = jnp.log(jnp.maximum(energies_BTF, np.float32(FLOOR)))
   return jnp.where(valid_BT1, fbank_BTF, 0), frames_B
 
 
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _split(frames_BTL):

@@ -21,19 +21,16 @@ def num_stacks(frames, stride: int):
 
 
 def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> np.ndarray:
-  """Stack neighbouring frames to get fewer and wider ones.
+  """Stack neighbouring frames: float32 [T, F] to fewer and wider ones.
 
   Args:
-    fbank_TF: float32 [T, F], log-mel energies, one frame every 10 ms.
+    fbank_TF: log-mel energies, one frame every 10 ms; ValueError if there are none.
     window: number of frames in an output (MooER: 7).
-    stride: input frames from one output to the next (MooER: 6, so 60 ms).
+    stride: input frames from one output to the next, at most `window` (MooER: 6, so 60 ms).
 
   Returns:
     float32 [ceil(T / stride), window * F]. The left edge is padded with (window - 1) // 2 copies of
     frame 0, the right edge with copies of the last frame.
-
-  Raises:
-    ValueError: if T is 0 or window < stride.
 
   Source: Paraformer's low-frame-rate features (Gao et al., 2022, section 3).
   """
@@ -57,8 +54,7 @@ def stack_frames_jax(
     window, stride: as for `stack_frames`.
 
   Returns:
-    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 after a row's end.
-    steps_B: int32 [B], ceil(frames / stride).
+    float32 [B, ceil(T / stride), window * F], 0 after a row's end; and int32 [B], valid ones.
   """
   _check(window, stride)
   batch, frames, bins = fbank_BTF.shape
@@ -110,18 +106,15 @@ class Frontend(Protocol):
     """Number of frames that `features` returns; 0 for a clip that is too short."""
 
   def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
-    """Features of one clip in NumPy, before normalisation.
+    """Features of one clip in NumPy, before normalisation: float32 [num_frames(N), width].
 
     Args:
       waveform_N: float [N], full scale = 1, at the config's sample rate.
       name: name of the clip in errors.
 
-    Returns:
-      float32 [num_frames(N), width].
-
     Raises:
       AudioError: if the clip is too short for one frame ("too short", "empty audio").
-      ValueError: if the waveform is not one axis of floats, or too long for the front end.
+      ValueError: if the waveform is not float [N], or too long for the front end.
     """
 
   def features_jax(
@@ -134,8 +127,8 @@ class Frontend(Protocol):
       samples_B: int32 [B], valid samples of each row, at most N.
 
     Returns:
-      features_BTF: float32 [B, num_frames(N), width]; 0 behind a row's frames.
-      frames_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
+      float32 [B, num_frames(N), width], 0 behind a row's frames; and int32 [B], num_frames of each
+      row: 0 for a row that `features` would refuse.
     """
 
 

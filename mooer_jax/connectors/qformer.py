@@ -49,10 +49,8 @@ class QFormerConfig:
     sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
     check_sizes(self, *sizes, divisible={"hidden_size": "heads"})
     if self.stride > self.window:
-      raise ValueError(
-        f"qformer.stride={self.stride} must be at most qformer.window={self.window}; frames"
-        " between the windows would be lost"
-      )
+      limit = f"qformer.window={self.window}; frames between the windows would be lost"
+      raise ValueError(f"qformer.stride={self.stride} must be at most {limit}")
     if self.edge not in ("drop", "pad"):
       raise ValueError(f"qformer.edge={self.edge!r}: use 'drop' or 'pad'")
 
@@ -79,8 +77,7 @@ QFormerConfig.SIZES = {"qformer": QFormerConfig()}
 def cut_windows(frames_BTD: jax.Array, config: QFormerConfig) -> jax.Array:
   """Cut frames [B, T, D] into windows [B, W, L, D]; a padded edge is zeros.
 
-  Raises:
-    ValueError: if T frames give no window.
+  Raises ValueError if T frames give no window.
   """
   c = config
   T = frames_BTD.shape[1]
@@ -158,9 +155,7 @@ class QFormerLayer(nn.Module):
     cross_attention = QFormerAttention(c, self.compute, name="cross_attention")
     x_NQD = add(x_NQD, attention(x_NQD, x_NQD), "attention")
     x_NQD = add(x_NQD, cross_attention(x_NQD, windows_NLE), "cross_attention")
-    mlp = FeedForward(
-      c.intermediate_size, gelu, dtype=dtype, kernel_init=_INIT, name="feed_forward"
-    )
+    mlp = FeedForward(c.intermediate_size, gelu, dtype, _INIT, name="feed_forward")
     return add(x_NQD, mlp(x_NQD), "feed_forward"), cache
 
 
@@ -206,11 +201,7 @@ class WindowedQFormer(nn.Module):
 
   @nn.compact
   def __call__(self, frames_BTD: jax.Array, valid_BT: jax.Array):
-    """Returns (tokens [B, W * Q, output_width], valid bool [B, W * Q]).
-
-    Raises:
-      ValueError: if T frames give no token.
-    """
+    """Returns tokens and their validity, bool [B, W * Q]; ValueError if T frames give no token."""
     c = self.config
     frames_BTD = jnp.where(valid_BT[..., None], frames_BTD, 0)
     windows_BWLD = cut_windows(frames_BTD, c)

@@ -30,20 +30,17 @@ class KVCache:
 
   def grow(self, slots: int) -> "KVCache":
     """Append empty slots, for tokens after the prompt."""
-
-    def pad(x):
-      return jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)])
-
-    return self.replace(  # type: ignore[attr-defined]
-      layers=jax.tree.map(pad, self.layers), valid_BS=pad(self.valid_BS)
+    layers, valid_BS = jax.tree.map(
+      lambda x: jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)]),
+      (self.layers, self.valid_BS),
     )
+    return dataclasses.replace(self, layers=layers, valid_BS=valid_BS)
 
 
 def write(slots_BSE: jax.Array, new_BTE: jax.Array, filled: jax.Array) -> jax.Array:
   """Write T new entries after the filled slots; XLA does it in place inside a loop."""
-  return jax.lax.dynamic_update_slice_in_dim(
-    slots_BSE, new_BTE.astype(slots_BSE.dtype), filled, axis=1
-  )
+  new_BTE = new_BTE.astype(slots_BSE.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(slots_BSE, new_BTE, filled, axis=1)
 
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -114,12 +111,8 @@ class LLMConfig:
     """A cache without entries; `slots` bounds the number of prompt and generated tokens."""
     shape = (rows, slots, self.kv_heads * self.head_dim)
     layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.layers))
-    return KVCache(
-      layers=layers,
-      valid_BS=jnp.zeros((rows, slots), bool),
-      filled=jnp.zeros((), jnp.int32),
-      positions_B=jnp.zeros((rows,), jnp.int32),
-    )
+    filled, positions_B = jnp.zeros((), jnp.int32), jnp.zeros((rows,), jnp.int32)
+    return KVCache(layers, jnp.zeros((rows, slots), bool), filled=filled, positions_B=positions_B)
 
 
 _SMALL_QWEN2 = LLMConfig(vocab_size=151936, kv_heads=2, tie_word_embeddings=True)
@@ -168,15 +161,10 @@ class _Block(nn.Module):
   compute: ExecutionConfig
 
   def dense(self, name: str, features: int, *, use_bias: bool = False) -> Dense:
-    c = self.config
+    c, dtype = self.config, self.compute.jnp_dtype
     rank = c.lora_rank if name in c.lora_targets else 0
     return Dense(
-      features,
-      use_bias=use_bias,
-      rank=rank,
-      dropout=c.lora_dropout,
-      dtype=self.compute.jnp_dtype,
-      name=name,
+      features, use_bias=use_bias, rank=rank, dropout=c.lora_dropout, dtype=dtype, name=name
     )
 
 
@@ -335,12 +323,8 @@ class LLM(nn.Module):
     caches = None if cache is None else cache.layers
     x_BSD, layers = run_layers(self.layers, x_BSD, context, caches=caches)
     if cache is not None:
-      cache = KVCache(
-        layers=layers,
-        valid_BS=cached_valid_BS,
-        filled=filled + inputs_BSD.shape[1],
-        positions_B=end_B1[:, 0],
-      )
+      filled += inputs_BSD.shape[1]
+      cache = KVCache(layers, cached_valid_BS, filled=filled, positions_B=end_B1[:, 0])
     return self.final_norm(x_BSD), cache
 
   def embed_tokens(self, tokens_BS: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """BEATs, an encoder of general audio: a post-norm transformer over patches of a spectrogram."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import ClassVar
@@ -213,14 +214,11 @@ class BEATsLayer(nn.Module):
     weight = (2 * c.layers) ** 0.25
     dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
     out_BTD = BEATsAttention(c, self.compute, name="attention")(x_BTD, valid_BT, table_HR)
-    x_BTD = LayerNorm(c.norm_eps, dtype=dtype, name="attention_norm")(
-      x_BTD * weight + dropout(out_BTD)
-    )
+    norm = functools.partial(LayerNorm, c.norm_eps, dtype=dtype)
+    x_BTD = norm(name="attention_norm")(x_BTD * weight + dropout(out_BTD))
     hidden = gelu(Dense(c.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD))
     out_BTD = Dense(c.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
-    return LayerNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(
-      x_BTD * weight + dropout(out_BTD)
-    ), cache
+    return norm(name="mlp_norm")(x_BTD * weight + dropout(out_BTD)), cache
 
 
 class BEATsEncoder(nn.Module):

@@ -52,13 +52,11 @@ class WhisperConfig:
     sizes = ("input_width", "hidden_size", "layers", "heads", "intermediate_size", "context")
     check_sizes(self, *sizes, divisible={"hidden_size": "heads"})
     if self.hidden_size % 2 or self.hidden_size < 4:
-      raise ValueError(
-        f"whisper.hidden_size={self.hidden_size} must be even and at least 4 (sinusoids)"
-      )
+      width = self.hidden_size
+      raise ValueError(f"whisper.hidden_size={width} must be even and at least 4 (sinusoids)")
     if self.context > self.positions:
-      raise ValueError(
-        f"whisper.context={self.context} must be at most whisper.positions={self.positions}"
-      )
+      limit = f"whisper.positions={self.positions}"
+      raise ValueError(f"whisper.context={self.context} must be at most {limit}")
 
   @property
   def max_frames(self) -> int:
@@ -74,24 +72,19 @@ class WhisperConfig:
   def module(self, compute: ExecutionConfig) -> "WhisperEncoder":
     return WhisperEncoder(self, compute)
 
-  @classmethod
-  def published(cls, hidden_size: int, layers: int, **changes: Any) -> "WhisperConfig":
-    return cls(
-      hidden_size=hidden_size,
-      layers=layers,
-      heads=hidden_size // 64,
-      intermediate_size=4 * hidden_size,
-      **changes,
-    )
+
+def _size(width: int, layers: int, **changes: Any) -> WhisperConfig:
+  sizes: Any = dict(layers=layers, heads=width // 64, intermediate_size=4 * width)
+  return WhisperConfig(hidden_size=width, **sizes, **changes)
 
 
 WhisperConfig.SIZES = {
-  "whisper_tiny": WhisperConfig.published(384, 4),
-  "whisper_base": WhisperConfig.published(512, 6),
-  "whisper_small": WhisperConfig.published(768, 12),
-  "whisper_medium": WhisperConfig.published(1024, 24),
-  "whisper_large": WhisperConfig.published(1280, 32),  # and large-v2
-  "whisper_large_v3": WhisperConfig.published(1280, 32, input_width=128),
+  "whisper_tiny": _size(384, 4),
+  "whisper_base": _size(512, 6),
+  "whisper_small": _size(768, 12),
+  "whisper_medium": _size(1024, 24),
+  "whisper_large": _size(1280, 32),  # and large-v2
+  "whisper_large_v3": _size(1280, 32, input_width=128),
 }
 
 
@@ -161,12 +154,7 @@ class WhisperEncoder(nn.Module):
   def _convolution(self, stride: int = 1) -> nn.Conv:
     dtype = self.compute.jnp_dtype
     return nn.Conv(
-      self.config.hidden_size,
-      kernel_size=(3,),
-      strides=stride,
-      padding=1,
-      dtype=dtype,
-      precision=precision(dtype),
+      self.config.hidden_size, (3,), stride, padding=1, dtype=dtype, precision=precision(dtype)
     )
 
   def __call__(self, features_BTF: jax.Array, valid_BT: jax.Array):

@@ -49,8 +49,7 @@ def attention(
 
   Args:
     q_BTHC: queries; H is a multiple of K.
-    k_BSKC: keys.
-    v_BSKC: values.
+    k_BSKC, v_BSKC: keys and values.
     valid_BS: bool, True for keys that may be attended to.
     causal: mask keys after index `first_query + t` for query t.
     first_query: key index of query 0; with a KV cache, the number of filled slots.
@@ -63,8 +62,8 @@ def attention(
 
   Raises:
     ValueError: for an unknown implementation or one that does not support these arguments; for
-      shapes that do not fit together, a mask that is not bool or other arrays that are not float;
-      or if H is not divisible by K, or K by the mesh axis that splits the heads of a kernel.
+      shapes or dtypes that do not fit; or if H is not divisible by K, or K by the mesh axis that
+      splits the heads of a kernel.
   """
   added = {} if bias is None else {"gate_BTH": bias.gate_BTH, "table_HR": bias.table_HR}
   _check_inputs(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC, valid_BS=valid_BS, **added)
@@ -163,24 +162,18 @@ def window_attention(
 def on_mesh(function, in_specs, out_specs):
   """Runs a function on each device's part of its arguments, which XLA cannot split by itself.
 
-  The mesh is that of the context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`). Without one,
-  or inside of `shard_map` and `pmap`, the function is called as it is.
+  Without a mesh in the context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), or inside of
+  `shard_map` and `pmap`, the function is called as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  names = [
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types)
-    if kind is not AxisType.Manual and mesh.shape[name] > 1
-  ]
+  kinds = zip(mesh.axis_names, mesh.axis_types)
+  names = [n for n, kind in kinds if kind is not AxisType.Manual and mesh.shape[n] > 1]
   if not names:
     return function
 
   def known(spec):
-    def of(axis):
-      axes = (axis,) if isinstance(axis, str) else axis or ()
-      return tuple(name for name in axes if name in names) or None
-
-    return P(*map(of, spec))
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+    return P(*(tuple(name for name in of if name in names) or None for of in axes))
 
   in_specs, out_specs = jax.tree.map(
     known, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P)

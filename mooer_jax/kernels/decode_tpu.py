@@ -69,11 +69,7 @@ def decode_attention(
   end: jax.Array | int,
   interpret: Any = False,
 ) -> jax.Array:
-  """`kernels.decode_attention` on a TPU.
-
-  Args:
-    interpret: for tests on CPU; see `jax.experimental.pallas.pallas_call`.
-  """
+  """`kernels.decode_attention` on a TPU; `interpret`, for tests, is that of `pallas_call`."""
   B, T, H, C = q_BTHC.shape
   S, K = k_BSE.shape[1], kv_heads
   heads, rows = _heads_per_block(K, C), H // K * T

@@ -125,10 +125,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def window_attention(
   q_NQHC: jax.Array, k_NLHC: jax.Array, v_NLHC: jax.Array, *, interpret: Any = False
 ) -> jax.Array:
-  """`kernels.window_attention` on a TPU.
-
-  Args:
-    interpret: for tests on a CPU, as of `jax.experimental.pallas.pallas_call`.
+  """`kernels.window_attention` on a TPU; `interpret`, for tests, is that of `pallas_call`.
 
   Raises:
     ValueError: if a few windows do not fit into the memory of a core.

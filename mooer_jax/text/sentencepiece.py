@@ -39,10 +39,7 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-  """Read a `tokenizer.model`, which is a protocol buffer.
-
-  Raises:
-    ValueError: if it is not a SentencePiece model, or of a kind that is not supported.
+  """Read a `tokenizer.model`; raises ValueError if it is none, or of a kind that is not supported.
 
   Source: sentencepiece_model.proto of google/sentencepiece.
   """
@@ -89,13 +86,11 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
   would spell them). The segments between such pieces are tokenized separately.
 
   Args:
-    model: the pieces; the merges of BPE follow from their scores.
+    model: the merges of BPE follow from the scores of its pieces, which must be distinct, and one
+      the unknown piece (ValueError).
     legacy: prepend the space to every segment, as LLaMA and Vicuna were trained; False, as
       `"legacy": false` in a tokenizer_config.json: only to the beginning of the text, unless it
       starts with a space.
-
-  Raises:
-    ValueError: if the number of unknown pieces is not one, or a piece occurs twice.
   """
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
   from tokenizers import models as kinds

@@ -101,12 +101,9 @@ class Tokenizer:
 
     Args:
       characters: the characters, including those of the prompt template.
-      specials: special tokens, which are matched before the text is split into characters.
+      specials: special tokens, which are matched before the text is split into characters; distinct
+        from each other and the characters, or a ValueError is raised.
       eos: one of the specials.
-
-    Raises:
-      ValueError: if an item is not a single character, a special occurs twice or is one of the
-        characters, or eos is not a special.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Model
@@ -147,8 +144,7 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Return the ids of `text`. Special tokens in it become their ids; none is added.
 
-    Raises:
-      ValueError: if a character-level tokenizer does not have a character.
+    Raises ValueError if a character-level tokenizer does not have a character.
     """
     if self._per_character:
       self._check_characters(text)
@@ -157,10 +153,8 @@ class Tokenizer:
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Return the text of `ids`.
 
-    Ids outside the vocabulary (Qwen2 pads its embedding) and invalid UTF-8 become U+FFFD.
-
-    Raises:
-      ValueError: if an id is negative, which marks padding in this library.
+    Ids outside the vocabulary (Qwen2 pads its embedding) and invalid UTF-8 become U+FFFD. Negative
+    ids, which mark padding in this library, raise ValueError.
     """
     pieces, run = [], []
     for i in (int(i) for i in ids):
@@ -174,11 +168,7 @@ class Tokenizer:
     return "".join(pieces) + self._model.decode(run, skip_special_tokens=skip_special)
 
   def token_id(self, token: str) -> int:
-    """Return the id of one token, spelled as in the vocabulary.
-
-    Raises:
-      ValueError: if the token is not in the vocabulary.
-    """
+    """Return the id of one token; raises ValueError if it is not in the vocabulary."""
     if token not in self._vocabulary:
       raise ValueError(
         f"token {token!r} is not in the vocabulary of {len(self._vocabulary)} tokens; its special"

@@ -66,9 +66,7 @@ def flash_attention(
 
   Content of keys that are not valid does not matter, NaN included; their gradients are 0.
 
-  Args:
-    backend: "mosaic" (TPU) or "triton" (NVIDIA GPU).
-    interpret: for tests on a CPU, as of `jax.experimental.pallas.pallas_call`.
+  `backend` is "mosaic" or "triton"; `interpret`, for tests on a CPU, is that of `pallas_call`.
   """
   S = valid_BS.shape[1]
   keys = Keys(
@@ -84,7 +82,7 @@ def flash_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _flash(q, k, v, bias, keys, backend, causal, interpret):
-  return _BACKENDS[backend].forward(q, k, v, bias, keys, causal=causal, interpret=interpret)[0]
+  return _flash_forward(q, k, v, bias, keys, backend, causal, interpret)[0]
 
 
 def _flash_forward(q, k, v, bias, keys, backend, causal, interpret):

@@ -157,12 +157,8 @@ def _dkv_kernel(refs, out, *, causal):
 def _call(kernel, name, inputs, outputs, *, causal, interpret):
   """Runs a kernel for all tiles of queries (or of keys, if it returns dk), heads and rows.
 
-  Args:
-    kernel: takes dicts of the refs of inputs and outputs; a program sees one row and head.
-    name: for profiles and compiled programs.
-    inputs: arrays by name.
-    outputs: by name, anything with its shape and dtype; dk and dv have the heads of the queries.
-    causal, interpret: as of `flash_attention`.
+  The kernel takes dicts of the refs of inputs and outputs, of one row and head. Outputs are given
+  by anything with their shape and dtype; dk and dv have the heads of the queries.
   """
   B, T, H, C = inputs["q"].shape
   S, K = inputs["k"].shape[1:3]

@@ -59,9 +59,7 @@ def column(row_1T):
 class _Tile:
   """The tile of queries and keys that one step of a kernel's grid works on.
 
-  Attributes:
-    is_visible: scalar bool, whether any of its queries may attend to any of its keys.
-    keys_1S: bool, the valid keys of the tile.
+  `is_visible` is whether any of its queries may attend to any of its keys.
   """
 
   def __init__(self, scalars, refs, b, i, j, *, queries, causal):
@@ -69,8 +67,7 @@ class _Tile:
     block_t, block_s = self._shape = refs["q"].shape[0], refs["k"].shape[0]
     end = end_ref[b]
     key_1S = j * block_s + jax.lax.broadcasted_iota(jnp.int32, (1, block_s), 1)
-    # The array of valid keys may reach over the last key.
-    self.keys_1S = (refs["valid"][...] != 0) & (key_1S < end)
+    self._keys_1S = (refs["valid"][...] != 0) & (key_1S < end)  # refs may reach over the last key
     self._first_query, self._first_key = query_ref[0] + i * block_t, j * block_s
     self._left, self._causal, self._refs = queries - i * block_t, causal, refs
     last = jnp.minimum(end, self._first_query + block_t) if causal else end
@@ -81,7 +78,7 @@ class _Tile:
     self.is_visible = (first_ref[b] < (j + 1) * block_s) & (j * block_s < last)
 
   def mask_TS(self):
-    return self._if_causal(jnp.broadcast_to(self.keys_1S, self._shape), t_axis=0)
+    return self._if_causal(jnp.broadcast_to(self._keys_1S, self._shape), t_axis=0)
 
   def mask_ST(self):
     """The same transposed, but for the validity of keys, and without queries beyond the last."""
@@ -108,7 +105,7 @@ class _Tile:
 
   def of_keys(self, x_SC):
     """Zeros at keys that are not valid, whose content is undefined: 0 * NaN is NaN."""
-    return jnp.where(column(self.keys_1S) != 0, x_SC, 0).astype(x_SC.dtype)
+    return jnp.where(column(self._keys_1S) != 0, x_SC, 0).astype(x_SC.dtype)
 
   def of_queries(self, x_TC):
     """Zeros at queries beyond the last."""
@@ -194,17 +191,14 @@ def _call(kernel, name, inputs, outputs, *, scratch, keys, causal, interpret):
   """Runs a kernel over all tiles.
 
   The grid of a kernel that returns dk walks over the queries of each tile of keys, for all heads
-  that share it; the others walk over the keys of each tile of queries.
+  that share it; the others walk over the keys of each tile of queries. A kernel takes refs of the
+  scalars, dicts of refs of inputs and outputs, a list of those of scratch, and `scale` and `tile`.
 
   Args:
-    kernel: takes refs of the scalars, dicts of refs of inputs and outputs, a list of those of
-      scratch, and `scale` and `tile`.
-    name: for profiles and compiled programs.
-    inputs: arrays by name: q, do [B, H, T, C], k, v [B, K, S, C], valid [B, 1, 1, S], lse, delta,
-      gate [B, H, 1, T], table [1, H, 1, R].
-    outputs: by name, anything with its shape and dtype.
+    inputs: q, do [B, H, T, C], k, v [B, K, S, C], valid [B, 1, 1, S], lse, delta, gate
+      [B, H, 1, T], table [1, H, 1, R].
+    outputs: anything with their shapes and dtypes.
     scratch: returns the shapes of float32 scratch, given the tile's sizes.
-    keys, causal, interpret: as of `flash_attention`.
   """
   (B, H, T, C), (K, S) = inputs["q"].shape, inputs["k"].shape[1:3]
   over_keys = "dk" in outputs
