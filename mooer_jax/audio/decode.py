@@ -70,8 +70,7 @@ def load_audio(
     name: name of the clip in errors; default: the path, or the number of bytes.
 
   Returns:
-    float32 [samples], full scale = 1. Values are not clipped: lossy codecs and the resampler may
-    exceed 1 a little.
+    float32 [samples], full scale = 1, which lossy codecs and the resampler may exceed a little.
 
   Raises:
     FileNotFoundError: if the path does not exist.

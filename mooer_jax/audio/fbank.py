@@ -129,8 +129,8 @@ def fbank(waveform_N: np.ndarray, config: FbankConfig = FbankConfig()) -> np.nda
   Returns:
     float32 [T, F] with T = `num_fbank_frames(N, config)`.
 
-  Computes in float64 up to the power. Kaldi's own float32 errs by up to a percent in bins 110 dB
-  below the peak of their frame, about one value in a million.
+  Computes in float64 up to the power; Kaldi's own float32 errs by up to a percent in bins 110 dB
+  below the peak of their frame.
 
   Source: Kaldi's compute-fbank-feats (package kaldi-native-fbank).
   """

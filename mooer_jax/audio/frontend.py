@@ -82,7 +82,7 @@ def stack_frames_jax(
 def _check(window: int, stride: int) -> None:
   if stride < 1 or window < stride:
     raise ValueError(
-      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window (no frame is lost)"
+      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window, or frames are lost"
     )
 
 

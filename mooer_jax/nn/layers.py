@@ -29,9 +29,8 @@ def _torch_uniform(key, shape, dtype=jnp.float32):
 class Dense(nn.Module):
   """y = x W + b + scale * (dropout(x) A) B, with W [in, out], A [in, rank], B [rank, out].
 
-  Rank 0 is a plain dense layer. The scale is an argument of the call, not a parameter, so that one
-  batch can contain several scales. Dropout is applied to A's input if there is a "dropout" RNG.
-  A is initialized like torch's Linear, B with zeros.
+  Rank 0 is a plain dense layer. The scale is an argument of the call, so that one batch can contain
+  several. Dropout is applied to A's input if there is a "dropout" RNG. B starts with zeros.
 
   Source: LoRA (Hu et al., 2021), in PEFT's layout.
   """
