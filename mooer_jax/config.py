@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+import jax
 import numpy as np
 
 from mooer_jax import connectors, decoders, encoders
@@ -33,34 +34,21 @@ def part_kinds() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SpeechLLMConfig:
-  """Architecture of a speech LLM, which checkpoints store, and `compute`, which they do not.
-
-  Attributes:
-    encoders: configs of different kinds; their frames are concatenated on the channel axis.
-    connector: config of the connector.
-    decoder: config of the LLM.
-    frontends: feature extraction for each encoder, in the order of `encoders`.
-    encoder_norm: apply a LayerNorm to the frames of each encoder (SALMONN).
-    chat_template: name in prompts.TEMPLATES.
-    max_audio_s: longest clip, seconds.
-    min_audio_s: shorter clips are padded with silence to this length, seconds (SALMONN: 1).
-    channel: signal of a clip with several channels: their "mean", or the "first" (SALMONN).
-    prompts: (task, default prompt) pairs.
-    compute: how the model is executed.
-  """
+  """Architecture of a speech LLM, which checkpoints store, and `compute`, which they do not."""
 
   RENAMED: ClassVar = {"template": "chat_template"}
   RUN_FIELDS: ClassVar = ("prompts", "chat_template", "max_audio_s")
+  # Of different kinds; their frames are concatenated on the channel axis.
   encoders: tuple[Encoder, ...] = (SANMConfig(),)
   connector: Connector = LinearConfig()
   decoder: LLMConfig = LLMConfig()
-  frontends: tuple[Frontend, ...] = (FrontendConfig(),)
-  encoder_norm: bool = False
-  chat_template: str = "mooer"
-  max_audio_s: float = 30.0
-  min_audio_s: float = 0.0
-  channel: Channel = "mean"
-  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())
+  frontends: tuple[Frontend, ...] = (FrontendConfig(),)  # in the order of `encoders`
+  encoder_norm: bool = False  # apply a LayerNorm to the frames of each encoder (SALMONN)
+  chat_template: str = "mooer"  # name in prompts.TEMPLATES
+  max_audio_s: float = 30.0  # longest clip
+  min_audio_s: float = 0.0  # shorter clips are padded with silence (SALMONN: 1)
+  channel: Channel = "mean"  # of a clip with several channels; SALMONN: "first"
+  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())  # (task, default prompt)
   compute: ExecutionConfig = ExecutionConfig()
 
   def __post_init__(self):
@@ -134,8 +122,8 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   sections = {name: fields.pop(name, {}) for name in (*part_kinds(), "frontends")}
   for name, section in sections.items():
     check_section(section, f"model.{name}")
-  parts = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
-  known = [name for name in parts if name not in ("frontends", "compute")]
+  known = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
+  known = [name for name in known if name not in ("frontends", "compute")]
   for key in fields:
     if key not in known:
       raise ValueError(unknown_key(f"model.{key}", [*known, *sections]))
@@ -145,22 +133,24 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   names = fields["encoders"]
   if not isinstance(names, (list, tuple)):
     raise ValueError(f"model.encoders={names!r}: a tuple of names, such as ('sanm_large',)")
-  fields["encoders"] = tuple(_part(encoders.KINDS, n, "encoders", sections) for n in names)
-  fields["connector"] = _part(connectors.KINDS, fields["connector"], "connector", sections)
-  fields["decoder"] = _part(decoders.KINDS, fields["decoder"], "decoder", sections)
-  used = {part.kind for part in (*fields["encoders"], fields["connector"], fields["decoder"])}
+  parts = tuple(_part(encoders.KINDS, name, sections, key="encoders") for name in names)
+  fields["encoders"] = parts
+  fields["connector"] = _part(connectors.KINDS, fields["connector"], sections, key="connector")
+  fields["decoder"] = _part(decoders.KINDS, fields["decoder"], sections, key="decoder")
+  used = {part.kind for part in (*parts, fields["connector"], fields["decoder"])}
   for kind in sections:
     if kind not in (*used, "frontends") and sections[kind]:
       raise ValueError(
         f"model.{kind} has no effect: the model consists of {', '.join(sorted(used))}; remove the"
         " section or name the part in model.encoders, .connector or .decoder"
       )
+  defaults = {part.kind: part.frontend() for part in parts}
   for kind in sections["frontends"]:
-    if kind not in (allowed := [encoder.kind for encoder in fields["encoders"]]):
-      raise ValueError(unknown_key(f"model.frontends.{kind}", allowed))
+    if kind not in defaults:
+      raise ValueError(unknown_key(f"model.frontends.{kind}", [*defaults]))
   fields["frontends"] = tuple(
-    build(type(base), sections["frontends"].get(e.kind, {}), f"model.frontends.{e.kind}", base)
-    for e, base in ((e, e.frontend()) for e in fields["encoders"])
+    build(type(base), sections["frontends"].get(kind, {}), f"model.frontends.{kind}", base=base)
+    for kind, base in defaults.items()
   )
   fields["compute"] = build(ExecutionConfig, compute or {}, "compute")
   if "prompts" in fields:
@@ -169,13 +159,13 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   return build(SpeechLLMConfig, fields, "model")
 
 
-def _part(kinds, name, key, sections):
+def _part(kinds, name, sections, *, key):
   """The named size of one of the kinds, with the values that the section of its kind changes."""
   sizes = {name: size for kind in kinds for name, size in kind.SIZES.items()}
   if not isinstance(name, str) or name not in sizes:
     raise ValueError(f"model.{key}={name!r}: choose one of {sorted(sizes)}")
   base = sizes[name]
-  return build(type(base), sections[base.kind], f"model.{base.kind}", base)
+  return build(type(base), sections[base.kind], f"model.{base.kind}", base=base)
 
 
 def part_to_json(part: Any) -> dict[str, Any]:
@@ -184,42 +174,35 @@ def part_to_json(part: Any) -> dict[str, Any]:
 
 
 def part_from_json(section: Mapping[str, Any], name: str) -> Any:
-  """Inverse of part_to_json for a part; `name` names the section in errors.
-
-  Raises:
-    ValueError: for an unknown kind, an unknown key or a wrong type.
-  """
+  """Inverse of part_to_json for a part; `name` of the section begins errors (ValueError)."""
   return _from_kind(part_kinds(), section, name)
 
 
 def frontend_from_json(section: Mapping[str, Any], name: str) -> Frontend:
-  """Inverse of part_to_json for features; raises as part_from_json."""
+  """Inverse of part_to_json for features, as part_from_json."""
   # Checkpoints of version 0.1 have no kind, as there was only one.
   kinds = {kind.kind: kind for kind in frontends.KINDS}
-  check_section(section, name)
-  return _from_kind(kinds, {"kind": FrontendConfig.kind, **section}, name)
+  return _from_kind(kinds, section, name, default=FrontendConfig.kind)
 
 
-def _from_kind(kinds: Mapping[str, type], section: Mapping[str, Any], name: str) -> Any:
+def _from_kind(kinds: Mapping[str, type], section: Any, name: str, *, default: Any = None) -> Any:
   check_section(section, name)
-  section = dict(section)
-  kind = section.pop("kind", None)
+  values = dict(section)
+  kind = values.pop("kind", default)
   if not isinstance(kind, str) or kind not in kinds:
     raise ValueError(f"{name}.kind={kind!r}: this version knows {sorted(kinds)}")
-  section = dict(with_new_names(section, getattr(kinds[kind], "RENAMED", {})))
-  return build(kinds[kind], section, name)
+  return build(kinds[kind], with_new_names(values, getattr(kinds[kind], "RENAMED", {})), name)
 
 
 def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
   """Content of a checkpoint's config.json, without `compute`."""
-  fields = dataclasses.asdict(dataclasses.replace(config, compute=ExecutionConfig()))
+  fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   del fields["compute"]
   for name in ("encoders", "frontends"):
-    fields[name] = tuple(part_to_json(part) for part in getattr(config, name))
-  fields["connector"] = part_to_json(config.connector)
-  fields["decoder"] = part_to_json(config.decoder)
-  fields["prompts"] = dict(config.prompts)
-  return fields
+    fields[name] = tuple(map(part_to_json, fields[name]))
+  for name in ("connector", "decoder"):
+    fields[name] = part_to_json(fields[name])
+  return {**fields, "prompts": dict(config.prompts)}
 
 
 def from_json(
@@ -228,41 +211,29 @@ def from_json(
   *,
   path: str | Path = "config.json",
 ) -> SpeechLLMConfig:
-  """Inverse of to_json; `path` of the file begins errors.
-
-  Raises:
-    ValueError: for a part of unknown kind, an unknown key or a wrong type.
-  """
+  """Inverse of to_json; `path` of the file begins errors (ValueError)."""
   try:
-    return _from_json(dict(fields), compute or ExecutionConfig())
+    for name in ("encoders", "frontends", "connector", "decoder", "prompts"):
+      if name not in fields:
+        found = f"a part of a speech LLM ({', '.join(fields)})"
+        raise ValueError(f"has no {name!r}: it describes {found}, or is damaged")
+    values = dict(with_new_names(fields, SpeechLLMConfig.RENAMED))
+    for name, read in (("encoders", part_from_json), ("frontends", frontend_from_json)):
+      values[name] = tuple(read(part, f"{name}[{i}]") for i, part in enumerate(values[name]))
+    for name in ("connector", "decoder"):
+      values[name] = part_from_json(values[name], name)
+    values["prompts"] = tuple(values["prompts"].items())
+    values["compute"] = compute or ExecutionConfig()
+    return build(SpeechLLMConfig, values, "model")
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-
-
-def _from_json(fields: dict[str, Any], compute: ExecutionConfig) -> SpeechLLMConfig:
-  for name in ("encoders", "frontends", "connector", "decoder", "prompts"):
-    if name not in fields:
-      raise ValueError(
-        f"has no {name!r}: it describes a part of a speech LLM ({', '.join(fields)}), or is damaged"
-      )
-  fields["encoders"] = tuple(
-    part_from_json(section, f"encoders[{i}]") for i, section in enumerate(fields["encoders"])
-  )
-  fields["frontends"] = tuple(
-    frontend_from_json(section, f"frontends[{i}]") for i, section in enumerate(fields["frontends"])
-  )
-  for name in ("connector", "decoder"):
-    fields[name] = part_from_json(fields[name], name)
-  fields["prompts"] = tuple(fields["prompts"].items())
-  fields = dict(with_new_names(fields, SpeechLLMConfig.RENAMED))
-  return build(SpeechLLMConfig, {**fields, "compute": compute}, "model")
 
 
 def run_fields(config: SpeechLLMConfig) -> set[str]:
   """Paths in config.json that may differ between a checkpoint and a run that starts from it."""
   parts: dict[str, Any] = {"": config, "connector/": config.connector, "decoder/": config.decoder}
-  parts |= {f"encoders/{n}/": part for n, part in enumerate(config.encoders)}
-  parts |= {f"frontends/{n}/": part for n, part in enumerate(config.frontends)}
+  for name in ("encoders", "frontends"):
+    parts |= {f"{name}/{n}/": part for n, part in enumerate(getattr(config, name))}
   return {f"{path}{field}" for path, part in parts.items() for field in part.RUN_FIELDS}
 
 
@@ -278,30 +249,22 @@ def json_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tu
   return {p: (of_a.get(p), of_b.get(p)) for p in paths if of_a.get(p) != of_b.get(p)}
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-  if not isinstance(value, (dict, list, tuple)):
-    return {path: value}
-  items = value.items() if isinstance(value, dict) else enumerate(value)
-  found: dict[str, Any] = {}
-  for key, inner in items:
-    found |= _leaves(inner, f"{path}/{key}" if path else str(key))
-  return found
+def _leaves(value: Any) -> dict[str, Any]:
+  found, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is None)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
 T = TypeVar("T")
 
 
-def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = None) -> T:
+def build(cls: type[T], section: Mapping[str, Any], name: str, *, base: T | None = None) -> T:
   """Build a frozen dataclass from a config section; every key and type is checked.
 
   Args:
     cls: the dataclass.
     section: ConfigDict or dict; nested sections fill nested dataclasses.
-    name: dotted name of the section in errors.
+    name: dotted name of the section in errors (ValueError).
     base: instance with the values of missing keys; default: the defaults of cls.
-
-  Raises:
-    ValueError: for an unknown key (with the closest match), a wrong type or an invalid value.
   """
   check_section(section, name)
   section = with_new_names(section, getattr(cls, "RENAMED", {}), name)
@@ -312,7 +275,7 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, base: T | None = 
     if key not in allowed:
       raise ValueError(unknown_key(f"{name}.{key}", allowed))
     current = getattr(cls if base is None else base, key, None)  # cls: the default value
-    values[key] = convert(hints[key], value, f"{name}.{key}", current)
+    values[key] = convert(hints[key], value, f"{name}.{key}", current=current)
   if base is not None:
     return dataclasses.replace(base, **values)  # type: ignore[type-var]
   try:
@@ -332,11 +295,7 @@ def with_new_names(
   Args:
     section: of a config, or of a saved file.
     renamed: {old key: new key}.
-    name: name of the section, to print a warning for each deprecated key; "" for a saved file,
-      whose keys its user did not choose.
-
-  Raises:
-    ValueError: for a saved file with both names of a key.
+    name: of the section, for the warning about a deprecated key; "" for a saved file, without one.
   """
   old_keys = [key for key in section if key in renamed]
   if not old_keys:
@@ -368,24 +327,21 @@ def check_section(section: Any, name: str) -> None:
     )
 
 
-def convert(hint: Any, value: Any, name: str, current: Any = None) -> Any:
+def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   """Check the type of a value, and convert sections to dataclasses and lists to tuples.
 
   Args:
-    hint: type of the value.
+    hint: type of the value; floats must be finite.
     value: from a config or a JSON file.
-    name: dotted name of the value in errors.
+    name: dotted name of the value in errors (ValueError).
     current: for a dataclass, the instance with the values of missing keys.
-
-  Raises:
-    ValueError: for a wrong type, or a float that is NaN or infinite.
   """
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     if isinstance(value, hint):
       return value
     if hasattr(value, "items"):  # a ConfigDict is no Mapping
-      return build(hint, value, name, current)
+      return build(hint, value, name, base=current)
   elif origin in (typing.Union, types.UnionType):
     if value is None and type(None) in args:
       return None

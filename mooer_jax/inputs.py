@@ -1,5 +1,6 @@
 """Waveforms to padded encoder inputs, for training, transcription and verification."""
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,15 +12,12 @@ from mooer_jax.config import SpeechLLMConfig
 def extract_features(
   waveform_N: np.ndarray, config: SpeechLLMConfig, *, name: str = "waveform"
 ) -> tuple[np.ndarray, ...]:
-  """Compute the features of one clip for each encoder in NumPy.
+  """Compute the features of one clip for each encoder in NumPy: float32 [frames, features].
 
   Args:
     waveform_N: float [samples] at the model's sample rate; silence is appended up to min_audio_s.
-    config: the model.
+    config: the model; CMVN follows in its compiled step.
     name: name of the clip in errors.
-
-  Returns:
-    For each encoder float32 [frames, features], before CMVN.
 
   Raises:
     AudioError, ValueError: if the clip is empty, too short or longer than an encoder supports.
@@ -55,15 +53,13 @@ def encoder_inputs(
   if not 0 < len(clips) <= rows:
     raise ValueError(f"{len(clips)} clips for {rows} rows; give 1 to {rows} clips")
   longest = tuple(max(map(len, stream)) for stream in zip(*clips, strict=True))
-  fitting = (
-    b for b in buckets or [longest] if all(n <= m for n, m in zip(longest, b, strict=True))
-  )
+  buckets = buckets or [longest]
+  fitting = (b for b in buckets if all(n <= m for n, m in zip(longest, b, strict=True)))
   lengths = next(fitting, None)
   if lengths is None:
-    raise ValueError(f"clips of {longest} frames do not fit into the largest bucket, {buckets[-1]}")  # type: ignore[index]
+    raise ValueError(f"clips of {longest} frames do not fit into the largest bucket, {buckets[-1]}")
   padded = tuple(
-    np.zeros((rows, length, clips[0][number].shape[1]), dtype)
-    for number, length in enumerate(lengths)
+    np.zeros((rows, length, x_TF.shape[1]), dtype) for length, x_TF in zip(lengths, clips[0])
   )
   frames = tuple(np.zeros(rows, np.int32) for _ in lengths)
   for row, clip in enumerate(clips):
@@ -77,10 +73,6 @@ def bucket_lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...
   """Frames for every encoder of the longest clip with `bucket` frames for the first encoder."""
   if len(frontends) == 1:
     return (bucket,)
-  low, high = 1, 1
-  while frontends[0].num_frames(high) <= bucket:
-    low, high = high, 2 * high
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if frontends[0].num_frames(middle) <= bucket else (low, middle)
-  return (bucket, *(frontend.num_frames(low) for frontend in frontends[1:]))
+  # The largest number of samples that gives at most `bucket` frames.
+  samples = bisect.bisect_right(range(1 << 40), bucket, key=frontends[0].num_frames) - 1
+  return (bucket, *(frontend.num_frames(samples) for frontend in frontends[1:]))

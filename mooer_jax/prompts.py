@@ -38,12 +38,10 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
 
   Args:
     template: name in TEMPLATES.
-    prompt: replaces {prompt}; MooER's own prompts end with a space.
-    question: replaces `{}` in the prompt.
+    prompt: replaces {prompt}; has one place for the speech, unless the template has it.
+    question: replaces `{}` in the prompt; required if there is one.
 
-  Raises:
-    ValueError: for an unknown template, a prompt without exactly one place for the speech, or a
-      missing question.
+  Raises ValueError for arguments that do not fit together.
   """
   if template not in TEMPLATES:
     raise ValueError(f"chat template {template!r}: choose one of {sorted(TEMPLATES)}")
@@ -52,25 +50,18 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
   if SPEECH in question:
     raise ValueError(f"the question {question!r} contains {SPEECH}; put it into the prompt")
   around = TEMPLATES[template]
-  times = around.count(SPEECH) + prompt.count(SPEECH)
-  if times != 1:
+  if around.count(SPEECH) + prompt.count(SPEECH) != 1:
     where = "" if SPEECH not in around else f", and chat template {template!r} adds it too"
     raise ValueError(
       f"the prompt {prompt!r} contains {SPEECH} {prompt.count(SPEECH)} times{where}; it must occur"
       " exactly once"
     )
-  filled = around.replace("{prompt}", prompt)
-  before, after = filled.split(SPEECH)
+  before, after = around.replace("{prompt}", prompt).split(SPEECH)
   return before.replace(QUESTION, question), after.replace(QUESTION, question)
 
 
 def check_question(prompt: str, question: str | None, task: str):
-  """Check that a prompt and a question fit together.
-
-  Args:
-    prompt: with or without `{}`.
-    question: replaces `{}`; None if no question was given.
-    task: name of the task in errors.
+  """Check that a prompt, of a task, and a question (None if there is none) fit together.
 
   Raises:
     ValueError: for a question that is missing or empty, or a prompt without a place for it.
@@ -87,8 +78,7 @@ def check_question(prompt: str, question: str | None, task: str):
 
 def encode_prompt(tokenizer: Tokenizer, prompt: tuple[str, str]) -> tuple[list[int], list[int]]:
   """Tokens before and after the speech; BOS is prepended if the tokenizer has one."""
-  before, after = prompt
-  return [*tokenizer.bos_ids, *tokenizer.encode(before)], tokenizer.encode(after)
+  return [*tokenizer.bos_ids, *tokenizer.encode(prompt[0])], tokenizer.encode(prompt[1])
 
 
 def check_prompt_suffix(tokens_after: int, prompt: str, template: str) -> None:
@@ -101,11 +91,7 @@ def check_prompt_suffix(tokens_after: int, prompt: str, template: str) -> None:
 
 
 def task_prompt(task: str, prompts: Mapping[str, str] | None = None) -> str:
-  """The prompt of a task, from the prompts of a checkpoint (default: MooER's).
-
-  Raises:
-    ValueError: for an unknown task.
-  """
+  """The prompt of a task, from those of a checkpoint (default: MooER's), or a ValueError."""
   prompts = TASKS if prompts is None else prompts
   if task not in prompts:
     raise ValueError(f"task={task!r}: the model has {sorted(prompts)}")
@@ -115,9 +101,7 @@ def task_prompt(task: str, prompts: Mapping[str, str] | None = None) -> str:
 def read_prompts(path: str | Path) -> dict[str, tuple[str, ...]]:
   """Read a JSON file of prompts: {task: prompt} or {task: [prompts]}, as SALMONN's.
 
-  Raises:
-    FileNotFoundError: if the file does not exist.
-    ValueError: if the file has another structure, or a task has no prompt.
+  Raises FileNotFoundError, or ValueError for another structure or a task without a prompt.
   """
   path = Path(path)
   if not path.is_file():
@@ -142,10 +126,9 @@ class Answer(NamedTuple):
 
 
 def split_answer(task: str, text: str) -> Answer:
-  """Parse an answer: a transcript, a translation, or both, separated by a line break.
+  """Parse an answer: a transcript, a translation, or both, separated by the first line break.
 
-  A multitask answer without a line break is a transcript; everything after the first line break is
-  the translation.
+  A multitask answer without a line break is a transcript.
   """
   if task == "asr":
     return Answer(text, None)

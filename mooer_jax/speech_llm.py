@@ -29,27 +29,22 @@ _INIT_FRAMES = 16  # minimum number of feature frames in `init`; few are quick t
 
 @flax.struct.dataclass
 class Batch:
-  """A batch of utterances with prompts and, for training, answers.
+  """A batch of utterances with prompts and, for training, answers; padding has negative ids.
 
-  Attributes:
-    features: one array per encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in
-      [-1, 1], whose features are computed inside the compiled step.
-    frames: one array per encoder: int32 [B], valid feature frames (or samples).
-    prefix_BS: int32, prompt tokens before the speech; padded on the left with negative values.
-    suffix_BS: int32, prompt tokens after the speech, padded in the same way.
-    labels_BS: int32, answer and eos; padded on the right with negative values. A padding row has
-      0 frames and no answer.
-    task_B: int32, index of each row's task in config.prompts, -1 for a padding row; None if the
-      loss per task is not needed.
-    encoded: `features` are encoder frames [B, T, D], from a cache.
+  A padding row has 0 frames and no answer.
   """
 
+  # For each encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in [-1, 1], whose
+  # features are computed inside the compiled step.
   features: tuple[Array, ...]
-  frames: tuple[Array, ...]
-  prefix_BS: Array
-  suffix_BS: Array
-  labels_BS: Array
+  frames: tuple[Array, ...]  # for each encoder: int32 [B], valid feature frames (or samples)
+  prefix_BS: Array  # int32, prompt tokens before the speech; padded on the left
+  suffix_BS: Array  # int32, prompt tokens after the speech; padded on the left
+  labels_BS: Array  # int32, answer and eos; padded on the right
+  # int32, index of each row's task in config.prompts, -1 for a padding row; None if the loss per
+  # task is not needed.
   task_B: Array | None = None
+  # Whether `features` are encoder frames [B, T, D], from a cache.
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -71,10 +66,7 @@ def shortest_s(config: SpeechLLMConfig) -> float:
 
 
 def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
-  """Initial float32 parameters; layers are stacked if config.compute.scan.
-
-  CMVN is initialized to the identity; `audio.cmvn` reads or estimates it.
-  """
+  """Initial float32 parameters, CMVN as the identity; layers are stacked if config.compute.scan."""
   key_encoders, key_connector, key_decoder = jax.random.split(key, 3)
   params: dict = {"frontend": {}, "encoders": {}}
   frames = _INIT_FRAMES
@@ -146,13 +138,8 @@ def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: di
 def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
   """Concatenate the frames of all encoders: ([B, T, sum of D], valid [B, T]).
 
-  Each stream is normalized if config.encoder_norm. Shorter streams are padded with zeros, and a
-  frame is valid if it is valid in any stream.
-
-  Args:
-    params: of the whole model.
-    streams: kind of the encoder -> (frames [B, T, D], valid [B, T]).
-    config: the model.
+  Each stream, as from `encode_each`, is normalized if config.encoder_norm. Shorter streams are
+  padded with zeros, and a frame is valid if it is valid in any stream.
   """
   if config.encoder_norm:
     norms = params["encoder_norms"]
@@ -165,10 +152,9 @@ def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
   longest = max(valid_BT.shape[1] for _, valid_BT in streams.values())
   frames, valid = [], []
   for x_BTD, valid_BT in streams.values():
-    missing = longest - valid_BT.shape[1]
-    x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
-    frames.append(jnp.pad(x_BTD, ((0, 0), (0, missing), (0, 0))))
-    valid.append(jnp.pad(valid_BT, ((0, 0), (0, missing))))
+    missing = (0, 0), (0, longest - valid_BT.shape[1])
+    frames.append(jnp.pad(jnp.where(valid_BT[..., None], x_BTD, 0), (*missing, (0, 0))))
+    valid.append(jnp.pad(valid_BT, missing))
   return jnp.concatenate(frames, axis=-1), functools.reduce(jnp.logical_or, valid)
 
 
@@ -188,9 +174,8 @@ def connect(
 def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMConfig):
   """Insert the speech tokens into the embedded prompt: ([B, S, D], valid [B, S]).
 
-  Raises:
-    ValueError: if no token follows the speech. The prompt's last position predicts the answer, and
-      padded speech ends in an invalid one.
+  Raises ValueError if no token follows the speech: the prompt's last position predicts the answer,
+  and padded speech ends in an invalid one.
   """
   if batch.suffix_BS.shape[1] == 0:
     raise ValueError(
@@ -221,8 +206,10 @@ def decode(
   rngs: dict | None = None,
 ):
   """Map embeddings to hidden states: ([B, S, D], cache); see `LLM.__call__`."""
+  options: Any = dict(lora_scale=lora_scale, placement=placement, rngs=rngs)
+  variables = {"params": params["decoder"]}
   return config.decoder.module(config.compute).apply(
-    {"params": params["decoder"]}, inputs_BSD, valid_BS, cache, lora_scale, placement, rngs=rngs
+    variables, inputs_BSD, valid_BS, cache, **options
   )
 
 
@@ -256,8 +243,7 @@ def answer_hidden(
   """Hidden states that predict the answer tokens, [B, A, D].
 
   `rows` is the sharding of rows on a mesh. Without it, XLA may propagate the sharding of the
-  embedding table, and then every chip holds all rows of every layer; and attention kernels, which
-  XLA cannot split, do not know the mesh.
+  embedding table, so that every chip holds all rows; and attention kernels do not know the mesh.
   """
   mesh: contextlib.AbstractContextManager = contextlib.nullcontext()
   if rows is not None:
@@ -277,10 +263,7 @@ def answer_hidden(
 
 
 def loss(
-  params: dict,
-  batch: Batch,
-  config: SpeechLLMConfig,
-  **options,
+  params: dict, batch: Batch, config: SpeechLLMConfig, **options
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Cross-entropy of answer and eos, averaged over the answer tokens of the batch.
 
@@ -296,11 +279,7 @@ def loss(
   nats_BA, is_best_BA = _token_losses(params, hidden_BAD, target_BA, config)
   correct_BA = is_best_BA & counted_BA
   nats_BA = jnp.where(counted_BA, nats_BA, 0)
-  sums = {
-    "loss_sum": nats_BA.sum(),
-    "tokens": counted_BA.sum(),
-    "correct": correct_BA.sum(),
-  }
+  sums = {"loss_sum": nats_BA.sum(), "tokens": counted_BA.sum(), "correct": correct_BA.sum()}
   if batch.task_B is not None:
     of_task_NB = batch.task_B == jnp.arange(len(config.prompts))[:, None]
     columns_3B = jnp.stack(

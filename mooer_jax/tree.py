@@ -22,9 +22,7 @@ STACK = "layers"
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
   """Map paths to leaves, in sorted order; empty dicts are dropped.
 
-  Raises:
-    ValueError: for a key that is empty or contains "/".
-    TypeError: for a key that is not a string.
+  Raises ValueError for a key that is empty or contains "/", TypeError for one that is no string.
   """
   flat = {}
 
@@ -33,9 +31,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
       if not isinstance(key, str):
         raise TypeError(f"key {key!r} under {'/'.join(path) or 'the root'} is not a string")
       if not key or "/" in key:
-        raise ValueError(
-          f'key {key!r} under {"/".join(path) or "the root"} is empty or contains "/"'
-        )
+        raise ValueError(f"key {key!r} under {'/'.join(path) or 'the root'} is empty or contains /")
       if isinstance(node[key], Mapping):
         visit(node[key], (*path, key))
       else:
@@ -46,26 +42,18 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`.
-
-  Raises:
-    ValueError: if a path is a leaf and the parent of another one, or has an empty key.
-  """
+  """The inverse of `flatten`; ValueError for an empty key or a leaf that is also a parent."""
   tree: dict[str, Any] = {}
-  parents: set[str] = set()
-  for path in flat:
+  for path, leaf in flat.items():
     parts = path.split("/")
     if not all(parts):
       raise ValueError(f"path {path!r} has an empty part")
-    parents.update("/".join(parts[:n]) for n in range(1, len(parts)))
-  for path, leaf in flat.items():
-    if path in parents:
-      raise ValueError(f"{path} is a leaf and also the parent of another path")
-    *above, last = path.split("/")
     node = tree
-    for key in above:
+    for n, key in enumerate(parts[:-1], 1):
+      if "/".join(parts[:n]) in flat:
+        raise ValueError(f"{'/'.join(parts[:n])} is a leaf and also the parent of another path")
       node = node.setdefault(key, {})
-    node[last] = leaf
+    node[parts[-1]] = leaf
   return tree
 
 
@@ -80,18 +68,16 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, d
   for pattern in compiled:
     if not any(pattern.fullmatch(path) for path in flat):
       raise ValueError(_unused(pattern.pattern, flat))
-  chosen = {path for path in flat if any(pattern.fullmatch(path) for pattern in compiled)}
-  trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
-  frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+  trainable: dict[str, Any] = {}
+  frozen: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    is_trainable = any(pattern.fullmatch(path) for pattern in compiled)
+    (trainable if is_trainable else frozen)[path] = leaf
   return unflatten(trainable), unflatten(frozen)
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
-  """Merge trees without a common path; the inverse of `partition`.
-
-  Raises:
-    ValueError: if a path is in two of the trees.
-  """
+  """Merge trees; the inverse of `partition`. Raises ValueError if a path is in two of them."""
   joined: dict[str, Any] = {}
   for tree in trees:
     for path, leaf in flatten(tree).items():
@@ -155,13 +141,11 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(
       f"{STACK} and {STACK}_{min(numbered)} are siblings; stack or unstack all of them"
     )
-  missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
-  if missing:
+  if missing := sorted(set(range(max(numbered))) - set(numbered)):
     raise ValueError(f"{STACK}_{missing[0]} is missing, but there is {STACK}_{max(numbered)}")
   layers = [numbered[n] for n in range(len(numbered))]
   for n, layer in enumerate(layers):
-    if layer.keys() != layers[0].keys():
-      odd = sorted(layer.keys() ^ layers[0].keys())
+    if odd := sorted(layer.keys() ^ layers[0].keys()):
       raise ValueError(f"{STACK}_{n} and {STACK}_0 differ in their paths: {odd[0]}")
   stacked[STACK] = unflatten(
     {path: _stack([layer[path] for layer in layers], path) for path in layers[0]}
@@ -172,10 +156,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
   """Split every `layers` with a leading axis N; the inverse of `stack_layers`.
 
-  NumPy leaves become views.
-
-  Raises:
-    ValueError: if the leaves below `layers` differ in their leading axis or have none.
+  NumPy leaves become views. Raises ValueError if the leaves differ in their leading axis.
   """
   unstacked: dict[str, Any] = {}
   for key, node in params.items():
@@ -209,11 +190,9 @@ def _compile(patterns: Iterable[str]) -> list[re.Pattern]:
 
 def _unused(pattern: str, flat: Mapping[str, Any]) -> str:
   partly = [path for path in flat if re.search(pattern, path)]
-  hint = (
-    f"it matches part of {partly[0]!r}; patterns must match the whole path"
-    if partly
-    else f"the tree has {sorted({p.split('/')[0] for p in flat})}"
-  )
+  hint = f"the tree has {sorted({p.split('/')[0] for p in flat})}"
+  if partly:
+    hint = f"it matches part of {partly[0]!r}; patterns must match the whole path"
   return f"pattern {pattern!r} matches no path, or only paths of earlier patterns; {hint}"
 
 

@@ -72,19 +72,21 @@ def condition(function, *arguments, draws=3, of_rows=False):
 
   A program that rounds returns what exact arithmetic returns for inputs that are off by a few
   roundings (backward stability). So all floating leaves of `arguments` (weights too) are moved by
-  one unit in the last place at random, and the largest change is divided by eps. This accounts for
-  depth, cancellation and nonlinearities, and costs no compilation where `function` is jitted.
+  one unit in the last place at random. This accounts for depth, cancellation and nonlinearities,
+  and costs no compilation where `function` is jitted. The largest of m such changes is expected at
+  sqrt(2 ln m) standard deviations, and `ROOM` already has room for the largest of a million, so the
+  largest change is divided by that: the scale is one standard deviation of the most sensitive.
 
   Args:
     function: returns an array or a tree of arrays.
     arguments: arrays or trees of arrays. Only floating leaves are moved.
-    draws: number of random moves of which the largest change counts.
-    of_rows: if True, the largest change of each row along the last axis, for outputs some of whose
-      rows (frames, slots) are far more sensitive than others; otherwise of the whole array.
+    draws: number of random moves.
+    of_rows: if True, one result for each row along the last axis, for outputs some of whose rows
+      (frames, slots) are far more sensitive than others; otherwise one for the whole array.
 
   Returns:
-    a tree like that of the outputs, of arrays that broadcast with them: the largest change over eps
-    of the inputs' dtype, and at least the largest magnitude of the output itself.
+    a tree like that of the outputs, of arrays that broadcast with them: the standard deviation of
+    the changes over eps of the inputs' dtype, and at least the largest magnitude of the output.
   """
   rng = np.random.default_rng(0)
   eps = [
@@ -104,7 +106,8 @@ def condition(function, *arguments, draws=3, of_rows=False):
     return np.abs(x).max(axis=-1 if of_rows else None, keepdims=of_rows, initial=0)
 
   def change(a, b):
-    return largest(_float64(a) - _float64(b)) / max(eps)
+    values = draws * max(2, np.shape(a)[-1] if of_rows else np.size(a))
+    return largest(_float64(a) - _float64(b)) / max(eps) / (2 * np.log(values)) ** 0.5
 
   outputs = function(*arguments)
   found = jax.tree.map(lambda x: largest(_float64(x)), outputs)

@@ -225,7 +225,9 @@ class Outer:
 def test_build_takes_any_dataclass():
   section = dict(needed=3, inner=dict(b="x"), pair=[4, 5])
   assert build(Outer, section, "outer") == Outer(3, Inner(a=5, b="x"), (4, 5.0))
-  assert build(Outer, section, "outer", Outer(0, Inner(a=9))) == Outer(3, Inner(9, "x"), (4, 5.0))
+  assert build(Outer, section, "outer", base=Outer(0, Inner(a=9))) == Outer(
+    3, Inner(9, "x"), (4, 5.0)
+  )
   assert build(Inner, dict(b=None), "inner") == Inner()
   with pytest.raises(ValueError, match="outer: .*'needed'"):
     build(Outer, {}, "outer")

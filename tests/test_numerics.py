@@ -49,6 +49,23 @@ def test_the_condition_of_a_sum_that_cancels_is_that_of_its_terms():
   assert 15 <= found["product"] <= 31
 
 
+def test_the_condition_of_many_outputs_is_a_standard_deviation_and_notices_a_small_fault():
+  x_BN = np.random.default_rng(0).normal(0, 1000, (256, 64)).astype(np.float32)
+  x_BN[:, -1] -= x_BN.sum(1)  # cancels
+  found = condition(lambda x: x.astype(np.float64).sum(-1), x_BN)
+  moves_BN = np.spacing(np.abs(x_BN)).astype(np.float64)
+  deviation = np.sqrt((moves_BN**2).sum(-1).mean()) / np.finfo(np.float32).eps
+  assert 0.5 < found / deviation < 1.5
+  exact_B, bound = x_BN.astype(np.float64).sum(-1), rounding(64, found)
+  for order in (slice(None), slice(None, None, -1)):
+    sums_B = np.array([serial_sum(x_N[order]) for x_N in x_BN])
+    assert_within(sums_B, exact_B, bound)
+  faulty_BN = x_BN.copy()
+  faulty_BN[:, 0] *= np.float32(1.00005)
+  with exceeds_the_bound():
+    assert_within(faulty_BN.astype(np.float64).sum(-1), exact_B, bound)
+
+
 def test_the_condition_moves_floats_only():
   found = condition(lambda x, n, on: x[n] * on, np.float32([1, 2]), np.array([1]), np.ones(1, bool))
   assert 2 <= found <= 3

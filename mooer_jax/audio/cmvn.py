@@ -5,6 +5,7 @@ Normalized features are (x + shift) * scale, with shift = -mean and scale = 1 / 
 
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,9 +23,7 @@ def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.n
     shift_F and scale_F, float32 [F].
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if a component is missing or damaged, lengths differ, a value is not finite, or
-      the number of values is not `width`.
+    FileNotFoundError, ValueError: for a file that is missing or damaged, or of another width.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -33,13 +32,9 @@ def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.n
     text = path.read_text(encoding="utf-8")
   except UnicodeDecodeError as error:
     raise ValueError(f"{path}: is not text; a Kaldi Nnet text file (am.mvn) is expected") from error
-  words = text.replace("[", " [ ").replace("]", " ] ").split()
-  shift_F = _component(words, "<AddShift>", path)
-  scale_F = _component(words, "<Rescale>", path)
+  shift_F, scale_F = (_component(text, tag, path) for tag in ("<AddShift>", "<Rescale>"))
   if len(shift_F) != len(scale_F):
-    raise ValueError(
-      f"{path}: <AddShift> has {len(shift_F)} values, <Rescale> {len(scale_F)}; must be equal"
-    )
+    raise ValueError(f"{path}: {len(shift_F)} values of <AddShift>, {len(scale_F)} of <Rescale>")
   if width is not None and len(shift_F) != width:
     raise ValueError(
       f"{path}: has {len(shift_F)} values, the features have {width}; use the file of this encoder"
@@ -56,17 +51,14 @@ def write_mvn(path: str | os.PathLike, shift_F: np.ndarray, scale_F: np.ndarray)
   """
   shift_F, scale_F = np.asarray(shift_F, np.float32), np.asarray(scale_F, np.float32)
   if shift_F.ndim != 1 or shift_F.shape != scale_F.shape or not shift_F.size:
-    raise ValueError(
-      f"{path}: shift {list(shift_F.shape)} and scale {list(scale_F.shape)} must be vectors of one "
-      "length"
-    )
+    shapes = f"{list(shift_F.shape)} and scale {list(scale_F.shape)}"
+    raise ValueError(f"{path}: shift {shapes} must be vectors of one length")
   if not (np.isfinite(shift_F).all() and np.isfinite(scale_F).all()):
     raise ValueError(f"{path}: shift or scale has values that are NaN or infinite")
   size = len(shift_F)
   lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]"]
   for tag, values_F in (("<AddShift>", shift_F), ("<Rescale>", scale_F)):
-    # Nine digits are enough for any float32.
-    values = " ".join(f"{value:.9g}" for value in values_F)
+    values = " ".join(f"{value:.9g}" for value in values_F)  # any float32 exactly
     lines += [f"{tag} {size} {size}", f"<LearnRateCoef> 0 [ {values} ]"]
   pathlib.Path(path).write_text("\n".join([*lines, "</Nnet>", ""]), encoding="utf-8")
 
@@ -75,13 +67,11 @@ def estimate(features: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Estimate shift and scale, so that features have mean 0 and variance 1.
 
   Args:
-    features: arrays [T, F], consumed one by one.
+    features: arrays [T, F], consumed one by one; ValueError if there is no frame, widths differ, or
+      a value is not finite.
 
   Returns:
     shift_F and scale_F, float32 [F]. The scale of a constant feature is 1.
-
-  Raises:
-    ValueError: if there is no frame, widths differ, or a value is not finite.
   """
   frames, mean_F, squares_F = 0, None, None
   for number, x_TF in enumerate(features):
@@ -110,23 +100,20 @@ def estimate(features: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   return (-mean_F).astype(np.float32), scale_F.astype(np.float32)
 
 
-def _component(words: list[str], tag: str, path: pathlib.Path) -> np.ndarray:
-  try:
-    at = words.index(tag)
-    start = words.index("[", at)
-    end = words.index("]", start)
-  except ValueError as error:
+def _component(text: str, tag: str, path: pathlib.Path) -> np.ndarray:
+  found = re.search(rf"{tag}\s([^\[]*)\[([^\]]*)\]", text)
+  if not found:
     raise ValueError(
       f"{path}: no {tag} with values in [ ]; a Kaldi Nnet text file (am.mvn) is expected"
-    ) from error
-  header = words[at + 1 : start]
+    )
+  header, words = (part.split() for part in found.groups())
   if len(header) != 4 or header[2] != "<LearnRateCoef>":
     raise ValueError(
       f"{path}: {tag} is followed by {' '.join(header[:6])!r}; must be two sizes, <LearnRateCoef>"
       " and a number"
     )
   try:
-    values_F = np.array([float(word) for word in words[start + 1 : end]], np.float32)
+    values_F = np.array([float(word) for word in words], np.float32)
   except ValueError as error:
     raise ValueError(f"{path}: {tag}: {error}") from error
   if header[0] != header[1] or header[0] != str(len(values_F)):

@@ -64,9 +64,6 @@ class Damaged(ValueError):
 def split_joined(data: bytes) -> list[bytes]:
   """Split concatenated files of one format (`cat a.mp3 b.mp3`).
 
-  Args:
-    data: content of a file of any format, not empty.
-
   Returns:
     The files, in order; `data` as one file if nothing is concatenated or the format is unknown. In
     an mp3 whose header announces too few frames, the number is corrected.
@@ -94,9 +91,8 @@ def _ogg_starts(data: bytes) -> list[int]:
     end = at + 27 + len(segments) + sum(segments)
     if len(segments) < data[at + 26] or end > len(data):
       break  # the page is cut off
-    if (
-      _ogg_checksum(data[at : at + 22] + bytes(4) + data[at + 26 : end]) != data[at + 22 : at + 26]
-    ):
+    page = data[at : at + 22] + bytes(4) + data[at + 26 : end]
+    if _ogg_checksum(page) != data[at + 22 : at + 26]:
       raise Damaged(f"damaged: the Ogg page at byte {at} has a wrong checksum; copy it again")
     serial, is_first, is_last = data[at + 14 : at + 18], data[at + 5] & 2, data[at + 5] & 4
     if is_first and not in_first_pages:
@@ -142,11 +138,12 @@ def _mp3_files(data: bytes) -> list[bytes]:
   """
   import av
 
-  starts, ends, frames, durations = [0], [len(data)], [0], [0]
+  files: list[list] = [[]]  # of each packet: start, end, duration of its sound
   before = None
   try:
     with av.open(io.BytesIO(data), "r", format="mp3", metadata_errors="replace") as container:
       stream = container.streams.audio[0]
+      unit_s = float(stream.time_base or 0)
       for packet in container.demux(stream):
         if not packet.size or packet.pos is None or packet.duration is None:
           continue
@@ -156,21 +153,20 @@ def _mp3_files(data: bytes) -> list[bytes]:
         # Version, layer and rate; and whether it has one channel.
         setting = (head & 0xFFFE0C00, head & 0xC0 == 0xC0) if is_sound else None
         if before is not None and setting != before:
-          for of_files, first in ((starts, packet.pos), (ends, 0), (frames, 0), (durations, 0)):
-            of_files.append(first)
-        if is_sound:
-          frames[-1] += 1
-          durations[-1] += packet.duration
-        ends[-1] = packet.pos + packet.size
+          files.append([])
+        end = packet.pos + packet.size
+        files[-1].append((packet.pos, end, packet.duration if is_sound else None))
         before = setting
-      unit_s = float(stream.time_base or 0)
-      seconds = [duration * unit_s for duration in durations]
   except (av.FFmpegError, IndexError):
     return [data]  # decoding it raises the reason
-  if len(starts) == 1:
-    ends = [len(data)]
-  found = zip(starts, ends, frames, seconds, strict=True)
-  return [_with_frames(data[a:b], n, s) for a, b, n, s in found if n] or [data]
+  found = []
+  for number, packets in enumerate(files):
+    durations = [duration for *_, duration in packets if duration is not None]
+    if durations:
+      start = packets[0][0] if number else 0
+      end = packets[-1][1] if len(files) > 1 else len(data)
+      found.append(_with_frames(data[start:end], len(durations), sum(durations) * unit_s))
+  return found or [data]
 
 
 def _with_frames(mp3: bytes, frames: int, seconds: float) -> bytes:
@@ -183,11 +179,7 @@ def _with_frames(mp3: bytes, frames: int, seconds: float) -> bytes:
 
 
 def check_length(announced_s: float, found_s: float) -> None:
-  """Check that a file is as long as its header announces.
-
-  Raises:
-    Damaged: if more than MISSING_S is missing.
-  """
+  """Raises Damaged if a file is shorter than its header announces, by more than MISSING_S."""
   if announced_s - found_s > MISSING_S:
     raise Damaged(
       f"cut off: its header announces {announced_s:.2f} s, but it has {found_s:.2f} s; copy or"
@@ -196,16 +188,7 @@ def check_length(announced_s: float, found_s: float) -> None:
 
 
 def check_sndfile_length(data: bytes, file: Any, found_s: float) -> None:
-  """Compare the decoded length with the header, as read by libsndfile.
-
-  Args:
-    data: the file.
-    file: an open `soundfile.SoundFile` of it.
-    found_s: seconds decoded.
-
-  Raises:
-    Damaged: as `check_length`.
-  """
+  """Check the decoded length of an open `soundfile.SoundFile`; raises as `check_length`."""
   guessed = file.format == "MP3" and not _MP3_HEADER.search(data)
   if file.frames != _STREAMED_FRAMES and not guessed:
     check_length(file.frames / file.samplerate, found_s)
@@ -223,15 +206,7 @@ def check_sndfile_length(data: bytes, file: Any, found_s: float) -> None:
 
 
 def ffmpeg_length_s(data: bytes, container: Any, stream: Any) -> float:
-  """Length that the header of a container announces.
-
-  Args:
-    data: the file.
-    container: an open `av` container of it.
-    stream: its audio stream.
-
-  Returns:
-    Seconds; 0 if the header has no length.
+  """Length that the header of an open `av` container announces, seconds; 0 if it has none.
 
   Raises:
     Damaged: if the header announces more bytes than the file has.
@@ -249,16 +224,12 @@ def ffmpeg_length_s(data: bytes, container: Any, stream: Any) -> float:
     return container.duration / 1e6
   if "asf" in kinds and (found := _ASF.search(data[:10_000])):
     play, preroll, flags = (int.from_bytes(part, "little") for part in found.groups())
-    live = flags & 1  # a live stream has no valid length
-    return 0.0 if live else play / 1e7 - preroll / 1e3
+    return 0.0 if flags & 1 else play / 1e7 - preroll / 1e3  # 1: live, without a valid length
   return 0.0
 
 
 def is_unfinished_wav(data: bytes) -> bool:
-  """Whether a WAV has more data after its samples than in them.
-
-  A recorder that was killed leaves the size of the first seconds, or 0, in the header.
-  """
+  """Whether a WAV has more data after its samples than in them, as a killed recorder leaves it."""
   if not (data.startswith(b"RIFF") and data[8:12] == b"WAVE"):
     return False
   at, samples = 12, None

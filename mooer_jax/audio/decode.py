@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable
@@ -20,13 +21,13 @@ from mooer_jax.audio.containers import (
 
 Channel = Literal["mean", "first"]
 CAUSES = (
-  "undecodable",
-  "empty audio",
-  "not finite",
-  "out of range",
-  "channels cancel",
-  "too short",
-  "silent",
+  "undecodable",  # unknown format, damaged or truncated
+  "empty audio",  # no bytes or no samples
+  "not finite",  # NaN or infinite samples
+  "out of range",  # samples far outside [-1, 1]
+  "channels cancel",  # their mean is silent
+  "too short",  # less than one frame of features
+  "silent",  # raised by some callers, never by decoding
 )
 SILENCE = 1e-4  # peak below -80 dBFS
 LOUDEST = 4.0  # codecs and resampling overshoot 1 a little; 16-bit integers as floats are far above
@@ -40,14 +41,7 @@ _CANCELLED = 1e-3
 
 
 class AudioError(ValueError):
-  """A clip that cannot be used, and why.
-
-  Attributes:
-    cause: one of CAUSES: "undecodable" (unknown format, damaged or truncated), "empty audio" (no
-      bytes or no samples), "not finite" (NaN or infinite samples), "out of range" (samples far
-      outside [-1, 1]), "channels cancel" (their mean is silent), "too short" (less than one frame
-      of features), "silent" (raised by some callers, never by decoding).
-  """
+  """A clip that cannot be used; `cause` is one of CAUSES."""
 
   def __init__(self, message: str, cause: str):
     assert cause in CAUSES, cause
@@ -69,16 +63,14 @@ def load_audio(
   """Decode a clip to mono at a given rate.
 
   Args:
-    source: path of a file, or the bytes of one, in any format that libsndfile or FFmpeg decodes:
-      wav, flac, ogg, opus, mp3, m4a, aac, wma, webm, mp4, aiff, sph, amr and others. The format is
-      detected from the content, not from the extension.
+    source: path or bytes of a file that libsndfile or FFmpeg decodes: wav, flac, ogg, opus, mp3,
+      m4a, aac, wma, webm, mp4, aiff, sph, amr and others, whatever its extension.
     sample_rate_hz: rate of the result; a clip at another rate is resampled by soxr, quality HQ.
     channel: use the "mean" of several channels, or the "first".
     name: name of the clip in errors; default: the path, or the number of bytes.
 
   Returns:
-    float32 [samples], full scale = 1. Values are not clipped: lossy codecs and the resampler may
-    exceed 1 a little.
+    float32 [samples], full scale = 1, which lossy codecs and the resampler may exceed a little.
 
   Raises:
     FileNotFoundError: if the path does not exist.
@@ -87,14 +79,10 @@ def load_audio(
   name = name or _name(source)
   samples_NC, rate_hz = decode(source, name=name)
   with _named(name):
-    samples_N = _one_channel(samples_NC, channel, name)
-    if rate_hz != sample_rate_hz:
-      samples_N = _resample(samples_N, rate_hz, sample_rate_hz)
+    samples_N = _resample(_one_channel(samples_NC, channel, name), rate_hz, sample_rate_hz)
   if not samples_N.size:
-    raise AudioError(
-      f"{name}: {len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz",
-      "empty audio",
-    )
+    lost = f"{len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz"
+    raise AudioError(f"{name}: {lost}", "empty audio")
   return samples_N
 
 
@@ -104,16 +92,12 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
   Concatenated files are decoded one after another. If their sample rates differ, the result has the
   highest; if some have one channel and others several, the one channel is copied.
 
-  Args:
-    source: path of a file, or the bytes of one.
-    name: name of the clip in errors; default: the path, or the number of bytes.
-
   Returns:
     float32 [samples, channels], full scale = 1, and the rate in Hz.
 
   Raises:
-    FileNotFoundError: if the path does not exist.
-    AudioError: see its `cause`. A clip that is shorter than its header announces is "undecodable".
+    FileNotFoundError, AudioError: as `load_audio`. A clip that is shorter than its header announces
+      is "undecodable".
       Truncation cannot be detected if the header has no length: mp3 without a Xing header, raw aac,
       wav, flac and webm written to a pipe (as browsers record them), fragmented mp4 between
       fragments, and wma or webm with a picture.
@@ -125,23 +109,14 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
   if data.startswith(b"version https://git-lfs.github.com/spec/"):
     raise AudioError(f"{name}: a Git LFS pointer: run git lfs pull", "undecodable")
   with _named(name):
-    samples_NC, rate_hz = _concatenate([
-      part for file in split_joined(data) for part in _decode_file(file)
-    ])  # fmt: skip
+    parts = [part for file in split_joined(data) for part in _decode_file(file)]
+    samples_NC, rate_hz = _concatenate(parts)
     check_samples(samples_NC, name)
   return samples_NC, rate_hz
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
-  """Check that an array contains samples of a waveform.
-
-  Args:
-    samples: float array of any shape.
-    name: name of the clip in errors.
-
-  Raises:
-    AudioError: if it is empty, or a sample is not finite or above LOUDEST.
-  """
+  """Raises AudioError if a float array is empty, or a sample is not finite or above LOUDEST."""
   if not samples.size:
     raise AudioError(f"{name}: empty: it has 0 samples", "empty audio")
   peak = float(np.maximum(samples.max(), -samples.min()))
@@ -197,7 +172,7 @@ def _read_bytes(source, name: str) -> bytes:
 
 
 class _Part(NamedTuple):
-  """Samples between two changes of the sample rate or the number of channels."""
+  """Consecutive samples of one sample rate, full scale = 1."""
 
   samples_NC: np.ndarray
   rate_hz: int
@@ -206,15 +181,14 @@ class _Part(NamedTuple):
 def _decode_file(data: bytes) -> list[_Part]:
   """Decode with libsndfile, or with FFmpeg if libsndfile cannot read the file to its end."""
   try:
-    part = _read_with_libsndfile(data)
+    parts = _read_with_libsndfile(data)
   except Damaged:
     raise
   except Exception as error:
     return _read_with_ffmpeg(data, _reason(error))
   if is_unfinished_wav(data):
-    parts = _read_with_ffmpeg(data, "its header announces too little")
-    return parts if _seconds(parts) > _seconds([part]) else [part]
-  return [part]
+    return max(parts, _read_with_ffmpeg(data, "its header announces too little"), key=_seconds)
+  return parts
 
 
 def _seconds(parts: Iterable[_Part]) -> float:
@@ -231,22 +205,24 @@ class _Bytes(io.BytesIO):
     return self.tell()
 
 
-def _read_with_libsndfile(data: bytes) -> _Part:
+def _read_with_libsndfile(data: bytes) -> list[_Part]:
   import soundfile
 
   with soundfile.SoundFile(_Bytes(data)) as file:
-    rows, blocks = max(1, _VALUES_AT_A_TIME // file.channels), _Blocks()
-    while len(block_NC := file.read(rows, dtype="float32", always_2d=True)) or not blocks:
-      blocks.add(block_NC, file.samplerate)
-    [part] = blocks.parts()
-    check_sndfile_length(data, file, _seconds([part]))
-  return part
+    rows = max(1, _VALUES_AT_A_TIME // file.channels)
+
+    def blocks():
+      while len(block_NC := file.read(rows, dtype="float32", always_2d=True)):
+        yield _Part(block_NC, file.samplerate)
+
+    parts = _join(blocks())
+    check_sndfile_length(data, file, _seconds(parts))
+  return parts
 
 
 def _read_with_ffmpeg(data: bytes, sound_error: str) -> list[_Part]:
   import av
 
-  blocks = _Blocks()
   options = {"protocol_whitelist": ""}  # a playlist must not open the files that it names
   if is_unfinished_wav(data):
     options["ignore_length"] = "1"
@@ -258,64 +234,46 @@ def _read_with_ffmpeg(data: bytes, sound_error: str) -> list[_Part]:
       if stream.codec_context is None:
         raise Damaged("neither libsndfile nor FFmpeg has a decoder for its codec")
       announced_s = ffmpeg_length_s(data, container, stream)
-      for frame in container.decode(stream):
-        if frame.is_corrupt:
-          raise Damaged("damaged: FFmpeg marks a frame as corrupt; copy or encode it again")
-        blocks.add(_samples(frame), frame.sample_rate)
+      parts = _join(map(_block, container.decode(stream)))
   except av.FFmpegError as error:
     raise Damaged(
       f"neither libsndfile ({sound_error}) nor FFmpeg ({error.strerror}) can decode it; is it an"
       " audio file, and whole?"
     ) from error
-  parts = blocks.parts()
   check_length(announced_s, _seconds(parts))
   return parts
 
 
-class _Blocks:
-  """Collect decoded samples, up to a limit."""
-
-  def __init__(self):
-    self._runs: list[tuple[int, list[np.ndarray]]] = []
-    self._values = 0
-
-  def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-    """Append float32 [samples, channels]."""
-    self._values += block_NC.size
-    if self._values > _MAX_VALUES:
+def _join(blocks: Iterable[_Part]) -> list[_Part]:
+  """Join consecutive blocks of one rate and number of channels, up to a limit of samples."""
+  kept, values = [], 0
+  for block in blocks:
+    values += block.samples_NC.size
+    if values > _MAX_VALUES:
       raise Damaged(f"has more than {_MAX_VALUES} samples; split it into shorter files")
-    if self._runs:
-      rate_before_hz, blocks = self._runs[-1]
-      if rate_before_hz == rate_hz and blocks[-1].shape[1] == block_NC.shape[1]:
-        blocks.append(block_NC)
-        return
-    self._runs.append((rate_hz, [block_NC]))
-
-  def __bool__(self) -> bool:
-    return bool(self._runs)
-
-  def parts(self) -> list[_Part]:
-    return [
-      _Part(blocks[0] if len(blocks) == 1 else np.concatenate(blocks), rate_hz)
-      for rate_hz, blocks in self._runs
-    ]
+    if len(block.samples_NC):
+      kept.append(block)
+  runs = itertools.groupby(kept, key=lambda block: (block.rate_hz, block.samples_NC.shape[1]))
+  return [_Part(np.concatenate([x.samples_NC for x in run]), rate_hz) for (rate_hz, _), run in runs]
 
 
-def _samples(frame) -> np.ndarray:
-  """float32 [samples, channels] of one of FFmpeg's frames, full scale = 1."""
+def _block(frame) -> _Part:
+  """One of FFmpeg's frames."""
+  if frame.is_corrupt:
+    raise Damaged("damaged: FFmpeg marks a frame as corrupt; copy or encode it again")
   x = frame.to_ndarray()
   x_NC = x.T if frame.format.is_planar else x.reshape(-1, frame.layout.nb_channels)
   with np.errstate(over="ignore"):  # values above float32's range become infinite: refused later
     scaled_NC = x_NC.astype(np.float32)
   if x.dtype == np.uint8:
-    return scaled_NC / np.float32(128) - np.float32(1)
-  return scaled_NC / np.float32(-np.iinfo(x.dtype).min) if x.dtype.kind == "i" else scaled_NC
+    scaled_NC = scaled_NC / np.float32(128) - np.float32(1)
+  elif x.dtype.kind == "i":
+    scaled_NC /= np.float32(-np.iinfo(x.dtype).min)
+  return _Part(scaled_NC, frame.sample_rate)
 
 
-def _concatenate(parts: Iterable[_Part]) -> tuple[np.ndarray, int]:
+def _concatenate(parts: list[_Part]) -> tuple[np.ndarray, int]:
   """One array [samples, channels] of parts that may differ in rate, or have one channel."""
-  parts = list(parts)
-  parts = [part for part in parts if len(part.samples_NC)] or parts[:1]
   if not parts:
     return np.zeros((0, 1), np.float32), _RATES_HZ[0]
   for rate_hz in (rates := {part.rate_hz for part in parts}):
@@ -326,12 +284,12 @@ def _concatenate(parts: Iterable[_Part]) -> tuple[np.ndarray, int]:
   counts = {part.samples_NC.shape[1] for part in parts}
   if len(counts - {1}) > 1:
     raise Damaged(
-      f"the number of channels changes ({', '.join(map(str, sorted(counts)))}); convert it to one"
-      " number: ffmpeg -i IN -ac 1 OUT"
+      f"the number of channels changes ({str(sorted(counts))[1:-1]}); convert it to one number:"
+      " ffmpeg -i IN -ac 1 OUT"
     )
+  if len(parts) == 1:
+    return parts[0]
   resampled = [_resample(part.samples_NC, part.rate_hz, max(rates)) for part in parts]
-  if len(resampled) == 1:
-    return resampled[0], max(rates)
   same = [np.broadcast_to(x_NC, (len(x_NC), max(counts))) for x_NC in resampled]
   return np.concatenate(same), max(rates)
 

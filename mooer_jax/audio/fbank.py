@@ -6,7 +6,6 @@ imaginary parts, if both are in one array).
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,47 +23,39 @@ _BLOCK = 48
 _THREADED = 10**6
 
 
+def check_frames(config, kind: str) -> None:
+  """Raises ValueError if the frames of a front end are too short, or it has no bins."""
+  for name in ("sample_rate_hz", "bins"):
+    if getattr(config, name) < 1:
+      raise ValueError(f"{kind} {name} is {getattr(config, name)}; it must be at least 1")
+  if config.frame_length < 2 or config.hop_length < 1:
+    raise ValueError(
+      f"{kind} frame_ms={config.frame_ms}, hop_ms={config.hop_ms} are {config.frame_length} and"
+      f" {config.hop_length} samples at {config.sample_rate_hz} Hz; at least 2 and 1 are needed"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class FbankConfig:
-  """Kaldi's options for a filter bank, without dither and with complete frames only.
-
-  Attributes:
-    sample_rate_hz: rate of the waveform.
-    bins: mel bins F.
-    frame_ms: length of a frame.
-    hop_ms: from one frame to the next.
-    window: one of WINDOWS.
-    low_hz: lower edge of the lowest bin.
-    high_hz: upper edge of the highest bin; 0 is half the sample rate.
-    preemphasis: x[n] - preemphasis * x[n - 1], within each frame.
-  """
+  """Kaldi's options for a filter bank, without dither and with complete frames only."""
 
   sample_rate_hz: int = 16000
-  bins: int = 80
+  bins: int = 80  # mel bins F
   frame_ms: float = 25
   hop_ms: float = 10
-  window: str = "hamming"
-  low_hz: float = 20
-  high_hz: float = 0
-  preemphasis: float = 0.97
+  window: str = "hamming"  # one of WINDOWS
+  low_hz: float = 20  # lower edge of the lowest bin
+  high_hz: float = 0  # upper edge of the highest bin; 0 is half the sample rate
+  preemphasis: float = 0.97  # x[n] - preemphasis * x[n - 1], within each frame
 
   def __post_init__(self):
     if self.window not in WINDOWS:
       raise ValueError(f"fbank window is {self.window!r}; allowed: {', '.join(WINDOWS)}")
-    for name in ("sample_rate_hz", "bins"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"fbank {name} is {getattr(self, name)}; it must be at least 1")
-    if self.frame_length < 2 or self.hop_length < 1:
-      raise ValueError(
-        f"fbank frame_ms={self.frame_ms}, hop_ms={self.hop_ms} are {self.frame_length} and "
-        f"{self.hop_length} samples at {self.sample_rate_hz} Hz; at least 2 and 1 are needed"
-      )
+    check_frames(self, "fbank")
     nyquist_hz = self.sample_rate_hz / 2
     if not 0 <= self.low_hz < (self.high_hz or nyquist_hz) <= nyquist_hz:
-      raise ValueError(
-        f"fbank low_hz={self.low_hz}, high_hz={self.high_hz}: needed 0 <= low < high <= "
-        f"{nyquist_hz:g} (high_hz=0 means half the sample rate)"
-      )
+      limits = f"0 <= low_hz < high_hz <= {nyquist_hz:g} (high_hz=0 means half the sample rate)"
+      raise ValueError(f"fbank low_hz={self.low_hz}, high_hz={self.high_hz}: must be {limits}")
     if not 0 <= self.preemphasis <= 1:
       raise ValueError(f"fbank preemphasis is {self.preemphasis}; it must lie between 0 and 1")
 
@@ -80,20 +71,12 @@ class FbankConfig:
 
   @property
   def fft_length(self) -> int:
-    """Smallest power of two that is at least `frame_length`."""
-    return 1 << (self.frame_length - 1).bit_length()
-
-
-class Constants(NamedTuple):
-  """Float64 constants of both implementations; K ends before half the sample rate, as in Kaldi."""
-
-  window_L: np.ndarray
-  mel_KF: np.ndarray
+    return 1 << (self.frame_length - 1).bit_length()  # the next power of two
 
 
 @functools.cache
-def constants(config: FbankConfig) -> Constants:
-  """Window and mel filter bank in float64.
+def constants(config: FbankConfig) -> tuple[np.ndarray, np.ndarray]:
+  """Window [L] and mel filter bank [K, F] in float64; K ends before half the sample rate.
 
   Source: the Kaldi toolkit's mel scale, 1127 ln(1 + f / 700); triangles are straight in mel.
   """
@@ -112,7 +95,7 @@ def constants(config: FbankConfig) -> Constants:
   mel_K1 = _mel(hz_K)[:, None]
   rising_KF = (mel_K1 - left_F) / (centre_F - left_F)
   falling_KF = (right_F - mel_K1) / (right_F - centre_F)
-  return Constants(window_L, np.maximum(0, np.minimum(rising_KF, falling_KF)))
+  return window_L, np.maximum(0, np.minimum(rising_KF, falling_KF))
 
 
 def num_fbank_frames(samples: int, config: FbankConfig) -> int:
@@ -125,32 +108,35 @@ def rows_at_a_time(mel_KF: np.ndarray) -> int:
   return max(1, min(_BLOCK, _THREADED // mel_KF.size))
 
 
+def as_waveform(waveform_N: np.ndarray, name: str = "waveform") -> np.ndarray:
+  """The waveform as an array; raises ValueError, with its name, unless it is float [N]."""
+  waveform_N = np.asarray(waveform_N)
+  if waveform_N.ndim != 1 or not np.issubdtype(waveform_N.dtype, np.floating):
+    raise ValueError(
+      f"{name} is {waveform_N.dtype} {list(waveform_N.shape)}; a front end takes mono floats [N]"
+      " with full scale 1 (divide 16-bit integers by 32768, average channels)"
+    )
+  return waveform_N
+
+
 def fbank(waveform_N: np.ndarray, config: FbankConfig = FbankConfig()) -> np.ndarray:
   """Log-mel energies in NumPy.
 
   Args:
-    waveform_N: float [N], full scale = 1.
-    config: FbankConfig.
+    waveform_N: float [N], full scale = 1; ValueError for another type or shape.
+    config: options.
 
   Returns:
     float32 [T, F] with T = `num_fbank_frames(N, config)`.
 
-  Raises:
-    ValueError: if the waveform is not one axis of floats.
-
-  Computes in float64 up to the power. Kaldi's own float32 errs by up to a percent in bins 110 dB
-  below the peak of their frame, about one value in a million.
+  Computes in float64 up to the power; Kaldi's own float32 errs by up to a percent in bins 110 dB
+  below the peak of their frame.
 
   Source: Kaldi's compute-fbank-feats (package kaldi-native-fbank).
   """
   import scipy.fft  # several times as fast as numpy.fft
 
-  waveform_N = np.asarray(waveform_N)
-  if waveform_N.ndim != 1 or not np.issubdtype(waveform_N.dtype, np.floating):
-    raise ValueError(
-      f"waveform is {waveform_N.dtype} {list(waveform_N.shape)}; fbank takes mono floats [N] with "
-      "full scale 1 (divide 16-bit integers by 32768, average channels)"
-    )
+  waveform_N = as_waveform(waveform_N)
   window_L, mel_KF = constants(config)
   mel_KF = mel_KF.astype(np.float32)
   length, hop, emphasis = config.frame_length, config.hop_length, config.preemphasis
@@ -186,7 +172,7 @@ def fbank_jax(waveform_BN: jax.Array, samples_B: jax.Array, config: FbankConfig 
   Args:
     waveform_BN: float32 [B, N], full scale = 1; values in the padding do not matter.
     samples_B: int32 [B], valid samples of each row, at most N.
-    config: FbankConfig.
+    config: options.
 
   Returns:
     fbank_BTF: float32 [B, T, F] with T = num_fbank_frames(N); 0 after the valid frames of a row.
@@ -205,23 +191,24 @@ def fbank_jax(waveform_BN: jax.Array, samples_B: jax.Array, config: FbankConfig 
   if not frames:
     return jnp.zeros((waveform_BN.shape[0], 0, config.bins), jnp.float32), frames_B
 
-  frames_BTL = cut_frames(waveform_BN.astype(jnp.float32) * FULL_SCALE, frames, length, hop)
+  scaled_BN = waveform_BN.astype(jnp.float32) * FULL_SCALE
+  frames_BTL = cut_frames(scaled_BN, frames, length=length, hop=hop)
   valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
   # Masked here and at the end: in the gradient, a NaN in the padding would pass the last mask.
   frames_BTL = jnp.where(valid_BT1, frames_BTL, 0)
   coarse_BTL, fine_BTL = _split(frames_BTL)
   matrix_LK, coarse_LK, fine_LK = _matrices(config)
-  spectrum_BTK = _matmul(coarse_BTL, coarse_LK) + _matmul(
+  spectrum_BTK = matmul(coarse_BTL, coarse_LK) + matmul(
     jnp.concatenate([coarse_BTL, fine_BTL], axis=-1), np.concatenate([fine_LK, matrix_LK])
   )
   real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
-  mel_KF = constants(config).mel_KF.astype(np.float32)
-  energies_BTF = _matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
+  mel_KF = constants(config)[1].astype(np.float32)
+  energies_BTF = matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
   fbank_BTF = jnp.log(jnp.maximum(energies_BTF, np.float32(FLOOR)))
   return jnp.where(valid_BT1, fbank_BTF, 0), frames_B
 
 
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _split(frames_BTL):
@@ -253,7 +240,7 @@ def _matrices(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   emphasis_LL = np.eye(length) - config.preemphasis * before_LL
   turns_LK = np.outer(np.arange(length), np.arange(config.fft_length // 2)) / config.fft_length
   angle_LK = 2 * np.pi * (turns_LK % 1)
-  dft_LK = constants(config).window_L[:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
+  dft_LK = constants(config)[0][:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
   matrix_LK = without_mean_LL @ emphasis_LL @ dft_LK
   # Steps by column, because pre-emphasis attenuates the low frequencies.
   step_K = 2.0 ** (np.frexp(np.abs(matrix_LK).max(axis=0))[1] - 8)
@@ -261,7 +248,7 @@ def _matrices(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return tuple(m.astype(np.float32) for m in (matrix_LK, coarse_LK, matrix_LK - coarse_LK))
 
 
-def cut_frames(waveform_BN, frames: int, length: int, hop: int):
+def cut_frames(waveform_BN, frames: int, *, length: int, hop: int):
   """Cut [B, N] into [B, T, L] with slices of whole hops, because accelerators gather slowly."""
   hops_per_frame = -(-length // hop)
   hops = frames - 1 + hops_per_frame

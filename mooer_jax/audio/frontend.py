@@ -21,19 +21,16 @@ def num_stacks(frames, stride: int):
 
 
 def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> np.ndarray:
-  """Stack neighbouring frames to get fewer and wider ones.
+  """Stack neighbouring frames: float32 [T, F] to fewer and wider ones.
 
   Args:
-    fbank_TF: float32 [T, F], log-mel energies, one frame every 10 ms.
+    fbank_TF: log-mel energies, one frame every 10 ms; ValueError if there are none.
     window: number of frames in an output (MooER: 7).
-    stride: input frames from one output to the next (MooER: 6, so 60 ms).
+    stride: input frames from one output to the next, at most `window` (MooER: 6, so 60 ms).
 
   Returns:
     float32 [ceil(T / stride), window * F]. The left edge is padded with (window - 1) // 2 copies of
     frame 0, the right edge with copies of the last frame.
-
-  Raises:
-    ValueError: if T is 0 or window < stride.
 
   Source: Paraformer's low-frame-rate features (Gao et al., 2022, section 3).
   """
@@ -57,12 +54,7 @@ def stack_frames_jax(
     window, stride: as for `stack_frames`.
 
   Returns:
-    stacked_BTF: float32 [B, ceil(T / stride), window * F]; 0 after a row's end, else equal to
-      `stack_frames` of the row.
-    steps_B: int32 [B], ceil(frames / stride).
-
-  Raises:
-    ValueError: if window < stride.
+    float32 [B, ceil(T / stride), window * F], 0 after a row's end; and int32 [B], valid ones.
   """
   _check(window, stride)
   batch, frames, bins = fbank_BTF.shape
@@ -79,18 +71,10 @@ def stack_frames_jax(
   fbank_BTF = jnp.where(valid_BT1, fbank_BTF, last_B1F)
   left = (window - 1) // 2
   right = max(0, (steps - 1) * stride + window - left - frames)
-  padded_BTF = jnp.concatenate(
-    [
-      jnp.repeat(fbank_BTF[:, :1], left, axis=1),
-      fbank_BTF,
-      jnp.repeat(fbank_BTF[:, -1:], right, axis=1),
-    ],
-    axis=1,
-  )
+  padded_BTF = jnp.pad(fbank_BTF, ((0, 0), (left, right), (0, 0)), mode="edge")
   end = (steps - 1) * stride + 1
-  stacked_BTF = jnp.concatenate(
-    [padded_BTF[:, i : i + end : stride] for i in range(window)], axis=-1
-  )
+  shifted = [padded_BTF[:, i : i + end : stride] for i in range(window)]
+  stacked_BTF = jnp.concatenate(shifted, axis=-1)
   valid_BT1 = jnp.arange(steps)[:, None] < steps_B[:, None, None]
   return jnp.where(valid_BT1, stacked_BTF, 0), steps_B
 
@@ -98,49 +82,39 @@ def stack_frames_jax(
 def _check(window: int, stride: int) -> None:
   if stride < 1 or window < stride:
     raise ValueError(
-      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window, or frames would be"
-      " lost"
+      f"lfr_window={window}, lfr_stride={stride}: must be 1 <= stride <= window, or frames are lost"
     )
 
 
 @runtime_checkable
 class Frontend(Protocol):
-  """The frozen config of an encoder's features: all that the rest of the project knows of them.
+  """The frozen config of an encoder's features: all that the rest of the project knows of them."""
 
-  Attributes:
-    kind: its name in checkpoints.
-    RUN_FIELDS: fields that may differ between a checkpoint and a run that starts from it.
-    normalised: whether CMVN, whose values are among the model's parameters, follows.
-    sample_rate_hz: of the waveforms.
-    width: values in a frame.
-  """
-
-  kind: ClassVar[str]
-  RUN_FIELDS: ClassVar[tuple[str, ...]]
-  normalised: ClassVar[bool]
+  kind: ClassVar[str]  # its name in checkpoints
+  RUN_FIELDS: ClassVar[tuple[str, ...]]  # may differ between a checkpoint and a run from it
+  normalised: ClassVar[bool]  # whether CMVN, whose values are parameters of the model, follows
 
   @property
-  def sample_rate_hz(self) -> int: ...
+  def sample_rate_hz(self) -> int:
+    """Sample rate of the waveforms."""
 
   @property
-  def width(self) -> int: ...
+  def width(self) -> int:
+    """Number of values in a frame."""
 
   def num_frames(self, samples: int) -> int:
     """Number of frames that `features` returns; 0 for a clip that is too short."""
 
   def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
-    """Features of one clip in NumPy, before normalisation.
+    """Features of one clip in NumPy, before normalisation: float32 [num_frames(N), width].
 
     Args:
       waveform_N: float [N], full scale = 1, at the config's sample rate.
       name: name of the clip in errors.
 
-    Returns:
-      float32 [num_frames(N), width].
-
     Raises:
       AudioError: if the clip is too short for one frame ("too short", "empty audio").
-      ValueError: if the waveform is not one axis of floats, or too long for the front end.
+      ValueError: if the waveform is not float [N], or too long for the front end.
     """
 
   def features_jax(
@@ -153,27 +127,21 @@ class Frontend(Protocol):
       samples_B: int32 [B], valid samples of each row, at most N.
 
     Returns:
-      features_BTF: float32 [B, num_frames(N), width]; 0 behind a row's frames.
-      frames_B: int32 [B], num_frames of each row: 0 for a row that `features` would refuse.
+      float32 [B, num_frames(N), width], 0 behind a row's frames; and int32 [B], num_frames of each
+      row: 0 for a row that `features` would refuse.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class FrontendConfig:
-  """MooER's (and Paraformer's) features by default: 560 values every 60 ms.
-
-  Attributes:
-    fbank: Kaldi's filter banks.
-    lfr_window: number of fbank frames in one frame.
-    lfr_stride: fbank frames from one frame to the next.
-  """
+  """MooER's (and Paraformer's) features by default: 560 values every 60 ms."""
 
   kind: ClassVar[str] = "fbank"
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ()
   normalised: ClassVar[bool] = True
   fbank: FbankConfig = FbankConfig()
-  lfr_window: int = 7
-  lfr_stride: int = 6
+  lfr_window: int = 7  # fbank frames in one frame
+  lfr_stride: int = 6  # fbank frames from one frame to the next
 
   def __post_init__(self):
     _check(self.lfr_window, self.lfr_stride)

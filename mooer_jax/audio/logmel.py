@@ -2,10 +2,7 @@
 
 Whisper pads clips with digital silence to 30 s. Here, only frames that overlap the clip have
 features; the encoder fills in those of the silence, which are `max(-1.5, m - 2)` with m the clip's
-largest feature.
-
-Axes: N samples, T frames, L samples of one frame, F mel bins, K frequencies of the DFT (real and
-imaginary parts, if both are in one array).
+largest feature. Axes are those of `fbank`.
 """
 
 import dataclasses
@@ -17,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError
-from mooer_jax.audio.fbank import cut_frames, rows_at_a_time
+from mooer_jax.audio.fbank import as_waveform, check_frames, cut_frames, matmul, rows_at_a_time
 
 # Smallest power, also that of digital silence.
 FLOOR = 1e-10
@@ -27,35 +24,21 @@ RANGE = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class LogMelConfig:
-  """Whisper's features: Hann windows of 25 ms around every 10 ms, Slaney's mel bins.
-
-  Attributes:
-    bins: mel bins F: 80, large-v3 128.
-    sample_rate_hz: rate of the waveform.
-    frame_ms: length of a frame.
-    hop_ms: time from one frame to the next.
-    chunk_s: longest clip; the encoder pads to this length.
-  """
+  """Whisper's features: Hann windows of 25 ms around every 10 ms, Slaney's mel bins."""
 
   kind: ClassVar[str] = "logmel"
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ("chunk_s",)
   normalised: ClassVar[bool] = False  # there is no CMVN
-  bins: int = 80
+  bins: int = 80  # large-v3: 128
   sample_rate_hz: int = 16000
   frame_ms: float = 25
   hop_ms: float = 10
-  chunk_s: float = 30.0
+  chunk_s: float = 30.0  # longest clip; the encoder pads to this length
 
   def __post_init__(self):
-    for name in ("bins", "sample_rate_hz"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"logmel {name} is {getattr(self, name)}; it must be at least 1")
-    if self.frame_length < 2 or self.frame_length % 2 or self.hop_length < 1:
-      raise ValueError(
-        f"logmel frame_ms={self.frame_ms}, hop_ms={self.hop_ms} are {self.frame_length} and"
-        f" {self.hop_length} samples at {self.sample_rate_hz} Hz; a frame must be even, a hop at"
-        " least 1"
-      )
+    check_frames(self, "logmel")
+    if self.frame_length % 2:
+      raise ValueError(f"logmel frame_ms={self.frame_ms} is an odd number of samples; must be even")
     if self.chunk_samples < self.frame_length + self.hop_length:
       raise ValueError(
         f"logmel chunk_s={self.chunk_s} is {self.chunk_samples} samples; must be at least a frame"
@@ -64,22 +47,18 @@ class LogMelConfig:
 
   @property
   def frame_length(self) -> int:
-    """Samples in a frame."""
     return int(self.sample_rate_hz * self.frame_ms / 1000)
 
   @property
   def hop_length(self) -> int:
-    """Samples from one frame to the next."""
     return int(self.sample_rate_hz * self.hop_ms / 1000)
 
   @property
   def chunk_samples(self) -> int:
-    """Samples of the longest clip."""
     return round(self.chunk_s * self.sample_rate_hz)
 
   @property
   def chunk_frames(self) -> int:
-    """Frames of the longest clip."""
     return self.chunk_samples // self.hop_length
 
   @property
@@ -98,12 +77,7 @@ class LogMelConfig:
     # Equal to transformers' WhisperFeatureExtractor.
     import scipy.fft  # several times as fast as numpy.fft
 
-    waveform_N = np.asarray(waveform_N)
-    if waveform_N.ndim != 1 or not np.issubdtype(waveform_N.dtype, np.floating):
-      raise ValueError(
-        f"{name} is {waveform_N.dtype} {list(waveform_N.shape)}; log-mel takes mono floats [N] "
-        "with full scale 1 (divide 16-bit integers by 32768, average channels)"
-      )
+    waveform_N = as_waveform(waveform_N, name)
     if not len(waveform_N):
       raise AudioError(f"{name}: no samples", "empty audio")
     if len(waveform_N) > self.chunk_samples:
@@ -144,22 +118,20 @@ class LogMelConfig:
     left, inside, right = _padding(frames, self)
     waveform_BN = jnp.pad(waveform_BN, ((0, 0), (0, inside - longest)))
     waveform_BN = jnp.pad(waveform_BN, ((0, 0), (left, right)), mode="reflect")
-    frames_BTL = cut_frames(waveform_BN, frames, self.frame_length, self.hop_length)
+    length, hop = self.frame_length, self.hop_length
+    frames_BTL = cut_frames(waveform_BN, frames, length=length, hop=hop)
     matrix_LK, of_ones_K = _windowed_dft(self)
     # Without the mean, whose magnitude may exceed that of the sound: float32 would round to it.
     mean_BT1 = frames_BTL.mean(-1, keepdims=True)
-    spectrum_BTK = _matmul(frames_BTL - mean_BT1, matrix_LK) + mean_BT1 * of_ones_K
+    spectrum_BTK = matmul(frames_BTL - mean_BT1, matrix_LK) + mean_BT1 * of_ones_K
     real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
     mel_KF = constants(self)[1].astype(np.float32)
-    power_BTF = _matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
+    power_BTF = matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
     log_BTF = jnp.log10(jnp.maximum(power_BTF, FLOOR))
     valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
     largest_B11 = log_BTF.max((1, 2), keepdims=True, where=valid_BT1, initial=np.log10(FLOOR))
     features_BTF = (jnp.maximum(log_BTF, largest_B11 - RANGE) + 4) / 4
     return jnp.where(valid_BT1, features_BTF, 0), frames_B
-
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _padding(frames: int, config: LogMelConfig) -> tuple[int, int, int]:

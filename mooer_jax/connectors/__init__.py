@@ -13,23 +13,16 @@ from mooer_jax.nn.layers import ShardingRules
 
 @runtime_checkable
 class Connector(Protocol):
-  """The frozen config of a connector: all that the rest of the project knows about it.
+  """The frozen config of a connector: all that the rest of the project knows about it."""
 
-  Attributes:
-    kind: its name in configs (`model.KIND`) and checkpoints.
-    SIZES: published sizes by name, for `model.connector`.
-    RUN_FIELDS: fields that may differ between a checkpoint and a run that starts from it.
-    SHARDING: rules for the paths below `connector/`; each must be used.
-    min_frames: encoder frames that the first speech token needs.
-  """
-
-  kind: ClassVar[str]
-  SIZES: ClassVar[Mapping[str, Any]]
-  RUN_FIELDS: ClassVar[tuple[str, ...]]
-  SHARDING: ClassVar[ShardingRules]
+  kind: ClassVar[str]  # in configs (`model.KIND`) and checkpoints
+  SIZES: ClassVar[Mapping[str, Any]]  # published sizes by name, for `model.connector`
+  RUN_FIELDS: ClassVar[tuple[str, ...]]  # may differ between a checkpoint and a run from it
+  SHARDING: ClassVar[ShardingRules]  # for the paths below `connector/`; each must be used
 
   @property
-  def min_frames(self) -> int: ...
+  def min_frames(self) -> int:
+    """Encoder frames that the first speech token needs."""
 
   def num_tokens(self, frames: int) -> int:
     """Number of speech tokens for this number of encoder frames; 0 below `min_frames`."""

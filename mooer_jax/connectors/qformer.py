@@ -21,16 +21,7 @@ _INIT = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-  """Sizes of the Q-Former; encoders and LLM determine those of input and output.
-
-  Attributes:
-    window: frames in a window; 17 frames of 20 ms are a third of a second.
-    stride: frames from one window to the next, at most `window`.
-    queries: tokens for each window.
-    edge: "drop" drops frames at the end that do not fill a window (SALMONN's released code), "pad"
-      pads the last window with zeros (SALMONN's paper).
-    dropout: of attention weights and residual branches, in training.
-  """
+  """Sizes of the Q-Former; encoders and LLM determine those of input and output."""
 
   kind: ClassVar[str] = "qformer"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -41,25 +32,25 @@ class QFormerConfig:
     inputs=rf"qformer/{LAYER}/(\w*attention/out|feed_forward/down)",
     whole=rf"queries|project/.*|qformer/({LAYER}/\w+_)?norm/(scale|bias)",
   )
-  window: int = 17
-  stride: int = 17
-  queries: int = 1
+  window: int = 17  # frames; of 20 ms, they are a third of a second
+  stride: int = 17  # frames from one window to the next, at most `window`
+  queries: int = 1  # tokens for each window
   hidden_size: int = 768
   layers: int = 2
   heads: int = 12
   intermediate_size: int = 3072
   norm_eps: float = 1e-12
+  # Frames at the end that do not fill a window: "drop" them (SALMONN's released code), or "pad" the
+  # window with zeros (its paper).
   edge: Literal["drop", "pad"] = "drop"
-  dropout: float = 0.0
+  dropout: float = 0.0  # of attention weights and residual branches
 
   def __post_init__(self):
     sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
     check_sizes(self, *sizes, divisible={"hidden_size": "heads"})
     if self.stride > self.window:
-      raise ValueError(
-        f"qformer.stride={self.stride} must be at most qformer.window={self.window}; frames"
-        " between the windows would be lost"
-      )
+      limit = f"qformer.window={self.window}; frames between the windows would be lost"
+      raise ValueError(f"qformer.stride={self.stride} must be at most {limit}")
     if self.edge not in ("drop", "pad"):
       raise ValueError(f"qformer.edge={self.edge!r}: use 'drop' or 'pad'")
 
@@ -86,8 +77,7 @@ QFormerConfig.SIZES = {"qformer": QFormerConfig()}
 def cut_windows(frames_BTD: jax.Array, config: QFormerConfig) -> jax.Array:
   """Cut frames [B, T, D] into windows [B, W, L, D]; a padded edge is zeros.
 
-  Raises:
-    ValueError: if T frames give no window.
+  Raises ValueError if T frames give no window.
   """
   c = config
   T = frames_BTD.shape[1]
@@ -156,7 +146,7 @@ class QFormerLayer(nn.Module):
   @nn.compact
   def __call__(self, x_NQD: jax.Array, windows_NLE: jax.Array, cache: None = None):
     c, dtype = self.config, self.compute.jnp_dtype
-    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
 
     def add(x, change, name):
       return LayerNorm(c.norm_eps, dtype=dtype, name=f"{name}_norm")(x + dropout(change))
@@ -165,9 +155,7 @@ class QFormerLayer(nn.Module):
     cross_attention = QFormerAttention(c, self.compute, name="cross_attention")
     x_NQD = add(x_NQD, attention(x_NQD, x_NQD), "attention")
     x_NQD = add(x_NQD, cross_attention(x_NQD, windows_NLE), "cross_attention")
-    mlp = FeedForward(
-      c.intermediate_size, gelu, dtype=dtype, kernel_init=_INIT, name="feed_forward"
-    )
+    mlp = FeedForward(c.intermediate_size, gelu, dtype, _INIT, name="feed_forward")
     return add(x_NQD, mlp(x_NQD), "feed_forward"), cache
 
 
@@ -189,11 +177,10 @@ class QFormer(nn.Module):
     self.dropout = nn.Dropout(c.dropout)
 
   def __call__(self, queries_QD: jax.Array, windows_NLE: jax.Array) -> jax.Array:
-    c, dtype = self.config, self.compute.jnp_dtype
+    dtype = self.compute.jnp_dtype
     x_QD = self.norm(queries_QD.astype(dtype))
     x_NQD = jnp.broadcast_to(x_QD, (windows_NLE.shape[0], *x_QD.shape))
-    dropped = c.dropout and self.has_rng("dropout")
-    x_NQD = self.dropout(x_NQD, deterministic=not dropped)
+    x_NQD = self.dropout(x_NQD, deterministic=not self.has_rng("dropout"))
     x_NQD, _ = run_layers(self.layers, x_NQD, windows_NLE.astype(dtype))
     return x_NQD
 
@@ -214,11 +201,7 @@ class WindowedQFormer(nn.Module):
 
   @nn.compact
   def __call__(self, frames_BTD: jax.Array, valid_BT: jax.Array):
-    """Returns (tokens [B, W * Q, output_width], valid bool [B, W * Q]).
-
-    Raises:
-      ValueError: if T frames give no token.
-    """
+    """Returns tokens and their validity, bool [B, W * Q]; ValueError if T frames give no token."""
     c = self.config
     frames_BTD = jnp.where(valid_BT[..., None], frames_BTD, 0)
     windows_BWLD = cut_windows(frames_BTD, c)

@@ -21,36 +21,26 @@ from mooer_jax.nn.positions import rope_angles, rotate
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of all layers, in slots that are filled from the left.
+  """Keys and values of all layers, in slots that are filled from the left."""
 
-  Attributes:
-    layers: (keys, values) of each layer, each [B, S, K * C] with S slots.
-    valid_BS: bool, True for filled slots that may be attended to.
-    filled: int32 scalar, number of filled slots, the same for all rows.
-    positions_B: int32, rotary position of the next token of each row.
-  """
-
-  layers: tuple[tuple[jax.Array, jax.Array], ...]
-  valid_BS: jax.Array
-  filled: jax.Array
-  positions_B: jax.Array
+  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (keys, values), each [B, S slots, K * C]
+  valid_BS: jax.Array  # bool, True for filled slots that may be attended to
+  filled: jax.Array  # int32 scalar, number of filled slots, the same for all rows
+  positions_B: jax.Array  # int32, rotary position of the next token of each row
 
   def grow(self, slots: int) -> "KVCache":
     """Append empty slots, for tokens after the prompt."""
-
-    def pad(x):
-      return jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)])
-
-    return self.replace(  # type: ignore[attr-defined]
-      layers=jax.tree.map(pad, self.layers), valid_BS=pad(self.valid_BS)
+    layers, valid_BS = jax.tree.map(
+      lambda x: jnp.pad(x, [(0, 0), (0, slots), *[(0, 0)] * (x.ndim - 2)]),
+      (self.layers, self.valid_BS),
     )
+    return dataclasses.replace(self, layers=layers, valid_BS=valid_BS)
 
 
 def write(slots_BSE: jax.Array, new_BTE: jax.Array, filled: jax.Array) -> jax.Array:
   """Write T new entries after the filled slots; XLA does it in place inside a loop."""
-  return jax.lax.dynamic_update_slice_in_dim(
-    slots_BSE, new_BTE.astype(slots_BSE.dtype), filled, axis=1
-  )
+  new_BTE = new_BTE.astype(slots_BSE.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(slots_BSE, new_BTE, filled, axis=1)
 
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -58,13 +48,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-  """Sizes of the decoder; the defaults are Qwen2-7B.
-
-  Attributes:
-    qkv_bias: Qwen2 has a bias on q, k and v, LLaMA has none.
-    tie_word_embeddings: use the embedding table as the output head.
-    lora_rank: rank of LoRA, 0 for none; lora_alpha / lora_rank is the scale in training.
-  """
+  """Sizes of the decoder; the defaults are Qwen2-7B."""
 
   kind: ClassVar[str] = "llm"
   RENAMED: ClassVar = {
@@ -97,10 +81,10 @@ class LLMConfig:
   intermediate_size: int = 18944
   rope_theta: float = 1e6
   norm_eps: float = 1e-6
-  qkv_bias: bool = True
-  tie_word_embeddings: bool = False
-  lora_rank: int = 0
-  lora_alpha: float = 16.0
+  qkv_bias: bool = True  # LLaMA has none
+  tie_word_embeddings: bool = False  # use the embedding table as the output head
+  lora_rank: int = 0  # 0 for no LoRA
+  lora_alpha: float = 16.0  # alpha / rank is the scale in training
   lora_dropout: float = 0.0
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
@@ -127,12 +111,8 @@ class LLMConfig:
     """A cache without entries; `slots` bounds the number of prompt and generated tokens."""
     shape = (rows, slots, self.kv_heads * self.head_dim)
     layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.layers))
-    return KVCache(
-      layers=layers,
-      valid_BS=jnp.zeros((rows, slots), bool),
-      filled=jnp.zeros((), jnp.int32),
-      positions_B=jnp.zeros((rows,), jnp.int32),
-    )
+    filled, positions_B = jnp.zeros((), jnp.int32), jnp.zeros((rows,), jnp.int32)
+    return KVCache(layers, jnp.zeros((rows, slots), bool), filled=filled, positions_B=positions_B)
 
 
 _SMALL_QWEN2 = LLMConfig(vocab_size=151936, kv_heads=2, tie_word_embeddings=True)
@@ -158,15 +138,11 @@ LLMConfig.SIZES = {
 
 
 class Placement(NamedTuple):
-  """Positions and mask of inputs that are not consecutive tokens, such as beams of one prompt.
+  """Positions and mask of inputs that are not consecutive tokens, such as beams of one prompt."""
 
-  Attributes:
-    positions_BS: int32, rotary positions of the new inputs.
-    attention_mask_BST: bool [B, S, slots of the cache], True where an input may attend to a slot;
-      input s is in slot filled + s.
-  """
-
-  positions_BS: jax.Array
+  positions_BS: jax.Array  # int32, rotary positions of the new inputs
+  # bool [B, S, slots of the cache], True where an input may attend to a slot; input s is in slot
+  # filled + s.
   attention_mask_BST: jax.Array
 
 
@@ -185,15 +161,10 @@ class _Block(nn.Module):
   compute: ExecutionConfig
 
   def dense(self, name: str, features: int, *, use_bias: bool = False) -> Dense:
-    c = self.config
+    c, dtype = self.config, self.compute.jnp_dtype
     rank = c.lora_rank if name in c.lora_targets else 0
     return Dense(
-      features,
-      use_bias=use_bias,
-      rank=rank,
-      dropout=c.lora_dropout,
-      dtype=self.compute.jnp_dtype,
-      name=name,
+      features, use_bias=use_bias, rank=rank, dropout=c.lora_dropout, dtype=dtype, name=name
     )
 
 
@@ -317,6 +288,7 @@ class LLM(nn.Module):
     inputs_BSD: jax.Array,
     valid_BS: jax.Array,
     cache: KVCache | None = None,
+    *,
     lora_scale: jax.Array | float | None = None,
     placement: Placement | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
@@ -348,14 +320,11 @@ class LLM(nn.Module):
     angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
     context = Context(angles_BSC, cached_valid_BS, filled, scale, attention_mask_BST)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
-    x_BSD, layers = run_layers(self.layers, x_BSD, context, None if cache is None else cache.layers)
+    caches = None if cache is None else cache.layers
+    x_BSD, layers = run_layers(self.layers, x_BSD, context, caches=caches)
     if cache is not None:
-      cache = KVCache(
-        layers=layers,
-        valid_BS=cached_valid_BS,
-        filled=filled + inputs_BSD.shape[1],
-        positions_B=end_B1[:, 0],
-      )
+      filled += inputs_BSD.shape[1]
+      cache = KVCache(layers, cached_valid_BS, filled=filled, positions_B=end_B1[:, 0])
     return self.final_norm(x_BSD), cache
 
   def embed_tokens(self, tokens_BS: jax.Array) -> jax.Array:

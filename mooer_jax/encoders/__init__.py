@@ -15,31 +15,24 @@ from mooer_jax.nn.layers import ShardingRules
 
 @runtime_checkable
 class Encoder(Protocol):
-  """The frozen config of an encoder: all that the rest of the project knows about it.
+  """The frozen config of an encoder: all that the rest of the project knows about it."""
 
-  Attributes:
-    kind: its name in configs (`model.KIND`), checkpoints and parameter paths (`encoders/KIND/`).
-    SIZES: published sizes by name, for `model.encoders`.
-    RUN_FIELDS: fields that may differ between a checkpoint and a run that starts from it.
-    SHARDING: rules for the paths below `encoders/KIND/`; each must be used.
-    max_frames: longest input, feature frames; None for any length.
-    input_width: values in a feature frame.
-    hidden_size: values in an output frame.
-  """
-
-  kind: ClassVar[str]
-  SIZES: ClassVar[Mapping[str, Any]]
-  RUN_FIELDS: ClassVar[tuple[str, ...]]
-  SHARDING: ClassVar[ShardingRules]
+  kind: ClassVar[str]  # in configs (`model.KIND`), checkpoints and parameters (`encoders/KIND/`)
+  SIZES: ClassVar[Mapping[str, Any]]  # published sizes by name, for `model.encoders`
+  RUN_FIELDS: ClassVar[tuple[str, ...]]  # may differ between a checkpoint and a run from it
+  SHARDING: ClassVar[ShardingRules]  # for the paths below `encoders/KIND/`; each must be used
 
   @property
-  def max_frames(self) -> int | None: ...
+  def max_frames(self) -> int | None:
+    """Longest input, feature frames; None for any length."""
 
   @property
-  def input_width(self) -> int: ...
+  def input_width(self) -> int:
+    """Number of values in a feature frame."""
 
   @property
-  def hidden_size(self) -> int: ...
+  def hidden_size(self) -> int:
+    """Number of values in an output frame."""
 
   def num_outputs(self, frames: int) -> int:
     """Number of output frames for this number of feature frames."""

@@ -1,6 +1,7 @@
 """BEATs, an encoder of general audio: a post-norm transformer over patches of a spectrogram."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import ClassVar
@@ -25,19 +26,7 @@ _GATE_TERMS = 4
 
 @dataclasses.dataclass(frozen=True)
 class BEATsConfig:
-  """Sizes of the encoder; the defaults are BEATs iter3, 90.31 M parameters.
-
-  Attributes:
-    input_width: mel bins of a frame.
-    hidden_size, layers, heads, intermediate_size: of the transformer.
-    patch: frames, and bins, of a patch.
-    patch_width: width of a patch before the projection to `hidden_size`; none if they are equal.
-    conv_pos, conv_pos_groups: taps and groups of the positional convolution.
-    buckets: rows of the relative position bias, half of them for each direction.
-    max_distance: distance in patches from which on keys share the last bucket.
-    norm_eps: added to the variance.
-    dropout: of the sum of patches and positions, and of residual branches.
-  """
+  """Sizes of the encoder; the defaults are BEATs iter3, 90.31 M parameters."""
 
   kind: ClassVar[str] = "beats"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -48,19 +37,19 @@ class BEATsConfig:
     inputs=rf"{LAYER}/(attention/out|down)",
     whole=rf"{LAYER}/(\w+_norm|attention/gate)/.*|(patch|position|input|relative).*",
   )
-  input_width: int = 128
+  input_width: int = 128  # mel bins
   hidden_size: int = 768
   layers: int = 12
   heads: int = 12
   intermediate_size: int = 3072
-  patch: int = 16
-  patch_width: int = 512
-  conv_pos: int = 128
+  patch: int = 16  # frames, and bins, of a patch
+  patch_width: int = 512  # of a patch before the projection; none if it is hidden_size
+  conv_pos: int = 128  # taps of the positional convolution
   conv_pos_groups: int = 16
-  buckets: int = 320
-  max_distance: int = 800
+  buckets: int = 320  # rows of the relative position bias, half of them for each direction
+  max_distance: int = 800  # in patches, from which on keys share the last bucket
   norm_eps: float = 1e-5
-  dropout: float = 0.0
+  dropout: float = 0.0  # of the sum of patches and positions, and of residual branches
 
   def __post_init__(self):
     sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
@@ -99,17 +88,10 @@ BEATsConfig.SIZES = {"beats_iter3": BEATsConfig()}
 
 
 def distance_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndarray:
-  """Row of the bias table for each distance key - query.
+  """Row of the bias table for each distance key - query: int32 [2T - 1], for -(T - 1) … T - 1.
 
-  Short distances have a bucket each; longer ones share buckets of logarithmic size.
-
-  Args:
-    length: number of positions T.
-    buckets: rows of the table; the second half is for keys after the query.
-    max_distance: this distance and longer ones share the last bucket.
-
-  Returns:
-    int32 [2T - 1], for the distances -(T - 1) … T - 1.
+  Short distances have a bucket each; longer ones share buckets of logarithmic size, and all from
+  `max_distance` on the last one. The second half of the buckets is for keys after the query.
 
   Source: T5 (Raffel et al., 2020), in float32 as there, because the logarithm is truncated.
   """
@@ -230,16 +212,13 @@ class BEATsLayer(nn.Module):
     c, dtype = self.config, self.compute.jnp_dtype
     valid_BT, table_HR = context
     weight = (2 * c.layers) ** 0.25
-    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
     out_BTD = BEATsAttention(c, self.compute, name="attention")(x_BTD, valid_BT, table_HR)
-    x_BTD = LayerNorm(c.norm_eps, dtype=dtype, name="attention_norm")(
-      x_BTD * weight + dropout(out_BTD)
-    )
+    norm = functools.partial(LayerNorm, c.norm_eps, dtype=dtype)
+    x_BTD = norm(name="attention_norm")(x_BTD * weight + dropout(out_BTD))
     hidden = gelu(Dense(c.intermediate_size, use_bias=True, dtype=dtype, name="up")(x_BTD))
     out_BTD = Dense(c.hidden_size, use_bias=True, dtype=dtype, name="down")(hidden)
-    return LayerNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(
-      x_BTD * weight + dropout(out_BTD)
-    ), cache
+    return norm(name="mlp_norm")(x_BTD * weight + dropout(out_BTD)), cache
 
 
 class BEATsEncoder(nn.Module):
@@ -283,7 +262,7 @@ class BEATsEncoder(nn.Module):
       x_BSD = self.patch_out(x_BSD)
     x_BSD = jnp.where(valid_BS[..., None], x_BSD, 0)
     x_BSD = self.input_norm(x_BSD + self.position(x_BSD))
-    x_BSD = self.dropout(x_BSD, deterministic=not (c.dropout and self.has_rng("dropout")))
+    x_BSD = self.dropout(x_BSD, deterministic=not self.has_rng("dropout"))
     context = valid_BS, self.relative_bias(x_BSD.shape[1])
     x_BSD, _ = run_layers(self.layers, x_BSD, context)
     return x_BSD, valid_BS
@@ -302,10 +281,7 @@ def _cut_patches(features_BTF, valid_BT, c: BEATsConfig):
     )
   used = steps * c.patch
   patches_BSP = rearrange(
-    features_BTF[:, :used],
-    "B (steps t) (bands f) -> B (steps bands) (t f)",
-    t=c.patch,
-    f=c.patch,
+    features_BTF[:, :used], "B (steps t) (bands f) -> B (steps bands) (t f)", t=c.patch, f=c.patch
   )
   valid_steps = reduce(valid_BT[:, :used], "B (steps t) -> B steps", "all", t=c.patch)
   return patches_BSP, repeat(valid_steps, "B steps -> B (steps bands)", bands=c.bands)

@@ -130,11 +130,7 @@ class SANMAttention(nn.Module):
       rearrange(x, "B T (H C) -> B T H C", H=c.heads) for x in (q_BTD, k_BTD, v_BTD)
     )
     out_BTHC = kernels.attention(
-      q_BTHC,
-      k_BTHC,
-      v_BTHC,
-      valid_BS=valid_BT,
-      implementation=self.compute.attention,
+      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, implementation=self.compute.attention
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD) + memory_BTD
@@ -149,23 +145,21 @@ class SANMLayer(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
     c, dtype = self.config, self.compute.jnp_dtype
-    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
     normed = LayerNorm(c.norm_eps, dtype=dtype, name="norm1")(x_BTD)
-    out_BTD = SANMAttention(c, self.compute, name="attention")(normed, valid_BT)
-    out_BTD = dropout(out_BTD)
+    out_BTD = dropout(SANMAttention(c, self.compute, name="attention")(normed, valid_BT))
     x_BTD = x_BTD + out_BTD if x_BTD.shape[-1] == c.hidden_size else out_BTD  # else input_width
     normed = LayerNorm(c.norm_eps, dtype=dtype, name="norm2")(x_BTD)
     mlp = FeedForward(c.intermediate_size, jax.nn.relu, dtype=dtype, name="feed_forward")
-    x_BTD = x_BTD + dropout(mlp(normed))
-    return x_BTD, cache
+    return x_BTD + dropout(mlp(normed)), cache
 
 
 class SANMEncoder(nn.Module):
   """Normalized low-frame-rate features to the same number of encoder frames.
 
   `apply({"params": params}, features_BTF, valid_BT)` takes float features [B, T, input_width] after
-  CMVN and bool valid_BT, and returns ([B, T, hidden_size], valid_BT). The output at an
-  invalid frame is undefined. Dropout is active only if a "dropout" RNG is given.
+  CMVN and bool valid_BT, and returns ([B, T, hidden_size], valid_BT), undefined at invalid frames.
+  Dropout is active only if a "dropout" RNG is given.
 
   Source: SAN-M (Gao et al., 2020); Paraformer (Gao et al., 2022).
   """

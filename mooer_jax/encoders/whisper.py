@@ -24,15 +24,7 @@ _SILENCE, _RANGE = -1.5, 2.0
 
 @dataclasses.dataclass(frozen=True)
 class WhisperConfig:
-  """Sizes of the encoder; the defaults are whisper-tiny.
-
-  Attributes:
-    input_width: mel bins.
-    positions: length of the position table, in outputs of 20 ms; the largest context.
-    context: number of outputs; clips are padded with silence. Less than `positions` is cheaper for
-      short clips, but differs from the original, which attends to all 30 s.
-    trim: whether only outputs of the clip itself are valid. SALMONN uses all of the context.
-  """
+  """Sizes of the encoder; the defaults are whisper-tiny."""
 
   kind: ClassVar[str] = "whisper"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -43,14 +35,16 @@ class WhisperConfig:
     inputs=rf"{LAYER}/(attention/out|mlp/down)",
     whole=rf"conv[12]/(kernel|bias)|positions|({LAYER}/\w+|final)_norm/(scale|bias)",
   )
-  input_width: int = 80
+  input_width: int = 80  # mel bins
   hidden_size: int = 384
   layers: int = 4
   heads: int = 6
   intermediate_size: int = 1536
-  positions: int = 1500
+  positions: int = 1500  # length of the position table, in outputs of 20 ms: the largest context
+  # Number of outputs; clips are padded with silence. Less than `positions` is cheaper for short
+  # clips, but differs from the original, which attends to all 30 s.
   context: int = 1500
-  trim: bool = False
+  trim: bool = False  # only outputs of the clip itself are valid; SALMONN uses all of the context
   norm_eps: float = 1e-5
   dropout: float = 0.0
 
@@ -58,13 +52,11 @@ class WhisperConfig:
     sizes = ("input_width", "hidden_size", "layers", "heads", "intermediate_size", "context")
     check_sizes(self, *sizes, divisible={"hidden_size": "heads"})
     if self.hidden_size % 2 or self.hidden_size < 4:
-      raise ValueError(
-        f"whisper.hidden_size={self.hidden_size} must be even and at least 4 (sinusoids)"
-      )
+      width = self.hidden_size
+      raise ValueError(f"whisper.hidden_size={width} must be even and at least 4 (sinusoids)")
     if self.context > self.positions:
-      raise ValueError(
-        f"whisper.context={self.context} must be at most whisper.positions={self.positions}"
-      )
+      limit = f"whisper.positions={self.positions}"
+      raise ValueError(f"whisper.context={self.context} must be at most {limit}")
 
   @property
   def max_frames(self) -> int:
@@ -80,24 +72,19 @@ class WhisperConfig:
   def module(self, compute: ExecutionConfig) -> "WhisperEncoder":
     return WhisperEncoder(self, compute)
 
-  @classmethod
-  def published(cls, hidden_size: int, layers: int, **changes: Any) -> "WhisperConfig":
-    return cls(
-      hidden_size=hidden_size,
-      layers=layers,
-      heads=hidden_size // 64,
-      intermediate_size=4 * hidden_size,
-      **changes,
-    )
+
+def _size(width: int, layers: int, **changes: Any) -> WhisperConfig:
+  sizes: Any = dict(layers=layers, heads=width // 64, intermediate_size=4 * width)
+  return WhisperConfig(hidden_size=width, **sizes, **changes)
 
 
 WhisperConfig.SIZES = {
-  "whisper_tiny": WhisperConfig.published(384, 4),
-  "whisper_base": WhisperConfig.published(512, 6),
-  "whisper_small": WhisperConfig.published(768, 12),
-  "whisper_medium": WhisperConfig.published(1024, 24),
-  "whisper_large": WhisperConfig.published(1280, 32),  # and large-v2
-  "whisper_large_v3": WhisperConfig.published(1280, 32, input_width=128),
+  "whisper_tiny": _size(384, 4),
+  "whisper_base": _size(512, 6),
+  "whisper_small": _size(768, 12),
+  "whisper_medium": _size(1024, 24),
+  "whisper_large": _size(1280, 32),  # and large-v2
+  "whisper_large_v3": _size(1280, 32, input_width=128),
 }
 
 
@@ -131,7 +118,7 @@ class WhisperLayer(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, cache: None = None):
     c, dtype = self.config, self.compute.jnp_dtype
-    dropout = nn.Dropout(c.dropout, deterministic=not (c.dropout and self.has_rng("dropout")))
+    dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
     normed = LayerNorm(c.norm_eps, dtype=dtype, name="attention_norm")(x_BTD)
     x_BTD = x_BTD + dropout(WhisperAttention(c, self.compute, name="attention")(normed, valid_BT))
     normed = LayerNorm(c.norm_eps, dtype=dtype, name="mlp_norm")(x_BTD)
@@ -167,12 +154,7 @@ class WhisperEncoder(nn.Module):
   def _convolution(self, stride: int = 1) -> nn.Conv:
     dtype = self.compute.jnp_dtype
     return nn.Conv(
-      self.config.hidden_size,
-      kernel_size=(3,),
-      strides=stride,
-      padding=1,
-      dtype=dtype,
-      precision=precision(dtype),
+      self.config.hidden_size, (3,), stride, padding=1, dtype=dtype, precision=precision(dtype)
     )
 
   def __call__(self, features_BTF: jax.Array, valid_BT: jax.Array):
@@ -192,15 +174,7 @@ class WhisperEncoder(nn.Module):
 def fill_context(
   features_BTF: jax.Array, valid_BT: jax.Array, config: WhisperConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Replace invalid features by silence and pad to the context.
-
-  Args:
-    features_BTF: float [B, T, input_width].
-    valid_BT: bool [B, T].
-    config: WhisperConfig.
-
-  Returns:
-    float32 [B, 2 * context, input_width] and bool [B, 2 * context].
+  """Replace invalid features by silence and pad to the context, T = 2 * context, as float32.
 
   Raises:
     ValueError: if the features have another width, or are longer than the context.

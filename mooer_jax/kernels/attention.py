@@ -1,6 +1,5 @@
 """Attention, the same functions for all parts, with several implementations."""
 
-import functools
 from typing import Any
 
 import jax
@@ -50,8 +49,7 @@ def attention(
 
   Args:
     q_BTHC: queries; H is a multiple of K.
-    k_BSKC: keys.
-    v_BSKC: values.
+    k_BSKC, v_BSKC: keys and values.
     valid_BS: bool, True for keys that may be attended to.
     causal: mask keys after index `first_query + t` for query t.
     first_query: key index of query 0; with a KV cache, the number of filled slots.
@@ -64,37 +62,31 @@ def attention(
 
   Raises:
     ValueError: for an unknown implementation or one that does not support these arguments; for
-      shapes that do not fit together, a mask that is not bool or other arrays that are not float;
-      or if H is not divisible by K, or K by the mesh axis that splits the heads of a kernel.
+      shapes or dtypes that do not fit; or if H is not divisible by K, or K by the mesh axis that
+      splits the heads of a kernel.
   """
   added = {} if bias is None else {"gate_BTH": bias.gate_BTH, "table_HR": bias.table_HR}
   _check_inputs(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC, valid_BS=valid_BS, **added)
   _check(implementation, q_BTHC.shape[2], k_BSKC.shape[2])
   if implementation in ("mosaic", "triton"):
-    rows, heads = P(_ROWS), P(_ROWS, None, _HEADS)
-    bias_spec: Any = None if bias is None else (heads, P(_HEADS))
-    attend = functools.partial(flash_attention, causal=causal, backend=implementation)
 
     def of_device(q, k, v, valid_BS, first_query, bias):
-      bias = bias and Bias(*bias)
-      return attend(q, k, v, valid_BS=valid_BS, first_query=first_query, bias=bias)
+      options = dict(causal=causal, first_query=first_query, bias=bias, backend=implementation)
+      return flash_attention(q, k, v, valid_BS=valid_BS, **options)
 
-    specs = (heads, heads, heads, rows, P(), bias_spec)
+    heads, table = P(_ROWS, None, _HEADS), P(_HEADS)
+    specs = heads, heads, heads, P(_ROWS), P(), bias and Bias(heads, table)  # type: ignore[arg-type]
     first_query = jnp.asarray(first_query, jnp.int32)
-    return on_mesh(of_device, specs, heads)(
-      q_BTHC, k_BSKC, v_BSKC, valid_BS, first_query, bias and tuple(bias)
-    )
+    return on_mesh(of_device, specs, heads)(q_BTHC, k_BSKC, v_BSKC, valid_BS, first_query, bias)
   mask_BTS = valid_BS[:, None, :]
   if causal:
     query_T = first_query + jnp.arange(q_BTHC.shape[1])
     mask_BTS = mask_BTS & (jnp.arange(k_BSKC.shape[1])[None] <= query_T[:, None])[None]
-  if implementation == "cudnn":
-    if bias is not None:
-      raise ValueError(
-        "attention='cudnn' does not support a bias on the scores; use attention='xla'"
-      )
-    return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
-  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias and bias.expand())
+  if implementation == "cudnn" and bias is not None:
+    raise ValueError("attention='cudnn' does not support a bias on the scores; use attention='xla'")
+  return _masked(
+    implementation, q_BTHC, k_BSKC, v_BSKC, mask_BTS=mask_BTS, bias_BHTS=bias and bias.expand()
+  )
 
 
 def decode_attention(
@@ -124,17 +116,13 @@ def decode_attention(
     raise ValueError(
       f"k_BSE has E={sizes['E']} channels; expected kv_heads * C = {kv_heads} * {sizes['C']}"
     )
-  _check(implementation, q_BTHC.shape[2], kv_heads)
-  if implementation == "triton":
-    raise ValueError("attention='triton' has no kernel for decoding; use attention='xla'")
+  _check(implementation, q_BTHC.shape[2], kv_heads, operation="decoding")
   if implementation == "mosaic":
     return decode_tpu.decode_attention(
       q_BTHC, k_BSE, v_BSE, kv_heads=kv_heads, mask_BTS=mask_BTS, end=end
     )
   k_BSKC, v_BSKC = (rearrange(x, "B S (K C) -> B S K C", K=kv_heads) for x in (k_BSE, v_BSE))
-  if implementation == "cudnn":
-    return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
-  return _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
+  return _masked(implementation, q_BTHC, k_BSKC, v_BSKC, mask_BTS=mask_BTS)
 
 
 def window_attention(
@@ -157,44 +145,35 @@ def window_attention(
   """
   scale = {} if weight_scale_NHQL is None else {"weight_scale_NHQL": weight_scale_NHQL}
   _check_inputs(q_NQHC=q_NQHC, k_NLKC=k_NLHC, v_NLKC=v_NLHC, **scale)
-  _check(implementation, q_NQHC.shape[2], k_NLHC.shape[2], shared=False)
+  _check(implementation, q_NQHC.shape[2], k_NLHC.shape[2], operation="windows")
   if weight_scale_NHQL is not None and implementation != "xla":
     raise ValueError(
       f"attention={implementation!r} does not support dropout; use attention='xla' or dropout=0"
     )
-  if implementation == "triton":
-    raise ValueError("attention='triton' has no kernel for windows; use attention='xla'")
   if implementation == "mosaic":
     spec = P(_ROWS, None, _HEADS)
     return on_mesh(window_tpu.window_attention, (spec,) * 3, spec)(q_NQHC, k_NLHC, v_NLHC)
-  N, Q = q_NQHC.shape[:2]
-  mask_NQL = jnp.ones((N, Q, k_NLHC.shape[1]), bool)
-  if implementation == "cudnn":
-    return _cudnn(q_NQHC, k_NLHC, v_NLHC, mask_NQL)
-  return _reference(q_NQHC, k_NLHC, v_NLHC, mask_NQL, weight_scale_BHTS=weight_scale_NHQL)
+  mask_NQL = jnp.ones((*q_NQHC.shape[:2], k_NLHC.shape[1]), bool)
+  return _masked(
+    implementation, q_NQHC, k_NLHC, v_NLHC, mask_BTS=mask_NQL, weight_scale_BHTS=weight_scale_NHQL
+  )
 
 
 def on_mesh(function, in_specs, out_specs):
   """Runs a function on each device's part of its arguments, which XLA cannot split by itself.
 
-  The mesh is that of the context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`). Without one,
-  or inside of `shard_map` and `pmap`, the function is called as it is.
+  Without a mesh in the context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), or inside of
+  `shard_map` and `pmap`, the function is called as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  names = [
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types)
-    if kind is not AxisType.Manual and mesh.shape[name] > 1
-  ]
+  kinds = zip(mesh.axis_names, mesh.axis_types)
+  names = [n for n, kind in kinds if kind is not AxisType.Manual and mesh.shape[n] > 1]
   if not names:
     return function
 
   def known(spec):
-    def of(axis):
-      axes = (axis,) if isinstance(axis, str) else axis or ()
-      return tuple(name for name in axes if name in names) or None
-
-    return P(*map(of, spec))
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+    return P(*(tuple(name for name in of if name in names) or None for of in axes))
 
   in_specs, out_specs = jax.tree.map(
     known, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P)
@@ -220,11 +199,14 @@ def _check_inputs(**arrays: jax.Array) -> dict[str, int]:
   return sizes
 
 
-def _check(implementation: str, heads: int, kv_heads: int, *, shared: bool = True) -> None:
+def _check(implementation: str, heads: int, kv_heads: int, *, operation: str = "") -> None:
+  """Checks implementation and heads for an operation: "decoding", "windows" or any attention."""
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention={implementation!r}: choose one of {[*IMPLEMENTATIONS]}")
-  if not kv_heads or heads % kv_heads or (not shared and heads != kv_heads):
-    rule = "divisible by" if shared else "equal to"
+  if implementation == "triton" and operation:
+    raise ValueError(f"attention='triton' has no kernel for {operation}; use attention='xla'")
+  if not kv_heads or heads % kv_heads or (operation == "windows" and heads != kv_heads):
+    rule = "equal to" if operation == "windows" else "divisible by"
     raise ValueError(f"{heads} query heads must be {rule} {kv_heads} key-value heads")
   parts = dict(jax.sharding.get_abstract_mesh().shape).get(_HEADS, 1)
   if implementation in ("mosaic", "triton") and kv_heads % parts:
@@ -234,7 +216,12 @@ def _check(implementation: str, heads: int, kv_heads: int, *, shared: bool = Tru
     )
 
 
-def _reference(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_BHTS=None, weight_scale_BHTS=None):
+def _masked(
+  implementation, q_BTHC, k_BSKC, v_BSKC, *, mask_BTS, bias_BHTS=None, weight_scale_BHTS=None
+):
+  """Attention by "xla" or "cudnn", which materialize the mask."""
+  if implementation == "cudnn":
+    return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
   K, C = k_BSKC.shape[2:]
   q_BTKGC = rearrange(q_BTHC * C**-0.5, "B T (K G) C -> B T K G C", K=K)
   scores_BKGTS = jnp.einsum(

@@ -14,46 +14,43 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mooer_jax.kernels.flash_attention.tpu import LANES, MASKED, NN, NT, column, dot
+from mooer_jax.kernels.flash_attention.tpu import (
+  LANES,
+  NT,
+  add_to_softmax,
+  column,
+  dot,
+  start_softmax,
+)
 
 _BLOCK_BYTES = 2**20  # of keys, and as many of values; both are buffered twice
 
 
-def _kernel(end_ref, q_ref, k_ref, v_ref, mask_ref, out_ref, max_ref, sum_ref, acc_ref, *, scale):
+def _kernel(end_ref, q_ref, k_ref, v_ref, mask_ref, out_ref, *softmax, scale):
   j = pl.program_id(2)
   heads, rows, C = q_ref.shape
   block_s = k_ref.shape[0]
-
-  @pl.when(j == 0)
-  def _():
-    max_ref[...] = jnp.full_like(max_ref, MASKED)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
+  pl.when(j == 0)(lambda: start_softmax(*softmax))
 
   @pl.when(j * block_s < end_ref[0])
   def _():
     slot_1S = j * block_s + jax.lax.broadcasted_iota(jnp.int32, (1, block_s), 1)
     is_filled_1S = slot_1S < end_ref[0]
-    mask_TS = (mask_ref[...] != 0) & is_filled_1S
+    mask_RS = jnp.concatenate([mask_ref[...]] * (rows // mask_ref.shape[0]))
+    mask_RS = (mask_RS != 0) & is_filled_1S
     is_filled_S1 = column(is_filled_1S) != 0
     for h in range(heads):
       channels = slice(h * C, (h + 1) * C)
       v_SC = jnp.where(is_filled_S1, v_ref[:, channels], 0)  # empty slots may hold NaN
-      scores_TS = jnp.where(mask_TS, dot(q_ref[h], k_ref[:, channels], NT) * scale, MASKED)
-      old_T1 = max_ref[h][:, :1]
-      max_T1 = jnp.maximum(old_T1, scores_TS.max(axis=1, keepdims=True))
-      weights_TS = jnp.where(mask_TS, jnp.exp(scores_TS - max_T1), 0.0)
-      shrink_T1 = jnp.exp(old_T1 - max_T1)
-      sum_T1 = sum_ref[h][:, :1] * shrink_T1 + weights_TS.sum(axis=1, keepdims=True)
-      max_ref[h] = jnp.broadcast_to(max_T1, (rows, LANES))
-      sum_ref[h] = jnp.broadcast_to(sum_T1, (rows, LANES))
-      acc_ref[h] = acc_ref[h] * shrink_T1 + dot(weights_TS.astype(v_SC.dtype), v_SC, NN)
+      scores_RS = dot(q_ref[h], k_ref[:, channels], NT) * scale
+      add_to_softmax(scores_RS, mask_RS, v_SC, *(ref.at[h] for ref in softmax))
 
   @pl.when(j == pl.num_programs(2) - 1)
   def _():
+    _, sum_ref, acc_ref = softmax
     for h in range(heads):
-      sum_T1 = sum_ref[h][:, :1]
-      out_ref[h] = (acc_ref[h] / jnp.where(sum_T1 == 0, 1.0, sum_T1)).astype(out_ref.dtype)
+      sum_R1 = sum_ref[h][:, :1]
+      out_ref[h] = (acc_ref[h] / jnp.where(sum_R1 == 0, 1.0, sum_R1)).astype(out_ref.dtype)
 
 
 def _heads_per_block(kv_heads: int, channels: int) -> int:
@@ -72,27 +69,13 @@ def decode_attention(
   end: jax.Array | int,
   interpret: Any = False,
 ) -> jax.Array:
-  """Scaled dot-product attention of a few queries to the filled slots of a cache.
-
-  Args:
-    q_BTHC: queries; T is small. H is a multiple of kv_heads.
-    k_BSE, v_BSE: the cache, S slots of kv_heads * C channels.
-    kv_heads: K.
-    mask_BTS: bool, True where query t may attend to slot s.
-    end: int32, number of filled slots; those behind are not read.
-    interpret: for tests on CPU; see `jax.experimental.pallas.pallas_call`.
-
-  Returns:
-    [B, T, H, C] in q's dtype; a query that attends to no slot gives zeros.
-  """
+  """`kernels.decode_attention` on a TPU; `interpret`, for tests, is that of `pallas_call`."""
   B, T, H, C = q_BTHC.shape
   S, K = k_BSE.shape[1], kv_heads
-  G, heads = H // K, _heads_per_block(K, C)
+  heads, rows = _heads_per_block(K, C), H // K * T
   block_s = _BLOCK_BYTES // (heads * C * k_BSE.dtype.itemsize) // LANES * LANES
   block_s = max(LANES, min(block_s, 1024, pl.cdiv(S, LANES) * LANES))
-  q_BKRC = rearrange(q_BTHC, "B T (K G) C -> B K (T G) C", K=K)
-  mask_BRS = jnp.repeat(mask_BTS.astype(jnp.int32), G, axis=1)
-  rows = T * G
+  q_BKRC = rearrange(q_BTHC, "B T (K G) C -> B K (G T) C", K=K)
 
   def slots(b, k, j, end_ref):
     return b, jnp.minimum(j, jax.lax.div(jnp.maximum(end_ref[0] - 1, 0), block_s)), k
@@ -100,36 +83,20 @@ def decode_attention(
   def mask(b, k, j, end_ref):
     return b, 0, slots(b, k, j, end_ref)[1]
 
-  def queries(b, k, j, end_ref):
-    return b, k, 0, 0
-
+  queries = pl.BlockSpec((None, heads, rows, C), lambda b, k, j, end_ref: (b, k, 0, 0))
+  cache = pl.BlockSpec((None, block_s, heads * C), slots)
   out_BKRC = pl.pallas_call(
     functools.partial(_kernel, scale=C**-0.5),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(B, K // heads, pl.cdiv(S, block_s)),
-      in_specs=[
-        pl.BlockSpec((None, heads, rows, C), queries),
-        pl.BlockSpec((None, block_s, heads * C), slots),
-        pl.BlockSpec((None, block_s, heads * C), slots),
-        pl.BlockSpec((None, rows, block_s), mask),
-      ],
-      out_specs=pl.BlockSpec((None, heads, rows, C), queries),
-      scratch_shapes=[
-        pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        pltpu.VMEM((heads, rows, C), jnp.float32),
-      ],
+      in_specs=[queries, cache, cache, pl.BlockSpec((None, T, block_s), mask)],
+      out_specs=queries,
+      scratch_shapes=[pltpu.VMEM((heads, rows, width), jnp.float32) for width in (LANES, LANES, C)],
     ),
     out_shape=jax.ShapeDtypeStruct(q_BKRC.shape, q_BTHC.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
     name="decode_attention",
-  )(
-    jnp.asarray(end, jnp.int32).reshape(1),
-    q_BKRC,
-    k_BSE,
-    v_BSE,
-    mask_BRS,
-  )
-  return rearrange(out_BKRC, "B K (T G) C -> B T (K G) C", T=T)
+  )(jnp.asarray(end, jnp.int32).reshape(1), q_BKRC, k_BSE, v_BSE, mask_BTS.astype(jnp.int32))
+  return rearrange(out_BKRC, "B K (G T) C -> B T (K G) C", T=T)

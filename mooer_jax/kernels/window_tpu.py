@@ -13,71 +13,72 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mooer_jax.kernels.flash_attention.tpu import NN, NT
+
 _BLOCK_BYTES = 2**20  # of the keys of a block of windows
 _ROWS = 16  # windows in a block come in this number, that of rows in a tile of bfloat16
 
 
-def _dot(a, b, dims):
-  return jax.lax.dot_general(
-    a, b, dims, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+def _is_of_head(width, heads):
+  """float32 [E, H], 1 where a channel belongs to a head."""
+  channel_EH = jax.lax.broadcasted_iota(jnp.int32, (width, heads), 0)
+  first_EH = jax.lax.broadcasted_iota(jnp.int32, (width, heads), 1) * (width // heads)
+  return ((channel_EH >= first_EH) & (channel_EH < first_EH + width // heads)).astype(jnp.float32)
+
+
+def _product(x_LNE, y, dims):
+  L, N, E = x_LNE.shape
+  product = jax.lax.dot_general(
+    x_LNE.reshape(L * N, E),
+    y,
+    dims,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
   )
+  return product.reshape(L, N, -1)
 
 
-class _Heads:
-  """Sums over the channels of each head, and the inverse: a head's value to all its channels."""
-
-  def __init__(self, heads, width):
-    channel_EH = jax.lax.broadcasted_iota(jnp.int32, (width, heads), 0)
-    head_EH = jax.lax.broadcasted_iota(jnp.int32, (width, heads), 1)
-    channels = width // heads
-    first_EH = head_EH * channels
-    self._is_of_EH = ((channel_EH >= first_EH) & (channel_EH < first_EH + channels)).astype(
-      jnp.float32
-    )
-
-  def sum(self, x_LNE):
-    L, N, E = x_LNE.shape
-    sums = _dot(x_LNE.reshape(L * N, E), self._is_of_EH, (((1,), (0,)), ((), ())))
-    return sums.reshape(L, N, -1)
-
-  def spread(self, x_LNH):
-    L, N, H = x_LNH.shape
-    spread = _dot(x_LNH.reshape(L * N, H), self._is_of_EH, (((1,), (1,)), ((), ())))
-    return spread.reshape(L, N, -1)
+def _sums(x_LNE, heads):
+  """Sums over the channels of each head: [L, N, E] to [L, N, H]."""
+  return _product(x_LNE, _is_of_head(x_LNE.shape[-1], heads), NN)
 
 
-def _weights(heads, q_NE, k_LNE, scale):
-  scores_LNH = heads.sum(k_LNE * q_NE) * scale
+def _spread(x_LNH, width):
+  """A head's value to all its channels: [L, N, H] to [L, N, E]."""
+  return _product(x_LNH, _is_of_head(width, x_LNH.shape[-1]), NT)
+
+
+def _weights(q_NE, k_LNE, *, heads, scale):
+  scores_LNH = _sums(k_LNE * q_NE, heads) * scale
   exp_LNH = jnp.exp(scores_LNH - scores_LNH.max(axis=0))
   return exp_LNH / exp_LNH.sum(axis=0)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, out_ref, *, heads, scale):
+def _forward_kernel(q_ref, k_ref, v_ref, out_ref, **options):
   k_LNE, v_LNE = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
-  by_head = _Heads(heads, k_LNE.shape[-1])
   for n in range(q_ref.shape[0]):
-    weights_LNH = _weights(by_head, q_ref[n].astype(jnp.float32), k_LNE, scale)
-    out_ref[n] = (by_head.spread(weights_LNH) * v_LNE).sum(axis=0).astype(out_ref.dtype)
+    weights_LNH = _weights(q_ref[n].astype(jnp.float32), k_LNE, **options)
+    out_ref[n] = (_spread(weights_LNH, k_LNE.shape[-1]) * v_LNE).sum(axis=0).astype(out_ref.dtype)
 
 
 def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref, *, heads, scale):
   k_LNE, v_LNE = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
-  by_head = _Heads(heads, k_LNE.shape[-1])
   dk_LNE, dv_LNE = jnp.zeros_like(k_LNE), jnp.zeros_like(v_LNE)
+  width = k_LNE.shape[-1]
   for n in range(q_ref.shape[0]):
     q_NE, do_NE = q_ref[n].astype(jnp.float32), do_ref[n].astype(jnp.float32)
-    weights_LNH = _weights(by_head, q_NE, k_LNE, scale)
-    dweights_LNH = by_head.sum(v_LNE * do_NE)
+    weights_LNH = _weights(q_NE, k_LNE, heads=heads, scale=scale)
+    dweights_LNH = _sums(v_LNE * do_NE, heads)
     mean_NH = (weights_LNH * dweights_LNH).sum(axis=0)
-    dscores_LNE = by_head.spread(weights_LNH * (dweights_LNH - mean_NH)) * scale
+    dscores_LNE = _spread(weights_LNH * (dweights_LNH - mean_NH), width) * scale
     dq_ref[n] = (dscores_LNE * k_LNE).sum(axis=0).astype(dq_ref.dtype)
     dk_LNE += dscores_LNE * q_NE
-    dv_LNE += by_head.spread(weights_LNH) * do_NE
+    dv_LNE += _spread(weights_LNH, width) * do_NE
   dk_ref[...] = dk_LNE.astype(dk_ref.dtype)
   dv_ref[...] = dv_LNE.astype(dv_ref.dtype)
 
 
-def _call(kernel, name, inputs, outputs, heads, interpret):
+def _call(kernel, name, inputs, *, outputs, heads, interpret):
   """Runs a kernel over blocks of windows; arrays are [queries or frames, windows, channels]."""
   (L, N, E) = inputs[1].shape
   windows = _BLOCK_BYTES // (L * E * 4) // _ROWS * _ROWS
@@ -105,8 +106,8 @@ def _call(kernel, name, inputs, outputs, heads, interpret):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attend(q_QNE, k_LNE, v_LNE, heads, interpret):
-  inputs = q_QNE, k_LNE, v_LNE
-  return _call(_forward_kernel, "window_attention_forward", inputs, [q_QNE], heads, interpret)[0]
+  options = dict(outputs=[q_QNE], heads=heads, interpret=interpret)
+  return _call(_forward_kernel, "window_attention_forward", (q_QNE, k_LNE, v_LNE), **options)[0]
 
 
 def _attend_forward(q_QNE, k_LNE, v_LNE, heads, interpret):
@@ -114,10 +115,8 @@ def _attend_forward(q_QNE, k_LNE, v_LNE, heads, interpret):
 
 
 def _attend_backward(heads, interpret, saved, do_QNE):
-  inputs = *saved, do_QNE
-  return tuple(
-    _call(_backward_kernel, "window_attention_backward", inputs, saved, heads, interpret)
-  )
+  options = dict(outputs=saved, heads=heads, interpret=interpret)
+  return tuple(_call(_backward_kernel, "window_attention_backward", (*saved, do_QNE), **options))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -126,15 +125,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def window_attention(
   q_NQHC: jax.Array, k_NLHC: jax.Array, v_NLHC: jax.Array, *, interpret: Any = False
 ) -> jax.Array:
-  """Scaled dot-product attention of each window's queries to all its frames, on a TPU.
-
-  Args:
-    q_NQHC: queries of N windows, a few each.
-    k_NLHC, v_NLHC: keys and values of the frames of each window.
-    interpret: for tests on a CPU, as of `jax.experimental.pallas.pallas_call`.
-
-  Returns:
-    [N, Q, H, C] in q's dtype.
+  """`kernels.window_attention` on a TPU; `interpret`, for tests, is that of `pallas_call`.
 
   Raises:
     ValueError: if a few windows do not fit into the memory of a core.

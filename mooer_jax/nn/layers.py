@@ -29,9 +29,8 @@ def _torch_uniform(key, shape, dtype=jnp.float32):
 class Dense(nn.Module):
   """y = x W + b + scale * (dropout(x) A) B, with W [in, out], A [in, rank], B [rank, out].
 
-  Rank 0 is a plain dense layer. The scale is an argument of the call, not a parameter, so that one
-  batch can contain several scales. Dropout is applied to A's input if there is a "dropout" RNG.
-  A is initialized like torch's Linear, B with zeros.
+  Rank 0 is a plain dense layer. The scale is an argument of the call, so that one batch can contain
+  several. Dropout is applied to A's input if there is a "dropout" RNG. B starts with zeros.
 
   Source: LoRA (Hu et al., 2021), in PEFT's layout.
   """
@@ -107,12 +106,10 @@ RMSNorm = nn.RMSNorm
 
 
 def dense_sharding(*, outputs: str, inputs: str, whole: str | None = None) -> ShardingRules:
-  """Sharding rules of pairs of dense layers, as in Megatron.
+  """Sharding rules of pairs of dense layers, as in Megatron; arguments are patterns of paths.
 
-  Args:
-    outputs: paths of the layers that split their outputs over `tensor`.
-    inputs: paths of the layers that follow, and split their inputs.
-    whole: paths of other leaves, which are replicated.
+  The first layer (`outputs`) splits its outputs over `tensor`, the second one its `inputs`; other
+  leaves (`whole`) are replicated.
   """
   rules = (
     (f"({outputs})/kernel", P(None, TENSOR)),
@@ -124,15 +121,12 @@ def dense_sharding(*, outputs: str, inputs: str, whole: str | None = None) -> Sh
 
 
 def check_sizes(config: Any, *positive: str, divisible: Mapping[str, str] = {}) -> None:
-  """Checks the sizes of a part, and that its floats are finite and not negative.
+  """Raises ValueError, naming the field, for a size or a float of a part that is out of range.
 
   Args:
-    config: of the part; fields named dropout must be in [0, 1).
+    config: of the part; floats must be finite and not negative, dropouts in [0, 1).
     positive: names of fields that must be at least 1.
     divisible: {field: field that must divide it}.
-
-  Raises:
-    ValueError: naming the field and its value.
   """
   for name in positive:
     if getattr(config, name) < 1:
@@ -142,9 +136,8 @@ def check_sizes(config: Any, *positive: str, divisible: Mapping[str, str] = {}) 
     below = 1 if field.name.endswith("dropout") else math.inf
     if field.type is float and not 0 <= value < below:
       raise ValueError(f"{config.kind}.{field.name}={value} must be in [0, {below})")
+  kind = config.kind
   for name, divisor in divisible.items():
     value, by = getattr(config, name), getattr(config, divisor)
     if value % by:
-      raise ValueError(
-        f"{config.kind}.{name}={value} must be divisible by {config.kind}.{divisor}={by}"
-      )
+      raise ValueError(f"{kind}.{name}={value} must be divisible by {kind}.{divisor}={by}")

@@ -6,15 +6,10 @@ import numpy as np
 
 
 def sinusoids(length: int, depth: int, *, first: int = 1) -> np.ndarray:
-  """Position table: sines in the first half, cosines in the second.
+  """Position table, float32 [length, depth]: sines in the first half, cosines in the second.
 
-  Args:
-    length: number of positions T.
-    depth: number of channels, even.
-    first: position of row 0; Paraformer counts from 1, Whisper from 0.
-
-  Returns:
-    float32 [T, depth]; the timescales are 10000^(-i / (depth/2 - 1)).
+  The timescales are 10000^(-i / (depth/2 - 1)). Row 0 is position `first`; Paraformer counts from
+  1, Whisper from 0.
   """
   half = depth // 2
   rates = 10000.0 ** (-np.arange(half) / (half - 1))

@@ -7,7 +7,6 @@ protobuf runtimes before 7.36.1, a requirement that the package does not declare
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,31 +27,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-  """Vocabulary and normalization of a SentencePiece model.
+  """Vocabulary and normalization of a SentencePiece model."""
 
-  Attributes:
-    pieces: the vocabulary in the order of ids.
-    algorithm: UNIGRAM or BPE.
-    add_dummy_prefix: whether a space is prepended to a text.
-    remove_extra_whitespaces: whether leading, trailing and repeated spaces are removed.
-    precompiled_charsmap: compiled table of character replacements; empty for none (LLaMA).
-    bos, eos: texts of these control pieces, None if the model has none.
-  """
-
-  pieces: tuple[Piece, ...]
-  algorithm: int = BPE
-  add_dummy_prefix: bool = True
-  remove_extra_whitespaces: bool = False
-  precompiled_charsmap: bytes = b""
-  bos: str | None = None
+  pieces: tuple[Piece, ...]  # in the order of ids
+  algorithm: int = BPE  # or UNIGRAM
+  add_dummy_prefix: bool = True  # a space is prepended to a text
+  remove_extra_whitespaces: bool = False  # leading, trailing and repeated ones
+  precompiled_charsmap: bytes = b""  # compiled table of character replacements; LLaMA: none
+  bos: str | None = None  # text of the control piece; None if the model has none
   eos: str | None = None
 
 
 def read_model(path: Path) -> SentencePieceModel:
-  """Read a `tokenizer.model`, which is a protocol buffer.
-
-  Raises:
-    ValueError: if it is not a SentencePiece model, or of a kind that is not supported.
+  """Read a `tokenizer.model`; raises ValueError if it is none, or of a kind that is not supported.
 
   Source: sentencepiece_model.proto of google/sentencepiece.
   """
@@ -99,13 +86,11 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
   would spell them). The segments between such pieces are tokenized separately.
 
   Args:
-    model: the pieces; the merges of BPE follow from their scores.
+    model: the merges of BPE follow from the scores of its pieces, which must be distinct, and one
+      the unknown piece (ValueError).
     legacy: prepend the space to every segment, as LLaMA and Vicuna were trained; False, as
       `"legacy": false` in a tokenizer_config.json: only to the beginning of the text, unless it
       starts with a space.
-
-  Raises:
-    ValueError: if the number of unknown pieces is not one, or a piece occurs twice.
   """
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
   from tokenizers import models as kinds
@@ -181,30 +166,22 @@ def _piece(fields: dict[int, list]) -> Piece:
 def _fields(data: bytes) -> dict[int, list]:
   """Values of each field of a message: integers, or bytes that may be messages themselves."""
   found: dict[int, list] = {}
-  for number, value in _messages(data):
-    found.setdefault(number, []).append(value)
-  return found
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int | bytes]]:
   position = 0
   while position < len(data):
     tag, position = _varint(data, position)
     kind = tag & 7
-    if kind == 0:
+    value: Any = 0
+    if kind in (0, 2):
       value, position = _varint(data, position)
-      yield tag >> 3, value
-      continue
-    if kind == 2:
-      length, position = _varint(data, position)
-    elif kind in (1, 5):
-      length = 8 if kind == 1 else 4
-    else:
-      raise ValueError(f"unknown wire type {kind} at byte {position}")
-    if position + length > len(data):
-      raise ValueError(f"truncated at byte {len(data)}")
-    yield tag >> 3, data[position : position + length]
-    position += length
+    if kind:
+      length = {1: 8, 2: value, 5: 4}.get(kind)
+      if length is None:
+        raise ValueError(f"unknown wire type {kind} at byte {position}")
+      if position + length > len(data):
+        raise ValueError(f"truncated at byte {len(data)}")
+      value, position = data[position : position + length], position + length
+    found.setdefault(tag >> 3, []).append(value)
+  return found
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:

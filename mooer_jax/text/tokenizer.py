@@ -20,6 +20,10 @@ class Tokenizer:
   """Convert between text and token ids with a `tokenizer.json` or a `tokenizer.model`.
 
   Create one with `from_folder` or `from_characters`. It can be pickled for data workers.
+
+  Attributes:
+    vocab_size: the largest id plus one, the minimum number of rows of the embedding.
+    eos_id: id of the token that ends an answer.
   """
 
   def __init__(self, model, config: dict, eos: str):
@@ -31,7 +35,7 @@ class Tokenizer:
     self._config = {**config, "eos_token": eos}
     self._vocabulary = model.get_vocab(with_added_tokens=True)
     self._known = frozenset(self._vocabulary.values())
-    self._vocab_size = max(self._known) + 1
+    self.vocab_size = max(self._known) + 1
     self._specials = [t.content for t in model.get_added_tokens_decoder().values()]
     # A word-level model has no byte fallback, so each character must be in its vocabulary.
     self._per_character = type(model.model).__name__ == "WordLevel"
@@ -68,7 +72,7 @@ class Tokenizer:
       except Exception as error:  # the package raises plain Exception for every problem
         raise ValueError(f"{file}: not a tokenizer.json that can be read: {error}") from error
     elif (folder / _SENTENCEPIECE_FILE).is_file():
-      model, config = _from_sentencepiece(folder, _read_config(config_file, needed=False))
+      model, config = _from_sentencepiece(folder, _read_config(config_file))
     else:
       raise FileNotFoundError(
         f"{file}: not found, nor {_SENTENCEPIECE_FILE}. Write one with transformers: "
@@ -97,12 +101,9 @@ class Tokenizer:
 
     Args:
       characters: the characters, including those of the prompt template.
-      specials: special tokens, which are matched before the text is split into characters.
+      specials: special tokens, which are matched before the text is split into characters; distinct
+        from each other and the characters, or a ValueError is raised.
       eos: one of the specials.
-
-    Raises:
-      ValueError: if an item is not a single character, a special occurs twice or is one of the
-        characters, or eos is not a special.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Model
@@ -124,11 +125,6 @@ class Tokenizer:
     return cls(model, {"tokenizer_class": "PreTrainedTokenizerFast"}, eos)
 
   @property
-  def vocab_size(self) -> int:
-    """The largest id plus one: the minimum number of rows of the embedding."""
-    return self._vocab_size
-
-  @property
   def bos_ids(self) -> list[int]:
     """Ids before every text: [BOS] for LLaMA, [] for Qwen2.
 
@@ -148,8 +144,7 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Return the ids of `text`. Special tokens in it become their ids; none is added.
 
-    Raises:
-      ValueError: if a character-level tokenizer does not have a character.
+    Raises ValueError if a character-level tokenizer does not have a character.
     """
     if self._per_character:
       self._check_characters(text)
@@ -158,10 +153,8 @@ class Tokenizer:
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Return the text of `ids`.
 
-    Ids outside the vocabulary (Qwen2 pads its embedding) and invalid UTF-8 become U+FFFD.
-
-    Raises:
-      ValueError: if an id is negative, which marks padding in this library.
+    Ids outside the vocabulary (Qwen2 pads its embedding) and invalid UTF-8 become U+FFFD. Negative
+    ids, which mark padding in this library, raise ValueError.
     """
     pieces, run = [], []
     for i in (int(i) for i in ids):
@@ -175,15 +168,11 @@ class Tokenizer:
     return "".join(pieces) + self._model.decode(run, skip_special_tokens=skip_special)
 
   def token_id(self, token: str) -> int:
-    """Return the id of one token, spelled as in the vocabulary.
-
-    Raises:
-      ValueError: if the token is not in the vocabulary.
-    """
+    """Return the id of one token; raises ValueError if it is not in the vocabulary."""
     if token not in self._vocabulary:
       raise ValueError(
-        f"token {token!r} is not in the vocabulary of {len(self._vocabulary)} "
-        f"tokens; its special tokens are {self._specials[:8]}"
+        f"token {token!r} is not in the vocabulary of {len(self._vocabulary)} tokens; its special"
+        f" tokens are {self._specials[:8]}"
       )
     return self._vocabulary[token]
 
@@ -219,12 +208,9 @@ def _from_sentencepiece(folder: Path, config: dict):
     model = sentencepiece.build_tokenizer(pieces, legacy=config.get("legacy") is not False)
   except ValueError as error:
     raise ValueError(f"{file}: {error}") from error
-  added = {
-    int(index): (token, False)
-    for token, index in _read_config(folder / _ADDED_FILE, needed=False).items()
-  }
-  for index, entry in config.get("added_tokens_decoder", {}).items():
-    added[int(index)] = (_token_text(entry), isinstance(entry, dict) and bool(entry.get("special")))
+  added = {int(n): (token, False) for token, n in _read_config(folder / _ADDED_FILE).items()}
+  for n, entry in config.get("added_tokens_decoder", {}).items():
+    added[int(n)] = (_token_text(entry), isinstance(entry, dict) and bool(entry.get("special")))
   for index, (token, special) in sorted(added.items()):
     model.add_tokens([AddedToken(token, normalized=False, special=special)])
     if model.token_to_id(token) != index:
@@ -242,7 +228,7 @@ def _from_sentencepiece(folder: Path, config: dict):
   return model, {**own, **config}
 
 
-def _read_config(file: Path, *, needed: bool) -> dict:
+def _read_config(file: Path, *, needed: bool = False) -> dict:
   if not file.is_file():
     if needed:
       raise FileNotFoundError(

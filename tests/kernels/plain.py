@@ -48,11 +48,12 @@ def bounds(inputs, dtype=np.float32):
   """Bounds on the output and the gradients (q, k, v).
 
   A score sums C products and a weight changes by what its score changes; outputs sum S weighted
-  values, gradients S or T products of C-term sums.
+  values, gradients S or T products of C-term sums. All inputs are drawn from one distribution, so
+  their standard deviation is the magnitude of what is rounded; `rounding` has room for the largest.
   """
   C, T, S = inputs.q_BTHC.shape[-1], inputs.q_BTHC.shape[1], inputs.k_BSKC.shape[1]
   group = inputs.q_BTHC.shape[2] // inputs.k_BSKC.shape[2]
-  q, k, v, do = (np.abs(np.asarray(x, np.float64)).max() for x in inputs)
+  q, k, v, do = (np.asarray(x, np.float64).std() for x in inputs)
   out = rounding(C, q * k * v, dtype) + rounding(S, v, dtype)
   weight = rounding(C, do * v, dtype) * np.sqrt(C) + rounding(S, do * v, dtype) * np.sqrt(C)
   dq = weight * k + rounding(S, k * do * v, dtype)

@@ -13,42 +13,21 @@ from mooer_jax.kernels import attention, decode_attention, window_attention
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.kernels.flash_attention import Bias, flash_attention
 from mooer_jax.training.sharding import make_mesh
+from tests.kernels.plain import Inputs, attention_and_gradients, bounds, random_inputs
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 
 def random_qkv(B=2, T=5, S=7, H=6, K=3, C=8, dtype=np.float32):
-  rng = np.random.default_rng(0)
-  q_BTHC = rng.normal(size=(B, T, H, C)).astype(dtype)
-  k_BSKC, v_BSKC = rng.normal(size=(2, B, S, K, C)).astype(dtype)
-  return q_BTHC, k_BSKC, v_BSKC
+  return random_inputs(B, T, S, H, K, C, dtype)[:3]
 
 
-def numpy_attention(q_BTHC, k_BSKC, v_BSKC, attention_mask_BTS, bias_BHTS=None):
-  """Softmax attention written as loops in float64."""
-  q_BTHC, k_BSKC, v_BSKC = (np.asarray(x, np.float64) for x in (q_BTHC, k_BSKC, v_BSKC))
-  B, T, H, C = q_BTHC.shape
-  group = H // k_BSKC.shape[2]
-  out_BTHC = np.zeros(q_BTHC.shape)
-  for b, t, h in np.ndindex(B, T, H):
-    keys = np.flatnonzero(attention_mask_BTS[b, t])
-    if not keys.size:
-      continue
-    scores = k_BSKC[b, keys, h // group] @ q_BTHC[b, t, h] / np.sqrt(C)
-    if bias_BHTS is not None:
-      scores = scores + bias_BHTS[b, h, t, keys]
-    weights = np.exp(scores - scores.max())
-    out_BTHC[b, t, h] = weights / weights.sum() @ v_BSKC[b, keys, h // group]
-  return out_BTHC
+def exact_attention(q_BTHC, k_BSKC, v_BSKC, attention_mask_BTS, bias_BHTS=None):
+  inputs = Inputs(q_BTHC, k_BSKC, v_BSKC, do_BTHC=q_BTHC)
+  return attention_and_gradients(inputs, attention_mask_BTS, bias_BHTS)[0]
 
 
 def bound(q_BTHC, k_BSKC, v_BSKC):
-  """Of the output in float32: a score sums C products, and S weights multiply the values.
-
-  A weight changes by what its score changes, so a score's rounding counts at the magnitude of the
-  values too.
-  """
-  q, k, v = (np.asarray(x, np.float64).std() for x in (q_BTHC, k_BSKC, v_BSKC))
-  return rounding(q_BTHC.shape[-1], q * k * v) + rounding(k_BSKC.shape[1], v)
+  return bounds(Inputs(q_BTHC, k_BSKC, v_BSKC, do_BTHC=q_BTHC))[0]
 
 
 def causal_mask(T, S, first_query):
@@ -66,14 +45,14 @@ def test_equals_a_plain_softmax(H, K, causal, first_query):
   out = attention(
     q, k, v, valid_BS=valid_BS, causal=causal, first_query=first_query, implementation="xla"
   )
-  assert_within(out, numpy_attention(q, k, v, attention_mask_BTS), bound(q, k, v))
+  assert_within(out, exact_attention(q, k, v, attention_mask_BTS), bound(q, k, v))
 
 
 @pytest.mark.parametrize("fault", ["mask", "one key later", "scale", "head"])
 def test_a_fault_exceeds_the_bound(fault):
   q, k, v = random_qkv()
   valid_BS = np.array([[1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0]], bool)
-  expected = numpy_attention(q, k, v, valid_BS[:, None] & causal_mask(5, 7, 2))
+  expected = exact_attention(q, k, v, valid_BS[:, None] & causal_mask(5, 7, 2))
   arguments = dict(valid_BS=valid_BS, causal=True, first_query=2)
   assert_within(attention(q, k, v, **arguments), expected, bound(q, k, v))
   if fault == "mask":
@@ -92,7 +71,7 @@ def test_first_query_may_be_traced():
   q, k, v = random_qkv()
   valid_BS = np.ones((2, 7), bool)
   call = functools.partial(attention, q, k, v, valid_BS=valid_BS, causal=True)
-  expected = numpy_attention(q, k, v, np.repeat(causal_mask(5, 7, 1)[None], 2, 0))
+  expected = exact_attention(q, k, v, np.repeat(causal_mask(5, 7, 1)[None], 2, 0))
   assert_within(jax.jit(call)(first_query=1), expected, bound(q, k, v))
 
 
@@ -107,7 +86,7 @@ def test_a_bias_by_distance_is_added_to_the_scaled_scores(H, K):
   for b, h, t, s in np.ndindex(bias_BHTS.shape):
     bias_BHTS[b, h, t, s] = bias.gate_BTH[b, t, h] * bias.table_HR[h, s - t + 4]
   out = attention(q, k, v, valid_BS=valid_BS, bias=bias)
-  expected = numpy_attention(q, k, v, np.repeat(valid_BS[:, None], 5, 1), bias_BHTS)
+  expected = exact_attention(q, k, v, np.repeat(valid_BS[:, None], 5, 1), bias_BHTS)
   assert_within(out, expected, bound(q, k, v))
   with exceeds_the_bound():  # a bias scaled as the scores are
     scaled = bias._replace(gate_BTH=bias.gate_BTH * np.float32(8**-0.5))
@@ -121,7 +100,7 @@ def test_decoding_attends_to_the_slots_of_a_mask():
   mask_BTS = np.random.default_rng(1).random((2, 5, 7)) < 0.6
   cache = [x.reshape(*x.shape[:2], -1) for x in (k, v)]
   out = decode_attention(q, *cache, kv_heads=3, mask_BTS=mask_BTS, end=7)
-  assert_within(out, numpy_attention(q, k, v, mask_BTS), bound(q, k, v))
+  assert_within(out, exact_attention(q, k, v, mask_BTS), bound(q, k, v))
   with pytest.raises(ValueError, match="'triton' has no kernel for decoding.*attention='xla'"):
     decode_attention(q, *cache, kv_heads=3, mask_BTS=mask_BTS, end=7, implementation="triton")
 
@@ -130,7 +109,7 @@ def test_dropout_of_windows_multiplies_weights_after_the_softmax():
   q, k, v = random_qkv(H=6, K=6)
   scale_NHQL = np.zeros((2, 6, 5, 7), np.float32)
   call = functools.partial(window_attention, q, k, v)
-  assert_within(call(), numpy_attention(q, k, v, np.ones((2, 5, 7), bool)), bound(q, k, v))
+  assert_within(call(), exact_attention(q, k, v, np.ones((2, 5, 7), bool)), bound(q, k, v))
   # Twice a float is exact.
   np.testing.assert_array_equal(call(weight_scale_NHQL=scale_NHQL + 2), 2 * call())
   scale_NHQL[1, 4, 2] = 3
@@ -178,7 +157,7 @@ def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
   rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
   out = attention(*rounded, valid_BS=valid_BS)
   assert out.dtype == jnp.bfloat16
-  expected = numpy_attention(*rounded, np.ones((2, 5, 7), bool))
+  expected = exact_attention(*rounded, np.ones((2, 5, 7), bool))
   # The weights, whose sum is 1, and the output are rounded to bfloat16, the rest to float32.
   of_values = rounding(2, np.abs(expected).max(), jnp.bfloat16)
   assert_within(out, expected, of_values)

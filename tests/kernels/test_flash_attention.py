@@ -139,7 +139,7 @@ def test_a_fault_exceeds_the_bounds(backend, fault):
   if fault == "key":
     valid_BS[0, 4] = False
   elif fault == "scale":
-    faulty = inputs._replace(q_BTHC=inputs.q_BTHC * np.float32(1.01))
+    faulty = inputs._replace(q_BTHC=inputs.q_BTHC * np.float32(1.001))
   else:
     faulty = inputs._replace(k_BSKC=np.roll(inputs.k_BSKC, 1, axis=2))
   actual = run(backend, faulty, valid_BS=jnp.array(valid_BS))

@@ -20,15 +20,10 @@ _BLOCK = 256  # queries at a time in the gradient of the bias
 
 
 class Bias(NamedTuple):
-  """A bias that depends on the distance of query and key: gate[b, t, h] * table[h, s - t + T - 1].
+  """A bias by the distance of query and key: gate[b, t, h] * table[h, s - t + T - 1]."""
 
-  Attributes:
-    gate_BTH: float32, factor of each query.
-    table_HR: float32 [H, T + S - 1], bias of each distance from -(T - 1) to S - 1.
-  """
-
-  gate_BTH: jax.Array
-  table_HR: jax.Array
+  gate_BTH: jax.Array  # float32, factor of each query
+  table_HR: jax.Array  # float32 [H, T + S - 1], bias of each distance from -(T - 1) to S - 1
 
   def expand(self) -> jax.Array:
     """float32 [B, H, T, S], for implementations that add a bias to the scores."""
@@ -47,18 +42,12 @@ def by_distance(table_HR: jax.Array, queries: int) -> jax.Array:
 
 
 class Keys(NamedTuple):
-  """Which keys may be attended to: int32 arrays.
+  """Which keys may be attended to; int32."""
 
-  Attributes:
-    valid_BS: not 0 where a key may be attended to.
-    first_B, end_B: the valid keys of a row are in [first, end).
-    query_1: key index of query 0, where attention is causal.
-  """
-
-  valid_BS: jax.Array
-  first_B: jax.Array
+  valid_BS: jax.Array  # not 0 where a key may be attended to
+  first_B: jax.Array  # the valid keys of a row are in [first, end)
   end_B: jax.Array
-  query_1: jax.Array
+  query_1: jax.Array  # key index of query 0, where attention is causal
 
 
 def flash_attention(
@@ -77,9 +66,7 @@ def flash_attention(
 
   Content of keys that are not valid does not matter, NaN included; their gradients are 0.
 
-  Args:
-    backend: "mosaic" (TPU) or "triton" (NVIDIA GPU).
-    interpret: for tests on a CPU, as of `jax.experimental.pallas.pallas_call`.
+  `backend` is "mosaic" or "triton"; `interpret`, for tests on a CPU, is that of `pallas_call`.
   """
   S = valid_BS.shape[1]
   keys = Keys(
@@ -95,7 +82,7 @@ def flash_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _flash(q, k, v, bias, keys, backend, causal, interpret):
-  return _BACKENDS[backend].forward(q, k, v, bias, keys, causal=causal, interpret=interpret)[0]
+  return _flash_forward(q, k, v, bias, keys, backend, causal, interpret)[0]
 
 
 def _flash_forward(q, k, v, bias, keys, backend, causal, interpret):
