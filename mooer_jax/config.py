@@ -34,21 +34,34 @@ def part_kinds() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SpeechLLMConfig:
-  """Architecture of a speech LLM, which checkpoints store, and `compute`, which they do not."""
+  """Architecture of a speech LLM, which checkpoints store, and `compute`, which they do not.
+
+  Attributes:
+    encoders: configs of different kinds; their frames are concatenated on the channel axis.
+    connector: config of the connector.
+    decoder: config of the LLM.
+    frontends: feature extraction for each encoder, in the order of `encoders`.
+    encoder_norm: apply a LayerNorm to the frames of each encoder (SALMONN).
+    chat_template: name in prompts.TEMPLATES.
+    max_audio_s: longest clip, seconds.
+    min_audio_s: shorter clips are padded with silence to this length, seconds (SALMONN: 1).
+    channel: signal of a clip with several channels: their "mean", or the "first" (SALMONN).
+    prompts: (task, default prompt) pairs.
+    compute: how the model is executed.
+  """
 
   RENAMED: ClassVar = {"template": "chat_template"}
   RUN_FIELDS: ClassVar = ("prompts", "chat_template", "max_audio_s")
-  # Of different kinds; their frames are concatenated on the channel axis.
   encoders: tuple[Encoder, ...] = (SANMConfig(),)
   connector: Connector = LinearConfig()
   decoder: LLMConfig = LLMConfig()
-  frontends: tuple[Frontend, ...] = (FrontendConfig(),)  # in the order of `encoders`
-  encoder_norm: bool = False  # apply a LayerNorm to the frames of each encoder (SALMONN)
-  chat_template: str = "mooer"  # name in prompts.TEMPLATES
-  max_audio_s: float = 30.0  # longest clip
-  min_audio_s: float = 0.0  # shorter clips are padded with silence (SALMONN: 1)
-  channel: Channel = "mean"  # of a clip with several channels; SALMONN: "first"
-  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())  # (task, default prompt)
+  frontends: tuple[Frontend, ...] = (FrontendConfig(),)
+  encoder_norm: bool = False
+  chat_template: str = "mooer"
+  max_audio_s: float = 30.0
+  min_audio_s: float = 0.0
+  channel: Channel = "mean"
+  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())
   compute: ExecutionConfig = ExecutionConfig()
 
   def __post_init__(self):

@@ -29,22 +29,27 @@ _INIT_FRAMES = 16  # minimum number of feature frames in `init`; few are quick t
 
 @flax.struct.dataclass
 class Batch:
-  """A batch of utterances with prompts and, for training, answers; padding has negative ids.
+  """A batch of utterances with prompts and, for training, answers.
 
-  A padding row has 0 frames and no answer.
+  Attributes:
+    features: one array per encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in
+      [-1, 1], whose features are computed inside the compiled step.
+    frames: one array per encoder: int32 [B], valid feature frames (or samples).
+    prefix_BS: int32, prompt tokens before the speech; padded on the left with negative values.
+    suffix_BS: int32, prompt tokens after the speech, padded in the same way.
+    labels_BS: int32, answer and eos; padded on the right with negative values. A padding row has
+      0 frames and no answer.
+    task_B: int32, index of each row's task in config.prompts, -1 for a padding row; None if the
+      loss per task is not needed.
+    encoded: `features` are encoder frames [B, T, D], from a cache.
   """
 
-  # For each encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in [-1, 1], whose
-  # features are computed inside the compiled step.
   features: tuple[Array, ...]
-  frames: tuple[Array, ...]  # for each encoder: int32 [B], valid feature frames (or samples)
-  prefix_BS: Array  # int32, prompt tokens before the speech; padded on the left
-  suffix_BS: Array  # int32, prompt tokens after the speech; padded on the left
-  labels_BS: Array  # int32, answer and eos; padded on the right
-  # int32, index of each row's task in config.prompts, -1 for a padding row; None if the loss per
-  # task is not needed.
+  frames: tuple[Array, ...]
+  prefix_BS: Array
+  suffix_BS: Array
+  labels_BS: Array
   task_B: Array | None = None
-  # Whether `features` are encoder frames [B, T, D], from a cache.
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
 
 

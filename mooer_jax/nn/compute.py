@@ -20,14 +20,20 @@ _POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-  """Execution options; they belong to a run and are not saved in checkpoints."""
+  """Execution options; they belong to a run and are not saved in checkpoints.
 
-  dtype: str = "float32"  # of activations and matmuls, or "bfloat16" (Qwen2's overflow float16)
-  scan: bool = False  # over stacked layers (training); otherwise layer by layer (decoding)
-  # Recomputed in the backward pass; "dots": all but matmul outputs and the logits of long answers.
+  Attributes:
+    dtype: of activations and matmuls, "float32" or "bfloat16" (Qwen2's overflow float16).
+    scan: scan over stacked layers (training) instead of per-layer params (decoding).
+    remat: recomputed in the backward pass: "none", "dots" (all but matmul outputs and the logits of
+      long answers) or "full".
+    attention: implementation of `kernels.attention`: "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU)
+      or "triton" (NVIDIA GPU; not for decoding, nor for a Q-Former).
+  """
+
+  dtype: str = "float32"
+  scan: bool = False
   remat: Remat = "none"
-  # Of `kernels.attention`: "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU) or "triton" (NVIDIA GPU;
-  # not for decoding, nor for a Q-Former).
   attention: str = "xla"
 
   def __post_init__(self):
