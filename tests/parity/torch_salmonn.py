@@ -173,7 +173,7 @@ class Salmonn(nn.Module):
     mel = torch.tensor(mel_TF.T[None], dtype=self.ln_speech.weight.dtype)
     frames = self.ln_speech(self.speech_encoder(mel).last_hidden_state)
     if hasattr(self, "beats"):
-      heard = self.ln_audio(self.beats(reference_beats.features(waveform_N)[None]))
+      heard = self.ln_audio(self.beats(torch.tensor(reference_beats.features(waveform_N))[None]))
       assert heard.shape[1] < frames.shape[1]
       heard = nn.functional.pad(heard, (0, 0, 0, frames.shape[1] - heard.shape[1]))
       frames = torch.cat([frames, heard], -1)
