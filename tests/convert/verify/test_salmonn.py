@@ -34,7 +34,7 @@ def bring(folder, llm, *, with_beats=True, change=None, **options) -> Sides:
   state = module.saved()
   state.update(change(state) if change else {})
   paths = {**torch_salmonn.write(folder / "files", module, state=state), "llm": llm, **options}
-  import_checkpoint("salmonn", folder / "files" / NAME, folder / "ours", Options(**paths))
+  import_checkpoint("salmonn", folder / "files" / NAME, folder / "ours", options=Options(**paths))
   return Sides(folder / "files" / NAME, folder / "ours", paths)
 
 
@@ -143,7 +143,7 @@ def test_the_lora_is_scaled_as_in_training(sides, run, tmp_path, llm):
     "salmonn",
     sides.file,
     tmp_path / "merged",
-    Options(**sides.options, lora_config=tmp_path, merge_lora=True),
+    options=Options(**sides.options, lora_config=tmp_path, merge_lora=True),
   )
   other = dataclasses.replace(sides, ours=merged.folder)
   assert run(other, lora_config=tmp_path)[0] == 0
