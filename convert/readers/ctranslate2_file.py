@@ -95,8 +95,8 @@ def _read_entry(path: Path, cursor: Cursor) -> tuple[Tensor, int]:
   tensor = Tensor(name, check_shape(where, shape, dtype), dtype, path)
   if tensor.nbytes != nbytes:
     raise ReadError(
-      f"{where} of shape {list(shape)}, {dtype}, takes {tensor.nbytes} bytes, not {nbytes}; copy it"
-      " again"
+      f"{where} of shape {list(shape)} ({dtype}) takes {tensor.nbytes} bytes, not {nbytes};"
+      " copy it again"
     )
   if dtype.kind == "i" and math.prod(shape) > 1 and name.endswith("weight"):
     raise ReadError(f"{where} {QUANTIZED.format(dtype)}")
