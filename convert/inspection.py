@@ -9,7 +9,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import all_steps, describe, find
 
 from .core.errors import Problems
-from .kinds import all_kinds
+from .kinds import KINDS, find_kind
 from .parts import hf_config
 from .readers import open_source, read_object
 
@@ -65,7 +65,8 @@ def _checkpoint(path: Path, base: Path | None) -> tuple[list[Row], str, list[str
 
 
 def _weights(path: Path) -> tuple[list[Row], str, list[str]]:
-  files = next((found for kind in all_kinds() if (found := kind.files(path))), [path])
+  kinds = [find_kind(name) for name in KINDS]
+  files = next((found for kind in kinds if (found := kind.files(path))), [path])
   sources = [open_source(file) for file in files]
   rows = [
     (t.name, t.shape, t.dtype.name, str(t.file.relative_to(path) if path.is_dir() else t.file.name))
@@ -73,7 +74,7 @@ def _weights(path: Path) -> tuple[list[Row], str, list[str]]:
     for t in source.tensors.values()
   ]
   names = [row[0] for row in rows]
-  labels = (kind.recognises(path, names) for kind in all_kinds())
+  labels = (kind.recognises(path, names) for kind in kinds)
   label = next((label for label in labels if label), "unknown")
   notes = [note for source in sources for note in source.notes]
   notes += [f"not a tensor: {name}" for source in sources for name in source.ignored]

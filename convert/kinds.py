@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,7 +48,3 @@ def find_kind(name: str) -> Kind:
   if name not in KINDS:
     raise ValueError(f"kind={name!r}: choose one of {', '.join(KINDS)}")
   return pkgutil.resolve_name(KINDS[name])
-
-
-def all_kinds() -> Iterator[Kind]:
-  return map(find_kind, KINDS)

@@ -132,6 +132,18 @@ class BEATs(nn.Module):
     return self.encoder(x, torch.arange(x.shape[1]) >= tokens[:, None])
 
 
+def features(waveform_N: np.ndarray) -> torch.Tensor:
+  """The original's features of a waveform at 16 kHz: float32 [T, 128], normalised."""
+  fbank_TF = kaldi_fbank(
+    torch.tensor(waveform_N)[None] * 2**15,
+    num_mel_bins=BEATsConfig.input_width,
+    sample_frequency=16000,
+    frame_length=25,
+    frame_shift=10,
+  )
+  return (fbank_TF - beats.MEAN) / (2 * beats.DEVIATION)
+
+
 def kaldi_fbank(waveform, *, num_mel_bins, sample_frequency, frame_length, frame_shift):
   """torchaudio.compliance.kaldi.fbank with its defaults (Povey window), in float64.
 
