@@ -50,7 +50,7 @@ def main():
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
   overwrite = Options(overwrite=True)
-  import_checkpoint("llama", args.llm, args.dir / "llm", overwrite)
+  import_checkpoint("llama", args.llm, args.dir / "llm", options=overwrite)
   release = args.dir / "release"
   release.mkdir(exist_ok=True)
   export_checkpoint("llama", args.dir / "llm", release / "llm", overwrite=True)
@@ -58,7 +58,7 @@ def main():
   (release / "asr").mkdir(exist_ok=True)
   torch.save(_adapter(args.dir / "llm"), release / "asr" / ADAPTER_FILE)
   options = Options(task="asr", lora=False, overwrite=True)
-  import_checkpoint("mooer", release, args.dir / "mooer", options)
+  import_checkpoint("mooer", release, args.dir / "mooer", options=options)
   generated = {"audio": args.audio, "max_new_tokens": args.max_new_tokens}
   found = {
     "mooer": verify("mooer", release, args.dir / "mooer", **generated),

@@ -20,15 +20,11 @@ def export_checkpoint(
   shard_bytes: int = SHARD_BYTES,
   overwrite: bool = False,
 ) -> Path:
-  """Converts a checkpoint to PyTorch files, one tensor at a time.
+  """Converts a checkpoint, or the latest of a run, to PyTorch files in the folder `out`.
 
   Args:
-    kind: a name in KINDS.
-    checkpoint: folder of a checkpoint or of a run.
-    out: folder to make; complete or absent.
     base: base checkpoint of a fine-tune, if it has moved.
     shard_bytes: maximum size of a file of an LLM, unless one tensor is larger.
-    overwrite: replace an earlier result.
 
   Raises:
     FileNotFoundError, FileExistsError: for the checkpoint and the target.

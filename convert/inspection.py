@@ -9,19 +9,18 @@ from mooer_jax import tree
 from mooer_jax.checkpoint import all_steps, describe, find
 
 from .core.errors import Problems
-from .kinds import all_kinds
+from .kinds import KINDS, find_kind
 from .parts import hf_config
-from .readers import Source, open_source, read_object
+from .readers import open_source, read_object
 
 Row = tuple[str, tuple, str, str]  # name, shape, dtype, file
 
 
 def inspect(path: Path, *, names: bool = True, base: Path | None = None) -> None:
-  """Prints names, shapes and dtypes, totals, and the kind to import it with.
+  """Prints totals and the kind to import it with; with `names`, a row for each tensor.
 
   Args:
     path: a file or folder of weights, a checkpoint, or a run folder with its latest checkpoint.
-    names: whether to print a row for each tensor.
     base: base checkpoint of a fine-tune, if it has moved.
 
   Raises:
@@ -66,23 +65,21 @@ def _checkpoint(path: Path, base: Path | None) -> tuple[list[Row], str, list[str
 
 
 def _weights(path: Path) -> tuple[list[Row], str, list[str]]:
-  files = next((found for kind in all_kinds() if (found := kind.files(path))), [path])
+  kinds = [find_kind(name) for name in KINDS]
+  files = next((found for kind in kinds if (found := kind.files(path))), [path])
   sources = [open_source(file) for file in files]
-  rows = [row for source in sources for row in _rows(source, path)]
+  rows = [
+    (t.name, t.shape, t.dtype.name, str(t.file.relative_to(path) if path.is_dir() else t.file.name))
+    for source in sources
+    for t in source.tensors.values()
+  ]
   names = [row[0] for row in rows]
-  labels = (kind.recognises(path, names) for kind in all_kinds())
+  labels = (kind.recognises(path, names) for kind in kinds)
   label = next((label for label in labels if label), "unknown")
   notes = [note for source in sources for note in source.notes]
   notes += [f"not a tensor: {name}" for source in sources for name in source.ignored]
   if label in hf_config.ARCHITECTURES and (path / "config.json").is_file():
     problems = Problems()
-    hf_config.llm_config(read_object(path / "config.json"), problems)
+    problems.attempt(hf_config.llm_config, read_object(path / "config.json"))
     notes += [f"cannot be imported: {problem}" for problem in problems.found]
   return rows, label, notes
-
-
-def _rows(source: Source, root: Path) -> list[Row]:
-  def shown(file: Path) -> str:
-    return str(file.relative_to(root)) if file.is_relative_to(root) else file.name
-
-  return [(t.name, t.shape, t.dtype.name, shown(t.file)) for t in source.tensors.values()]

@@ -19,15 +19,8 @@ from .readers import read_object
 def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[str, LazyArray]:
   """Copies the leaves of several checkpoints into one, one tensor at a time.
 
-  The connector between the encoders and the LLM is absent; training initializes it.
-
-  Args:
-    out: the checkpoint to make.
-    parts: checkpoints of encoders, in the order in which their frames are joined, and of one LLM.
-    overwrite: replace an existing checkpoint.
-
-  Returns:
-    path -> leaf.
+  The parts are encoders, in the order in which their frames are joined, and one LLM. The connector
+  between them is absent; training initializes it. Returns path -> leaf.
 
   Raises:
     FileNotFoundError, FileExistsError: for a part and the target.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,13 +21,30 @@ KINDS = {
   "llama": f"{__package__}.parts.language_model:LLAMA",
 }
 
+# Kind -> its SRC, options of `import`, options of `verify` (None: it cannot); for `--help`.
+USES: dict[str, tuple[str, str, str | None]] = {
+  "mooer": (
+    "release folder",
+    "--task {asr,ast,asr_ast_mtl} [--llm --merge-lora --no-lora]",
+    "--audio [--llm]",
+  ),
+  "deepspeed": ("folder of MooER's training", "--base-checkpoint [--lora-config --task]", None),
+  "salmonn": (
+    "salmonn_v1.pth",
+    "--whisper --llm [--beats --lora-config --merge-lora --prompts]",
+    "--audio --whisper --llm [--beats --lora-config]",
+  ),
+  "peft": ("LoRA folder", "[--base-checkpoint]", "--llm"),
+  "paraformer": ("FunASR folder", "", "--audio"),
+  "whisper": ("Hugging Face or faster-whisper folder, openai-whisper's .pt", "", "--audio"),
+  "beats": (".pt file", "", "--audio"),
+  "qwen2": ("Hugging Face folder or GGUF file", "", ""),
+  "llama": ("Hugging Face folder or GGUF file", "", ""),
+}
+
 
 def find_kind(name: str) -> Kind:
   """Raises ValueError for an unknown name."""
   if name not in KINDS:
     raise ValueError(f"kind={name!r}: choose one of {', '.join(KINDS)}")
   return pkgutil.resolve_name(KINDS[name])
-
-
-def all_kinds() -> Iterator[Kind]:
-  return map(find_kind, KINDS)

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import gc
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from mooer_jax import tree
@@ -38,15 +38,10 @@ def map_in(
   ignored: Sequence[str] = (),
   names: Iterable[str] | None = None,
 ) -> Mapped:
-  """Finds the tensor of every expected leaf, without reading one.
+  """Finds the tensor of every expected leaf (path -> shape), without reading one.
 
-  Args:
-    source: the tensors.
-    table: the rules.
-    expected: path -> shape of every leaf.
-    problems: receives every unmapped, missing, duplicate and mis-shaped tensor.
-    ignored: regular expressions of names that are not needed.
-    names: names to map; default: all.
+  Unmapped, missing, duplicate and mis-shaped tensors are problems. `names` are those to map
+  (default: all), `ignored` regular expressions of others.
   """
   leaves: dict[str, LazyArray] = {}
   origin: dict[str, str] = {}
@@ -66,7 +61,8 @@ def map_in(
       problems.add(f"{tensor.file.name}: {name} is a duplicate: {origin[path]} is also {path}")
       continue
     origin[path] = name
-    leaves[path] = LazyArray(expected[path], tensor.dtype, _reader(source, name, transform))
+    read = functools.partial(_read, source, name, transform)
+    leaves[path] = LazyArray(expected[path], tensor.dtype, read)
     wanted = transform.torch_shape(expected[path])
     if tensor.shape != wanted:
       problems.add(
@@ -78,42 +74,20 @@ def map_in(
       )
   for path in expected:
     if path not in leaves:
-      name, transform = _counterpart(table, path)
+      found = table.to_torch(path)
+      assert found is not None, f"no rule leads to {path}: the table does not cover the model"
+      name, transform = found
       problems.add(f"{name} {list(transform.torch_shape(expected[path]))} is missing ({path})")
   return Mapped(leaves, tuple(dropped))
 
 
-def _reader(source: Source, name: str, transform: Transform):
-  return lambda: transform.to_jax(source.read(name))
+def _read(source: Source, name: str, transform: Transform) -> np.ndarray:
+  return transform.to_jax(source.read(name))
 
 
-def _counterpart(table: Table, path: str) -> tuple[str, Transform]:
-  found = table.to_torch(path)
-  if found is None:
-    raise AssertionError(f"no rule leads to {path}: the table does not cover the model")
-  return found
-
-
-def leaf_shapes(module, *args, method=None) -> dict[str, tuple[int, ...]]:
-  """path -> shape of the parameters that `module.init` makes for such arguments, per layer.
-
-  Each module is traced once; with `compute.scan` in the time of one layer.
-  """
-  return dict(_leaf_shapes(module, tuple((arg.shape, arg.dtype) for arg in args), method))
-
-
-@functools.cache
-def _leaf_shapes(module, inputs, method) -> dict[str, tuple[int, ...]]:
-  args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs]
-  init = functools.partial(module.init, method=method)
-  variables = jax.eval_shape(init, jax.random.key(0), *args)
-  leaves = tree.flatten(tree.unstack_layers(variables["params"]))
-  return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-
-
-def under(prefix: str, leaves: Mapping) -> dict:
-  """Moves leaves below a path."""
-  return {f"{prefix}/{path}": leaf for path, leaf in leaves.items()}
+def paths_of(about: Checkpoint, *roots: str) -> list[str]:
+  """Lists the paths of the leaves of a checkpoint that begin with one of `roots`."""
+  return [path for path in tree.flatten(about.params) if path.startswith(roots)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +106,7 @@ class Outgoing:
 
 
 def map_out(about: Checkpoint, table: Table, paths: Iterable[str]) -> list[Outgoing]:
-  """Returns the tensors of leaves of a checkpoint, in natural order of their names.
-
-  Raises:
-    ConversionError: with every leaf that no rule matches.
-  """
+  """Returns tensors in natural order of names. Raises ConversionError for leaves without a rule."""
   leaves, problems = tree.flatten(about.params), Problems()
   outgoing: dict[str, Outgoing] = {}
   for path in paths:
@@ -159,7 +129,7 @@ def natural(name: str) -> list:
 
 def read_out(about: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[np.ndarray]:
   """Reads tensors in order, GROUP_BYTES at a time, as views in any memory order."""
-  for group in _groups(tensors):
+  for group in grouped(tensors, GROUP_BYTES):
     arrays = read_leaves(about, {tensor.path for tensor in group})
     for tensor in group:
       yield tensor.transform.to_torch(arrays[tensor.path])
@@ -167,12 +137,14 @@ def read_out(about: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[np.ndar
     gc.collect()  # Orbax's futures are in reference cycles, and keep the arrays
 
 
-def _groups(tensors: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
-  group: list[Outgoing] = []
+def grouped(tensors: Sequence[Outgoing], limit_bytes: int) -> list[list[Outgoing]]:
+  """Splits tensors into consecutive groups of at most this size, unless one tensor is larger."""
+  groups: list[list[Outgoing]] = []
+  size = math.inf
   for tensor in tensors:
-    if group and sum(t.nbytes for t in group) + tensor.nbytes > GROUP_BYTES:
-      yield group
-      group = []
-    group.append(tensor)
-  if group:
-    yield group
+    size += tensor.nbytes
+    if size > limit_bytes:
+      groups.append([])
+      size = tensor.nbytes
+    groups[-1].append(tensor)
+  return groups

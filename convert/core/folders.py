@@ -15,13 +15,8 @@ from rich.progress import track
 
 from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, SaveError, put_in_place, save
-from mooer_jax.config import (
-  SpeechLLMConfig,
-  differences,
-  frontend_from_json,
-  part_from_json,
-)
-from mooer_jax.decoders.llm import LORA_TARGETS, LLMConfig
+from mooer_jax.config import SpeechLLMConfig, differences, frontend_from_json, part_from_json
+from mooer_jax.decoders.llm import LLMConfig
 
 from ..readers import ReadError, read_object
 from .errors import ConversionError, Problems
@@ -38,9 +33,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def complete_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
   """Yields a folder to write into, which becomes `out` if the block succeeds.
 
-  Raises:
-    FileExistsError: if `out` exists and overwrite is False, or if it has files that are not
-      written again.
+  Raises FileExistsError if `out` exists without `overwrite`, or has files that are not rewritten.
   """
   out = out.absolute()
 
@@ -84,10 +77,7 @@ def check_apart(out: Path, sources: Iterable[Path | None]) -> None:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-  """Raises FileExistsError if no checkpoint can be written to `out`.
-
-  Only another checkpoint or an empty folder is replaced.
-  """
+  """Raises FileExistsError unless `out` is absent, or a checkpoint or empty folder to replace."""
   if not out.exists():
     return
   if not overwrite:
@@ -109,11 +99,7 @@ def copier(files: Iterable[Path]) -> Callable[[Path], None]:
 
 
 def save_checkpoint(out: Path, opened: Opened, *, kind: str, overwrite: bool = False) -> Path:
-  """Saves an opened source, one leaf at a time, with all that an export needs.
-
-  Raises:
-    ReadError, ConversionError: if a tensor cannot be read.
-  """
+  """Saves a source, leaf by leaf. Raises ReadError or ConversionError if one cannot be read."""
 
   def write_source(folder: Path):
     write_json(folder / SOURCE_FILE, {"kind": kind, "style": opened.style})
@@ -178,34 +164,33 @@ def encoder_of(about: Checkpoint, kind: str) -> tuple[Any, Any]:
   raise ConversionError(f"{about.folder}: no {kind} encoder in it; it has {held}")
 
 
-def check_roundtrip(meant: SpeechLLMConfig, read: SpeechLLMConfig, problems: Problems) -> None:
-  """Adds every difference between a model and its exported files, except dropout."""
-  for path, (ours, theirs) in differences(_essence(meant), _essence(read)).items():
+def check_roundtrip(
+  about: Checkpoint, meant: SpeechLLMConfig, read: Callable[[Problems], SpeechLLMConfig]
+) -> None:
+  """Reads exported files again. Raises ConversionError if they mean a different model."""
+  problems = Problems()
+  found = problems.attempt(read, problems)
+  different = {} if found is None else differences(_comparable(meant), _comparable(found))
+  for path, (ours, theirs) in different.items():
     numbers = isinstance(ours, float) and isinstance(theirs, float)
-    if not (numbers and math.isclose(ours, theirs, rel_tol=1e-12)):
+    same = numbers and math.isclose(ours, theirs, rel_tol=1e-12)
+    if not same and not path.endswith("/dropout"):
       problems.add(
         f"{path} is {ours!r} in config.json, which these files cannot express (they are read as"
         f" {theirs!r}); share the checkpoint itself, or train a model with that value"
       )
+  problems.check(str(about.folder))
 
 
-def _essence(config: SpeechLLMConfig) -> SpeechLLMConfig:
+def _comparable(config: SpeechLLMConfig) -> SpeechLLMConfig:
+  """Replaces options of a LoRA that is absent, and sorts the targets of one that is not."""
   decoder = config.decoder
-  if decoder.lora_rank:
-    targets = tuple(name for name in LORA_TARGETS if name in decoder.lora_targets)
-    decoder = dataclasses.replace(decoder, lora_targets=targets)
-  else:
-    none: dict[str, Any] = {
-      field.name: field.default
-      for field in dataclasses.fields(LLMConfig)
-      if field.name.startswith("lora_")
-    }
-    decoder = dataclasses.replace(decoder, **none)
-  encoders = tuple(map(_without_dropout, config.encoders))
-  connector = _without_dropout(config.connector)
-  return config.replace(decoder=decoder, encoders=encoders, connector=connector)
+  if not decoder.lora_rank:
+    return config.replace(decoder=without_lora(decoder))
+  targets = tuple(sorted(decoder.lora_targets))
+  return config.replace(decoder=dataclasses.replace(decoder, lora_targets=targets))
 
 
-def _without_dropout(part: Any) -> Any:
-  fields = [field.name for field in dataclasses.fields(part)]
-  return dataclasses.replace(part, dropout=0.0) if "dropout" in fields else part
+def without_lora(config: LLMConfig) -> LLMConfig:
+  names = [field.name for field in dataclasses.fields(config) if field.name.startswith("lora_")]
+  return dataclasses.replace(config, **{name: getattr(LLMConfig, name) for name in names})

@@ -11,6 +11,7 @@ from mooer_jax.checkpoint import Checkpoint, LazyArray
 from mooer_jax.config import SpeechLLMConfig, part_to_json
 from mooer_jax.text.tokenizer import Tokenizer
 
+from ..readers import Source
 from .errors import Problems
 from .options import Options
 
@@ -65,23 +66,20 @@ class Part(_Source):
     return Opened(config=config, **shared)
 
 
-def combine(parts: Sequence[Part]) -> dict[str, Any]:
-  """Returns the fields of `Opened` that parts of a model have in common, combined."""
+def combine(parts: Sequence[Part], *sources: Source) -> dict[str, Any]:
+  """Returns the fields of `Opened` that parts of a model, and further files, have in common."""
+  origins: list[Part | Source] = [*sources, *parts]
   return {
     "style": {name: value for part in parts for name, value in part.style.items()},
     "kept": {name: files for part in parts for name, files in part.kept.items()},
-    "ignored": tuple(name for part in parts for name in part.ignored),
-    "notes": tuple(note for part in parts for note in part.notes),
+    "ignored": tuple(name for origin in origins for name in origin.ignored),
+    "notes": tuple(note for origin in origins for note in origin.notes),
   }
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A comparison: a checkpoint, the source (and further files) it came from, and the input.
-
-  Attributes:
-    waveforms: clips, float32 [N].
-  """
+  """A comparison: a checkpoint, its source with further files, and clips, float32 [N] each."""
 
   about: Checkpoint
   config: SpeechLLMConfig
@@ -117,19 +115,18 @@ class Kind:
 
   Attributes:
     name: name on the command line.
-    open: maps a source to leaves; None if `problems` received a reason.
+    open: maps a source to leaves.
     export: writes (checkpoint, folder, bytes per file of weights); None: import only.
     recognises: (path, names of its tensors) to a description, or None if it is another kind.
     files: weights in a folder that has them in several places; empty for other paths.
     options: fields of `Options` that `open` uses.
     parts: beginnings of the paths that every checkpoint of this kind has.
     reference: runs the original; None if the files are not a whole model.
-    needs: options that `reference` requires.
-    takes: options that `reference` uses if given.
+    needs, takes: options that `reference` requires, and uses if given.
   """
 
   name: str
-  open: Callable[[Path, Options, Problems], Opened | None]
+  open: Callable[[Path, Options, Problems], Opened]
   export: Callable[[Checkpoint, Path, int], None] | None = None
   recognises: Callable[[Path, Collection[str]], str | None] = lambda path, names: None
   files: Callable[[Path], list[Path]] = lambda path: []

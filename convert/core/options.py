@@ -2,35 +2,27 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
+
+
+def _option(description: str, default: Any = None) -> Any:
+  return dataclasses.field(default=default, metadata={"help": description})
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of `import` and `verify` beyond the kind, the source and the target.
+  """Options of `import` and `verify` beyond the kind, the source and the target."""
 
-  Attributes:
-    task: task of the model: asr, ast or asr_ast_mtl.
-    llm: folder of the LLM.
-    lora: False for a release without LoRA.
-    merge_lora: add the LoRA to the weights of the LLM.
-    base_checkpoint: checkpoint of the model that the source was trained on.
-    lora_config: adapter_config.json of training, or its folder.
-    whisper: folder or file of Whisper.
-    beats: file of BEATs.
-    prompts: JSON file with one prompt per task.
-    overwrite: replace an existing checkpoint.
-  """
-
-  task: str | None = None
-  llm: Path | None = None
-  lora: bool = True
-  merge_lora: bool = False
-  base_checkpoint: Path | None = None
-  lora_config: Path | None = None
-  whisper: Path | None = None
-  beats: Path | None = None
-  prompts: Path | None = None
-  overwrite: bool = False
+  task: str | None = _option("task of the model: asr, ast or asr_ast_mtl")
+  llm: Path | None = _option("folder of the LLM, or of the model that a LoRA was trained on")
+  lora: bool = _option("the release has no LoRA", True)
+  merge_lora: bool = _option("add the LoRA to the weights of the LLM", False)
+  base_checkpoint: Path | None = _option("checkpoint of the model that SRC was trained on")
+  lora_config: Path | None = _option("adapter_config.json of training, or its folder")
+  whisper: Path | None = _option("folder or file of Whisper")
+  beats: Path | None = _option("file of BEATs, if the model has it")
+  prompts: Path | None = _option("JSON file with one prompt per task")
+  overwrite: bool = _option("replace a checkpoint", False)
 
   def given(self) -> list[str]:
     """Lists the options that differ from their defaults."""
@@ -41,14 +33,7 @@ class Options:
     return [value for value in vars(self).values() if isinstance(value, Path)]
 
 
-# For `--help` and for errors.
-DESCRIPTIONS = {
-  "llm": "folder of the LLM, or of the model that a LoRA was trained on",
-  "lora_config": "adapter_config.json of training, or its folder",
-  "whisper": "folder or file of Whisper",
-  "beats": "file of BEATs, if the model has it",
-  "prompts": "JSON file with one prompt per task",
-}
+DESCRIPTIONS = {field.name: field.metadata["help"] for field in dataclasses.fields(Options)}
 
 
 def flag(option: str) -> str:

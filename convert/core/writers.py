@@ -11,15 +11,11 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from .engine import Outgoing
+from ..readers.safetensors_file import DTYPES
+from .engine import Outgoing, grouped
 from .rules import row_blocks
 
-_CODES = {
-  np.dtype(np.float16): "F16",
-  np.dtype(ml_dtypes.bfloat16): "BF16",
-  np.dtype(np.float32): "F32",
-  np.dtype(np.float64): "F64",
-}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def write_shards(
@@ -29,24 +25,14 @@ def write_shards(
   *,
   shard_bytes: int,
   stem: str = "model",
-) -> list[str]:
+) -> None:
   """Writes `stem.safetensors`, or numbered shards with an index, in Hugging Face's layout.
 
   Args:
-    folder: an existing folder.
-    tensors: names, shapes and dtypes.
-    arrays: their values in the same order, consumed one by one.
+    tensors, arrays: descriptions and values, in the same order; values are consumed one by one.
     shard_bytes: maximum size of a file, unless one tensor is larger.
-    stem: name of the file without extension.
-
-  Returns:
-    Names of the files.
   """
-  shards: list[list[Outgoing]] = [[]]
-  for tensor in tensors:
-    if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
-      shards.append([])
-    shards[-1].append(tensor)
+  shards = grouped(tensors, shard_bytes)
   count = len(shards)
   names = [f"{stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
   names = names if count > 1 else [f"{stem}.safetensors"]
@@ -60,7 +46,6 @@ def write_shards(
     }
     text = json.dumps(index, indent=2) + "\n"
     (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
-  return names
 
 
 def _write_file(path: Path, tensors: Sequence[Outgoing], values) -> None:

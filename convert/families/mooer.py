@@ -1,23 +1,21 @@
 """MooER's release folders in the published layout: in and out."""
 
-import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, LazyArray
 from mooer_jax.config import SpeechLLMConfig, from_json, to_json
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.prompts import task_prompt
 
-from ..core.engine import map_in, map_out, read_out
+from ..core.engine import map_in, map_out, paths_of, read_out
 from ..core.errors import ConversionError, Problems
 from ..core.folders import check_roundtrip, style_of
 from ..core.kind import Kind, Opened, Original, Request, combine
 from ..core.options import Options
 from ..core.rules import TRANSPOSE, Rule, Table
+from ..core.shapes import connector_shapes, encoder_shapes, shape_of
 from ..core.writers import write_torch
 from ..parts import language_model, lora, paraformer, peft
 from ..parts.tokenizer_files import read_tokenizer
@@ -39,6 +37,7 @@ TUNED_ENCODER = "encoder.model."
 ADAPTER = Table((
   Rule("encoder_projector.{x:linear1|linear2}.weight", "connector/{x}/kernel", TRANSPOSE),
   Rule("encoder_projector.{x:linear1|linear2}.bias", "connector/{x}/bias"),
+  *paraformer.table(TUNED_ENCODER).rules,
 ))  # fmt: skip
 
 # The original's decoding options. EOS has a bias, and is the only end of the output.
@@ -52,11 +51,6 @@ DECODING = {
 EOS_BIAS = -0.2
 
 
-def decoding(eos_id: int) -> dict[str, Any]:
-  """Returns the content of generation.json."""
-  return {**DECODING, "eos_token_id": [eos_id], "sequence_bias": [[eos_id, EOS_BIAS]]}
-
-
 def known_task(task: str | None) -> str:
   """Raises ValueError if it is not the task of a release."""
   if task not in TASK_PROMPTS:
@@ -65,80 +59,66 @@ def known_task(task: str | None) -> str:
   return task
 
 
-def open_release(folder: Path, options: Options, problems: Problems) -> Opened | None:
-  """Opens all parts of a release.
-
-  Args:
-    folder: with paraformer_encoder/, a folder per task, and the LLM's folder.
-    options: task, llm, lora, merge_lora.
-    problems: receives everything that does not fit.
-
-  Returns:
-    The release; None if there were problems.
-
-  Raises:
-    ValueError: if the task is missing or unknown.
-  """
+def open_release(folder: Path, options: Options, problems: Problems) -> Opened:
+  """Opens a folder with paraformer_encoder/, a folder per task, and the LLM's folder."""
   task = known_task(options.task)
   lora_folder = find_lora(folder / task)
   _check_files(folder, task, problems, with_lora=options.lora)
-  llm_folder = options.llm or find_llm(folder, problems)
-  if problems.found or llm_folder is None:
-    return None
+  llm_folder = options.llm or problems.attempt(find_llm, folder)
+  problems.check(str(folder))
+  assert llm_folder is not None
   encoder_file = folder / ENCODER_FOLDER / ENCODER_FILE
   cmvn = encoder_file.with_name(paraformer.CMVN_FILE)
-  encoder = paraformer.open_encoder(open_source(encoder_file), cmvn, problems)
-  model = language_model.open_model(llm_folder, problems)
-  added = lora.open_folder(lora_folder, problems) if options.lora else None
   # Each part is checked as far as the others allow, so that one error lists all problems.
-  adapter = None
+  encoder = problems.attempt(
+    paraformer.open_encoder, open_source(encoder_file), cmvn, problems=problems
+  )
+  model = problems.attempt(language_model.open_model, llm_folder, problems)
+  added = problems.attempt(lora.open_folder, lora_folder) if options.lora else None
   source = open_source(folder / task / ADAPTER_FILE)
-  if encoder is not None and model is not None:
-    adapter = _open_adapter(source, encoder.config, model.config.hidden_size, problems)
+  adapter, decoder = None, None if model is None else model.config
+  if encoder is not None and decoder is not None:
+    width = decoder.hidden_size
+    adapter = problems.attempt(_open_adapter, source, encoder.config, width, problems=problems)
   lora_leaves: dict[str, LazyArray] = {}
-  if model is not None and added is not None:
-    lora_leaves = lora.map_lora(added, added.added_to(model.config), problems).leaves
-  if problems.found:
-    return None
-  assert encoder is not None and model is not None and adapter is not None
+  if decoder is not None and added is not None:
+    decoder = added.added_to(decoder)
+    lora_leaves = map_in(added.source, added.table, lora.shapes(decoder), problems=problems).leaves
+  problems.check(str(folder))
+  assert encoder is not None and model is not None and adapter is not None and decoder is not None
 
-  shared = combine([model, encoder])
-  leaves, decoder = encoder.leaves | model.leaves | adapter.leaves | lora_leaves, model.config
-  shared["notes"] += source.notes
-  shared["ignored"] += source.ignored
-  if added is not None:
-    shared["notes"] += added.source.notes
-    shared["ignored"] += added.source.ignored
-  elif lora_folder.is_dir():
+  connector, connector_leaves, tuned = adapter
+  shared = combine([model, encoder], source, *([] if added is None else [added.source]))
+  leaves = encoder.leaves | model.leaves | connector_leaves | lora_leaves
+  if added is None and lora_folder.is_dir():
     shared["notes"] += (f"{lora_folder.name} is not read (--no-lora)",)
   if added is not None and options.merge_lora:
-    leaves = lora.merge(leaves, added.scale)
+    leaves, decoder = lora.merge(leaves, added.scale), model.config
   elif added is not None:
-    decoder = added.added_to(decoder)
     shared["style"]["peft"] = added.style
     shared["kept"]["lora"] = (lora_folder / lora.CONFIG_FILE,)
+  llm_name, taken = llm_folder.resolve().name, (*TASK_PROMPTS, ENCODER_FOLDER)
   shared["style"]["mooer"] = {
     "task": task,
-    "llm": _llm_name(llm_folder),
+    "llm": "llm" if llm_folder.is_file() or llm_name in taken else llm_name,
     "encoder_prefix": encoder.style["paraformer"]["prefix"],
     "lora_merged": added is not None and options.merge_lora,
-    "tuned_encoder": sorted(adapter.tuned_encoder),
+    "tuned_encoder": sorted(tuned),
   }
-  shared["ignored"] += tuple(
-    f"{ENCODER_FILE}: {path} ({ADAPTER_FILE} has it)" for path in adapter.tuned_encoder
-  )
+  shared["ignored"] += tuple(f"{ENCODER_FILE}: {path} ({ADAPTER_FILE} has it)" for path in tuned)
   config = SpeechLLMConfig(
     encoders=(encoder.config,),
     frontends=(encoder.frontend,),
-    connector=adapter.config,
+    connector=connector,
     decoder=decoder,
     prompts=((task, TASK_PROMPTS[task]),),
   )
+  eos_id = read_tokenizer(model.tokenizer).eos_id
   return Opened(
     config=to_json(config),
     leaves=leaves,
     tokenizer=model.tokenizer,
-    generation=decoding(read_tokenizer(model.tokenizer).eos_id),
+    generation={**DECODING, "eos_token_id": [eos_id], "sequence_bias": [[eos_id, EOS_BIAS]]},
     **shared,
   )
 
@@ -154,43 +134,30 @@ def _check_files(folder: Path, task: str, problems: Problems, *, with_lora: bool
     problems.add(f"{folder / task}: has {LORA_FOLDER} and {SAVED_LORA_FOLDER}; remove one of them")
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-  """adapter_project.pt: connector/… and, if they were trained, parts of the encoder."""
-
-  config: LinearConfig
-  leaves: dict[str, LazyArray]
-  tuned_encoder: tuple[str, ...]
-
-
 def _open_adapter(
-  source: Source, encoder: SANMConfig, width: int, problems: Problems
-) -> Adapter | None:
-  config = connector_config(source, encoder.hidden_size, problems)
-  if config is None:
-    return None
-  rules = paraformer.table(TUNED_ENCODER)
-  tuned = [name for name in source.tensors if name.startswith(TUNED_ENCODER)]
-  paths = [found[0] for name in tuned if (found := rules.to_jax(name))]
-  known = paraformer.shapes(encoder)
-  expected = {path: known[path] for path in paths if path in known}
-  encoder_leaves = map_in(source, rules, expected, problems=problems, names=tuned).leaves
-  rest = [name for name in source.tensors if not name.startswith(TUNED_ENCODER)]
-  shapes = connector_shapes(config, encoder, width)
-  leaves = map_in(source, ADAPTER, shapes, problems=problems, names=rest).leaves
-  return Adapter(config, leaves | encoder_leaves, tuple(expected))
+  source: Source, encoder: SANMConfig, width: int, *, problems: Problems
+) -> tuple[LinearConfig, dict[str, LazyArray], list[str]]:
+  """Opens the connector and trained parts of the encoder: (config, leaves, paths of the latter)."""
+  config = connector_config(source, encoder.hidden_size)
+  known = encoder_shapes(encoder)
+  paths = [mapped[0] for name in source.tensors if (mapped := ADAPTER.to_jax(name))]
+  tuned = [path for path in paths if path in known]
+  expected = connector_shapes(config, encoder.hidden_size, width)
+  expected |= {path: known[path] for path in tuned}
+  return config, map_in(source, ADAPTER, expected, problems=problems).leaves, tuned
 
 
-def find_llm(folder: Path, problems: Problems) -> Path | None:
-  """Returns the only folder with a config.json; None, with the reason, if that fails."""
+def find_llm(folder: Path) -> Path:
+  """Returns the only folder with a config.json. Raises ConversionError if that fails."""
   found = sorted(
     {path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json")}
   )
   if len(found) == 1:
     return found[0]
   held = ", ".join(map(str, found)) or "none"
-  problems.add(f"{folder}: must have one folder with a config.json, has {held}; pass --llm FOLDER")
-  return None
+  raise ConversionError(
+    f"{folder}: must have one folder with a config.json, has {held}; pass --llm FOLDER"
+  )
 
 
 def find_lora(folder: Path) -> Path:
@@ -199,44 +166,19 @@ def find_lora(folder: Path) -> Path:
   return saved if saved.is_dir() and not (folder / LORA_FOLDER).exists() else folder / LORA_FOLDER
 
 
-def connector_config(source: Source, width: int, problems: Problems) -> LinearConfig | None:
-  """Derives the sizes from the shapes of the tensors; None, with the reason, if that fails."""
+def connector_config(source: Source, width: int) -> LinearConfig:
+  """Derives the sizes from the shapes of the tensors. Raises ValueError if that fails."""
   name = "encoder_projector.linear1.weight"
-  if name not in source.tensors or len(source.tensors[name].shape) != 2:
-    problems.add(f"{source.path}: {name} is missing or not a matrix")
-    return None
-  hidden, joined = source.tensors[name].shape
+  hidden, joined = shape_of(source, name, 2)
   if joined % width:
-    problems.add(
+    raise ConversionError(
       f"{name} takes {joined} values, which is not a multiple of the frame width {width}"
     )
-    return None
   return LinearConfig(stack=joined // width, hidden_size=hidden)
 
 
-def connector_shapes(config: LinearConfig, encoder: SANMConfig, width: int) -> dict[str, tuple]:
-  """connector/… -> shape, for an LLM with this hidden size."""
-  return {
-    "connector/linear1/kernel": (config.stack * encoder.hidden_size, config.hidden_size),
-    "connector/linear1/bias": (config.hidden_size,),
-    "connector/linear2/kernel": (config.hidden_size, width),
-    "connector/linear2/bias": (width,),
-  }
-
-
-def _llm_name(folder: Path) -> str:
-  """Name of the LLM's folder in an export."""
-  name = folder.resolve().name
-  taken = (*TASK_PROMPTS, ENCODER_FOLDER)
-  return "llm" if folder.is_file() or name in taken else name
-
-
 def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  """Writes a checkpoint as a release into an existing folder.
-
-  Raises:
-    ConversionError, ValueError: if a release cannot express the checkpoint.
-  """
+  """Writes a checkpoint as a release. Raises ValueError if that cannot express it."""
   config = from_json(about.config)
   style = style_of(about, "mooer")
   task = released_task(about, config)
@@ -244,9 +186,8 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   encoder_folder.mkdir()
   task_folder.mkdir()
   paraformer.export(about, encoder_folder / ENCODER_FILE, prefix=style.get("encoder_prefix", ""))
-  paths = [path for path in tree.flatten(about.params) if path.startswith("connector/")]
+  paths = [*paths_of(about, "connector/"), *style.get("tuned_encoder", ())]
   tensors = map_out(about, ADAPTER, paths)
-  tensors += map_out(about, paraformer.table(TUNED_ENCODER), style.get("tuned_encoder", ()))
   write_torch(task_folder / ADAPTER_FILE, tensors, read_out(about, tensors))
   if config.decoder.lora_rank:
     (task_folder / LORA_FOLDER).mkdir()
@@ -254,20 +195,12 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   llm_folder = folder / style.get("llm", "llm")
   llm_folder.mkdir()
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
-  # Reads the files again, to find what they cannot express: heads, features, limits.
-  problems = Problems()
-  again = open_release(folder, Options(task=task, lora=bool(config.decoder.lora_rank)), problems)
-  if again is not None:
-    check_roundtrip(config, from_json(again.config), problems)
-  problems.check(str(about.folder))
+  options = Options(task=task, lora=bool(config.decoder.lora_rank))
+  check_roundtrip(about, config, lambda p: from_json(open_release(folder, options, p).config))
 
 
 def released_task(about: Checkpoint, config: SpeechLLMConfig) -> str:
-  """Returns the only task of a model.
-
-  Raises:
-    ConversionError: if the model has other prompts, another template or another limit.
-  """
+  """Returns a model's only task. Raises ConversionError for other prompts, templates or limits."""
   problems = Problems()
   where = about.folder / "config.json"
   tasks = [task for task, _ in config.prompts]
@@ -281,16 +214,13 @@ def released_task(about: Checkpoint, config: SpeechLLMConfig) -> str:
       f"prompts={dict(config.prompts)}: must be one of a release, {TASK_PROMPTS}; train with that"
       " (config.model.prompts)"
     )
-  if config.chat_template != SpeechLLMConfig.chat_template:
-    problems.add(
-      f"chat_template={config.chat_template!r}: releases use {SpeechLLMConfig.chat_template!r};"
-      " train with that (config.model.chat_template)"
-    )
-  if config.max_audio_s != SpeechLLMConfig.max_audio_s:
-    problems.add(
-      f"max_audio_s={config.max_audio_s:g}: releases use {SpeechLLMConfig.max_audio_s:g}; train"
-      f" with that (config.model.max_audio_s), or set it in {where} if the model supports it"
-    )
+  for name in ("chat_template", "max_audio_s"):
+    value, usual = getattr(config, name), getattr(SpeechLLMConfig, name)
+    if value != usual:
+      problems.add(
+        f"{name}={value!r}: releases use {usual!r}; train with that (config.model.{name}), or set"
+        f" it in {where} if the model supports it"
+      )
   problems.check(f"{about.folder} cannot be a release")
   return tasks[0]
 
@@ -308,10 +238,7 @@ def run_reference(request: Request) -> Original:
       f"{src}: {what} for the task of the checkpoint ({', '.join(found or tasks)}); one is needed"
     )
   [task] = found
-  problems = Problems()
-  llm = request.options.llm or find_llm(src, problems)
-  problems.check(str(src))
-  assert llm is not None
+  llm = request.options.llm or find_llm(src)
   lora_folder = find_lora(src / task)
   added: Path | None = lora_folder
   notes: tuple[str, ...] = ()
@@ -324,8 +251,6 @@ def run_reference(request: Request) -> Original:
     added = None
   return reference.run(
     request,
-    weights=src / ENCODER_FOLDER / ENCODER_FILE,
-    cmvn=src / ENCODER_FOLDER / paraformer.CMVN_FILE,
     adapter=src / task / ADAPTER_FILE,
     llm=llm,
     lora=added,
@@ -357,7 +282,7 @@ def _recognises(path: Path, names: Collection[str]) -> str | None:
     if (path / ENCODER_FILE).is_file():
       return "mooer (its encoder)"
     return "mooer" if (path / ENCODER_FOLDER).is_dir() else None
-  adapter = any(ADAPTER.to_jax(name) for name in names)
+  adapter = any(name.startswith("encoder_projector.") for name in names)
   return "mooer (its adapter alone)" if adapter and not any("llm." in n for n in names) else None
 
 

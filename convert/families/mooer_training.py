@@ -18,7 +18,8 @@ from ..core.folders import copier, encoder_of, style_of
 from ..core.kind import Kind, Opened
 from ..core.options import Options
 from ..core.rules import Table
-from ..parts import language_model, lora, paraformer
+from ..core.shapes import connector_shapes
+from ..parts import language_model, lora
 from ..readers import Source, open_source
 from . import mooer
 
@@ -30,20 +31,13 @@ BUFFERS = (r"llm\.(base_model\.model\.)?model\.(layers\.\d+\.self_attn\.)?rotary
 LLM_TABLE = language_model.wrapped_table(LLM)
 
 
-def open_training(folder: Path, options: Options, problems: Problems) -> Opened | None:
-  """Opens a training checkpoint.
+def open_training(folder: Path, options: Options, problems: Problems) -> Opened:
+  """Opens a training checkpoint, as a fine-tune of --base-checkpoint.
 
   Args:
     folder: DeepSpeed's folder (`latest`, `global_step*/`), or a file of its merged weights.
     options: base_checkpoint, which has the frozen parts; lora_config (default: USUAL); task of
       the training (default: that of the base).
-    problems: receives everything that does not fit.
-
-  Returns:
-    The fine-tune; None if there were problems.
-
-  Raises:
-    ValueError: if an option is missing or unknown.
   """
   if options.base_checkpoint is None:
     raise ValueError(
@@ -59,36 +53,35 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
   source = open_source(folder)
   below = {path: tuple(leaf.shape) for path, leaf in tree.flatten(about.params).items()}
   expected: dict[str, tuple[int, ...]] = {}
-  table = Table(
-    (*mooer.ADAPTER.rules, *paraformer.table(mooer.TUNED_ENCODER).rules, *LLM_TABLE.rules)
-  )
+  table = Table((*mooer.ADAPTER.rules, *LLM_TABLE.rules))
   notes = list(source.notes)
   if any(name.startswith("encoder_projector.") for name in source.tensors):
-    connector = mooer.connector_config(source, encoder.hidden_size, problems)
+    connector = problems.attempt(mooer.connector_config, source, encoder.hidden_size)
     if connector is not None:
       config = config.replace(connector=connector)
-      expected |= mooer.connector_shapes(connector, encoder, config.decoder.hidden_size)
+      width = config.decoder.hidden_size
+      expected |= connector_shapes(connector, encoder.hidden_size, width)
   added = None
   if any(".lora_" in name for name in source.tensors):
-    added = lora.from_training(
+    found = problems.attempt(
+      lora.from_training,
       source,
       options.lora_config,
-      problems,
-      notes,
       usual=USUAL,
       origin="MooER's usual training",
       prefix=LLM,
     )
-    if added is not None:
-      _check_base(about, config, added, problems)
+    if found is not None:
+      added, note = found
+      notes.append(note)
+      _check_base(about, config, added, problems=problems)
       config = config.replace(decoder=added.added_to(config.decoder))
       expected |= lora.shapes(config.decoder)
       table = Table((*table.rules, *added.table.rules))
   elif options.lora_config is not None:
     problems.add("--lora-config: there is no LoRA in the folder")
-  if problems.found:
-    return None
-  _check_merged(source, about, added, problems)
+  problems.check(str(folder))
+  _check_merged(source, about, added, problems=problems)
   # Any part of encoder and LLM may have been trained; the base has the others.
   for name in source.tensors:
     mapped = table.to_jax(name)
@@ -97,8 +90,6 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
   mapped_in = map_in(source, table, expected, problems=problems, ignored=_ignored(source, config))
   if not mapped_in.leaves:
     problems.add("it has no tensor of a speech LLM")
-  if problems.found:
-    return None
   frozen = {_part(path) for path in below if path not in mapped_in.leaves}
   notes.append(f"from {about.folder}: {', '.join(sorted(frozen or {'only the tokenizer'}))}")
   style = dict(style_of(about, "mooer"))
@@ -124,7 +115,7 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened 
 
 
 def _check_base(
-  about: Checkpoint, config: SpeechLLMConfig, added: lora.Lora, problems: Problems
+  about: Checkpoint, config: SpeechLLMConfig, added: lora.Lora, *, problems: Problems
 ) -> None:
   """The LoRA replaces that of the base, and was trained on a plain LLM."""
   if style_of(about, "mooer").get("lora_merged"):
@@ -141,7 +132,7 @@ def _check_base(
 
 
 def _check_merged(
-  source: Source, about: Checkpoint, added: lora.Lora | None, problems: Problems
+  source: Source, about: Checkpoint, added: lora.Lora | None, *, problems: Problems
 ) -> None:
   """The LoRA of the base must not be added to an LLM that was trained after merging it."""
   plain = [
@@ -162,7 +153,7 @@ def _ignored(source: Source, config: SpeechLLMConfig) -> list[str]:
   for prefix in (LLM, WRAPPED):
     pair = prefix + language_model.EMBEDDING, prefix + language_model.HEAD
     if config.decoder.tie_word_embeddings and all(name in source.tensors for name in pair):
-      if language_model.equal(source, *pair):
+      if source.equal(*pair):
         ignored.append(pair[1].replace(".", r"\."))
   return ignored
 

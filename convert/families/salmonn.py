@@ -2,26 +2,26 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, LazyArray
 from mooer_jax.config import SpeechLLMConfig, from_json, to_json
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.prompts import SALMONN_PROMPTS, TEMPLATES, read_prompts
 from mooer_jax.text.tokenizer import Tokenizer
 
-from ..core.engine import Mapped, map_in, map_out, read_out
-from ..core.errors import Problems
+from ..core.engine import Mapped, map_in, map_out, paths_of, read_out
+from ..core.errors import ConversionError, Problems
 from ..core.folders import check_roundtrip, style_of, write_json
-from ..core.kind import Kind, Opened, Part, combine
+from ..core.kind import Kind, Opened, combine
 from ..core.options import Options
 from ..core.rules import IDENTITY, Rule, Table
+from ..core.shapes import connector_shapes
 from ..core.writers import state_dict
 from ..parts import beats, language_model, lora, qformer, whisper
 from ..parts.tokenizer_files import read_tokenizer
@@ -48,8 +48,8 @@ DECODING = {
 }
 
 
-def trained_table() -> Table:
-  """Rules of the file, without LoRA (`lora.table`)."""
+def trained_table(more: Sequence[Rule] = ()) -> Table:
+  """Rules of the file; `more` are those of its LoRA (`lora.table`)."""
   rules = list(qformer.TABLE.rules)
   for kind, name in NORMS.items():
     rules.append(Rule(f"{name}.weight", f"encoder_norms/{kind}/scale", IDENTITY))
@@ -57,54 +57,57 @@ def trained_table() -> Table:
   # The published training freezes encoders and LLM; others may train them.
   rules += whisper.table(WHISPER).rules
   rules += [dataclasses.replace(rule, torch=BEATS + rule.torch) for rule in beats.TABLE.rules]
-  return Table((*rules, *language_model.wrapped_table(LLM).rules))
+  return Table((*rules, *language_model.wrapped_table(LLM).rules, *more))
 
 
-def open_model(file: Path, options: Options, problems: Problems) -> Opened | None:
+def open_model(file: Path, options: Options, problems: Problems) -> Opened:
   """Opens all parts of a model.
 
   Args:
     file: salmonn_v1.pth, or a checkpoint of the original's training.
     options: whisper and llm; beats, if the model has it; lora_config with the LoRA's alpha, if the
       file does not have it; merge_lora; prompts (default: PROMPTS).
-    problems: receives everything that does not fit.
-
-  Returns:
-    The model; None if there were problems.
-
-  Raises:
-    ReadError: if a file is damaged.
-    ValueError: if an option is missing.
   """
   if options.whisper is None or options.llm is None:
     raise ValueError("salmonn needs --whisper and --llm: its file has only the trained parts")
   prompts = PROMPTS if options.prompts is None else _read_prompts(options.prompts)
   source = open_source(file, part=PART)
   notes: list[str] = []
-  training = salmonn_options.read_options(file, problems, notes)
-  streams = _open_encoders(source, options, problems)
-  model = language_model.open_model(options.llm, problems)
-  connector = connector_of(source, training, problems)
-  added = _open_lora(source, training, options.lora_config, problems, notes)
-  if streams is None or model is None or connector is None:
-    return None
-  decoder = model.config if added is None else added.added_to(model.config)
-  parts = [*streams, model]
-  below = {path: leaf for part in parts for path, leaf in part.leaves.items()}
-  expected = qformer.shapes(
-    connector, sum(s.config.hidden_size for s in streams), decoder.hidden_size
+  training = salmonn_options.read_options(file, problems=problems, notes=notes)
+  parts = _open_parts(source, options, problems)
+  connector = problems.attempt(
+    qformer.qformer_config,
+    source,
+    window=salmonn_options.frames_of(training["second_per_window"]),
+    stride=salmonn_options.frames_of(training["second_stride"]),
+    edge="drop",
+    dropout=DROPOUT,
   )
+  added = problems.attempt(_open_lora, source, training, options.lora_config, notes=notes)
+  if None in parts or connector is None:
+    problems.check(str(file))
+  assert connector is not None
+  *streams, model = parts
+  decoder = model.config if added is None else added.added_to(model.config)
+  below = {path: leaf for part in parts for path, leaf in part.leaves.items()}
+  frame_width = sum(stream.config.hidden_size for stream in streams)
+  expected = connector_shapes(connector, frame_width, decoder.hidden_size)
   for stream in streams:
     for name in ("scale", "bias"):
       expected[f"encoder_norms/{stream.config.kind}/{name}"] = (stream.config.hidden_size,)
   if added is not None:
     expected |= lora.shapes(decoder)
-  tied = decoder.tie_word_embeddings
-  mapped, tuned = _map_trained(source, below, expected, problems, added=added, tied=tied)
+  mapped, tuned = _map_trained(
+    source,
+    below,
+    expected,
+    problems=problems,
+    table=trained_table(() if added is None else added.table.rules),
+    tied=decoder.tie_word_embeddings,
+  )
   leaves = below | mapped.leaves
   chat_template = salmonn_options.find_template(training, prompts, problems)
-  if problems.found:
-    return None
+  problems.check(str(file))
   write_tokenizer = salmonn_options.with_bos(model.tokenizer)
   tokenizer = read_tokenizer(write_tokenizer)
   salmonn_options.check_tokens(training, tokenizer, problems)
@@ -114,14 +117,14 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
   if tuned:
     listed = ", ".join(sorted(tuned)[:3]) + (", …" if len(tuned) > 3 else "")
     notes.append(f"{len(tuned)} tensors of {file.name} replace those of the folders: {listed}")
-  shared = combine(parts)
+  shared = combine(parts, source)
   shared["style"]["salmonn"] = {
     "adapter": "default" if added is None else added.adapter,
     "lora_merged": added is not None and options.merge_lora,
     "tuned": tuned,
   }
-  shared["ignored"] = (*mapped.ignored, *source.ignored, *shared["ignored"])
-  shared["notes"] = (*notes, *source.notes, *shared["notes"])
+  shared["ignored"] = (*mapped.ignored, *shared["ignored"])
+  shared["notes"] = (*notes, *shared["notes"])
   config = SpeechLLMConfig(
     encoders=tuple(stream.config for stream in streams),
     frontends=tuple(stream.frontend for stream in streams),
@@ -138,61 +141,56 @@ def open_model(file: Path, options: Options, problems: Problems) -> Opened | Non
     config=to_json(config),
     leaves=leaves,
     tokenizer=write_tokenizer,
-    generation=decoding(tokenizer.eos_id),
+    generation={**DECODING, "eos_token_id": [tokenizer.eos_id]},
     **shared,
   )
 
 
-def _open_encoders(source: Source, options: Options, problems: Problems) -> list[Part] | None:
-  """Opens Whisper and, if the model has it, BEATs; None if one cannot be expressed."""
+def _open_parts(source: Source, options: Options, problems: Problems) -> list[Any]:
+  """Opens Whisper, perhaps BEATs, and the LLM; None for one that cannot be expressed."""
   normed = any(name.startswith(NORMS["beats"]) for name in source.tensors)
   if normed != (options.beats is not None):
     hint = "an ln_audio, so pass --beats FILE" if normed else "no ln_audio, so leave out --beats"
     problems.add(f"{source.path.name} has {hint}")
-  assert options.whisper is not None
-  found = [whisper.open_encoder(options.whisper, problems)]
-  if options.beats is not None:
-    found.append(beats.open_beats(options.beats, problems))
-  opened = [part for part in found if part is not None]
-  return opened if len(opened) == len(found) else None
+  openers = (
+    (whisper.open_encoder, options.whisper),
+    (beats.open_beats, options.beats),
+    (language_model.open_model, options.llm),
+  )
+  return [problems.attempt(opener, path, problems) for opener, path in openers if path is not None]
 
 
 def _map_trained(
   source: Source,
   below: Mapping[str, LazyArray],
   expected: dict[str, tuple[int, ...]],
-  problems: Problems,
   *,
-  added: lora.Lora | None,
+  problems: Problems,
+  table: Table,
   tied: bool,
 ) -> tuple[Mapped, dict[str, str]]:
-  """Maps the tensors of SALMONN's own file.
+  """Maps the tensors of SALMONN's own file: its leaves, and path -> name of those in `below`.
 
   Args:
-    source: the file.
     below: leaves of the encoders and the LLM, which the file may replace.
     expected: path -> shape of the leaves that only the file has.
-    problems: receives everything that does not fit.
-    added: the LoRA in the file.
     tied: whether the LLM's head is its embedding.
-
-  Returns:
-    The leaves, and path -> name of those that replace a leaf of `below`.
   """
-  table, expected = trained_table(), dict(expected)
-  if added is not None:
-    table = Table((*table.rules, *added.table.rules))
   tuned = {}
   for name in source.tensors:
     found = table.to_jax(name)
     if found and found[0] in below:
       tuned[found[0]] = name
-      expected[found[0]] = below[found[0]].shape
-  copies = dict.fromkeys(_matching(_BIAS_TABLE, source), "encoders/beats/relative_bias/embedding")
+      expected |= {found[0]: below[found[0]].shape}
+  second_names = {_BIAS_TABLE: "encoders/beats/relative_bias/embedding"}
   if tied:
-    head = rf"{_LLM}{re.escape(language_model.HEAD)}"
-    copies |= dict.fromkeys(_matching(head, source), "decoder/embed/embedding")
-  copies = {name: path for name, path in copies.items() if path in below}
+    second_names[_LLM + re.escape(language_model.HEAD)] = "decoder/embed/embedding"
+  copies = {
+    name: path
+    for pattern, path in second_names.items()
+    for name in source.tensors
+    if path in below and re.fullmatch(pattern, name)
+  }
   ignored = (*BUFFERS, *map(re.escape, copies))
   mapped = map_in(source, table, expected, problems=problems, ignored=ignored)
   for name, path in copies.items():
@@ -209,58 +207,34 @@ def _read_prompts(file: Path) -> dict[str, str]:
   return {task: text for task, [text] in listed.items()}
 
 
-def decoding(eos_id: int) -> dict[str, Any]:
-  """Returns the content of generation.json."""
-  return {**DECODING, "eos_token_id": [eos_id]}
-
-
-def connector_of(
-  source: Source, options: Mapping[str, Any], problems: Problems
-) -> QFormerConfig | None:
-  """Derives the Q-Former of a file with these training options; None if something does not fit."""
-  return qformer.qformer_config(
-    source,
-    problems,
-    window=salmonn_options.frames_of(options["second_per_window"]),
-    stride=salmonn_options.frames_of(options["second_stride"]),
-    edge="drop",
-    dropout=DROPOUT,
-  )
-
-
 def _open_lora(
   source: Source,
   training: Mapping[str, Any],
   lora_config: Path | None,
-  problems: Problems,
+  *,
   notes: list[str],
 ) -> lora.Lora | None:
   has_lora = any(".lora_A." in name for name in source.tensors)
   if bool(training.get("lora", has_lora)) != has_lora:
     has = "a" if has_lora else "no"
-    problems.add(f"its configuration has lora={training['lora']}, but there is {has} LoRA in it")
+    raise ConversionError(
+      f"its configuration has lora={training['lora']}, but there is {has} LoRA in it"
+    )
   if not has_lora:
     if lora_config is not None:
-      problems.add("--lora-config: there is no LoRA in the file")
+      raise ConversionError("--lora-config: there is no LoRA in the file")
     return None
   usual = {**training, "r": training["lora_rank"]}
   origin = "its training configuration, or the published one"
-  return lora.from_training(
-    source, lora_config, problems, notes, usual=usual, origin=origin, prefix=LLM
-  )
-
-
-def _matching(pattern: str, source: Source) -> list[str]:
-  return [name for name in source.tensors if re.fullmatch(pattern, name)]
+  added, note = lora.from_training(source, lora_config, usual=usual, origin=origin, prefix=LLM)
+  notes.append(note)
+  return added
 
 
 def _check_copy(
   source: Source, name: str, leaf: LazyArray, *, path: str, problems: Problems
 ) -> None:
-  """Adds a problem if the second name of a shared tensor has other values.
-
-  The row of [PAD] that the original adds to an embedding is left out.
-  """
+  """Compares the second name of a shared tensor, but for the row of [PAD] in an embedding."""
   copy, ours = source.read(name), leaf.read()
   spare = len(copy) - len(ours) if copy.shape[1:] == ours.shape[1:] else -1
   more = 1 if path.startswith("decoder/") else 0
@@ -271,14 +245,14 @@ def _check_copy(
 
 
 WHISPER_FOLDER, LLM_FOLDER, PROMPTS_FILE = "whisper", "llm", "test_prompt.json"
+_NEW = ("connector/", "encoder_norms/")  # parts that only SALMONN's file has
 _KINDS = (("whisper",), ("whisper", "beats"))
 
 
 def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  """Writes salmonn_v1.pth, whisper/, beats.pt, llm/ and test_prompt.json into an existing folder.
+  """Writes salmonn_v1.pth, whisper/, beats.pt, llm/ and test_prompt.json.
 
-  Raises:
-    ConversionError, ValueError: if the files cannot express the checkpoint.
+  Raises ValueError if these files cannot express the checkpoint.
   """
   config = from_json(about.config)
   problems = Problems()
@@ -289,6 +263,11 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
     problems.add(f"connector={config.connector.kind!r}: SALMONN's is a qformer")
   if not config.encoder_norm:
     problems.add("encoder_norm=False: SALMONN applies a LayerNorm to the frames of each encoder")
+  if not Tokenizer.from_folder(about.tokenizer).bos_ids:
+    problems.add(
+      "tokenizer: its prompts do not begin with BOS, SALMONN's do; train with add_bos_token true in"
+      " tokenizer_config.json"
+    )
   problems.check(f"{about.folder} cannot be SALMONN")
   assert isinstance(config.connector, QFormerConfig)
 
@@ -299,50 +278,34 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   (folder / LLM_FOLDER).mkdir()
   llm_folder = folder / LLM_FOLDER
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
-  _write_trained(about, config, config.connector, folder / FILE)
+  _write_trained(about, config, config.connector, file=folder / FILE)
   write_json(folder / PROMPTS_FILE, dict(config.prompts))
-
-  # Reads the files again, to find what they cannot express.
-  problems = Problems()
   options = Options(
     whisper=folder / WHISPER_FOLDER,
     beats=folder / beats.FILE if "beats" in kinds else None,
     llm=llm_folder,
     prompts=folder / PROMPTS_FILE if config.prompts else None,
   )
-  again = open_model(folder / FILE, options, problems)
-  if again is not None:
-    check_roundtrip(config, from_json(again.config), problems)
-    if not Tokenizer.from_folder(about.tokenizer).bos_ids:
-      problems.add(
-        "tokenizer: its prompts do not begin with BOS, SALMONN's do; train with add_bos_token true"
-        " in tokenizer_config.json"
-      )
-  problems.check(str(about.folder))
+  check_roundtrip(about, config, lambda p: from_json(open_model(folder / FILE, options, p).config))
 
 
 def _write_trained(
-  about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig, file: Path
+  about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig, *, file: Path
 ) -> None:
   """Writes {"model": tensors, "config": {"model": training options}}."""
   style = style_of(about, "salmonn")
   tuned = style.get("tuned", {})
-  rules = [rule for rule in trained_table().rules if _is_new(rule.jax)]
-  rules += lora.table(style.get("adapter", "default"), LLM).rules
   everything = trained_table()
+  rules = [rule for rule in everything.rules if rule.jax.startswith(_NEW)]
+  rules += lora.table(style.get("adapter", "default"), LLM).rules
   for path, name in tuned.items():
     mapped = everything.to_jax(name)
     assert mapped is not None, name
     rules.append(Rule(name, path, mapped[1]))
-  paths = [path for path in tree.flatten(about.params) if _is_new(path) or path in tuned]
-  paths += lora.paths(about)
+  paths = [*paths_of(about, *_NEW), *tuned, *lora.paths(about)]
   tensors = map_out(about, Table(rules), paths)
   model = state_dict(tensors, read_out(about, tensors))
   torch.save({PART: model, "config": {"model": _options(about, config, connector)}}, file)
-
-
-def _is_new(path: str) -> bool:
-  return path.startswith(("connector/", "encoder_norms/"))
 
 
 def _options(

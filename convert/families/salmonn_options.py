@@ -12,7 +12,7 @@ from ..core.errors import Problems
 from ..core.folders import write_json
 from ..core.kind import Writer
 from ..readers import read_object
-from ..readers.torch_file import TorchFile
+from ..readers.torch_file import read_dict
 
 # The model section of the published configuration.
 USUAL = {
@@ -28,11 +28,9 @@ USUAL = {
 _FRAMES, _SECONDS = 1500, 30.0  # to which the original refers windows, for every Whisper
 
 
-def read_options(file: Path, problems: Problems, notes: list[str]) -> dict[str, Any]:
+def read_options(file: Path, *, problems: Problems, notes: list[str]) -> dict[str, Any]:
   """Returns the model section of the training configuration in the file, over USUAL."""
-  content = TorchFile(file).content()
-  config = content.get("config") if isinstance(content, dict) else None
-  section = config.get("model") if isinstance(config, dict) else None
+  section = (read_dict(file, "config") or {}).get("model")
   if not isinstance(section, dict):
     notes.append(f"{file.name} has no training configuration; the published one is used")
     return dict(USUAL)
@@ -58,18 +56,13 @@ def seconds_of(frames: int) -> float:
   return frames * _SECONDS / _FRAMES
 
 
-def templates() -> dict[str, str]:
-  """Returns {the original's prompt_template: our name of it}."""
-  return {
-    text.replace("{prompt}", "{}"): name for name, text in TEMPLATES.items() if SPEECH not in text
-  }
-
-
 def find_template(
   options: Mapping[str, Any], prompts: Mapping[str, str], problems: Problems
 ) -> str:
   """Returns our name of the original's prompt_template, and checks that it fits the prompts."""
-  known = templates()
+  known = {
+    text.replace("{prompt}", "{}"): name for name, text in TEMPLATES.items() if SPEECH not in text
+  }
   template = known.get(options["prompt_template"])
   if template is None:
     problems.add(f"prompt_template={options['prompt_template']!r}: supported are {[*known]}")

@@ -7,35 +7,32 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 
-from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
-from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
-from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.encoders.beats import BEATsConfig
 
-from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
-from ..core.errors import Problems
+from ..core.engine import map_in, map_out, paths_of, read_out
+from ..core.errors import ConversionError, Problems
 from ..core.folders import encoder_of, style_of
-from ..core.kind import Kind, Opened, Part
-from ..core.options import Options
-from ..core.rules import CONVOLUTION, TRANSPOSE, Rule, Table, Transform
+from ..core.kind import Kind, Part
+from ..core.rules import CONVOLUTION, IDENTITY, TRANSPOSE, Rule, Table, Transform
+from ..core.shapes import encoder_shapes
 from ..core.writers import state_dict
 from ..readers import ReadError, Source, open_source
-from ..readers.torch_file import TorchFile
+from ..readers.torch_file import read_dict
 from ..verify.reference import beats as reference
 
-FILE = "beats.pt"
+FILE, ROOT = "beats.pt", "encoders/beats"
 # Of the features in training; BEATs divides by two standard deviations.
 MEAN, DEVIATION = 15.41663, 6.55582
 
 BIAS_TABLE = "encoder.layers.{n}.self_attn.relative_attention_bias.weight"
 _HEAD = r"predictor\.(weight|bias)"
 
-_LINEAR = (("weight", "kernel", TRANSPOSE), ("bias", "bias", None))
-_NORM = (("weight", "scale", None), ("bias", "bias", None))
+_LINEAR = (("weight", "kernel", TRANSPOSE), ("bias", "bias", IDENTITY))
+_NORM = (("weight", "scale", IDENTITY), ("bias", "bias", IDENTITY))
 _LAYER = "encoder.layers.{n}"
 # cfg's name of each size, ours, and the original's default.
 _SIZES = (
@@ -51,7 +48,7 @@ _SIZES = (
   ("max_distance", "max_distance", 1280),
 )
 # The only supported value, and the original's default.
-_ONLY: tuple[tuple[str, Any, Any], ...] = (
+_ONLY: tuple[tuple[str, bool | str, bool | str], ...] = (
   ("conv_bias", False, False),
   ("activation_fn", "gelu", "gelu"),
   ("layer_norm_first", False, False),
@@ -61,16 +58,9 @@ _ONLY: tuple[tuple[str, Any, Any], ...] = (
 )
 # Of training, or of the head of a fine-tuned file.
 _SKIPPED = (
-  "layer_wise_gradient_decay_ratio",
-  "dropout",
-  "attention_dropout",
-  "activation_dropout",
-  "encoder_layerdrop",
-  "dropout_input",
-  "finetuned_model",
-  "predictor_dropout",
-  "predictor_class",
-)
+  "layer_wise_gradient_decay_ratio dropout attention_dropout activation_dropout encoder_layerdrop"
+  " dropout_input finetuned_model predictor_dropout predictor_class"
+).split()
 
 
 def _patch_out(kernel_PO: np.ndarray) -> np.ndarray:
@@ -90,8 +80,8 @@ def _rules():
     ("patch_embedding.weight", "patch/kernel", PATCH),
     ("encoder.pos_conv.0.weight_v", "position/kernel", CONVOLUTION),
     ("encoder.pos_conv.0.weight_g", "position/scale", _LAST),
-    ("encoder.pos_conv.0.bias", "position/bias", None),
-    (BIAS_TABLE.format(n=0), "relative_bias/embedding", None),
+    ("encoder.pos_conv.0.bias", "position/bias", IDENTITY),
+    (BIAS_TABLE.format(n=0), "relative_bias/embedding", IDENTITY),
     (f"{_LAYER}.self_attn.grep_a", "layers_{n}/attention/gate/scale", _HEADS),
   ]
   for theirs, path, parts in (
@@ -106,26 +96,18 @@ def _rules():
     (f"{_LAYER}.final_layer_norm", "layers_{n}/mlp_norm", _NORM),
   ):
     rules += [(f"{theirs}.{a}", f"{path}/{b}", transform) for a, b, transform in parts]
-  return [
-    Rule(name, f"encoders/beats/{path}", *([] if transform is None else [transform]))
-    for name, path, transform in rules
-  ]
+  return [Rule(name, f"{ROOT}/{path}", transform) for name, path, transform in rules]
 
 
 TABLE = Table(_rules())
 
 
 def read_cfg(path: Path) -> dict[str, Any]:
-  """Reads the sizes and options beside the weights.
-
-  Raises:
-    ReadError: if there is no dict `cfg` of plain values.
-  """
+  """Reads the sizes and options. Raises ReadError if there is no dict `cfg` of plain values."""
   if path.is_dir():
     raise ReadError(f"{path} is a folder; give the .pt file of BEATs itself")
-  content = TorchFile(path).content()
-  cfg = content.get("cfg") if isinstance(content, dict) else None
-  if not isinstance(cfg, dict):
+  cfg = read_dict(path, "cfg")
+  if cfg is None:
     raise ReadError(f"{path}: no dict 'cfg' beside 'model': not a published BEATs file")
   for key, value in cfg.items():
     if not isinstance(key, str) or not isinstance(value, bool | int | float | str | None):
@@ -133,9 +115,9 @@ def read_cfg(path: Path) -> dict[str, Any]:
   return dict(cfg)
 
 
-def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | None:
-  """Reads the sizes; None, with reasons in `problems`, for unknown keys and unsupported values."""
-  before = len(problems.found)
+def beats_config(cfg: Mapping[str, Any]) -> BEATsConfig:
+  """Reads the sizes. Raises ValueError with all unknown keys and unsupported values."""
+  problems = Problems()
   known = {*(n for n, *_ in _SIZES), *(n for n, *_ in _ONLY), *_SKIPPED}
   for key in cfg:
     if key not in known:
@@ -148,64 +130,35 @@ def beats_config(cfg: Mapping[str, Any], problems: Problems) -> BEATsConfig | No
       absent = "" if key in cfg else " (not in the file, the original's default)"
       problems.add(f"cfg {key}={value!r}{absent}: only {wanted!r} can be expressed")
   sizes = {}
-  for key, name, default in _SIZES:
-    value = cfg.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-      problems.add(f"cfg {key}={value!r}: must be an integer")
+  for key, name, usual in _SIZES:
+    size = cfg.get(key, usual)
+    if not isinstance(size, int) or isinstance(size, bool):
+      problems.add(f"cfg {key}={size!r}: must be an integer")
     else:
-      sizes[name] = value
-  if len(problems.found) > before:
-    return None
-  try:
-    return BEATsConfig(**sizes)
-  except ValueError as error:
-    problems.add(str(error))
-    return None
+      sizes[name] = size
+  problems.check("cfg")
+  return BEATsConfig(**sizes)
 
 
 def cfg_of(config: BEATsConfig, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """Returns the cfg of an encoder; `given` is the imported cfg.
-
-  Raises:
-    ConversionError: if the cfg describes another encoder.
-  """
+  """Returns the cfg of an encoder. Raises ValueError if `given`, the imported one, differs."""
   if given is None:
     sizes = {key: getattr(config, name) for key, name, _ in _SIZES}
     given = {**sizes, **{key: wanted for key, wanted, _ in _ONLY}}
-  problems = Problems()
-  described = beats_config(given, problems)
+  described = beats_config(given)
   if described != dataclasses.replace(config, dropout=0.0):
-    problems.add(f"it describes {described}, the encoder is {config}")
-  problems.check("cfg")
+    raise ConversionError(f"cfg: it describes {described}, the encoder is {config}")
   return {**given, "finetuned_model": False} if given.get("finetuned_model") else dict(given)
 
 
-def shapes(config: BEATsConfig) -> dict[str, tuple[int, ...]]:
-  """encoders/beats/… -> shape."""
-  module = BEATsEncoder(config, ExecutionConfig(scan=True))
-  frames = config.patch
-  inputs = jnp.zeros((1, frames, config.input_width)), jnp.ones((1, frames), bool)
-  return under("encoders/beats", leaf_shapes(module, *inputs))
-
-
-def open_beats(path: Path, problems: Problems) -> Part | None:
-  """Maps a BEATs file. The head of a fine-tuned file is listed as ignored.
-
-  Returns:
-    The encoder; None, with reasons in `problems`, if its cfg cannot be expressed.
-
-  Raises:
-    ReadError: if the file is damaged, or has no cfg and model.
-  """
+def open_beats(path: Path, problems: Problems) -> Part:
+  """Maps a BEATs file. The head of a fine-tuned file is listed as ignored."""
   cfg = read_cfg(path)
-  config = beats_config(cfg, problems)
   source = open_source(path, part="model")
-  if config is None:
-    return None
+  config = beats_config(cfg)
   copies = tied_copies(source, config, problems)
-  mapped = map_in(
-    source, TABLE, shapes(config), problems=problems, ignored=(_HEAD, *map(re.escape, copies))
-  )
+  ignored = (_HEAD, *map(re.escape, copies))
+  mapped = map_in(source, TABLE, encoder_shapes(config), problems=problems, ignored=ignored)
   return Part(
     config=config,
     leaves={**mapped.leaves, **cmvn_leaves(config.input_width)},
@@ -217,19 +170,11 @@ def open_beats(path: Path, problems: Problems) -> Part | None:
 
 
 def tied_copies(source: Source, config: BEATsConfig, problems: Problems) -> list[str]:
-  """Names of the copies of layer 0's bias table, which all layers share.
-
-  A copy that differs is a problem.
-  """
-  first = BIAS_TABLE.format(n=0)
-  copies = [BIAS_TABLE.format(n=n) for n in range(1, config.layers)]
-  copies = [name for name in copies if name in source.tensors]
-  if first not in source.tensors or not copies:
-    return copies
-  table = source.read(first)
-  for name in copies:
-    copy = source.read(name)
-    if copy.dtype != table.dtype or copy.shape != table.shape or copy.tobytes() != table.tobytes():
+  """Lists the copies of layer 0's bias table, which all layers share; others are problems."""
+  first, *others = (BIAS_TABLE.format(n=n) for n in range(config.layers))
+  copies = [name for name in others if name in source.tensors]
+  for name in copies if first in source.tensors else ():
+    if not source.equal(first, name):
       problems.add(f"{name} differs from {first}: all layers must share one bias table")
   return copies
 
@@ -248,18 +193,14 @@ def cmvn_leaves(width: int) -> dict[str, LazyArray]:
 def export(about: Checkpoint, file: Path) -> None:
   """Writes `{"cfg", "model"}`, with copies of the bias table, as the original loads it.
 
-  cfg is the imported one, but `finetuned_model` is False: the head is not kept.
-
-  Raises:
-    ConversionError: if the checkpoint has no BEATs, or its features are scaled differently.
+  cfg is the imported one, but `finetuned_model` is False: the head is not kept. Raises
+  ConversionError if the checkpoint has no BEATs, or its features are scaled differently.
   """
   config, _ = encoder_of(about, BEATsConfig.kind)
   problems = Problems()
-  paths = [path for path in tree.flatten(about.params) if path.startswith("encoders/beats/")]
-  tensors = map_out(about, TABLE, paths)
+  tensors = map_out(about, TABLE, paths_of(about, f"{ROOT}/"))
   for path, leaf in cmvn_leaves(config.input_width).items():
-    if path in tree.flatten(about.params):
-      found = read_leaves(about, [path])[path]
+    for found in read_leaves(about, paths_of(about, path)).values():
       if not np.allclose(np.asarray(found, np.float32), leaf.read(), rtol=1e-6):
         problems.add(f"{path} differs from the original's constant, which its file cannot express")
   problems.check(str(about.folder))
@@ -269,11 +210,6 @@ def export(about: Checkpoint, file: Path) -> None:
   torch.save({"cfg": cfg_of(config, style_of(about, "beats").get("cfg")), "model": model}, file)
 
 
-def _open(src: Path, options: Options, problems: Problems) -> Opened | None:
-  part = open_beats(src, problems)
-  return None if part is None else part.alone()
-
-
 def _recognises(path: Path, names: Collection[str]) -> str | None:
   patched = any(name.startswith("patch_embedding.") and TABLE.to_jax(name) for name in names)
   return "beats" if patched else None
@@ -281,9 +217,9 @@ def _recognises(path: Path, names: Collection[str]) -> str | None:
 
 KIND = Kind(
   name="beats",
-  open=_open,
+  open=lambda src, options, problems: open_beats(src, problems).alone(),
   export=lambda about, folder, shard_bytes: export(about, folder / FILE),
   recognises=_recognises,
-  parts=("encoders/beats/",),
+  parts=(f"{ROOT}/",),
   reference=reference.run,
 )

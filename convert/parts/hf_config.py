@@ -1,6 +1,5 @@
 """The config.json of Hugging Face's Qwen2 and LLaMA, in and out."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from mooer_jax.decoders.llm import LLMConfig
 
 from ..core.errors import Problems
+from ..core.folders import without_lora
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 _SIZES = {
@@ -24,21 +24,15 @@ _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
-  """Reads the content of a config.json.
-
-  Returns:
-    The model, without LoRA; None, with reasons in `problems`, if it cannot be expressed.
-  """
-  before = len(problems.found)
-  kind = hf.get("model_type")
+def llm_config(hf: Mapping[str, Any]) -> LLMConfig:
+  """Reads the content of a config.json. Raises ValueError with all that cannot be expressed."""
+  kind, problems = hf.get("model_type"), Problems()
   if kind not in ARCHITECTURES:
-    problems.add(f"model_type={kind!r}: only {', '.join(ARCHITECTURES)} can be converted")
-    return None
+    raise ValueError(f"model_type={kind!r}: only {', '.join(ARCHITECTURES)} can be converted")
   for name in hf.get("architectures") or ():
     if name != ARCHITECTURES[kind]:
       problems.add(f"architectures={name!r}: only {ARCHITECTURES[kind]} can be converted")
-  _refuse(hf, kind, problems)
+  _refuse(hf, problems)
   # transformers' defaults where a key is absent.
   rope_theta = _rope(hf).get("rope_theta") or hf.get("rope_theta") or 10000.0
   norm_eps = hf.get("rms_norm_eps", 1e-6)
@@ -49,27 +43,21 @@ def llm_config(hf: Mapping[str, Any], problems: Problems) -> LLMConfig | None:
   for key, value in (("rope_theta", rope_theta), ("rms_norm_eps", norm_eps)):
     if type(value) not in (int, float) or not 0 < value < math.inf:
       problems.add(f"{key}={value!r}: a number above 0 is needed")
-  if len(problems.found) > before:
-    return None
+  problems.check("config.json")
   sizes = {ours: hf[theirs] for ours, theirs in _SIZES.items()}
   heads = sizes["heads"]
   head_dim = hf.get("head_dim") or sizes["hidden_size"] // heads
   if kind == "qwen2" and head_dim * heads != sizes["hidden_size"]:
-    problems.add(f"head_dim={head_dim} times num_attention_heads={heads} is not hidden_size")
-    return None
-  try:
-    return LLMConfig(
-      **sizes,
-      kv_heads=hf.get("num_key_value_heads") or (32 if kind == "qwen2" else heads),
-      head_dim=head_dim,
-      rope_theta=float(rope_theta),
-      norm_eps=float(norm_eps),
-      qkv_bias=kind == "qwen2",
-      tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-    )
-  except ValueError as error:
-    problems.add(str(error))
-    return None
+    raise ValueError(f"head_dim={head_dim} times num_attention_heads={heads} is not hidden_size")
+  return LLMConfig(
+    **sizes,
+    kv_heads=hf.get("num_key_value_heads") or (32 if kind == "qwen2" else heads),
+    head_dim=head_dim,
+    rope_theta=float(rope_theta),
+    norm_eps=float(norm_eps),
+    qkv_bias=kind == "qwen2",
+    tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+  )
 
 
 def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -77,7 +65,7 @@ def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
   return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
 
 
-def _refuse(hf: Mapping[str, Any], kind: str, problems: Problems) -> None:
+def _refuse(hf: Mapping[str, Any], problems: Problems) -> None:
   rope = _rope(hf)
   rope_type = rope.get("rope_type", rope.get("type", "default"))
   if rope_type != "default" or any(isinstance(value, dict) for value in rope.values()):
@@ -104,20 +92,18 @@ def hf_config(
   *,
   eos_id: int | None = None,
 ) -> dict[str, Any]:
-  """Returns the content of config.json for a model.
+  """Returns the content of config.json for a model with matrices of this dtype.
 
-  Args:
-    config: the model.
-    dtype: dtype of its matrices in the files.
-    original: the imported config.json, which is kept if it still describes the model.
-    eos_id: token that ends the output, if there is no original.
-
-  Raises:
-    ValueError: if neither Qwen2 nor LLaMA has these sizes.
+  The imported one (`original`) is kept if it still describes the model; another names `eos_id`.
+  Raises ValueError if neither Qwen2 nor LLaMA has these sizes.
   """
   kind = "qwen2" if config.qkv_bias else "llama"
   name = np.dtype(dtype).name
-  if original is not None and _same(original, config):
+  try:
+    described = None if original is None else llm_config(original)
+  except ValueError:
+    described = None
+  if original is not None and described == without_lora(config):
     found = [key for key in _DTYPE_KEYS if key in original]
     return {**original, **dict.fromkeys(found, name)}
   if kind == "qwen2" and config.head_dim * config.heads != config.hidden_size:
@@ -141,15 +127,3 @@ def hf_config(
     "tie_word_embeddings": config.tie_word_embeddings,
     "torch_dtype": name,
   }
-
-
-def _same(original: Mapping[str, Any], config: LLMConfig) -> bool:
-  described = llm_config(original, Problems())
-  if described is None:
-    return False
-  theirs, ours = dataclasses.asdict(described), dataclasses.asdict(config)
-  return all(
-    math.isclose(value, ours[key]) if isinstance(value, float) else value == ours[key]
-    for key, value in theirs.items()
-    if not key.startswith("lora_")
-  )

@@ -6,24 +6,20 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from mooer_jax import tree
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLM, LLMConfig
-from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
-from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
+from ..core.engine import map_in, map_out, paths_of, read_out
 from ..core.errors import ConversionError, Problems
 from ..core.folders import copier, kept_files, kept_json, style_of, write_json
 from ..core.kind import Kind, Opened, Part, Writer
 from ..core.options import Options
 from ..core.rules import TRANSPOSE, Rule, Table
+from ..core.shapes import SCAN, leaf_shapes
 from ..core.writers import write_shards
-from ..readers import Source, gguf_config, gguf_tokenizer, open_source, read_object
+from ..readers import gguf_config, gguf_tokenizer, open_source, read_object
 from ..verify.reference import language_model as reference
 from .hf_config import hf_config, llm_config
 from .tokenizer_files import check_tokenizer, open_tokenizer
@@ -69,43 +65,51 @@ def wrapped_table(prefix: str) -> Table:
 
 def shapes(config: LLMConfig) -> dict[str, tuple[int, ...]]:
   """decoder/… -> shape, LoRA included if the config has any."""
-  module = LLM(config, ExecutionConfig(scan=True))
-  inputs = jnp.zeros((1, 1, config.hidden_size)), jnp.ones((1, 1), bool)
-  return under("decoder", leaf_shapes(module, *inputs, method=LLM.init_all_params))
+  module, width = LLM(config, SCAN), config.hidden_size
+  return leaf_shapes("decoder", module, frames=1, width=width, method=LLM.init_all_params)
 
 
-def open_model(folder: Path, problems: Problems, *, kind: str | None = None) -> Part | None:
+def open_model(folder: Path, problems: Problems, *, kind: str | None = None) -> Part:
   """Opens a Hugging Face folder or a GGUF file; reads the tokenizer, but no tensors.
 
   Args:
     folder: config.json, a tokenizer, and weights in any supported format; or a .gguf file.
-    problems: receives everything that cannot be converted.
     kind: "qwen2" or "llama"; None accepts both.
-
-  Returns:
-    The model, without LoRA; None if its config cannot be expressed.
   """
   is_gguf = folder.is_file() and folder.suffix == ".gguf"
   if not is_gguf and not (folder / "config.json").is_file():
-    problems.add(f"{folder}: no config.json; give a Hugging Face folder or a GGUF file")
-    return None
+    raise ConversionError(f"{folder}: no config.json; give a Hugging Face folder or a GGUF file")
   hf = gguf_config(folder) if is_gguf else read_object(folder / "config.json")
   if kind is not None and hf.get("model_type") != kind:
-    problems.add(f"{folder}: model_type={hf.get('model_type')!r} is not the kind {kind!r}")
-    return None
-  config = llm_config(hf, problems)
-  if config is None:
-    return None
+    raise ConversionError(f"{folder}: model_type={hf.get('model_type')!r} is not the kind {kind!r}")
+  config = llm_config(hf)
   source = open_source(folder)
   kept: tuple[Path, ...] = ()
   if is_gguf:
     tokenizer: Writer | None = functools.partial(_write_tokenizer, *gguf_tokenizer(folder))
   else:
-    tokenizer = open_tokenizer(folder, problems, model_type=hf["model_type"])
+    tokenizer = problems.attempt(open_tokenizer, folder, model_type=hf["model_type"])
     kept = tuple(folder / name for name in KEPT_FILES if (folder / name).is_file())
   if tokenizer is not None:
-    check_tokenizer(tokenizer, config.vocab_size, problems)
-  return _from_source(source, config, problems, tokenizer=tokenizer or copier(()), kept=kept)
+    problems.attempt(check_tokenizer, tokenizer, config.vocab_size)
+  ignored = list(BUFFERS)
+  head_present = config.tie_word_embeddings and HEAD in source.tensors
+  if head_present:
+    ignored.append(HEAD.replace(".", r"\."))
+    if EMBEDDING in source.tensors and not source.equal(EMBEDDING, HEAD):
+      problems.add(
+        f"{HEAD} differs from {EMBEDDING}; set tie_word_embeddings to false to keep the head"
+      )
+  mapped = map_in(source, TABLE, shapes(config), problems=problems, ignored=ignored)
+  return Part(
+    config=config,
+    leaves=mapped.leaves,
+    style={"llm": {"head_present": head_present}},
+    tokenizer=tokenizer or copier(()),
+    kept={"llm": kept},
+    ignored=(*(name for name in mapped.ignored if name != HEAD), *source.ignored),
+    notes=source.notes,
+  )
 
 
 def _write_tokenizer(tokenizer, config: Mapping[str, Any], folder: Path) -> None:
@@ -113,51 +117,12 @@ def _write_tokenizer(tokenizer, config: Mapping[str, Any], folder: Path) -> None
   write_json(folder / "tokenizer_config.json", config)
 
 
-def _from_source(
-  source: Source,
-  config: LLMConfig,
-  problems: Problems,
-  *,
-  tokenizer: Writer,
-  kept: tuple[Path, ...],
-) -> Part:
-  """Maps the tensors of a language model from Hugging Face's names."""
-  ignored = list(BUFFERS)
-  head_present = config.tie_word_embeddings and HEAD in source.tensors
-  if head_present:
-    ignored.append(HEAD.replace(".", r"\."))
-    if EMBEDDING in source.tensors and not equal(source, EMBEDDING, HEAD):
-      problems.add(
-        f"{HEAD} differs from {EMBEDDING} although tie_word_embeddings is true; set it to false "
-        "to keep the head"
-      )
-  mapped = map_in(source, TABLE, shapes(config), problems=problems, ignored=ignored)
-  return Part(
-    config=config,
-    leaves=mapped.leaves,
-    style={"llm": {"head_present": head_present}},
-    tokenizer=tokenizer,
-    kept={"llm": kept},
-    ignored=(*(name for name in mapped.ignored if name != HEAD), *source.ignored),
-    notes=source.notes,
-  )
-
-
-def equal(source: Source, a: str, b: str) -> bool:
-  """Whether two tensors have the same shape, dtype and values."""
-  described = [(source.tensors[name].shape, source.tensors[name].dtype) for name in (a, b)]
-  return described[0] == described[1] and np.array_equal(source.read(a), source.read(b))
-
-
-def base_paths(about: Checkpoint) -> list[str]:
-  """Returns the paths of the decoder's leaves without LoRA."""
-  paths = [path for path in tree.flatten(about.params) if path.startswith("decoder/")]
-  return [path for path in paths if not path.endswith(("/lora_a", "/lora_b"))]
-
-
 def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_bytes: int) -> None:
   """Writes a Hugging Face folder of the decoder, without LoRA, into an existing folder."""
-  tensors = map_out(about, TABLE, base_paths(about))
+  plain = [
+    path for path in paths_of(about, "decoder/") if not path.endswith(("/lora_a", "/lora_b"))
+  ]
+  tensors = map_out(about, TABLE, plain)
   embedding = next(tensor for tensor in tensors if tensor.name == EMBEDDING)
   if config.tie_word_embeddings and style_of(about, "llm").get("head_present", False):
     tensors.append(dataclasses.replace(embedding, name=HEAD))
@@ -178,9 +143,8 @@ def decoder_of(about: Checkpoint) -> LLMConfig:
 
 
 def _kind(name: str) -> Kind:
-  def open_alone(src: Path, options: Options, problems: Problems) -> Opened | None:
-    model = open_model(src, problems, kind=name)
-    return None if model is None else model.alone()
+  def open_alone(src: Path, options: Options, problems: Problems) -> Opened:
+    return open_model(src, problems, kind=name).alone()
 
   def export_alone(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
     config = decoder_of(about)

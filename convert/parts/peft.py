@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mooer_jax.checkpoint import Checkpoint, describe, find
-from mooer_jax.config import part_to_json
+from mooer_jax.config import build, part_to_json
 from mooer_jax.decoders.llm import LLMConfig
 
 from ..core.engine import map_in, map_out, read_out
@@ -20,11 +20,9 @@ from . import lora
 from .language_model import decoder_of
 
 
-def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
+def open_peft(src: Path, options: Options, problems: Problems) -> Opened:
   """Opens a folder of `save_pretrained`, with --base-checkpoint as a fine-tune of that."""
-  opened = lora.open_folder(src, problems)
-  if opened is None:
-    return None
+  opened = lora.open_folder(src)
   shared: dict[str, Any] = dict(
     style={"peft": opened.style},
     kept={"lora": (src / lora.CONFIG_FILE,)},
@@ -32,10 +30,10 @@ def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
     notes=opened.source.notes,
   )
   if options.base_checkpoint is None:
-    leaves = map_in(
-      opened.source, opened.table, lora.shapes_alone(opened), problems=problems
-    ).leaves
-    return Opened(config={"lora": opened.to_json()}, leaves=leaves, **shared)
+    expected = lora.shapes_alone(opened)
+    leaves = map_in(opened.source, opened.table, expected, problems=problems).leaves
+    section = {name.removeprefix("lora_"): value for name, value in opened.fields.items()}
+    return Opened(config={"lora": section}, leaves=leaves, **shared)
   about = describe(find(options.base_checkpoint))
   decoder = opened.added_to(decoder_of(about))
   if own := lora.paths(about):
@@ -45,7 +43,7 @@ def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
     )
   return Opened(
     config={**about.config, "decoder": part_to_json(decoder)},
-    leaves=lora.map_lora(opened, decoder, problems).leaves,
+    leaves=map_in(opened.source, opened.table, lora.shapes(decoder), problems=problems).leaves,
     tokenizer=copier(sorted(about.tokenizer.iterdir())),
     generation=about.generation,
     base=about.folder,
@@ -56,7 +54,8 @@ def open_peft(src: Path, options: Options, problems: Problems) -> Opened | None:
 def export(about: Checkpoint, folder: Path) -> None:
   """Writes the LoRA of a checkpoint as peft does. Raises ConversionError if it has none."""
   if "lora" in about.config:
-    config = lora.from_json(about.config["lora"])
+    section = {f"lora_{name}": value for name, value in about.config["lora"].items()}
+    config = build(LLMConfig, section, "lora")
   else:
     config = decoder_of(about)
   style = style_of(about, "peft")
@@ -75,24 +74,13 @@ def export(about: Checkpoint, folder: Path) -> None:
 
 
 def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str, Any]:
-  described = {
-    "r": config.lora_rank,
-    "lora_alpha": config.lora_alpha,
-    "lora_dropout": config.lora_dropout,
-    "use_rslora": False,
-  }
+  """Returns an adapter_config.json: the imported one, if it still describes the LoRA."""
   if original is not None:
-    root = math.sqrt(config.lora_rank) if original.get("use_rslora") else 1.0
+    fields = lora.llm_fields(original).items()
+    same = all(math.isclose(value, getattr(config, name)) for name, value in fields)
     named = original.get("target_modules")
-    targets = set(config.lora_targets)
-    if isinstance(named, list):  # else a pattern
-      targets -= {name.rsplit(".", 1)[-1].removesuffix("_proj") for name in named}
-    if (
-      original.get("r") == config.lora_rank
-      and math.isclose(original.get("lora_alpha", 0) * root, config.lora_alpha)
-      and float(original.get("lora_dropout") or 0.0) == config.lora_dropout
-      and not (isinstance(named, list) and targets)
-    ):
+    named = named if isinstance(named, list) else config.lora_targets  # a pattern
+    if same and {*config.lora_targets} <= {n.split(".")[-1].removesuffix("_proj") for n in named}:
       return dict(original)
   alpha = config.lora_alpha
   return {
@@ -102,7 +90,9 @@ def _options(config: LLMConfig, original: Mapping[str, Any] | None) -> dict[str,
     "bias": "none",
     "inference_mode": True,
     "target_modules": [f"{name}_proj" for name in config.lora_targets],
-    **described,
+    "r": config.lora_rank,
+    "lora_dropout": config.lora_dropout,
+    "use_rslora": False,
     "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
   }
 
@@ -114,6 +104,6 @@ KIND = Kind(
   recognises=lambda path, names: "peft" if any(".lora_A." in name for name in names) else None,
   options=("base_checkpoint",),
   parts=("decoder/",),
-  reference=reference.run_peft,
+  reference=reference.run,
   needs=("llm",),
 )

@@ -6,37 +6,24 @@ from typing import Any
 
 from mooer_jax.text.tokenizer import Tokenizer
 
-from ..core.errors import Problems
+from ..core.errors import ConversionError
 from ..core.folders import copier
 from ..core.kind import Writer
 from ..readers import ReadError, check_file, read_object
 
 FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "vocab.json",
-  "merges.txt",
-  "tokenizer.model",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "chat_template.json",
-)
+  "tokenizer.json tokenizer_config.json vocab.json merges.txt tokenizer.model"
+  " special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json"
+).split()
 # Slow tokenizers that are converted, by model_type.
 _SLOW = {"qwen2": "Qwen2Tokenizer", "llama": "GPT2Tokenizer"}
 
 
-def open_tokenizer(folder: Path, problems: Problems, *, model_type: str) -> Writer | None:
-  """Opens the tokenizer of a model folder.
+def open_tokenizer(folder: Path, *, model_type: str) -> Writer:
+  """Opens the tokenizer of a model folder, and returns a function that writes its files.
 
-  Args:
-    folder: with tokenizer.json or tokenizer.model; or with the files of a slow tokenizer,
-      vocab.json and merges.txt, which are converted.
-    problems: receives the reason if there is no tokenizer, or it cannot be read.
-    model_type: "qwen2" or "llama".
-
-  Returns:
-    A function that writes the tokenizer's files; None if there was a problem.
+  vocab.json and merges.txt, of a slow tokenizer, are converted. Raises ConversionError if there is
+  no tokenizer, or it cannot be read.
   """
   files = [folder / name for name in FILES if (folder / name).is_file()]
   names = {file.name for file in files}
@@ -54,21 +41,15 @@ def open_tokenizer(folder: Path, problems: Problems, *, model_type: str) -> Writ
 
       return write
   except ReadError as error:
-    problems.add(str(error))
-    return None
-  problems.add(
+    raise ConversionError(str(error)) from error
+  raise ConversionError(
     f"{folder}: no tokenizer; download tokenizer.json (or tokenizer.model, or vocab.json and"
     " merges.txt) and tokenizer_config.json into it"
   )
-  return None
 
 
 def read_tokenizer(write: Writer) -> Tokenizer:
-  """Reads the tokenizer that `write` writes.
-
-  Raises:
-    FileNotFoundError, ValueError: if it cannot be used.
-  """
+  """Reads the tokenizer that `write` writes. Raises ValueError if it cannot be used."""
   with tempfile.TemporaryDirectory() as folder:
     write(Path(folder))
     try:
@@ -77,15 +58,11 @@ def read_tokenizer(write: Writer) -> Tokenizer:
       raise ValueError(f"the LLM's folder: {str(error).replace(f'{folder}/', '')}") from error
 
 
-def check_tokenizer(write: Writer, vocab: int, problems: Problems) -> None:
-  """Adds a problem if the tokenizer cannot be read, or has more tokens than the embedding rows."""
-  try:
-    tokenizer = read_tokenizer(write)
-  except ValueError as error:
-    problems.add(str(error))
-    return
+def check_tokenizer(write: Writer, vocab: int) -> None:
+  """Raises ValueError if it cannot be read, or has more tokens than the embedding has rows."""
+  tokenizer = read_tokenizer(write)
   if tokenizer.vocab_size > vocab:
-    problems.add(
+    raise ConversionError(
       f"the LLM's tokenizer has {tokenizer.vocab_size} tokens, its embedding {vocab} rows; take the"
       " tokenizer of this model"
     )
@@ -94,8 +71,7 @@ def check_tokenizer(write: Writer, vocab: int, problems: Problems) -> None:
 def _convert_slow(folder: Path, model_type: str) -> Any:
   """Makes a `tokenizers.Tokenizer` of vocab.json and merges.txt, by transformers.
 
-  Raises:
-    ReadError: if transformers cannot read them, or gives an added token another id.
+  Raises ReadError if transformers cannot read them, or gives an added token another id.
   """
   import transformers
 
@@ -106,8 +82,7 @@ def _convert_slow(folder: Path, model_type: str) -> Any:
   if name.removesuffix("Fast") != known:
     raise ReadError(
       f"{folder}: the slow tokenizer {name} of a {model_type} cannot be converted, only {known};"
-      " write tokenizer.json with transformers: AutoTokenizer.from_pretrained(folder)"
-      ".save_pretrained(folder)"
+      " run transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
     )
   try:
     made = getattr(transformers, f"{known}Fast").from_pretrained(folder, local_files_only=True)

@@ -7,24 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax import tree
 from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.checkpoint import Checkpoint
-from mooer_jax.encoders.whisper import STRIDE, WhisperConfig, WhisperEncoder
-from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.encoders.whisper import STRIDE, WhisperConfig
 
-from ..core.engine import leaf_shapes, map_in, map_out, read_out, under
+from ..core.engine import map_in, map_out, paths_of, read_out
 from ..core.errors import ConversionError, Problems
 from ..core.folders import copier, encoder_of, kept_files, kept_json, style_of, write_json
-from ..core.kind import Kind, Opened, Part
-from ..core.options import Options
+from ..core.kind import Kind, Part
 from ..core.rules import CONVOLUTION, IDENTITY, TRANSPOSE, Rule, Table
+from ..core.shapes import count_layers, encoder_shapes, shape_of
 from ..core.writers import write_shards
 from ..readers import Source, Tensor, open_source, read_object
-from ..readers.torch_file import TorchFile
+from ..readers.torch_file import read_dict
 from ..verify.reference import whisper as reference
 
 ROOT = "encoders/whisper"
@@ -55,6 +52,8 @@ _POSITIONS = ("positions", "embed_positions.weight", "positional_embedding",
 # CTranslate2 joins q, k and v; `split_qkv` makes three tensors of them.
 _FUSED = re.compile(r"(encoder/layer_\d+/self_attention)/linear_0/(weight|bias)", re.ASCII)
 HEADS = "encoder/num_heads"
+# Places of the number of heads, by format.
+_HEADS = {"hf": "encoder_attention_heads", "openai": "dims with n_audio_head", "ctranslate2": HEADS}
 KEPT_FILES = ("config.json", "preprocessor_config.json")
 # WhisperConfig's fields as Hugging Face's config.json names them.
 _SIZES = {
@@ -68,7 +67,7 @@ _SIZES = {
 
 
 def table(prefix: str = PREFIX, *, style: str = "hf") -> Table:
-  """The rules for names after a prefix: of Hugging Face ("hf"), "openai" or "ctranslate2"."""
+  """Rules for names after a prefix: of Hugging Face ("hf"), "openai" or "ctranslate2"."""
   column = ("hf", "openai", "ctranslate2").index(style) + 1
   rules = [Rule(prefix + _POSITIONS[column], f"{ROOT}/{_POSITIONS[0]}")]
   for module in _MODULES:
@@ -87,13 +86,13 @@ def table(prefix: str = PREFIX, *, style: str = "hf") -> Table:
 def find_format(names: Collection[str]) -> tuple[str, str] | None:
   """Returns ("hf", prefix), ("openai", prefix) or ("ctranslate2", prefix) by the names, or None."""
   # The first layer as well as the convolution: other families of speech models have the latter.
-  if {"encoder/conv1/weight", "encoder/layer_0/self_attention/layer_norm/gamma"} <= {*names}:
-    return "ctranslate2", "encoder/"
-  if {"encoder.conv1.weight", "encoder.blocks.0.attn_ln.weight"} <= {*names}:
-    return "openai", "encoder."
-  for prefix in PREFIXES:
-    if {f"{prefix}conv1.weight", f"{prefix}layers.0.self_attn_layer_norm.weight"} <= {*names}:
-      return "hf", prefix
+  for style, prefix, *needed in (
+    ("ctranslate2", "encoder/", "conv1/weight", "layer_0/self_attention/layer_norm/gamma"),
+    ("openai", "encoder.", "conv1.weight", "blocks.0.attn_ln.weight"),
+    *(("hf", p, "conv1.weight", "layers.0.self_attn_layer_norm.weight") for p in PREFIXES),
+  ):
+    if {prefix + name for name in needed} <= {*names}:
+      return style, prefix
   return None
 
 
@@ -120,29 +119,14 @@ def _third(source: Source, name: str, n: int) -> np.ndarray:
   return np.split(source.read(name), 3)[n]
 
 
-def shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
-  """encoders/whisper/… -> shape."""
-  module = WhisperEncoder(config, ExecutionConfig(scan=True))
-  inputs = jnp.zeros((1, 2, config.input_width)), jnp.ones((1, 2), bool)
-  return under(ROOT, leaf_shapes(module, *inputs))
-
-
-def open_encoder(src: Path, problems: Problems) -> Part | None:
-  """Maps the encoder of a Whisper model; tensors of the decoder are listed as ignored.
-
-  Args:
-    src: folder of Hugging Face (config.json and weights) or of faster-whisper, or openai-whisper's
-      .pt file.
-    problems: receives everything that does not fit.
-
-  Returns:
-    The encoder; None if there is none or its sizes are unknown.
-  """
+def open_encoder(src: Path, problems: Problems) -> Part:
+  """Maps the encoder of a Whisper model; tensors of the decoder are listed as ignored."""
   source = open_source(src)
   found = find_format(source.tensors)
   if found is None:
-    problems.add(f"{src}: no Whisper encoder in it: no conv1 and first layer by any known names")
-    return None
+    raise ConversionError(
+      f"{src}: no Whisper encoder in it: no conv1 and first layer by any known names"
+    )
   style, prefix = found
   described: dict[str, Any] = {}
   kept: tuple[Path, ...] = ()
@@ -150,18 +134,22 @@ def open_encoder(src: Path, problems: Problems) -> Part | None:
     heads = int(source.read(HEADS).max(initial=0)) if HEADS in source.tensors else None
     source = split_qkv(source, problems)
   elif style == "openai":
-    heads = _openai_heads(source, problems)
+    [file] = {tensor.file for tensor in source.tensors.values()}
+    heads = (read_dict(file, "dims") or {}).get("n_audio_head")
   else:
     if not (src / "config.json").is_file():
-      problems.add(f"{src}: no config.json, which holds the number of heads; give the folder")
-      return None
+      raise ConversionError(
+        f"{src}: no config.json, which holds the number of heads; give the folder"
+      )
     described = read_object(src / "config.json")
     heads = described.get(_SIZES["heads"])
     kept = tuple(src / name for name in KEPT_FILES if (src / name).is_file())
   rules = table(prefix, style=style)
-  config = _sizes(source, rules, heads, problems)
-  if config is None:
-    return None
+  if type(heads) is not int:
+    raise ConversionError(
+      f"{source.path}: number of heads is {heads!r}; no {_HEADS[style]} beside the weights"
+    )
+  config = _sizes(source, rules, heads)
   if style == "hf":
     _check_config(described, config, problems)
   frontend = features_of(config)
@@ -171,7 +159,7 @@ def open_encoder(src: Path, problems: Problems) -> Part | None:
   outside = [name for name in source.tensors if not name.startswith(prefix)]
   return Part(
     config=config,
-    leaves=map_in(source, rules, shapes(config), problems=problems, names=names).leaves,
+    leaves=map_in(source, rules, encoder_shapes(config), problems=problems, names=names).leaves,
     style={"whisper": {"format": style, "prefix": prefix if style == "hf" else PREFIX}},
     frontend=frontend,
     kept={"whisper": kept},
@@ -187,49 +175,22 @@ def features_of(config: WhisperConfig) -> LogMelConfig:
   return dataclasses.replace(frontend, chunk_s=samples / frontend.sample_rate_hz)
 
 
-def _sizes(source: Source, rules: Table, heads: Any, problems: Problems) -> WhisperConfig | None:
+def _sizes(source: Source, rules: Table, heads: int) -> WhisperConfig:
   """Derives the sizes from the shapes of the tensors, which do not show the number of heads."""
-  found = {}
+  found = []
   for path, axes in (("conv1/kernel", 3), ("positions", 2), ("layers_0/mlp/up/kernel", 2)):
     name, transform = rules.to_torch(f"{ROOT}/{path}") or ("", IDENTITY)
-    tensor = source.tensors.get(name)
-    if tensor is None:
-      problems.add(f"{source.path}: {name} is missing: no Whisper encoder")
-      return None
-    if len(tensor.shape) != axes:
-      problems.add(f"{name} has shape {list(tensor.shape)}; it must have {axes} axes")
-      return None
-    found[path] = transform.shape(tensor.shape)
-  if type(heads) is not int:
-    problems.add(
-      f"{source.path}: number of heads is {heads!r}; it must be stored beside the weights"
-    )
-    return None
-  paths = [mapped[0] for name in source.tensors if (mapped := rules.to_jax(name))]
-  try:
-    return WhisperConfig(
-      input_width=found["conv1/kernel"][1],
-      hidden_size=found["conv1/kernel"][2],
-      layers=len({path.split("/")[2] for path in paths if "/layers_" in path}),
-      heads=heads,
-      intermediate_size=found["layers_0/mlp/up/kernel"][1],
-      positions=found["positions"][0],
-      context=found["positions"][0],
-    )
-  except ValueError as error:
-    problems.add(str(error))
-    return None
-
-
-def _openai_heads(source: Source, problems: Problems) -> int | None:
-  """The number of heads, which is stored beside the weights."""
-  file = next(iter(source.tensors.values())).file
-  content = TorchFile(file).content()
-  dims = content.get("dims") if isinstance(content, dict) else None
-  if not isinstance(dims, dict) or type(dims.get("n_audio_head")) is not int:
-    problems.add(f"{file}: no dims with n_audio_head beside the weights; openai-whisper saves them")
-    return None
-  return dims["n_audio_head"]
+    found.append(transform.shape(shape_of(source, name, axes)))
+  (_, bins, width), (positions, _), (_, intermediate_size) = found
+  return WhisperConfig(
+    input_width=bins,
+    hidden_size=width,
+    layers=count_layers(source, rules),
+    heads=heads,
+    intermediate_size=intermediate_size,
+    positions=positions,
+    context=positions,
+  )
 
 
 def _check_config(hf: Mapping[str, Any], config: WhisperConfig, problems: Problems) -> None:
@@ -263,13 +224,9 @@ def _check_features(described: Mapping[str, Any], ours: LogMelConfig, problems: 
 def hf_config(
   config: WhisperConfig, dtype: np.dtype, original: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-  """The config.json of a Whisper model with this encoder.
+  """Returns the config.json of a Whisper model with this encoder and matrices of this dtype.
 
-  Args:
-    config: the encoder.
-    dtype: dtype of its matrices in the files.
-    original: the config.json that it was imported from; kept if it describes this encoder. Without
-      it, the model has a decoder without layers.
+  The imported one (`original`) is kept if it describes the encoder; another has no decoder layers.
   """
   name = np.dtype(dtype).name
   sizes = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
@@ -289,19 +246,14 @@ def hf_config(
 
 
 def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
-  """Writes config.json and safetensors of the encoder in the layout of Hugging Face.
-
-  Raises:
-    ConversionError: if there is no Whisper encoder, or the files cannot express it.
-  """
+  """Writes Hugging Face's files. Raises ConversionError if they cannot express the encoder."""
   config, _ = encoder_of(about, WhisperConfig.kind)
   if config.norm_eps != WhisperConfig.norm_eps:
     raise ConversionError(
       f"{about.folder}: whisper.norm_eps={config.norm_eps}; Hugging Face's is 1e-5"
     )
   prefix = style_of(about, "whisper").get("prefix", PREFIX)
-  paths = [path for path in tree.flatten(about.params) if path.startswith(f"{ROOT}/")]
-  tensors = map_out(about, table(prefix), paths)
+  tensors = map_out(about, table(prefix), paths_of(about, f"{ROOT}/"))
   original = kept_json(about, "whisper", "config.json")
   dtype = next(tensor.dtype for tensor in tensors if tensor.name == f"{prefix}conv1.weight")
   write_json(folder / "config.json", hf_config(config, dtype, original))
@@ -309,14 +261,9 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)
 
 
-def _open(src: Path, options: Options, problems: Problems) -> Opened | None:
-  part = open_encoder(src, problems)
-  return None if part is None else part.alone()
-
-
 KIND = Kind(
   name="whisper",
-  open=_open,
+  open=lambda src, options, problems: open_encoder(src, problems).alone(),
   export=export,
   recognises=lambda path, names: "whisper" if find_format(names) else None,
   parts=(f"{ROOT}/",),

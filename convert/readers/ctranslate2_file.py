@@ -1,17 +1,22 @@
 """CTranslate2's model.bin, the format of faster-whisper."""
 
-from __future__ import annotations
-
 import math
-import struct
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from .safetensors_file import read_span
-from .source import BFLOAT16, QUANTIZED, ReadError, Source, Tensor, check_shape
+from .source import (
+  BFLOAT16,
+  QUANTIZED,
+  Cursor,
+  ReadError,
+  Source,
+  Tensor,
+  check_shape,
+  open_cursor,
+)
 
 _VERSION = 6
 _LARGEST_VERSION = 255  # files of torch.save begin with larger numbers
@@ -41,18 +46,17 @@ def open_ctranslate2(path: Path) -> Source:
 
   Source: CTranslate2's ModelSpec.
   """
-  with path.open("rb") as file:
-    return _parse(path, _Cursor(path, file))
+  with open_cursor(path) as cursor:
+    return _parse(path, cursor)
 
 
-def _parse(path: Path, cursor: _Cursor) -> Source:
+def _parse(path: Path, cursor: Cursor) -> Source:
   version = cursor.one("I")
   if version != _VERSION:
     raise ReadError(
-      f"{path}: CTranslate2 format {version}, supported is {_VERSION}; convert the model again with"
-      " a newer CTranslate2"
+      f"{path}: CTranslate2 format {version}, supported is {_VERSION}; convert the model again"
     )
-  spec, revision = cursor.text(), cursor.one("I")
+  spec, revision = _text(cursor), cursor.one("I")
   entries = []
   for _ in range(cursor.one("I")):
     tensor, offset = _read_entry(path, cursor)
@@ -60,7 +64,7 @@ def _parse(path: Path, cursor: _Cursor) -> Source:
   names = {tensor.name for tensor, _ in entries}
   aliases = []
   for _ in range(cursor.one("I")):
-    alias, name = cursor.text(), cursor.text()
+    alias, name = _text(cursor), _text(cursor)
     if name not in names or alias in names:
       raise ReadError(f"{path}: {alias!r} cannot be an alias of {name!r}; copy it again")
     aliases.append(f"{alias} (the same as {name})")
@@ -69,8 +73,16 @@ def _parse(path: Path, cursor: _Cursor) -> Source:
   return Source(path, entries, ignored=aliases, notes=[f"{path.name}: {spec}, revision {revision}"])
 
 
-def _read_entry(path: Path, cursor: _Cursor) -> tuple[Tensor, int]:
-  name = cursor.text()
+def _text(cursor: Cursor) -> str:
+  """Reads a length, and a C string of that length including its zero."""
+  text = cursor.text("H")
+  if text[-1:] != "\0" or not text[:-1].isprintable() or not text[:-1]:
+    raise ReadError(f"{cursor.path}: {text[:40]!r} is not a name; copy it again")
+  return text[:-1]
+
+
+def _read_entry(path: Path, cursor: Cursor) -> tuple[Tensor, int]:
+  name = _text(cursor)
   where = f"{path}: tensor {name!r}"
   rank = cursor.one("B")
   if rank > _MAX_DIMS:
@@ -83,53 +95,14 @@ def _read_entry(path: Path, cursor: _Cursor) -> tuple[Tensor, int]:
   tensor = Tensor(name, check_shape(where, shape, dtype), dtype, path)
   if tensor.nbytes != nbytes:
     raise ReadError(
-      f"{where} of shape {list(shape)} and dtype {dtype} takes {tensor.nbytes} bytes, not {nbytes};"
+      f"{where} of shape {list(shape)} ({dtype}) takes {tensor.nbytes} bytes, not {nbytes};"
       " copy it again"
     )
   if dtype.kind == "i" and math.prod(shape) > 1 and name.endswith("weight"):
     raise ReadError(f"{where} {QUANTIZED.format(dtype)}")
-  return tensor, cursor.skip(nbytes, where)
-
-
-class _Cursor:
-  """Reads values from a file in order, and skips the data of tensors."""
-
-  def __init__(self, path: Path, file: BinaryIO):
-    self.path, self.size, self.position = path, path.stat().st_size, 0
-    self._file = file
-
-  def take(self, code: str, count: int = 1) -> tuple:
-    data = self._bytes(struct.calcsize(f"<{count}{code}"))
-    return struct.unpack(f"<{count}{code}", data)
-
-  def one(self, code: str) -> Any:
-    return self.take(code)[0]
-
-  def text(self) -> str:
-    """Reads a length, and a C string of that length including its zero."""
-    data = self._bytes(self.one("H"))
-    try:
-      text = data[:-1].decode("utf-8")
-    except UnicodeDecodeError as error:
-      raise ReadError(f"{self.path}: a name in it is not UTF-8: {error}") from error
-    if data[-1:] != b"\0" or not text.isprintable() or not text:
-      raise ReadError(f"{self.path}: {data[:40]!r} is not a name; copy it again")
-    return text
-
-  def skip(self, nbytes: int, where: str) -> int:
-    """Skips bytes and returns their offset."""
-    start, end = self.position, self.position + nbytes
-    if end > self.size:
-      raise ReadError(
-        f"{where} should end at byte {end}, the file ends at {self.size}; copy it again"
-      )
-    self.position = end
-    self._file.seek(end)
-    return start
-
-  def _bytes(self, count: int) -> bytes:
-    data = self._file.read(count)
-    if len(data) < count:
-      raise ReadError(f"{self.path}: cut short at byte {self.size}; copy it again")
-    self.position += count
-    return data
+  end = cursor.position + nbytes
+  if end > cursor.size:
+    raise ReadError(
+      f"{where} should end at byte {end}, the file ends at {cursor.size}; copy it again"
+    )
+  return tensor, cursor.skip(nbytes)

@@ -7,11 +7,9 @@ slices, ZeRO 3 splits every weight.
 Source: zero_to_fp32.py of microsoft/DeepSpeed.
 """
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,24 +74,23 @@ def _open_zero(path: Path, folder: Path) -> Source:
       f"{folder}: {len(ranks)} files *_optim_states.pt, but partition_count is {counts[0]}; if one"
       " is missing, copy it too"
     )
-  groups = [_flat_groups(file, state, _GROUPS[stage]) for file, state in zip(ranks, states)]
+  pieces = [_flat_groups(file, state, _GROUPS[stage]) for file, state in zip(ranks, states)]
   models = _model_files(folder, len(ranks) if stage == 3 else 1)
   content = models[0].content()
   shapes = content.get("param_shapes")
   if not isinstance(shapes, list) or not all(isinstance(group, dict) for group in shapes):
     raise ReadError(f"{models[0].path}: no param_shapes with the names of the weights; {_REMEDY}")
   cut = _cut_each if stage == 3 else _cut_joined
-  entries = [
-    _joined(models[0], name, shape, slices)
-    for name, shape, slices in cut(folder, ranks, groups, shapes)
-  ]
+  entries = []
+  for name, shape, slices in cut(folder, pieces, shapes):
+    file = slices[0].file.path if slices else models[0].path
+    tensor = Tensor(str(name), tuple(shape), np.dtype(np.float32), file)
+    entries.append((tensor, partial(_read_joined, tensor, slices)))
   entries += _frozen(models, stage)
   entries += _buffers(models[0])
+  entries += _shared(models[0], {tensor.name: (tensor, read) for tensor, read in entries})
   names = {tensor.name for tensor, _ in entries}
-  entries += _shared(models[0], {t.name: (t, read) for t, read in entries})
-  names |= {tensor.name for tensor, _ in entries}
-  module = content.get("module")
-  left = [f"module.{name}" for name in (module or {}) if name not in names]
+  left = [f"module.{name}" for name in content.get("module") or {} if name not in names]
   notes = [
     f"{folder.name}: ZeRO stage {int(stage)} of {len(ranks)} ranks, trained weights in float32"
   ]
@@ -150,7 +147,7 @@ def _dict(file: TorchFile, content: Any, key: str) -> dict:
   return value
 
 
-def _flat_groups(file: TorchFile, state: dict, key: str) -> list[torch.Tensor]:
+def _flat_groups(file: TorchFile, state: dict, key: str) -> list[_Slice]:
   groups = state.get(key)
   if not isinstance(groups, list) or not all(
     isinstance(g, torch.Tensor) and g.ndim == 1 and g.dtype == torch.float32 for g in groups
@@ -158,7 +155,7 @@ def _flat_groups(file: TorchFile, state: dict, key: str) -> list[torch.Tensor]:
     raise ReadError(f"{file.path}: {key!r} is not a list of flat float32 tensors")
   for i, group in enumerate(groups):
     describe(file.path, f"{key}[{i}]", group)
-  return groups
+  return [_Slice(file, (_STATE, key, i), 0, group.numel()) for i, group in enumerate(groups)]
 
 
 def _elements(where: str, shape: Any) -> int:
@@ -167,64 +164,52 @@ def _elements(where: str, shape: Any) -> int:
   return math.prod(check_shape(where, shape, np.dtype(np.float32)))
 
 
-def _cut_joined(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
+def _slices(pieces: list[_Slice], start: int, count: int) -> list[_Slice]:
+  """Returns the parts of concatenated pieces that have the elements [start, start + count)."""
+  found, begin = [], 0
+  for piece in pieces:
+    first, end = max(start, begin), min(start + count, begin + piece.length)
+    if first < end:
+      found.append(piece._replace(start=first - begin, length=end - first))
+    begin += piece.length
+  return found
+
+
+def _cut_joined(folder: Path, pieces: list[list[_Slice]], shapes) -> Iterator:
   """ZeRO 1 and 2: the concatenated weights of a group, split into the slices of ranks."""
-  if any(len(of_rank) != len(shapes) for of_rank in groups):
-    raise ReadError(f"{folder}: {len(shapes)} groups of names, {len(groups[0])} of weights")
+  if any(len(of_rank) != len(shapes) for of_rank in pieces):
+    raise ReadError(f"{folder}: {len(shapes)} groups of names, {len(pieces[0])} of weights")
   for i, group in enumerate(shapes):
-    sizes = [of_rank[i].numel() for of_rank in groups]
-    position = 0
+    of_group = [of_rank[i] for of_rank in pieces]
+    position, held = 0, sum(piece.length for piece in of_group)
     for name, shape in group.items():
       count = _elements(f"{folder}: tensor {name!r}", shape)
-      slices, begin = [], 0
-      for file, size in zip(ranks, sizes):
-        start, end = max(position, begin), min(position + count, begin + size)
-        if start < end:
-          slices.append(_Slice(file, (_STATE, _GROUPS[2], i), start - begin, end - start))
-        begin += size
-      yield name, shape, slices
+      yield name, shape, _slices(of_group, position, count)
       position += count
     # The end is padded to a multiple of twice the ranks, differently in different releases.
-    align = 2 * len(ranks)
-    if not position <= sum(sizes) or -(-position // align) != -(-sum(sizes) // align):
+    align = 2 * len(pieces)
+    if not position <= held or -(-position // align) != -(-held // align):
       raise ReadError(
-        f"{folder}: group {i} has {position} values by its names, {sum(sizes)} in its files;"
-        f" {_REMEDY}"
+        f"{folder}: group {i} has {position} values by its names, {held} in its files; {_REMEDY}"
       )
 
 
-def _cut_each(folder: Path, ranks: list[TorchFile], groups, shapes) -> Iterator:
+def _cut_each(folder: Path, pieces: list[list[_Slice]], shapes) -> Iterator:
   """ZeRO 3: every weight split into equal slices, the last one padded."""
-  ends = []  # of the groups of each rank, concatenated
-  for of_rank in groups:
-    ends.append(np.cumsum([0, *(group.numel() for group in of_rank)]).tolist())
   position = 0
-  for group in shapes:
-    for name, shape in group.items():
-      count = _elements(f"{folder}: tensor {name!r}", shape)
-      share = -(-count // len(ranks))
-      slices = []
-      for rank, file in enumerate(ranks):
-        wanted = min(share, max(0, count - rank * share))
-        for i, (begin, end) in enumerate(zip(ends[rank], ends[rank][1:])):
-          start, stop = max(position, begin), min(position + wanted, end)
-          if start < stop:
-            slices.append(_Slice(file, (_STATE, _GROUPS[3], i), start - begin, stop - start))
-      yield name, shape, slices
-      position += share
-  if any(of_rank[-1] != position for of_rank in ends):
+  for name, shape in (item for group in shapes for item in group.items()):
+    count = _elements(f"{folder}: tensor {name!r}", shape)
+    share = -(-count // len(pieces))
+    slices = []
+    for rank, of_rank in enumerate(pieces):
+      slices += _slices(of_rank, position, min(share, max(0, count - rank * share)))
+    yield name, shape, slices
+    position += share
+  held = sorted({sum(piece.length for piece in of_rank) for of_rank in pieces})
+  if held != [position]:
     raise ReadError(
-      f"{folder}: a rank has {position} values by the names, {sorted({e[-1] for e in ends})} in the"
-      f" files; {_REMEDY}"
+      f"{folder}: a rank has {position} values by the names, {held} in the files; {_REMEDY}"
     )
-
-
-def _joined(
-  model: TorchFile, name: str, shape: Any, slices: list[_Slice]
-) -> tuple[Tensor, Callable[[], np.ndarray]]:
-  file = slices[0].file.path if slices else model.path
-  tensor = Tensor(str(name), tuple(shape), np.dtype(np.float32), file)
-  return tensor, partial(_read_joined, tensor, slices)
 
 
 def _read_joined(tensor: Tensor, slices: list[_Slice]) -> np.ndarray:
@@ -233,9 +218,9 @@ def _read_joined(tensor: Tensor, slices: list[_Slice]) -> np.ndarray:
     raise ReadError(f"{tensor.file}: tensor {tensor.name!r} is incomplete in the files")
   position = 0
   for piece in slices:
-    flat = piece.file.tensor(piece.keys, piece.length * tensor.dtype.itemsize)
+    flat = piece.file.tensor(piece.keys, piece.length * tensor.dtype.itemsize).reshape(-1)
     part = flat[piece.start : piece.start + piece.length]
-    values[position : position + piece.length] = part.detach().numpy()
+    values[position : position + piece.length] = to_numpy(part)
     position += piece.length
   return values.reshape(tensor.shape)
 
@@ -258,13 +243,9 @@ def _frozen(models: list[TorchFile], stage: int) -> list:
     if held != count if stage < 3 else not count <= held < count + len(models):
       raise ReadError(f"{models[0].path}: tensor {name!r} of shape {list(shape)} has {held} values")
     tensor = Tensor(str(name), tuple(shape), kinds[0].dtype, models[0].path)
-    found.append((tensor, partial(_read_frozen, tensor, models, (keys, name))))
+    whole = [_Slice(file, (keys, name), 0, math.prod(k.shape)) for file, k in zip(models, kinds)]
+    found.append((tensor, partial(_read_joined, tensor, _slices(whole, 0, count))))
   return found
-
-
-def _read_frozen(tensor: Tensor, models: list[TorchFile], keys: tuple) -> np.ndarray:
-  parts = [to_numpy(file.tensor(keys, tensor.nbytes)).reshape(-1) for file in models]
-  return np.concatenate(parts)[: math.prod(tensor.shape)].reshape(tensor.shape)
 
 
 def _buffers(model: TorchFile) -> list:

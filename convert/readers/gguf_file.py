@@ -1,7 +1,5 @@
 """GGUF files of LLaMA and Qwen2 models, under the names and in the layout of Hugging Face."""
 
-from __future__ import annotations
-
 import collections
 import re
 from functools import partial
@@ -37,19 +35,10 @@ _INNER = {
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
 # Metadata under the architecture's name that `gguf_config` uses, or that do not matter.
 _KNOWN_KEYS = (
-  "vocab_size",
-  "context_length",
-  "embedding_length",
-  "block_count",
-  "feed_forward_length",
-  "attention.head_count",
-  "attention.head_count_kv",
-  "attention.key_length",
-  "attention.value_length",
-  "attention.layer_norm_rms_epsilon",
-  "rope.dimension_count",
-  "rope.freq_base",
-)
+  "vocab_size context_length embedding_length block_count feed_forward_length attention.head_count"
+  " attention.head_count_kv attention.key_length attention.value_length"
+  " attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base"
+).split()
 
 
 def open_gguf(path: Path) -> Source:
@@ -88,11 +77,7 @@ def open_gguf(path: Path) -> Source:
 
 
 def gguf_config(path: str | Path) -> dict[str, Any]:
-  """Returns the content of Hugging Face's `config.json` for the model.
-
-  Raises:
-    ReadError: as `open_gguf`, or for an unsupported setting, such as scaled RoPE or experts.
-  """
+  """Returns Hugging Face's config.json. Raises ReadError for settings such as scaled RoPE."""
   return _config(read_header(Path(path)))
 
 

@@ -4,11 +4,7 @@
 takes 15 s for a vocabulary of 150,000 tokens.
 """
 
-from __future__ import annotations
-
 import math
-import mmap
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +12,11 @@ from typing import Any
 import gguf
 from gguf import GGUFValueType as Type
 
-from .source import ReadError, check_file
+from .source import Cursor, ReadError, check_file, open_cursor
 
 _VERSIONS = (2, 3)
-_SCALARS: dict[int, str] = {
-  Type.UINT8: "B",
-  Type.INT8: "b",
-  Type.UINT16: "H",
-  Type.INT16: "h",
-  Type.UINT32: "I",
-  Type.INT32: "i",
-  Type.FLOAT32: "f",
-  Type.BOOL: "?",
-  Type.UINT64: "Q",
-  Type.INT64: "q",
-  Type.FLOAT64: "d",
-}
+# Numbers of the types of metadata -> codes of `struct`; 8 is text, 9 an array.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
 _MAX_NESTED = 4
 _MAX_DIMS = 4  # of GGML
 
@@ -75,60 +60,30 @@ def read_header(path: Path) -> GGUFHeader:
   Source: the GGUF specification in ggml's documentation.
   """
   check_file(path)
-  size = path.stat().st_size
-  with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-    if data[:4] != b"GGUF":
-      raise ReadError(f"{path}: not a GGUF file (it begins with {data[:4]!r}); copy it again")
-    try:
-      header = _parse(path, _Cursor(data))
-    except struct.error as error:
-      raise ReadError(f"{path}: cut short within its header; copy it again") from error
-    except UnicodeDecodeError as error:
-      raise ReadError(f"{path}: a name or text in it is not UTF-8: {error}") from error
-  _check_spans(header, size)
+  with open_cursor(path) as cursor:
+    header = _parse(path, cursor)
+  _check_spans(header, path.stat().st_size)
   return header
 
 
-class _Cursor:
-  """Reads values from a buffer in order; struct.error at its end."""
-
-  def __init__(self, data):
-    self.data, self.position = data, 4
-
-  def take(self, code: str, count: int = 1) -> tuple:
-    nbytes = count * struct.calcsize(f"<{code}")
-    self._advance(nbytes)
-    return struct.unpack_from(f"<{count}{code}", self.data, self.position - nbytes)
-
-  def one(self, code: str) -> Any:
-    return self.take(code)[0]
-
-  def text(self) -> str:
-    length = self.one("Q")
-    self._advance(length)
-    return self.data[self.position - length : self.position].decode("utf-8")
-
-  def _advance(self, nbytes: int) -> None:
-    if nbytes > len(self.data) - self.position:
-      raise struct.error("end of the buffer")
-    self.position += nbytes
-
-
-def _value(path: Path, cursor: _Cursor, kind: int, depth: int = 0) -> Any:
+def _value(path: Path, cursor: Cursor, kind: int, *, depth: int = 0) -> Any:
   if kind in _SCALARS:
     return cursor.one(_SCALARS[kind])
   if kind == Type.STRING:
-    return cursor.text()
+    return cursor.text("Q")
   if kind != Type.ARRAY or depth == _MAX_NESTED:
     raise ReadError(f"{path}: metadata of the unknown type {kind}")
   item, count = cursor.one("I"), cursor.one("Q")
   if item in _SCALARS:
     return list(cursor.take(_SCALARS[item], count))
   # Each item takes bytes, so a wrong count ends at the end of the file.
-  return [_value(path, cursor, item, depth + 1) for _ in range(count)]
+  return [_value(path, cursor, item, depth=depth + 1) for _ in range(count)]
 
 
-def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
+def _parse(path: Path, cursor: Cursor) -> GGUFHeader:
+  magic = bytes(cursor.take("B", 4))
+  if magic != b"GGUF":
+    raise ReadError(f"{path}: not a GGUF file (it begins with {magic!r}); copy it again")
   version = cursor.one("I")
   if version not in _VERSIONS:
     big = " (big-endian)" if version & 0xFFFF == 0 else ""
@@ -136,14 +91,13 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
   n_tensors, n_entries = cursor.take("Q", 2)
   metadata: dict[str, Any] = {}
   for _ in range(n_entries):
-    key = cursor.text()
+    key = cursor.text("Q")
     if key in metadata:
       raise ReadError(f"{path}: the metadata have {key!r} twice")
     metadata[key] = _value(path, cursor, cursor.one("I"))
   if metadata.get("split.count", 1) not in (0, 1):
     raise ReadError(
-      f"{path}: one of {metadata['split.count']} parts; join them first with "
-      "llama.cpp's `llama-gguf-split --merge`"
+      f"{path}: one of {metadata['split.count']} parts; join them with llama-gguf-split --merge"
     )
   alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
   if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
@@ -154,9 +108,9 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
   return GGUFHeader(path, metadata, tuple(moved))
 
 
-def _parse_tensor(path: Path, cursor: _Cursor, alignment: int) -> GGUFTensor:
+def _parse_tensor(path: Path, cursor: Cursor, alignment: int) -> GGUFTensor:
   """A tensor whose offset is that in the data, not in the file."""
-  name = cursor.text()
+  name = cursor.text("Q")
   where, n_dims = f"{path}: tensor {name!r}", cursor.one("I")
   if n_dims > _MAX_DIMS:
     raise ReadError(f"{where} has {n_dims} dimensions, more than {_MAX_DIMS}")

@@ -1,8 +1,5 @@
 """The tokenizer inside a GGUF file."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +50,8 @@ def gguf_tokenizer(path: str | Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
-  from tokenizers import AddedToken
+  from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+  from tokenizers import pre_tokenizers as pre
 
   name = header.get("tokenizer.ggml.pre", str)
   if name not in PRE_TOKENIZERS:
@@ -66,47 +64,29 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]):
   vocabulary = {
     token: i
     for i, (token, kind) in enumerate(zip(tokens, kinds))
-    if not (kind == sentencepiece.UNUSED and token == f"[PAD{i}]")
-  }  # fills up the embedding
-  return _byte_level_bpe(
-    vocabulary,
-    [(first, second) for first, _, second in (pair.partition(" ") for pair in pairs)],
-    pre_tokenizer=name,
-    added=[
+    if not (kind == sentencepiece.UNUSED and token == f"[PAD{i}]")  # fills up the embedding
+  }
+  merges = [(first, second) for first, _, second in (pair.partition(" ") for pair in pairs)]
+  # LLaMA 3's whole words are tokens even where no chain of merges leads to them.
+  tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
+  if name == "qwen2":
+    tokenizer.normalizer = normalizers.NFC()
+  first: list[Any] = []
+  if name in _PATTERNS:
+    first = [pre.Split(Regex(_PATTERNS[name]), behavior="isolated")]
+  elif name == "smollm":
+    first = [pre.Digits(individual_digits=True)]
+  spaced = header.get("tokenizer.ggml.add_space_prefix", bool, False)
+  last = pre.ByteLevel(add_prefix_space=spaced, use_regex=name not in _PATTERNS)
+  tokenizer.pre_tokenizer = pre.Sequence([*first, last])
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_tokens(
+    [
       AddedToken(token, normalized=False, special=kind != sentencepiece.USER_DEFINED)
       for token, kind in zip(tokens, kinds)
       if kind in (sentencepiece.UNKNOWN, sentencepiece.CONTROL, sentencepiece.USER_DEFINED)
-    ],
-    add_prefix_space=header.get("tokenizer.ggml.add_space_prefix", bool, False),
+    ]
   )
-
-
-def _byte_level_bpe(
-  vocabulary: dict[str, int],
-  merges: list[tuple[str, str]],
-  *,
-  pre_tokenizer: str,
-  added: Sequence[Any],
-  add_prefix_space: bool,
-) -> Any:
-  from tokenizers import Regex, Tokenizer, decoders, models, normalizers
-  from tokenizers import pre_tokenizers as pre
-
-  # LLaMA 3's whole words are tokens even where no chain of merges leads to them.
-  tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre_tokenizer == "llama-bpe"))
-  if pre_tokenizer == "qwen2":
-    tokenizer.normalizer = normalizers.NFC()
-  first: list[Any] = []
-  if pre_tokenizer in _PATTERNS:
-    first = [pre.Split(Regex(_PATTERNS[pre_tokenizer]), behavior="isolated")]
-  elif pre_tokenizer == "smollm":
-    first = [pre.Digits(individual_digits=True)]
-  plain = pre_tokenizer not in _PATTERNS
-  tokenizer.pre_tokenizer = pre.Sequence(
-    [*first, pre.ByteLevel(add_prefix_space=add_prefix_space, use_regex=plain)]
-  )
-  tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_tokens(list(added))
   return tokenizer
 
 

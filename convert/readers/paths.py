@@ -1,7 +1,5 @@
 """Opens any path with the reader that it needs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from .ctranslate2_file import is_ctranslate2, open_ctranslate2
@@ -100,8 +98,7 @@ def _open_index(path: Path, part: str | None) -> Source:
     plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
     if not plain or Path(shard).suffix not in _EXTENSIONS:
       raise ReadError(
-        f"{path}: tensor {name!r} cannot be in {shard!r}; shards must be weight files beside the"
-        " index"
+        f"{path}: tensor {name!r} cannot be in {shard!r}; shards must be beside the index"
       )
   shards = list(dict.fromkeys(weight_map.values()))
   if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:

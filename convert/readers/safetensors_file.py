@@ -1,7 +1,5 @@
 """Safetensors files, by the package `safetensors`; each tensor is mapped by itself."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path
@@ -12,29 +10,16 @@ from safetensors import SafetensorError, safe_open
 from .source import BFLOAT16, ReadError, Source, Tensor, check_shape
 
 _MAPPED_BYTES = 8 << 20
-_DTYPES = {
-  "BOOL": np.dtype(np.bool_),
-  "U8": np.dtype("<u1"),
-  "I8": np.dtype("<i1"),
-  "U16": np.dtype("<u2"),
-  "I16": np.dtype("<i2"),
-  "U32": np.dtype("<u4"),
-  "I32": np.dtype("<i4"),
-  "U64": np.dtype("<u8"),
-  "I64": np.dtype("<i8"),
-  "F16": np.dtype("<f2"),
+_NUMBERS = "U8 U16 U32 U64 I8 I16 I32 I64 F16 F32 F64".split()
+DTYPES = {
+  "BOOL": np.dtype(bool),
   "BF16": BFLOAT16,
-  "F32": np.dtype("<f4"),
-  "F64": np.dtype("<f8"),
+  **{code: np.dtype(f"<{code[0].lower()}{int(code[1:]) // 8}") for code in _NUMBERS},
 }
 
 
 def open_safetensors(path: Path) -> Source:
-  """Opens one safetensors file.
-
-  Raises:
-    ReadError: if the package refuses its header, or a dtype is not supported.
-  """
+  """Opens a file. Raises ReadError if its header is damaged, or a dtype is not supported."""
   try:
     # Checks sizes, offsets, gaps and overlaps, but does not show the offsets.
     with safe_open(path, framework="numpy"), path.open("rb") as file:
@@ -48,10 +33,10 @@ def open_safetensors(path: Path) -> Source:
   entries = []
   for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
     where = f"{path}: tensor {name!r}"
-    if entry["dtype"] not in _DTYPES:
-      supported = ", ".join(_DTYPES)
+    if entry["dtype"] not in DTYPES:
+      supported = ", ".join(DTYPES)
       raise ReadError(f"{where} has dtype {entry['dtype']}; supported are {supported}")
-    dtype = _DTYPES[entry["dtype"]]
+    dtype = DTYPES[entry["dtype"]]
     tensor = Tensor(name, check_shape(where, entry["shape"], dtype), dtype, path)
     entries.append((tensor, partial(read_span, tensor, start + entry["data_offsets"][0])))
   return Source(path, entries)

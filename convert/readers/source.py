@@ -1,11 +1,13 @@
 """Tensors in files, read one at a time."""
 
-from __future__ import annotations
-
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+import mmap
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +19,6 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _EXPONENTS = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
 _CHECKED_VALUES = 1 << 22  # at a time
 _MAX_DIMS = 32
-# An integer tensor under one of these names is a quantized weight; others are plain buffers.
 _WEIGHT_NAMES = ("weight", "qweight", "qzeros", "scales", "weight_packed")
 QUANTIZED = (
   "is a weight of dtype {}, so the file is quantized, which is not supported; use the float16,"
@@ -72,9 +73,13 @@ class Source:
     for tensor, reader in entries:
       if tensor.name in self.tensors:
         first = self.tensors[tensor.name].file
-        where = "twice" if first == tensor.file else f"also in {first.name}"
-        raise ReadError(f"{tensor.file}: tensor {tensor.name!r} is there {where}")
-      _check_described(tensor)
+        again = "twice" if first == tensor.file else f"also in {first.name}"
+        raise ReadError(f"{tensor.file}: tensor {tensor.name!r} is there {again}")
+      where = f"{tensor.file}: tensor {tensor.name!r}"
+      check_shape(where, tensor.shape, tensor.dtype)
+      # An integer tensor under one of these names is a quantized weight; others are plain buffers.
+      if tensor.dtype.kind in "iu" and tensor.name.rpartition(".")[2] in _WEIGHT_NAMES:
+        raise ReadError(f"{where} {QUANTIZED.format(tensor.dtype)}")
       self.tensors[tensor.name] = tensor
       self._readers[tensor.name] = reader
 
@@ -95,6 +100,11 @@ class Source:
         f"{tensor.file}: tensor {name!r} has {bad} of {array.size} values that are NaN or infinite"
       )
     return array
+
+  def equal(self, a: str, b: str) -> bool:
+    """Whether two tensors have the same shape, dtype and values."""
+    described = [(self.tensors[name].shape, self.tensors[name].dtype) for name in (a, b)]
+    return described[0] == described[1] and np.array_equal(self.read(a), self.read(b))
 
 
 def join_sources(path: Path, sources: Sequence[Source], notes: Sequence[str] = ()) -> Source:
@@ -118,13 +128,6 @@ def check_shape(where: str, shape: Sequence[int], dtype: np.dtype) -> tuple[int,
   return tuple(int(size) for size in shape)
 
 
-def _check_described(tensor: Tensor):
-  check_shape(f"{tensor.file}: tensor {tensor.name!r}", tensor.shape, tensor.dtype)
-  last = tensor.name.rpartition(".")[2]
-  if tensor.dtype.kind in "iu" and last in _WEIGHT_NAMES:
-    raise ReadError(f"{tensor.file}: tensor {tensor.name!r} {QUANTIZED.format(tensor.dtype)}")
-
-
 def _count_not_finite(array: np.ndarray) -> int:
   exponent = _EXPONENTS.get(array.dtype)
   if exponent is None and array.dtype.kind != "f":
@@ -139,13 +142,48 @@ def _count_not_finite(array: np.ndarray) -> int:
   return bad
 
 
-def read_object(path: Path) -> dict:
-  """Reads a JSON object.
+class Cursor:
+  """Reads little-endian values in order. Raises ReadError at the end, and for text not in UTF-8."""
 
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ReadError: as `check_file`, or if it is not JSON or not an object.
-  """
+  def __init__(self, path: Path, data: bytes | mmap.mmap):
+    self.path, self.position, self.size = path, 0, len(data)
+    self._data = data
+
+  def take(self, code: str, count: int = 1) -> tuple:
+    """Reads values of one of the types of `struct`."""
+    start = self.skip(count * struct.calcsize(f"<{code}"))
+    return struct.unpack_from(f"<{count}{code}", self._data, start)
+
+  def one(self, code: str) -> Any:
+    return self.take(code)[0]
+
+  def text(self, code: str) -> str:
+    """Reads a length of this type, and so many bytes of text."""
+    length = self.one(code)
+    start = self.skip(length)
+    try:
+      return self._data[start : start + length].decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise ReadError(f"{self.path}: a name or text in it is not UTF-8: {error}") from error
+
+  def skip(self, nbytes: int) -> int:
+    """Skips bytes and returns their offset."""
+    start = self.position
+    if start + nbytes > self.size:
+      raise ReadError(f"{self.path}: cut short at byte {self.size}; copy it again")
+    self.position += nbytes
+    return start
+
+
+@contextlib.contextmanager
+def open_cursor(path: Path) -> Iterator[Cursor]:
+  """Maps a file that is not empty."""
+  with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    yield Cursor(path, data)
+
+
+def read_object(path: Path) -> dict:
+  """Reads a JSON object. Raises as `check_file`, and ReadError if it is not JSON or no object."""
   check_file(path)
   try:
     return read_json_object(path)
@@ -154,12 +192,7 @@ def read_object(path: Path) -> dict:
 
 
 def check_file(path: Path) -> None:
-  """Checks that a file has content, before its format is checked.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ReadError: if it is empty or a Git LFS pointer.
-  """
+  """Raises FileNotFoundError without such a file, ReadError if it is empty or a Git LFS pointer."""
   with path.open("rb") as file:
     start = file.read(len(LFS_POINTER))
   if not start:

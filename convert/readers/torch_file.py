@@ -1,7 +1,5 @@
 """Files of torch.save, read as weights only: nothing in them is executed."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from collections import Counter
@@ -22,14 +20,13 @@ _NOT_WEIGHTS = ("optimizer", "optimizer_state_dict", "optim", "scheduler", "lr_s
 _SAVE_AGAIN = (
   "load it where it was made, and save its state dict: torch.save(model.state_dict(), ...)"
 )
-_ZIP_START = b"PK\x03\x04"
 _RENEW_AFTER_BYTES = 256 << 20
 _NAMES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64"
 _DTYPES = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}  # with ml_dtypes
 
 
-# torch.load builds only the classes that it is given. These stubs replace classes that DeepSpeed's
-# files name for values that are not needed here, so that no code of DeepSpeed runs.
+# Stubs of classes that DeepSpeed's files name for values that are not needed here, so that no code
+# of DeepSpeed runs.
 class Stub:
   """Accepts any arguments and any state, and ignores them."""
 
@@ -66,8 +63,8 @@ def open_torch(path: Path, part: str | None = None) -> Source:
   """
   file = TorchFile(path)
   keys = _find_part(path, file.content()) if part is None else (part,)
-  chosen = _descend(path, file.content(), keys)
-  entries, ignored = [], _others(file.content(), keys)
+  chosen, ignored = _descend(path, file.content(), keys)
+  entries = []
   for names, value in _leaves(chosen):
     name = ".".join(names)
     if isinstance(value, torch.Tensor):
@@ -84,6 +81,13 @@ def open_torch(path: Path, part: str | None = None) -> Source:
   return Source(path, entries, part=found, ignored=ignored, notes=notes)
 
 
+def read_dict(path: Path, key: str) -> dict | None:
+  """Returns the dict under a key of a file of torch.save; None if there is none."""
+  content = TorchFile(path).content()
+  value = content.get(key) if isinstance(content, dict) else None
+  return value if isinstance(value, dict) else None
+
+
 class TorchFile:
   """The content of a file of torch.save; tensors are mapped if the format allows it."""
 
@@ -91,7 +95,7 @@ class TorchFile:
     check_file(path)
     self.path, self._remedy = path, remedy
     with path.open("rb") as file:
-      self.mapped = file.read(4) == _ZIP_START
+      self.mapped = file.read(4) == b"PK\x03\x04"  # a zip file
     self._records = _check_zip(path) if self.mapped else Counter()
     self._content: Any = None
     self._touched = 0
@@ -134,16 +138,7 @@ class TorchFile:
 
 
 def load_weights_only(path: Path, *, mmap: bool, remedy: str = _SAVE_AGAIN) -> Any:
-  """Runs torch.load restricted to weights.
-
-  Args:
-    path: the file.
-    mmap: whether to map the tensors.
-    remedy: end of the error about a file that needs other classes.
-
-  Raises:
-    ReadError: for anything that torch refuses.
-  """
+  """Runs torch.load restricted to weights. Raises ReadError for anything that torch refuses."""
   try:
     with torch.serialization.safe_globals(list(PICKLE_STUBS)):
       return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -166,8 +161,7 @@ def describe(path: Path, name: str, tensor: torch.Tensor) -> Tensor:
   where = f"{path}: tensor {name!r}"
   if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
     raise ReadError(
-      f"{where} is {tensor.layout}, {tensor.dtype}, on {tensor.device}; only plain "
-      "dense tensors are supported"
+      f"{where} is {tensor.layout}, {tensor.dtype}, on {tensor.device}; it must be plain and dense"
     )
   if tensor.dtype not in _DTYPES:
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -231,49 +225,37 @@ def _leaves(value, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
 
 
 def _find_part(path: Path, content) -> tuple[str, ...]:
-  keys: tuple[str, ...] = ()
-  while isinstance(content, dict):
-    children = _children(content)
-    if any(isinstance(child, torch.Tensor) for child in children.values()):
-      break
-    holding = [
-      key
-      for key, child in children.items()
-      if isinstance(child, dict)
-      and any(isinstance(leaf, torch.Tensor) for _, leaf in _leaves(child))
-      and key not in _NOT_WEIGHTS
-    ]
-    choices = [key for key in holding if key in KNOWN_PARTS] or holding
-    if len(choices) > 1:
-      raise ReadError(
-        f"{path}: several parts hold tensors: {', '.join(choices)}; save the one to convert to a"
-        " file of its own with torch.save"
-      )
-    if not choices:
-      break
-    keys, content = (*keys, choices[0]), children[choices[0]]
-  return keys
+  """Keys of the innermost dict with all weights, from the outside in."""
+  children = _children(content) if isinstance(content, dict) else {}
+  if any(isinstance(child, torch.Tensor) for child in children.values()):
+    return ()
+  holding = [
+    key
+    for key, child in children.items()
+    if isinstance(child, dict)
+    and any(isinstance(leaf, torch.Tensor) for _, leaf in _leaves(child))
+    and key not in _NOT_WEIGHTS
+  ]
+  choices = [key for key in holding if key in KNOWN_PARTS] or holding
+  if len(choices) > 1:
+    raise ReadError(
+      f"{path}: several parts hold tensors: {', '.join(choices)}; save the one to convert by itself"
+    )
+  return (choices[0], *_find_part(path, children[choices[0]])) if choices else ()
 
 
-def _descend(path: Path, content, keys: tuple[str, ...]):
-  for key in keys:
+def _descend(path: Path, content, keys: tuple[str, ...]) -> tuple[dict, list[str]]:
+  """Returns the part under `keys`, and the names of the entries beside it on every level."""
+  others = []
+  for depth, key in enumerate(keys):
     children = _children(content) if isinstance(content, dict) else {}
     if key not in children:
       raise ReadError(f"{path}: no part {key!r} in it; it has {_listed(content)}")
+    others += [".".join([*keys[:depth], name]) for name in children if name != key]
     content = children[key]
   if not isinstance(content, dict):
     raise ReadError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-  return content
-
-
-def _others(content, keys: tuple[str, ...]) -> list[str]:
-  """Names of the entries beside the chosen part, on every level down to it."""
-  found = []
-  for depth, key in enumerate(keys):
-    children = _children(content)
-    found += [".".join([*keys[:depth], name]) for name in children if name != key]
-    content = children[key]
-  return found
+  return content, others
 
 
 def _listed(content) -> str:

@@ -26,12 +26,10 @@ Stages = Callable[[Any, Sequence[np.ndarray]], Mapping[str, np.ndarray]]
 def with_bounds(
   stages: Stages, params: Any, clips: Sequence[np.ndarray]
 ) -> tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]:
-  """Runs a model, and derives the bound of every stage.
+  """Runs a model on waveforms (float32 [N]), and derives the bound of every stage.
 
   Args:
     stages: (params, clips) to the values of each stage, float32 [..., D].
-    params: nested dict of float32 arrays.
-    clips: waveforms, float32 [N].
 
   Returns:
     The stages, and bounds [..., 1] on their differences from another implementation.

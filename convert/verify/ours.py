@@ -31,8 +31,7 @@ DTYPES = (
 def load_clips(files: Sequence[Path], config: SpeechLLMConfig) -> list[np.ndarray]:
   """Decodes audio files at the model's sample rate: float32 [N] each.
 
-  Raises:
-    ValueError: if one is too short or too long for an encoder, before PyTorch would cut it.
+  Raises ValueError if one is too short or too long for an encoder, before PyTorch would cut it.
   """
   rate_hz = config.sample_rate_hz
   clips = [load_audio(file, sample_rate_hz=rate_hz, channel=config.channel) for file in files]
@@ -42,12 +41,7 @@ def load_clips(files: Sequence[Path], config: SpeechLLMConfig) -> list[np.ndarra
 
 
 def compare(request: Request, original: Original) -> Report:
-  """Compares all stages of both sides, and the tokens that each generates.
-
-  Args:
-    request: the checkpoint and the clips, which are computed in one batch.
-    original: the results of the original.
-  """
+  """Compares all stages of both sides, and the tokens; our side computes the clips in one batch."""
   params, clips, config = request.about.params, request.waveforms, request.config
   theirs = {
     stage: np.concatenate([clip[stage] for clip in original.clips]) for stage in original.clips[0]
@@ -75,8 +69,7 @@ def _stages(params, clips, *, config: SpeechLLMConfig, original: Original) -> di
   """Valid rows of every stage: float32 [rows, D]."""
   values, has_llm = {}, "tokens" in original.clips[0]
   if clips:
-    run = _speech_stages if has_llm else _encoder_stages
-    found = run(params, _batch(clips, config, original), config)
+    found = _speech_stages(params, _batch(clips, config, original), config, has_llm=has_llm)
     values = {name: np.asarray(x)[np.asarray(valid)] for name, (x, valid) in found.items()}
   if has_llm:
     values["logits"] = _logits(params, clips, config=config, original=original)
@@ -102,7 +95,8 @@ def _generate(request: Request, original: Original) -> list[list[int]]:
     batch = _batch(request.waveforms, config, original)
     tokens_BS = generate(params, batch, config, options).tokens_BS
   else:
-    tokens_BS = _generate_text(params, np.array([original.prompt[0]]), config, options)
+    prompt_BS = np.array([original.prompt[0]])
+    tokens_BS = _generate_text(params, prompt_BS, config, options=options)
   return [[int(token) for token in row_S if token >= 0] for row_S in np.asarray(tokens_BS)]
 
 
@@ -132,25 +126,10 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 _answer_logits = jax.jit(speech_llm.answer_logits, static_argnames="config")
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _encoder_stages(params, batch, config: SpeechLLMConfig) -> dict[str, Any]:
-  """Each stage as (values, which of them are not padding)."""
-  return _of_streams(params, speech_llm.encode_each(params, batch, config), batch, config)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _speech_stages(params, batch, config: SpeechLLMConfig) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames=("config", "has_llm"))
+def _speech_stages(params, batch, config: SpeechLLMConfig, *, has_llm: bool) -> dict[str, Any]:
+  """Stages before the LLM, as (values, which of them are not padding)."""
   streams = speech_llm.encode_each(params, batch, config)
-  frames_BTD, valid_BT = speech_llm.join(params, streams, config)
-  speech_BSD, valid_BS = speech_llm.connect(params, frames_BTD, valid_BT, config)
-  return {
-    **_of_streams(params, streams, batch, config),
-    "adapter": (speech_BSD, valid_BS),
-    "prompt": speech_llm.splice(params, batch, speech_BSD, valid_BS, config),
-  }
-
-
-def _of_streams(params, streams, batch, config: SpeechLLMConfig) -> dict[str, Any]:
   stages = {}
   for number, (name, stream) in enumerate(streams.items()):
     of = f"{name} " if len(streams) > 1 else ""
@@ -161,11 +140,16 @@ def _of_streams(params, streams, batch, config: SpeechLLMConfig) -> dict[str, An
     valid_BT = jnp.arange(normed_BTF.shape[1]) < jnp.asarray(batch.frames[number])[:, None]
     stages[f"{of}features"] = normed_BTF, valid_BT
     stages[f"{of}encoder"] = stream
+  if has_llm:
+    frames_BTD, valid_BT = speech_llm.join(params, streams, config)
+    speech_BSD, valid_BS = speech_llm.connect(params, frames_BTD, valid_BT, config)
+    stages["adapter"] = speech_BSD, valid_BS
+    stages["prompt"] = speech_llm.splice(params, batch, speech_BSD, valid_BS, config)
   return stages
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _generate_text(params, tokens_BS, config: SpeechLLMConfig, options: GenerationConfig):
+def _generate_text(params, tokens_BS, config: SpeechLLMConfig, *, options: GenerationConfig):
   inputs_BSD = speech_llm.embed(params, tokens_BS, config)
   valid_BS = jnp.ones(tokens_BS.shape, bool)
   return generate_from(params, inputs_BSD, valid_BS, config, options).tokens_BS

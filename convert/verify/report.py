@@ -71,11 +71,7 @@ def stage_errors(
   theirs: Mapping[str, np.ndarray],
   bounds: Mapping[str, np.ndarray],
 ) -> list[Error]:
-  """A row for each stage that both sides have, in the order of theirs.
-
-  Raises:
-    ConversionError: if the shapes of a stage differ.
-  """
+  """A row for each stage of both sides. Raises ConversionError if the shapes of one differ."""
   rows = []
   assert ours.keys() <= theirs.keys(), ours.keys() - theirs.keys()
   for stage in (stage for stage in theirs if stage in ours):

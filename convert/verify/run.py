@@ -34,13 +34,10 @@ def verify(
   that each side generates greedily.
 
   Args:
-    kind: a name in KINDS.
-    src: the imported source.
+    src: the imported source; `options` are its further files.
     folder: the checkpoint, or a run folder with its latest checkpoint.
     audio: clips, for kinds with an encoder.
-    options: further files of the original.
     base: base checkpoint of a fine-tune, if it has moved.
-    max_new_tokens: maximum number of generated tokens.
 
   Raises:
     ConversionError, ValueError: for a missing option, or a part that the checkpoint lacks.
@@ -49,8 +46,8 @@ def verify(
   found = find_kind(kind)
   if found.reference is None:
     raise ConversionError(
-      f"verify cannot run {kind}: its files are not a whole model. Import them, export the"
-      " checkpoint with the kind mooer, and verify the exported folder with mooer"
+      f"verify cannot run {kind}: its files are not a whole model. Export the imported checkpoint"
+      " with the kind mooer, and verify that folder"
     )
   _check_options(found, audio, options)
   folder = checkpoint.find(folder)

@@ -21,7 +21,7 @@ ASR, AST = "Transcribe speech to text. ", "Translate speech to english text. "
 def imported(tmp_path_factory):
   folder = tmp_path_factory.mktemp("exporting")
   release(folder / "release")
-  import_checkpoint("mooer", folder / "release", folder / "ours", Options(task="asr"))
+  import_checkpoint("mooer", folder / "release", folder / "ours", options=Options(task="asr"))
   return folder / "ours"
 
 
@@ -80,7 +80,7 @@ def test_the_task_is_the_one_that_was_trained(ours, tmp_path):
   export_checkpoint("mooer", ours, tmp_path / "back")
   assert (tmp_path / "back" / "ast" / "adapter_project.pt").is_file()
   assert not (tmp_path / "back" / "asr").exists()
-  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", Options(task="ast"))
+  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", options=Options(task="ast"))
   assert config_of(tmp_path / "again") == config_of(ours)
 
 
@@ -89,7 +89,7 @@ def test_settings_of_lora_and_llm_are_carried(ours, tmp_path):
   changed(ours, lambda c: c["decoder"].update(lora_dropout=0.25, rope_theta=3e4, norm_eps=1e-4))
   changed(ours, lambda c: c["encoders"][0].update(dropout=0.1))  # of training alone
   export_checkpoint("mooer", ours, tmp_path / "back")
-  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", Options(task="asr"))
+  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", options=Options(task="asr"))
   assert config_of(tmp_path / "again").decoder == config_of(ours).decoder
   text = (tmp_path / "back" / "asr" / "lora_weights" / "adapter_config.json").read_text()
   assert json.loads(text)["lora_dropout"] == 0.25

@@ -8,7 +8,7 @@ import torch
 
 from convert import kinds, readers
 from convert.core.errors import ConversionError, Problems
-from convert.core.options import Options
+from convert.core.options import Options, flag
 from convert.main import main
 from convert.parts.hf_config import hf_config, llm_config
 from mooer_jax.decoders.llm import LLMConfig
@@ -54,23 +54,25 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
 )
 def test_what_the_model_cannot_express_is_refused_by_name(change, word):
   problems = Problems()
-  assert llm_config({**QWEN2, **change}, problems) is None
+  assert problems.attempt(llm_config, {**QWEN2, **change}) is None
   assert len(problems.found) == 1 and word in problems.found[0]
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
 def test_biases_of_llama_are_refused(key):
-  problems = Problems()
-  assert llm_config({**LLAMA, key: True}, problems) is None
-  assert key in problems.found[0]
+  with pytest.raises(ConversionError, match=key):
+    llm_config({**LLAMA, key: True})
 
 
 def test_all_reasons_are_told():
-  problems = Problems()
   bad = {**QWEN2, "use_sliding_window": True, "hidden_act": "gelu", "vocab_size": "many"}
-  llm_config(bad, problems)
-  assert len(problems.found) == 3
   with pytest.raises(ConversionError, match="3 problems"):
+    llm_config(bad)
+  problems = Problems()
+  for _ in range(2):  # the same reasons are told once
+    problems.attempt(llm_config, bad)
+  problems.add("another")
+  with pytest.raises(ConversionError, match="here: 4 problems"):
     problems.check("here")
 
 
@@ -79,21 +81,21 @@ def test_a_written_config_describes_the_model_to_transformers_and_to_us(name, tm
   from transformers import AutoConfig
 
   written = hf_config(LLMConfig.SIZES[name], np.dtype(np.float16), eos_id=7)
-  assert llm_config(written, Problems()) == LLMConfig.SIZES[name]
+  assert llm_config(written) == LLMConfig.SIZES[name]
   (tmp_path / "config.json").write_text(json.dumps(written))
   theirs = AutoConfig.from_pretrained(tmp_path)
   assert theirs.rope_parameters["rope_theta"] == LLMConfig.SIZES[name].rope_theta
   assert (theirs.dtype, theirs.eos_token_id) == (torch.float16, 7)
   theirs.save_pretrained(tmp_path)  # its own spelling
   spelt = json.loads((tmp_path / "config.json").read_text())
-  assert llm_config(spelt, Problems()) == LLMConfig.SIZES[name]
+  assert llm_config(spelt) == LLMConfig.SIZES[name]
 
 
 def test_old_and_new_spelling_of_rope():
   old = {**QWEN2, "rope_theta": 5e5, "rope_scaling": None}
   new = {**QWEN2, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-  assert llm_config(old, Problems()) == llm_config(new, Problems())
-  assert llm_config(old, Problems()).rope_theta == 5e5
+  assert llm_config(old) == llm_config(new)
+  assert llm_config(old).rope_theta == 5e5
 
 
 def test_the_command_line_goes_there_and_back(tmp_path, capsys):
@@ -160,6 +162,26 @@ def test_every_kind_is_found_by_its_name():
     kinds.find_kind("gpt")
 
 
+@pytest.mark.parametrize("command", ["import", "verify"])
+def test_help_has_a_line_with_the_options_of_each_kind(capsys, command):
+  with pytest.raises(SystemExit):
+    main([command, "--help"])
+  lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+  for name in kinds.KINDS:
+    kind = kinds.find_kind(name)
+    taken = (*kind.needs, *kind.takes) if command == "verify" else kind.options
+    expected = {
+      *map(flag, taken),
+      *(["--audio"] if command == "verify" and kind.takes_audio else []),
+    }
+    found = [words for words in lines if words[:1] == [name]]
+    if command == "verify" and kind.reference is None:
+      assert not found
+      continue
+    [line] = found
+    assert {w.strip("[]") for w in line if w.strip("[]").startswith("--")} == expected
+
+
 def test_a_new_kind_is_one_file_and_one_line(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(kinds.KINDS, "toy", "tests.convert.toy_kind:KIND")
   source, ours, back = (tmp_path / name for name in ("toy", "ours", "back"))
@@ -196,8 +218,8 @@ def test_inspect_takes_a_run_folder(tmp_path, capsys):
 
 
 def test_the_old_name_of_base_checkpoint_warns(tmp_path, capsys):
-  for flag, warned in (("--base", True), ("--base-checkpoint", False)):
-    assert main(["export", "llama", str(tmp_path / "no"), str(tmp_path / "out"), flag, "x"]) == 2
+  for name, warned in (("--base", True), ("--base-checkpoint", False)):
+    assert main(["export", "llama", str(tmp_path / "no"), str(tmp_path / "out"), name, "x"]) == 2
     assert ("--base is deprecated; use --base-checkpoint" in capsys.readouterr().err) == warned
 
 
@@ -234,7 +256,7 @@ def test_a_shard_size_is_above_zero(capsys, size):
   [("num_attention_heads", 0), ("num_key_value_heads", "2"), ("rms_norm_eps", None)],
 )
 def test_a_value_of_the_original_config_is_named(key, value):
-  assert llm_config(QWEN2, Problems())
+  assert llm_config(QWEN2)
   problems = Problems()
-  assert llm_config({**QWEN2, key: value}, problems) is None
+  assert problems.attempt(llm_config, {**QWEN2, key: value}) is None
   assert [text.partition(":")[0] for text in problems.found] == [f"{key}={value!r}"]

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from convert.core.errors import ConversionError
 from convert.core.kind import Kind, Opened
 from mooer_jax.checkpoint import LazyArray, read_leaves
 
@@ -11,8 +12,7 @@ LEAF = "decoder/final_norm/scale"
 def open_toy(src, options, problems):
   array = np.load(src / "toy.npy")
   if array.ndim != 1:
-    problems.add(f"toy.npy has shape {list(array.shape)}; one axis is needed")
-    return None
+    raise ConversionError(f"toy.npy has shape {list(array.shape)}; one axis is needed")
   leaf = LazyArray(array.shape, array.dtype, lambda: array)
   notes = (f"task: {options.task}",)
   config = {"toy": {"size": len(array)}}

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 
-from convert.parts import qformer
+from convert.core.shapes import connector_shapes
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from tests.parity import old_transformers, torch_models, torch_qformer
 from tests.parity.torch_models import vary_vectors
@@ -108,7 +108,7 @@ def test_the_original_gives_the_same_tokens(original, changes, input_width, fram
   tensors = theirs.state_dict()
   # Everything that they save has a leaf, but for the numbers that are passed over by name.
   params = torch_qformer.params({n: t for n, t in tensors.items() if n != POSITIONS})
-  shapes = qformer.shapes(config, input_width, 512)
+  shapes = connector_shapes(config, input_width, 512)
   assert POSITIONS in tensors and len(tensors) == 1 + len(shapes)
   frames_BTD = np.random.default_rng(0).normal(size=(2, frames, input_width)).astype(np.float32)
   tokens, valid = jax.jit(WindowedQFormer(config, 512).apply)(

@@ -204,7 +204,9 @@ def test_the_original_gives_the_same_tokens_and_loss(
   torch.save({"model": stripped(theirs), "scaler": None, "epoch": 3}, file)
 
   kept = {name: path for name, path in parts.items() if with_beats or name != "beats"}
-  report = import_checkpoint("salmonn", file, tmp_path / "ours", Options(prompts=prompts, **kept))
+  report = import_checkpoint(
+    "salmonn", file, tmp_path / "ours", options=Options(prompts=prompts, **kept)
+  )
   passed_over = [name for name in report.ignored if name in stripped(theirs)]
   print(f"{len(stripped(theirs))} tensors saved, passed over: {len(passed_over)}")
   transcriber = Transcriber.from_checkpoint(tmp_path / "ours", dtype="float32")

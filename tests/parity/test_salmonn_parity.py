@@ -35,7 +35,7 @@ class Sides:
     prompts.write_text(json.dumps({"asr": torch_salmonn.PROMPT}))
     options = Options(llm=llm, prompts=prompts, **paths)
     self.ours = folder / "ours"
-    import_checkpoint("salmonn", folder / "files" / "salmonn_v1.pth", self.ours, options)
+    import_checkpoint("salmonn", folder / "files" / "salmonn_v1.pth", self.ours, options=options)
     self.answers = functools.cache(self._answers)
     self.folder, self.paths = folder, [clip.path for clip in clips]
     self.waveforms = [load_audio(path) for path in self.paths]
@@ -136,7 +136,7 @@ def test_there_and_back_the_tokens_are_the_same(sides, tmp_path):
     prompts=back / "test_prompt.json",
   )
   assert (options.beats is not None) == hasattr(sides.theirs, "beats")
-  import_checkpoint("salmonn", back / "salmonn_v1.pth", tmp_path / "again", options)
+  import_checkpoint("salmonn", back / "salmonn_v1.pth", tmp_path / "again", options=options)
   transcriber = Transcriber.from_checkpoint(tmp_path / "again", dtype="float32")
   assert transcriber.config == sides.transcriber.config
   assert sides.tokens(transcriber, beams=4, batch_size=6) == sides.answers(4)

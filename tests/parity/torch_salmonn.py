@@ -15,12 +15,11 @@ import transformers
 from torch import nn
 
 from convert.parts import beats
-from convert.verify.reference import beats as reference_beats
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.encoders.beats import BEATsConfig
 from tests.audio.test_logmel import transformers_float64
 from tests.convert.folders_of import vary
-from tests.parity import torch_qformer
+from tests.parity import torch_beats, torch_qformer
 from tests.parity.torch_beats import model as beats_model
 from tests.parity.torch_models import vary_vectors
 
@@ -173,7 +172,7 @@ class Salmonn(nn.Module):
     mel = torch.tensor(mel_TF.T[None], dtype=self.ln_speech.weight.dtype)
     frames = self.ln_speech(self.speech_encoder(mel).last_hidden_state)
     if hasattr(self, "beats"):
-      heard = self.ln_audio(self.beats(reference_beats.features(waveform_N)[None]))
+      heard = self.ln_audio(self.beats(torch_beats.features(waveform_N)[None]))
       assert heard.shape[1] < frames.shape[1]
       heard = nn.functional.pad(heard, (0, 0, 0, frames.shape[1] - heard.shape[1]))
       frames = torch.cat([frames, heard], -1)

@@ -1,4 +1,4 @@
-"""BEATs, rebuilt from torch's primitives by its published structure, under its published names."""
+"""BEATs by its published structure, with torch's primitives and transformers' filter bank."""
 
 import math
 import warnings
@@ -8,27 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ...core.errors import ConversionError
 from ...core.kind import Original, Request, Stages
 from ...readers import open_source
 from ...readers.torch_file import TorchFile
-from .language_model import State, load_state, state_of
+from .language_model import State, state_of
 
 MEL_BINS, RATE_HZ = 128, 16000
 MEAN, DEVIATION = 15.41663, 6.55582  # of the features that BEATs was trained with
-# The original's defaults of the sizes in a file's cfg.
+# The original's defaults of sizes in a file's cfg that the tensors do not show.
 DEFAULTS = {
-  "embed_dim": 512,
   "encoder_layers": 12,
-  "encoder_embed_dim": 768,
-  "encoder_ffn_embed_dim": 3072,
   "encoder_attention_heads": 12,
-  "conv_pos": 128,
   "conv_pos_groups": 16,
-  "num_buckets": 320,
   "max_distance": 1280,
 }
 # The supported options.
@@ -43,12 +37,7 @@ def run(request: Request) -> Original:
 def run_beats_encoder(
   file: Path, waveforms: Sequence[np.ndarray], *, tuned: State | None = None
 ) -> list[Stages]:
-  """Runs features and encoder on clips.
-
-  Args:
-    file: the .pt file.
-    waveforms: clips [N] at 16 kHz.
-    tuned: tensors that replace those of the file.
+  """Runs features and encoder on clips [N] at 16 kHz. Tensors in `tuned` replace those of the file.
 
   Returns:
     Per clip, "features" [T, 128], normalised, and "encoder" [T', D].
@@ -58,147 +47,90 @@ def run_beats_encoder(
     if cfg.get(key, False) != value:
       raise ConversionError(f"{file}: cfg {key}={cfg.get(key)!r}: only {value} can be verified")
   state = {**state_of(open_source(file, part="model")), **(tuned or {})}
-  table = "encoder.layers.{}.self_attn.relative_attention_bias.weight"
-  module = BEATs(cfg)
-  for n in range(1, len(module.encoder.layers)):  # a shared tensor, which a file need not repeat
-    state.setdefault(table.format(n), state[table.format(0)])
-  load_state(module, state, file)
   clips = []
   for waveform_N in waveforms:
     features_TF = features(waveform_N)
-    with torch.no_grad():
-      frames_BTD = module(features_TF[None])
-    clips.append({"features": features_TF.numpy(), "encoder": frames_BTD[0].numpy()})
+    try:
+      frames_TD = encode(torch.tensor(features_TF), state, {**DEFAULTS, **cfg})
+    except KeyError as error:
+      raise ConversionError(f"{file}: {error.args[0]} is missing") from error
+    except RuntimeError as error:
+      raise ConversionError(f"{file}: a tensor does not fit the others: {error}") from error
+    clips.append({"features": features_TF, "encoder": frames_TD.numpy()})
   return clips
 
 
-class SelfAttention(nn.Module):
-  def __init__(self, c: Mapping[str, Any]):
-    super().__init__()
-    width, self.heads = c["encoder_embed_dim"], c["encoder_attention_heads"]
-    self.one_way, self.reach = c["num_buckets"] // 2, c["max_distance"]
-    for name in "qkv":
-      self.add_module(f"{name}_proj", nn.Linear(width, width))
-    self.out_proj = nn.Linear(width, width)
-    self.grep_linear = nn.Linear(width // self.heads, 8)
-    self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
-    self.relative_attention_bias = nn.Embedding(c["num_buckets"], self.heads)
+def encode(features_TF: torch.Tensor, state: State, cfg: Mapping[str, Any]) -> torch.Tensor:
+  """Encodes normalised features: frames [T', D]."""
 
-  def bias(self, length):
-    place = torch.arange(length)
-    distance = place[None] - place[:, None]
-    size, exact = distance.abs(), self.one_way // 2
-    far = torch.log(size.clamp(min=1) / exact) / math.log(self.reach / exact)
-    far = (exact + (far * (self.one_way - exact)).long()).clamp(max=self.one_way - 1)
-    row = torch.where(size < exact, size, far) + self.one_way * (distance > 0)
-    return self.relative_attention_bias(row).permute(2, 0, 1)
+  def linear(x, name):
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
-  def forward(self, x, hidden):
-    B, T, D = x.shape
-    q, k, v = (
-      getattr(self, f"{name}_proj")(x).view(B, T, self.heads, -1).transpose(1, 2) for name in "qkv"
+  def norm(x, name):
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+  patch = state["patch_embedding.weight"]
+  x_TD = F.conv2d(features_TF[None, None], patch, stride=patch.shape[-1])[0].flatten(1).T
+  x_TD = norm(x_TD, "layer_norm")
+  if "post_extract_proj.weight" in state:
+    x_TD = linear(x_TD, "post_extract_proj")
+  conv = "encoder.pos_conv.0"
+  kernel = state[f"{conv}.weight_v"]
+  kernel = state[f"{conv}.weight_g"] * kernel / kernel.norm(dim=(0, 1), keepdim=True)
+  options = {"padding": kernel.shape[-1] // 2, "groups": cfg["conv_pos_groups"]}
+  positions_DT = F.conv1d(x_TD.T, kernel, state[f"{conv}.bias"], **options)[:, : len(x_TD)]
+  x_TD = norm(x_TD + F.gelu(positions_DT.T), "encoder.layer_norm")
+
+  table = state["encoder.layers.0.self_attn.relative_attention_bias.weight"]
+  bias_HTT = table[buckets(len(x_TD), len(table), cfg["max_distance"])].permute(2, 0, 1)
+  alpha = (2 * cfg["encoder_layers"]) ** 0.25
+  for n in range(cfg["encoder_layers"]):
+    layer, attention = f"encoder.layers.{n}", f"encoder.layers.{n}.self_attn"
+    q_HTC, k_HTC, v_HTC = (
+      linear(x_TD, f"{attention}.{name}_proj").unflatten(1, (cfg["encoder_attention_heads"], -1))
+      .transpose(0, 1) for name in "qkv"
+    )  # fmt: skip
+    gates_HT2 = linear(q_HTC, f"{attention}.grep_linear").unflatten(2, (2, 4)).sum(-1).sigmoid()
+    update, reset = gates_HT2.split(1, -1)
+    gated_HTT = (update * (reset * state[f"{attention}.grep_a"][0] - 1) + 2) * bias_HTT
+    y_HTC = F.scaled_dot_product_attention(q_HTC, k_HTC, v_HTC, attn_mask=gated_HTT)
+    y_TD = linear(y_HTC.transpose(0, 1).flatten(1), f"{attention}.out_proj")
+    x_TD = norm(alpha * x_TD + y_TD, f"{layer}.self_attn_layer_norm")
+    y_TD = linear(F.gelu(linear(x_TD, f"{layer}.fc1")), f"{layer}.fc2")
+    x_TD = norm(alpha * x_TD + y_TD, f"{layer}.final_layer_norm")
+  return x_TD
+
+
+def buckets(length: int, count: int, reach: int) -> torch.Tensor:
+  """Rows of the bias table for all pairs of positions: [length, length]."""
+  place = torch.arange(length)
+  distance = place[None] - place[:, None]
+  size, one_way, exact = distance.abs(), count // 2, count // 4
+  far = torch.log(size.clamp(min=1) / exact) / math.log(reach / exact)
+  far = (exact + (far * (one_way - exact)).long()).clamp(max=one_way - 1)
+  return torch.where(size < exact, size, far) + one_way * (distance > 0)
+
+
+def features(waveform_N: np.ndarray) -> np.ndarray:
+  """Kaldi's filter bank of a waveform at 16 kHz: float32 [T, 128], normalised."""
+  from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+  with warnings.catch_warnings(action="ignore"):  # the lowest filters are between two bins
+    filters = mel_filter_bank(
+      257, MEL_BINS, 20, RATE_HZ / 2, RATE_HZ, mel_scale="kaldi", triangularize_in_mel_space=True
     )
-    update, reset = self.grep_linear(q).view(*q.shape[:3], 2, 4).sum(-1).sigmoid().split(1, -1)
-    gated = (update * (reset * self.grep_a - 1) + 2) * self.bias(T)
-    scores = q @ k.transpose(2, 3) / (D // self.heads) ** 0.5 + gated
-    scores = scores.masked_fill(hidden[:, None, None], -math.inf)
-    return self.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, D))
-
-
-class Layer(nn.Module):
-  def __init__(self, c: Mapping[str, Any]):
-    super().__init__()
-    width, hidden = c["encoder_embed_dim"], c["encoder_ffn_embed_dim"]
-    self.self_attn = SelfAttention(c)
-    self.self_attn_layer_norm = nn.LayerNorm(width)
-    self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-    self.final_layer_norm = nn.LayerNorm(width)
-    self.alpha = (2 * c["encoder_layers"]) ** 0.25
-
-  def forward(self, x, hidden):
-    x = self.self_attn_layer_norm(self.alpha * x + self.self_attn(x, hidden))
-    return self.final_layer_norm(self.alpha * x + self.fc2(F.gelu(self.fc1(x))))
-
-
-class Encoder(nn.Module):
-  def __init__(self, c: Mapping[str, Any]):
-    super().__init__()
-    width, taps = c["encoder_embed_dim"], c["conv_pos"]
-    conv = nn.Conv1d(width, width, taps, padding=taps // 2, groups=c["conv_pos_groups"])
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", FutureWarning)  # the published names are of this one
-      self.pos_conv = nn.Sequential(nn.utils.weight_norm(conv, dim=2), nn.GELU())
-    layers = [Layer(c) for _ in range(c["encoder_layers"])]
-    for layer in layers[1:]:
-      layer.self_attn.relative_attention_bias = layers[0].self_attn.relative_attention_bias
-    self.layers = nn.ModuleList(layers)
-    self.layer_norm = nn.LayerNorm(width)
-
-  def forward(self, x, hidden):
-    x = x.masked_fill(hidden[..., None], 0)
-    positions = self.pos_conv[0](x.transpose(1, 2))[..., : x.shape[1]]
-    x = self.layer_norm(x + F.gelu(positions).transpose(1, 2))
-    for layer in self.layers:
-      x = layer(x, hidden)
-    return x
-
-
-class BEATs(nn.Module):
-  """Features [B, T, F] and their lengths [B] to frames [B, T', D].
-
-  Args:
-    cfg: of a file.
-    mel_bins: width of the features.
-  """
-
-  def __init__(self, cfg: Mapping[str, Any], mel_bins: int = MEL_BINS):
-    super().__init__()
-    c = {**DEFAULTS, **cfg}
-    patch, patch_width = c["input_patch_size"], c["embed_dim"]
-    self.bands = mel_bins // patch
-    self.patch_embedding = nn.Conv2d(1, patch_width, patch, stride=patch, bias=False)
-    self.layer_norm = nn.LayerNorm(patch_width)
-    if patch_width != c["encoder_embed_dim"]:
-      self.post_extract_proj = nn.Linear(patch_width, c["encoder_embed_dim"])
-    self.encoder = Encoder(c)
-
-  def forward(self, features, frames=None):
-    x = self.layer_norm(self.patch_embedding(features[:, None]).flatten(2).transpose(1, 2))
-    if hasattr(self, "post_extract_proj"):
-      x = self.post_extract_proj(x)
-    tokens = torch.full((len(x),), x.shape[1])
-    if frames is not None:
-      tokens = frames // self.patch_embedding.kernel_size[0] * self.bands
-    return self.encoder(x, torch.arange(x.shape[1]) >= tokens[:, None])
-
-
-def features(waveform_N: np.ndarray) -> torch.Tensor:
-  """The original's features of a waveform at 16 kHz: float32 [T, 128], normalised."""
-  fbank_TF = kaldi_fbank(
-    torch.tensor(waveform_N)[None] * 2**15,
-    num_mel_bins=MEL_BINS,
-    sample_frequency=RATE_HZ,
-    frame_length=25,
-    frame_shift=10,
+  fbank_FT = spectrogram(
+    waveform_N * 2.0**15,
+    window_function(400, "povey", periodic=False),
+    frame_length=400,
+    hop_length=160,
+    fft_length=512,
+    power=2.0,
+    center=False,
+    preemphasis=0.97,
+    mel_filters=filters,
+    mel_floor=float(np.finfo(np.float32).eps),
+    log_mel="log",
+    remove_dc_offset=True,
   )
-  return (fbank_TF - MEAN) / (2 * DEVIATION)
-
-
-def kaldi_fbank(waveform, *, num_mel_bins, sample_frequency, frame_length, frame_shift):
-  """torchaudio.compliance.kaldi.fbank with its defaults (Povey window), in float64.
-
-  torchaudio's own float32 is off by up to 0.3 far below a frame's peak.
-  """
-  size, hop = round(sample_frequency * frame_length) // 1000, sample_frequency * frame_shift // 1000
-  frames = waveform[0].double().unfold(0, size, hop)
-  frames = frames - frames.mean(1, keepdim=True)
-  frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], 1)
-  window = torch.hann_window(size, periodic=False, dtype=torch.float64) ** 0.85
-  points = 2 ** math.ceil(math.log2(size))
-  power = torch.fft.rfft(frames * window, points).abs()[:, :-1] ** 2
-  mel = lambda hz: 1127 * torch.log1p(torch.as_tensor(hz, dtype=torch.float64) / 700)  # noqa: E731
-  low, high = mel(20.0), mel(sample_frequency / 2)
-  place = (mel(torch.arange(points // 2) * sample_frequency / points) - low) / (high - low)
-  place = place[:, None] * (num_mel_bins + 1) - torch.arange(1, num_mel_bins + 1)
-  energies = power @ (1 - place.abs()).clamp(min=0)
-  return energies.clamp(min=torch.finfo(torch.float32).eps).log().float()
+  return ((fbank_FT.T - MEAN) / (2 * DEVIATION)).astype(np.float32)

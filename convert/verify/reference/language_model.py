@@ -17,18 +17,11 @@ PROMPT = "Transcribe speech to text. "
 
 
 def run(request: Request) -> Original:
-  """Runs the LLM of a folder or GGUF file."""
-  return _complete(request, load_llm(request.src))
-
-
-def run_peft(request: Request) -> Original:
-  """Runs the LLM of --llm with the LoRA of a folder."""
-  assert request.options.llm is not None
-  return _complete(request, with_lora_of(load_llm(request.options.llm), request.src))
-
-
-def _complete(request: Request, module: Any) -> Original:
-  """Generates after a short prompt."""
+  """Runs an LLM after a short prompt: that of a folder or GGUF file, or --llm with a LoRA."""
+  if request.options.llm is None:
+    module = load_llm(request.src)
+  else:
+    module = with_lora_of(load_llm(request.options.llm), request.src)
   if request.tokenizer is None:  # in a checkpoint of version 0.1
     prompt_S = list(range(min(16, request.config.decoder.vocab_size)))
   else:
@@ -49,11 +42,7 @@ def state_of(source: Source, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def load_state(module, state: State, origin: Path) -> Any:
-  """Loads the tensors of a module, which may be some of `state`.
-
-  Raises:
-    ConversionError: if a tensor is missing or has another shape.
-  """
+  """Loads a module's part of `state`. Raises ConversionError for missing tensors, other shapes."""
   known = module.state_dict()
   if missing := sorted(known.keys() - state.keys()):
     raise ConversionError(f"{origin}: {missing[0]} is missing ({len(missing)} such tensors)")
@@ -69,8 +58,7 @@ def load_state(module, state: State, origin: Path) -> Any:
 def load_llm(folder: Path) -> Any:
   """Loads transformers' model of a folder or GGUF file in float32.
 
-  Raises:
-    ConversionError: if transformers misses a tensor, which it would initialize at random.
+  Raises ConversionError if transformers misses a tensor, which it would initialize at random.
   """
   from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -93,23 +81,12 @@ def with_lora_of(module, folder: Path) -> Any:
   """Wraps a model in the LoRA of a folder that peft's `save_pretrained` wrote."""
   from peft import PeftConfig
 
-  return with_lora(
-    module, PeftConfig.from_pretrained(str(folder)), state_of(open_source(folder)), folder
-  )
+  config = PeftConfig.from_pretrained(str(folder))
+  return with_lora(module, config, state_of(open_source(folder)), origin=folder)
 
 
-def with_lora(module, config: Any, state: State, origin: Path) -> Any:
-  """Wraps a model in peft's LoRA.
-
-  Args:
-    module: the model.
-    config: peft's LoraConfig.
-    state: tensors under peft's names, with or without the adapter's name.
-    origin: path for errors.
-
-  Raises:
-    ConversionError: if a tensor is missing or unknown.
-  """
+def with_lora(module, config: Any, state: State, *, origin: Path) -> Any:
+  """Wraps a model in peft's LoRA. Raises ConversionError if a tensor is missing or unknown."""
   from peft import get_peft_model, set_peft_model_state_dict
 
   wrapped = get_peft_model(module, config)
@@ -136,14 +113,7 @@ def generate_greedily(
   eos_id: int | None,
   max_new_tokens: int,
 ) -> Stages:
-  """Decodes greedily by transformers' generate.
-
-  Args:
-    module: the language model.
-    before_S, after_S: tokens of the prompt before and after the speech; one may be empty.
-    speech_SD: embeddings of the speech.
-    eos_id: token that ends the output.
-    max_new_tokens: maximum number of generated tokens.
+  """Decodes greedily by transformers' generate, after a prompt around embeddings of speech.
 
   Returns:
     "prompt" [S, D], embeddings; "tokens" [A]; "logits" [A, V], with these tokens as input.

@@ -17,8 +17,6 @@ from .paraformer import run_sanm_encoder
 def run(
   request: Request,
   *,
-  weights: Path,
-  cmvn: Path,
   adapter: Path,
   llm: Path,
   lora: Path | None,
@@ -27,18 +25,10 @@ def run(
 ) -> Original:
   """Runs a release.
 
-  Args:
-    request: the comparison.
-    weights: file with the encoder.
-    cmvn: am.mvn.
-    adapter: adapter_project.pt; the tensors of an encoder in it replace those in `weights`, as the
-      original loads one file after the other.
-    llm: folder of the LLM.
-    lora: folder of the LoRA; None runs without.
-    prompt: the prompt of the task.
-    notes: sentences for the user.
+  Tensors of an encoder in adapter_project.pt replace those in the file of the encoder, as the
+  original loads one file after the other.
   """
-  tokenizer = request.tokenizer
+  tokenizer, encoder = request.tokenizer, request.src / "paraformer_encoder"
   assert tokenizer is not None
   before_S, after_S = (
     tokenizer.encode(text) for text in fill_template(request.config.chat_template, prompt)
@@ -46,7 +36,9 @@ def run(
   if before_S:
     raise ConversionError(f"template {request.config.chat_template!r}: MooER's speech comes first")
   tuned = state_of(open_source(adapter), "encoder.model.")
-  clips = run_sanm_encoder(weights, cmvn, request.waveforms, tuned=tuned)
+  clips = run_sanm_encoder(
+    encoder / "paraformer-encoder.pth", encoder / "am.mvn", request.waveforms, tuned=tuned
+  )
   model = load_llm(llm)
   if lora is not None:
     model = with_lora_of(model, lora)

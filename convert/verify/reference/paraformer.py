@@ -41,14 +41,9 @@ def run_sanm_encoder(
   conf: Mapping[str, Any] | None = None,
   tuned: State | None = None,
 ) -> list[Stages]:
-  """Runs funasr's front end and encoder on clips.
+  """Runs funasr's front end and encoder, with the options of a config.yaml, on clips [N].
 
-  Args:
-    weights: file with the encoder.
-    cmvn: am.mvn.
-    waveforms: clips [N].
-    conf: content of config.yaml.
-    tuned: tensors of the encoder that replace those of the file.
+  Tensors in `tuned` replace those of the file.
 
   Returns:
     Per clip, "features" [T, F] after CMVN and "encoder" [T, D].

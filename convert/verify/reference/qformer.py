@@ -22,7 +22,6 @@ def run_qformer(
   """Normalises the frames of each encoder, joins them and runs the Q-Former on every window.
 
   Args:
-    source: SALMONN's own file.
     streams: (name of the LayerNorm, frames [T, D]) of each encoder, in order.
     seconds: second_per_window and second_stride.
 

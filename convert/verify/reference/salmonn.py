@@ -116,4 +116,4 @@ def _load_llm(source: Source, folder: Path, training: Mapping[str, Any]) -> Any:
     target_modules=sorted({re.split(r"\.lora_[AB]", name)[0].split(".")[-1] for name in added}),
     task_type="CAUSAL_LM",
   )
-  return with_lora(module, config, added, source.path)
+  return with_lora(module, config, added, origin=source.path)

@@ -67,12 +67,9 @@ def check_context(request: Request) -> None:
 def run_whisper_encoder(
   src: Path, waveforms: Sequence[np.ndarray], *, tuned: State | None = None
 ) -> list[Stages]:
-  """Runs transformers' features and encoder on clips.
+  """Runs transformers' features and encoder on clips [N] at 16 kHz.
 
-  Args:
-    src: folder of Hugging Face or faster-whisper, or openai-whisper's .pt file.
-    waveforms: clips [N] at the sample rate of Whisper.
-    tuned: tensors under transformers' names that replace those of `src`.
+  Tensors in `tuned`, under transformers' names, replace those of the file.
 
   Returns:
     Per clip, "features" of the frames that overlap the clip, and "encoder" of all frames.

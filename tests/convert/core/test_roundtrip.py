@@ -23,6 +23,7 @@ from convert.core.rules import (
   row_blocks,
   transposed,
 )
+from convert.core.shapes import encoder_shapes
 from convert.core.writers import write_shards
 from convert.parts import language_model, lora, paraformer, whisper
 from convert.readers import Tensor, open_source
@@ -41,8 +42,8 @@ WHISPER = WhisperConfig(
 TABLES = {
   "llm": (language_model.TABLE, language_model.shapes(LLM)),
   "lora": (lora.table("default"), lora.shapes(LLM)),
-  "encoder": (paraformer.table("encoder."), paraformer.shapes(SANM)),
-  "whisper": (whisper.table(), whisper.shapes(WHISPER)),
+  "encoder": (paraformer.table("encoder."), encoder_shapes(SANM)),
+  "whisper": (whisper.table(), encoder_shapes(WHISPER)),
 }
 TABLES["llm"] = (TABLES["llm"][0], {p: s for p, s in TABLES["llm"][1].items() if "lora" not in p})
 

@@ -86,12 +86,12 @@ def released(tmp_path_factory):
 def test_logits_are_those_of_the_parts_in_pytorch(released, tmp_path, merged):
   folder, modules = released
   options = Options(task="asr", merge_lora=merged)
-  report = import_checkpoint("mooer", folder, tmp_path / "ours", options)
+  report = import_checkpoint("mooer", folder, tmp_path / "ours", options=options)
   assert report.ignored == ("decoder.embed.0.weight",)
   assert_same_model(tmp_path / "ours", modules, cmvn_of(folder))
   export_checkpoint("mooer", tmp_path / "ours", tmp_path / "back")
   options = Options(task="asr", lora=not merged)
-  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", options)
+  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", options=options)
   first, second = (
     tree.flatten(checkpoint.load(tmp_path / name).params) for name in ("ours", "again")
   )
@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_parts_in_pytorch(released, tmp_path, merged):
 def test_the_export_is_the_release(tmp_path, tuned):
   folder = tmp_path / "release"
   modules = release(folder, tuned_encoder=tuned, extra=False, dtype=torch.bfloat16)
-  report = import_checkpoint("mooer", folder, tmp_path / "ours", Options(task="asr"))
+  report = import_checkpoint("mooer", folder, tmp_path / "ours", options=Options(task="asr"))
   assert len(report.ignored) == (15 if tuned else 0)  # a layer and the last norm
   modules["llm"] = modules["llm"].float()
   assert_same_model(tmp_path / "ours", modules, cmvn_of(folder))
@@ -122,7 +122,7 @@ def test_the_export_is_the_release(tmp_path, tuned):
 def test_what_travels_in_the_checkpoint(released, tmp_path):
   folder, _ = released
   shutil.copytree(folder / "asr", folder / "asr_ast_mtl", dirs_exist_ok=True)
-  import_checkpoint("mooer", folder, tmp_path / "ours", Options(task="asr_ast_mtl"))
+  import_checkpoint("mooer", folder, tmp_path / "ours", options=Options(task="asr_ast_mtl"))
   about = checkpoint.describe(tmp_path / "ours")
   config = from_json(about.config)
   assert config.prompts == (("asr_ast_mtl", "Translate speech to english text. "),)
@@ -144,17 +144,17 @@ def test_the_llm_may_lie_elsewhere(released, tmp_path):
   folder, _ = released
   shutil.copytree(folder, tmp_path / "release", ignore=lambda *_: ["Qwen2-tiny"])
   with pytest.raises(ConversionError, match="one folder with a config.json, has none; pass --llm"):
-    import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", Options(task="asr"))
+    import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", options=Options(task="asr"))
   options = Options(task="asr", llm=folder / "Qwen2-tiny")
-  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", options)
+  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", options=options)
 
 
 def test_what_is_read_is_never_replaced(released, tmp_path):
   source, _ = released
   ckpt = tmp_path / "ckpt"
-  import_checkpoint("mooer", source, ckpt, Options(task="asr"))
+  import_checkpoint("mooer", source, ckpt, options=Options(task="asr"))
   with pytest.raises(ValueError, match="would replace"):
-    import_checkpoint("mooer", source, source, Options(task="asr", overwrite=True))
+    import_checkpoint("mooer", source, source, options=Options(task="asr", overwrite=True))
   for out in (ckpt, tmp_path):
     with pytest.raises(ValueError, match="would replace"):
       export_checkpoint("mooer", ckpt, out, overwrite=True)
@@ -177,7 +177,7 @@ def test_everything_wrong_is_told_at_once_and_nothing_is_left(released, tmp_path
   (folder / "asr" / "lora_weights" / "adapter_config.json").write_text(json.dumps(config))
   (folder / "paraformer_encoder" / "am.mvn").write_text("<Nnet>")
   with pytest.raises(ConversionError) as caught:
-    import_checkpoint("mooer", folder, tmp_path / "out", Options(task="asr"))
+    import_checkpoint("mooer", folder, tmp_path / "out", options=Options(task="asr"))
   for part in (
     "after_norm.bias [32] is missing",
     "encoders.1.norm1.weight has shape [7]",
@@ -202,7 +202,7 @@ def test_a_value_that_is_not_finite_is_told_by_file_and_tensor(released, tmp_pat
   state[name].view(-1)[0] = torch.inf
   torch.save(state, tmp_path / "release" / file)
   with pytest.raises(ReadError, match=f"{file}: tensor '{name}' has 1 of .* NaN or infinite"):
-    import_checkpoint("mooer", tmp_path / "release", tmp_path / "out", Options(task="asr"))
+    import_checkpoint("mooer", tmp_path / "release", tmp_path / "out", options=Options(task="asr"))
   assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
 
@@ -218,19 +218,19 @@ def test_a_merge_that_is_too_large_for_the_weights_is_told(tmp_path, dtype, too_
   save_file(state, folder / "asr" / "lora_weights" / "adapter_model.safetensors")
   options = Options(task="asr", merge_lora=True)
   if not too_large:
-    import_checkpoint("mooer", folder, tmp_path / "out", options)
+    import_checkpoint("mooer", folder, tmp_path / "out", options=options)
     return
   message = r"^model.layers.1.mlp.up_proj.weight: .* 2240 of 2240 .* too large for float16; keep"
   with pytest.raises(ConversionError, match=message):
-    import_checkpoint("mooer", folder, tmp_path / "out", options)
+    import_checkpoint("mooer", folder, tmp_path / "out", options=options)
   assert [path.name for path in tmp_path.iterdir()] == ["release"]
-  import_checkpoint("mooer", folder, tmp_path / "out", Options(task="asr"))  # apart
+  import_checkpoint("mooer", folder, tmp_path / "out", options=Options(task="asr"))  # apart
 
 
 def test_a_run_that_went_on_from_a_release_is_exported_as_one(released, tmp_path):
   """Its own leaves, its base's other leaves and its base's files."""
   folder, _ = released
-  import_checkpoint("mooer", folder, tmp_path / "ours", Options(task="asr"))
+  import_checkpoint("mooer", folder, tmp_path / "ours", options=Options(task="asr"))
   loaded = checkpoint.load(tmp_path / "ours")
   trained, _ = tree.partition(loaded.params, ("connector/.*", ".*/lora_[ab]"))
   trained = tree.unflatten({path: leaf + 1 for path, leaf in tree.flatten(trained).items()})

@@ -28,7 +28,7 @@ def released(tmp_path_factory):
   """(release, its checkpoint, its modules)."""
   folder = tmp_path_factory.mktemp("deepspeed")
   modules = release(folder / "release", extra=False)
-  import_checkpoint("mooer", folder / "release", folder / "base", Options(task="asr"))
+  import_checkpoint("mooer", folder / "release", folder / "base", options=Options(task="asr"))
   return folder / "release", folder / "base", modules
 
 
@@ -61,7 +61,7 @@ def test_the_model_is_the_one_that_was_trained(released, tmp_path, stage):
   assert any(".lora_A.default.weight" in name for name in trained(modules))
   write(tmp_path / "ds", trained(modules), stage)
   options = Options(base_checkpoint=base, lora_config=source / "asr" / "lora_weights")
-  report = import_checkpoint("deepspeed", tmp_path / "ds", tmp_path / "ours", options)
+  report = import_checkpoint("deepspeed", tmp_path / "ds", tmp_path / "ours", options=options)
   assert report.ignored == (BUFFER,)
   about = checkpoint.describe(tmp_path / "ours")
   assert about.base == base
@@ -72,7 +72,7 @@ def test_the_model_is_the_one_that_was_trained(released, tmp_path, stage):
     assert_same_model(base, modules, cmvn_of(source))  # else nothing would show
 
   export_checkpoint("mooer", tmp_path / "ours", tmp_path / "back")
-  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", Options(task="asr"))
+  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", options=Options(task="asr"))
   assert_same_model(tmp_path / "again", modules, cmvn_of(source))
 
 
@@ -91,13 +91,13 @@ def test_rank_and_alpha(released, tmp_path, capsys):
   write(tmp_path / "small", trained(tuned(modules)))
   with pytest.raises(ConversionError, match="has rank 4, .*--lora-config"):
     import_checkpoint(
-      "deepspeed", tmp_path / "small", tmp_path / "out", Options(base_checkpoint=base)
+      "deepspeed", tmp_path / "small", tmp_path / "out", options=Options(base_checkpoint=base)
     )
   written = json.loads((source / "asr" / "lora_weights" / "adapter_config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps({**written, "r": 5}))
   options = Options(base_checkpoint=base, lora_config=tmp_path / "config.json")
   with pytest.raises(ConversionError, match="has rank 4, but r is 5"):
-    import_checkpoint("deepspeed", tmp_path / "small", tmp_path / "out", options)
+    import_checkpoint("deepspeed", tmp_path / "small", tmp_path / "out", options=options)
   assert not (tmp_path / "out").exists()
 
 
@@ -109,10 +109,10 @@ def test_encoder_and_frozen_weights_in_the_folder_are_taken(released, tmp_path, 
   folder = write(tmp_path / "ds", trained(modules) | heard, stage, frozen=frozen_llm(modules))
   assert any(".q_proj.base_layer.weight" in name for name in frozen_llm(modules))
   options = Options(base_checkpoint=base, lora_config=source / "asr" / "lora_weights")
-  import_checkpoint("deepspeed", folder, tmp_path / "ours", options)
+  import_checkpoint("deepspeed", folder, tmp_path / "ours", options=options)
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
   export_checkpoint("mooer", tmp_path / "ours", tmp_path / "back")
-  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", Options(task="asr"))
+  import_checkpoint("mooer", tmp_path / "back", tmp_path / "again", options=Options(task="asr"))
   assert_same_model(tmp_path / "again", modules, cmvn_of(source))
 
 
@@ -121,7 +121,10 @@ def test_an_adapter_alone_keeps_the_lora_of_the_base(released, tmp_path):
   modules = {**modules, "adapter": adapter(40, seed=5)}
   params = {n: t for n, t in trained(modules).items() if "llm." not in n}
   import_checkpoint(
-    "deepspeed", write(tmp_path / "ds", params), tmp_path / "ours", Options(base_checkpoint=base)
+    "deepspeed",
+    write(tmp_path / "ds", params),
+    tmp_path / "ours",
+    options=Options(base_checkpoint=base),
   )
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
 
@@ -133,10 +136,12 @@ def test_an_llm_that_was_trained_itself(released, tmp_path):
   params = {n: t for n, t in trained(modules).items() if "lora" not in n} | frozen_llm(modules)
   folder = write(tmp_path / "ds", params)
   with pytest.raises(ConversionError, match="the LLM itself was trained"):
-    import_checkpoint("deepspeed", folder, tmp_path / "ours", Options(base_checkpoint=base))
-  import_checkpoint("mooer", source, tmp_path / "merged", Options(task="asr", merge_lora=True))
+    import_checkpoint("deepspeed", folder, tmp_path / "ours", options=Options(base_checkpoint=base))
   import_checkpoint(
-    "deepspeed", folder, tmp_path / "ours", Options(base_checkpoint=tmp_path / "merged")
+    "mooer", source, tmp_path / "merged", options=Options(task="asr", merge_lora=True)
+  )
+  import_checkpoint(
+    "deepspeed", folder, tmp_path / "ours", options=Options(base_checkpoint=tmp_path / "merged")
   )
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
 
@@ -147,18 +152,20 @@ def test_a_tied_head_in_the_folder_is_the_embedding(released, tmp_path):
   shutil.copytree(source, tmp_path / "release")
   tied.save_pretrained(tmp_path / "release" / "Qwen2-tiny")
   options = Options(task="asr", lora=False)
-  import_checkpoint("mooer", tmp_path / "release", tmp_path / "base", options)
+  import_checkpoint("mooer", tmp_path / "release", tmp_path / "base", options=options)
   modules = {**modules, "adapter": adapter(40, seed=5)}
   modules["llm"] = llm("qwen2", vocab_size=tied.config.vocab_size, tie_word_embeddings=True, seed=9)
   params = {n: t for n, t in trained(modules).items() if "lora" not in n} | frozen_llm(modules)
   options = Options(base_checkpoint=tmp_path / "base")
   folder = write(tmp_path / "ds", params)
-  report = import_checkpoint("deepspeed", folder, tmp_path / "ours", options)
+  report = import_checkpoint("deepspeed", folder, tmp_path / "ours", options=options)
   assert set(report.ignored) == {BUFFER, "llm.lm_head.weight"}
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
   params["llm.lm_head.weight"] = params["llm.lm_head.weight"] + 1
   with pytest.raises(ConversionError, match="llm.lm_head.weight .* is unmapped"):
-    import_checkpoint("deepspeed", write(tmp_path / "odd", params), tmp_path / "out", options)
+    import_checkpoint(
+      "deepspeed", write(tmp_path / "odd", params), tmp_path / "out", options=options
+    )
 
 
 def test_everything_that_does_not_fit_is_named(released, tmp_path):
@@ -172,7 +179,9 @@ def test_everything_that_does_not_fit_is_named(released, tmp_path):
   }
   options = Options(base_checkpoint=base, lora_config=source / "asr" / "lora_weights")
   with pytest.raises(ConversionError) as caught:
-    import_checkpoint("deepspeed", write(tmp_path / "ds", params), tmp_path / "out", options)
+    import_checkpoint(
+      "deepspeed", write(tmp_path / "ds", params), tmp_path / "out", options=options
+    )
   for part in (
     "visual.proj.weight [2, 2] is unmapped",
     "encoders.7.norm1.bias [32] is unmapped",
@@ -192,12 +201,12 @@ def test_everything_that_does_not_fit_is_named(released, tmp_path):
 )
 def test_the_wrong_base_is_refused(released, tmp_path, change, message):
   source, _, modules = released
-  import_checkpoint("mooer", source, tmp_path / "base", Options(task="asr", **change))
+  import_checkpoint("mooer", source, tmp_path / "base", options=Options(task="asr", **change))
   targets = ALL if change else ("q", "v")
   folder = write(tmp_path / "ds", trained(tuned(modules, rank=64, targets=targets)))
   with pytest.raises(ConversionError, match=message):
     import_checkpoint(
-      "deepspeed", folder, tmp_path / "out", Options(base_checkpoint=tmp_path / "base")
+      "deepspeed", folder, tmp_path / "out", options=Options(base_checkpoint=tmp_path / "base")
     )
 
 
@@ -209,11 +218,11 @@ def test_what_is_needed_is_named(released, tmp_path):
   import_checkpoint("qwen2", source / "Qwen2-tiny", tmp_path / "llm")
   with pytest.raises(ConversionError, match="has no encoders; give an imported release"):
     import_checkpoint(
-      "deepspeed", folder, tmp_path / "out", Options(base_checkpoint=tmp_path / "llm")
+      "deepspeed", folder, tmp_path / "out", options=Options(base_checkpoint=tmp_path / "llm")
     )
   folder = write(tmp_path / "other", {"model.norm.weight": torch.ones(40), "x": torch.ones(2, 2)})
   with pytest.raises(ConversionError, match="model.norm.weight .40. is unmapped"):
-    import_checkpoint("deepspeed", folder, tmp_path / "out", Options(base_checkpoint=base))
+    import_checkpoint("deepspeed", folder, tmp_path / "out", options=Options(base_checkpoint=base))
 
 
 def test_the_merged_form_is_a_release_but_for_a_name(released, tmp_path):
@@ -225,11 +234,11 @@ def test_the_merged_form_is_a_release_but_for_a_name(released, tmp_path):
   modules["llm"].save_pretrained(tmp_path / "release" / "asr" / "new_llm")
   joined = {n: t for n, t in trained(modules).items() if "llm" not in n}
   torch.save(joined, tmp_path / "release" / "asr" / "adapter_project.pt")
-  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", Options(task="asr"))
+  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", options=Options(task="asr"))
   assert_same_model(tmp_path / "ours", modules, cmvn_of(source))
   shutil.copytree(source / "asr" / "lora_weights", tmp_path / "release" / "asr" / "lora_weights")
   with pytest.raises(ConversionError, match="lora_weights and new_llm"):
-    import_checkpoint("mooer", tmp_path / "release", tmp_path / "out", Options(task="asr"))
+    import_checkpoint("mooer", tmp_path / "release", tmp_path / "out", options=Options(task="asr"))
 
 
 def test_inspect_knows_the_folder(released, tmp_path, capsys):

@@ -51,7 +51,7 @@ def bring(folder, module, llm, *, options=None, **content):
   paths = torch_salmonn.write(folder / "files", module, **content)
   options = Options(**{"llm": llm, **paths, **(options or {})})
   report = import_checkpoint(
-    "salmonn", folder / "files" / "salmonn_v1.pth", folder / "ours", options
+    "salmonn", folder / "files" / "salmonn_v1.pth", folder / "ours", options=options
   )
   return report, checkpoint.describe(folder / "ours")
 
@@ -112,7 +112,7 @@ def test_a_file_goes_in_and_comes_out_as_it_was(module, deaf, llm, dtype, with_b
     }
     assert_same(mapped(state), take_back(folder)["model"])
     import_checkpoint(
-      "salmonn", folder / "back" / "salmonn_v1.pth", folder / "again", from_back(folder)
+      "salmonn", folder / "back" / "salmonn_v1.pth", folder / "again", options=from_back(folder)
     )
     first, second = (
       tree.flatten(checkpoint.load(folder / part).params) for part in ("ours", "again")
@@ -161,7 +161,9 @@ def test_merged_lora_is_a_model_without(module, llm, tmp_path):
   assert not any("lora" in name for name in back["model"])
   assert back["config"]["model"]["lora"] is False
   options = from_back(tmp_path, prompts=tmp_path / "back" / "test_prompt.json")
-  import_checkpoint("salmonn", tmp_path / "back" / "salmonn_v1.pth", tmp_path / "again", options)
+  import_checkpoint(
+    "salmonn", tmp_path / "back" / "salmonn_v1.pth", tmp_path / "again", options=options
+  )
   assert from_json(checkpoint.describe(tmp_path / "again").config) == config
 
 
@@ -329,7 +331,9 @@ def test_prompts_are_those_of_a_file_and_come_back(module, llm, tmp_path):
         llm=llm,
         prompts=tmp_path / "p.json",
       )
-      import_checkpoint("salmonn", tmp_path / "back" / "salmonn_v1.pth", tmp_path / "no", options)
+      import_checkpoint(
+        "salmonn", tmp_path / "back" / "salmonn_v1.pth", tmp_path / "no", options=options
+      )
 
 
 @pytest.mark.parametrize(

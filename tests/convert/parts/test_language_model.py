@@ -197,7 +197,7 @@ def test_overwriting_replaces_an_earlier_result_and_nothing_else(tmp_path):
   _, source = saved_llm(tmp_path / "hf", "llama")
   ours, out = tmp_path / "ours", tmp_path / "out"
   runs = (
-    lambda target, **o: import_checkpoint("llama", source, target, Options(**o)),
+    lambda target, **o: import_checkpoint("llama", source, target, options=Options(**o)),
     lambda target, **o: export_checkpoint("llama", ours, target, **o),
   )
   runs[0](ours)
@@ -223,7 +223,7 @@ def test_a_part_of_what_is_read_is_never_replaced(tmp_path):
     export_checkpoint("llama", ours, ours / "weights", overwrite=True)
   (source / "part").mkdir()
   with pytest.raises(ValueError, match="would replace a part of"):
-    import_checkpoint("llama", source, source / "part", Options(overwrite=True))
+    import_checkpoint("llama", source, source / "part", options=Options(overwrite=True))
 
 
 def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
@@ -260,7 +260,7 @@ def test_another_kind_is_named(tmp_path):
   with pytest.raises(ValueError, match="describes a part of a speech LLM"):
     export_checkpoint("mooer", tmp_path / "ours", tmp_path / "out")
   with pytest.raises(ValueError, match="--task has no effect on the kind 'qwen2'"):
-    import_checkpoint("qwen2", source, tmp_path / "out", Options(task="asr"))
+    import_checkpoint("qwen2", source, tmp_path / "out", options=Options(task="asr"))
 
 
 def test_it_restores_sharded_over_a_mesh(tmp_path):

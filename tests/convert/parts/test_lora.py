@@ -55,7 +55,7 @@ def tuned(source, folder, *, binary=False, dotted=False, **options):
 def test_a_lora_on_its_base_gives_the_logits_of_peft(base, tmp_path, options):
   source, ours = base
   module, folder = tuned(source, tmp_path / "lora", **options)
-  import_checkpoint("peft", folder, tmp_path / "tuned", Options(base_checkpoint=ours))
+  import_checkpoint("peft", folder, tmp_path / "tuned", options=Options(base_checkpoint=ours))
   assert_same_logits(tmp_path / "tuned", module)
   with exceeds_the_bound():
     assert_same_logits(ours, module)  # else the LoRA would not show
@@ -95,7 +95,7 @@ def test_an_export_of_a_lora_trained_here_loads_in_peft(base, tmp_path):
   from transformers import AutoModelForCausalLM
 
   module, folder = tuned(base[0], tmp_path / "lora", use_rslora=True, rank=5)
-  import_checkpoint("peft", folder, tmp_path / "tuned", Options(base_checkpoint=base[1]))
+  import_checkpoint("peft", folder, tmp_path / "tuned", options=Options(base_checkpoint=base[1]))
   shutil.rmtree(tmp_path / "tuned" / "source")
   export_checkpoint("peft", tmp_path / "tuned", tmp_path / "back")
   plain = AutoModelForCausalLM.from_pretrained(base[0], dtype=torch.float32)
@@ -142,7 +142,7 @@ def test_a_layer_without_its_lora_and_a_wrong_rank_are_all_named(base, tmp_path)
   state[f"{start}7.mlp.down_proj.lora_B.weight"] = torch.zeros(40, 3)
   save_file(state, file)
   with pytest.raises(ConversionError) as caught:
-    import_checkpoint("peft", folder, tmp_path / "out", Options(base_checkpoint=base[1]))
+    import_checkpoint("peft", folder, tmp_path / "out", options=Options(base_checkpoint=base[1]))
   message = str(caught.value)
   assert "3 problems" in message
   assert "layers.1.self_attn.q_proj.lora_A.weight [3, 40] is missing" in message

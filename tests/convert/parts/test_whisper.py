@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from convert.core.errors import ConversionError
+from convert.core.shapes import encoder_shapes
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from convert.main import main
-from convert.parts.whisper import PREFIX, features_of, shapes, table
+from convert.parts.whisper import PREFIX, features_of, table
 from convert.readers import ReadError, open_source
 from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
@@ -225,7 +226,7 @@ def test_the_checkpoint_says_which_features_it_takes(tmp_path):
 def test_the_table_covers_the_model_in_both_directions():
   styles = ((PREFIX, "hf"), ("", "hf"), ("encoder.", "openai"), ("encoder/", "ctranslate2"))
   for prefix, style in styles:
-    rules, paths = table(prefix, style=style), shapes(CONFIG)
+    rules, paths = table(prefix, style=style), encoder_shapes(CONFIG)
     names = {rules.to_torch(path)[0] for path in paths}
     assert len(names) == len(paths)
     assert {rules.to_jax(name)[0] for name in names} == paths.keys()

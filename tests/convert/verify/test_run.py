@@ -31,7 +31,7 @@ def sides(tmp_path_factory):
   """(release, its checkpoint)."""
   folder = tmp_path_factory.mktemp("verify")
   release(folder / "release")
-  import_checkpoint("mooer", folder / "release", folder / "ours", Options(task="asr"))
+  import_checkpoint("mooer", folder / "release", folder / "ours", options=Options(task="asr"))
   return folder / "release", folder / "ours"
 
 
@@ -139,7 +139,7 @@ def test_tokens_are_those_that_each_side_generates(sides, clips, monkeypatch):
 
 def test_an_encoder_that_was_trained_along_is_heard_with(run, tmp_path):
   release(tmp_path / "release", tuned_encoder=True)
-  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", Options(task="asr"))
+  import_checkpoint("mooer", tmp_path / "release", tmp_path / "ours", options=Options(task="asr"))
   assert run(tmp_path / "release", tmp_path / "ours")[0] == 0
   plain = lambda state: {k: v for k, v in state.items() if "encoder.model." not in k}  # noqa: E731
   rewrite(tmp_path / "release" / "asr" / "adapter_project.pt", plain)
@@ -150,7 +150,7 @@ def test_an_encoder_that_was_trained_along_is_heard_with(run, tmp_path):
 @pytest.mark.parametrize("option", ["lora", "merge_lora"])
 def test_the_original_has_the_lora_that_the_checkpoint_has(sides, run, tmp_path, option):
   choice = {"lora": False} if option == "lora" else {"merge_lora": True}
-  import_checkpoint("mooer", sides[0], tmp_path / "ours", Options(task="asr", **choice))
+  import_checkpoint("mooer", sides[0], tmp_path / "ours", options=Options(task="asr", **choice))
   status, printed = run(sides[0], tmp_path / "ours")
   assert status == 0 and ("--no-lora" in printed) == (option == "lora")
 
@@ -171,7 +171,7 @@ def test_nested_files_are_read_as_the_import_reads_them(source, run, tmp_path):
     source / "asr" / "adapter_project.pt",
     lambda state: {"model": {name: t.bfloat16() for name, t in state.items()}},
   )
-  import_checkpoint("mooer", source, tmp_path / "ours", Options(task="asr"))
+  import_checkpoint("mooer", source, tmp_path / "ours", options=Options(task="asr"))
   assert run(source, tmp_path / "ours")[0] == 0
 
 
@@ -231,7 +231,7 @@ def test_a_lora_of_peft(tmp_path, dotted):
     torch.save(state, tmp_path / "lora" / "adapter_model.bin")
     file.unlink()
   import_checkpoint(
-    "peft", tmp_path / "lora", tmp_path / "ours", Options(base_checkpoint=tmp_path / "base")
+    "peft", tmp_path / "lora", tmp_path / "ours", options=Options(base_checkpoint=tmp_path / "base")
   )
   args = dict(options=Options(llm=tmp_path / "hf"), max_new_tokens=5)
   report = verify("peft", tmp_path / "lora", tmp_path / "ours", **args)

@@ -34,7 +34,7 @@ def bring(folder, llm, *, with_beats=True, change=None, **options) -> Sides:
   state = module.saved()
   state.update(change(state) if change else {})
   paths = {**torch_salmonn.write(folder / "files", module, state=state), "llm": llm, **options}
-  import_checkpoint("salmonn", folder / "files" / NAME, folder / "ours", Options(**paths))
+  import_checkpoint("salmonn", folder / "files" / NAME, folder / "ours", options=Options(**paths))
   return Sides(folder / "files" / NAME, folder / "ours", paths)
 
 
@@ -139,13 +139,9 @@ def test_whisper_alone_with_what_was_trained_along_and_merged(run, tmp_path, llm
 def test_the_lora_is_scaled_as_in_training(sides, run, tmp_path, llm):
   told = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.0}
   (tmp_path / "adapter_config.json").write_text(json.dumps(told))
-  merged = import_checkpoint(
-    "salmonn",
-    sides.file,
-    tmp_path / "merged",
-    Options(**sides.options, lora_config=tmp_path, merge_lora=True),
-  )
-  other = dataclasses.replace(sides, ours=merged.folder)
+  merged, options = tmp_path / "merged", dict(lora_config=tmp_path, merge_lora=True)
+  import_checkpoint("salmonn", sides.file, merged, options=Options(**sides.options, **options))
+  other = dataclasses.replace(sides, ours=merged)
   assert run(other, lora_config=tmp_path)[0] == 0
   assert run(other)[:2] == (1, ["logits"])
 
