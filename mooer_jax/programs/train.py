@@ -20,14 +20,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_from_config(config: Mapping[str, Any]) -> Path:
-  """Trains as a config says.
+  """Trains as a config says; raises as `run.train.train`.
 
   Returns:
     The folder of the last checkpoint; with activation.review, the workdir with the answers.
-
-  Raises:
-    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint.
-    NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
   run = Run.read(config)

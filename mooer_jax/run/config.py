@@ -1,7 +1,6 @@
 """The config of training and evaluation, read once into frozen dataclasses."""
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from mooer_jax import checkpoint
 from mooer_jax.config import (
   SpeechLLMConfig,
   build,
-  check_section,
   convert,
   model_config,
   part_kinds,
@@ -26,11 +24,19 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.translation import check_tokenizer
 from mooer_jax.generation import GenerationConfig
+from mooer_jax.generation.loading import merge_options
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.prompts import read_prompts, task_prompt
+from mooer_jax.prompts import read_prompts
 from mooer_jax.training.optimizer import OptimizerConfig
-from mooer_jax.training.sharding import MeshConfig
+from mooer_jax.training.sharding import MeshConfig, make_mesh
+
+
+def _check_counts(config: Any, section: str) -> None:
+  """Raises ValueError for an integer below 1; all integers of these sections are counts."""
+  for field in dataclasses.fields(config):
+    if field.type is int and (value := getattr(config, field.name)) < 1:
+      raise ValueError(f"{section}.{field.name}={value}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +49,7 @@ class TrainConfig:
     log_every: steps between two lines of metrics.
     save_every: steps between two checkpoints; the last step always saves.
     max_to_keep: number of checkpoints to keep, the newest ones.
-    cmvn: "estimate" from the first batches, a path of an `am.mvn`, or "" for what the
-      initial checkpoint has.
+    cmvn: "estimate" from the first batches, path of an `am.mvn`, or "": the initial checkpoint's.
   """
 
   RENAMED: ClassVar = {"accumulation": "gradient_accumulation_steps", "keep": "max_to_keep"}
@@ -56,11 +61,7 @@ class TrainConfig:
   cmvn: str = ""
 
   def __post_init__(self):
-    for name in (
-      "steps", "gradient_accumulation_steps", "log_every", "save_every", "max_to_keep"
-    ):  # fmt: skip
-      if getattr(self, name) < 1:
-        raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+    _check_counts(self, "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,10 @@ class EvalConfig:
     task: task of all utterances; "": each utterance's own task; each task is scored separately.
     batch_size: utterances per batch.
     out: folder for `text` and the reports; "": `eval/NAME` in the run's folder. NAME is the folder
-      of the data.list, FOLDER-FILE for an annotation file, or "salmonn" (the suite), "perplexity",
-      "lora_sweep".
+      of the data.list, FOLDER-FILE of an annotation file, "salmonn", "perplexity" or "lora_sweep".
     metric: metric of report.json: "mixed" (MooER's), "character" or "word".
-    space_mark: meaning of `▁` in a transcript: "space", as in training, or "keep" (a character), as
-      in MooER's script.
+    space_mark: meaning of `▁` in a transcript: "space" (as in training), "keep" (a character, as in
+      MooER's script) or "auto" (see `ScoreConfig`).
     skip_missing: leave out utterances without a hypothesis, as MooER's script does.
     max_s: longest clip, in seconds; default: the model's limit. Longer clips are reported and
       scored as not decoded.
@@ -110,14 +110,12 @@ class EvalConfig:
     for name, allowed in (("metric", sorted(METRICS)), ("space_mark", ["auto", "space", "keep"])):
       if getattr(self, name) not in allowed:
         raise ValueError(f"eval.{name}={getattr(self, name)!r}: choose one of {allowed}")
-    if self.batch_size < 1:
-      raise ValueError(f"eval.batch_size={self.batch_size}: must be at least 1")
-    if self.max_s is not None and not 0 < self.max_s < math.inf:
+    _check_counts(self, "eval")
+    if self.max_s is not None and not self.max_s > 0:
       raise ValueError(
-        f"eval.max_s={self.max_s:g}: must be a number of seconds above 0; leave it out for the"
-        " model's limit"
+        f"eval.max_s={self.max_s:g}: must be above 0 seconds; leave it out for the model's limit"
       )
-    if self.lora_scale is not None and not 0 <= self.lora_scale < math.inf:
+    if self.lora_scale is not None and not self.lora_scale >= 0:
       raise ValueError(
         f"eval.lora_scale={self.lora_scale:g}: must be at least 0; leave it out for the scale of"
         " training"
@@ -140,8 +138,7 @@ class ActivationConfig:
     task: task of the prompt, which should allow long and diverse texts.
     lora_scale: LoRA scale of generation.
     clips: number of clips, the first ones (SALMONN: 12).
-    review: stop after generation, so that a person can edit the texts; the same command with
-      False then trains on them.
+    review: stop after generation, to edit the texts by hand; rerun with False to train on them.
   """
 
   shards: str = ""
@@ -155,11 +152,9 @@ class ActivationConfig:
       raise ValueError(f"activation.shards={self.shards!r}: must be an annotation file (.json)")
     if self.shards and not self.task:
       raise ValueError("activation.task is missing: set it to the task of the prompt")
-    if self.clips < 1 or not 0 <= self.lora_scale < math.inf:
-      raise ValueError(
-        f"activation.clips={self.clips} must be at least 1, activation.lora_scale={self.lora_scale}"
-        " at least 0 and finite"
-      )
+    _check_counts(self, "activation")
+    if not self.lora_scale >= 0:
+      raise ValueError(f"activation.lora_scale={self.lora_scale:g}: must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +174,7 @@ class PerplexityConfig:
   batch_size: int = 16
 
   def __post_init__(self):
-    for name in ("every", "batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"perplexity.{name}={getattr(self, name)}: must be at least 1")
+    _check_counts(self, "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +189,7 @@ class Run:
     workdir: folder of the run.
     seed: of everything random.
     init_from: checkpoint that training starts from.
-    tokenizer: folder of a tokenizer; "" takes the checkpoint's, or makes one of `characters`.
+    tokenizer: folder of a tokenizer; "": the checkpoint's, or one made of `characters`.
     characters, specials, eos: a tokenizer of single characters, special tokens and the end token.
   """
 
@@ -235,54 +228,43 @@ class Run:
     for name in ("model", "data", "workdir", "trainable"):
       if name not in config:
         raise ValueError(f"the config has no {name!r}")
-    for name in ("model", "generation", *SECTIONS):
-      check_section(config.get(name, {}), name)
+    values: dict[str, Any] = {
+      name: build(section_class, config.get(name, {}), name)
+      for name, section_class in SECTIONS.items()
+    }
     for key, why in _DERIVED.items():
       section, _, name = key.partition(".")
       if name in config.get(section, {}):
         raise ValueError(f"{key}: {why}")
     hints = {**typing.get_type_hints(cls), "workdir": str, "init_from": str | None}
-    values: dict[str, Any] = {}
     for name in ("trainable", "workdir", *_VALUES):
       if name in config:
         value = str(config[name]) if isinstance(config[name], Path) else config[name]
         values[name] = convert(hints[name], value, name)
-    for name, section_class in SECTIONS.items():
-      values[name] = build(section_class, config.get(name, {}), name)
     if not values["workdir"]:
       raise ValueError("workdir='': name the folder of the run")
     seed = values.get("seed", 0)
     if seed < 0:
       raise ValueError(f"seed={seed}: must be at least 0")
     values["data"] = dataclasses.replace(values["data"], seed=seed)
-    compute = {**dict(config.get("compute", {})), "scan": True}
-    model = model_config(config["model"], compute)
-    values["model"] = _with_tasks_of(values["data"].prompts, model)
+    model = model_config(config["model"], {**config.get("compute", {}), "scan": True})
+    listed = read_prompts(values["data"].prompts) if values["data"].prompts else {}
+    own = dict(model.prompts)
+    new = [(task, prompts[0]) for task, prompts in listed.items() if task not in own]
+    values["model"] = model.replace(prompts=(*model.prompts, *new))
+    build(GenerationConfig, config.get("generation", {}), "generation")
     values["generation"] = dict(config.get("generation", {}))
-    build(GenerationConfig, values["generation"], "generation")
     values["workdir"] = Path(values["workdir"])
     values["init_from"] = Path(values["init_from"]) if values.get("init_from") else None
     return cls(**values)
 
-  def replace(self, **changes) -> "Run":
-    return dataclasses.replace(self, **changes)
-
   def decoding_defaults(self) -> GenerationConfig:
     """Generation options of the run's checkpoints: the config's, over those of init_from."""
-    saved: Mapping[str, Any] = {}
-    if self.init_from:
-      saved = checkpoint.describe(self.init_from).generation
-    inherited = with_new_names(saved, GenerationConfig.RENAMED)
-    given = with_new_names(self.generation, GenerationConfig.RENAMED)
-    return build(GenerationConfig, {**inherited, **given}, "generation")
+    saved = checkpoint.describe(self.init_from).generation if self.init_from else {}
+    return merge_options(saved, self.generation)
 
   def check_training(self) -> None:
-    """Checks what only training needs, before anything is loaded.
-
-    Raises:
-      FileNotFoundError, ValueError: for an initial checkpoint or data set that is not there, or
-        settings that do not fit together.
-    """
+    """Raises FileNotFoundError or ValueError for a run that cannot be trained on these devices."""
     if jax.process_count() > 1:
       raise ValueError(
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
@@ -300,10 +282,20 @@ class Run:
           f"train.cmvn={self.train.cmvn!r}, but the encoder of init_from was trained with its own"
           " CMVN; set train.cmvn=''"
         )
-    if self.data.batch_size % self.train.gradient_accumulation_steps:
+    mesh = make_mesh(**dataclasses.asdict(self.mesh)).shape
+    ways = mesh["data"] * mesh["fsdp"]
+    by = f"mesh.data={mesh['data']} x mesh.fsdp={mesh['fsdp']}"
+    if self.perplexity.shards and self.perplexity.batch_size % ways:
+      raise ValueError(
+        f"perplexity.batch_size={self.perplexity.batch_size} must be divisible by {by}; make it a"
+        f" multiple of {ways}"
+      )
+    micro_batches = self.train.gradient_accumulation_steps
+    if self.data.batch_size % (micro_batches * ways):
       raise ValueError(
         f"data.batch_size={self.data.batch_size} must be divisible by"
-        f" train.gradient_accumulation_steps={self.train.gradient_accumulation_steps}"
+        f" train.gradient_accumulation_steps={micro_batches} x {by}; make it a multiple of"
+        f" {micro_batches * ways}"
       )
     if self.optimizer.decay != "constant" and self.train.steps > self.optimizer.total_steps:
       raise ValueError(
@@ -323,16 +315,6 @@ class Run:
       )
     if self.perplexity.shards and not Path(self.perplexity.shards).is_file():
       raise FileNotFoundError(f"perplexity.shards={self.perplexity.shards}: no such file")
-    for instruction in self.perplexity.instructions:
-      task_prompt(instruction, dict(self.model.prompts))
-
-
-def _with_tasks_of(path: str, model: SpeechLLMConfig) -> SpeechLLMConfig:
-  """Adds the tasks of a file of prompts that the model lacks, each with its first prompt."""
-  own = dict(model.prompts)
-  listed = read_prompts(path) if path else {}
-  new = tuple((task, prompts[0]) for task, prompts in listed.items() if task not in own)
-  return model.replace(prompts=(*model.prompts, *new))
 
 
 # Sections that are dataclasses with defaults, and the plain values of a config.
@@ -373,16 +355,12 @@ def default_config() -> ConfigDict:
   config.model = ConfigDict()
   config.generation = ConfigDict()
   for name, section_class in SECTIONS.items():
-    config[name] = {
-      field.name: _default(field)
-      for field in dataclasses.fields(section_class)
-      if _default(field) is not dataclasses.MISSING and f"{name}.{field.name}" not in _DERIVED
-    }
+    config[name] = ConfigDict()
+    for field in dataclasses.fields(section_class):
+      made = field.default_factory
+      default = field.default if made is dataclasses.MISSING else made()
+      if default is None and field.type == float | None:
+        default = placeholder(float)  # a flag needs the type
+      if default is not dataclasses.MISSING and f"{name}.{field.name}" not in _DERIVED:
+        config[name][field.name] = default
   return config
-
-
-def _default(field: dataclasses.Field):
-  made = field.default_factory
-  default = field.default if made is dataclasses.MISSING else made()
-  # A flag needs the type of a value that is None by default.
-  return placeholder(float) if default is None and field.type == float | None else default

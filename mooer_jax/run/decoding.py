@@ -10,45 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mooer_jax import checkpoint
-from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
-
-
-def data_of(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
-  """The data config of a test set: every clip within the model's limit, in order.
-
-  Raises:
-    ValueError: if eval.max_s exceeds the model's limit.
-  """
-  longest_s = options.max_s or model.max_audio_s
-  if longest_s > model.max_audio_s:
-    raise ValueError(
-      f"eval.max_s={longest_s:g} exceeds the limit of the model, {model.max_audio_s:g} s"
-    )
-  frontend = model.frontends[0]
-  longest_s = max(longest_s, model.min_audio_s)
-  longest = frontend.num_frames(int(longest_s * model.sample_rate_hz))
-  buckets = run.data.buckets
-  return dataclasses.replace(
-    run.data,
-    shards=options.shards,
-    batch_size=options.batch_size,
-    shuffle_buffer_size=options.batch_size,
-    min_s=0.0,  # clips without a speech token are skipped
-    task=options.task,
-    task_weights={},
-    prompts="",
-    cache_features="",
-    truncate=options.truncate,
-    max_bad_share=1.0,
-    max_s=longest_s,
-    buckets=(*buckets, longest) if longest > buckets[-1] else buckets,
-  )
 
 
 @dataclasses.dataclass
@@ -78,17 +44,16 @@ def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
   Raises:
     ValueError: if the config has a mesh of several devices, and as `load_model`.
   """
-  if axes := {n: k for n, k in dataclasses.asdict(run.mesh).items() if k > 1}:
-    sizes = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
+  axes = [f"mesh.{name}={size}" for name, size in dataclasses.asdict(run.mesh).items() if size > 1]
+  if axes:
     raise ValueError(
-      f"{sizes}: evaluation runs on one device; set"
-      f" {' '.join(f'--config.mesh.{name}=1' for name in axes)}"
+      f"{', '.join(axes)}: evaluation runs on one device; set --config.mesh.AXIS=1 for each"
     )
   return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
 
 
 def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
-  """The batches of a test set, after a check of everything but the clips.
+  """The batches of a test set, in order, after a check of everything but the clips.
 
   Raises:
     FileNotFoundError, ValueError: for a bad list or annotation, limits that exceed the model's, or
@@ -96,8 +61,30 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
   """
   if not options.shards:
     raise ValueError("eval.shards is missing: name the data.list or annotation file of a test set")
-  data = data_of(run, options, loaded.model)
-  return eval_batches(data, loaded.tokenizer, loaded.model)
+  model, buckets = loaded.model, run.data.buckets
+  longest_s = options.max_s or model.max_audio_s
+  if longest_s > model.max_audio_s:
+    raise ValueError(
+      f"eval.max_s={longest_s:g} exceeds the limit of the model, {model.max_audio_s:g} s"
+    )
+  longest_s = max(longest_s, model.min_audio_s)
+  longest = model.frontends[0].num_frames(int(longest_s * model.sample_rate_hz))
+  data = dataclasses.replace(
+    run.data,
+    shards=options.shards,
+    batch_size=options.batch_size,
+    shuffle_buffer_size=options.batch_size,
+    min_s=0.0,  # clips without a speech token are skipped
+    task=options.task,
+    task_weights={},
+    prompts="",
+    cache_features="",
+    truncate=options.truncate,
+    max_bad_share=1.0,
+    max_s=longest_s,
+    buckets=(*buckets, longest) if longest > buckets[-1] else buckets,
+  )
+  return eval_batches(data, loaded.tokenizer, model)
 
 
 def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
@@ -107,58 +94,50 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
     ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run, or
       if eval.out holds packed data or a `text` that no evaluation wrote.
   """
+  out = Path(options.out) if options.out else folder.parent / "eval" / name
   if not options.out and checkpoint.latest(folder.parent) is None:
     raise ValueError(
       f"{folder} is not in the folder of a run; set the output folder: --config.eval.out=DIR"
     )
-  if options.out:
-    text, report = (Path(options.out) / name for name in ("text", "report.json"))
-    if text.with_name("data.list").exists() or (text.exists() and not report.exists()):
-      raise ValueError(
-        f"eval.out={options.out} holds a data.list, or a `text` that would be overwritten by the"
-        " hypotheses: set eval.out to another folder"
-      )
-  out = Path(options.out) if options.out else folder.parent / "eval" / name
+  data_list, text, report = (out / name for name in ("data.list", "text", "report.json"))
+  if options.out and (data_list.exists() or (text.exists() and not report.exists())):
+    raise ValueError(
+      f"eval.out={options.out} holds a data.list, or a `text` that would be overwritten by the"
+      " hypotheses: set eval.out to another folder"
+    )
   out.mkdir(parents=True, exist_ok=True)
   return out
 
 
 def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> DecodingResults:
   """Decodes a test set in the order of its shards; prints the numbers of truncations."""
-  params, model, tokenizer, generation = loaded
   results = DecodingResults()
   num_truncated = 0
   hosts = iter(batches_of(run, options, loaded))
+  batches = ((host, host.batch) for host in hosts)
+  key, scale = jax.random.key(run.seed), options.lora_scale
   outputs = decode_batches(
-    params,
-    ((host, host.batch) for host in hosts),
-    model,
-    generation,
-    key=jax.random.key(run.seed),
-    lora_scale=options.lora_scale,
+    loaded.params, batches, loaded.model, loaded.generation, key=key, lora_scale=scale
   )
   progress = Progress(console=Console(stderr=True))
   with contextlib.closing(hosts), contextlib.closing(outputs), progress:
     bar = progress.add_task("decoding", total=None)
     for host, output in outputs:
-      not_finite = []
+      skipped = list(host.skipped)
+      results.transcripts |= dict(zip(host.keys, host.texts))
+      results.transcripts |= {s.key: s.text for s in skipped if s.text}
+      if not options.task:
+        results.tasks |= dict(zip(host.keys, host.tasks))
+        results.tasks |= {s.key: s.task for s in skipped if s.task}
       for row, key in enumerate(host.keys):
-        results.transcripts[key] = host.texts[row]
-        if not options.task:
-          results.tasks[key] = host.tasks[row]
         if not math.isfinite(output.scores_B[row]):
-          not_finite.append(SkippedUtterance("scores not finite", key, "", NOT_FINITE))
+          skipped.append(SkippedUtterance("scores not finite", key, "", NOT_FINITE))
           continue
         tokens = output.tokens_BS[row, : output.lengths_B[row]]
+        results.hypotheses[key] = loaded.tokenizer.decode(tokens)
         if not output.finished_B[row]:
           results.unfinished.append(key)
-        results.hypotheses[key] = tokenizer.decode(tokens)
-      for skipped in host.skipped:
-        if skipped.text:
-          results.transcripts[skipped.key] = skipped.text
-        if skipped.task and not options.task:
-          results.tasks[skipped.key] = skipped.task
-      results.skipped += [*host.skipped, *not_finite]
+      results.skipped += skipped
       results.audio_s += host.audio_s
       num_truncated += host.num_truncated
       done = len(results.hypotheses)

@@ -10,17 +10,13 @@ from rich.console import Console
 
 from mooer_jax import checkpoint
 from mooer_jax.data.annotation import is_annotation
-from mooer_jax.evaluation import report
-from mooer_jax.evaluation.answer_matching import score_by_task
-from mooer_jax.evaluation.answer_matching import table as task_table
-from mooer_jax.evaluation.answer_matching import write as write_by_task
+from mooer_jax.evaluation import answer_matching, report
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.translation import Bleu, bleu_of_task
 from mooer_jax.prompts import split_answer
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
-from mooer_jax.run.process import prepare_process
 
 _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
 
@@ -42,11 +38,11 @@ def evaluate(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or reference file.
   """
-  prepare_process()
   options = run.eval
   folder = checkpoint.find(path)
   shards = Path(options.shards).absolute()
-  out = out_folder(options, folder, _name(shards))
+  name = f"{shards.parent.name}-{shards.stem}" if is_annotation(shards) else shards.parent.name
+  out = out_folder(options, folder, name)
   references = _given_references(options, out)  # before minutes of work, since it may raise
   start = time.perf_counter()
   decoded = decode_set(run, options, load(run, folder, base))
@@ -59,23 +55,16 @@ def evaluate(
     )
   write_text(out / "text", decoded.hypotheses)
 
+  hypotheses = decoded.hypotheses
   references = decoded.transcripts if references is None else references
-  counted = references
+  missing, counted = "count", references
   if options.skip_missing:
-    counted = {key: text for key, text in references.items() if key in decoded.hypotheses}
-  by_task = score_by_task(decoded.tasks, counted, decoded.hypotheses)
-  translated = bleu_of_task(
-    options.task, counted, decoded.hypotheses, tokenize=options.bleu_tokenize
-  )
-  missing = "skip" if options.skip_missing else "count"
-  scores = {
-    metric: score(
-      _to_score(options.task, references),
-      _to_score(options.task, decoded.hypotheses),
-      ScoreConfig(metric=metric, missing=missing, space_mark=options.space_mark),
-    )
-    for metric in METRICS
-  }
+    missing, counted = "skip", {key: references[key] for key in references if key in hypotheses}
+  by_task = answer_matching.score_by_task(decoded.tasks, counted, hypotheses)
+  translated = bleu_of_task(options.task, counted, hypotheses, tokenize=options.bleu_tokenize)
+  expected, recognised = (_to_score(options.task, texts) for texts in (references, hypotheses))
+  rules = ScoreConfig(missing=missing, space_mark=options.space_mark)
+  scores = {m: score(expected, recognised, dataclasses.replace(rules, metric=m)) for m in METRICS}
   details = {
     "checkpoint": str(folder),
     "audio_seconds": round(decoded.audio_s, 2),
@@ -89,25 +78,17 @@ def evaluate(
   console = Console()
   (out / "tasks.json").unlink(missing_ok=True)  # of an earlier evaluation
   if by_task:
-    write_by_task(out / "tasks.json", by_task)
-    console.print(task_table(by_task))
-    for note in dict.fromkeys(s.bleu_notes for s in by_task.values() if s.bleu_notes):
-      console.print(f"BLEU: {note}", markup=False, soft_wrap=True)
+    answer_matching.write(out / "tasks.json", by_task)
+    console.print(answer_matching.table(by_task))
   console.print(report.table({_SHORT[metric]: s for metric, s in scores.items()}))
+  lines = [*dict.fromkeys(f"BLEU: {s.bleu_notes}" for s in by_task.values() if s.bleu_notes)]
   if translated:
-    lines = (translated.details, translated.signature, *translated.notes)
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
-  for note in scores[options.metric].notes:
-    console.print(f"note: {note}", markup=False)
-  for s in decoded.skipped:
-    console.print(f"not decoded: {s.key}: {s.cause} {s.detail}", markup=False)
-  console.print(f"hypotheses and reports in {out}", markup=False, soft_wrap=True)
+    lines += [translated.details, translated.signature, *translated.notes]
+  lines += [f"note: {note}" for note in scores[options.metric].notes]
+  lines += [f"not decoded: {s.key}: {s.cause} {s.detail}" for s in decoded.skipped]
+  lines += [f"hypotheses and reports in {out}"]
+  console.print("\n".join(lines), markup=False, soft_wrap=True)
   return scores, translated
-
-
-def _name(shards: Path) -> str:
-  folder = shards.parent.name
-  return f"{folder}-{shards.stem}" if is_annotation(shards) else folder
 
 
 def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:

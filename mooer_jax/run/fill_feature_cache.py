@@ -6,9 +6,8 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,16 +33,11 @@ FRAMES_VERSION = 2
 
 
 def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
-  """Runs the encoders over all clips of the data set that are not in the cache.
+  """Runs the encoders on `mesh` over all clips of the data set that are not in the cache.
 
   A cache belongs to the encoders and their weights; other weights fill another folder. A clip is
   encoded once, for all prompts and keys, and again if its audio changes. An interrupted pass
   resumes.
-
-  Args:
-    run: a config with data.cache_features.
-    params: parameters of the whole model, on the mesh.
-    mesh: mesh on which the encoders run.
 
   Raises:
     ValueError: if an encoder is trained, or there is no init_from.
@@ -56,20 +50,20 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
     )
   if run.init_from is None:
     raise ValueError("data.cache_features needs the trained encoders of init_from")
-  model = run.model
-  widths = {encoder.kind: encoder.hidden_size for encoder in model.encoders}
+  params = {part: params.get(part, {}) for part in ("frontend", "encoders")}
+  widths = {encoder.kind: encoder.hidden_size for encoder in run.model.encoders}
   folder, name = Path(run.data.cache_features) / _stamp(run, params), dataset_name(run.data)
   cache = EncodedCache(folder, widths)
   if cache.complete(name):
     return cache
   with lock_folder(folder):
     cache = EncodedCache(folder, widths)  # another process may have written since
-    _fill(cache, run, params, mesh)
+    _fill(cache, run, params, mesh=mesh)
     cache.mark_complete(name)
   return cache
 
 
-def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
+def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
   model = run.model
 
   @jax.jit
@@ -77,23 +71,23 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for attention kernels
       return speech_llm.encode_each(params, batch, model)
 
-  needed = {part: params.get(part, {}) for part in ("frontend", "encoders")}
   skipped: Counter[str] = Counter()
   misses = cache_misses(run.data, model, known={*cache.names()}, skipped=skipped)
   started = (
-    (clips, encode(needed, jax.device_put(clips.batch, batch_sharding(mesh)))) for clips in misses
+    (digests, seconds, encode(params, jax.device_put(batch, batch_sharding(mesh))))
+    for batch, digests, seconds in misses
   )
   with Progress(console=Console(stderr=True)) as progress:
     bar = progress.add_task("encoding", total=None)
     current = next(started, None)
     while current:
-      clips, streams = current
+      digests, seconds, streams = current
       current = next(started, None)  # is read while the devices work on the previous one
       by_name = jax.device_get(streams)
       in_order = [by_name[encoder] for encoder in cache.widths]  # jit has sorted the names
       cache.write([
-        (digest, [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in in_order], seconds)
-        for row, (digest, seconds) in enumerate(zip(clips.digests, clips.seconds, strict=True))
+        (digests[row], [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in in_order], seconds[row])
+        for row in range(len(digests))
       ])  # fmt: skip
       progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
   if skipped:
@@ -104,84 +98,68 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
 def _stamp(run: Run, params: dict) -> str:
   """Hash of everything that determines the frames, besides the audio."""
   described = to_json(run.model)
-  names = ("encoders", "frontends", "min_audio_s", "channel")
-  of = {name: described[name] for name in names}
-  of["version"] = FRAMES_VERSION
-  of["weights"] = _hash({part: params.get(part, {}) for part in ("frontend", "encoders")})
-  of["cut"] = run.data.max_s if run.data.truncate else 0
-  of["dtype"] = run.model.compute.dtype
+  weights = hashlib.blake2b(digest_size=8)
+  for path, x in sorted(tree.flatten(params).items()):
+    weights.update(path.encode())
+    weights.update(np.asarray(x).tobytes())
+  of = {name: described[name] for name in ("encoders", "frontends", "min_audio_s", "channel")} | {
+    "version": FRAMES_VERSION,
+    "weights": weights.hexdigest(),
+    "cut": run.data.max_s if run.data.truncate else 0,
+    "dtype": run.model.compute.dtype,
+  }
   text = json.dumps(of, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _hash(params: dict) -> str:
-  digest = hashlib.blake2b(digest_size=8)
-  for path, x in sorted(tree.flatten(params).items()):
-    digest.update(path.encode())
-    digest.update(np.asarray(x).tobytes())
-  return digest.hexdigest()
-
-
-class Clips(NamedTuple):
-  """A batch without prompts and labels, and digest and length (seconds) of the clip in each row."""
-
-  batch: Batch
-  digests: tuple[str, ...]
-  seconds: tuple[float, ...]
-
-
 def cache_misses(
   config: DataConfig, model: SpeechLLMConfig, *, known: set[str], skipped: Counter[str]
-) -> Generator[Clips]:
+) -> Generator[tuple[Batch, tuple[str, ...], tuple[float, ...]]]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
 
   Clips that cannot be decoded are counted only; training skips them again and reports the keys.
 
   Args:
-    config: shards, batch size, buckets, limits of length.
-    model: determines the features.
+    config, model: shards, batch size, buckets and limits of length; the features.
     known: digests of the cached clips; those that are read are added.
     skipped: numbers of skipped clips by cause, which are added to.
+
+  Yields:
+    (batch without prompts and labels, digests and lengths in seconds of the clips in its rows).
 
   Raises:
     FileNotFoundError, ValueError: for a bad list, or buckets too short.
   """
-  pad = input_padding(config, model)
-  utterances = itertools.chain.from_iterable(map(read, shard_names(config.shards)))
-  found = _misses(utterances, config, model, known=known, skipped=skipped)
+
+  def misses():
+    for raw in itertools.chain.from_iterable(map(read, shard_names(config.shards))):
+      if isinstance(raw, SkippedUtterance):
+        skipped[raw.cause] += 1
+      elif (name := digest(raw)) in known:
+        continue
+      elif isinstance(found := load_features(raw, config, model), SkippedUtterance):
+        skipped[found.cause] += 1
+      else:
+        known.add(name)
+        yield name, *found
+
+  pad, found = input_padding(config, model), misses()
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
     digests, clips, seconds = zip(*some, strict=True)
     features, frames = pad(clips)
-    yield Clips(Batch(features, frames, none_BS, none_BS, none_BS), digests, seconds)
-
-
-def _misses(utterances, config, model, *, known, skipped):
-  for raw in utterances:
-    if isinstance(raw, SkippedUtterance):
-      skipped[raw.cause] += 1
-    elif (name := digest(raw)) in known:
-      continue
-    elif isinstance(found := load_features(raw, config, model), SkippedUtterance):
-      skipped[found.cause] += 1
-    else:
-      known.add(name)
-      yield name, *found
+    yield Batch(features, frames, none_BS, none_BS, none_BS), digests, seconds
 
 
 def dataset_name(config: DataConfig) -> str:
   """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
   annotated = annotation.is_annotation(config.shards)
-  audio: Sequence[str | Path] = (
-    annotation.audio_files(config.shards) if annotated else shard_names(config.shards)
-  )
-  files = "\n".join(map(_as_it_is, audio))
-  return f"{zlib.crc32(files.encode()):08x} {config.min_s} {config.max_s}"
-
-
-def _as_it_is(path: str | Path) -> str:
-  try:
-    found = os.stat(path)
-  except FileNotFoundError:
-    return f"{path} absent"
-  return f"{path} {found.st_size} {found.st_mtime_ns}"
+  files = []
+  for path in annotation.audio_files(config.shards) if annotated else shard_names(config.shards):
+    try:
+      found = os.stat(path)
+      files.append(f"{path} {found.st_size} {found.st_mtime_ns}")
+    except FileNotFoundError:
+      files.append(f"{path} absent")
+  crc = zlib.crc32("\n".join(files).encode())
+  return f"{crc:08x} {config.min_s} {config.max_s}"

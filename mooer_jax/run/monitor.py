@@ -4,9 +4,9 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,49 +17,27 @@ from mooer_jax.files import replace_file
 from mooer_jax.run.config import TrainConfig
 
 
-class Evaluation(NamedTuple):
-  """The result of an evaluator.
-
-  Attributes:
-    scalars: values for TensorBoard, by name.
-    line: a summary for the log.
-  """
-
-  scalars: dict[str, float]
-  line: str
-
-
 class Evaluator(Protocol):
-  """Measures a model while it is trained.
-
-  Attributes:
-    every: optimizer steps between two measurements; the first and the last model are always
-      measured.
-  """
+  """Measures a model every `every` optimizer steps, and the first and the last model."""
 
   every: int
 
   def lacks(self, step: int) -> bool:
-    """Whether this step has not been measured yet, by an earlier part of the run."""
+    """Whether no earlier part of the run has measured this step."""
 
-  def __call__(self, step: int, params: dict) -> Evaluation:
-    """Measures the parameters after a step."""
+  def __call__(self, step: int, params: dict) -> tuple[dict[str, float], str]:
+    """Measures the parameters after a step: (values for TensorBoard by name, line for the log)."""
 
 
 class Monitor:
   """Records every step, prints every `log_every`; draws the loss curve when the run ends."""
 
   def __init__(self, workdir: Path, config: TrainConfig, *, first: int, tasks: Sequence[str] = ()):
-    """Starts or continues the records of a run.
+    """Starts the records of a run, or continues them after the step `first`.
 
-    Args:
-      workdir: folder of the run; the records of its first steps are kept.
-      config: number of steps, and steps between two lines.
-      first: number of steps done before.
-      tasks: tasks of the model, in the order of its prompts.
+    `tasks` are those of the model, in the order of its prompts.
     """
-    steps, log_every = config.steps, config.log_every
-    self._workdir, self._log_every, self._tasks = workdir, log_every, tuple(tasks)
+    self._workdir, self._config, self._first, self._tasks = workdir, config, first, tuple(tasks)
     self._console = Console(stderr=True)
     self._progress = Progress(
       TextColumn("training"),
@@ -70,17 +48,16 @@ class Monitor:
       console=self._console,
       disable=not self._console.is_terminal,
     )
-    self._bar = self._progress.add_task("", total=steps, completed=first, line="compiling")
-    self._first, self._steps = first, steps
-    self._since = (time.perf_counter(), 0, 0.0)
-    self._task_sums = np.zeros((len(self._tasks), 3))  # since the last line
-
+    self._bar = self._progress.add_task("", total=config.steps, completed=first, line="compiling")
     workdir.mkdir(parents=True, exist_ok=True)
     self._metrics, self._skips = workdir / "metrics.jsonl", workdir / "skipped.jsonl"
     self._rows = _keep_until(self._metrics, first)
     self._skipped = {
       (row["shard"], row["key"], row["cause"]) for row in _keep_until(self._skips, first)
     }
+    # Since the last line:
+    self._start, self._logged = time.perf_counter(), len(self._rows)
+    self._task_sums = np.zeros((len(self._tasks), 3))
 
   def __enter__(self) -> "Monitor":
     from tensorboardX import SummaryWriter
@@ -108,16 +85,12 @@ class Monitor:
     self._metrics_file.write(json.dumps(row) + "\n")
     for skipped in host_batch.skipped:
       name = (skipped.shard, skipped.key, skipped.cause)
-      if name in self._skipped:
-        continue  # also skipped in an earlier epoch
-      self._skipped.add(name)
-      line = {"step": row["step"], **dataclasses.asdict(skipped)}
-      self._skips_file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    step = row["step"]
-    start, steps, audio_s = self._since
-    self._since = start, steps + 1, audio_s + row["audio_s"]
-    if step % self._log_every == 0 or step == self._steps:
-      self._log(step, row)
+      if name not in self._skipped:  # in an earlier epoch
+        self._skipped.add(name)
+        line = {"step": row["step"], **dataclasses.asdict(skipped)}
+        self._skips_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if row["step"] % self._config.log_every == 0 or row["step"] == self._config.steps:
+      self._log(row)
 
   def _by_task(self, sums) -> dict[str, dict[str, float]]:
     """Loss per token and token accuracy of each task in the batches."""
@@ -127,12 +100,12 @@ class Monitor:
       if tokens
     }
 
-  def _log(self, step, row):
-    start, steps, audio_s = self._since
-    elapsed = time.perf_counter() - start
-    self._since = time.perf_counter(), 0, 0.0
-    rates = {"steps_per_s": steps / elapsed, "audio_s_per_s": audio_s / elapsed}
+  def _log(self, row):
+    step, recent = row["step"], self._rows[self._logged :]
+    elapsed, audio_s = time.perf_counter() - self._start, sum(row["audio_s"] for row in recent)
+    rates = {"steps_per_s": len(recent) / elapsed, "audio_s_per_s": audio_s / elapsed}
     tasks = self._by_task(self._task_sums)
+    self._start, self._logged = time.perf_counter(), len(self._rows)
     self._task_sums[:] = 0
     by_task = {f"{name}/{task}": of[name] for task, of in tasks.items() for name in of}
     for name, value in {**row, **rates, **by_task}.items():
@@ -151,17 +124,16 @@ class Monitor:
       self.message(f"step {step}  loss/accuracy by task: {'  '.join(said)}")
     self._progress.update(self._bar, completed=step, line=line)
     if not self._console.is_terminal:
-      self.message(f"step {step}/{self._steps}  {line}")
+      self.message(f"step {step}/{self._config.steps}  {line}")
 
-  def evaluate(self, evaluator: Callable[[int, dict], Evaluation], step: int, params: dict):
+  def evaluate(self, evaluator: Evaluator, step: int, params: dict):
     """Runs an evaluator and records its result; its time does not count as training."""
     before = time.perf_counter()
-    evaluation = evaluator(step, params)
-    start, steps, audio_s = self._since
-    self._since = start + time.perf_counter() - before, steps, audio_s
-    for name, value in evaluation.scalars.items():
+    scalars, line = evaluator(step, params)
+    self._start += time.perf_counter() - before
+    for name, value in scalars.items():
       self._tensorboard.add_scalar(name, value, step)
-    self.message(f"step {step}  {evaluation.line}")
+    self.message(f"step {step}  {line}")
 
   def message(self, text: str):
     """Prints a line above the progress bar."""
@@ -201,22 +173,20 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 4), layout="constrained")
-  loss_axes = figure.add_subplot()
-  _draw(loss_axes, rows, "loss", color="tab:blue")
-  loss_axes.set(xlabel="step", yscale="log")
-  loss_axes.set_ylabel("loss (nats per answer token)", color="tab:blue")
-  accuracy_axes = loss_axes.twinx()
-  _draw(accuracy_axes, rows, "accuracy", color="tab:orange")
-  accuracy_axes.set_ylabel("token accuracy", color="tab:orange")
-  accuracy_axes.set_ylim(0, 1)
-  loss_axes.set_title(f"{len(rows)} steps, last loss {rows[-1]['loss']:.4f}")
+  left = figure.add_subplot()
+  right = left.twinx()
+  steps, window = [row["step"] for row in rows], max(1, len(rows) // 50)
+  for axes, name, color, label in (
+    (left, "loss", "tab:blue", "loss (nats per answer token)"),
+    (right, "accuracy", "tab:orange", "token accuracy"),
+  ):
+    values = np.array([row[name] for row in rows])
+    means = np.convolve(values, np.ones(window) / window, mode="valid")
+    axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.35)
+    axes.plot(steps[window - 1 :], means, color=color, linewidth=1.5)
+    axes.set_ylabel(label, color=color)
+  left.set(xlabel="step", yscale="log")
+  left.set_title(f"{len(rows)} steps, last loss {rows[-1]['loss']:.4f}")
+  right.set_ylim(0, 1)
   figure.savefig(path, dpi=120)
   return path
-
-
-def _draw(axes, rows, name, *, color):
-  steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows])
-  window = max(1, len(rows) // 50)
-  means = np.convolve(values, np.ones(window) / window, mode="valid")
-  axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.35)
-  axes.plot(steps[window - 1 :], means, color=color, linewidth=1.5)

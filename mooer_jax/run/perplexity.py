@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,8 +33,6 @@ from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
-from mooer_jax.run.monitor import Evaluation
-from mooer_jax.run.process import prepare_process
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import batch_sharding
 
@@ -48,22 +45,17 @@ def perplexity(
   scales: Sequence[float] = (),
   base: str | None = None,
 ) -> list[Perplexity]:
-  """Runs `eval.py --mode=perplexity`: writes perplexity.json and perplexity.png.
+  """Runs `eval.py --mode=perplexity`: writes perplexity.json and perplexity.png, returns the rows.
 
   Args:
-    run: the config; each utterance has its own task.
+    run, base: as in `run.evaluate.evaluate`; each utterance has its own task.
     paths: checkpoint folders; the folder of a run stands for all its checkpoints.
     instructions: tasks of the model whose prompts are measured, besides no instruction.
     scales: LoRA scales; none: that of training. A checkpoint without LoRA is measured once.
-    base: base checkpoint path of a fine-tune, if it has moved.
-
-  Returns:
-    A row for each checkpoint, scale, instruction and task.
 
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
   """
-  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
@@ -74,11 +66,11 @@ def perplexity(
     loaded = load(run, folder, base if checkpoint.has_base(folder) else None)
     _check(instructions, loaded.model)
     able = scales if loaded.model.decoder.lora_scale else ()
+    of = str(folder), step
     for instruction in (NONE, *instructions):
-      measured = _measure(run, options, loaded, instruction=instruction, scales=able)
-      rows += measured.rows(str(folder), step)
-      if measured.left_out:
-        print(measured.left_out)
+      new, left_out = _measure(run, options, loaded, instruction=instruction, of=of, scales=able)
+      rows += new
+      print(left_out, end="")
       write(out / "perplexity.json", rows)
   Console().print(perplexity_table(rows))
   print(draw_perplexities(rows, out / "perplexity.png"))
@@ -88,7 +80,7 @@ def perplexity(
 class PerplexityEvaluator:
   """Evaluator of a training run; writes perplexity.json and perplexity.png in its folder."""
 
-  def __init__(self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, first: int):
+  def __init__(self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, first: int):
     """Reads the measurements up to step `first`, where training starts or resumes.
 
     Raises:
@@ -97,12 +89,8 @@ class PerplexityEvaluator:
     self._run, self._tokenizer = run, tokenizer
     self.every = run.perplexity.every
     self._sharding = batch_sharding(mesh)
-    self._options = EvalConfig(
-      run.perplexity.shards,
-      task="",
-      batch_size=run.perplexity.batch_size,
-      truncate=run.data.truncate,
-    )
+    shards, batch_size = run.perplexity.shards, run.perplexity.batch_size
+    self._options = EvalConfig(shards, task="", batch_size=batch_size, truncate=run.data.truncate)
     self._file = run.workdir / "perplexity.json"
     rows = read_perplexities(self._file) if first and self._file.is_file() else []
     self._rows = [row for row in rows if row.step <= first]
@@ -117,24 +105,21 @@ class PerplexityEvaluator:
     batches_of(run, self._options, self._loaded({}))  # checks its list and tasks
 
   def lacks(self, step: int) -> bool:
-    """Whether a step was not measured yet."""
     return all(row.step != step for row in self._rows)
 
-  def __call__(self, step: int, params: dict) -> Evaluation:
-    """Measures the perplexities at the LoRA scale of training.
-
-    Raises:
-      ValueError: if none of the answers can be measured.
-    """
+  def __call__(self, step: int, params: dict) -> tuple[dict[str, float], str]:
+    """Measures at the LoRA scale of training; ValueError if no answer can be measured."""
     loaded = self._loaded(params)
     rows: list[Perplexity] = []
+    of = str(self._run.workdir), step
+    measure = functools.partial(
+      _measure, self._run, self._options, loaded, of=of, sharding=self._sharding
+    )
     for instruction in (NONE, *self._run.perplexity.instructions):
-      measured = _measure(
-        self._run, self._options, loaded, instruction=instruction, sharding=self._sharding
-      )
-      rows += measured.rows(str(self._run.workdir), step)
-      if measured.left_out and not self._reported:
-        print(measured.left_out)
+      new, left_out = measure(instruction=instruction)
+      rows += new
+      if not self._reported:
+        print(left_out, end="")
     self._reported = True
     self._rows += rows
     write(self._file, self._rows)
@@ -144,7 +129,7 @@ class PerplexityEvaluator:
     for row in rows:
       values.setdefault(row.instruction, []).append(f"{row.task} {row.perplexity:.3f}")
     shown = ("  ".join((f"under {name}:", *of_name)) for name, of_name in values.items())
-    return Evaluation(scalars, f"perplexities {'; '.join(shown)}")
+    return scalars, f"perplexities {'; '.join(shown)}"
 
   def _loaded(self, params: dict) -> Loaded:
     return Loaded(params, self._run.model, self._tokenizer, self._run.decoding_defaults())
@@ -168,7 +153,7 @@ def check_scales(scales: Sequence[float]) -> None:
 
 
 def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
-  """The checkpoints of a run, after the model with which it began; or the named one."""
+  """(step, folder) of all checkpoints of a run, after its first model; or of the named one."""
   folders = checkpoint.all_steps(path)
   if not folders:
     folder = checkpoint.find(path)
@@ -180,37 +165,25 @@ def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
   return [(0, first.base), *steps] if whole and first.base else steps
 
 
-class _Measured(NamedTuple):
-  """Sums for one instruction.
-
-  Attributes:
-    instruction: task of the prompt, or "(none)".
-    sums: (nats, tokens) of the reference answers by scale and task.
-    left_out: a message about skipped and truncated utterances; empty if there are none.
-  """
-
-  instruction: str
-  sums: dict[float, dict[str, tuple[float, int]]]
-  left_out: str
-
-  def rows(self, folder: str, step: int) -> list[Perplexity]:
-    return [
-      Perplexity(folder, step, scale, self.instruction, task, math.exp(nats / tokens), tokens)
-      for scale, of_tasks in self.sums.items()
-      for task, (nats, tokens) in of_tasks.items()
-    ]
-
-
 def _measure(
   run: Run,
   options: EvalConfig,
   loaded: Loaded,
   *,
   instruction: str,
+  of: tuple[str, int],
   scales: Sequence[float] = (),
   sharding: jax.sharding.Sharding | None = None,
-) -> _Measured:
-  """Measures the test set in one pass; `sharding` is that of its rows on a mesh."""
+) -> tuple[list[Perplexity], str]:
+  """Measures a test set with one prompt: (rows, a line about left-out or truncated clips, or "").
+
+  Args:
+    run, options, loaded: config, test set and model.
+    instruction: task of the prompt, or "(none)".
+    of: folder and step of the model, for the rows.
+    scales: LoRA scales; none: that of training.
+    sharding: of the rows of a batch on a mesh.
+  """
   model, prompts = loaded.model, dict(loaded.model.prompts)
   prompt = bare_prompt(model) if instruction == NONE else task_prompt(instruction, prompts)
   tasks = list(prompts)
@@ -232,23 +205,20 @@ def _measure(
       sums = _task_sums(loaded.params, batch, scale, model=program, sharding=sharding)
       totals[scale] += jax.device_get(sums)
   causes = ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n)
-  if not any(tokens for _, tokens, _ in totals[scales[0]]):
+  rows = [
+    Perplexity(*of, scale, instruction, task, math.exp(nats / tokens), int(tokens))
+    for scale, sums in totals.items()
+    for task, (nats, tokens, _) in zip(tasks, sums, strict=True)
+    if tokens
+  ]
+  if not rows:
     raise ValueError(
       f"{options.shards}, instruction {instruction}: no answer could be measured ({causes})"
     )
-  sums_by_task = {
-    scale: {
-      task: (nats, int(tokens))
-      for task, (nats, tokens, _) in zip(tasks, sums, strict=True)
-      if tokens
-    }
-    for scale, sums in totals.items()
-  }
   notes = [f"utterances left out: {causes}"] * bool(causes)
   if num_truncated:
     notes.append(f"{num_truncated} clips were truncated to eval.max_s (eval.truncate)")
-  message = f"instruction {instruction}: {', '.join(notes)}" if notes else ""
-  return _Measured(instruction, sums_by_task, message)
+  return rows, f"instruction {instruction}: {', '.join(notes)}\n" if notes else ""
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))

@@ -1,13 +1,15 @@
 """The process that trains or evaluates: flags, error messages, signals, compilation cache."""
 
+import contextlib
 import functools
 import importlib
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,13 @@ def run_program(
 ) -> None:
   """Parses absl flags, runs a program and exits.
 
-  Errors of the user or the system are one line on stderr and status 1; other exceptions keep their
-  traceback.
+  Errors of the user or the system are one line on stderr and status 1 (130 on Ctrl-C); other
+  exceptions keep their traceback.
 
   Args:
-    work: the program; it reads its flags.
+    work: the program.
     argv: program name and arguments; default: sys.argv.
-    needs: names of required flags.
-    doc: text above the list of flags in --help.
+    needs, doc: names of required flags, and the text above the list of flags in --help.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax logs every file; --verbosity=0 shows that again
   if doc:
@@ -41,28 +42,28 @@ def run_program(
   flags.mark_flags_as_required(needs)
 
   def main(arguments):
-    if arguments[1:]:
+    program, *unexpected = arguments
+    if unexpected:
       sys.exit(
-        f"{arguments[0]}: unexpected argument {arguments[1]!r}; config keys are set with"
+        f"{program}: unexpected argument {unexpected[0]!r}; config keys are set with"
         " --config.key=value, and values with spaces need quotes"
       )
-    one_line_errors(work, program=arguments[0])
+    try:
+      work()
+    except (ValueError, OSError, FloatingPointError) as error:
+      sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+      print(f"{program}: interrupted", file=sys.stderr)
+      sys.exit(130)
 
-  parse = functools.partial(parse_flags, program=work.__module__)
+  parse = functools.partial(_parse_flags, module=work.__module__)
   app.run(main, None if argv is None else list(argv), flags_parser=parse)
 
 
-def parse_flags(argv: list[str], program: str = "__main__") -> list[str]:
-  """Parses as absl does, for `app.run(main, flags_parser=parse_flags)`.
-
-  A config key that does not exist is one line on stderr and status 1 rather than a traceback.
-
-  Args:
-    argv: name of the program and its arguments.
-    program: the module that defines the flags of --help.
-  """
+def _parse_flags(argv: list[str], *, module: str) -> list[str]:
+  """Parses as absl does, but errors are one line; --help shows the flags that `module` defines."""
   if {"--help", "-h"} & {*argv}:  # absl's lists no flag of a program that a function defines
-    print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.module_help(program)}\n")
+    print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.module_help(module)}\n")
     print("--helpfull lists the flags of other packages too; docs/training.md has the config keys")
     sys.exit()
   argv = [_with_new_name(_with_config_file(text, argv[0])) for text in argv]
@@ -145,17 +146,6 @@ def _check_overrides(argv: Sequence[str]) -> None:
         )
 
 
-def one_line_errors(work: Callable[[], object], *, program: str) -> None:
-  """Runs `work`; errors of the user or the system become one line on stderr and status 1."""
-  try:
-    work()
-  except (ValueError, OSError, FloatingPointError) as error:
-    sys.exit(f"{program}: {' '.join(str(error).split())}")
-  except KeyboardInterrupt:
-    print(f"{program}: interrupted", file=sys.stderr)
-    sys.exit(130)
-
-
 def prepare_process():
   """Enables the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -163,23 +153,17 @@ def prepare_process():
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-class StopRequest:
-  """Turns the first SIGINT or SIGTERM into a request to stop after this step; a second kills."""
+@contextlib.contextmanager
+def stop_request() -> Iterator[threading.Event]:
+  """Yields an event that the first SIGINT or SIGTERM sets; a second one ends the process."""
+  requested = threading.Event()
 
-  def __init__(self):
-    self.requested = False
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self):
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._previous[number] = signal.signal(number, self._handle)
-    return self
-
-  def _handle(self, number, frame):
-    self.requested = True
+  def handle(number, frame):
+    requested.set()
     print("stopping after this step; repeat to stop at once", file=sys.stderr)
-    self.__exit__()
+    handlers.close()
 
-  def __exit__(self, *error):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+  with contextlib.ExitStack() as handlers:  # restores those from before
+    for number in (signal.SIGINT, signal.SIGTERM):
+      handlers.callback(signal.signal, number, signal.signal(number, handle))
+    yield requested

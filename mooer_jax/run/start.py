@@ -35,12 +35,11 @@ def initial_params(
   """Parameters with stacked layers on the mesh: from a checkpoint, or fresh.
 
   Args:
-    run: the config.
-    mesh: mesh of the parameters.
+    run, mesh: config, and mesh of the parameters.
     start_from: checkpoint folder or None.
     exactly: whether the model of the checkpoint must be identical. If not, prompts, limits and
       dropout may differ, and LoRA that the checkpoint lacks starts fresh.
-    base: base checkpoint path of that checkpoint.
+    base: base checkpoint of that checkpoint.
 
   Raises:
     ValueError: if the checkpoint holds another model, or frozen parameters would be random.
@@ -56,8 +55,7 @@ def initial_params(
     checkpoint.check_leaves(saved, _leaves_of(saved, run.model))
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
-    stacked = jax.eval_shape(tree.stack_layers, loaded)
-    placed = param_shardings(mesh, stacked)
+    placed = param_shardings(mesh, jax.eval_shape(tree.stack_layers, loaded))
     stack = lambda params: cast_params(tree.stack_layers(params), trained, dtype)  # noqa: E731
     have = jax.jit(stack, out_shardings=placed)(loaded)
   missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
@@ -84,20 +82,21 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exa
   if not exactly and not saved.get("decoder", {}).get("lora_rank"):
     free.append("decoder/lora_.*")
   described = to_json(wanted)
-  if "connector" not in saved:
-    described = {name: described[name] for name in saved if name in described}
-    saved = {**saved, "encoders": [_again(part_from_json, e) for e in saved.get("encoders", ())]}
-    saved |= {"frontends": [_again(frontend_from_json, f) for f in saved.get("frontends", ())]}
-    saved |= {"decoder": _again(part_from_json, saved["decoder"])} if "decoder" in saved else {}
-  else:
+  if "connector" in saved:
     saved = to_json(from_json(saved, path=folder / "config.json"))
-  different = {
-    p: v
-    for p, v in json_differences(saved, described).items()
-    if not re.fullmatch("|".join(free), p)
-  }
-  if different:
-    found = "; ".join(f"{p} is {a!r}, in the config {b!r}" for p, (a, b) in different.items())
+  else:
+    described = {name: described[name] for name in saved if name in described}
+    saved = dict(saved)  # with all keys that this version has
+    for name, read in (("encoders", part_from_json), ("frontends", frontend_from_json)):
+      saved[name] = [part_to_json(read(part, "config.json")) for part in saved.get(name, ())]
+    if "decoder" in saved:
+      saved["decoder"] = part_to_json(part_from_json(saved["decoder"], "config.json"))
+  found = "; ".join(
+    f"{path} is {ours!r}, in the config {theirs!r}"
+    for path, (ours, theirs) in json_differences(saved, described).items()
+    if not re.fullmatch("|".join(free), path)
+  )
+  if found:
     raise ValueError(f"{folder} holds another model than the config describes: {found}")
 
 
@@ -119,57 +118,40 @@ def _leaves_of(saved: checkpoint.Checkpoint, wanted: SpeechLLMConfig) -> dict:
   )
 
 
-def _again(read, section: dict) -> dict:
-  """A section with all keys that this version has."""
-  return part_to_json(read(section, "config.json"))
-
-
 def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
   """CMVN of the features: read from a file, or estimated on the first batches.
 
   Args:
-    run: the config.
-    dataset: the batches of training.
+    run, dataset: config and batches of training.
     cmvn: CMVN in the parameters, by encoder; determines the sharding of the result.
 
   Raises:
     ValueError: if train.cmvn is a file and the features of several encoders are normalised.
   """
   encoders = [encoder.kind for encoder in run.model.encoders]
-  found = {}
-  if run.train.cmvn != "estimate":
-    if len(cmvn) != 1:
-      raise ValueError(
-        f"train.cmvn={run.train.cmvn!r} is one file, but the features of {len(cmvn)} encoders"
-        f" ({', '.join(cmvn)}) are normalised; set train.cmvn='estimate'"
-      )
-    (name,) = cmvn
-    features = run.model.frontends[encoders.index(name)]
-    found[name] = read_mvn(run.train.cmvn, width=features.width)
-  else:
-    for name in cmvn:
-      number = encoders.index(name)
+  if run.train.cmvn != "estimate" and len(cmvn) != 1:
+    raise ValueError(
+      f"train.cmvn={run.train.cmvn!r} is one file, but the features of {len(cmvn)} encoders"
+      f" ({', '.join(cmvn)}) are normalised; set train.cmvn='estimate'"
+    )
+  values = {}
+  for name in cmvn:
+    number = encoders.index(name)
+    if run.train.cmvn == "estimate":
       with contextlib.closing(iter(dataset)) as batches:
-        first = itertools.islice(batches, CMVN_BATCHES)
-        found[name] = estimate(clip for host in first for clip in _clips(host.batch, number))
-  values = {
-    name: {"shift": np.asarray(shift_F), "scale": np.asarray(scale_F)}
-    for name, (shift_F, scale_F) in found.items()
-  }
+        found = estimate(
+          x_TF[:frames]
+          for host in itertools.islice(batches, CMVN_BATCHES)
+          for x_TF, frames in zip(host.batch.features[number], host.batch.frames[number])
+        )
+    else:
+      found = read_mvn(run.train.cmvn, width=run.model.frontends[number].width)
+    values[name] = dict(zip(("shift", "scale"), map(np.asarray, found), strict=True))
   return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
 
 
-def _clips(batch, number: int):
-  for x_TF, frames in zip(batch.features[number], batch.frames[number], strict=True):
-    yield x_TF[:frames]
-
-
 def initial_state(run: Run, params: dict, *, tx, mesh):
-  """Partitions the parameters and creates the optimizer state.
-
-  Returns:
-    (TrainState, frozen params, (state shardings, frozen shardings)).
-  """
+  """Returns (TrainState, frozen params, (state shardings, frozen shardings))."""
   trainable, frozen = tree.partition(params, run.trainable)
   key = jax.random.fold_in(jax.random.key(run.seed), 1)
   abstract = jax.eval_shape(lambda t: create(t, tx, key), trainable)
@@ -182,30 +164,26 @@ def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:
   """The tokenizer: a folder, the initial checkpoint's, or one made of `config.characters`.
 
   Raises:
-    ValueError: if the config names none of them, or two that differ.
+    ValueError: if the config names none, or two that differ; for ids beyond the embedding table.
   """
+  made = saved = None
   if run.tokenizer:
-    return Tokenizer.from_folder(run.tokenizer)
-  made = None
-  if run.characters:
-    made = Tokenizer.from_characters(run.characters, run.specials, eos=run.eos)
-  if initial is not None:
+    saved = Tokenizer.from_folder(run.tokenizer)
+  elif initial is not None:
     saved = Tokenizer.from_folder(initial / "tokenizer")
-    if made is not None and made.vocabulary() != saved.vocabulary():
-      raise ValueError(
-        f"config.characters and specials make another tokenizer than that of {initial}; set"
-        " config.characters='' to take the checkpoint's"
-      )
-    return saved
-  if made is not None:
-    return made
-  raise ValueError("no tokenizer: set config.tokenizer to a folder, or init_from, or characters")
-
-
-def check_vocabulary(tokenizer: Tokenizer, model: SpeechLLMConfig):
-  """Raises ValueError if the tokenizer has ids beyond the embedding table."""
-  if tokenizer.vocab_size > model.decoder.vocab_size:
+  if run.characters and not run.tokenizer:
+    made = Tokenizer.from_characters(run.characters, run.specials, eos=run.eos)
+  if made and saved and made.vocabulary() != saved.vocabulary():
+    raise ValueError(
+      f"config.characters and specials make another tokenizer than that of {initial}; set"
+      " config.characters='' to take the checkpoint's"
+    )
+  tokenizer = saved or made
+  if tokenizer is None:
+    raise ValueError("no tokenizer: set config.tokenizer to a folder, or init_from, or characters")
+  if tokenizer.vocab_size > run.model.decoder.vocab_size:
     raise ValueError(
       f"the tokenizer has {tokenizer.vocab_size} tokens but llm.vocab_size="
-      f"{model.decoder.vocab_size}; set model.llm.vocab_size to at least that"
+      f"{run.model.decoder.vocab_size}; set model.llm.vocab_size to at least that"
     )
+  return tokenizer

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import grain
 import jax
@@ -16,24 +17,15 @@ from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor
-from mooer_jax.run.process import StopRequest, prepare_process
-from mooer_jax.run.start import (
-  check_vocabulary,
-  initial_params,
-  initial_state,
-  measure_cmvn,
-  read_tokenizer,
-)
+from mooer_jax.run.process import stop_request
+from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
 from mooer_jax.training.program import CompiledStep, jitted_step
-from mooer_jax.training.sharding import (
-  batch_sharding,
-  make_mesh,
-)
+from mooer_jax.training.sharding import batch_sharding, make_mesh
 from mooer_jax.training.step import TrainState, check_finite
 
-MakeEvaluator = Callable[[Run, Tokenizer, jax.sharding.Mesh, int], Evaluator]
+MakeEvaluator = Callable[..., Evaluator]
 
 
 def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
@@ -44,18 +36,15 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
 
   Args:
     run: the config.
-    evaluators: make the evaluators of the model in training from (run, tokenizer, mesh, the step
-      from which training starts or resumes).
+    evaluators: functions that make an evaluator: make(run, tokenizer, mesh, first=step).
 
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint, or if another
       process trains in the workdir.
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
-  prepare_process()
   run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
-  _check_rows(run, mesh)
   with lock_folder(run.workdir):
     return _train(run, evaluators, mesh)
 
@@ -80,11 +69,11 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
         print("to measure a finished run: eval.py --mode=perplexity")
       return resumed
   tokenizer = read_tokenizer(run, start_from)
-  check_vocabulary(tokenizer, run.model)
   first = checkpoint.step_of(resumed) if resumed else 0
-  made = [make(run, tokenizer, mesh, first) for make in evaluators]  # before minutes of loading
-  start = _load(run, mesh, tokenizer, resumed)
-  return _loop(run, start, made, first=first, mesh=mesh) or cast(Path, resumed)
+  # Before minutes of loading, since they check their data.
+  made = [make(run, tokenizer, mesh, first=first) for make in evaluators]
+  start = _load(run, mesh, tokenizer, resumed=resumed)
+  return _loop(run, start, made, first=first, mesh=mesh)
 
 
 class _Start(NamedTuple):
@@ -99,8 +88,17 @@ class _Start(NamedTuple):
   base: Path | None
 
 
-def _load(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, resumed: Path | None) -> _Start:
-  base = _base_of(resumed, run.init_from) if resumed else run.init_from
+def _load(
+  run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, *, resumed: Path | None
+) -> _Start:
+  base = run.init_from
+  if resumed:
+    try:
+      base = checkpoint.describe(resumed).base
+    except FileNotFoundError:  # the base has moved since the run began, to init_from
+      if base is None:
+        raise
+      base = checkpoint.describe(resumed, base=base).base
   params = initial_params(
     run, mesh, resumed or run.init_from, exactly=bool(resumed), base=base if resumed else None
   )
@@ -123,41 +121,33 @@ def _load(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, resumed: Path
       batches.set_state(data_state)
     except ValueError as error:
       raise ValueError(f"{resumed}/train_state: {error}") from error
+  accumulation = run.train.gradient_accumulation_steps
   step = jitted_step(
-    run.model,
-    run.optimizer,
-    accumulation=run.train.gradient_accumulation_steps,
-    mesh=mesh,
-    shardings=shardings,
+    run.model, run.optimizer, accumulation=accumulation, mesh=mesh, shardings=shardings
   )
   return _Start(tokenizer, dataset, batches, state, frozen, step, base)
 
 
 def _loop(
   run: Run, start: _Start, evaluators: Sequence[Evaluator], *, first: int, mesh: jax.sharding.Mesh
-) -> Path | None:
-  """Runs the steps after `first`; returns the last checkpoint, if any was saved."""
+) -> Path:
+  """Runs the steps after `first`; returns the last checkpoint."""
   state, frozen, batches = start.state, start.frozen, start.batches
-  folder = pending = None
-  stop = StopRequest()
+  pending = None
   tasks = [task for task, _ in run.model.prompts]
   monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
-  with contextlib.closing(batches), monitor, stop:
-    monitor.message(
-      f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
-      f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
-    )
+  with contextlib.closing(batches), monitor, stop_request() as stop:
+    sizes = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.trainable, frozen))
+    trained, fixed = (f"{size:,}" for size in sizes)
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    monitor.message(f"{trained} parameters are trained, {fixed} are not, on {devices}")
     train_step = CompiledStep(
-      start.step,
-      state=state,
-      frozen=frozen,
-      batches=start.dataset.shapes,
-      message=monitor.message,
+      start.step, state=state, frozen=frozen, batches=start.dataset.shapes, message=monitor.message
     )
     for evaluator in evaluators:
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
-    for step in range(first + 1, run.train.steps + 1):
+    for step in itertools.count(first + 1):
       host_batch = next(batches)
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
       state, metrics = train_step(state, frozen, batch)
@@ -165,56 +155,26 @@ def _loop(
         check_finite(pending[0])
         monitor.record(*pending)
       pending = (metrics, host_batch)
-      last = step == run.train.steps or stop.requested
+      last = step == run.train.steps or stop.is_set()
       saves = last or step % run.train.save_every == 0
-      due = [e for e in evaluators if (last or step % e.every == 0) and not stop.requested]
+      due = [e for e in evaluators if (last or step % e.every == 0) and not stop.is_set()]
       if saves or due:
         check_finite(metrics)
         monitor.record(*pending)
         pending = None
       if saves:
-        folder = _save(run, start, state, batches.get_state())
+        folder = _save(run, start, state, data_state=batches.get_state())
         monitor.message(f"saved {folder}")
       for evaluator in due:
         monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
       if last:
         break
-  if stop.requested:
+  if stop.is_set():
     print(f"stopped at step {step}; rerun the same command to resume")
   return folder
 
 
-def _elements(params) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _base_of(resumed: Path, init_from: Path | None) -> Path | None:
-  """The base with which the run began; init_from is its path if it has moved since."""
-  try:
-    return checkpoint.describe(resumed).base
-  except FileNotFoundError:
-    if init_from is None:
-      raise
-    return checkpoint.describe(resumed, base=init_from).base
-
-
-def _check_rows(run: Run, mesh):
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if run.perplexity.shards and run.perplexity.batch_size % ways:
-    raise ValueError(
-      f"perplexity.batch_size={run.perplexity.batch_size} must be divisible by mesh.data="
-      f"{mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}; make it a multiple of {ways}"
-    )
-  if run.data.batch_size % (run.train.gradient_accumulation_steps * ways):
-    raise ValueError(
-      f"data.batch_size={run.data.batch_size} must be divisible by"
-      f" train.gradient_accumulation_steps={run.train.gradient_accumulation_steps} x mesh.data="
-      f"{mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}; make it a multiple of"
-      f" {run.train.gradient_accumulation_steps * ways}"
-    )
-
-
-def _save(run: Run, start: _Start, state: TrainState, data_state) -> Path:
+def _save(run: Run, start: _Start, state: TrainState, *, data_state) -> Path:
   """Saves a checkpoint; if there is a base, only the trained parameters and a pointer to it."""
   params = state.trainable if start.base else tree.merge(state.trainable, start.frozen)
   folder = checkpoint.save(
