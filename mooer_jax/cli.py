@@ -1,7 +1,6 @@
 """The command `mooer-jax`: transcribe, train, eval, pack, checkpoint, convert."""
 
 import argparse
-import functools
 import importlib
 import sys
 from collections import Counter
@@ -17,11 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand and returns its exit status.
 
   Errors of the user and of the system (no permission, disk full) are one line on stderr and exit
-  status 2; train and eval exit with status 1.
-
-  Raises:
-    SystemExit: on SIGTERM, with status 143, after files and processes are cleaned up; train has
-      handling of its own.
+  status 2; train and eval exit with status 1. SIGTERM raises SystemExit with status 143 after files
+  and processes are cleaned up; train has handling of its own.
   """
   about = "Speech LLMs (MooER, SALMONN) in JAX: convert, train, evaluate, transcribe."
   parser = argparse.ArgumentParser(prog="mooer-jax", description=about)
@@ -40,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if argv[:1] in (["train"], ["eval"]):
     program = importlib.import_module(f"mooer_jax.programs.{argv[0]}")
     return program.main([f"mooer-jax {argv[0]}", *argv[1:]])
-  args = parser.parse_args(argv)
+  args = parser.parse_args([command.with_new_flag(argument) for argument in argv])
   try:
     with exit_on_sigterm():
       return args.run(args)
@@ -66,24 +62,18 @@ def _add_pack(commands):
     "--per-shard", type=int, default=1000, help="utterances per shard (default: 1000)"
   )
   parser.add_argument("--processes", type=int, help="number of processes (default: CPU cores)")
-  parser.add_argument("--no-normalize", action="store_true", help="keep transcripts as they are")
-  parser.add_argument("--shuffle-seed", type=int, default=None, help="seed of a random order")
+  about = "keep transcripts as they are"
+  parser.add_argument("--no-normalize", dest="normalise_text", action="store_false", help=about)
+  parser.add_argument("--shuffle-seed", type=int, help="seed of a random order")
   parser.set_defaults(run=_pack)
 
 
 def _pack(args) -> int:
   from mooer_jax.data.pack import pack
 
-  report = pack(
-    args.wav_scp,
-    args.text,
-    args.out,
-    segments=args.segments,
-    per_shard=args.per_shard,
-    processes=args.processes,
-    normalise_text=not args.no_normalize,
-    shuffle_seed=args.shuffle_seed,
-  )
+  names = ("segments", "per_shard", "processes", "normalise_text", "shuffle_seed")
+  options = {name: getattr(args, name) for name in names}
+  report = pack(args.wav_scp, args.text, args.out, **options)
   print(f"{report.utterances} utterances in {report.shards} shards: {report.data_list}")
   if report.left_out:
     causes = Counter(left.cause for left in report.left_out)
@@ -128,7 +118,10 @@ def _verify(args) -> int:
       bar = progress.add_task(folder.name, total=None)
       faults: list[str] = []
       try:
-        show = functools.partial(_show_progress, progress, bar)
+
+        def show(done: int, total: int, bar=bar) -> None:
+          progress.update(bar, completed=done, total=total)
+
         faults = checkpoint.find_damage(folder, show)
         about = checkpoint.describe(folder, base=base)
         if about.base and (about.base, None) not in todo:
@@ -149,10 +142,6 @@ def _verify(args) -> int:
   if damaged:
     print(f"{len(damaged)} of {len(todo)} checkpoints are damaged", file=sys.stderr)
   return 1 if damaged else 0
-
-
-def _show_progress(progress, bar, done: int, total: int) -> None:
-  progress.update(bar, completed=done, total=total)
 
 
 def _convert(argv: Sequence[str]) -> int:

@@ -21,13 +21,7 @@ def load_clips(
   *,
   chunk_length_s: float | None = None,
 ) -> list[list[np.ndarray] | ValueError | OSError]:
-  """Reads clips and splits long ones.
-
-  Args:
-    audio: paths, bytes of audio files, or float arrays [samples] at the model's sample rate in
-      [-1, 1].
-    config: the model, whose limits the clips must fit.
-    chunk_length_s: longest chunk, seconds; longer clips are split at pauses. None: they are errors.
+  """Reads clips and splits long ones; arguments as in `Transcriber.transcribe`.
 
   Returns:
     For each clip its chunks, float32 [samples], or the error that names the clip: missing,
@@ -36,7 +30,16 @@ def load_clips(
   Raises:
     ValueError: for a chunk_length_s out of range.
   """
-  lengths = None if chunk_length_s is None else _chunk_lengths(chunk_length_s, config)
+  lengths = None
+  if chunk_length_s is not None:
+    shortest, longest = max(SHORTEST_S, shortest_s(config)), config.max_audio_s
+    if not 2 * shortest <= chunk_length_s <= longest:
+      raise ValueError(
+        f"chunk_length_s={chunk_length_s:g}: must be between {2 * shortest:g} and {longest:g} (the"
+        " limit of this model) seconds"
+      )
+    rate_hz = config.sample_rate_hz
+    lengths = round(shortest * rate_hz), int(chunk_length_s * rate_hz)
   clips: list[list[np.ndarray] | ValueError | OSError] = []
   for index, clip in enumerate(audio):
     try:
@@ -58,32 +61,18 @@ def raise_first(clips: Sequence[Any]) -> None:
     raise ValueError(f"{len(errors)} of {len(clips)} audio files could not be used: {said}")
 
 
-def _chunk_lengths(chunk_length_s: float, config: SpeechLLMConfig) -> tuple[int, int]:
-  """Minimum and maximum number of samples of the chunks of a long clip."""
-  shortest, longest = max(SHORTEST_S, shortest_s(config)), config.max_audio_s
-  if not 2 * shortest <= chunk_length_s <= longest:
-    raise ValueError(
-      f"chunk_length_s={chunk_length_s:g}: must be between {2 * shortest:g} and {longest:g} (the"
-      " limit of this model) seconds"
-    )
-  return round(shortest * config.sample_rate_hz), int(chunk_length_s * config.sample_rate_hz)
-
-
 def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
-  """Reads one clip as float32 [samples] and checks its samples."""
+  """One clip as float32 [samples], which are checked."""
   rate_hz = config.sample_rate_hz
   if isinstance(clip, (str, os.PathLike, bytes)):
     name = f"{len(clip)} bytes of {name}" if isinstance(clip, bytes) else name
     return load_audio(clip, sample_rate_hz=rate_hz, channel=config.channel, name=name)
-  if not isinstance(clip, np.ndarray):
+  is_array = isinstance(clip, np.ndarray)
+  if not is_array or clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
+    given = f"{clip.dtype} array of shape {clip.shape}" if is_array else type(clip).__name__
     raise ValueError(
-      f"{name}: {type(clip).__name__}; give a path, the bytes of a file, or a float array [samples]"
-      f" in [-1, 1] at {rate_hz} Hz"
-    )
-  if clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
-    raise ValueError(
-      f"{name}: {clip.dtype} array of shape {clip.shape}; give float samples [samples] in"
-      f" [-1, 1] at {rate_hz} Hz"
+      f"{name}: {given}; give a path, the bytes of a file, or a float array [samples] in [-1, 1] at"
+      f" {rate_hz} Hz"
     )
   waveform_N = clip.astype(np.float32)
   check_samples(waveform_N, name)
@@ -91,11 +80,7 @@ def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
 
 
 def _chunks(
-  waveform_N: np.ndarray,
-  name: str,
-  config: SpeechLLMConfig,
-  *,
-  lengths: tuple[int, int] | None,
+  waveform_N: np.ndarray, name: str, config: SpeechLLMConfig, *, lengths: tuple[int, int] | None
 ) -> list[np.ndarray]:
   """Returns the clip if it is within the model's limits; with lengths, its chunks."""
   rate_hz = config.sample_rate_hz
@@ -127,22 +112,14 @@ def split_at_pauses(
   `search` samples that the chunk may have; of equally quiet places, the last one.
 
   Args:
-    waveform_N: float [N].
-    longest: maximum number of samples of a chunk.
+    waveform_N: float [N]; the chunks are views of it, in order.
+    longest: maximum number of samples of a chunk, at least 2 * shortest.
     shortest: minimum number of samples of a chunk, unless the clip is shorter.
     search: samples before the maximum among which a pause is searched for.
     window: samples over which energy is averaged.
-
-  Returns:
-    Views into the waveform, in order; the clip itself if it is no longer than `longest`.
-
-  Raises:
-    ValueError: if longest < 2 * shortest, since then not every length can be split.
   """
-  if longest < 2 * shortest or shortest < 1:
-    raise ValueError(
-      f"chunks of {shortest} to {longest} samples: the maximum must be twice the minimum or more"
-    )
+  # Else not every length could be split.
+  assert longest >= 2 * shortest > 0, f"chunks of {shortest} to {longest} samples"
   chunks = []
   while len(waveform_N) > longest:
     last = min(longest, len(waveform_N) - shortest)

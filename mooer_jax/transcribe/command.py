@@ -16,12 +16,15 @@ from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
 
 STDIN = "-"
 _GROUP = 8  # batches that are read and sorted by length together
+_RENAMED = {
+  "--base": "--base-checkpoint",
+  "--beams": "--num-beams",
+  "--chunk-s": "--chunk-length-s",
+  "--template": "--chat-template",
+}
 _GENERATION = {
   "num_beams": (int, "number of beams (1: greedy decoding)"),
-  "length_penalty": (
-    float,
-    "exponent of the length in beam scores; above 0 favours long text",
-  ),
+  "length_penalty": (float, "exponent of the length in beam scores; above 0 favours long text"),
   "max_new_tokens": (int, "maximum number of generated tokens"),
   "min_new_tokens": (int, "minimum number of generated tokens"),
   "repetition_penalty": (float, "penalty on repeated tokens; 1 is none"),
@@ -41,29 +44,20 @@ def add_parser(commands) -> None:
   parser = commands.add_parser("transcribe", aliases=["ask"], help=about, usage=usage)
   parser.add_argument("audio", nargs="+", help="audio files of any common format; - reads stdin")
   parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
-  _renamed(
-    parser,
-    "--base-checkpoint",
-    old="--base",
-    help="base of a fine-tune, if it has moved",
-  )
+  parser.add_argument("--base-checkpoint", help="base of a fine-tune, if it has moved")
   parser.add_argument("--task", help="task of the model; default: its only one, else asr")
   parser.add_argument(
     "--prompt",
     help=f"prompt instead of the task's; {SPEECH} marks the place of the speech, \\n a line break",
   )
-  _renamed(
-    parser,
+  parser.add_argument(
     "--chat-template",
-    old="--template",
     choices=sorted(TEMPLATES),
     help="chat template around the prompt (none: the prompt alone); default: the checkpoint's",
   )
   parser.add_argument("--question", help=f"text that replaces {QUESTION} in the prompt")
-  _renamed(
-    parser,
+  parser.add_argument(
     "--chunk-length-s",
-    old="--chunk-s",
     type=float,
     metavar="SECONDS",
     help="split longer audio at pauses into chunks of at most SECONDS and join the transcripts;"
@@ -81,36 +75,26 @@ def add_parser(commands) -> None:
   for name, (kind, text) in _GENERATION.items():
     flag = "--" + name.replace("_", "-")
     if kind is bool:
-      group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
-    elif name == "num_beams":
-      _renamed(group, flag, old="--beams", type=kind, help=text)
+      group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-      group.add_argument(flag, dest=name, type=kind, help=text)
+      group.add_argument(flag, type=kind, help=text)
   parser.set_defaults(run=run)
 
 
-def _renamed(parser, flag: str, *, old: str, **options: Any) -> None:
-  """Adds a flag that also has a deprecated name."""
-
-  class Renamed(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-      if option_string == old:
-        print(f"{old} is deprecated; use {flag}", file=sys.stderr)
-      setattr(namespace, self.dest, values)
-
-  dest = flag.removeprefix("--").replace("-", "_")
-  parser.add_argument(flag, dest=dest, action=Renamed, **options)
-  parser.add_argument(old, dest=dest, action=Renamed, **{**options, "help": argparse.SUPPRESS})
+def with_new_flag(argument: str) -> str:
+  """An argument whose flag, if it is deprecated, is replaced by its new name, with a message."""
+  flag, equals, value = argument.partition("=")
+  if flag not in _RENAMED:
+    return argument
+  print(f"{flag} is deprecated; use {_RENAMED[flag]}", file=sys.stderr)
+  return f"{_RENAMED[flag]}{equals}{value}"
 
 
 def run(args: argparse.Namespace) -> int:
-  """Transcribes; a clip that cannot be used is named at the end and costs only itself.
-
-  Returns:
-    Exit status: 0, or 1 if any clip could not be transcribed.
+  """Transcribes and returns the exit status: 1 if any clip could not be transcribed, else 0.
 
   Raises:
-    FileNotFoundError, ValueError, OSError: for a bad checkpoint, option or output file.
+    ValueError, OSError: for a bad checkpoint, option or output file.
   """
   from mooer_jax.run.process import prepare_process
   from mooer_jax.transcribe.transcriber import Transcriber
@@ -132,22 +116,20 @@ def run(args: argparse.Namespace) -> int:
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
   # Memory holds some clips at a time; of long recordings only a batch.
   size = max(1, args.batch_size) * (_GROUP if args.chunk_length_s is None else 1)
+  own = ("task", "prompt", "question", "chat_template", "chunk_length_s", "batch_size", "seed")
+  given = vars(args)
+  options = {name: given[name] for name in (*own, *_GENERATION) if given[name] is not None}
+  if args.prompt is not None:
+    options["prompt"] = args.prompt.replace("\\n", "\n")
   failed = []
   with _json_writer(args.json) as write:
     for start in range(0, len(args.audio), size):
       names = args.audio[start : start + size]
       results = transcriber.transcribe(
         [sys.stdin.buffer.read() if name == STDIN else name for name in names],
-        task=args.task,
-        prompt=None if args.prompt is None else args.prompt.replace("\\n", "\n"),
-        question=args.question,
-        chat_template=args.chat_template,
-        chunk_length_s=args.chunk_length_s,
-        batch_size=args.batch_size,
-        seed=args.seed,
         progress=sys.stderr.isatty() and (len(args.audio) > 1 or args.chunk_length_s is not None),
         errors="return",
-        **{name: getattr(args, name) for name in _GENERATION if getattr(args, name) is not None},
+        **options,
       )
       for name, result in zip(names, results, strict=True):
         write({**result.to_json(), "path": name})

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe.clips import load_clips, raise_first
 from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 
-_BUCKET_GROWTH = 2**0.5  # padding wastes at most 41 % of the encoder's work
+# Each length is compiled once; padding wastes at most 41 % of the encoder's work.
+_BUCKET_GROWTH = 2**0.5
 _SMALLEST_BUCKET = 32
 FREE = "prompt"  # the task in results for which only a prompt is given
 
@@ -59,7 +60,10 @@ class Transcriber:
       options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,)
     )
     longest = config.frontends[0].num_frames(round(config.max_audio_s * config.sample_rate_hz))
-    self.buckets = [bucket_lengths(length, config.frontends) for length in _buckets(longest)]
+    lengths = [_SMALLEST_BUCKET]
+    while lengths[-1] < longest:
+      lengths.append(min(longest, int(lengths[-1] * _BUCKET_GROWTH)))
+    self.buckets = [bucket_lengths(length, config.frontends) for length in lengths]
 
   @classmethod
   def from_checkpoint(
@@ -68,12 +72,8 @@ class Transcriber:
     """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
 
     Args:
-      path: the folder.
-      base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
+      path, base_checkpoint: as in `load_model`, and raises as it does.
       dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
-
-    Raises:
-      FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = ExecutionConfig(dtype=dtype)
@@ -116,11 +116,9 @@ class Transcriber:
 
     Raises:
       FileNotFoundError: if the only clip that cannot be used is a missing file.
-      ValueError: for an undecodable, empty, silent, non-finite or too long clip, by name, or one
-        for which the model's scores are not finite; for an unknown task or template; for a prompt
-        that does not have exactly one place for the speech, or ends with it; for a question that is
-        missing, empty or not asked for; for an argument of a wrong type, out of range or without
-        effect.
+      ValueError: for a clip that cannot be used, by name, or for which the model's scores are not
+        finite; for a task, template, prompt or question that the model cannot use; for an argument
+        of a wrong type, out of range or without effect.
     """
     if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)) or not isinstance(audio, Iterable):
       raise ValueError(
@@ -135,16 +133,7 @@ class Transcriber:
       raise ValueError(f"errors={errors!r}: must be 'raise' or 'return'")
     if batch_size is None or batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    prompts = dict(self.config.prompts)
-    if task is None:
-      task = next(iter(prompts)) if len(prompts) == 1 else "asr"
-      task = task if prompt is None else FREE
-    if prompt is None:
-      prompt = task_prompt(task, prompts)
-    check_question(prompt, question, task)
-    template = self.config.chat_template if chat_template is None else chat_template
-    filled = fill_template(template, prompt, question or "")
-    check_prompt_suffix(len(encode_prompt(self.tokenizer, filled)[1]), prompt, template)
+    task, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
     options = build(
       GenerationConfig, {**dataclasses.asdict(self.options), **generation}, "generation"
     )
@@ -165,7 +154,7 @@ class Transcriber:
     transcripts = self._transcribe_chunks(
       chunks,
       task,
-      prompt=filled,
+      sides=sides,
       options=options,
       batch_size=batch_size,
       seed=seed or 0,
@@ -175,8 +164,7 @@ class Transcriber:
     for index, (source, clip) in enumerate(zip(audio, clips, strict=True)):
       path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
       if isinstance(clip, list):
-        result = join_transcripts(transcripts[: len(clip)])
-        transcripts = transcripts[len(clip) :]
+        result = join_transcripts([next(transcripts) for _ in clip])
         if not math.isfinite(result.score):
           name = f"audio[{index}]" if path is None else os.fsdecode(path)
           clip = ValueError(f"{name}: {NOT_FINITE}")
@@ -187,17 +175,32 @@ class Transcriber:
       results.append(dataclasses.replace(result, path=path))
     return results
 
+  def _encode_prompt(
+    self, task: str | None, prompt: str | None, *, question: str | None, template: str | None
+  ) -> tuple[str, tuple[list[int], list[int]]]:
+    """(task, tokens before and after the speech); arguments as in `transcribe`."""
+    prompts = dict(self.config.prompts)
+    if task is None:
+      own = next(iter(prompts)) if len(prompts) == 1 else "asr"
+      task = own if prompt is None else FREE
+    prompt = task_prompt(task, prompts) if prompt is None else prompt
+    check_question(prompt, question, task)
+    template = self.config.chat_template if template is None else template
+    sides = encode_prompt(self.tokenizer, fill_template(template, prompt, question or ""))
+    check_prompt_suffix(len(sides[1]), prompt, template)
+    return task, sides
+
   def _transcribe_chunks(
     self,
     chunks: Sequence[np.ndarray],
     task: str,
     *,
-    prompt: tuple[str, str],
+    sides: tuple[list[int], list[int]],
     options: GenerationConfig,
     batch_size: int,
     seed: int,
     progress: bool,
-  ) -> list[Transcript]:
+  ) -> Iterator[Transcript]:
     """Transcripts of the chunks, in order; silent chunks are skipped and have no text."""
     from rich.progress import track
 
@@ -212,7 +215,7 @@ class Transcriber:
     loud.sort(key=lambda i: len(chunks[i]))
     groups = [loud[i : i + batch_size] for i in range(0, len(loud), batch_size)]
     batches = (
-      (group, self._batch([chunks[i] for i in group], prompt, batch_size)) for group in groups
+      (group, self._batch([chunks[i] for i in group], sides, batch_size)) for group in groups
     )
     outputs = decode_batches(self.params, batches, self.config, options, key=jax.random.key(seed))
     shown = track(outputs, "transcribing", total=len(groups), disable=not progress)
@@ -225,16 +228,13 @@ class Transcriber:
             score=float(output.scores_B[row]),
             finished=bool(output.finished_B[row]),
           )
-    return transcripts
+    return iter(transcripts)
 
-  def _batch(self, chunks, prompt: tuple[str, str], batch_size: int) -> Batch:
+  def _batch(self, chunks, sides, batch_size: int) -> Batch:
     rows = min(batch_size, 1 << (len(chunks) - 1).bit_length())  # few shapes, little padding
     clips = [extract_features(chunk_N, self.config) for chunk_N in chunks]
     features, frames = encoder_inputs(clips, rows=rows, buckets=self.buckets)
-    prefix_BS, suffix_BS = (
-      np.tile(np.asarray(side, np.int32), (rows, 1))
-      for side in encode_prompt(self.tokenizer, prompt)
-    )
+    prefix_BS, suffix_BS = (np.tile(np.asarray(side, np.int32), (rows, 1)) for side in sides)
     labels_BS = np.full((rows, 1), -1, np.int32)
     return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
 
@@ -243,11 +243,3 @@ def _check_types(kind: type, name: str, **values: Any) -> None:
   for argument, value in values.items():
     if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
       raise ValueError(f"{argument}={value!r} ({type(value).__name__}): must be {name}")
-
-
-def _buckets(longest: int) -> tuple[int, ...]:
-  """Lengths that grow by a fixed ratio up to the longest clip; each is compiled once."""
-  lengths = [_SMALLEST_BUCKET]
-  while lengths[-1] < longest:
-    lengths.append(min(longest, int(lengths[-1] * _BUCKET_GROWTH)))
-  return tuple(lengths)

@@ -19,8 +19,7 @@ class Transcript:
     score: log-probability / length ** length_penalty, by which beams are ranked; for a chunked
       clip, the sum over chunks.
     finished: False if generation stopped at max_new_tokens, in any chunk.
-    transcript: the transcript in the text, for tasks that ask for one.
-    translation: the translation in the text, for tasks that ask for one.
+    transcript, translation: those in the text, for tasks that ask for them.
     pieces: results of the chunks of a chunked clip, in order of time.
     error: why the clip could not be transcribed; None if it was.
   """
@@ -81,7 +80,7 @@ def join_transcripts(pieces: Sequence[Transcript]) -> Transcript:
   )
 
 
-def _joined(parts) -> str | None:
+def _joined(parts: Iterable[str | None]) -> str | None:
   given = [part for part in parts if part is not None]
   return join_texts(given) if given else None
 
@@ -92,15 +91,12 @@ def join_texts(texts: Iterable[str]) -> str:
   Empty texts are skipped; no space is added where there already is a space or line break.
   """
   joined = ""
-  for text in texts:
-    if joined and text and not _run_on(joined[-1], text[0]):
+  for text in filter(None, texts):
+    ends = joined[-1:], text[0]
+    if joined and not any(map(str.isspace, ends)) and not all(map(_is_cjk, ends)):
       joined += " "
     joined += text
   return joined
-
-
-def _run_on(left: str, right: str) -> bool:
-  return left.isspace() or right.isspace() or (_is_cjk(left) and _is_cjk(right))
 
 
 def _is_cjk(character: str) -> bool:

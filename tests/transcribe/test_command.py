@@ -141,7 +141,7 @@ def test_audio_is_never_overwritten(folder, clips, tmp_path, capsys):
     (["--length-penalty", "nan"], "length_penalty=nan"),
     (["--seed", str(2**64)], f"seed={2**64}"),
     (["--seed", "-1"], "seed=-1"),
-    (["--min-new-tokens", "300", "--max-new-tokens", "200"], "exceeds max_new_tokens=200"),
+    (["--min-new-tokens", "300", "--max-new-tokens", "200"], "must be at most max_new_tokens=200"),
   ],
 )
 def test_options_without_a_meaning_are_refused(folder, clips, capsys, flags, message):
