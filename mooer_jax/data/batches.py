@@ -1,5 +1,7 @@
 """Examples collated into padded batches of a few fixed shapes."""
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
 from mooer_jax.data.shards import SkippedUtterance
-from mooer_jax.data.utterances import Position, UtteranceStream
+from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
 from mooer_jax.inputs import bucket_lengths, encoder_inputs
 from mooer_jax.speech_llm import Batch
 
@@ -67,12 +69,7 @@ class Padding(NamedTuple):
 
 
 def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool = False) -> Padding:
-  """Determines the padded shapes.
-
-  Args:
-    config: batch size and buckets, which are lengths of the first encoder's features.
-    model: determines the features of its encoders.
-    encoded: whether inputs are frames of the encoders rather than features.
+  """Determines the padded shapes of features or, if `encoded`, of the encoders' frames.
 
   Raises:
     ValueError: if a clip of config.max_s does not fit into the longest bucket.
@@ -88,11 +85,11 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
   buckets = [bucket_lengths(bucket, frontends) for bucket in config.buckets]
   if not encoded:
     return Padding(config.batch_size, buckets, [f.width for f in frontends], np.float32)
-  encoders = model.encoders
   buckets = [
-    tuple(e.num_outputs(n) for e, n in zip(encoders, lengths, strict=True)) for lengths in buckets
+    tuple(e.num_outputs(n) for e, n in zip(model.encoders, lengths, strict=True))
+    for lengths in buckets
   ]
-  return Padding(config.batch_size, buckets, [e.hidden_size for e in encoders], DTYPE)
+  return Padding(config.batch_size, buckets, [e.hidden_size for e in model.encoders], DTYPE)
 
 
 class Batcher:
@@ -189,31 +186,31 @@ class _Window:
 
   def __init__(self, stream: UtteranceStream, *, size: int, batch_size: int):
     self.start = stream.position
+    self.examples: list[Example] = []
     self._stream, self._size, self._batch_size = stream, size, batch_size
-    self._examples: list[Example] = []
     self._full = False
 
   @property
   def missing(self) -> int:
-    return 0 if self._full else self._size - len(self._examples)
+    return 0 if self._full else self._size - len(self.examples)
 
   def read(self, number: int):
     """Takes up to `number` more utterances, fewer if the window is full or the epoch ends."""
     for _ in range(number):
-      complete = self._examples and len(self._examples) % self._batch_size == 0
-      if complete and self._stream.peek().epoch != self._examples[0].epoch:
+      complete = self.examples and len(self.examples) % self._batch_size == 0
+      if complete and self._stream.peek().epoch != self.examples[0].epoch:
         self._full = True
       if not self.missing:
         return
-      self._examples.append(self._stream.take())
+      self.examples.append(self._stream.take())
 
   def batches(self, rng: np.random.Generator) -> list[list[Example]]:
     """Batches of utterances of similar length, in random order."""
-    order = rng.permutation(len(self._examples))  # so that equal lengths mix
-    lengths = np.asarray([len(e.features[0]) for e in self._examples])
+    order = rng.permutation(len(self.examples))  # so that equal lengths mix
+    lengths = np.asarray([len(e.features[0]) for e in self.examples])
     order = order[np.argsort(lengths[order], kind="stable")]
     batches = order.reshape(-1, self._batch_size)
-    return [[self._examples[i] for i in row] for row in rng.permutation(batches)]
+    return [[self.examples[i] for i in row] for row in rng.permutation(batches)]
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -227,7 +224,7 @@ class TrainIterator(grain.DatasetIterator):
   def _go_to(self, number: int, index: int) -> None:
     """Continues with batch `index` of window `number`, which starts at the stream's position."""
     self._number, self._index = number, index
-    self._batches: list = []
+    self._batches: list[list[Example]] = []
     self._next = self._new_window()
     self._start = self._next.start
 
@@ -235,18 +232,18 @@ class TrainIterator(grain.DatasetIterator):
     if not self._batches:
       self._begin()
     examples = self._batches[self._index]
-    self._batches[self._index] = None  # releases its memory
-    self._index += 1
-    left = len(self._batches) - self._index
+    left = len(self._batches) - self._index - 1
     # In equal parts, so that no batch has to wait for a whole window.
-    self._next.read(-(-self._next.missing // (left + 1)))
+    self._read(-(-self._next.missing // (left + 1)))
+    self._batches[self._index] = []  # releases its memory
+    self._index += 1
     if not left:
       self._number, self._index, self._batches = self._number + 1, 0, []
       self._start = self._next.start
     return self._batcher(examples)
 
   def get_state(self) -> dict[str, Any]:
-    return {"window": self._number, "index": self._index, "start": self._start.to_json()}
+    return {"window": self._number, "index": self._index, "start": dataclasses.asdict(self._start)}
 
   def set_state(self, state: dict[str, Any]):
     self._stream.seek(Position.from_json(state["start"]))
@@ -258,12 +255,20 @@ class TrainIterator(grain.DatasetIterator):
 
   def _begin(self):
     while self._next.missing:
-      self._next.read(self._next.missing)
+      self._read(self._next.missing)
     # 1: a stream apart from the one that shuffles shards; the same in all workers and processes
     rng = np.random.default_rng([self._config.seed, 1, self._number])
     self._batches = self._next.batches(rng)
-    self._batches[: self._index] = [None] * self._index
+    self._batches[: self._index] = [[]] * self._index
     self._next = self._new_window()
+
+  def _read(self, number: int) -> None:
+    try:
+      self._next.read(number)
+    except BadDataError as error:
+      unused = (*itertools.chain.from_iterable(self._batches), *self._next.examples)
+      error.skipped = (*(s for e in unused for s in e.skipped), *self._stream.left_over())
+      raise
 
   def _new_window(self) -> _Window:
     return _Window(
@@ -295,11 +300,11 @@ class EvalIterator(grain.DatasetIterator):
     return self._batcher(examples, left_over)
 
   def get_state(self) -> dict[str, Any]:
-    return {"position": self._position and self._position.to_json()}
+    return {"position": self._position and dataclasses.asdict(self._position)}
 
   def set_state(self, state: dict[str, Any]):
     saved = state["position"]
-    self._position = None if saved is None else Position.from_json(saved)
+    self._position = saved and Position.from_json(saved)
     if self._position is not None:
       self._stream.seek(self._position)
 

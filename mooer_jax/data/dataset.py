@@ -36,9 +36,8 @@ def train_batches(
   Batches of all processes come in the same order of length, so their buckets mostly agree.
 
   Args:
-    config: see DataConfig.
-    tokenizer: tokenizer of the language model.
-    model: determines the features, the template and the prompts.
+    config: shards, batches and limits.
+    tokenizer, model: of the speech LLM; the model determines features, template and prompts.
     cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
     process_index: index of this process (host).
     process_count: number of processes; each reads every process_count-th shard.
@@ -52,17 +51,10 @@ def train_batches(
       for which the model has no prompt.
   """
   process = (process_index, process_count)
-  return _pipeline(config, tokenizer, model, cache=cache, process=process, endless=True)
+  return _pipeline(config, tokenizer, model, endless=True, cache=cache, process=process)
 
 
-def eval_batches(
-  config: DataConfig,
-  tokenizer: Tokenizer,
-  model: SpeechLLMConfig,
-  *,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> "Batches":
+def eval_batches(config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig) -> "Batches":
   """One pass over the utterances in the order of the shards; the last batch has padding rows.
 
   Each key is either in one batch's keys or in its `skipped`. An utterance whose transcript is
@@ -70,8 +62,7 @@ def eval_batches(
 
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
-  process = (process_index, process_count)
-  return _pipeline(config, tokenizer, model, cache=None, process=process, endless=False)
+  return _pipeline(config, tokenizer, model, endless=False)
 
 
 def _pipeline(
@@ -79,9 +70,9 @@ def _pipeline(
   tokenizer: Tokenizer,
   model: SpeechLLMConfig,
   *,
-  cache: EncodedCache | None,
-  process: tuple[int, int],
   endless: bool,
+  cache: EncodedCache | None = None,
+  process: tuple[int, int] = (0, 1),
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
   shards = _shards(config, sampler)
@@ -101,8 +92,14 @@ def _pipeline(
     Batcher(config, model, sampler.lengths, encoded=cache is not None),
     endless=endless,
   )
+  if workers:
+    dataset = _prefetch_in_processes(batches, workers)
+  else:
+    dataset = grain.experimental.ThreadPrefetchIterDataset(
+      batches, prefetch_buffer_size=config.prefetch
+    )
   description = _description(config, sampler, shards, process=list(process))
-  return Batches(_prefetch(batches, workers), description, batches.batcher.shapes())
+  return Batches(dataset, description, batches.batcher.shapes())
 
 
 def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
@@ -173,10 +170,8 @@ class _Batches(grain.IterDataset):
     return iterator(self.config, self.batcher, stream)
 
 
-def _prefetch(batches: _Batches, workers: int) -> grain.IterDataset:
+def _prefetch_in_processes(batches: _Batches, workers: int) -> grain.IterDataset:
   ahead = batches.config.prefetch
-  if not workers:
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead)
   if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which a plain script never parses
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)

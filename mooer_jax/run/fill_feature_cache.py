@@ -79,7 +79,7 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
 
   needed = {part: params.get(part, {}) for part in ("frontend", "encoders")}
   skipped: Counter[str] = Counter()
-  misses = cache_misses(run.data, model, known={*cache.names()}, skipped=skipped)
+  misses = cache_misses(run.data, model, known={*cache.clips}, skipped=skipped)
   started = (
     (clips, encode(needed, jax.device_put(clips.batch, batch_sharding(mesh)))) for clips in misses
   )
@@ -95,7 +95,9 @@ def _fill(cache: EncodedCache, run: Run, params: dict, mesh) -> None:
         (digest, [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in in_order], seconds)
         for row, (digest, seconds) in enumerate(zip(clips.digests, clips.seconds, strict=True))
       ])  # fmt: skip
-      progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
+      progress.update(
+        bar, completed=len(cache.clips), description=f"encoded {len(cache.clips)} clips"
+      )
   if skipped:
     causes = ", ".join(f"{cause}: {n}" for cause, n in skipped.most_common())
     print(f"not encoded: {causes}; training lists them in skipped.jsonl")

@@ -20,6 +20,8 @@ from mooer_jax.config import (
   run_fields,
   to_json,
 )
+from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run.config import Run
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.program import cast_params
@@ -147,11 +149,7 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
     features = run.model.frontends[encoders.index(name)]
     found[name] = read_mvn(run.train.cmvn, width=features.width)
   else:
-    for name in cmvn:
-      number = encoders.index(name)
-      with contextlib.closing(iter(dataset)) as batches:
-        first = itertools.islice(batches, CMVN_BATCHES)
-        found[name] = estimate(clip for host in first for clip in _clips(host.batch, number))
+    found = {name: estimate(_clips(dataset, encoders.index(name))) for name in cmvn}
   values = {
     name: {"shift": np.asarray(shift_F), "scale": np.asarray(scale_F)}
     for name, (shift_F, scale_F) in found.items()
@@ -159,9 +157,18 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
   return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
 
 
-def _clips(batch, number: int):
-  for x_TF, frames in zip(batch.features[number], batch.frames[number], strict=True):
-    yield x_TF[:frames]
+def _clips(dataset, number: int):
+  """The features of the first batches for an encoder; BadDataError has all skipped utterances."""
+  skipped: list[SkippedUtterance] = []
+  with contextlib.closing(iter(dataset)) as batches:
+    try:
+      for host in itertools.islice(batches, CMVN_BATCHES):
+        skipped += host.skipped
+        features, frames = host.batch.features[number], host.batch.frames[number]
+        yield from (x_TF[:n] for x_TF, n in zip(features, frames, strict=True))
+    except BadDataError as error:
+      error.skipped = (*skipped, *error.skipped)
+      raise
 
 
 def initial_state(run: Run, params: dict, *, tx, mesh):

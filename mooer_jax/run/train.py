@@ -12,10 +12,11 @@ import jax
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.dataset import Batches, train_batches
+from mooer_jax.data.utterances import BadDataError
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
-from mooer_jax.run.monitor import Evaluator, Monitor
+from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
 from mooer_jax.run.process import StopRequest, prepare_process
 from mooer_jax.run.start import (
   check_vocabulary,
@@ -107,7 +108,11 @@ def _load(run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, resumed: Path
   cache = fill_cache(run, params, mesh) if run.data.cache_features else None
   dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
-    params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
+    try:
+      params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
+    except BadDataError as error:
+      SkippedLog(run.workdir, first=0).add(1, error.skipped)
+      raise
   state, frozen, shardings = initial_state(run, params, tx=make_optimizer(run.optimizer), mesh=mesh)
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
@@ -158,7 +163,13 @@ def _loop(
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
     for step in range(first + 1, run.train.steps + 1):
-      host_batch = next(batches)
+      try:
+        host_batch = next(batches)
+      except BadDataError as error:
+        if pending:
+          monitor.record(*pending)
+        monitor.add_skipped(step, error.skipped)
+        raise
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
       state, metrics = train_step(state, frozen, batch)
       if pending:  # read one step late, so that the device never waits for the host

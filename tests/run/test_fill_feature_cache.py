@@ -94,7 +94,7 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
   cache = fill_feature_cache.fill_cache(run, params, mesh)
   folder = run.init_from.parent
   paths = sorted(folder.glob("*.wav"))
-  assert sorted(cache.names()) == sorted(map(_digest, paths))
+  assert sorted(cache.clips) == sorted(map(_digest, paths))
   for path in paths:
     frames, _ = cache.get(_digest(path))
     for kept_TD, expected_TD in zip(frames, _expected(run, params, path), strict=True):
