@@ -51,10 +51,17 @@ def train_batches(
       for which the model has no prompt.
   """
   process = (process_index, process_count)
-  return _pipeline(config, tokenizer, model, endless=True, cache=cache, process=process)
+  return _pipeline(config, tokenizer, model, endless=True, process=process, cache=cache)
 
 
-def eval_batches(config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig) -> "Batches":
+def eval_batches(
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  model: SpeechLLMConfig,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> "Batches":
   """One pass over the utterances in the order of the shards; the last batch has padding rows.
 
   Each key is either in one batch's keys or in its `skipped`. An utterance whose transcript is
@@ -62,7 +69,8 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfi
 
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
-  return _pipeline(config, tokenizer, model, endless=False)
+  process = (process_index, process_count)
+  return _pipeline(config, tokenizer, model, endless=False, process=process)
 
 
 def _pipeline(
@@ -71,8 +79,8 @@ def _pipeline(
   model: SpeechLLMConfig,
   *,
   endless: bool,
+  process: tuple[int, int],
   cache: EncodedCache | None = None,
-  process: tuple[int, int] = (0, 1),
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
   shards = _shards(config, sampler)
