@@ -41,10 +41,8 @@ class Checkpoint:
   """An open checkpoint.
 
   Attributes:
-    folder: its folder.
     params: nested dict, per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`.
-    config: content of config.json.
-    generation: content of generation.json.
+    config, generation: contents of config.json and generation.json.
     hash: SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base.
     origin: the base of a fine-tune, else None.
     trained: paths of the leaves in this folder; all paths if there is no base.
@@ -88,10 +86,7 @@ def has_base(folder: str | Path) -> bool:
 
 
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
-  """Opens a checkpoint without reading its weights: params are `ShapeDtypeStruct`s.
-
-  Args, Raises: as for `load`.
-  """
+  """Opens a checkpoint without its weights, for `ShapeDtypeStruct`s; errors as of `load`."""
   folder, about = open_folder(folder)
   pointer, origin = about["base"], None
   leaves = about["leaves"]
@@ -161,8 +156,7 @@ def load(
   _check_files(about)
   wanted = tree.flatten(about.params)
   if shardings is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = dict.fromkeys(wanted, device)
+    places = dict.fromkeys(wanted, _first_device())
   else:
     places = tree.flatten(shardings)
     if odd := sorted(places.keys() ^ wanted.keys()):
@@ -204,7 +198,7 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
     CheckpointError: if there is no train state, or a leaf's path, shape or dtype differs.
   """
   folder, about = open_folder(folder)
-  if about["train_state"] is None:
+  if (saved := about["train_state"]) is None:
     raise CheckpointError(f"{folder} holds no train_state; it cannot be resumed, only loaded")
   data = folder / "train_state" / data_file()
   if not data.is_file():
@@ -212,20 +206,20 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
       f"{data} is missing; the run was saved by another number of processes than "
       f"{jax.process_count()}"
     )
-  saved, wanted = about["train_state"], tree.flatten(arrays.by_path(target))
-  if odd := sorted(saved.keys() ^ wanted.keys()):
-    where = "not in the checkpoint" if odd[0] in wanted else "only in the checkpoint"
-    raise CheckpointError(f"{folder}/train_state: {odd[0]} is {where}; the configs differ")
-  expected = arrays.shapes(arrays.by_path(target))
-  for path, have in saved.items():
-    if have != expected[path]:
+  nested = arrays.by_path(target)
+  wanted = arrays.shapes(nested)
+  for path in sorted(saved.keys() | wanted.keys()):
+    have, want = saved.get(path, "not saved"), wanted.get(path, "not used")
+    if have != want:
       raise CheckpointError(
-        f"{folder}/train_state: {path} is saved as {have}, this run has {expected[path]}"
+        f"{folder}/train_state: {path} is {have} in the checkpoint, {want} in this run; the configs"
+        " differ"
       )
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   targets = {
-    path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device)
-    for path, x in wanted.items()
+    path: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=getattr(x, "sharding", None) or _first_device()
+    )
+    for path, x in tree.flatten(nested).items()
   }
   if (recorded := about.get("files")) is not None:
     sums.check(folder, recorded, [n for n in recorded if n.startswith("train_state/")])
@@ -279,11 +273,14 @@ def check_leaves(about: Checkpoint, expected: Mapping) -> None:
   Raises:
     CheckpointError: if leaves are missing, belong to no part of the model, or differ in shape.
   """
-  have, wanted = tree.flatten(about.params), tree.flatten(expected)
+  have, wanted = (
+    {path: list(leaf.shape) for path, leaf in tree.flatten(params).items()}
+    for params in (about.params, expected)
+  )
   faults = [
-    f"{path} is {_size(have[path])} in the weights, but {_size(wanted[path])} by config.json"
+    f"{path} is {have[path]} in the weights, but {wanted[path]} by config.json"
     for path in have.keys() & wanted.keys()
-    if have[path].shape != wanted[path].shape
+    if have[path] != wanted[path]
   ]
   faults += [f"{path} is not a parameter of that model" for path in have.keys() - wanted.keys()]
   faults += [f"{path} is missing from the weights" for path in wanted.keys() - have.keys()]
@@ -293,6 +290,10 @@ def check_leaves(about: Checkpoint, expected: Mapping) -> None:
       f"{about.folder}: config.json and the weights describe different models: {min(faults)}{more};"
       " restore the config.json that was saved with these weights"
     )
+
+
+def _first_device() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def open_folder(folder) -> tuple[Path, dict]:
@@ -391,10 +392,6 @@ def _check_files(about: Checkpoint) -> None:
 
 def _weights_name(base) -> str:
   return _WEIGHTS[base is not None]
-
-
-def _size(leaf) -> list[int]:
-  return list(leaf.shape)
 
 
 def _base(folder: Path, pointer: dict) -> Path:

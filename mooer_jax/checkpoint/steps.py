@@ -24,31 +24,29 @@ def step_of(folder: Path) -> int:
 
 def latest(workdir: str | Path) -> Path | None:
   """The checkpoint of the highest step in the folder of a run, or None."""
-  return max(_steps(workdir), default=None, key=step_of)
+  return max(all_steps(workdir), default=None, key=step_of)
 
 
 def all_steps(workdir: str | Path) -> list[Path]:
   """All checkpoints in the folder of a run, oldest first."""
-  return sorted(_steps(workdir), key=step_of)
+  folders = Path(workdir).glob("step_*")
+  return sorted((f for f in folders if _STEP.fullmatch(f.name) and _is_checkpoint(f)), key=step_of)
 
 
 def find(path: str | Path) -> Path:
   """The checkpoint at a path: the folder itself, or the newest one in the folder of a run.
 
   Raises:
-    FileNotFoundError: if the path does not exist, or is neither, naming what is missing.
+    FileNotFoundError: if the path does not exist, or is neither.
   """
   folder = Path(path)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-  if _is_checkpoint(folder):
-    return folder
-  newest = latest(folder)
-  if newest is None:
-    raise FileNotFoundError(
-      f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
-    )
-  return newest
+  if found := folder if _is_checkpoint(folder) else latest(folder):
+    return found
+  raise FileNotFoundError(
+    f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
+  )
 
 
 def keep_for(base: Path, dependent: Path) -> None:
@@ -135,13 +133,6 @@ def remedy(folder: Path) -> str:
     if earlier:
       advice += f"; if you remove {folder.name}, training resumes from {earlier[-1].name}"
   return advice
-
-
-def _steps(workdir: str | Path) -> list[Path]:
-  workdir = Path(workdir)
-  if not workdir.is_dir():
-    return []
-  return [f for f in workdir.iterdir() if _STEP.fullmatch(f.name) and _is_checkpoint(f)]
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -30,7 +30,7 @@ def record(
 
   Args:
     folder: a checkpoint without `checkpoint.json`, or its weights.
-    known: known sums, so that the files are not read again.
+    known: sums of files that need not be read.
     prefix: prefix of the paths.
     remember: do not read unchanged files again that were hashed in this process.
   """
@@ -76,10 +76,8 @@ def check_sizes(folder: Path, sums: Sums) -> None:
     CheckpointError: for the first that is missing or has another size.
   """
   removed = [f"{name}/" for name in ("train_state", "source") if not (folder / name).exists()]
-  passed = (*EDITABLE, *removed)
-  for name, (size, _) in sums.items():
-    if not name.startswith(passed) and (damage := _size_damage(folder / name, size)):
-      raise CheckpointError(f"{damage}; {remedy(folder)}")
+  names = [name for name in sums if not name.startswith((*EDITABLE, *removed))]
+  _raise_first(folder, (_damage(folder / name, *sums[name]) for name in names))
 
 
 def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
@@ -91,27 +89,25 @@ def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
     CheckpointError: for the first that is missing or has changed.
   """
   share = list(names)[jax.process_index() :: jax.process_count()]
-  with _threads() as threads:
-    found = threads.map(lambda name: _damage(folder / name, *sums[name], _remembered), share)
-    if damage := next(filter(None, found), None):
-      raise CheckpointError(f"{damage}; {remedy(folder)}")
+  _raise_first(folder, damages(folder, {name: sums[name] for name in share}, read=_remembered))
 
 
-def differs(folder: Path, sums: Sums, name: str) -> bool:
-  """Whether a recorded file is missing or has changed."""
-  return _damage(folder / name, *sums[name], _remembered) is not None
-
-
-def damages(folder: Path, sums: Sums, progress: Callable[[int, int], object]) -> Iterator[str]:
+def damages(
+  folder: Path,
+  sums: Sums,
+  progress: Callable[[int, int], object] = lambda done, total: None,
+  read: Callable[[Path], str] = hash_file,
+) -> Iterator[str]:
   """Read all recorded files and yield a line for each that is missing or has changed.
 
   Args:
     folder: of the checkpoint.
     sums: from `record`.
     progress: called after each file with the number of checked bytes and of all bytes.
+    read: returns the SHA-256 (hex) of a file.
   """
   with _threads() as threads:
-    found = threads.map(lambda name: _damage(folder / name, *sums[name], hash_file), sums)
+    found = threads.map(lambda name: _damage(folder / name, *sums[name], read), sums)
     sizes = [size for size, _ in sums.values()]
     for done, damage in zip(itertools.accumulate(sizes), found):
       progress(done, sum(sizes))
@@ -119,22 +115,30 @@ def damages(folder: Path, sums: Sums, progress: Callable[[int, int], object]) ->
         yield damage
 
 
-def _size_damage(path: Path, size: int) -> str | None:
+def differs(folder: Path, sums: Sums, name: str) -> bool:
+  """Whether a recorded file is missing or has changed."""
+  return _damage(folder / name, *sums[name], _remembered) is not None
+
+
+def _raise_first(folder: Path, found: Iterable[str | None]) -> None:
+  if damage := next(filter(None, found), None):
+    raise CheckpointError(f"{damage}; {remedy(folder)}")
+
+
+def _damage(
+  path: Path, size: int, saved: str, read: Callable[[Path], str] | None = None
+) -> str | None:
+  """How a file differs from its record; only its size is compared if there is no `read`."""
   try:
-    now = path.stat().st_size
+    if (now := path.stat().st_size) != size:
+      return f"{path} has {now:,} bytes, but {size:,} were saved"
+    if read and read(path) != saved:
+      return f"{path} has changed since it was saved (its SHA-256 differs)"
   except FileNotFoundError:
     return f"{path} is missing"
-  return None if now == size else f"{path} has {now:,} bytes, but {size:,} were saved"
-
-
-def _damage(path: Path, size: int, saved: str, read: Callable[[Path], str]) -> str | None:
-  try:
-    if damage := _size_damage(path, size):
-      return damage
-    now = read(path)
   except OSError as error:
     return f"{path} cannot be read ({error.strerror})"
-  return None if now == saved else f"{path} has changed since it was saved (its SHA-256 differs)"
+  return None
 
 
 def _remembered(path: Path) -> str:

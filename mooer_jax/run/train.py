@@ -27,7 +27,7 @@ from mooer_jax.run.start import (
 )
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
-from mooer_jax.training.program import CompiledStep, jitted_step
+from mooer_jax.training.program import compile_step, jitted_step
 from mooer_jax.training.sharding import (
   batch_sharding,
   make_mesh,
@@ -152,7 +152,7 @@ def _loop(
       f"{_elements(state.trainable):,} parameters are trained, {_elements(frozen):,} are not, on"
       f" {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
-    train_step = CompiledStep(
+    train_step = compile_step(
       start.step,
       state=state,
       frozen=frozen,

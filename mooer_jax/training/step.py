@@ -44,10 +44,7 @@ def state_shardings(
 ) -> TrainState:
   """Shardings of a state: moments are sharded like their params, the rest is replicated.
 
-  Args:
-    state: arrays or `ShapeDtypeStruct`s (from `jax.eval_shape(create, ...)`).
-    tx: the optimizer of `state.opt_state`.
-    trainable_shardings: `NamedSharding`s of `state.trainable`.
+  `state` has arrays or `ShapeDtypeStruct`s, and tx is its optimizer.
   """
   whole = replicated(jax.tree.leaves(trainable_shardings)[0].mesh)
   opt_state = optax.tree_map_params(
@@ -60,8 +57,7 @@ def state_shardings(
   return TrainState(step=whole, trainable=trainable_shardings, opt_state=opt_state, rng=whole)
 
 
-# (trainable, frozen, batch, key) -> (loss, metrics). Only metrics are used, which are sums over
-# rows: loss_sum, tokens, correct, and any further sums.
+# (trainable, frozen, batch, key) -> (loss, sums over rows); see `make_train_step`.
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -90,8 +86,8 @@ def make_train_step(
   it does not depend on the accumulation.
 
   Args:
-    loss_fn: (trainable, frozen, batch, key) -> (loss, metrics), where metrics are sums over rows:
-      loss_sum (float32, differentiated), tokens, correct, and further sums.
+    loss_fn: its loss is not used; the sums over rows are loss_sum (float32, differentiated),
+      tokens, correct, and any further ones.
     tx: from `make_optimizer`.
     schedule: learning rate of tx, for the metrics.
     accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
