@@ -1,7 +1,10 @@
 """Arrays of a checkpoint: nested dicts written and read with Orbax."""
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -31,19 +34,36 @@ def write(folder: Path, arrays: Mapping) -> dict[str, str]:
   else:
     handler = ocp.PyTreeCheckpointHandler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-  logger = logging.getLogger("absl")
-  logger.addFilter(_has_no_traceback)
-  try:
-    with ocp.Checkpointer(handler) as checkpointer:
-      checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
-  finally:
-    logger.removeFilter(_has_no_traceback)
+  with _one_error(), ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
   return digests
 
 
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-  """False for the errors that each of Orbax's threads logs, and that it raises too."""
-  return not record.exc_info
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+  """Hides the tracebacks that a failed save prints besides the error that it raises.
+
+  Orbax and asyncio log each write that fails, some only when its future is freed. Writes and
+  coroutines that outlive the first failure find their event loop closed. Hence the filters stay.
+  """
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_not_of_orbax)
+  hook = sys.unraisablehook
+  sys.unraisablehook = lambda about: None if _has_no_loop(about.exc_value) else hook(about)
+  try:
+    yield
+  except Exception:
+    warnings.filterwarnings("ignore", "coroutine '.*serialize.*' was never awaited", RuntimeWarning)
+    raise
+  sys.unraisablehook = hook
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  return not record.exc_info or "orbax" not in logging.Formatter().format(record)
+
+
+def _has_no_loop(error: BaseException | None) -> bool:
+  return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
