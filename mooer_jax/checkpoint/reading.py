@@ -18,21 +18,10 @@ from mooer_jax.checkpoint.leaves import CheckpointError
 from mooer_jax.checkpoint.steps import latest, remedy
 
 FORMAT = 1
-_CHANGED = "{}: files were added, removed or changed since they were saved"
-_SECTIONS = {
-  "encoders": list,
-  "frontends": list,
-  "connector": dict,
-  "decoder": dict,
-  "prompts": dict,
-}
-_TYPES: dict[str, Any] = {  # of the values in checkpoint.json
-  "base": (dict, type(None)),
-  "hash": str,
-  "leaves": dict,
-  "train_state": (dict, type(None)),
-  "files": (dict, type(None)),
-}
+_OBJECTS = ("connector", "decoder", "prompts")  # sections of config.json
+_LISTS = ("encoders", "frontends")
+_TYPES: dict[str, Any] = {"hash": str, "leaves": dict}  # of the values in checkpoint.json
+_TYPES |= dict.fromkeys(("base", "train_state", "files"), (dict, type(None)))
 _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 
@@ -88,8 +77,7 @@ def has_base(folder: str | Path) -> bool:
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
   """Opens a checkpoint without its weights, for `ShapeDtypeStruct`s; errors as of `load`."""
   folder, about = open_folder(folder)
-  pointer, origin = about["base"], None
-  leaves = about["leaves"]
+  pointer, origin, leaves = about["base"], None, about["leaves"]
   if pointer is None and base is not None:
     raise CheckpointError(
       f"{folder} is not a fine-tune and has no base checkpoint, but base_checkpoint={base} was"
@@ -141,7 +129,7 @@ def load(
   """Loads a checkpoint; each device reads its own part of each leaf.
 
   Args:
-    folder: from `save`.
+    folder: of the checkpoint.
     shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
       everything on the first local device.
     dtype: dtype of floating-point matrices, while vectors become float32; default: as saved.
@@ -170,11 +158,7 @@ def load(
 
 
 def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray]:
-  """Read some leaves of a checkpoint to the host, in their saved dtype.
-
-  Args:
-    about: from `describe`.
-    paths: of the leaves, such as "decoder/embed/embedding".
+  """Read leaves of a checkpoint to the host, in their saved dtype, by paths such as "decoder/w".
 
   Raises:
     CheckpointError: if the files are damaged.
@@ -187,7 +171,7 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
   """Load the train_state, and the data_state of this process.
 
   Args:
-    folder: from `save`.
+    folder: of the checkpoint.
     target: pytree of the same structure, of arrays or `ShapeDtypeStruct`s with shardings; default
       sharding of a leaf: the first local device.
 
@@ -245,15 +229,13 @@ def find_damage(
     CheckpointError: if the folder is not a checkpoint, or cannot be opened.
   """
   folder, about = open_folder(folder)
-  recorded, base = about.get("files"), about["base"]
-  name, seed = _weights_name(base), "" if base is None else base["hash"]
-  if recorded is not None:
-    found = list(sums.damages(folder, recorded, progress))
-    if sums.weights_hash(recorded, name, seed) != about["hash"]:
-      found.append(f"{folder / 'checkpoint.json'} has changed: its hash does not fit its sums")
-    return found
-  now = sums.record(folder / name, prefix=f"{name}/")
-  return [] if _has_hash(now, name, seed, about["hash"]) else [_CHANGED.format(folder / name)]
+  name, seed = _weights_name(about["base"]), (about["base"] or {}).get("hash", "")
+  if (recorded := about.get("files")) is None:
+    return list(filter(None, [_hash_damage(folder / name, seed, about["hash"])]))
+  found = list(sums.damages(folder, recorded, progress))
+  if sums.weights_hash(recorded, name, seed) != about["hash"]:
+    found.append(f"{folder / 'checkpoint.json'} has changed: its hash does not fit its sums")
+  return found
 
 
 def verify(folder: str | Path) -> None:
@@ -264,11 +246,7 @@ def verify(folder: str | Path) -> None:
 
 
 def check_leaves(about: Checkpoint, expected: Mapping) -> None:
-  """Check that the weights are those of the model that config.json describes.
-
-  Args:
-    about: from `describe`.
-    expected: nested dict of arrays or `ShapeDtypeStruct`s, per layer: the model's parameters.
+  """Check that the weights are those of the model that config.json describes, `expected`.
 
   Raises:
     CheckpointError: if leaves are missing, belong to no part of the model, or differ in shape.
@@ -316,14 +294,13 @@ def open_folder(folder) -> tuple[Path, dict]:
     raise CheckpointError(
       f"{folder} has format {about.get('format')}, this mooer_jax reads format {FORMAT}"
     )
-  if missing := sorted({"base", "hash", "leaves", "train_state"} - about.keys()):
+  if missing := sorted(_TYPES.keys() - {"files"} - about.keys()):
     raise _damaged(folder, f"checkpoint.json lacks {', '.join(missing)}")
-  for name, kinds in _TYPES.items():
-    if not isinstance(about.get(name), kinds):
-      value = repr(about.get(name))[:80]
-      raise _damaged(folder, f"checkpoint.json has {name}={value}")
-  if about["base"] is not None and not {"path", "hash"} <= about["base"].keys():
-    raise _damaged(folder, f"checkpoint.json has base={about['base']}, without path and hash")
+  for name, kind in _TYPES.items():
+    if not isinstance(value := about.get(name), kind):
+      raise _damaged(folder, f"checkpoint.json has {name}={value!r:.80}")
+  if (base := about["base"]) is not None and not {"path", "hash"} <= base.keys():
+    raise _damaged(folder, f"checkpoint.json has base={base}, without path and hash")
   for name, entry in (about.get("files") or {}).items():
     if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
       raise _damaged(folder, f"checkpoint.json has no size and sum of {name}: {entry!r}")
@@ -352,20 +329,23 @@ def _check_weights(about: Checkpoint, unread: Iterable[str]) -> None:
   Orbax would log a traceback for each damaged leaf, and does not detect changed bytes in files
   without compression.
   """
-  name = about.weights.name
   if about.files is None:
-    now = sums.record(about.weights, prefix=f"{name}/", remember=True)
-    if not _has_hash(now, name, "" if about.origin is None else about.origin.hash, about.hash):
-      raise _damaged(about.folder, _CHANGED.format(name))
+    seed = "" if about.origin is None else about.origin.hash
+    if damage := _hash_damage(about.weights, seed, about.hash, remember=True):
+      raise CheckpointError(f"{damage}; {remedy(about.folder)}")
     return
   # A leaf has a folder, or its data is in files that all leaves share.
   folders = {path.replace("/", ".") for path in unread}
-  inside = [path for path in about.files if path.startswith(f"{name}/")]
+  inside = [path for path in about.files if path.startswith(f"{about.weights.name}/")]
   sums.check(about.folder, about.files, [p for p in inside if p.split("/")[1] not in folders])
 
 
-def _has_hash(now: sums.Sums, name: str, seed: str, saved: str) -> bool:
-  return any(sums.weights_hash(now, name, seed, stamped=x) == saved for x in (False, True))
+def _hash_damage(weights: Path, seed: str, saved: str, *, remember: bool = False) -> str | None:
+  """Damage of weights that were saved without sums of their files, only with a hash of all."""
+  now = sums.record(weights, prefix=f"{weights.name}/", remember=remember)
+  if any(sums.weights_hash(now, weights.name, seed, stamped=x) == saved for x in (False, True)):
+    return None
+  return f"{weights}: files were added, removed or changed since they were saved"
 
 
 def _read_arrays(folder: Path, name: str, saved: Iterable[str], targets: dict) -> dict:
@@ -413,12 +393,10 @@ def data_file() -> str:
 
 def _read_config(folder: Path) -> dict:
   config = _read_json(folder / "config.json")
-  for name, kind in _SECTIONS.items():
-    value = config.get(name, kind())
-    if not isinstance(value, kind) or (
-      kind is list and not all(isinstance(part, dict) for part in value)
-    ):
-      wanted = "a list of objects" if kind is list else "an object"
+  for name in config.keys() & {*_OBJECTS, *_LISTS}:
+    value, wanted = config[name], "a list of objects" if name in _LISTS else "an object"
+    parts = [value] if name in _OBJECTS else value if isinstance(value, list) else [None]
+    if not all(isinstance(part, dict) for part in parts):
       raise _damaged(folder, f"config.json has {name}={value!r}, which must be {wanted}")
   return config
 
