@@ -16,27 +16,19 @@ from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, as_lazy
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
 
 
-def write(folder: Path, arrays: Mapping) -> dict[str, str]:
-  """Write a nested dict of arrays or `LazyArray` leaves, from all processes.
-
-  Returns:
-    SHA-256 (hex) of files that were hashed while they were in the page cache, by their path below
-    the folder: most files of `LazyArray` leaves, else none.
-  """
+def write(folder: Path, arrays: Mapping) -> None:
+  """Write a nested dict of arrays or `LazyArray` leaves, from all processes."""
   import orbax.checkpoint as ocp
 
-  digests: dict[str, str] = {}
   if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
     from mooer_jax.checkpoint.streaming import streaming_handler
 
-    arrays = jax.tree.map(as_lazy, arrays)
-    handler = streaming_handler(digests)
+    arrays, handler = jax.tree.map(as_lazy, arrays), streaming_handler()
   else:
     handler = ocp.PyTreeCheckpointHandler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
   with _one_error(), ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
-  return digests
 
 
 @contextlib.contextmanager

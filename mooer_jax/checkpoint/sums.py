@@ -19,31 +19,21 @@ EDITABLE = ("config.json", "generation.json")  # users may change prompts, limit
 _STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's: when and where it wrote
 
 
-def record(
-  folder: Path,
-  known: Mapping[str, str] | None = None,
-  *,
-  prefix: str = "",
-  remember: bool = False,
-) -> dict[str, tuple[int, str]]:
+def record(folder: Path, *, prefix: str = "", remember: bool = False) -> dict[str, tuple[int, str]]:
   """Size and SHA-256 of every file under a folder, by its path below the folder.
 
   Args:
     folder: a checkpoint without `checkpoint.json`, or its weights.
-    known: sums of files that need not be read.
     prefix: prefix of the paths.
     remember: do not read unchanged files again that were hashed in this process.
   """
-  known = known or {}
-  read = _remembered if remember else hash_file
-  files = {
-    prefix + path.relative_to(folder).as_posix(): path
-    for path in sorted(folder.rglob("*"))
-    if path.is_file()
-  }
+  files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
   with _threads() as threads:
-    sums = threads.map(lambda name: known.get(name) or read(files[name]), files)
-    return {name: (files[name].stat().st_size, found) for name, found in zip(files, sums)}
+    sums = threads.map(_remembered if remember else hash_file, files)
+    return {
+      prefix + path.relative_to(folder).as_posix(): (path.stat().st_size, found)
+      for path, found in zip(files, sums)
+    }
 
 
 def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -> str:

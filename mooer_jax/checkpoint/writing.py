@@ -75,8 +75,8 @@ def save(
     if base is not None:
       keep_for(Path(base), folder)
     _barrier("begin", folder)
-    weights = part / ("weights" if base is None else "trainable")
-    digests = arrays.write(weights, params)
+    weights = "weights" if base is None else "trainable"
+    arrays.write(part / weights, params)
     if train_state is not None:
       state = arrays.by_path(train_state)
       arrays.write(part / "train_state" / "arrays", state)
@@ -91,12 +91,12 @@ def save(
           shutil.copytree(write, part / name)
       _write_json(part / "config.json", config_json)
       _write_json(part / "generation.json", generation)
-      sums = record(part, {f"{weights.name}/{name}": found for name, found in digests.items()})
+      sums = record(part)
       _write_json(
         part / "checkpoint.json",
         {
           "format": FORMAT,
-          "hash": weights_hash(sums, weights.name, pointer["hash"] if pointer else ""),
+          "hash": weights_hash(sums, weights, pointer["hash"] if pointer else ""),
           "base": pointer,
           "leaves": arrays.shapes(params),
           "train_state": None if train_state is None else arrays.shapes(state),
