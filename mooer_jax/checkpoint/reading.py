@@ -1,10 +1,11 @@
 """Open checkpoints and read from them."""
 
+import contextlib
 import dataclasses
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,8 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
   }
   if (recorded := about.get("files")) is not None:
     sums.check(folder, recorded, [n for n in recorded if n.startswith("train_state/")])
-  flat = _read_arrays(folder, "train_state/arrays", saved, targets)
+  with _with_remedy(folder):
+    flat = arrays.read(folder / "train_state/arrays", saved, targets)
   paths = [arrays.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(target)[0]]
   state = jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in paths])
   return state, _read_json(data)
@@ -232,7 +234,7 @@ def find_damage(
   name, seed = _weights_name(about["base"]), (about["base"] or {}).get("hash", "")
   if (recorded := about.get("files")) is None:
     return list(filter(None, [_hash_damage(folder / name, seed, about["hash"])]))
-  found = list(sums.damages(folder, recorded, progress))
+  found = list(sums.damages(folder, recorded, progress=progress))
   if sums.weights_hash(recorded, name, seed) != about["hash"]:
     found.append(f"{folder / 'checkpoint.json'} has changed: its hash does not fit its sums")
   return found
@@ -316,7 +318,8 @@ def _read_leaves(about: Checkpoint, targets: dict) -> dict:
   own = {path: target for path, target in targets.items() if path in trained}
   if own:
     _check_weights(about, trained - own.keys())
-  flat = _read_arrays(about.folder, about.weights.name, about.trained, own)
+  with _with_remedy(about.folder):
+    flat = arrays.read(about.weights, about.trained, own)
   if about.origin is None:
     return flat
   rest = {path: target for path, target in targets.items() if path not in own}
@@ -348,10 +351,11 @@ def _hash_damage(weights: Path, seed: str, saved: str, *, remember: bool = False
   return f"{weights}: files were added, removed or changed since they were saved"
 
 
-def _read_arrays(folder: Path, name: str, saved: Iterable[str], targets: dict) -> dict:
+@contextlib.contextmanager
+def _with_remedy(folder: Path) -> Iterator[None]:
   try:
-    return arrays.read(folder / name, saved, targets)
-  except CheckpointError as error:
+    yield
+  except ValueError as error:
     raise CheckpointError(f"{error}; {remedy(folder)}") from error
 
 
@@ -402,7 +406,5 @@ def _read_config(folder: Path) -> dict:
 
 
 def _read_json(path: Path) -> dict:
-  try:
+  with _with_remedy(path.parent):
     return files.read_json_object(path)
-  except ValueError as error:
-    raise CheckpointError(f"{error}; {remedy(path.parent)}") from error

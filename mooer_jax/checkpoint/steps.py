@@ -52,13 +52,9 @@ def find(path: str | Path) -> Path:
 def keep_for(base: Path, dependent: Path) -> None:
   """Mark a checkpoint as the base of another, so that `keep_last` does not delete it.
 
-  The mark is a file in `kept_by/` of the base. It remains if the other checkpoint disappears,
-  which may only have moved; remove `kept_by/` to allow deletion. If the base is read-only, there is
-  no mark, and a warning if it is a step of a run.
-
-  Args:
-    base: folder of the checkpoint.
-    dependent: folder of the fine-tune; for a step of a run, the run is recorded.
+  The mark is a file in `kept_by/` of the base, for all steps of a dependent run. It remains if the
+  dependent disappears, which may only have moved; remove `kept_by/` to allow deletion. If the base
+  is read-only, there is no mark, and a warning if it is a step of a run.
 
   Raises:
     FileNotFoundError: if the base was deleted.
@@ -93,10 +89,7 @@ def is_kept(folder: Path) -> bool:
 def keep_last(workdir: str | Path, count: int) -> list[Path]:
   """Delete all but the newest `count` checkpoints of a run, and remains of interrupted saves.
 
-  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted.
-
-  Returns:
-    The folders that were deleted.
+  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted. Returns the deleted.
   """
   if count < 1:
     raise ValueError(f"count={count}: at least one checkpoint must be kept")

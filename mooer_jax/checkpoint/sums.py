@@ -43,7 +43,7 @@ def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -
   base of their fine-tunes. (Orbax writes arrays on devices into files of random names.)
 
   Args:
-    sums: from `record`, of the checkpoint.
+    sums: of the checkpoint.
     folder: of the weights, "weights" or "trainable".
     seed: hash of the base of a fine-tune, else "".
     stamped: include the files with time and place of writing, as older checkpoints did.
@@ -71,9 +71,7 @@ def check_sizes(folder: Path, sums: Sums) -> None:
 
 
 def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
-  """Check sizes and contents of some of the recorded files; each process checks its share.
-
-  Unchanged files that were checked in this process are not read again.
+  """Check some of the recorded files, each process its share; unchanged ones are read once.
 
   Raises:
     CheckpointError: for the first that is missing or has changed.
@@ -85,19 +83,17 @@ def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
 def damages(
   folder: Path,
   sums: Sums,
+  *,
   progress: Callable[[int, int], object] = lambda done, total: None,
   read: Callable[[Path], str] = hash_file,
 ) -> Iterator[str]:
   """Read all recorded files and yield a line for each that is missing or has changed.
 
-  Args:
-    folder: of the checkpoint.
-    sums: from `record`.
-    progress: called after each file with the number of checked bytes and of all bytes.
-    read: returns the SHA-256 (hex) of a file.
+  `progress` is called after each file with the numbers of checked bytes and of all bytes, and
+  `read` returns the SHA-256 (hex) of a file.
   """
   with _threads() as threads:
-    found = threads.map(lambda name: _damage(folder / name, *sums[name], read), sums)
+    found = threads.map(lambda name: _damage(folder / name, *sums[name], read=read), sums)
     sizes = [size for size, _ in sums.values()]
     for done, damage in zip(itertools.accumulate(sizes), found):
       progress(done, sum(sizes))
@@ -107,7 +103,7 @@ def damages(
 
 def differs(folder: Path, sums: Sums, name: str) -> bool:
   """Whether a recorded file is missing or has changed."""
-  return _damage(folder / name, *sums[name], _remembered) is not None
+  return _damage(folder / name, *sums[name], read=_remembered) is not None
 
 
 def _raise_first(folder: Path, found: Iterable[str | None]) -> None:
@@ -116,7 +112,7 @@ def _raise_first(folder: Path, found: Iterable[str | None]) -> None:
 
 
 def _damage(
-  path: Path, size: int, saved: str, read: Callable[[Path], str] | None = None
+  path: Path, size: int, saved: str, *, read: Callable[[Path], str] | None = None
 ) -> str | None:
   """How a file differs from its record; only its size is compared if there is no `read`."""
   try:

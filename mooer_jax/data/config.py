@@ -66,10 +66,11 @@ class DataConfig:
       value = getattr(self, name)
       if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):
         raise ValueError(f"data.{name}={value}: give positive lengths in ascending order")
-    for name, least in (("batch_size", 1), ("workers", 0), ("prefetch", 1), ("tolerance", 1)):
-      if getattr(self, name) < least:
-        raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
-    multiple = max(1, self.shuffle_buffer_size // max(1, self.batch_size)) * self.batch_size
+    least = {"batch_size": 1, "workers": 0, "prefetch": 1, "tolerance": 1, "prompt_tokens": 0}
+    for name, value in least.items():
+      if getattr(self, name) < value:
+        raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {value}")
+    multiple = max(1, self.shuffle_buffer_size // self.batch_size) * self.batch_size
     if self.shuffle_buffer_size < 1 or self.shuffle_buffer_size % self.batch_size:
       raise ValueError(
         f"data.shuffle_buffer_size={self.shuffle_buffer_size} is not a positive multiple of"
@@ -79,8 +80,6 @@ class DataConfig:
       raise ValueError(
         f"data.min_s={self.min_s} and data.max_s={self.max_s}: must satisfy 0 <= min_s < max_s"
       )
-    if self.prompt_tokens < 0:
-      raise ValueError(f"data.prompt_tokens={self.prompt_tokens}: must be at least 0")
     if self.task and self.task_weights:
       raise ValueError(
         f"data.task_weights={self.task_weights}, but all utterances are of data.task={self.task!r};"

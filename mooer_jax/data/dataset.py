@@ -94,7 +94,6 @@ def _pipeline(
       " processes, or pack again with fewer utterances a shard (--per-shard)"
     )
   batches = _Batches(
-    config,
     shards[index::count],
     Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache),
     Batcher(config, model, sampler.lengths, encoded=cache is not None),
@@ -155,16 +154,10 @@ class _Batches(grain.IterDataset):
   """Batches of some shards, which Grain slices between workers."""
 
   def __init__(
-    self,
-    config: DataConfig,
-    shards: list[str],
-    preprocess: Preprocessor,
-    batcher: Batcher,
-    *,
-    endless: bool,
+    self, shards: list[str], preprocess: Preprocessor, batcher: Batcher, *, endless: bool
   ):
     super().__init__()
-    self.config, self.shards, self.endless = config, shards, endless
+    self.config, self.shards, self.endless = preprocess.config, shards, endless
     self.preprocess, self.batcher = preprocess, batcher
 
   def set_slice(self, sl: slice, sequential_slice: bool = False):

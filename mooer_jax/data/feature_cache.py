@@ -82,7 +82,7 @@ class EncodedCache:
           file.write(x_TD.astype(DTYPE).tobytes())
     with (self.folder / _INDEX).open("ab") as index:
       for name, frames, seconds in clips:
-        self._add(name, self._ends, [len(x_TD) for x_TD in frames], seconds)
+        self._add(name, (self._ends, [len(x_TD) for x_TD in frames], seconds))
         index.write(json.dumps((name, *self.clips[name])).encode() + b"\n")
       self._index_end = index.tell()
     self._frames = None
@@ -112,16 +112,16 @@ class EncodedCache:
     for line in lines:
       if not line.endswith(b"\n"):
         return False
-      name, starts, lengths, seconds = json.loads(line)
-      if any(a + n > end for a, n, end in zip(starts, lengths, there, strict=True)):
+      name, *clip = json.loads(line)
+      if any(a + n > end for a, n, end in zip(*clip[:2], there, strict=True)):
         return False
-      self._add(name, starts, lengths, seconds)
+      self._add(name, tuple(clip))
       self._index_end += len(line)
     return True
 
-  def _add(self, name: str, starts: Sequence[int], lengths: Sequence[int], seconds: float):
-    self.clips[name] = starts, lengths, seconds
-    self._ends = tuple(start + n for start, n in zip(starts, lengths, strict=True))
+  def _add(self, name: str, clip: tuple[Sequence[int], Sequence[int], float]):
+    self.clips[name] = clip
+    self._ends = tuple(start + n for start, n in zip(*clip[:2], strict=True))
 
   def _cut_torn_ends(self):
     self.folder.mkdir(parents=True, exist_ok=True)

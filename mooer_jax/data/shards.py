@@ -165,13 +165,13 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
         stem = stem if suffix else name
         slot = _SLOTS.get(suffix, suffix)
         if parts and (stem != key or slot in parts):
-          yield _utterance(key, parts, path, seen)
+          yield _utterance(key, parts, path, seen=seen)
           key, parts = "", {}
         key = stem
         read = slot in ("txt", "audio", "video", "json")
         parts[slot] = (suffix, _content(tar, member) if read else b"")
       if parts:
-        yield _utterance(key, parts, path, seen)
+        yield _utterance(key, parts, path, seen=seen)
         key = ""
       _check_end(file, tar.offset)
   except damage as error:
@@ -190,7 +190,7 @@ def _content(tar, member) -> bytes:
   return content
 
 
-def _utterance(key, parts, shard, seen) -> RawUtterance | SkippedUtterance:
+def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:
   suffix, audio = parts.get("audio") or parts.get("video") or ("", b"")
   complete = bool(suffix) and "txt" in parts
   detail = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())

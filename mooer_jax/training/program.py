@@ -39,7 +39,7 @@ def jitted_step(
     schedule=learning_rate(optimizer),
     accumulation=accumulation,
   )
-  return jit_train_step(step, mesh, *shardings)
+  return jit_train_step(step, mesh, shardings)
 
 
 def compile_step(

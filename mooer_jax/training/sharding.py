@@ -94,7 +94,9 @@ def param_shardings(
   least = FSDP_MIN_SIZE if fsdp_min_size is None else fsdp_min_size
   return tree.unflatten(
     {
-      path: NamedSharding(mesh, _fit(mesh, path, leaves[path].shape, spec, least))
+      path: NamedSharding(
+        mesh, _fit(mesh, path, leaves[path].shape, spec=spec, fsdp_min_size=least)
+      )
       for path, spec in tree.flatten(specs).items()
     }
   )
@@ -110,7 +112,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def _fit(mesh, path, shape, spec, fsdp_min_size) -> P:
+def _fit(mesh, path, shape, *, spec, fsdp_min_size) -> P:
   """Align a spec with the trailing axes of a shape, without fsdp for small leaves."""
   if len(spec) > len(shape):
     raise ValueError(f"{path}: shape {shape} has fewer axes than its rule {spec}")

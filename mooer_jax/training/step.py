@@ -154,16 +154,18 @@ def make_train_step(
   return train_step
 
 
-def jit_train_step(train_step, mesh: jax.sharding.Mesh, state_shardings, frozen_shardings):
+def jit_train_step(train_step, mesh: jax.sharding.Mesh, shardings: tuple[TrainState, dict]):
   """Jit a train step for a mesh; the memory of the input state is reused.
+
+  `shardings` are those of the state and of the frozen params.
 
   The first axis of all leaves of the batch must be the rows, and rows per micro-batch must be
   divisible by data x fsdp.
   """
   return jax.jit(
     train_step,
-    in_shardings=(state_shardings, frozen_shardings, batch_sharding(mesh)),
-    out_shardings=(state_shardings, replicated(mesh)),
+    in_shardings=(*shardings, batch_sharding(mesh)),
+    out_shardings=(shardings[0], replicated(mesh)),
     donate_argnums=0,
   )
 
