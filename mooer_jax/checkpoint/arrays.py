@@ -20,12 +20,11 @@ def write(folder: Path, arrays: Mapping) -> None:
   """Write a nested dict of arrays or `LazyArray` leaves, from all processes."""
   import orbax.checkpoint as ocp
 
-  if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
-    from mooer_jax.checkpoint.streaming import streaming_handler
+  from mooer_jax.checkpoint.streaming import streaming_handler
 
+  handler = ocp.PyTreeCheckpointHandler()
+  if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
     arrays, handler = jax.tree.map(as_lazy, arrays), streaming_handler()
-  else:
-    handler = ocp.PyTreeCheckpointHandler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
   with _one_error(), ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
@@ -64,36 +63,29 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
   Args:
     folder: from `write`.
     saved: all paths in the folder.
-    targets: shapes, dtypes and shardings of the leaves; without shardings, they are read to NumPy
-      arrays.
+    targets: shapes, dtypes and shardings of the leaves; NumPy arrays if there are no shardings.
 
   Raises:
     CheckpointError: if the files are damaged or the targets do not fit them.
   """
   import orbax.checkpoint as ocp
 
+  from mooer_jax.checkpoint.streaming import host_handler
+
   if not targets:
     return {}
-  on_host = all(target.sharding is None for target in targets.values())
   item = {path: targets.get(path, ocp.PLACEHOLDER) for path in saved}
-
-  def how(target):
-    if target is None:
-      return ocp.RestoreArgs()
-    if on_host:
-      return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target.dtype)
-    return ocp.ArrayRestoreArgs(
-      sharding=target.sharding, dtype=target.dtype, global_shape=target.shape
-    )
-
-  args = {path: how(targets.get(path)) for path in saved}
-  request = ocp.args.PyTreeRestore(tree.unflatten(item), restore_args=tree.unflatten(args))
-  if on_host:
-    from mooer_jax.checkpoint.streaming import host_handler
-
+  args = {path: ocp.RestoreArgs() for path in saved}
+  handler = ocp.PyTreeCheckpointHandler()
+  if all(x.sharding is None for x in targets.values()):
     handler = host_handler()
+    args |= {p: ocp.RestoreArgs(np.ndarray, x.dtype) for p, x in targets.items()}
   else:
-    handler = ocp.PyTreeCheckpointHandler()
+    args |= {
+      path: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape)
+      for path, x in targets.items()
+    }
+  request = ocp.args.PyTreeRestore(tree.unflatten(item), restore_args=tree.unflatten(args))
   try:
     with ocp.Checkpointer(handler) as checkpointer:
       restored = tree.flatten(checkpointer.restore(folder, args=request))
@@ -101,9 +93,9 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
     raise
   except Exception as error:  # Orbax and TensorStore raise many types for damaged files
     cause = next(iter(str(error).splitlines()), "")[:200]
+    name = type(error).__name__
     raise CheckpointError(
-      f"{folder} cannot be read, as when files are damaged or missing ({type(error).__name__}:"
-      f" {cause})"
+      f"{folder} cannot be read, as when files are damaged or missing ({name}: {cause})"
     ) from error
   return {path: restored[path] for path in targets}
 

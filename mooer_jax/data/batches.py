@@ -103,11 +103,7 @@ class Batcher:
     *,
     encoded: bool = False,
   ):
-    """Determines the padded lengths; other arguments and errors as in `input_padding`.
-
-    Args:
-      prompt_lengths: tokens that prompts are padded to before and after the speech.
-    """
+    """Pads prompts to `prompt_lengths` before and after the speech; the rest as `input_padding`."""
     self._pad = input_padding(config, model, encoded=encoded)
     self._config, self._encoded = config, encoded
     self._prefix, self._suffix = prompt_lengths
@@ -121,12 +117,12 @@ class Batcher:
     def ints(*sizes):
       return jax.ShapeDtypeStruct((self._pad.rows, *sizes), np.int32)
 
+    def frames(*sizes):
+      return jax.ShapeDtypeStruct((self._pad.rows, *sizes), self._pad.dtype)
+
     return [
       Batch(
-        features=tuple(
-          jax.ShapeDtypeStruct((self._pad.rows, length, channels), self._pad.dtype)  # type: ignore[misc]
-          for length, channels in zip(lengths, self._pad.widths, strict=True)
-        ),
+        features=tuple(map(frames, lengths, self._pad.widths)),
         frames=tuple(ints() for _ in lengths),
         prefix_BS=ints(self._prefix),
         suffix_BS=ints(self._suffix),
@@ -143,9 +139,7 @@ class Batcher:
   ) -> HostBatch:
     """Returns the batch of 1 to batch_size examples; missing rows are padding.
 
-    Args:
-      examples: their skipped utterances are returned in order.
-      left_over: utterances skipped after the last example.
+    Utterances skipped after the last example are `left_over`.
     """
     features, frames = self._pad([example.features for example in examples])
     longest = max(len(e.labels_S) for e in examples)
@@ -184,11 +178,11 @@ class Batcher:
 class _Window:
   """Utterances of one epoch that are sorted together; a multiple of the batch size."""
 
-  def __init__(self, stream: UtteranceStream, *, size: int, batch_size: int):
+  def __init__(self, stream: UtteranceStream, config: DataConfig):
     self.start = stream.position
     self.examples: list[Example] = []
-    self._stream, self._size, self._batch_size = stream, size, batch_size
-    self._full = False
+    self._stream, self._full = stream, False
+    self._size, self._batch_size = config.shuffle_buffer_size, config.batch_size
 
   @property
   def missing(self) -> int:
@@ -225,7 +219,7 @@ class TrainIterator(grain.DatasetIterator):
     """Continues with batch `index` of window `number`, which starts at the stream's position."""
     self._number, self._index = number, index
     self._batches: list[list[Example]] = []
-    self._next = self._new_window()
+    self._next = _Window(self._stream, self._config)
     self._start = self._next.start
 
   def __next__(self) -> HostBatch:
@@ -260,7 +254,7 @@ class TrainIterator(grain.DatasetIterator):
     rng = np.random.default_rng([self._config.seed, 1, self._number])
     self._batches = self._next.batches(rng)
     self._batches[: self._index] = [[]] * self._index
-    self._next = self._new_window()
+    self._next = _Window(self._stream, self._config)
 
   def _read(self, number: int) -> None:
     try:
@@ -269,11 +263,6 @@ class TrainIterator(grain.DatasetIterator):
       unused = (*itertools.chain.from_iterable(self._batches), *self._next.examples)
       error.skipped = (*(s for e in unused for s in e.skipped), *self._stream.left_over())
       raise
-
-  def _new_window(self) -> _Window:
-    return _Window(
-      self._stream, size=self._config.shuffle_buffer_size, batch_size=self._config.batch_size
-    )
 
 
 class EvalIterator(grain.DatasetIterator):

@@ -25,6 +25,7 @@ from mooer_jax.prompts import (
 from mooer_jax.speech_llm import shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 
+PAUSE_S = 0.1  # silence between the clips of one utterance, as in SALMONN
 _MARK = "\0"  # takes the place of a question where only that place matters
 
 
@@ -125,9 +126,6 @@ def _uniform(*values: str | int) -> float:
   return int.from_bytes(digest, "big") / 2**32
 
 
-PAUSE_S = 0.1  # silence between the clips of one utterance, as in SALMONN
-
-
 @dataclasses.dataclass(frozen=True)
 class Example:
   """An utterance ready to be put into a batch.
@@ -159,10 +157,6 @@ class Preprocessor:
   """Decodes utterances and applies the limits.
 
   Attributes:
-    config: limits of length.
-    tokenizer: tokenizer of the language model.
-    model: determines the features.
-    sample_prompt: returns the prompt of an utterance.
     needs_labels: whether an utterance without a usable transcript is skipped (training) or kept
       without labels (evaluation, where its text is only a reference).
     cache: frames of the encoders, which take the place of features.

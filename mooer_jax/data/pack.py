@@ -59,8 +59,7 @@ class PackReport:
 
   Attributes:
     data_list: path of the list of shards.
-    shards: number of tar files.
-    utterances: number of utterances in them.
+    shards, utterances: number of tar files, and of utterances in them.
     left_out: utterances that could not be packed; also in `left_out.tsv` beside the list.
     joined_words: number of transcripts in which normalisation removed a space between two words,
       since only those between Latin letters are kept.

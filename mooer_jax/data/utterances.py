@@ -81,11 +81,11 @@ class Position:
 
 
 class Reading(NamedTuple):
-  """A step of `EpochReader`: `after` is (shard, entry, copy) of the `Position` behind it."""
+  """A step of `EpochReader`."""
 
   entry: RawUtterance | SkippedUtterance | None  # None at the end of a shard
   copy: int | None  # number of this reading in the epoch; None if a task weight leaves it out
-  after: tuple[int, int, int]
+  after: tuple[int, int, int]  # shard, entry and copy of the `Position` behind it
 
 
 @dataclasses.dataclass(frozen=True)

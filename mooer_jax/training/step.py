@@ -95,8 +95,8 @@ def make_train_step(
 
   Returns:
     The function. Its metrics are scalars: loss (per token), accuracy (of tokens), tokens,
-    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (number of the
-    step, from 1), and the further sums.
+    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (from 1), and the
+    further sums.
   """
   if accumulation < 1:
     raise ValueError(f"accumulation={accumulation} must be at least 1")
