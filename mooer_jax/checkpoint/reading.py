@@ -28,25 +28,16 @@ _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """An open checkpoint.
-
-  Attributes:
-    params: nested dict, per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`.
-    config, generation: contents of config.json and generation.json.
-    hash: SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base.
-    origin: the base of a fine-tune, else None.
-    trained: paths of the leaves in this folder; all paths if there is no base.
-    files: sizes and SHA-256 sums of the files; None if the checkpoint was saved without them.
-  """
+  """An open checkpoint."""
 
   folder: Path
-  params: dict
-  config: dict
-  generation: dict
-  hash: str
-  origin: "Checkpoint | None"
-  trained: tuple[str, ...]
-  files: sums.Sums | None
+  params: dict  # per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`
+  config: dict  # content of config.json
+  generation: dict  # content of generation.json
+  hash: str  # SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base
+  origin: "Checkpoint | None"  # the base of a fine-tune
+  trained: tuple[str, ...]  # paths of the leaves in this folder; all paths if there is no base
+  files: sums.Sums | None  # None if the checkpoint was saved without sums
 
   @property
   def base(self) -> Path | None:
@@ -80,10 +71,7 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
   folder, about = open_folder(folder)
   pointer, origin, leaves = about["base"], None, about["leaves"]
   if pointer is None and base is not None:
-    raise CheckpointError(
-      f"{folder} is not a fine-tune and has no base checkpoint, but base_checkpoint={base} was"
-      " given; leave it out"
-    )
+    raise CheckpointError(f"{folder} has no base checkpoint; leave out base_checkpoint={base}")
   if pointer is not None:
     place = _base(folder, pointer) if base is None else Path(base)
     if not place.is_dir():
@@ -197,8 +185,7 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
     have, want = saved.get(path, "not saved"), wanted.get(path, "not used")
     if have != want:
       raise CheckpointError(
-        f"{folder}/train_state: {path} is {have} in the checkpoint, {want} in this run; the configs"
-        " differ"
+        f"{folder}/train_state: {path} is {have} in the checkpoint, {want} in this run"
       )
   targets = {
     path: jax.ShapeDtypeStruct(

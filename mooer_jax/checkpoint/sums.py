@@ -10,13 +10,19 @@ from pathlib import Path, PurePosixPath
 
 import jax
 
-from mooer_jax.checkpoint.leaves import CheckpointError, hash_file
+from mooer_jax.checkpoint.leaves import CheckpointError
 from mooer_jax.checkpoint.steps import remedy
 
 Sums = Mapping[str, tuple[int, str]]  # path below the checkpoint's folder -> bytes, SHA-256 (hex)
 
 EDITABLE = ("config.json", "generation.json")  # users may change prompts, limits and defaults
 _STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's: when and where it wrote
+
+
+def hash_file(file: Path) -> str:
+  """SHA-256 (hex) of a file."""
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def record(folder: Path, *, prefix: str = "", remember: bool = False) -> dict[str, tuple[int, str]]:

@@ -1,6 +1,7 @@
 """Examples collated into padded batches of a few fixed shapes."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,28 +20,20 @@ from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
 from mooer_jax.inputs import bucket_lengths, encoder_inputs
 from mooer_jax.speech_llm import Batch
 
+_static = functools.partial(flax.struct.field, pytree_node=False)
+
 
 @flax.struct.dataclass
 class HostBatch:
-  """A batch in NumPy and what it was made from.
+  """A batch in NumPy and what it was made from."""
 
-  Attributes:
-    batch: arrays of B rows; rows beyond len(keys) are padding.
-    keys: keys of the utterances, row by row.
-    texts: their transcripts.
-    tasks: the tasks of their prompts.
-    seconds: lengths of their audio, after truncation.
-    skipped: utterances skipped since the previous batch, each once.
-    num_truncated: number of clips longer than max_s, which were truncated.
-  """
-
-  batch: Batch
-  keys: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  texts: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  seconds: tuple[float, ...] = flax.struct.field(pytree_node=False)
-  skipped: tuple[SkippedUtterance, ...] = flax.struct.field(pytree_node=False)
-  num_truncated: int = flax.struct.field(pytree_node=False, default=0)
+  batch: Batch  # arrays of B rows; rows beyond len(keys) are padding
+  keys: tuple[str, ...] = _static()  # of the utterances, row by row
+  texts: tuple[str, ...] = _static()  # their transcripts
+  tasks: tuple[str, ...] = _static()  # the tasks of their prompts
+  seconds: tuple[float, ...] = _static()  # lengths of their audio, after truncation
+  skipped: tuple[SkippedUtterance, ...] = _static()  # since the previous batch, each once
+  num_truncated: int = _static(default=0)  # clips longer than max_s, which were truncated
 
   @property
   def audio_s(self) -> float:
@@ -49,18 +42,11 @@ class HostBatch:
 
 
 class Padding(NamedTuple):
-  """The shapes that the encoder inputs of a data set are padded to.
+  """The shapes that the encoder inputs of a data set are padded to."""
 
-  Attributes:
-    rows: rows of a batch.
-    buckets: for each bucket, the number of frames for every encoder.
-    widths: values per frame for every encoder.
-    dtype: of the inputs.
-  """
-
-  rows: int
-  buckets: list[tuple[int, ...]]
-  widths: list[int]
+  rows: int  # of a batch
+  buckets: list[tuple[int, ...]]  # for each bucket, the number of frames for every encoder
+  widths: list[int]  # values per frame for every encoder
   dtype: Any
 
   def __call__(self, clips: Sequence[tuple[np.ndarray, ...]]):

@@ -99,12 +99,7 @@ def _pipeline(
     Batcher(config, model, sampler.lengths, encoded=cache is not None),
     endless=endless,
   )
-  if workers:
-    dataset = _prefetch_in_processes(batches, workers)
-  else:
-    dataset = grain.experimental.ThreadPrefetchIterDataset(
-      batches, prefetch_buffer_size=config.prefetch
-    )
+  dataset = _prefetch(batches, workers)
   description = _description(config, sampler, shards, process=list(process))
   return Batches(dataset, description, batches.batcher.shapes())
 
@@ -171,8 +166,10 @@ class _Batches(grain.IterDataset):
     return iterator(self.config, self.batcher, stream)
 
 
-def _prefetch_in_processes(batches: _Batches, workers: int) -> grain.IterDataset:
+def _prefetch(batches: _Batches, workers: int) -> grain.IterDataset:
   ahead = batches.config.prefetch
+  if not workers:
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead)
   if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which a plain script never parses
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
@@ -222,7 +219,7 @@ class _DescribedIterator(grain.DatasetIterator):
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()
-        if name in saved and saved[name] != value  # early states lack some names
+        if saved.get(name, value) != value  # early states lack some names
       ]
       if not changed:
         self._inner.set_state(state["reader"])

@@ -128,46 +128,32 @@ def _uniform(*values: str | int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """An utterance ready to be put into a batch.
-
-  Attributes:
-    features: for each encoder float32 [T, F], before CMVN; or its output frames, from a cache.
-    task: task of the prompt.
-    prefix_S, suffix_S: int32, tokens of the prompt before and after the speech.
-    labels_S: int32, tokens of the transcript and eos.
-    seconds: length of the audio, before truncation.
-    epoch: epoch in which the stream read it.
-    skipped: utterances skipped since the previous example.
-  """
+  """An utterance ready to be put into a batch."""
 
   key: str
   text: str
-  features: tuple[np.ndarray, ...]
-  task: str
-  prefix_S: np.ndarray
-  suffix_S: np.ndarray
-  labels_S: np.ndarray
-  seconds: float
-  epoch: int = 0
-  skipped: tuple[SkippedUtterance, ...] = ()
+  features: tuple[np.ndarray, ...]  # float32 [T, F] before CMVN, or frames from a cache, by encoder
+  task: str  # of the prompt
+  prefix_S: np.ndarray  # int32, tokens of the prompt before the speech
+  suffix_S: np.ndarray  # int32, tokens of the prompt after the speech
+  labels_S: np.ndarray  # int32, tokens of the transcript and eos
+  seconds: float  # length of the audio, before truncation
+  epoch: int = 0  # in which the stream read it
+  skipped: tuple[SkippedUtterance, ...] = ()  # since the previous example
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
-  """Decodes utterances and applies the limits.
-
-  Attributes:
-    needs_labels: whether an utterance without a usable transcript is skipped (training) or kept
-      without labels (evaluation, where its text is only a reference).
-    cache: frames of the encoders, which take the place of features.
-  """
+  """Decodes utterances and applies the limits."""
 
   config: DataConfig
   tokenizer: Tokenizer
   model: SpeechLLMConfig
   sample_prompt: PromptSampler
+  # Whether an utterance without a usable transcript is skipped (training) or kept without labels
+  # (evaluation, where its text is only a reference).
   needs_labels: bool
-  cache: EncodedCache | None = None
+  cache: EncodedCache | None = None  # frames of the encoders, which take the place of features
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
     """Returns the example, or why there is none; `reading` is as in `PromptSampler`."""

@@ -29,15 +29,15 @@ class EncodedCache:
   Writing appends, so an interrupted run resumes; an incomplete end is ignored, and removed by the
   next write. Readers see what was complete when they opened the folder. Picklable, for data
   workers.
-
-  Attributes:
-    folder: folder for these encoders only; it need not exist.
-    widths: values per frame by name of the encoder.
-    clips: (first frame and number of frames for each encoder, seconds) by digest.
   """
 
   def __init__(self, folder: str | Path, widths: Mapping[str, int]):
+    """Opens a folder for these encoders only, which need not exist.
+
+    `widths` are the values per frame by name of the encoder.
+    """
     self.folder, self.widths = Path(folder), dict(widths)
+    # By digest: the first frames and numbers of frames of the encoders, and the length in seconds.
     self.clips: dict[str, tuple[Sequence[int], Sequence[int], float]] = {}
     self._ends = (0,) * len(self.widths)
     self._index_end = 0

@@ -14,6 +14,7 @@ import threading
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
@@ -55,20 +56,14 @@ class Unpacked:
 
 @dataclasses.dataclass(frozen=True)
 class PackReport:
-  """Result of `pack`.
+  """Result of `pack`."""
 
-  Attributes:
-    data_list: path of the list of shards.
-    shards, utterances: number of tar files, and of utterances in them.
-    left_out: utterances that could not be packed; also in `left_out.tsv` beside the list.
-    joined_words: number of transcripts in which normalisation removed a space between two words,
-      since only those between Latin letters are kept.
-  """
-
-  data_list: str
-  shards: int
-  utterances: int
-  left_out: tuple[Unpacked, ...]
+  data_list: str  # path of the list of shards
+  shards: int  # number of tar files
+  utterances: int  # number of utterances in them
+  left_out: tuple[Unpacked, ...]  # could not be packed; also in `left_out.tsv` beside the list
+  # Transcripts in which normalisation removed a space between two words, since only those between
+  # Latin letters are kept.
   joined_words: int = 0
 
 
@@ -308,9 +303,9 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
   ):
     segments = _extract_segments(clips, spool)
     for clip in clips:
-      audio, suffix = segments.get(clip.key), "wav"
-      if audio is None:
-        audio, suffix = _attempt(clip, _read_recording), Path(clip.path).suffix[1:].lower()
+      audio: Any = segments.get(clip.key)  # else the whole recording
+      suffix = "wav" if audio else Path(clip.path).suffix[1:].lower()
+      audio = audio or _attempt(clip, _read_recording)
       if isinstance(audio, Unpacked):
         left_out.append(audio)
         continue

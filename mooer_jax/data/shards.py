@@ -1,5 +1,6 @@
 """WeNet-style tar shards, read one utterance after another."""
 
+import collections
 import dataclasses
 import gzip
 import json
@@ -47,45 +48,28 @@ _TOGETHER = (
 
 @dataclasses.dataclass(frozen=True)
 class SkippedUtterance:
-  """An utterance that was skipped.
+  """An utterance that was skipped."""
 
-  Attributes:
-    cause: one of CAUSES.
-    key: key of the utterance; empty if the shard is damaged between utterances.
-    shard: path of the tar.
-    text: the transcript, if known; evaluation scores it as not decoded.
-    task: the utterance's own task, if known.
-  """
-
-  cause: str
-  key: str
-  shard: str
+  cause: str  # one of CAUSES
+  key: str  # empty if the shard is damaged between utterances
+  shard: str  # path of the tar
   detail: str = ""
-  text: str = ""
-  task: str = ""
+  text: str = ""  # the transcript, if known; evaluation scores it as not decoded
+  task: str = ""  # the utterance's own task, if known
 
 
 @dataclasses.dataclass(frozen=True)
 class RawUtterance:
-  """An utterance of a shard.
-
-  Attributes:
-    suffix: suffix of the audio file, such as "wav".
-    audio: content of the audio file.
-    text: reference text in UTF-8, such as the transcript.
-    task: the utterance's own task; empty if the shard has none.
-    question: text that replaces `{}` in prompts that take a question.
-    more: contents of further audio files, which follow the first after a pause.
-  """
+  """An utterance of a shard."""
 
   key: str
   shard: str
-  suffix: str
-  audio: bytes
-  text: bytes
-  task: str = ""
-  question: str = ""
-  more: tuple[bytes, ...] = ()
+  suffix: str  # of the audio file, such as "wav"
+  audio: bytes  # content of the audio file
+  text: bytes  # reference text in UTF-8, such as the transcript
+  task: str = ""  # the utterance's own task, if the shard has it
+  question: str = ""  # replaces `{}` in prompts that take a question
+  more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
 
   def skip(self, cause: str, detail: str = "") -> SkippedUtterance:
     """This utterance as a skipped one."""
@@ -118,9 +102,8 @@ def read_list(path: str | Path) -> list[str]:
       kind = "a JSON line" if line.startswith("{") else "a URL"
       raise ValueError(f"{path}: {line[:80]!r} is {kind}; only paths of tar files are read here")
   shards = [str(path.parent / line) for line in lines]
-  if len(set(shards)) < len(shards):
-    twice = next(s for s in shards if shards.count(s) > 1)
-    raise ValueError(f"{path}: lists {twice} more than once; each utterance would repeat")
+  if (most := collections.Counter(shards).most_common(1)[0])[1] > 1:
+    raise ValueError(f"{path}: lists {most[0]} more than once; each utterance would repeat")
   missing = [shard for shard in shards if not Path(shard).is_file()]
   if missing:
     raise FileNotFoundError(
@@ -148,7 +131,8 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
   utterance at a time is in memory.
   """
   seen: dict[str, bool] = {}
-  key, parts = "", {}
+  key = ""
+  parts: dict[str, tuple[str, bytes]] = {}
   # A local name, since a reader that is left open at exit outlives the module's globals.
   damage = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError)
   try:

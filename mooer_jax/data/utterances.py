@@ -36,35 +36,22 @@ class BadDataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """Place of the next reading in an `UtteranceStream`, and the counts up to it.
-
-  Attributes:
-    epoch: number of the epoch.
-    shard: place in the epoch's order of shards.
-    entry: number of the utterance in the shard.
-    copy: number of the reading of this utterance in the epoch.
-    read: utterances read so far, usable or not.
-    usable: usable utterances of this epoch.
-    passed: whether a task weight below 1 left an utterance out of this epoch.
-    read_before: utterances read before this epoch.
-    skipped: number of skipped utterances by cause.
-    damaged: indices of the damaged shards of this epoch.
-  """
+  """Place of the next reading in an `UtteranceStream`, and the counts up to it."""
 
   epoch: int = 0
-  shard: int = 0
-  entry: int = 0
-  copy: int = 0  # early positions lack it, and passed and read_before
-  read: int = 0
-  usable: int = 0
-  passed: bool = False
-  read_before: int = 0
-  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  damaged: tuple[int, ...] = ()
+  shard: int = 0  # place in the epoch's order of shards
+  entry: int = 0  # number of the utterance in the shard
+  copy: int = 0  # number of the reading of this utterance in the epoch
+  read: int = 0  # utterances read so far, usable or not
+  usable: int = 0  # usable utterances of this epoch
+  passed: bool = False  # whether a task weight below 1 left an utterance out of this epoch
+  read_before: int = 0  # utterances read before this epoch
+  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # number by cause
+  damaged: tuple[int, ...] = ()  # indices of the damaged shards of this epoch
 
   @classmethod
   def from_json(cls, saved: Mapping[str, Any]) -> "Position":
-    """The position that `dataclasses.asdict` in this version or an earlier one made a dict of."""
+    """The inverse of `dataclasses.asdict`; early positions lack copy, passed and read_before."""
     return cls(**{**saved, "damaged": tuple(saved["damaged"])})
 
   def add_skipped(self, cause: str, shard: int) -> "Position":

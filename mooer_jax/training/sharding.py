@@ -107,11 +107,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P((DATA, FSDP)))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Each device has a copy of the value."""
-  return NamedSharding(mesh, P())
-
-
 def _fit(mesh, path, shape, *, spec, fsdp_min_size) -> P:
   """Align a spec with the trailing axes of a shape, without fsdp for small leaves."""
   if len(spec) > len(shape):

@@ -8,25 +8,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mooer_jax.training.sharding import batch_sharding, replicated
+from mooer_jax.training.sharding import batch_sharding
 
 
 @flax.struct.dataclass
 class TrainState:
-  """State that a step changes; frozen weights are separate.
+  """State that a step changes; frozen weights are separate."""
 
-  Attributes:
-    step: int32 [], completed steps.
-    trainable: nested dict of float32 params.
-    opt_state: state of the optax transformation.
-    rng: uint32, data of the run's key, which is constant; each step folds in its number.
-  """
-
-  step: Any
-  trainable: Any
-  opt_state: Any
-  rng: Any
+  step: Any  # int32 [], completed steps
+  trainable: Any  # nested dict of float32 params
+  opt_state: Any  # of the optax transformation
+  rng: Any  # uint32, data of the run's key, which is constant; each step folds in its number
 
 
 def create(trainable, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -46,7 +41,7 @@ def state_shardings(
 
   `state` has arrays or `ShapeDtypeStruct`s, and tx is its optimizer.
   """
-  whole = replicated(jax.tree.leaves(trainable_shardings)[0].mesh)
+  whole = NamedSharding(jax.tree.leaves(trainable_shardings)[0].mesh, P())
   opt_state = optax.tree_map_params(
     tx,
     lambda _, sharding: sharding,
@@ -165,7 +160,7 @@ def jit_train_step(train_step, mesh: jax.sharding.Mesh, shardings: tuple[TrainSt
   return jax.jit(
     train_step,
     in_shardings=(*shardings, batch_sharding(mesh)),
-    out_shardings=(shardings[0], replicated(mesh)),
+    out_shardings=(shardings[0], NamedSharding(mesh, P())),
     donate_argnums=0,
   )
 
