@@ -40,7 +40,7 @@ def _one_error() -> Iterator[None]:
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(_is_not_of_orbax)
   hook = sys.unraisablehook
-  sys.unraisablehook = lambda about: None if _has_no_loop(about.exc_value) else hook(about)
+  sys.unraisablehook = lambda about: str(about.exc_value) == "Event loop is closed" or hook(about)
   try:
     yield
   except Exception:
@@ -51,10 +51,6 @@ def _one_error() -> Iterator[None]:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
   return not record.exc_info or "orbax" not in logging.Formatter().format(record)
-
-
-def _has_no_loop(error: BaseException | None) -> bool:
-  return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:

@@ -118,7 +118,6 @@ def load(
   """Loads a checkpoint; each device reads its own part of each leaf.
 
   Args:
-    folder: of the checkpoint.
     shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
       everything on the first local device.
     dtype: dtype of floating-point matrices, while vectors become float32; default: as saved.
@@ -130,7 +129,12 @@ def load(
       another base, or if the shardings do not fit.
   """
   about = describe(folder, base=base)
-  _check_files(about)
+  if about.files is not None:
+    sums.check_sizes(about.folder, about.files)
+    sums.check(about.folder, about.files, [n for n in about.files if n.startswith("tokenizer/")])
+    for name in sums.EDITABLE:
+      if any(sums.damages(about.folder, {name: about.files[name]})):
+        warnings.warn(f"{about.folder / name} was edited after it was saved", stacklevel=2)
   wanted = tree.flatten(about.params)
   if shardings is None:
     places = dict.fromkeys(wanted, _first_device())
@@ -157,15 +161,10 @@ def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray
 
 
 def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
-  """Load the train_state, and the data_state of this process.
+  """Load the train_state and the data_state of this process, as (state like `target`, data_state).
 
-  Args:
-    folder: of the checkpoint.
-    target: pytree of the same structure, of arrays or `ShapeDtypeStruct`s with shardings; default
-      sharding of a leaf: the first local device.
-
-  Returns:
-    (state like `target`, data_state).
+  `target` is a pytree of arrays or `ShapeDtypeStruct`s with shardings; default sharding of a leaf:
+  the first local device.
 
   Raises:
     CheckpointError: if there is no train state, or a leaf's path, shape or dtype differs.
@@ -197,8 +196,7 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
     sums.check(folder, recorded, [n for n in recorded if n.startswith("train_state/")])
   with _with_remedy(folder):
     flat = arrays.read(folder / "train_state/arrays", saved, targets)
-  paths = [arrays.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(target)[0]]
-  state = jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in paths])
+  state = jax.tree.map_with_path(lambda keys, _: flat[arrays.path_of(keys)], target)
   return state, _read_json(data)
 
 
@@ -207,15 +205,11 @@ def find_damage(
 ) -> list[str]:
   """Compare all files of a checkpoint, without its base, with their sums.
 
-  Args:
-    folder: of the checkpoint. If it was saved without sums, only the weights are checked.
-    progress: called after each file with the number of checked bytes and of all bytes.
+  If it was saved without sums, only the weights are checked. `progress` is called after each file
+  with the number of checked bytes and of all bytes. Raises as `describe`.
 
   Returns:
     One line for each file that is missing or has changed.
-
-  Raises:
-    CheckpointError: if the folder is not a checkpoint, or cannot be opened.
   """
   folder, about = open_folder(folder)
   name, seed = _weights_name(about["base"]), (about["base"] or {}).get("hash", "")
@@ -348,17 +342,6 @@ def _with_remedy(folder: Path) -> Iterator[None]:
 
 def _damaged(folder: Path, damage: str) -> CheckpointError:
   return CheckpointError(f"{folder}: {damage}; {remedy(folder)}")
-
-
-def _check_files(about: Checkpoint) -> None:
-  """Check the sizes of all files, and the contents of small ones."""
-  if about.files is None:
-    return
-  sums.check_sizes(about.folder, about.files)
-  sums.check(about.folder, about.files, [n for n in about.files if n.startswith("tokenizer/")])
-  for name in sums.EDITABLE:
-    if sums.differs(about.folder, about.files, name):
-      warnings.warn(f"{about.folder / name} was edited after it was saved", stacklevel=3)
 
 
 def _weights_name(base) -> str:

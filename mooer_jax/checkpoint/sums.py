@@ -28,10 +28,8 @@ def hash_file(file: Path) -> str:
 def record(folder: Path, *, prefix: str = "", remember: bool = False) -> dict[str, tuple[int, str]]:
   """Size and SHA-256 of every file under a folder, by its path below the folder.
 
-  Args:
-    folder: a checkpoint without `checkpoint.json`, or its weights.
-    prefix: prefix of the paths.
-    remember: do not read unchanged files again that were hashed in this process.
+  Paths begin with `prefix`. With `remember`, unchanged files that were hashed in this process are
+  not read again.
   """
   files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
   with _threads() as threads:
@@ -50,7 +48,7 @@ def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -
 
   Args:
     sums: of the checkpoint.
-    folder: of the weights, "weights" or "trainable".
+    folder: "weights" or "trainable".
     seed: hash of the base of a fine-tune, else "".
     stamped: include the files with time and place of writing, as older checkpoints did.
   """
@@ -105,11 +103,6 @@ def damages(
       progress(done, sum(sizes))
       if damage:
         yield damage
-
-
-def differs(folder: Path, sums: Sums, name: str) -> bool:
-  """Whether a recorded file is missing or has changed."""
-  return _damage(folder / name, *sums[name], read=_remembered) is not None
 
 
 def _raise_first(folder: Path, found: Iterable[str | None]) -> None:

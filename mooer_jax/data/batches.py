@@ -189,8 +189,8 @@ class _Window:
     order = rng.permutation(len(self.examples))  # so that equal lengths mix
     lengths = np.asarray([len(e.features[0]) for e in self.examples])
     order = order[np.argsort(lengths[order], kind="stable")]
-    batches = order.reshape(-1, self._batch_size)
-    return [[self.examples[i] for i in row] for row in rng.permutation(batches)]
+    rows = rng.permutation(order.reshape(-1, self._batch_size))
+    return [[self.examples[i] for i in row] for row in rows]
 
 
 class TrainIterator(grain.DatasetIterator):

@@ -39,8 +39,7 @@ def train_batches(
     config: shards, batches and limits.
     tokenizer, model: of the speech LLM; the model determines features, template and prompts.
     cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
-    process_index: index of this process (host).
-    process_count: number of processes; each reads every process_count-th shard.
+    process_index, process_count: this process (host); each reads every process_count-th shard.
 
   Returns:
     A dataset that knows its shapes. Its iterator has get_state() and set_state(), whose states are
@@ -188,8 +187,7 @@ def _start_worker(index, count):
 class Batches(grain.IterDataset):
   """Batches of a few shapes; iterators refuse the saved state of a pipeline with other settings.
 
-  Attributes:
-    shapes: all shapes of a batch, as `ShapeDtypeStruct`s, the largest first.
+  `shapes` are all shapes of a batch, as `ShapeDtypeStruct`s, the largest first.
   """
 
   def __init__(

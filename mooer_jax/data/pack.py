@@ -206,18 +206,16 @@ def read_clips(
   clips = []
   for key, transcript in texts.items():
     *folders, name = key.split("/")
+    recording, start_s, end_s = parts.get(key, (None, None, None))
     if {"", ".", ".."} & {*folders, name} or name.startswith(IGNORED) or "\0" in key:
       detail = "a relative path without `..`, whose name does not start with `._` or `.DS_Store`"
       left_out.append(Unpacked("bad key", key, f"in {text}; use {detail}"))
-      continue
-    if key not in parts:
+    elif recording is None:
       left_out.append(Unpacked("no audio", key, f"not in {segments or wav_scp}"))
-      continue
-    recording, start_s, end_s = parts[key]
-    if recording not in paths:
+    elif recording not in paths:
       left_out.append(Unpacked("no audio", key, f"recording {recording} is not in {wav_scp}"))
-      continue
-    clips.append(Clip(key, paths[recording], transcript, start_s, end_s))
+    else:
+      clips.append(Clip(key, paths[recording], transcript, start_s, end_s))
   left_out += [
     Unpacked("no transcript", key, f"not in {text}") for key in parts if key not in texts
   ]

@@ -141,7 +141,9 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
         tar.members = []  # type: ignore[attr-defined]  # or it would remember every header
         if not member.isfile():
           continue
-        name = _printable(member.name).removeprefix("./")
+        # Escapes what is not UTF-8, since keys are written to text files.
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = name.removeprefix("./")
         if name.rpartition("/")[2].startswith(IGNORED):
           continue
         stem, dot, suffix = name.rpartition(".")
@@ -160,11 +162,6 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
       _check_end(file, tar.offset)
   except damage as error:
     yield SkippedUtterance("bad shard", key, path, f"{type(error).__name__}: {error}")
-
-
-def _printable(name: str) -> str:
-  """Escapes what is not UTF-8, since keys are written to text files."""
-  return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _content(tar, member) -> bytes:

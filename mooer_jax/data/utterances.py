@@ -25,7 +25,7 @@ def shard_names(shards: str) -> list[str]:
 
 def read(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   """The utterances of a shard or part, in order, each either complete or skipped."""
-  return annotation.read_piece(name) if annotation.is_piece(name) else read_shard(name)
+  return annotation.read_piece(name) if ".json#" in name else read_shard(name)
 
 
 class BadDataError(ValueError):
@@ -77,7 +77,7 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EpochReader:
-  """Reads the shards of one epoch; without a seed as listed, once, and each key once."""
+  """Reads the shards of one epoch in a new order; without a seed as listed, and each key once."""
 
   shards: Sequence[str]
   epoch: int
@@ -148,8 +148,7 @@ class UtteranceStream:
       shards: tar paths, or parts of an annotation file.
       preprocess: makes an example of a raw utterance and the identifier of its reading.
       config: seed, weights of the tasks, and limits of unusable data.
-      endless: whether epoch follows epoch in new orders. Otherwise the shards are read once, as
-        listed, and a key that occurred in an earlier shard is skipped as a duplicate.
+      endless: whether epoch follows epoch in new orders; else see `EpochReader` without a seed.
     """
     self._shards, self._preprocess, self._config = list(shards), preprocess, config
     self._seed = config.seed if endless else None
@@ -218,20 +217,18 @@ class UtteranceStream:
         # Unless its task's weight is 0, another epoch reads it.
         passed = here.passed or self._task_weights[reading.entry.task] > 0
         self._position = dataclasses.replace(here, passed=passed)
-      elif isinstance(made := self._make(reading.entry, reading.copy), Example):
-        self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
-        return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
       else:
+        made = reading.entry
+        if isinstance(made, RawUtterance):
+          # One pass takes the same prompts whenever it runs.
+          name = 0 if self._seed is None else reading_id(here.epoch, reading.copy)
+          made = self._preprocess(made, name)
+        if isinstance(made, Example):
+          self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
+          return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
         self._pending.append(made)
         self._position = here.add_skipped(made.cause, self._epoch.order[shard])
         self._check_share(self._config.tolerance)
-
-  def _make(self, entry: RawUtterance | SkippedUtterance, copy: int) -> Example | SkippedUtterance:
-    if isinstance(entry, SkippedUtterance):
-      return entry
-    # One pass takes the same prompts whenever it runs.
-    reading = 0 if self._seed is None else reading_id(self._position.epoch, copy)
-    return self._preprocess(entry, reading)
 
   def _end_epoch(self) -> None:
     here = self._position

@@ -9,45 +9,28 @@ import optax
 
 from mooer_jax import tree
 
-WARMUPS = ("log", "linear")
-DECAYS = ("linear", "cosine", "cosine_from_start", "constant")
-
-
 VECTORS = ("scale", "bias", "shift")  # names of the leaves that are norms, biases and CMVN
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam with warm-up and decay; the defaults are MooER's.
-
-  Attributes:
-    peak_lr: learning rate after `warmup_steps`.
-    warmup_steps: optimizer steps of warm-up; 0 starts at the peak.
-    warmup: "log" (peak * ln(step) / ln(warmup_steps), as DeepSpeed's WarmupLR) or "linear" from
-      start_lr.
-    decay: "linear" or "cosine" to end_lr at total_steps, "constant", or "cosine_from_start": a
-      cosine that counts from step 0, so it starts a little below the peak (SALMONN).
-    total_steps: step from which on the learning rate is end_lr; "constant" ignores it.
-    start_lr: initial learning rate of a linear warm-up.
-    end_lr: final learning rate of the decay.
-    betas: decay rates of Adam's first and second moments.
-    eps: added to the square root of the second moment.
-    weight_decay: decoupled (AdamW); not applied to norms and biases. 0 is plain Adam.
-    max_grad_norm: largest global norm of a gradient; 0 does not clip.
-  """
+  """Adam with warm-up and decay; the defaults are MooER's."""
 
   RENAMED: ClassVar = {"grad_clip": "max_grad_norm"}
-  peak_lr: float = 1e-4
-  warmup_steps: int = 1000
+  peak_lr: float = 1e-4  # learning rate after `warmup_steps`
+  warmup_steps: int = 1000  # optimizer steps of warm-up; 0 starts at the peak
+  # "log" (peak * ln(step) / ln(warmup_steps), as DeepSpeed's WarmupLR) or "linear" from start_lr.
   warmup: str = "log"
+  # "linear" or "cosine" to end_lr at total_steps, "constant", or "cosine_from_start": a cosine that
+  # counts from step 0, so it starts a little below the peak (SALMONN).
   decay: str = "linear"
-  total_steps: int = 1_000_000
-  start_lr: float = 0.0
-  end_lr: float = 0.0
-  betas: tuple[float, float] = (0.9, 0.999)
-  eps: float = 1e-8
-  weight_decay: float = 0.0
-  max_grad_norm: float = 0.0
+  total_steps: int = 1_000_000  # from which on the learning rate is end_lr, unless "constant"
+  start_lr: float = 0.0  # initial learning rate of a linear warm-up
+  end_lr: float = 0.0  # final learning rate of the decay
+  betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's first and second moments
+  eps: float = 1e-8  # added to the square root of the second moment
+  weight_decay: float = 0.0  # decoupled (AdamW), not applied to norms and biases; 0: plain Adam
+  max_grad_norm: float = 0.0  # largest global norm of a gradient; 0 does not clip
 
   def __post_init__(self):
     if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -55,7 +38,11 @@ class OptimizerConfig:
     for name in ("eps", "weight_decay", "max_grad_norm", "warmup_steps", "peak_lr"):
       if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be finite, not negative")
-    for name, allowed in (("warmup", WARMUPS), ("decay", DECAYS)):
+    kinds = {
+      "warmup": ("log", "linear"),
+      "decay": ("linear", "cosine", "cosine_from_start", "constant"),
+    }
+    for name, allowed in kinds.items():
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
     for name in ("start_lr", "end_lr"):

@@ -45,16 +45,9 @@ def jitted_step(
 def compile_step(
   step, *, state, frozen, batches: Sequence[Batch], message: Callable[[str], None]
 ) -> Callable:
-  """Compile the train step for every batch shape, several at a time.
+  """Compile a step (from `jitted_step`) for the shapes of all `batches`, several at a time.
 
-  Args:
-    step: from `jitted_step`.
-    state, frozen: arguments of the step.
-    batches: one batch of `ShapeDtypeStruct`s for each shape.
-    message: prints the progress.
-
-  Returns:
-    The step for batches of these shapes.
+  Batches are of `ShapeDtypeStruct`s; `message` prints the progress. Returns the step for them.
   """
   lowered = {_shape(batch): step.lower(state, frozen, batch) for batch in batches}
   compiled = {}

@@ -52,10 +52,6 @@ def state_shardings(
   return TrainState(step=whole, trainable=trainable_shardings, opt_state=opt_state, rng=whole)
 
 
-# (trainable, frozen, batch, key) -> (loss, sums over rows); see `make_train_step`.
-LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-
-
 class NotFiniteError(FloatingPointError):
   """The loss or a gradient is NaN or infinite; `.step` is the number of the step."""
 
@@ -69,7 +65,7 @@ class NotFiniteError(FloatingPointError):
 
 
 def make_train_step(
-  loss_fn: LossFn,
+  loss_fn: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
   tx: optax.GradientTransformation,
   *,
   schedule: optax.Schedule,
@@ -81,8 +77,8 @@ def make_train_step(
   it does not depend on the accumulation.
 
   Args:
-    loss_fn: its loss is not used; the sums over rows are loss_sum (float32, differentiated),
-      tokens, correct, and any further ones.
+    loss_fn: (trainable, frozen, batch, key) -> (loss, which is not used; sums over rows: loss_sum
+      (float32, differentiated), tokens, correct, and any further ones).
     tx: from `make_optimizer`.
     schedule: learning rate of tx, for the metrics.
     accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
