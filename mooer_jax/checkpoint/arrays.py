@@ -57,7 +57,6 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
   """Read the leaves in `targets` and no others.
 
   Args:
-    folder: from `write`.
     saved: all paths in the folder.
     targets: shapes, dtypes and shardings of the leaves; NumPy arrays if there are no shardings.
 

@@ -238,17 +238,18 @@ def check_leaves(about: Checkpoint, expected: Mapping) -> None:
     {path: list(leaf.shape) for path, leaf in tree.flatten(params).items()}
     for params in (about.params, expected)
   )
-  faults = [
-    f"{path} is {have[path]} in the weights, but {wanted[path]} by config.json"
-    for path in have.keys() & wanted.keys()
-    if have[path] != wanted[path]
-  ]
-  faults += [f"{path} is not a parameter of that model" for path in have.keys() - wanted.keys()]
-  faults += [f"{path} is missing from the weights" for path in wanted.keys() - have.keys()]
+  faults = []
+  for path in sorted(p for p in have.keys() | wanted.keys() if have.get(p) != wanted.get(p)):
+    if path not in wanted:
+      faults.append(f"{path} is not a parameter of that model")
+    elif path not in have:
+      faults.append(f"{path} is missing from the weights")
+    else:
+      faults.append(f"{path} is {have[path]} in the weights, but {wanted[path]} by config.json")
   if faults:
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     raise CheckpointError(
-      f"{about.folder}: config.json and the weights describe different models: {min(faults)}{more};"
+      f"{about.folder}: config.json and the weights describe different models: {faults[0]}{more};"
       " restore the config.json that was saved with these weights"
     )
 

@@ -36,8 +36,7 @@ def all_steps(workdir: str | Path) -> list[Path]:
 def find(path: str | Path) -> Path:
   """The checkpoint at a path: the folder itself, or the newest one in the folder of a run.
 
-  Raises:
-    FileNotFoundError: if the path does not exist, or is neither.
+  Raises FileNotFoundError if the path does not exist, or is neither.
   """
   folder = Path(path)
   if not folder.is_dir():
@@ -54,10 +53,8 @@ def keep_for(base: Path, dependent: Path) -> None:
 
   The mark is a file in `kept_by/` of the base, for all steps of a dependent run. It remains if the
   dependent disappears, which may only have moved; remove `kept_by/` to allow deletion. If the base
-  is read-only, there is no mark, and a warning if it is a step of a run.
-
-  Raises:
-    FileNotFoundError: if the base was deleted.
+  is read-only, there is no mark, and a warning if it is a step of a run. If the base was deleted
+  meanwhile, FileNotFoundError is raised.
   """
   if jax.process_index() != 0:
     return

@@ -61,13 +61,10 @@ def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -
 
 
 def check_sizes(folder: Path, sums: Sums) -> None:
-  """Check that the recorded files exist and have their sizes, without reading them.
+  """Raise CheckpointError if a recorded file is missing or has another size, without reading it.
 
   The files that users may edit are not checked. `train_state` and `source` may be removed as a
   whole, since the weights are usable without them.
-
-  Raises:
-    CheckpointError: for the first that is missing or has another size.
   """
   removed = [f"{name}/" for name in ("train_state", "source") if not (folder / name).exists()]
   names = [name for name in sums if not name.startswith((*EDITABLE, *removed))]
@@ -75,10 +72,9 @@ def check_sizes(folder: Path, sums: Sums) -> None:
 
 
 def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
-  """Check some of the recorded files, each process its share; unchanged ones are read once.
+  """Raise CheckpointError if one of these files is missing or has changed.
 
-  Raises:
-    CheckpointError: for the first that is missing or has changed.
+  Each process checks its share; files that were checked in this process are not read again.
   """
   share = list(names)[jax.process_index() :: jax.process_count()]
   _raise_first(folder, damages(folder, {name: sums[name] for name in share}, read=_remembered))

@@ -43,7 +43,6 @@ def save(
     train_state: pytree of arrays to resume from, any structure.
     data_state: JSON values of this process's data iterator, saved with `train_state`.
     source: writes other contents of converted files into a folder, for an export.
-    overwrite: replace an existing checkpoint.
 
   Raises:
     FileExistsError: if the folder exists and overwrite is False.

@@ -22,11 +22,8 @@ def is_annotation(shards: str | Path) -> bool:
 def read_annotation(path: str) -> list[dict[str, Any]]:
   """The entries of `{"annotation": [{"path", "text", "task", "Q", "expand_wav"}, …]}`.
 
-  Relative paths start at the file's folder.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is not such JSON, or an entry (named by its number) lacks its path or text.
+  Relative paths start at the file's folder. Raises FileNotFoundError if there is no such file, and
+  ValueError if it is not such JSON, or an entry (named by its number) lacks its path or text.
   """
   file = Path(path)
   if not file.is_file():

@@ -219,15 +219,14 @@ class _DescribedIterator(grain.DatasetIterator):
         for name, value in self._description.items()
         if saved.get(name, value) != value  # early states lack some names
       ]
-      if not changed:
-        self._inner.set_state(state["reader"])
+      if changed:
+        raise ValueError(
+          f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
+          " or start without the data position"
+        )
+      self._inner.set_state(state["reader"])
     except (AttributeError, IndexError, KeyError, TypeError) as error:
       raise ValueError(
         f"the saved data position is damaged ({type(error).__name__}: {error}); restore its file,"
         " or resume from another checkpoint"
       ) from error
-    if changed:
-      raise ValueError(
-        f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
-        " or start without the data position"
-      )

@@ -32,10 +32,8 @@ _MARK = "\0"  # takes the place of a question where only that place matters
 class PromptSampler:
   """Samples a prompt for each utterance and tokenizes it.
 
-  Attributes:
-    tasks: tasks that utterances may have, in the order of the model's prompts.
-    lengths: numbers of tokens that the prompt is padded to before and after the speech.
-    checksum: CRC of the template and all prompts.
+  Attributes: `tasks` in the order of the model's prompts, `lengths` in tokens that prompts are
+  padded to before and after the speech, `checksum` (CRC) of the template and all prompts.
   """
 
   def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):

@@ -88,13 +88,11 @@ def pack(
   Args:
     wav_scp, text, segments: lists, as for `read_clips`.
     out: the folder; must not exist, or be empty.
-    per_shard: utterances a shard.
     processes: shards written at a time; None is the number of CPUs. More than one are spawned, so
       a script that calls this needs its `if __name__ == "__main__":`.
     normalise_text: whether transcripts are brought into MooER's form (see `normalise`).
     shuffle_seed: packs in a random order. Reading shuffles only whole shards and windows, so lists
       sorted by speaker or length are better shuffled here.
-    progress: whether to show a progress bar.
 
   Raises:
     FileNotFoundError: if a list does not exist.
@@ -288,10 +286,9 @@ def _end_with_parent():
 
 
 def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list[Unpacked]]:
-  """Writes a tar of the clips that can be read.
+  """Writes a tar of the clips that can be read, if any.
 
-  Returns:
-    The tar's path, the clips in it, and those left out; without clips there is no tar.
+  Returns its path, the clips in it, and those left out.
   """
   packed, left_out = [], []
   with (
@@ -322,8 +319,7 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
 def _extract_segments(clips, spool) -> dict[str, Unpacked | slice]:
   """Writes all segments into a file, so that each recording is decoded once, in any order.
 
-  Returns:
-    For each segment's key its slice of the file, or why it cannot be packed.
+  Returns each segment's slice of the file, or why it cannot be packed, by its key.
   """
   by_recording: dict[str, list[Clip]] = {}
   for clip in clips:

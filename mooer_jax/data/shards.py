@@ -154,21 +154,18 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
           yield _utterance(key, parts, path, seen=seen)
           key, parts = "", {}
         key = stem
-        read = slot in ("txt", "audio", "video", "json")
-        parts[slot] = (suffix, _content(tar, member) if read else b"")
+        content = b""
+        if slot in ("txt", "audio", "video", "json"):
+          content = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+          if (size := len(content)) < member.size:
+            raise tarfile.ReadError(f"{member.name} ends after {size} of {member.size} bytes")
+        parts[slot] = (suffix, content)
       if parts:
         yield _utterance(key, parts, path, seen=seen)
         key = ""
       _check_end(file, tar.offset)
   except damage as error:
     yield SkippedUtterance("bad shard", key, path, f"{type(error).__name__}: {error}")
-
-
-def _content(tar, member) -> bytes:
-  content = tar.extractfile(member).read()
-  if len(content) < member.size:
-    raise tarfile.ReadError(f"{member.name} ends after {len(content)} of {member.size} bytes")
-  return content
 
 
 def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:

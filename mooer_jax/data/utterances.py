@@ -177,10 +177,9 @@ class UtteranceStream:
     return self._peeked[0]
 
   def take(self) -> Example:
-    """Returns the next utterance.
+    """Returns the next utterance; raises StopIteration after the last one of a single pass.
 
     Raises:
-      StopIteration: after the last one, if the shards are read once.
       BadDataError: if more than the allowed share of utterances was skipped or of shards is
         damaged, or an epoch had no usable utterance.
     """
@@ -218,11 +217,10 @@ class UtteranceStream:
         passed = here.passed or self._task_weights[reading.entry.task] > 0
         self._position = dataclasses.replace(here, passed=passed)
       else:
-        made = reading.entry
-        if isinstance(made, RawUtterance):
-          # One pass takes the same prompts whenever it runs.
-          name = 0 if self._seed is None else reading_id(here.epoch, reading.copy)
-          made = self._preprocess(made, name)
+        # One pass takes the same prompts whenever it runs.
+        name = 0 if self._seed is None else reading_id(here.epoch, reading.copy)
+        raw = reading.entry
+        made = raw if isinstance(raw, SkippedUtterance) else self._preprocess(raw, name)
         if isinstance(made, Example):
           self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
           return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())

@@ -23,10 +23,9 @@ def jitted_step(
 
   Args:
     model: with compute.scan, as training runs it.
-    optimizer: config of the optimizer.
     accumulation: micro-batches per batch.
     mesh: its devices may be those of a topology description.
-    shardings: (shardings of the TrainState, of the frozen params).
+    shardings: of the TrainState and of the frozen params.
   """
 
   def loss_fn(trainable, frozen, batch, key):
@@ -77,11 +76,7 @@ def cast_params(params: dict, trained: Iterable[str], dtype) -> dict:
 def abstract_state(
   model: SpeechLLMConfig, optimizer: OptimizerConfig, *, trainable: Iterable[str], mesh
 ):
-  """Shapes and shardings of the state of a run; no array is created.
-
-  Returns:
-    (TrainState and frozen params as `ShapeDtypeStruct`s, (their shardings)).
-  """
+  """(TrainState and frozen params as `ShapeDtypeStruct`s, their shardings); creates no array."""
   key = jax.random.key(0)
   wanted = jax.eval_shape(lambda: speech_llm.init(key, model))
   trained = tree.flatten(tree.partition(wanted, trainable)[0])
@@ -89,8 +84,5 @@ def abstract_state(
   to_train, frozen = tree.partition(kept, trainable)
   tx = make_optimizer(optimizer)
   state = jax.eval_shape(lambda t: create(t, tx, key), to_train)
-  shardings = (
-    state_shardings(state, tx, param_shardings(mesh, to_train)),
-    param_shardings(mesh, frozen),
-  )
-  return (state, frozen), shardings
+  of_state = state_shardings(state, tx, param_shardings(mesh, to_train))
+  return (state, frozen), (of_state, param_shardings(mesh, frozen))

@@ -78,7 +78,6 @@ def param_shardings(
   """`NamedSharding`s of parameters, as a nested dict.
 
   Args:
-    mesh: from `make_mesh`.
     params: nested dict of arrays or `ShapeDtypeStruct`s, stacked or not; all or some of a model.
     rules: further (pattern, spec of the trailing axes), tried before those of the parts; each must
       be used.

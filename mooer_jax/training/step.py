@@ -79,7 +79,6 @@ def make_train_step(
   Args:
     loss_fn: (trainable, frozen, batch, key) -> (loss, which is not used; sums over rows: loss_sum
       (float32, differentiated), tokens, correct, and any further ones).
-    tx: from `make_optimizer`.
     schedule: learning rate of tx, for the metrics.
     accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
       a + accumulation, …, so that each device keeps its rows.
