@@ -185,10 +185,7 @@ def _start_worker(index, count):
 
 
 class Batches(grain.IterDataset):
-  """Batches of a few shapes; iterators refuse the saved state of a pipeline with other settings.
-
-  `shapes` are all shapes of a batch, as `ShapeDtypeStruct`s, the largest first.
-  """
+  """Batches of a few known `shapes`; iterators refuse the saved state of other settings."""
 
   def __init__(
     self, parent: grain.IterDataset, description: dict[str, Any], shapes: Sequence[Batch]

@@ -38,11 +38,8 @@ class OptimizerConfig:
     for name in ("eps", "weight_decay", "max_grad_norm", "warmup_steps", "peak_lr"):
       if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be finite, not negative")
-    kinds = {
-      "warmup": ("log", "linear"),
-      "decay": ("linear", "cosine", "cosine_from_start", "constant"),
-    }
-    for name, allowed in kinds.items():
+    kinds = ("linear", "cosine", "cosine_from_start", "constant")
+    for name, allowed in (("warmup", ("log", "linear")), ("decay", kinds)):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
     for name in ("start_lr", "end_lr"):

@@ -147,10 +147,8 @@ def make_train_step(
 def jit_train_step(train_step, mesh: jax.sharding.Mesh, shardings: tuple[TrainState, dict]):
   """Jit a train step for a mesh; the memory of the input state is reused.
 
-  `shardings` are those of the state and of the frozen params.
-
-  The first axis of all leaves of the batch must be the rows, and rows per micro-batch must be
-  divisible by data x fsdp.
+  `shardings` are those of the state and of the frozen params. The first axis of all leaves of the
+  batch must be the rows, and rows per micro-batch must be divisible by data x fsdp.
   """
   return jax.jit(
     train_step,
