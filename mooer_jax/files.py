@@ -23,8 +23,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
   """Yield a path beside `path` to write to; when the block succeeds, it replaces `path`.
 
   The folder is created if needed. The temporary name is unique, so concurrent writers do not mix
-  their content, and the content is on the disk before the rename. If the block fails or is
-  interrupted, the temporary file is removed and `path` is unchanged.
+  their content, and the content is on the disk before the rename. Otherwise `path` is unchanged.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +87,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is a folder, a Git LFS pointer, not UTF-8, not JSON or not an object; one line
-      that names the file.
+    ValueError: if it is a folder, a Git LFS pointer, not UTF-8, not JSON or not an object.
   """
   if Path(path).is_dir():
     raise ValueError(f"{path}: is a folder; must be a JSON file")
@@ -115,7 +113,7 @@ def lock_folder(folder: str | Path, say: Callable[[str], Any] = print) -> Iterat
   Args:
     folder: created if needed.
     say: receives a line if the last process was killed while it held the lock, or if the file
-      system has no locks, in which case the block runs without one.
+      system has no locks, so that the block runs without one.
 
   Raises:
     ValueError: if another process holds the lock; names its host, process id and start time.
@@ -137,13 +135,13 @@ def lock_folder(folder: str | Path, say: Callable[[str], Any] = print) -> Iterat
       say(f"{folder} cannot be locked ({error}); make sure that no other process writes to it")
       yield
       return
-    holder, host = _holder(file)
+    (holder, host), here = _holder(file), socket.gethostname()
     if host:
-      elsewhere = "" if host == socket.gethostname() else "; if it still runs, stop one of the two"
+      elsewhere = "" if host == here else "; if it still runs, stop one of the two"
       say(f"{folder}: {holder} ended without releasing its lock, which is taken over{elsewhere}")
     file.truncate(0)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
+    json.dump({"host": here, "pid": os.getpid(), "since": now}, file)
     file.flush()
     os.fsync(file.fileno())
     try:

@@ -7,6 +7,7 @@ reference implementation against the same computation in float64 (`assert_as_acc
 """
 
 import contextlib
+import copy
 import os
 
 import jax
@@ -115,6 +116,22 @@ def condition(function, *arguments, draws=3, of_rows=False):
     again = function(*jax.tree.map(moved, arguments))
     found = jax.tree.map(lambda most, a, b: np.maximum(most, change(a, b)), found, again, outputs)
   return found
+
+
+def score_rounding(transcriber, clips, *, same_features=False, **options):
+  """Bound on the difference between two evaluations of the sum of the scores of clips in float32.
+
+  The longest sum on the way to a score is the DFT of 512 samples, or the product with 560 features
+  if these are the same, bit for bit.
+  """
+
+  def score(params, clips=clips):
+    moved = copy.copy(transcriber)
+    moved.params = params
+    return np.float64(sum(result.score for result in moved.transcribe(clips, **options)))
+
+  inputs = [transcriber.params] if same_features else [transcriber.params, clips]
+  return float(rounding(560, condition(score, *inputs)))
 
 
 def assert_within(actual, expected, bound):

@@ -1,7 +1,10 @@
 """Arrays of a checkpoint: nested dicts written and read with Orbax."""
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -13,75 +16,71 @@ from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, as_lazy
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
 
 
-def write(folder: Path, arrays: Mapping) -> dict[str, str]:
-  """Write a nested dict of arrays or `LazyArray` leaves, from all processes.
-
-  Returns:
-    SHA-256 (hex) of files that were hashed while they were in the page cache, by their path below
-    the folder: most files of `LazyArray` leaves, else none.
-  """
+def write(folder: Path, arrays: Mapping) -> None:
+  """Write a nested dict of arrays or `LazyArray` leaves, from all processes."""
   import orbax.checkpoint as ocp
 
-  digests: dict[str, str] = {}
+  from mooer_jax.checkpoint.streaming import streaming_handler
+
+  handler = ocp.PyTreeCheckpointHandler()
   if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
-    from mooer_jax.checkpoint.streaming import streaming_handler
-
-    arrays = jax.tree.map(as_lazy, arrays)
-    handler = streaming_handler(digests)
-  else:
-    handler = ocp.PyTreeCheckpointHandler()
+    arrays, handler = jax.tree.map(as_lazy, arrays), streaming_handler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-  logger = logging.getLogger("absl")
-  logger.addFilter(_has_no_traceback)
+  with _one_error(), ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+  """Hides the tracebacks that a failed save prints besides the error that it raises.
+
+  Orbax and asyncio log each write that fails, some only when its future is freed. Writes and
+  coroutines that outlive the first failure find their event loop closed. Hence the filters stay.
+  """
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_not_of_orbax)
+  hook = sys.unraisablehook
+  sys.unraisablehook = lambda about: str(about.exc_value) == "Event loop is closed" or hook(about)
   try:
-    with ocp.Checkpointer(handler) as checkpointer:
-      checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
-  finally:
-    logger.removeFilter(_has_no_traceback)
-  return digests
+    yield
+  except Exception:
+    warnings.filterwarnings("ignore", "coroutine '.*serialize.*' was never awaited", RuntimeWarning)
+    raise
+  sys.unraisablehook = hook
 
 
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-  """False for the errors that each of Orbax's threads logs, and that it raises too."""
-  return not record.exc_info
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  return not record.exc_info or "orbax" not in logging.Formatter().format(record)
 
 
 def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
   """Read the leaves in `targets` and no others.
 
   Args:
-    folder: from `write`.
     saved: all paths in the folder.
-    targets: shapes, dtypes and shardings of the leaves; without shardings, they are read to NumPy
-      arrays.
+    targets: shapes, dtypes and shardings of the leaves; NumPy arrays if there are no shardings.
 
   Raises:
     CheckpointError: if the files are damaged or the targets do not fit them.
   """
   import orbax.checkpoint as ocp
 
+  from mooer_jax.checkpoint.streaming import host_handler
+
   if not targets:
     return {}
-  on_host = all(target.sharding is None for target in targets.values())
   item = {path: targets.get(path, ocp.PLACEHOLDER) for path in saved}
-
-  def how(target):
-    if target is None:
-      return ocp.RestoreArgs()
-    if on_host:
-      return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target.dtype)
-    return ocp.ArrayRestoreArgs(
-      sharding=target.sharding, dtype=target.dtype, global_shape=target.shape
-    )
-
-  args = {path: how(targets.get(path)) for path in saved}
-  request = ocp.args.PyTreeRestore(tree.unflatten(item), restore_args=tree.unflatten(args))
-  if on_host:
-    from mooer_jax.checkpoint.streaming import host_handler
-
+  args = {path: ocp.RestoreArgs() for path in saved}
+  handler = ocp.PyTreeCheckpointHandler()
+  if all(x.sharding is None for x in targets.values()):
     handler = host_handler()
+    args |= {p: ocp.RestoreArgs(np.ndarray, x.dtype) for p, x in targets.items()}
   else:
-    handler = ocp.PyTreeCheckpointHandler()
+    args |= {
+      path: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape)
+      for path, x in targets.items()
+    }
+  request = ocp.args.PyTreeRestore(tree.unflatten(item), restore_args=tree.unflatten(args))
   try:
     with ocp.Checkpointer(handler) as checkpointer:
       restored = tree.flatten(checkpointer.restore(folder, args=request))
@@ -89,9 +88,9 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
     raise
   except Exception as error:  # Orbax and TensorStore raise many types for damaged files
     cause = next(iter(str(error).splitlines()), "")[:200]
+    name = type(error).__name__
     raise CheckpointError(
-      f"{folder} cannot be read, as when files are damaged or missing ({type(error).__name__}:"
-      f" {cause})"
+      f"{folder} cannot be read, as when files are damaged or missing ({name}: {cause})"
     ) from error
   return {path: restored[path] for path in targets}
 

@@ -1,10 +1,8 @@
 """Leaves of a checkpoint that are read on demand, and the errors of this package."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -19,16 +17,11 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-  """A leaf that is read when it is written, so that a model may exceed the memory.
-
-  Attributes:
-    shape, dtype: of the array.
-    read: returns the array (NumPy, on the host); may be called more than once.
-  """
+  """A leaf that is read when it is written, so that a model may exceed the memory."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
-  read: Callable[[], np.ndarray]
+  read: Callable[[], np.ndarray]  # on the host; may be called more than once
 
   @property
   def nbytes(self) -> int:
@@ -40,9 +33,3 @@ def as_lazy(leaf) -> LazyArray:
   if isinstance(leaf, LazyArray):
     return leaf
   return LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
-
-
-def hash_file(file: Path) -> str:
-  """SHA-256 (hex) of a file."""
-  with file.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,10 +1,11 @@
 """Open checkpoints and read from them."""
 
+import contextlib
 import dataclasses
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +19,25 @@ from mooer_jax.checkpoint.leaves import CheckpointError
 from mooer_jax.checkpoint.steps import latest, remedy
 
 FORMAT = 1
-_CHANGED = "{}: files were added, removed or changed since they were saved"
-_SECTIONS = {
-  "encoders": list,
-  "frontends": list,
-  "connector": dict,
-  "decoder": dict,
-  "prompts": dict,
-}
-_TYPES: dict[str, Any] = {  # of the values in checkpoint.json
-  "base": (dict, type(None)),
-  "hash": str,
-  "leaves": dict,
-  "train_state": (dict, type(None)),
-  "files": (dict, type(None)),
-}
+_OBJECTS = ("connector", "decoder", "prompts")  # sections of config.json
+_LISTS = ("encoders", "frontends")
+_TYPES: dict[str, Any] = {"hash": str, "leaves": dict}  # of the values in checkpoint.json
+_TYPES |= dict.fromkeys(("base", "train_state", "files"), (dict, type(None)))
 _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """An open checkpoint.
-
-  Attributes:
-    folder: its folder.
-    params: nested dict, per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`.
-    config: content of config.json.
-    generation: content of generation.json.
-    hash: SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base.
-    origin: the base of a fine-tune, else None.
-    trained: paths of the leaves in this folder; all paths if there is no base.
-    files: sizes and SHA-256 sums of the files; None if the checkpoint was saved without them.
-  """
+  """An open checkpoint."""
 
   folder: Path
-  params: dict
-  config: dict
-  generation: dict
-  hash: str
-  origin: "Checkpoint | None"
-  trained: tuple[str, ...]
-  files: sums.Sums | None
+  params: dict  # per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`
+  config: dict  # content of config.json
+  generation: dict  # content of generation.json
+  hash: str  # SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base
+  origin: "Checkpoint | None"  # the base of a fine-tune
+  trained: tuple[str, ...]  # paths of the leaves in this folder; all paths if there is no base
+  files: sums.Sums | None  # None if the checkpoint was saved without sums
 
   @property
   def base(self) -> Path | None:
@@ -88,18 +67,11 @@ def has_base(folder: str | Path) -> bool:
 
 
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
-  """Opens a checkpoint without reading its weights: params are `ShapeDtypeStruct`s.
-
-  Args, Raises: as for `load`.
-  """
+  """Opens a checkpoint without its weights, for `ShapeDtypeStruct`s; errors as of `load`."""
   folder, about = open_folder(folder)
-  pointer, origin = about["base"], None
-  leaves = about["leaves"]
+  pointer, origin, leaves = about["base"], None, about["leaves"]
   if pointer is None and base is not None:
-    raise CheckpointError(
-      f"{folder} is not a fine-tune and has no base checkpoint, but base_checkpoint={base} was"
-      " given; leave it out"
-    )
+    raise CheckpointError(f"{folder} has no base checkpoint; leave out base_checkpoint={base}")
   if pointer is not None:
     place = _base(folder, pointer) if base is None else Path(base)
     if not place.is_dir():
@@ -146,7 +118,6 @@ def load(
   """Loads a checkpoint; each device reads its own part of each leaf.
 
   Args:
-    folder: from `save`.
     shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
       everything on the first local device.
     dtype: dtype of floating-point matrices, while vectors become float32; default: as saved.
@@ -158,11 +129,15 @@ def load(
       another base, or if the shardings do not fit.
   """
   about = describe(folder, base=base)
-  _check_files(about)
+  if about.files is not None:
+    sums.check_sizes(about.folder, about.files)
+    sums.check(about.folder, about.files, [n for n in about.files if n.startswith("tokenizer/")])
+    for name in sums.EDITABLE:
+      if any(sums.damages(about.folder, {name: about.files[name]})):
+        warnings.warn(f"{about.folder / name} was edited after it was saved", stacklevel=2)
   wanted = tree.flatten(about.params)
   if shardings is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = dict.fromkeys(wanted, device)
+    places = dict.fromkeys(wanted, _first_device())
   else:
     places = tree.flatten(shardings)
     if odd := sorted(places.keys() ^ wanted.keys()):
@@ -176,11 +151,7 @@ def load(
 
 
 def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray]:
-  """Read some leaves of a checkpoint to the host, in their saved dtype.
-
-  Args:
-    about: from `describe`.
-    paths: of the leaves, such as "decoder/embed/embedding".
+  """Read leaves of a checkpoint to the host, in their saved dtype, by paths such as "decoder/w".
 
   Raises:
     CheckpointError: if the files are damaged.
@@ -190,21 +161,16 @@ def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray
 
 
 def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
-  """Load the train_state, and the data_state of this process.
+  """Load the train_state and the data_state of this process, as (state like `target`, data_state).
 
-  Args:
-    folder: from `save`.
-    target: pytree of the same structure, of arrays or `ShapeDtypeStruct`s with shardings; default
-      sharding of a leaf: the first local device.
-
-  Returns:
-    (state like `target`, data_state).
+  `target` is a pytree of arrays or `ShapeDtypeStruct`s with shardings; default sharding of a leaf:
+  the first local device.
 
   Raises:
     CheckpointError: if there is no train state, or a leaf's path, shape or dtype differs.
   """
   folder, about = open_folder(folder)
-  if about["train_state"] is None:
+  if (saved := about["train_state"]) is None:
     raise CheckpointError(f"{folder} holds no train_state; it cannot be resumed, only loaded")
   data = folder / "train_state" / data_file()
   if not data.is_file():
@@ -212,26 +178,25 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
       f"{data} is missing; the run was saved by another number of processes than "
       f"{jax.process_count()}"
     )
-  saved, wanted = about["train_state"], tree.flatten(arrays.by_path(target))
-  if odd := sorted(saved.keys() ^ wanted.keys()):
-    where = "not in the checkpoint" if odd[0] in wanted else "only in the checkpoint"
-    raise CheckpointError(f"{folder}/train_state: {odd[0]} is {where}; the configs differ")
-  expected = arrays.shapes(arrays.by_path(target))
-  for path, have in saved.items():
-    if have != expected[path]:
+  nested = arrays.by_path(target)
+  wanted = arrays.shapes(nested)
+  for path in sorted(saved.keys() | wanted.keys()):
+    have, want = saved.get(path, "not saved"), wanted.get(path, "not used")
+    if have != want:
       raise CheckpointError(
-        f"{folder}/train_state: {path} is saved as {have}, this run has {expected[path]}"
+        f"{folder}/train_state: {path} is {have} in the checkpoint, {want} in this run"
       )
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   targets = {
-    path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device)
-    for path, x in wanted.items()
+    path: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=getattr(x, "sharding", None) or _first_device()
+    )
+    for path, x in tree.flatten(nested).items()
   }
   if (recorded := about.get("files")) is not None:
     sums.check(folder, recorded, [n for n in recorded if n.startswith("train_state/")])
-  flat = _read_arrays(folder, "train_state/arrays", saved, targets)
-  paths = [arrays.path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(target)[0]]
-  state = jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in paths])
+  with _with_remedy(folder):
+    flat = arrays.read(folder / "train_state/arrays", saved, targets)
+  state = jax.tree.map_with_path(lambda keys, _: flat[arrays.path_of(keys)], target)
   return state, _read_json(data)
 
 
@@ -240,26 +205,20 @@ def find_damage(
 ) -> list[str]:
   """Compare all files of a checkpoint, without its base, with their sums.
 
-  Args:
-    folder: of the checkpoint. If it was saved without sums, only the weights are checked.
-    progress: called after each file with the number of checked bytes and of all bytes.
+  If it was saved without sums, only the weights are checked. `progress` is called after each file
+  with the number of checked bytes and of all bytes. Raises as `describe`.
 
   Returns:
     One line for each file that is missing or has changed.
-
-  Raises:
-    CheckpointError: if the folder is not a checkpoint, or cannot be opened.
   """
   folder, about = open_folder(folder)
-  recorded, base = about.get("files"), about["base"]
-  name, seed = _weights_name(base), "" if base is None else base["hash"]
-  if recorded is not None:
-    found = list(sums.damages(folder, recorded, progress))
-    if sums.weights_hash(recorded, name, seed) != about["hash"]:
-      found.append(f"{folder / 'checkpoint.json'} has changed: its hash does not fit its sums")
-    return found
-  now = sums.record(folder / name, prefix=f"{name}/")
-  return [] if _has_hash(now, name, seed, about["hash"]) else [_CHANGED.format(folder / name)]
+  name, seed = _weights_name(about["base"]), (about["base"] or {}).get("hash", "")
+  if (recorded := about.get("files")) is None:
+    return list(filter(None, [_hash_damage(folder / name, seed, about["hash"])]))
+  found = list(sums.damages(folder, recorded, progress=progress))
+  if sums.weights_hash(recorded, name, seed) != about["hash"]:
+    found.append(f"{folder / 'checkpoint.json'} has changed: its hash does not fit its sums")
+  return found
 
 
 def verify(folder: str | Path) -> None:
@@ -270,29 +229,33 @@ def verify(folder: str | Path) -> None:
 
 
 def check_leaves(about: Checkpoint, expected: Mapping) -> None:
-  """Check that the weights are those of the model that config.json describes.
-
-  Args:
-    about: from `describe`.
-    expected: nested dict of arrays or `ShapeDtypeStruct`s, per layer: the model's parameters.
+  """Check that the weights are those of the model that config.json describes, `expected`.
 
   Raises:
     CheckpointError: if leaves are missing, belong to no part of the model, or differ in shape.
   """
-  have, wanted = tree.flatten(about.params), tree.flatten(expected)
-  faults = [
-    f"{path} is {_size(have[path])} in the weights, but {_size(wanted[path])} by config.json"
-    for path in have.keys() & wanted.keys()
-    if have[path].shape != wanted[path].shape
-  ]
-  faults += [f"{path} is not a parameter of that model" for path in have.keys() - wanted.keys()]
-  faults += [f"{path} is missing from the weights" for path in wanted.keys() - have.keys()]
+  have, wanted = (
+    {path: list(leaf.shape) for path, leaf in tree.flatten(params).items()}
+    for params in (about.params, expected)
+  )
+  faults = []
+  for path in sorted(p for p in have.keys() | wanted.keys() if have.get(p) != wanted.get(p)):
+    if path not in wanted:
+      faults.append(f"{path} is not a parameter of that model")
+    elif path not in have:
+      faults.append(f"{path} is missing from the weights")
+    else:
+      faults.append(f"{path} is {have[path]} in the weights, but {wanted[path]} by config.json")
   if faults:
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     raise CheckpointError(
-      f"{about.folder}: config.json and the weights describe different models: {min(faults)}{more};"
+      f"{about.folder}: config.json and the weights describe different models: {faults[0]}{more};"
       " restore the config.json that was saved with these weights"
     )
+
+
+def _first_device() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def open_folder(folder) -> tuple[Path, dict]:
@@ -315,14 +278,13 @@ def open_folder(folder) -> tuple[Path, dict]:
     raise CheckpointError(
       f"{folder} has format {about.get('format')}, this mooer_jax reads format {FORMAT}"
     )
-  if missing := sorted({"base", "hash", "leaves", "train_state"} - about.keys()):
+  if missing := sorted(_TYPES.keys() - {"files"} - about.keys()):
     raise _damaged(folder, f"checkpoint.json lacks {', '.join(missing)}")
-  for name, kinds in _TYPES.items():
-    if not isinstance(about.get(name), kinds):
-      value = repr(about.get(name))[:80]
-      raise _damaged(folder, f"checkpoint.json has {name}={value}")
-  if about["base"] is not None and not {"path", "hash"} <= about["base"].keys():
-    raise _damaged(folder, f"checkpoint.json has base={about['base']}, without path and hash")
+  for name, kind in _TYPES.items():
+    if not isinstance(value := about.get(name), kind):
+      raise _damaged(folder, f"checkpoint.json has {name}={value!r:.80}")
+  if (base := about["base"]) is not None and not {"path", "hash"} <= base.keys():
+    raise _damaged(folder, f"checkpoint.json has base={base}, without path and hash")
   for name, entry in (about.get("files") or {}).items():
     if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
       raise _damaged(folder, f"checkpoint.json has no size and sum of {name}: {entry!r}")
@@ -338,7 +300,8 @@ def _read_leaves(about: Checkpoint, targets: dict) -> dict:
   own = {path: target for path, target in targets.items() if path in trained}
   if own:
     _check_weights(about, trained - own.keys())
-  flat = _read_arrays(about.folder, about.weights.name, about.trained, own)
+  with _with_remedy(about.folder):
+    flat = arrays.read(about.weights, about.trained, own)
   if about.origin is None:
     return flat
   rest = {path: target for path, target in targets.items() if path not in own}
@@ -351,26 +314,30 @@ def _check_weights(about: Checkpoint, unread: Iterable[str]) -> None:
   Orbax would log a traceback for each damaged leaf, and does not detect changed bytes in files
   without compression.
   """
-  name = about.weights.name
   if about.files is None:
-    now = sums.record(about.weights, prefix=f"{name}/", remember=True)
-    if not _has_hash(now, name, "" if about.origin is None else about.origin.hash, about.hash):
-      raise _damaged(about.folder, _CHANGED.format(name))
+    seed = "" if about.origin is None else about.origin.hash
+    if damage := _hash_damage(about.weights, seed, about.hash, remember=True):
+      raise CheckpointError(f"{damage}; {remedy(about.folder)}")
     return
   # A leaf has a folder, or its data is in files that all leaves share.
   folders = {path.replace("/", ".") for path in unread}
-  inside = [path for path in about.files if path.startswith(f"{name}/")]
+  inside = [path for path in about.files if path.startswith(f"{about.weights.name}/")]
   sums.check(about.folder, about.files, [p for p in inside if p.split("/")[1] not in folders])
 
 
-def _has_hash(now: sums.Sums, name: str, seed: str, saved: str) -> bool:
-  return any(sums.weights_hash(now, name, seed, stamped=x) == saved for x in (False, True))
+def _hash_damage(weights: Path, seed: str, saved: str, *, remember: bool = False) -> str | None:
+  """Damage of weights that were saved without sums of their files, only with a hash of all."""
+  now = sums.record(weights, prefix=f"{weights.name}/", remember=remember)
+  if any(sums.weights_hash(now, weights.name, seed, stamped=x) == saved for x in (False, True)):
+    return None
+  return f"{weights}: files were added, removed or changed since they were saved"
 
 
-def _read_arrays(folder: Path, name: str, saved: Iterable[str], targets: dict) -> dict:
+@contextlib.contextmanager
+def _with_remedy(folder: Path) -> Iterator[None]:
   try:
-    return arrays.read(folder / name, saved, targets)
-  except CheckpointError as error:
+    yield
+  except ValueError as error:
     raise CheckpointError(f"{error}; {remedy(folder)}") from error
 
 
@@ -378,23 +345,8 @@ def _damaged(folder: Path, damage: str) -> CheckpointError:
   return CheckpointError(f"{folder}: {damage}; {remedy(folder)}")
 
 
-def _check_files(about: Checkpoint) -> None:
-  """Check the sizes of all files, and the contents of small ones."""
-  if about.files is None:
-    return
-  sums.check_sizes(about.folder, about.files)
-  sums.check(about.folder, about.files, [n for n in about.files if n.startswith("tokenizer/")])
-  for name in sums.EDITABLE:
-    if sums.differs(about.folder, about.files, name):
-      warnings.warn(f"{about.folder / name} was edited after it was saved", stacklevel=3)
-
-
 def _weights_name(base) -> str:
   return _WEIGHTS[base is not None]
-
-
-def _size(leaf) -> list[int]:
-  return list(leaf.shape)
 
 
 def _base(folder: Path, pointer: dict) -> Path:
@@ -416,18 +368,14 @@ def data_file() -> str:
 
 def _read_config(folder: Path) -> dict:
   config = _read_json(folder / "config.json")
-  for name, kind in _SECTIONS.items():
-    value = config.get(name, kind())
-    if not isinstance(value, kind) or (
-      kind is list and not all(isinstance(part, dict) for part in value)
-    ):
-      wanted = "a list of objects" if kind is list else "an object"
+  for name in config.keys() & {*_OBJECTS, *_LISTS}:
+    value, wanted = config[name], "a list of objects" if name in _LISTS else "an object"
+    parts = [value] if name in _OBJECTS else value if isinstance(value, list) else [None]
+    if not all(isinstance(part, dict) for part in parts):
       raise _damaged(folder, f"config.json has {name}={value!r}, which must be {wanted}")
   return config
 
 
 def _read_json(path: Path) -> dict:
-  try:
+  with _with_remedy(path.parent):
     return files.read_json_object(path)
-  except ValueError as error:
-    raise CheckpointError(f"{error}; {remedy(path.parent)}") from error

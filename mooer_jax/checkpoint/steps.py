@@ -24,46 +24,37 @@ def step_of(folder: Path) -> int:
 
 def latest(workdir: str | Path) -> Path | None:
   """The checkpoint of the highest step in the folder of a run, or None."""
-  return max(_steps(workdir), default=None, key=step_of)
+  return max(all_steps(workdir), default=None, key=step_of)
 
 
 def all_steps(workdir: str | Path) -> list[Path]:
   """All checkpoints in the folder of a run, oldest first."""
-  return sorted(_steps(workdir), key=step_of)
+  folders = Path(workdir).glob("step_*")
+  return sorted((f for f in folders if _STEP.fullmatch(f.name) and _is_checkpoint(f)), key=step_of)
 
 
 def find(path: str | Path) -> Path:
   """The checkpoint at a path: the folder itself, or the newest one in the folder of a run.
 
-  Raises:
-    FileNotFoundError: if the path does not exist, or is neither, naming what is missing.
+  Raises FileNotFoundError if the path does not exist, or is neither.
   """
   folder = Path(path)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-  if _is_checkpoint(folder):
-    return folder
-  newest = latest(folder)
-  if newest is None:
-    raise FileNotFoundError(
-      f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
-    )
-  return newest
+  if found := folder if _is_checkpoint(folder) else latest(folder):
+    return found
+  raise FileNotFoundError(
+    f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
+  )
 
 
 def keep_for(base: Path, dependent: Path) -> None:
   """Mark a checkpoint as the base of another, so that `keep_last` does not delete it.
 
-  The mark is a file in `kept_by/` of the base. It remains if the other checkpoint disappears,
-  which may only have moved; remove `kept_by/` to allow deletion. If the base is read-only, there is
-  no mark, and a warning if it is a step of a run.
-
-  Args:
-    base: folder of the checkpoint.
-    dependent: folder of the fine-tune; for a step of a run, the run is recorded.
-
-  Raises:
-    FileNotFoundError: if the base was deleted.
+  The mark is a file in `kept_by/` of the base, for all steps of a dependent run. It remains if the
+  dependent disappears, which may only have moved; remove `kept_by/` to allow deletion. If the base
+  is read-only, there is no mark, and a warning if it is a step of a run. If the base was deleted
+  meanwhile, FileNotFoundError is raised.
   """
   if jax.process_index() != 0:
     return
@@ -95,10 +86,7 @@ def is_kept(folder: Path) -> bool:
 def keep_last(workdir: str | Path, count: int) -> list[Path]:
   """Delete all but the newest `count` checkpoints of a run, and remains of interrupted saves.
 
-  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted.
-
-  Returns:
-    The folders that were deleted.
+  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted. Returns the deleted.
   """
   if count < 1:
     raise ValueError(f"count={count}: at least one checkpoint must be kept")
@@ -135,13 +123,6 @@ def remedy(folder: Path) -> str:
     if earlier:
       advice += f"; if you remove {folder.name}, training resumes from {earlier[-1].name}"
   return advice
-
-
-def _steps(workdir: str | Path) -> list[Path]:
-  workdir = Path(workdir)
-  if not workdir.is_dir():
-    return []
-  return [f for f in workdir.iterdir() if _STEP.fullmatch(f.name) and _is_checkpoint(f)]
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import jax
 
-from mooer_jax.checkpoint.leaves import CheckpointError, hash_file
+from mooer_jax.checkpoint.leaves import CheckpointError
 from mooer_jax.checkpoint.steps import remedy
 
 Sums = Mapping[str, tuple[int, str]]  # path below the checkpoint's folder -> bytes, SHA-256 (hex)
@@ -19,31 +19,25 @@ EDITABLE = ("config.json", "generation.json")  # users may change prompts, limit
 _STAMPS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's: when and where it wrote
 
 
-def record(
-  folder: Path,
-  known: Mapping[str, str] | None = None,
-  *,
-  prefix: str = "",
-  remember: bool = False,
-) -> dict[str, tuple[int, str]]:
+def hash_file(file: Path) -> str:
+  """SHA-256 (hex) of a file."""
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def record(folder: Path, *, prefix: str = "", remember: bool = False) -> dict[str, tuple[int, str]]:
   """Size and SHA-256 of every file under a folder, by its path below the folder.
 
-  Args:
-    folder: a checkpoint without `checkpoint.json`, or its weights.
-    known: known sums, so that the files are not read again.
-    prefix: prefix of the paths.
-    remember: do not read unchanged files again that were hashed in this process.
+  Paths begin with `prefix`. With `remember`, unchanged files that were hashed in this process are
+  not read again.
   """
-  known = known or {}
-  read = _remembered if remember else hash_file
-  files = {
-    prefix + path.relative_to(folder).as_posix(): path
-    for path in sorted(folder.rglob("*"))
-    if path.is_file()
-  }
+  files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
   with _threads() as threads:
-    sums = threads.map(lambda name: known.get(name) or read(files[name]), files)
-    return {name: (files[name].stat().st_size, found) for name, found in zip(files, sums)}
+    sums = threads.map(_remembered if remember else hash_file, files)
+    return {
+      prefix + path.relative_to(folder).as_posix(): (path.stat().st_size, found)
+      for path, found in zip(files, sums)
+    }
 
 
 def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -> str:
@@ -53,8 +47,8 @@ def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -
   base of their fine-tunes. (Orbax writes arrays on devices into files of random names.)
 
   Args:
-    sums: from `record`, of the checkpoint.
-    folder: of the weights, "weights" or "trainable".
+    sums: of the checkpoint.
+    folder: "weights" or "trainable".
     seed: hash of the base of a fine-tune, else "".
     stamped: include the files with time and place of writing, as older checkpoints did.
   """
@@ -67,51 +61,39 @@ def weights_hash(sums: Sums, folder: str, seed: str, *, stamped: bool = False) -
 
 
 def check_sizes(folder: Path, sums: Sums) -> None:
-  """Check that the recorded files exist and have their sizes, without reading them.
+  """Raise CheckpointError if a recorded file is missing or has another size, without reading it.
 
   The files that users may edit are not checked. `train_state` and `source` may be removed as a
   whole, since the weights are usable without them.
-
-  Raises:
-    CheckpointError: for the first that is missing or has another size.
   """
   removed = [f"{name}/" for name in ("train_state", "source") if not (folder / name).exists()]
-  passed = (*EDITABLE, *removed)
-  for name, (size, _) in sums.items():
-    if not name.startswith(passed) and (damage := _size_damage(folder / name, size)):
-      raise CheckpointError(f"{damage}; {remedy(folder)}")
+  names = [name for name in sums if not name.startswith((*EDITABLE, *removed))]
+  _raise_first(folder, (_damage(folder / name, *sums[name]) for name in names))
 
 
 def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
-  """Check sizes and contents of some of the recorded files; each process checks its share.
+  """Raise CheckpointError if one of these files is missing or has changed.
 
-  Unchanged files that were checked in this process are not read again.
-
-  Raises:
-    CheckpointError: for the first that is missing or has changed.
+  Each process checks its share; files that were checked in this process are not read again.
   """
   share = list(names)[jax.process_index() :: jax.process_count()]
-  with _threads() as threads:
-    found = threads.map(lambda name: _damage(folder / name, *sums[name], _remembered), share)
-    if damage := next(filter(None, found), None):
-      raise CheckpointError(f"{damage}; {remedy(folder)}")
+  _raise_first(folder, damages(folder, {name: sums[name] for name in share}, read=_remembered))
 
 
-def differs(folder: Path, sums: Sums, name: str) -> bool:
-  """Whether a recorded file is missing or has changed."""
-  return _damage(folder / name, *sums[name], _remembered) is not None
-
-
-def damages(folder: Path, sums: Sums, progress: Callable[[int, int], object]) -> Iterator[str]:
+def damages(
+  folder: Path,
+  sums: Sums,
+  *,
+  progress: Callable[[int, int], object] = lambda done, total: None,
+  read: Callable[[Path], str] = hash_file,
+) -> Iterator[str]:
   """Read all recorded files and yield a line for each that is missing or has changed.
 
-  Args:
-    folder: of the checkpoint.
-    sums: from `record`.
-    progress: called after each file with the number of checked bytes and of all bytes.
+  `progress` is called after each file with the numbers of checked bytes and of all bytes, and
+  `read` returns the SHA-256 (hex) of a file.
   """
   with _threads() as threads:
-    found = threads.map(lambda name: _damage(folder / name, *sums[name], hash_file), sums)
+    found = threads.map(lambda name: _damage(folder / name, *sums[name], read=read), sums)
     sizes = [size for size, _ in sums.values()]
     for done, damage in zip(itertools.accumulate(sizes), found):
       progress(done, sum(sizes))
@@ -119,22 +101,25 @@ def damages(folder: Path, sums: Sums, progress: Callable[[int, int], object]) ->
         yield damage
 
 
-def _size_damage(path: Path, size: int) -> str | None:
+def _raise_first(folder: Path, found: Iterable[str | None]) -> None:
+  if damage := next(filter(None, found), None):
+    raise CheckpointError(f"{damage}; {remedy(folder)}")
+
+
+def _damage(
+  path: Path, size: int, saved: str, *, read: Callable[[Path], str] | None = None
+) -> str | None:
+  """How a file differs from its record; only its size is compared if there is no `read`."""
   try:
-    now = path.stat().st_size
+    if (now := path.stat().st_size) != size:
+      return f"{path} has {now:,} bytes, but {size:,} were saved"
+    if read and read(path) != saved:
+      return f"{path} has changed since it was saved (its SHA-256 differs)"
   except FileNotFoundError:
     return f"{path} is missing"
-  return None if now == size else f"{path} has {now:,} bytes, but {size:,} were saved"
-
-
-def _damage(path: Path, size: int, saved: str, read: Callable[[Path], str]) -> str | None:
-  try:
-    if damage := _size_damage(path, size):
-      return damage
-    now = read(path)
   except OSError as error:
     return f"{path} cannot be read ({error.strerror})"
-  return None if now == saved else f"{path} has changed since it was saved (its SHA-256 differs)"
+  return None
 
 
 def _remembered(path: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,12 @@ def save(
     folder: of the checkpoint; parents are created.
     params: nested dict of arrays, or of `LazyArray` leaves that are read one by one, per layer
       (`tree.unstack_layers`); with `base` only the trained ones.
-    config_json: config of the model as JSON values.
+    config_json, generation: the model's config and decoding defaults as JSON values.
     tokenizer: folder to copy, or a function that writes the files into a folder.
-    generation: decoding defaults as JSON values.
     base: folder of the checkpoint with the other leaves.
     train_state: pytree of arrays to resume from, any structure.
     data_state: JSON values of this process's data iterator, saved with `train_state`.
     source: writes other contents of converted files into a folder, for an export.
-    overwrite: replace an existing checkpoint.
-
-  Returns:
-    The folder.
 
   Raises:
     FileExistsError: if the folder exists and overwrite is False.
@@ -64,7 +60,11 @@ def save(
   if base is not None and Path(base).resolve().is_relative_to(folder.resolve()):
     raise ValueError(f"{folder} would replace its own base {base}; choose another folder")
   params = tree.unflatten(leaves)  # without empty parts, which cannot be read back
-  pointer = None if base is None else _pointer(Path(base).absolute(), folder)
+  pointer = None
+  if base is not None:
+    place = Path(base).absolute()
+    base_hash = open_folder(place)[1]["hash"]
+    pointer = {"path": str(place), "relative": os.path.relpath(place, folder), "hash": base_hash}
   first = jax.process_index() == 0
   part = folder.with_name(f".tmp-{folder.name}")
   try:
@@ -74,30 +74,28 @@ def save(
     if base is not None:
       keep_for(Path(base), folder)
     _barrier("begin", folder)
-    weights = part / ("weights" if base is None else "trainable")
-    digests = arrays.write(weights, params)
+    weights = "weights" if base is None else "trainable"
+    arrays.write(part / weights, params)
     if train_state is not None:
       state = arrays.by_path(train_state)
       arrays.write(part / "train_state" / "arrays", state)
-      _write_json(part / "train_state" / data_file(), dict(data_state or {}))
+      _write_json(part / "train_state" / data_file(), data_state or {})
     _barrier("arrays", folder)  # then all files of all processes can be hashed
     if first:
-      if callable(tokenizer):
-        (part / "tokenizer").mkdir()
-        tokenizer(part / "tokenizer")
-      else:
-        shutil.copytree(tokenizer, part / "tokenizer")
-      if source is not None:
-        (part / "source").mkdir()
-        source(part / "source")
-      _write_json(part / "config.json", dict(config_json))
-      _write_json(part / "generation.json", dict(generation))
-      sums = record(part, {f"{weights.name}/{name}": found for name, found in digests.items()})
+      for name, write in (("tokenizer", tokenizer), ("source", source)):
+        if callable(write):
+          (part / name).mkdir()
+          write(part / name)
+        elif write is not None:
+          shutil.copytree(write, part / name)
+      _write_json(part / "config.json", config_json)
+      _write_json(part / "generation.json", generation)
+      sums = record(part)
       _write_json(
         part / "checkpoint.json",
         {
           "format": FORMAT,
-          "hash": weights_hash(sums, weights.name, "" if pointer is None else pointer["hash"]),
+          "hash": weights_hash(sums, weights, pointer["hash"] if pointer else ""),
           "base": pointer,
           "leaves": arrays.shapes(params),
           "train_state": None if train_state is None else arrays.shapes(state),
@@ -116,14 +114,11 @@ def save(
       " are unchanged. If the disk is full, free space or save to another folder"
     ) from error
   finally:
-    if first:
+    deadline_s = time.monotonic() + 5
+    while first and part.exists() and time.monotonic() < deadline_s:
       shutil.rmtree(part, ignore_errors=True)
+      time.sleep(0.1)  # threads of a failed save may still write to it
   return folder
-
-
-def _pointer(base: Path, folder: Path) -> dict:
-  relative = os.path.relpath(base, folder)
-  return {"path": str(base), "relative": relative, "hash": open_folder(base)[1]["hash"]}
 
 
 def put_in_place(part: Path, folder: Path) -> None:
@@ -142,9 +137,10 @@ def put_in_place(part: Path, folder: Path) -> None:
   shutil.rmtree(old)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: Mapping) -> None:
   with files.replace_file(path) as beside:
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(dict(value), indent=2, ensure_ascii=False)
+    beside.write_text(text + "\n", encoding="utf-8")
 
 
 def _barrier(name: str, folder: Path) -> None:

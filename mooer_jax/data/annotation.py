@@ -1,5 +1,6 @@
 """SALMONN's annotation files: paths, texts, tasks and questions in one JSON."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Generator, Mapping
@@ -21,11 +22,8 @@ def is_annotation(shards: str | Path) -> bool:
 def read_annotation(path: str) -> list[dict[str, Any]]:
   """The entries of `{"annotation": [{"path", "text", "task", "Q", "expand_wav"}, …]}`.
 
-  Relative paths start at the file's folder.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is not such JSON, or an entry (named by its number) lacks its path or text.
+  Relative paths start at the file's folder. Raises FileNotFoundError if there is no such file, and
+  ValueError if it is not such JSON, or an entry (named by its number) lacks its path or text.
   """
   file = Path(path)
   if not file.is_file():
@@ -43,12 +41,9 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
     where = f"{path}: annotation[{number}]"
     if not isinstance(entry, dict):
       raise ValueError(f"{where} is {entry!r}, not an object")
-    for name in ("path", "text"):
-      if not _is_text(entry.get(name)):
-        raise ValueError(f"{where} has {name}={entry.get(name)!r}; it must be {_TEXT}")
-    for name in ("task", "Q"):
-      if not _is_text(entry.get(name, "")):
-        raise ValueError(f"{where} has {name}={entry[name]!r}; it must be {_TEXT}")
+    for name, default in (("path", None), ("text", None), ("task", ""), ("Q", "")):
+      if not _is_text(value := entry.get(name, default)):
+        raise ValueError(f"{where} has {name}={value!r}; it must be {_TEXT}")
     more = entry.get("expand_wav", [])
     if not isinstance(more, list) or not all(map(_is_text, more)):
       raise ValueError(f"{where} has expand_wav={more!r}; it must be a list of paths")
@@ -57,13 +52,7 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
 
 def _is_text(value: object) -> bool:
   """Whether it is a string that can be written: JSON may have NUL and lone surrogates."""
-  if not isinstance(value, str) or "\0" in value:
-    return False
-  try:
-    value.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
+  return isinstance(value, str) and not re.search(r"[\0\ud800-\udfff]", value)
 
 
 def entry_key(number: int, entry: Mapping[str, Any]) -> str:
@@ -83,16 +72,11 @@ def pieces(path: str) -> list[str]:
 
 def audio_files(path: str) -> list[Path]:
   """The clips that the entries name, in order."""
-  folder = Path(path).parent
-  return [
-    folder / clip
-    for entry in read_annotation(path)
-    for clip in (entry["path"], *entry.get("expand_wav", []))
-  ]
+  return [clip for entry in read_annotation(path) for clip in _clips(path, entry)]
 
 
-def is_piece(name: str) -> bool:
-  return ".json#" in name
+def _clips(path: str, entry: Mapping[str, Any]) -> list[Path]:
+  return [Path(path).parent / clip for clip in (entry["path"], *entry.get("expand_wav", []))]
 
 
 def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
@@ -100,26 +84,18 @@ def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   path, _, start = name.rpartition("#")
   first = int(start)
   for number, entry in enumerate(read_annotation(path)[first : first + _AT_A_TIME], first):
-    yield _read(entry_key(number, entry), name, Path(path).parent, entry)
-
-
-def _read(
-  key: str, shard: str, folder: Path, entry: dict[str, Any]
-) -> RawUtterance | SkippedUtterance:
-  try:
-    first, *more = (
-      (folder / p).read_bytes() for p in (entry["path"], *entry.get("expand_wav", []))
+    raw = RawUtterance(
+      entry_key(number, entry),
+      name,
+      Path(entry["path"]).suffix[1:].lower(),
+      b"",
+      entry["text"].encode(),
+      task=entry.get("task", ""),
+      question=entry.get("Q", ""),
     )
-  except OSError as error:
-    detail = f"{error.filename}: {error.strerror or error}"
-    return SkippedUtterance("no audio", key, shard, detail, entry["text"], entry.get("task", ""))
-  return RawUtterance(
-    key,
-    shard,
-    Path(entry["path"]).suffix[1:].lower(),
-    first,
-    entry["text"].encode(),
-    task=entry.get("task", ""),
-    question=entry.get("Q", ""),
-    more=tuple(more),
-  )
+    try:
+      audio, *more = (clip.read_bytes() for clip in _clips(path, entry))
+    except OSError as error:
+      yield raw.skip("no audio", f"{error.filename}: {error.strerror or error}")
+    else:
+      yield dataclasses.replace(raw, audio=audio, more=tuple(more))

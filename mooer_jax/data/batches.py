@@ -1,5 +1,8 @@
 """Examples collated into padded batches of a few fixed shapes."""
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,32 +16,24 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
 from mooer_jax.data.shards import SkippedUtterance
-from mooer_jax.data.utterances import Position, UtteranceStream
+from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
 from mooer_jax.inputs import bucket_lengths, encoder_inputs
 from mooer_jax.speech_llm import Batch
+
+_static = functools.partial(flax.struct.field, pytree_node=False)
 
 
 @flax.struct.dataclass
 class HostBatch:
-  """A batch in NumPy and what it was made from.
+  """A batch in NumPy and what it was made from."""
 
-  Attributes:
-    batch: arrays of B rows; rows beyond len(keys) are padding.
-    keys: keys of the utterances, row by row.
-    texts: their transcripts.
-    tasks: the tasks of their prompts.
-    seconds: lengths of their audio, after truncation.
-    skipped: utterances skipped since the previous batch, each once.
-    num_truncated: number of clips longer than max_s, which were truncated.
-  """
-
-  batch: Batch
-  keys: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  texts: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  seconds: tuple[float, ...] = flax.struct.field(pytree_node=False)
-  skipped: tuple[SkippedUtterance, ...] = flax.struct.field(pytree_node=False)
-  num_truncated: int = flax.struct.field(pytree_node=False, default=0)
+  batch: Batch  # arrays of B rows; rows beyond len(keys) are padding
+  keys: tuple[str, ...] = _static()  # of the utterances, row by row
+  texts: tuple[str, ...] = _static()  # their transcripts
+  tasks: tuple[str, ...] = _static()  # the tasks of their prompts
+  seconds: tuple[float, ...] = _static()  # lengths of their audio, after truncation
+  skipped: tuple[SkippedUtterance, ...] = _static()  # since the previous batch, each once
+  num_truncated: int = _static(default=0)  # clips longer than max_s, which were truncated
 
   @property
   def audio_s(self) -> float:
@@ -47,18 +42,11 @@ class HostBatch:
 
 
 class Padding(NamedTuple):
-  """The shapes that the encoder inputs of a data set are padded to.
+  """The shapes that the encoder inputs of a data set are padded to."""
 
-  Attributes:
-    rows: rows of a batch.
-    buckets: for each bucket, the number of frames for every encoder.
-    widths: values per frame for every encoder.
-    dtype: of the inputs.
-  """
-
-  rows: int
-  buckets: list[tuple[int, ...]]
-  widths: list[int]
+  rows: int  # of a batch
+  buckets: list[tuple[int, ...]]  # for each bucket, the number of frames for every encoder
+  widths: list[int]  # values per frame for every encoder
   dtype: Any
 
   def __call__(self, clips: Sequence[tuple[np.ndarray, ...]]):
@@ -67,12 +55,7 @@ class Padding(NamedTuple):
 
 
 def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool = False) -> Padding:
-  """Determines the padded shapes.
-
-  Args:
-    config: batch size and buckets, which are lengths of the first encoder's features.
-    model: determines the features of its encoders.
-    encoded: whether inputs are frames of the encoders rather than features.
+  """Determines the padded shapes of features or, if `encoded`, of the encoders' frames.
 
   Raises:
     ValueError: if a clip of config.max_s does not fit into the longest bucket.
@@ -88,11 +71,11 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
   buckets = [bucket_lengths(bucket, frontends) for bucket in config.buckets]
   if not encoded:
     return Padding(config.batch_size, buckets, [f.width for f in frontends], np.float32)
-  encoders = model.encoders
   buckets = [
-    tuple(e.num_outputs(n) for e, n in zip(encoders, lengths, strict=True)) for lengths in buckets
+    tuple(e.num_outputs(n) for e, n in zip(model.encoders, lengths, strict=True))
+    for lengths in buckets
   ]
-  return Padding(config.batch_size, buckets, [e.hidden_size for e in encoders], DTYPE)
+  return Padding(config.batch_size, buckets, [e.hidden_size for e in model.encoders], DTYPE)
 
 
 class Batcher:
@@ -106,11 +89,7 @@ class Batcher:
     *,
     encoded: bool = False,
   ):
-    """Determines the padded lengths; other arguments and errors as in `input_padding`.
-
-    Args:
-      prompt_lengths: tokens that prompts are padded to before and after the speech.
-    """
+    """Pads prompts to `prompt_lengths` before and after the speech; the rest as `input_padding`."""
     self._pad = input_padding(config, model, encoded=encoded)
     self._config, self._encoded = config, encoded
     self._prefix, self._suffix = prompt_lengths
@@ -124,12 +103,12 @@ class Batcher:
     def ints(*sizes):
       return jax.ShapeDtypeStruct((self._pad.rows, *sizes), np.int32)
 
+    def frames(*sizes):
+      return jax.ShapeDtypeStruct((self._pad.rows, *sizes), self._pad.dtype)
+
     return [
       Batch(
-        features=tuple(
-          jax.ShapeDtypeStruct((self._pad.rows, length, channels), self._pad.dtype)  # type: ignore[misc]
-          for length, channels in zip(lengths, self._pad.widths, strict=True)
-        ),
+        features=tuple(map(frames, lengths, self._pad.widths)),
         frames=tuple(ints() for _ in lengths),
         prefix_BS=ints(self._prefix),
         suffix_BS=ints(self._suffix),
@@ -146,9 +125,7 @@ class Batcher:
   ) -> HostBatch:
     """Returns the batch of 1 to batch_size examples; missing rows are padding.
 
-    Args:
-      examples: their skipped utterances are returned in order.
-      left_over: utterances skipped after the last example.
+    Utterances skipped after the last example are `left_over`.
     """
     features, frames = self._pad([example.features for example in examples])
     longest = max(len(e.labels_S) for e in examples)
@@ -187,33 +164,33 @@ class Batcher:
 class _Window:
   """Utterances of one epoch that are sorted together; a multiple of the batch size."""
 
-  def __init__(self, stream: UtteranceStream, *, size: int, batch_size: int):
+  def __init__(self, stream: UtteranceStream, config: DataConfig):
     self.start = stream.position
-    self._stream, self._size, self._batch_size = stream, size, batch_size
-    self._examples: list[Example] = []
-    self._full = False
+    self.examples: list[Example] = []
+    self._stream, self._full = stream, False
+    self._size, self._batch_size = config.shuffle_buffer_size, config.batch_size
 
   @property
   def missing(self) -> int:
-    return 0 if self._full else self._size - len(self._examples)
+    return 0 if self._full else self._size - len(self.examples)
 
   def read(self, number: int):
     """Takes up to `number` more utterances, fewer if the window is full or the epoch ends."""
     for _ in range(number):
-      complete = self._examples and len(self._examples) % self._batch_size == 0
-      if complete and self._stream.peek().epoch != self._examples[0].epoch:
+      complete = self.examples and len(self.examples) % self._batch_size == 0
+      if complete and self._stream.peek().epoch != self.examples[0].epoch:
         self._full = True
       if not self.missing:
         return
-      self._examples.append(self._stream.take())
+      self.examples.append(self._stream.take())
 
   def batches(self, rng: np.random.Generator) -> list[list[Example]]:
     """Batches of utterances of similar length, in random order."""
-    order = rng.permutation(len(self._examples))  # so that equal lengths mix
-    lengths = np.asarray([len(e.features[0]) for e in self._examples])
+    order = rng.permutation(len(self.examples))  # so that equal lengths mix
+    lengths = np.asarray([len(e.features[0]) for e in self.examples])
     order = order[np.argsort(lengths[order], kind="stable")]
-    batches = order.reshape(-1, self._batch_size)
-    return [[self._examples[i] for i in row] for row in rng.permutation(batches)]
+    rows = rng.permutation(order.reshape(-1, self._batch_size))
+    return [[self.examples[i] for i in row] for row in rows]
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -227,26 +204,26 @@ class TrainIterator(grain.DatasetIterator):
   def _go_to(self, number: int, index: int) -> None:
     """Continues with batch `index` of window `number`, which starts at the stream's position."""
     self._number, self._index = number, index
-    self._batches: list = []
-    self._next = self._new_window()
+    self._batches: list[list[Example]] = []
+    self._next = _Window(self._stream, self._config)
     self._start = self._next.start
 
   def __next__(self) -> HostBatch:
     if not self._batches:
       self._begin()
     examples = self._batches[self._index]
-    self._batches[self._index] = None  # releases its memory
-    self._index += 1
-    left = len(self._batches) - self._index
+    left = len(self._batches) - self._index - 1
     # In equal parts, so that no batch has to wait for a whole window.
-    self._next.read(-(-self._next.missing // (left + 1)))
+    self._read(-(-self._next.missing // (left + 1)))
+    self._batches[self._index] = []  # releases its memory
+    self._index += 1
     if not left:
       self._number, self._index, self._batches = self._number + 1, 0, []
       self._start = self._next.start
     return self._batcher(examples)
 
   def get_state(self) -> dict[str, Any]:
-    return {"window": self._number, "index": self._index, "start": self._start.to_json()}
+    return {"window": self._number, "index": self._index, "start": dataclasses.asdict(self._start)}
 
   def set_state(self, state: dict[str, Any]):
     self._stream.seek(Position.from_json(state["start"]))
@@ -258,17 +235,20 @@ class TrainIterator(grain.DatasetIterator):
 
   def _begin(self):
     while self._next.missing:
-      self._next.read(self._next.missing)
+      self._read(self._next.missing)
     # 1: a stream apart from the one that shuffles shards; the same in all workers and processes
     rng = np.random.default_rng([self._config.seed, 1, self._number])
     self._batches = self._next.batches(rng)
-    self._batches[: self._index] = [None] * self._index
-    self._next = self._new_window()
+    self._batches[: self._index] = [[]] * self._index
+    self._next = _Window(self._stream, self._config)
 
-  def _new_window(self) -> _Window:
-    return _Window(
-      self._stream, size=self._config.shuffle_buffer_size, batch_size=self._config.batch_size
-    )
+  def _read(self, number: int) -> None:
+    try:
+      self._next.read(number)
+    except BadDataError as error:
+      unused = (*itertools.chain.from_iterable(self._batches), *self._next.examples)
+      error.skipped = (*(s for e in unused for s in e.skipped), *self._stream.left_over())
+      raise
 
 
 class EvalIterator(grain.DatasetIterator):
@@ -295,11 +275,11 @@ class EvalIterator(grain.DatasetIterator):
     return self._batcher(examples, left_over)
 
   def get_state(self) -> dict[str, Any]:
-    return {"position": self._position and self._position.to_json()}
+    return {"position": self._position and dataclasses.asdict(self._position)}
 
   def set_state(self, state: dict[str, Any]):
     saved = state["position"]
-    self._position = None if saved is None else Position.from_json(saved)
+    self._position = saved and Position.from_json(saved)
     if self._position is not None:
       self._stream.seek(self._position)
 

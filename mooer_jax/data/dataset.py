@@ -36,12 +36,10 @@ def train_batches(
   Batches of all processes come in the same order of length, so their buckets mostly agree.
 
   Args:
-    config: see DataConfig.
-    tokenizer: tokenizer of the language model.
-    model: determines the features, the template and the prompts.
+    config: shards, batches and limits.
+    tokenizer, model: of the speech LLM; the model determines features, template and prompts.
     cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
-    process_index: index of this process (host).
-    process_count: number of processes; each reads every process_count-th shard.
+    process_index, process_count: this process (host); each reads every process_count-th shard.
 
   Returns:
     A dataset that knows its shapes. Its iterator has get_state() and set_state(), whose states are
@@ -52,7 +50,7 @@ def train_batches(
       for which the model has no prompt.
   """
   process = (process_index, process_count)
-  return _pipeline(config, tokenizer, model, cache=cache, process=process, endless=True)
+  return _pipeline(config, tokenizer, model, endless=True, process=process, cache=cache)
 
 
 def eval_batches(
@@ -71,7 +69,7 @@ def eval_batches(
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
   process = (process_index, process_count)
-  return _pipeline(config, tokenizer, model, cache=None, process=process, endless=False)
+  return _pipeline(config, tokenizer, model, endless=False, process=process)
 
 
 def _pipeline(
@@ -79,9 +77,9 @@ def _pipeline(
   tokenizer: Tokenizer,
   model: SpeechLLMConfig,
   *,
-  cache: EncodedCache | None,
-  process: tuple[int, int],
   endless: bool,
+  process: tuple[int, int],
+  cache: EncodedCache | None = None,
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
   shards = _shards(config, sampler)
@@ -95,14 +93,14 @@ def _pipeline(
       " processes, or pack again with fewer utterances a shard (--per-shard)"
     )
   batches = _Batches(
-    config,
     shards[index::count],
     Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache),
     Batcher(config, model, sampler.lengths, encoded=cache is not None),
     endless=endless,
   )
+  dataset = _prefetch(batches, workers)
   description = _description(config, sampler, shards, process=list(process))
-  return Batches(_prefetch(batches, workers), description, batches.batcher.shapes())
+  return Batches(dataset, description, batches.batcher.shapes())
 
 
 def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
@@ -150,16 +148,10 @@ class _Batches(grain.IterDataset):
   """Batches of some shards, which Grain slices between workers."""
 
   def __init__(
-    self,
-    config: DataConfig,
-    shards: list[str],
-    preprocess: Preprocessor,
-    batcher: Batcher,
-    *,
-    endless: bool,
+    self, shards: list[str], preprocess: Preprocessor, batcher: Batcher, *, endless: bool
   ):
     super().__init__()
-    self.config, self.shards, self.endless = config, shards, endless
+    self.config, self.shards, self.endless = preprocess.config, shards, endless
     self.preprocess, self.batcher = preprocess, batcher
 
   def set_slice(self, sl: slice, sequential_slice: bool = False):
@@ -193,11 +185,7 @@ def _start_worker(index, count):
 
 
 class Batches(grain.IterDataset):
-  """Batches of a few shapes; iterators refuse the saved state of a pipeline with other settings.
-
-  Attributes:
-    shapes: all shapes of a batch, as `ShapeDtypeStruct`s, the largest first.
-  """
+  """Batches of a few known `shapes`; iterators refuse the saved state of other settings."""
 
   def __init__(
     self, parent: grain.IterDataset, description: dict[str, Any], shapes: Sequence[Batch]
@@ -226,17 +214,16 @@ class _DescribedIterator(grain.DatasetIterator):
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()
-        if name in saved and saved[name] != value  # early states lack some names
+        if saved.get(name, value) != value  # early states lack some names
       ]
-      if not changed:
-        self._inner.set_state(state["reader"])
+      if changed:
+        raise ValueError(
+          f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
+          " or start without the data position"
+        )
+      self._inner.set_state(state["reader"])
     except (AttributeError, IndexError, KeyError, TypeError) as error:
       raise ValueError(
         f"the saved data position is damaged ({type(error).__name__}: {error}); restore its file,"
         " or resume from another checkpoint"
       ) from error
-    if changed:
-      raise ValueError(
-        f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
-        " or start without the data position"
-      )

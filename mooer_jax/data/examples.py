@@ -25,25 +25,19 @@ from mooer_jax.prompts import (
 from mooer_jax.speech_llm import shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 
+PAUSE_S = 0.1  # silence between the clips of one utterance, as in SALMONN
 _MARK = "\0"  # takes the place of a question where only that place matters
 
 
 class PromptSampler:
   """Samples a prompt for each utterance and tokenizes it.
 
-  Attributes:
-    tasks: tasks that utterances may have, in the order of the model's prompts.
-    lengths: numbers of tokens that the prompt is padded to before and after the speech.
-    checksum: CRC of the template and all prompts.
+  Attributes: `tasks` in the order of the model's prompts, `lengths` in tokens that prompts are
+  padded to before and after the speech, `checksum` (CRC) of the template and all prompts.
   """
 
   def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):
     """Tokenizes every prompt that takes no question.
-
-    Args:
-      config: task, file of prompts, length of prompts with questions.
-      tokenizer: tokenizer of the language model.
-      model: template and prompts.
 
     Raises:
       ValueError: for a task without a prompt, a prompt that does not have exactly one place for
@@ -63,8 +57,8 @@ class PromptSampler:
     self.checksum = zlib.crc32(said.encode())
     self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     prompts = {prompt for prompts in self._prompts.values() for prompt in prompts}
-    measured = [self._measure(prompt) for prompt in prompts] or [(0, 0)]
-    self.lengths = (max(prefix for prefix, _ in measured), max(suffix for _, suffix in measured))
+    prefixes, suffixes = zip(*map(self._measure, prompts), strict=True) if prompts else ((0,), (0,))
+    self.lengths = max(prefixes), max(suffixes)
 
   def _measure(self, prompt: str) -> tuple[int, int]:
     """Padded lengths of a prompt's sides; keeps the tokens if it takes no question."""
@@ -90,32 +84,26 @@ class PromptSampler:
   ) -> tuple[str, np.ndarray, np.ndarray] | SkippedUtterance:
     """Returns (task, int32 tokens before the speech, after it), or why there are none.
 
-    Args:
-      raw: the utterance.
-      reading: identifier of this reading; with the key it determines the sampled prompt.
+    `reading` identifies this reading; with the key it determines the sampled prompt.
     """
-
-    def skip(cause: str, detail: str) -> SkippedUtterance:
-      return SkippedUtterance(cause, raw.key, raw.shard, detail)
-
     task = self._config.task or raw.task
     if task not in self._prompts:
       found = repr(task) if task else "no task"
-      return skip("unknown task", f"{found}; the model has {', '.join(self.tasks)}")
+      return raw.skip("unknown task", f"{found}; the model has {', '.join(self.tasks)}")
     prompts = self._prompts[task]
     uniform = _uniform("prompt", self._config.seed, reading, raw.key)
     prompt = prompts[int(len(prompts) * uniform)]
     if prompt in self._tokens:
       return (task, *self._tokens[prompt])
     if not raw.question:
-      return skip("no question", f"the prompt of {task!r} takes one")
+      return raw.skip("no question", f"the prompt of {task!r} takes one")
     try:
       tokens = self._encode(prompt, raw.question)
     except ValueError as error:
-      return skip("bad question", str(error))
+      return raw.skip("bad question", str(error))
     if any(len(side_S) > length for side_S, length in zip(tokens, self.lengths, strict=True)):
       longest, limit = max(map(len, tokens)), self._config.prompt_tokens
-      return skip("prompt too long", f"{longest} tokens > data.prompt_tokens={limit}")
+      return raw.skip("prompt too long", f"{longest} tokens > data.prompt_tokens={limit}")
     return (task, *tokens)
 
   def _encode(self, prompt: str, question: str) -> tuple[np.ndarray, np.ndarray]:
@@ -136,89 +124,64 @@ def _uniform(*values: str | int) -> float:
   return int.from_bytes(digest, "big") / 2**32
 
 
-PAUSE_S = 0.1  # silence between the clips of one utterance, as in SALMONN
-
-
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """An utterance ready to be put into a batch.
-
-  Attributes:
-    features: for each encoder float32 [T, F], before CMVN; or its output frames, from a cache.
-    task: task of the prompt.
-    prefix_S, suffix_S: int32, tokens of the prompt before and after the speech.
-    labels_S: int32, tokens of the transcript and eos.
-    seconds: length of the audio, before truncation.
-    epoch: epoch in which the stream read it.
-    skipped: utterances skipped since the previous example.
-  """
+  """An utterance ready to be put into a batch."""
 
   key: str
   text: str
-  features: tuple[np.ndarray, ...]
-  task: str
-  prefix_S: np.ndarray
-  suffix_S: np.ndarray
-  labels_S: np.ndarray
-  seconds: float
-  epoch: int = 0
-  skipped: tuple[SkippedUtterance, ...] = ()
+  features: tuple[np.ndarray, ...]  # float32 [T, F] before CMVN, or frames from a cache, by encoder
+  task: str  # of the prompt
+  prefix_S: np.ndarray  # int32, tokens of the prompt before the speech
+  suffix_S: np.ndarray  # int32, tokens of the prompt after the speech
+  labels_S: np.ndarray  # int32, tokens of the transcript and eos
+  seconds: float  # length of the audio, before truncation
+  epoch: int = 0  # in which the stream read it
+  skipped: tuple[SkippedUtterance, ...] = ()  # since the previous example
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
-  """Decodes utterances and applies the limits.
-
-  Attributes:
-    config: limits of length.
-    tokenizer: tokenizer of the language model.
-    model: determines the features.
-    sample_prompt: returns the prompt of an utterance.
-    needs_labels: whether an utterance without a usable transcript is skipped (training) or kept
-      without labels (evaluation, where its text is only a reference).
-    cache: frames of the encoders, which take the place of features.
-  """
+  """Decodes utterances and applies the limits."""
 
   config: DataConfig
   tokenizer: Tokenizer
   model: SpeechLLMConfig
   sample_prompt: PromptSampler
+  # Whether an utterance without a usable transcript is skipped (training) or kept without labels
+  # (evaluation, where its text is only a reference).
   needs_labels: bool
-  cache: EncodedCache | None = None
+  cache: EncodedCache | None = None  # frames of the encoders, which take the place of features
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
     """Returns the example, or why there is none; `reading` is as in `PromptSampler`."""
-    text = ""
-
-    def skip(cause: str, detail: str = "") -> SkippedUtterance:
-      return SkippedUtterance(cause, raw.key, raw.shard, detail, text)
-
     try:
-      text = raw.text.decode("utf-8-sig").strip()
+      text = raw.transcript()
     except UnicodeDecodeError as error:
-      return skip("transcript not UTF-8", str(error))
+      return raw.skip("transcript not UTF-8", str(error))
     prompt = self.sample_prompt(raw, reading)
     if isinstance(prompt, SkippedUtterance):
-      return dataclasses.replace(prompt, text=text)
+      return prompt
     labels_S, problem = self._labels(text)
     if problem and self.needs_labels:
-      return skip(*problem)
+      return raw.skip(*problem)
     cached = None if self.cache is None else self.cache.get(digest(raw))
-    found = load_features(raw, self.config, self.model) if cached is None else cached
+    found = cached or load_features(raw, self.config, self.model)
     if isinstance(found, SkippedUtterance):
-      return dataclasses.replace(found, text=text)
+      return found
     if self.cache is not None and cached is None:
       folder = self.cache.folder
-      return skip(
+      return raw.skip(
         "not cached",
         f"could not be decoded when {folder} was filled, or has changed since; remove"
         f" {folder / 'complete'} and start again",
       )
     features, seconds = found
     if not self._num_tokens(features, encoded=cached is not None):
-      return skip("too short", f"{seconds:.3f} s; this model needs {shortest_s(self.model):.3f} s")
+      needed_s = shortest_s(self.model)
+      return raw.skip("too short", f"{seconds:.3f} s; this model needs {needed_s:.3f} s")
     if problem := _exceeded_limit(seconds, self.config):
-      return skip(*problem)
+      return raw.skip(*problem)
     return Example(raw.key, text, features, *prompt, labels_S, seconds)
 
   def _num_tokens(self, features: Sequence[np.ndarray], *, encoded: bool) -> int:
@@ -245,26 +208,31 @@ class Preprocessor:
 def load_features(
   raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
 ) -> tuple[tuple[np.ndarray, ...], float] | SkippedUtterance:
-  """Decodes the audio of an utterance and extracts its features.
-
-  Args:
-    raw: the utterance; its clips are joined.
-    config: limits of length.
-    model: determines the features.
+  """Decodes the clips of an utterance, joins them and extracts the features.
 
   Returns:
     (float32 [T, F] for each encoder, before CMVN; length of the audio in seconds, before
     data.truncate), or why there are none.
   """
+  rate_hz, name = model.sample_rate_hz, f"{raw.key}.{raw.suffix}"
+  pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
+  parts: list[np.ndarray] = []
   try:
-    waveform_N, seconds = _waveform(raw, config, model)
+    for clip in (raw.audio, *raw.more):
+      waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=model.channel, name=name)
+      parts += [pause, waveform_N] if parts else [waveform_N]
+    joined_N = np.concatenate(parts)
+    seconds = len(joined_N) / rate_hz
     if problem := _exceeded_limit(seconds, config):
-      return SkippedUtterance(problem[0], raw.key, raw.shard, problem[1])
-    if not all(frontend.num_frames(len(waveform_N)) for frontend in model.frontends):
-      return SkippedUtterance("too short", raw.key, raw.shard, f"{seconds:.3f} s make no feature")
-    return extract_features(waveform_N, model), seconds
+      return raw.skip(*problem)
+    if config.truncate:
+      joined_N = joined_N[: round(config.max_s * rate_hz)]
+    joined_N = model.pad_to_min_duration(joined_N)
+    if not all(frontend.num_frames(len(joined_N)) for frontend in model.frontends):
+      return raw.skip("too short", f"{seconds:.3f} s make no feature")
+    return extract_features(joined_N, model), seconds
   except AudioError as error:
-    return SkippedUtterance(error.cause, raw.key, raw.shard, str(error))
+    return raw.skip(error.cause, str(error))
 
 
 def _exceeded_limit(seconds: float, config: DataConfig) -> tuple[str, str] | None:
@@ -274,20 +242,3 @@ def _exceeded_limit(seconds: float, config: DataConfig) -> tuple[str, str] | Non
   if seconds > config.max_s and not config.truncate:
     return "too long", f"{seconds:.1f} s > data.max_s={config.max_s}"
   return None
-
-
-def _waveform(
-  raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
-) -> tuple[np.ndarray, float]:
-  """The joined and truncated clips of an utterance, and their length before truncation, seconds."""
-  rate_hz, name = model.sample_rate_hz, f"{raw.key}.{raw.suffix}"
-  pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
-  parts: list[np.ndarray] = []
-  for clip in (raw.audio, *raw.more):
-    waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=model.channel, name=name)
-    parts += [pause, waveform_N] if parts else [waveform_N]
-  joined_N = np.concatenate(parts)
-  seconds = len(joined_N) / rate_hz
-  if config.truncate:
-    joined_N = joined_N[: round(config.max_s * rate_hz)]
-  return model.pad_to_min_duration(joined_N), seconds

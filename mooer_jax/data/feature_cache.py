@@ -32,14 +32,13 @@ class EncodedCache:
   """
 
   def __init__(self, folder: str | Path, widths: Mapping[str, int]):
-    """Opens a folder to read; it need not exist.
+    """Opens a folder for these encoders only, which need not exist.
 
-    Args:
-      folder: folder for these encoders only.
-      widths: values per frame by name of the encoder.
+    `widths` are the values per frame by name of the encoder.
     """
     self.folder, self.widths = Path(folder), dict(widths)
-    self._clips: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {}
+    # By digest: the first frames and numbers of frames of the encoders, and the length in seconds.
+    self.clips: dict[str, tuple[Sequence[int], Sequence[int], float]] = {}
     self._ends = (0,) * len(self.widths)
     self._index_end = 0
     self._frames: list[np.ndarray] | None = None
@@ -48,19 +47,9 @@ class EncodedCache:
   def __reduce__(self):
     return EncodedCache, (self.folder, self.widths)
 
-  def __contains__(self, name: str) -> bool:
-    return name in self._clips
-
-  def __len__(self) -> int:
-    return len(self._clips)
-
-  def names(self) -> list[str]:
-    """Digests of the clips."""
-    return list(self._clips)
-
   def get(self, name: str) -> tuple[tuple[np.ndarray, ...], float] | None:
     """Frames float16 [T, D] of a clip for each encoder, and its length in seconds, by digest."""
-    if name not in self._clips:
+    if name not in self.clips:
       return None
     if self._frames is None:
       self._frames = [
@@ -69,7 +58,7 @@ class EncodedCache:
         else np.zeros((0, width), DTYPE)  # an empty file cannot be mapped
         for (encoder, width), end in zip(self.widths.items(), self._ends, strict=True)
       ]
-    starts, lengths, seconds = self._clips[name]
+    starts, lengths, seconds = self.clips[name]
     parts = zip(self._frames, starts, lengths, strict=True)
     return tuple(frames_TD[start : start + n] for frames_TD, start, n in parts), seconds
 
@@ -80,7 +69,6 @@ class EncodedCache:
       ValueError: if a value is not finite in float16.
     """
     self._cut_torn_ends()
-    lines = []
     for number, (encoder, width) in enumerate(self.widths.items()):
       with self._file(encoder).open("ab") as file:
         for _, frames, _ in clips:
@@ -92,12 +80,10 @@ class EncodedCache:
               f" {np.abs(x_TD).max()}); train without data.cache_features"
             )
           file.write(x_TD.astype(DTYPE).tobytes())
-    for name, frames, seconds in clips:
-      lengths = [len(x_TD) for x_TD in frames]
-      lines.append((name, self._ends, lengths, seconds))
-      self._add(*lines[-1])
     with (self.folder / _INDEX).open("ab") as index:
-      index.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+      for name, frames, seconds in clips:
+        self._add(name, (self._ends, [len(x_TD) for x_TD in frames], seconds))
+        index.write(json.dumps((name, *self.clips[name])).encode() + b"\n")
       self._index_end = index.tell()
     self._frames = None
 
@@ -126,16 +112,16 @@ class EncodedCache:
     for line in lines:
       if not line.endswith(b"\n"):
         return False
-      name, starts, lengths, seconds = json.loads(line)
-      if any(a + n > end for a, n, end in zip(starts, lengths, there, strict=True)):
+      name, *clip = json.loads(line)
+      if any(a + n > end for a, n, end in zip(*clip[:2], there, strict=True)):
         return False
-      self._add(name, starts, lengths, seconds)
+      self._add(name, tuple(clip))
       self._index_end += len(line)
     return True
 
-  def _add(self, name: str, starts: Sequence[int], lengths: Sequence[int], seconds: float):
-    self._clips[name] = tuple(starts), tuple(lengths), seconds
-    self._ends = tuple(start + n for start, n in zip(starts, lengths, strict=True))
+  def _add(self, name: str, clip: tuple[Sequence[int], Sequence[int], float]):
+    self.clips[name] = clip
+    self._ends = tuple(start + n for start, n in zip(*clip[:2], strict=True))
 
   def _cut_torn_ends(self):
     self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import threading
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
@@ -55,21 +56,14 @@ class Unpacked:
 
 @dataclasses.dataclass(frozen=True)
 class PackReport:
-  """Result of `pack`.
+  """Result of `pack`."""
 
-  Attributes:
-    data_list: path of the list of shards.
-    shards: number of tar files.
-    utterances: number of utterances in them.
-    left_out: utterances that could not be packed; also in `left_out.tsv` beside the list.
-    joined_words: number of transcripts in which normalisation removed a space between two words,
-      since only those between Latin letters are kept.
-  """
-
-  data_list: str
-  shards: int
-  utterances: int
-  left_out: tuple[Unpacked, ...]
+  data_list: str  # path of the list of shards
+  shards: int  # number of tar files
+  utterances: int  # number of utterances in them
+  left_out: tuple[Unpacked, ...]  # could not be packed; also in `left_out.tsv` beside the list
+  # Transcripts in which normalisation removed a space between two words, since only those between
+  # Latin letters are kept.
   joined_words: int = 0
 
 
@@ -92,17 +86,13 @@ def pack(
   at all.
 
   Args:
-    wav_scp: `KEY path` a line.
-    text: `KEY transcript` a line.
+    wav_scp, text, segments: lists, as for `read_clips`.
     out: the folder; must not exist, or be empty.
-    segments: `KEY RECORDING start_s end_s` a line.
-    per_shard: utterances a shard.
     processes: shards written at a time; None is the number of CPUs. More than one are spawned, so
       a script that calls this needs its `if __name__ == "__main__":`.
     normalise_text: whether transcripts are brought into MooER's form (see `normalise`).
     shuffle_seed: packs in a random order. Reading shuffles only whole shards and windows, so lists
       sorted by speaker or length are better shuffled here.
-    progress: whether to show a progress bar.
 
   Raises:
     FileNotFoundError: if a list does not exist.
@@ -121,7 +111,7 @@ def pack(
   clips, left_out = read_clips(wav_scp, text, segments)
   joined_words = 0
   if normalise_text:
-    normalised = [_normalise(clip.text) for clip in clips]
+    normalised = [normalise(clip.text) for clip in clips]
     joined_words = sum(lost > 0 for _, lost in normalised)
     clips = [dataclasses.replace(c, text=t) for c, (t, _) in zip(clips, normalised, strict=True)]
   if shuffle_seed is not None:
@@ -130,14 +120,11 @@ def pack(
   if not clips and not left_out:
     raise ValueError(f"{text}: nothing to pack; the lists are empty")
   with _partial_folder(out) as beside, exit_on_sigterm():
-    jobs = [
-      (str(beside / f"shards_{i:09d}.tar"), clips[start : start + per_shard])
-      for i, start in enumerate(range(0, len(clips), per_shard))
-    ]
     done = []
-    # Closed before the folder is removed: workers may still write to it.
-    with contextlib.closing(_write_all(jobs, processes=processes, progress=progress)) as results:
-      for name, packed, unpacked in results:
+    jobs = [clips[start : start + per_shard] for start in range(0, len(clips), per_shard)]
+    written = _write_all(beside, jobs, processes=processes, progress=progress)
+    with contextlib.closing(written):  # before the folder is removed: workers may write to it
+      for name, packed, unpacked in written:
         left_out += unpacked
         if packed:
           done.append((name, packed))
@@ -166,17 +153,12 @@ def _partial_folder(out: Path):
       shutil.rmtree(beside, ignore_errors=True)
 
 
-def normalise(text: str) -> str:
-  """MooER's form of an ASR transcript.
+def normalise(text: str) -> tuple[str, int]:
+  """MooER's form of an ASR transcript, and the number of spaces between words that it lost.
 
   Unicode NFC; Latin letters, also with marks, in upper case; "▁" for the space between two of
   them; no other white space, no byte order mark.
   """
-  return _normalise(text)[0]
-
-
-def _normalise(text: str) -> tuple[str, int]:
-  """The normalised text, and how many spaces between words it lost."""
   text = unicodedata.normalize("NFC", text.replace("\ufeff", ""))
   text = _BETWEEN_LATIN.sub(SPACE, " ".join(text.split()))
   lost = len(_LOST_SPACE.findall(text))
@@ -217,30 +199,21 @@ def read_clips(
     if path.endswith("|"):
       raise ValueError(f"{wav_scp}: {key!r} is a command, {path!r}; run it and list its output")
   texts = _read_table(text, left_out)
-  if segments is None:
-    parts: dict[str, tuple[str, float | None, float | None]] = {
-      key: (key, None, None) for key in paths
-    }
-  else:
-    parts = {
-      key: _segment(segments, key, line) for key, line in _read_table(segments, left_out).items()
-    }
+  lines = dict.fromkeys(paths) if segments is None else _read_table(segments, left_out)
+  parts = {key: _segment(segments, key, line) for key, line in lines.items()}
   clips = []
   for key, transcript in texts.items():
     *folders, name = key.split("/")
+    recording, start_s, end_s = parts.get(key, (None, None, None))
     if {"", ".", ".."} & {*folders, name} or name.startswith(IGNORED) or "\0" in key:
       detail = "a relative path without `..`, whose name does not start with `._` or `.DS_Store`"
       left_out.append(Unpacked("bad key", key, f"in {text}; use {detail}"))
-      continue
-    if key not in parts:
-      missing = wav_scp if segments is None else segments
-      left_out.append(Unpacked("no audio", key, f"not in {missing}"))
-      continue
-    recording, start_s, end_s = parts[key]
-    if recording not in paths:
+    elif recording is None:
+      left_out.append(Unpacked("no audio", key, f"not in {segments or wav_scp}"))
+    elif recording not in paths:
       left_out.append(Unpacked("no audio", key, f"recording {recording} is not in {wav_scp}"))
-      continue
-    clips.append(Clip(key, paths[recording], transcript, start_s, end_s))
+    else:
+      clips.append(Clip(key, paths[recording], transcript, start_s, end_s))
   left_out += [
     Unpacked("no transcript", key, f"not in {text}") for key in parts if key not in texts
   ]
@@ -264,7 +237,10 @@ def _read_table(path, left_out) -> dict[str, str]:
   return table
 
 
-def _segment(path, key, line) -> tuple[str, float, float]:
+def _segment(path, key, line) -> tuple[str, float | None, float | None]:
+  """Recording, start and end of a key; without a list of segments, the recording of that name."""
+  if line is None:
+    return key, None, None
   try:
     recording, start_s, end_s = line.split()
     return recording.removeprefix("./"), float(start_s), float(end_s)
@@ -274,30 +250,28 @@ def _segment(path, key, line) -> tuple[str, float, float]:
     ) from None
 
 
-def _write_all(jobs, *, processes, progress):
+def _write_all(folder, jobs, *, processes, progress):
   """Yields (shard name, clips packed, left out), in order."""
   from rich.progress import Progress
 
+  names = [str(folder / f"shards_{number:09d}.tar") for number in range(len(jobs))]
   processes = min(processes or os.cpu_count() or 1, len(jobs))
-  with Progress(disable=not progress) as bar:
-    task = bar.add_task("packing utterances", total=sum(len(clips) for _, clips in jobs))
-    if processes <= 1:
-      for job in jobs:
-        yield write_shard(*job)
-        bar.advance(task, len(job[1]))
-      return
-    # Not forked: this process may run JAX's threads.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-      processes, mp_context=context, initializer=_start_worker
-    ) as pool:
-      try:
-        for job, result in zip(jobs, pool.map(write_shard, *zip(*jobs, strict=True)), strict=True):
-          yield result
-          bar.advance(task, len(job[1]))
-      except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
+  with contextlib.ExitStack() as stack:
+    bar = stack.enter_context(Progress(disable=not progress))
+    task = bar.add_task("packing utterances", total=sum(map(len, jobs)))
+    results = map(write_shard, names, jobs)
+    if processes > 1:
+      pool = concurrent.futures.ProcessPoolExecutor(
+        processes,
+        # Not forked: this process may run JAX's threads.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+      )
+      stack.callback(pool.shutdown, cancel_futures=True)
+      results = pool.map(write_shard, names, jobs)
+    for job, result in zip(jobs, results, strict=True):
+      yield result
+      bar.advance(task, len(job))
 
 
 def _start_worker():
@@ -312,10 +286,9 @@ def _end_with_parent():
 
 
 def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list[Unpacked]]:
-  """Writes a tar of the clips that can be read.
+  """Writes a tar of the clips that can be read, if any.
 
-  Returns:
-    The tar's path, the clips in it, and those left out; without clips there is no tar.
+  Returns its path, the clips in it, and those left out.
   """
   packed, left_out = [], []
   with (
@@ -323,85 +296,75 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
     tempfile.TemporaryFile(dir=os.path.dirname(path)) as spool,
     tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar,
   ):
-    places = _extract_segments(clips, spool)
+    segments = _extract_segments(clips, spool)
     for clip in clips:
-      found = places[clip.key] if clip.key in places else _attempt(clip, _recording, clip)
-      if isinstance(found, Unpacked):
-        left_out.append(found)
+      audio: Any = segments.get(clip.key)  # else the whole recording
+      suffix = "wav" if audio else Path(clip.path).suffix[1:].lower()
+      audio = audio or _attempt(clip, _read_recording)
+      if isinstance(audio, Unpacked):
+        left_out.append(audio)
         continue
-      suffix, audio = found
       if isinstance(audio, slice):
         spool.seek(audio.start)
         audio = spool.read(audio.stop - audio.start)
+      known = suffix in (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
       _add(tar, f"{clip.key}.txt", clip.text.encode())
-      _add(tar, f"{clip.key}.{suffix}", audio)
+      _add(tar, f"{clip.key}.{suffix if known else 'audio'}", audio)
       packed.append(clip)
   if not packed:
     os.remove(path)
   return path, packed, left_out
 
 
-def _extract_segments(clips, spool) -> dict[str, Unpacked | tuple[str, slice]]:
+def _extract_segments(clips, spool) -> dict[str, Unpacked | slice]:
   """Writes all segments into a file, so that each recording is decoded once, in any order.
 
-  Returns:
-    For each segment's key its suffix and slice of the file, or why it cannot be packed.
+  Returns each segment's slice of the file, or why it cannot be packed, by its key.
   """
   by_recording: dict[str, list[Clip]] = {}
   for clip in clips:
     if clip.start_s is not None:
       by_recording.setdefault(clip.path, []).append(clip)
-  places: dict[str, Unpacked | tuple[str, slice]] = {}
-  for path, parts in by_recording.items():
-    recording = _attempt(parts[0], decode, path)
+  places: dict[str, Unpacked | slice] = {}
+  for parts in by_recording.values():
+    recording = _attempt(parts[0], decode)
     for clip in parts:
       if isinstance(recording, Unpacked):
         places[clip.key] = dataclasses.replace(recording, key=clip.key)
         continue
-      audio = _attempt(clip, _segment_audio, clip, *recording)
-      if isinstance(audio, Unpacked):
-        places[clip.key] = audio
-      else:
-        start = spool.tell()
-        places[clip.key] = ("wav", slice(start, start + spool.write(audio)))
+      audio = _segment_audio(clip, *recording)
+      start = spool.tell()
+      places[clip.key] = (
+        audio if isinstance(audio, Unpacked) else slice(start, start + spool.write(audio))
+      )
   return places
 
 
-def _attempt(clip, read, *args):
-  """Returns the result of `read`, or why the clip cannot be packed."""
+def _attempt(clip, read):
+  """The result of `read` for the path of a clip, or why the clip cannot be packed."""
   try:
-    return read(*args)
+    return read(clip.path)
   except OSError as error:
     return Unpacked("no audio", clip.key, f"{clip.path}: {error.strerror or error}")
   except AudioError as error:
     return Unpacked(error.cause, clip.key, str(error))
-  except _Unusable as error:
-    return Unpacked(error.cause, clip.key, error.detail)
 
 
-class _Unusable(Exception):
-  def __init__(self, cause, detail):
-    super().__init__(cause, detail)
-    self.cause, self.detail = cause, detail
+def _read_recording(path) -> bytes:
+  """Content of a recording that can be decoded."""
+  audio = Path(path).read_bytes()
+  decode(audio, name=path)
+  return audio
 
 
-def _recording(clip) -> tuple[str, bytes]:
-  """Suffix and content of a recording, if it can be decoded."""
-  audio = Path(clip.path).read_bytes()
-  decode(audio, name=clip.path)
-  suffix = Path(clip.path).suffix[1:].lower()
-  return suffix if suffix in (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES) else "audio", audio
-
-
-def _segment_audio(clip, samples_NC, rate_hz) -> bytes:
+def _segment_audio(clip, samples_NC, rate_hz) -> bytes | Unpacked:
   import soundfile
 
   length_s = len(samples_NC) / rate_hz
   end_s = length_s if clip.end_s == -1 else clip.end_s
   if not 0 <= clip.start_s < min(end_s, length_s) or end_s > length_s + OVERSHOOT_S:
-    raise _Unusable(
-      "bad segment", f"{clip.start_s} to {clip.end_s} s of {clip.path}, which has {length_s:.3f} s"
-    )
+    detail = f"{clip.start_s} to {clip.end_s} s of {clip.path}, which has {length_s:.3f} s"
+    return Unpacked("bad segment", clip.key, detail)
   part_NC = samples_NC[round(clip.start_s * rate_hz) : round(end_s * rate_hz)]
   # Not soundfile's own rounding, which scales by 32767 and so changes every 16-bit recording.
   part_NC = np.clip(np.rint(part_NC * 32768.0), -32768, 32767).astype(np.int16)
@@ -417,10 +380,11 @@ def _add(tar, name, content):
 
 
 def _write_lists(folder, done, left_out):
-  with open(folder / "data.list", "w", encoding="utf-8") as file:
-    file.writelines(f"{Path(name).name}\n" for name, _ in done)
-  with open(folder / "text", "w", encoding="utf-8") as file:
-    file.writelines(f"{clip.key} {clip.text}".rstrip() + "\n" for _, made in done for clip in made)
-  if left_out:
-    with open(folder / "left_out.tsv", "w", encoding="utf-8") as file:
-      file.writelines(f"{u.cause}\t{u.key}\t{u.detail}\n" for u in left_out)
+  lists = {
+    "data.list": [Path(name).name for name, _ in done],
+    "text": [f"{clip.key} {clip.text}".rstrip() for _, packed in done for clip in packed],
+    "left_out.tsv": [f"{u.cause}\t{u.key}\t{u.detail}" for u in left_out],
+  }
+  for name, lines in lists.items():
+    if lines:
+      (folder / name).write_text("".join(f"{line}\n" for line in lines), "utf-8", newline="\n")

@@ -1,6 +1,6 @@
 """WeNet-style tar shards, read one utterance after another."""
 
-import contextlib
+import collections
 import dataclasses
 import gzip
 import json
@@ -18,6 +18,7 @@ AUDIO_SUFFIXES = (
   *("aif", "aifc", "aiff", "amr", "au", "caf", "mka", "oga", "sph", "w64", "audio"),
 )
 VIDEO_SUFFIXES = ("mp4", "mkv", "mov", "avi", "3gp")  # used if no member is audio
+_SLOTS = dict.fromkeys(AUDIO_SUFFIXES, "audio") | dict.fromkeys(VIDEO_SUFFIXES, "video")
 IGNORED = ("._", ".DS_Store")  # names of files that macOS adds start with these
 CAUSES = (
   "bad shard",  # truncated or damaged tar; the rest of it is lost
@@ -47,46 +48,40 @@ _TOGETHER = (
 
 @dataclasses.dataclass(frozen=True)
 class SkippedUtterance:
-  """An utterance that was skipped.
+  """An utterance that was skipped."""
 
-  Attributes:
-    cause: one of CAUSES.
-    key: key of the utterance; empty if the shard is damaged between utterances.
-    shard: path of the tar.
-    detail: description for the user.
-    text: the transcript, if known; evaluation scores it as not decoded.
-    task: the utterance's own task, if known.
-  """
-
-  cause: str
-  key: str
-  shard: str
+  cause: str  # one of CAUSES
+  key: str  # empty if the shard is damaged between utterances
+  shard: str  # path of the tar
   detail: str = ""
-  text: str = ""
-  task: str = ""
+  text: str = ""  # the transcript, if known; evaluation scores it as not decoded
+  task: str = ""  # the utterance's own task, if known
 
 
 @dataclasses.dataclass(frozen=True)
 class RawUtterance:
-  """An utterance of a shard.
-
-  Attributes:
-    suffix: suffix of the audio file, such as "wav".
-    audio: content of the audio file.
-    text: reference text in UTF-8, such as the transcript.
-    task: the utterance's own task; empty if the shard has none.
-    question: text that replaces `{}` in prompts that take a question.
-    more: contents of further audio files, which follow the first after a pause.
-  """
+  """An utterance of a shard."""
 
   key: str
   shard: str
-  suffix: str
-  audio: bytes
-  text: bytes
-  task: str = ""
-  question: str = ""
-  more: tuple[bytes, ...] = ()
+  suffix: str  # of the audio file, such as "wav"
+  audio: bytes  # content of the audio file
+  text: bytes  # reference text in UTF-8, such as the transcript
+  task: str = ""  # the utterance's own task, if the shard has it
+  question: str = ""  # replaces `{}` in prompts that take a question
+  more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
+
+  def skip(self, cause: str, detail: str = "") -> SkippedUtterance:
+    """This utterance as a skipped one."""
+    try:
+      text = self.transcript()
+    except UnicodeDecodeError:
+      text = ""
+    return SkippedUtterance(cause, self.key, self.shard, detail, text, self.task)
+
+  def transcript(self) -> str:
+    """The reference text; raises UnicodeDecodeError if it is not UTF-8."""
+    return self.text.decode("utf-8-sig").strip()
 
 
 def read_list(path: str | Path) -> list[str]:
@@ -99,8 +94,7 @@ def read_list(path: str | Path) -> list[str]:
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such list of shards; `mooer-jax pack` writes one")
-  lines = [line.strip() for line in read_lines(path)]
-  lines = [line for line in lines if line]
+  lines = [line for line in map(str.strip, read_lines(path)) if line]
   if not lines:
     raise ValueError(f"{path}: lists no shard; write one tar path a line")
   for line in lines:
@@ -108,9 +102,8 @@ def read_list(path: str | Path) -> list[str]:
       kind = "a JSON line" if line.startswith("{") else "a URL"
       raise ValueError(f"{path}: {line[:80]!r} is {kind}; only paths of tar files are read here")
   shards = [str(path.parent / line) for line in lines]
-  if len(set(shards)) < len(shards):
-    twice = next(s for s in shards if shards.count(s) > 1)
-    raise ValueError(f"{path}: lists {twice} more than once; each utterance would repeat")
+  if (most := collections.Counter(shards).most_common(1)[0])[1] > 1:
+    raise ValueError(f"{path}: lists {most[0]} more than once; each utterance would repeat")
   missing = [shard for shard in shards if not Path(shard).is_file()]
   if missing:
     raise FileNotFoundError(
@@ -120,11 +113,7 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-  """Lines of a UTF-8 file.
-
-  Raises:
-    ValueError: if it is not UTF-8, with the line.
-  """
+  """Lines of a UTF-8 file; raises ValueError with the line that is not UTF-8."""
   content = path.read_bytes()
   try:
     return content.decode("utf-8-sig").split("\n")
@@ -142,7 +131,8 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
   utterance at a time is in memory.
   """
   seen: dict[str, bool] = {}
-  key, parts = None, {}
+  key = ""
+  parts: dict[str, tuple[str, bytes]] = {}
   # A local name, since a reader that is left open at exit outlives the module's globals.
   damage = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError)
   try:
@@ -151,82 +141,56 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
         tar.members = []  # type: ignore[attr-defined]  # or it would remember every header
         if not member.isfile():
           continue
-        name = _printable(member.name).removeprefix("./")
+        # Escapes what is not UTF-8, since keys are written to text files.
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = name.removeprefix("./")
         if name.rpartition("/")[2].startswith(IGNORED):
           continue
         stem, dot, suffix = name.rpartition(".")
         suffix = suffix.lower() if dot and "/" not in suffix else ""
         stem = stem if suffix else name
-        slot = _slot(suffix)
-        if key is not None and (stem != key or slot in parts):
-          utterance = _utterance(key, parts, path, seen)
-          key, parts = None, {}
-          yield utterance
+        slot = _SLOTS.get(suffix, suffix)
+        if parts and (stem != key or slot in parts):
+          yield _utterance(key, parts, path, seen=seen)
+          key, parts = "", {}
         key = stem
-        read = slot in ("txt", "audio", "video", "json")
-        parts[slot] = (suffix, _content(tar, member) if read else b"")
-      if key is not None:
-        utterance = _utterance(key, parts, path, seen)
-        key = None
-        yield utterance
+        content = b""
+        if slot in ("txt", "audio", "video", "json"):
+          content = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+          if (size := len(content)) < member.size:
+            raise tarfile.ReadError(f"{member.name} ends after {size} of {member.size} bytes")
+        parts[slot] = (suffix, content)
+      if parts:
+        yield _utterance(key, parts, path, seen=seen)
+        key = ""
       _check_end(file, tar.offset)
   except damage as error:
-    yield SkippedUtterance("bad shard", key or "", path, f"{type(error).__name__}: {error}")
+    yield SkippedUtterance("bad shard", key, path, f"{type(error).__name__}: {error}")
 
 
-def _slot(suffix: str) -> str:
-  """The kind of a member: "audio", "video", or its suffix."""
-  if suffix in AUDIO_SUFFIXES:
-    return "audio"
-  return "video" if suffix in VIDEO_SUFFIXES else suffix
-
-
-def _printable(name: str) -> str:
-  """Escapes what is not UTF-8, since keys are written to text files."""
-  return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _content(tar, member) -> bytes:
-  content = tar.extractfile(member).read()
-  if len(content) < member.size:
-    raise tarfile.ReadError(f"{member.name} ends after {len(content)} of {member.size} bytes")
-  return content
-
-
-def _utterance(key, parts, shard, seen) -> RawUtterance | SkippedUtterance:
-  found = parts.get("audio") or parts.get("video")
-  only = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())
+def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:
+  suffix, audio = parts.get("audio") or parts.get("video") or ("", b"")
+  complete = bool(suffix) and "txt" in parts
+  detail = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())
   if key in seen:
     if seen[key]:
       return SkippedUtterance("duplicate key", key, shard)
-    return SkippedUtterance("members apart", key, shard, f"{only} here; {_TOGETHER}")
-  seen[key] = bool(found) and "txt" in parts
-  if not found:
-    return SkippedUtterance("no audio", key, shard, f"{only}; {_TOGETHER}", *_wanted(parts))
-  if "txt" not in parts:
-    return SkippedUtterance("no transcript", key, shard, f"{only}; {_TOGETHER}")
-  suffix, audio = found
-  about = {}
-  if "json" in parts:
-    try:
-      about = json.loads(parts["json"][1])
-      if not all(isinstance(about.get(name, ""), str) for name in ("task", "Q")):
-        raise ValueError("task and Q must be strings")
-    except (ValueError, AttributeError, RecursionError) as error:
-      return SkippedUtterance("bad task", key, shard, f"{key}.json: {error}", *_wanted(parts))
-  return RawUtterance(
-    key, shard, suffix, audio, parts["txt"][1], about.get("task", ""), about.get("Q", "")
-  )
-
-
-def _wanted(parts) -> tuple[str, str]:
-  """Transcript and task of a skipped utterance, if they can be read."""
-  text, task = "", ""
-  with contextlib.suppress(KeyError, UnicodeDecodeError):
-    text = parts["txt"][1].decode("utf-8-sig").strip()
-  with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
-    task = json.loads(parts["json"][1])["task"]
-  return text, task if isinstance(task, str) else ""
+    return SkippedUtterance("members apart", key, shard, f"{detail} here; {_TOGETHER}")
+  seen[key] = complete
+  task = question = problem = ""
+  try:
+    about = json.loads(parts["json"][1]) if "json" in parts else {}
+    task, question = about.get("task", ""), about.get("Q", "")
+    if not isinstance(task, str) or not isinstance(question, str):
+      raise ValueError("task and Q must be strings")
+  except (ValueError, AttributeError, RecursionError) as error:
+    problem = f"{key}.json: {error}"
+    task = task if isinstance(task, str) else ""
+  _, text = parts.get("txt", ("", b""))
+  raw = RawUtterance(key, shard, suffix, audio, text, task, question)
+  if not complete:
+    return raw.skip("no transcript" if suffix else "no audio", f"{detail}; {_TOGETHER}")
+  return raw.skip("bad task", problem) if problem else raw
 
 
 def _check_end(file, offset):

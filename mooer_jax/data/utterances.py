@@ -19,65 +19,45 @@ _COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
 
 
 def shard_names(shards: str) -> list[str]:
-  """The shards of a `data.list`, or the parts of an annotation file (`.json`).
-
-  Raises:
-    FileNotFoundError, ValueError: as `read_list` and `annotation.pieces`.
-  """
+  """The shards of a `data.list`, or the parts of an annotation file; errors as of their readers."""
   return annotation.pieces(shards) if annotation.is_annotation(shards) else read_list(shards)
 
 
 def read(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   """The utterances of a shard or part, in order, each either complete or skipped."""
-  return annotation.read_piece(name) if annotation.is_piece(name) else read_shard(name)
+  return annotation.read_piece(name) if ".json#" in name else read_shard(name)
 
 
 class BadDataError(ValueError):
-  """Too much of the data cannot be used."""
+  """Too much of the data cannot be used; `.skipped` are utterances that no batch has reported."""
+
+  skipped: tuple[SkippedUtterance, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """Place of the next reading in an `UtteranceStream`, and the counts up to it.
-
-  Attributes:
-    epoch: number of the epoch.
-    shard: place in the epoch's order of shards.
-    entry: number of the utterance in the shard.
-    copy: number of the reading of this utterance in the epoch.
-    read: utterances read so far, usable or not.
-    usable: usable utterances of this epoch.
-    passed: whether a task weight below 1 left an utterance out of this epoch.
-    read_before: utterances read before this epoch.
-    skipped: number of skipped utterances by cause.
-    damaged: indices of the damaged shards of this epoch.
-  """
+  """Place of the next reading in an `UtteranceStream`, and the counts up to it."""
 
   epoch: int = 0
-  shard: int = 0
-  entry: int = 0
-  copy: int = 0  # early positions lack it, and passed and read_before
-  read: int = 0
-  usable: int = 0
-  passed: bool = False
-  read_before: int = 0
-  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  damaged: tuple[int, ...] = ()
+  shard: int = 0  # place in the epoch's order of shards
+  entry: int = 0  # number of the utterance in the shard
+  copy: int = 0  # number of the reading of this utterance in the epoch
+  read: int = 0  # utterances read so far, usable or not
+  usable: int = 0  # usable utterances of this epoch
+  passed: bool = False  # whether a task weight below 1 left an utterance out of this epoch
+  read_before: int = 0  # utterances read before this epoch
+  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # number by cause
+  damaged: tuple[int, ...] = ()  # indices of the damaged shards of this epoch
 
   @classmethod
   def from_json(cls, saved: Mapping[str, Any]) -> "Position":
-    """The position that `to_json` of this version or an earlier one returned."""
+    """The inverse of `dataclasses.asdict`; early positions lack copy, passed and read_before."""
     return cls(**{**saved, "damaged": tuple(saved["damaged"])})
-
-  def to_json(self) -> dict[str, Any]:
-    return {**dataclasses.asdict(self), "damaged": list(self.damaged)}
-
-  def replace(self, **changes) -> "Position":
-    return dataclasses.replace(self, **changes)
 
   def add_skipped(self, cause: str, shard: int) -> "Position":
     """Counts an utterance that was skipped in the shard of this index."""
-    return self.replace(
+    return dataclasses.replace(
+      self,
       read=self.read + 1,
       skipped={**self.skipped, cause: self.skipped.get(cause, 0) + 1},
       damaged=(*self.damaged, shard) if cause == "bad shard" else self.damaged,
@@ -88,23 +68,16 @@ class Position:
 
 
 class Reading(NamedTuple):
-  """A step of `EpochReader`: `after` is (shard, entry, copy) of the `Position` behind it."""
+  """A step of `EpochReader`."""
 
   entry: RawUtterance | SkippedUtterance | None  # None at the end of a shard
   copy: int | None  # number of this reading in the epoch; None if a task weight leaves it out
-  after: tuple[int, int, int]
+  after: tuple[int, int, int]  # shard, entry and copy of the `Position` behind it
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochReader:
-  """Reads the shards of one epoch.
-
-  Attributes:
-    shards: paths of the shards.
-    epoch: number of the epoch.
-    seed: seed of the order of the shards; None reads them as listed.
-    task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
-  """
+  """Reads the shards of one epoch in a new order; without a seed as listed, and each key once."""
 
   shards: Sequence[str]
   epoch: int
@@ -129,7 +102,10 @@ class EpochReader:
           collections.deque(entries, maxlen=0)  # only for their keys
           continue
         for number, raw in enumerate(itertools.islice(entries, entry, None), entry):
-          copies = self._num_copies(raw)
+          copies = 1
+          if self.task_weights and isinstance(raw, RawUtterance):
+            weights, seed = self.task_weights, self.seed or 0
+            copies = num_copies(raw.task, weights, seed=seed, epoch=self.epoch, key=raw.key)
           if not copies:
             yield Reading(raw, None, (place, number + 1, 0))
           for index in range(copy, copies):
@@ -149,12 +125,6 @@ class EpochReader:
             entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
           keys.add(entry.key)
         yield entry
-
-  def _num_copies(self, entry: RawUtterance | SkippedUtterance) -> int:
-    if isinstance(entry, SkippedUtterance) or not self.task_weights:
-      return 1
-    seed = self.seed or 0
-    return num_copies(entry.task, self.task_weights, seed=seed, epoch=self.epoch, key=entry.key)
 
 
 class UtteranceStream:
@@ -178,8 +148,7 @@ class UtteranceStream:
       shards: tar paths, or parts of an annotation file.
       preprocess: makes an example of a raw utterance and the identifier of its reading.
       config: seed, weights of the tasks, and limits of unusable data.
-      endless: whether epoch follows epoch in new orders. Otherwise the shards are read once, as
-        listed, and a key that occurred in an earlier shard is skipped as a duplicate.
+      endless: whether epoch follows epoch in new orders; else see `EpochReader` without a seed.
     """
     self._shards, self._preprocess, self._config = list(shards), preprocess, config
     self._seed = config.seed if endless else None
@@ -208,10 +177,9 @@ class UtteranceStream:
     return self._peeked[0]
 
   def take(self) -> Example:
-    """Returns the next utterance.
+    """Returns the next utterance; raises StopIteration after the last one of a single pass.
 
     Raises:
-      StopIteration: after the last one, if the shards are read once.
       BadDataError: if more than the allowed share of utterances was skipped or of shards is
         damaged, or an epoch had no usable utterance.
     """
@@ -239,76 +207,67 @@ class UtteranceStream:
       if reading is None:
         self._end_epoch()
         continue
-      shard, number, copy = reading.after
-      self._position = here = self._position.replace(shard=shard, entry=number, copy=copy)
+      shard, entry, copy = reading.after
+      here = dataclasses.replace(self._position, shard=shard, entry=entry, copy=copy)
+      self._position = here
       if reading.entry is None:
-        _check_shards(here, self._shards, self._config)
+        self._check_shards()
       elif reading.copy is None:
         # Unless its task's weight is 0, another epoch reads it.
         passed = here.passed or self._task_weights[reading.entry.task] > 0
-        self._position = here.replace(passed=passed)
-      elif isinstance(made := self._make(reading.entry, reading.copy), Example):
-        self._position = here.replace(read=here.read + 1, usable=here.usable + 1)
-        return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
+        self._position = dataclasses.replace(here, passed=passed)
       else:
+        # One pass takes the same prompts whenever it runs.
+        name = 0 if self._seed is None else reading_id(here.epoch, reading.copy)
+        raw = reading.entry
+        made = raw if isinstance(raw, SkippedUtterance) else self._preprocess(raw, name)
+        if isinstance(made, Example):
+          self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
+          return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
         self._pending.append(made)
-        self._position = here.add_skipped(made.cause, self._epoch.order[here.shard])
-        _check_share(self._position, self._pending, self._config, self._config.tolerance)
-
-  def _make(self, entry: RawUtterance | SkippedUtterance, copy: int) -> Example | SkippedUtterance:
-    if isinstance(entry, SkippedUtterance):
-      return entry
-    # One pass takes the same prompts whenever it runs.
-    reading = 0 if self._seed is None else reading_id(self._position.epoch, copy)
-    made = self._preprocess(entry, reading)
-    return (
-      dataclasses.replace(made, task=entry.task) if isinstance(made, SkippedUtterance) else made
-    )
+        self._position = here.add_skipped(made.cause, self._epoch.order[shard])
+        self._check_share(self._config.tolerance)
 
   def _end_epoch(self) -> None:
     here = self._position
     idle = here.passed and here.read == here.read_before
     if not here.usable and not idle:
-      found = _summary(here, self._pending, self._config)
-      raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {found}")
-    _check_share(here, self._pending, self._config, 1)
+      raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
+    self._check_share(1)
     if self._seed is None:
       raise StopIteration
     self._start_reading(here.next_epoch())
 
+  def _check_shards(self) -> None:
+    """Raises BadDataError if too many of the shards of the epoch that were read are damaged."""
+    damaged, read, share = self._position.damaged, self._position.shard, self._config.max_bad_share
+    if len(damaged) > share * read and (read >= 2 or read == len(self._shards)):
+      names = ", ".join(self._shards[i] for i in damaged[:5]) + ", …" * (len(damaged) > 5)
+      raise BadDataError(
+        f"{len(damaged)} of {read} shards read are truncated or damaged: {names}; copy or pack them"
+        f" again, or raise data.max_bad_share={share}"
+      )
 
-def _check_shards(position: Position, shards: Sequence[str], config: DataConfig) -> None:
-  """Raises BadDataError if too many of the shards of the epoch that were read are damaged."""
-  bad, read = len(position.damaged), position.shard
-  if bad > config.max_bad_share * read and (read >= 2 or read == len(shards)):
-    names = ", ".join(shards[index] for index in position.damaged[:5])
-    raise BadDataError(
-      f"{bad} of {read} shards read are truncated or damaged: {names}{', …' if bad > 5 else ''};"
-      f" copy or pack them again, or raise data.max_bad_share={config.max_bad_share}"
-    )
+  def _check_share(self, least_read: int) -> None:
+    """Raises BadDataError if too many utterances were skipped, once `least_read` were read."""
+    read, share = self._position.read, self._config.max_bad_share
+    bad = sum(self._position.skipped.values())
+    if read >= least_read and bad > share * read:
+      raise BadDataError(
+        f"{bad} of {read} utterances cannot be used: {self._summary()}; repair the data or raise"
+        f" data.max_bad_share={share}"
+      )
 
-
-def _check_share(
-  position: Position, pending: Sequence[SkippedUtterance], config: DataConfig, least_read: int
-) -> None:
-  """Raises BadDataError if too many utterances were skipped, once `least_read` were read."""
-  read, bad = position.read, sum(position.skipped.values())
-  if read >= least_read and bad > config.max_bad_share * read:
-    raise BadDataError(
-      f"{bad} of {read} utterances cannot be used: {_summary(position, pending, config)}; repair"
-      f" the data or raise data.max_bad_share={config.max_bad_share}"
-    )
-
-
-def _summary(position: Position, pending: Sequence[SkippedUtterance], config: DataConfig) -> str:
-  skipped = sorted(position.skipped.items(), key=lambda item: -item[1])
-  counts = ", ".join(f"{cause} {n}" for cause, n in skipped)
-  if pending:
-    last = pending[-1]
-    return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
-  if not counts and config.task_weights:
-    return f"they are empty, or data.task_weights={config.task_weights} leaves nothing of them"
-  return counts or "the shards are empty"
+  def _summary(self) -> str:
+    skipped = sorted(self._position.skipped.items(), key=lambda item: -item[1])
+    counts = ", ".join(f"{cause} {n}" for cause, n in skipped)
+    if self._pending:
+      last = self._pending[-1]
+      return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
+    weights = self._config.task_weights
+    if weights and not counts:
+      return f"they are empty, or data.task_weights={weights} leaves nothing of them"
+    return counts or "the shards are empty"
 
 
 def reading_id(epoch: int, copy: int) -> int | str:

@@ -72,7 +72,7 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
       return speech_llm.encode_each(params, batch, model)
 
   skipped: Counter[str] = Counter()
-  misses = cache_misses(run.data, model, known={*cache.names()}, skipped=skipped)
+  misses = cache_misses(run.data, model, known={*cache.clips}, skipped=skipped)
   started = (
     (digests, seconds, encode(params, jax.device_put(batch, batch_sharding(mesh))))
     for batch, digests, seconds in misses
@@ -89,7 +89,9 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
         (digests[row], [x_BTD[row][valid_BT[row]] for x_BTD, valid_BT in in_order], seconds[row])
         for row in range(len(digests))
       ])  # fmt: skip
-      progress.update(bar, completed=len(cache), description=f"encoded {len(cache)} clips")
+      progress.update(
+        bar, completed=len(cache.clips), description=f"encoded {len(cache.clips)} clips"
+      )
   if skipped:
     causes = ", ".join(f"{cause}: {n}" for cause, n in skipped.most_common())
     print(f"not encoded: {causes}; training lists them in skipped.jsonl")

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.files import replace_file
 from mooer_jax.run.config import TrainConfig
 
@@ -27,6 +28,27 @@ class Evaluator(Protocol):
 
   def __call__(self, step: int, params: dict) -> tuple[dict[str, float], str]:
     """Measures the parameters after a step: (values for TensorBoard by name, line for the log)."""
+
+
+class SkippedLog:
+  """`skipped.jsonl` of a run: each skipped utterance, once for each cause, however many epochs."""
+
+  def __init__(self, workdir: Path, *, first: int):
+    """Keeps the lines of the first steps of the run."""
+    self.path = workdir / "skipped.jsonl"
+    self.names = {(row["shard"], row["key"], row["cause"]) for row in _keep_until(self.path, first)}
+
+  def add(self, step: int, skipped: Sequence[SkippedUtterance]) -> None:
+    """Appends the utterances that are new."""
+    new = {(s.shard, s.key, s.cause): s for s in skipped}
+    new = {name: s for name, s in new.items() if name not in self.names}
+    if not new:
+      return
+    self.names |= new.keys()
+    with self.path.open("a", encoding="utf-8") as file:
+      for utterance in new.values():
+        line = {"step": step, **dataclasses.asdict(utterance)}
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 class Monitor:
@@ -50,11 +72,8 @@ class Monitor:
     )
     self._bar = self._progress.add_task("", total=config.steps, completed=first, line="compiling")
     workdir.mkdir(parents=True, exist_ok=True)
-    self._metrics, self._skips = workdir / "metrics.jsonl", workdir / "skipped.jsonl"
+    self._metrics, self.skipped = workdir / "metrics.jsonl", SkippedLog(workdir, first=first)
     self._rows = _keep_until(self._metrics, first)
-    self._skipped = {
-      (row["shard"], row["key"], row["cause"]) for row in _keep_until(self._skips, first)
-    }
     # Since the last line:
     self._start, self._logged = time.perf_counter(), len(self._rows)
     self._task_sums = np.zeros((len(self._tasks), 3))
@@ -63,7 +82,6 @@ class Monitor:
     from tensorboardX import SummaryWriter
 
     self._metrics_file = self._metrics.open("a", encoding="utf-8", buffering=1)
-    self._skips_file = self._skips.open("a", encoding="utf-8", buffering=1)
     self._tensorboard = SummaryWriter(
       str(self._workdir / "tensorboard"), purge_step=self._first + 1
     )
@@ -83,12 +101,7 @@ class Monitor:
       row["truncated"] = host_batch.num_truncated
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
-    for skipped in host_batch.skipped:
-      name = (skipped.shard, skipped.key, skipped.cause)
-      if name not in self._skipped:  # in an earlier epoch
-        self._skipped.add(name)
-        line = {"step": row["step"], **dataclasses.asdict(skipped)}
-        self._skips_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    self.skipped.add(row["step"], host_batch.skipped)
     if row["step"] % self._config.log_every == 0 or row["step"] == self._config.steps:
       self._log(row)
 
@@ -115,8 +128,8 @@ class Monitor:
       f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}"
       f"  {rates['steps_per_s']:.2f} steps/s  {rates['audio_s_per_s']:.0f} audio-s/s"
     )
-    if self._skipped:
-      line += f"  skipped {len(self._skipped)}"
+    if self.skipped.names:
+      line += f"  skipped {len(self.skipped.names)}"
     if row.get("truncated"):
       line += f"  truncated {row['truncated']}"
     if tasks:
@@ -141,12 +154,12 @@ class Monitor:
 
   def __exit__(self, *error):
     self._progress.stop()
-    for stream in (self._metrics_file, self._skips_file, self._tensorboard):
+    for stream in (self._metrics_file, self._tensorboard):
       stream.close()
-    if self._skipped:
-      causes = Counter(cause for _, _, cause in self._skipped)
+    if self.skipped.names:
+      causes = Counter(cause for _, _, cause in self.skipped.names)
       counts = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
-      self.message(f"skipped utterances: {counts}; see {self._skips}")
+      self.message(f"skipped utterances: {counts}; see {self.skipped.path}")
     # "cut" in runs of version 0.1
     if truncated := sum(row.get("truncated", row.get("cut", 0)) for row in self._rows):
       self.message(f"clips truncated to data.max_s, but not their transcripts: {truncated}")

@@ -20,6 +20,8 @@ from mooer_jax.config import (
   run_fields,
   to_json,
 )
+from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run.config import Run
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.program import cast_params
@@ -138,16 +140,25 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
   for name in cmvn:
     number = encoders.index(name)
     if run.train.cmvn == "estimate":
-      with contextlib.closing(iter(dataset)) as batches:
-        found = estimate(
-          x_TF[:frames]
-          for host in itertools.islice(batches, CMVN_BATCHES)
-          for x_TF, frames in zip(host.batch.features[number], host.batch.frames[number])
-        )
+      found = estimate(_clips(dataset, number))
     else:
       found = read_mvn(run.train.cmvn, width=run.model.frontends[number].width)
     values[name] = dict(zip(("shift", "scale"), map(np.asarray, found), strict=True))
   return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
+
+
+def _clips(dataset, number: int):
+  """The features of the first batches for an encoder; BadDataError has all skipped utterances."""
+  skipped: list[SkippedUtterance] = []
+  with contextlib.closing(iter(dataset)) as batches:
+    try:
+      for host in itertools.islice(batches, CMVN_BATCHES):
+        skipped += host.skipped
+        features, frames = host.batch.features[number], host.batch.frames[number]
+        yield from (x_TF[:n] for x_TF, n in zip(features, frames, strict=True))
+    except BadDataError as error:
+      error.skipped = (*skipped, *error.skipped)
+      raise
 
 
 def initial_state(run: Run, params: dict, *, tx, mesh):

@@ -13,15 +13,16 @@ import jax
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.dataset import Batches, train_batches
+from mooer_jax.data.utterances import BadDataError
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
-from mooer_jax.run.monitor import Evaluator, Monitor
+from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
 from mooer_jax.run.process import stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
-from mooer_jax.training.program import CompiledStep, jitted_step
+from mooer_jax.training.program import compile_step, jitted_step
 from mooer_jax.training.sharding import batch_sharding, make_mesh
 from mooer_jax.training.step import TrainState, check_finite
 
@@ -105,7 +106,11 @@ def _load(
   cache = fill_cache(run, params, mesh) if run.data.cache_features else None
   dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
-    params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
+    try:
+      params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
+    except BadDataError as error:
+      SkippedLog(run.workdir, first=0).add(1, error.skipped)
+      raise
   state, frozen, shardings = initial_state(run, params, tx=make_optimizer(run.optimizer), mesh=mesh)
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
@@ -141,14 +146,20 @@ def _loop(
     trained, fixed = (f"{size:,}" for size in sizes)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     monitor.message(f"{trained} parameters are trained, {fixed} are not, on {devices}")
-    train_step = CompiledStep(
+    train_step = compile_step(
       start.step, state=state, frozen=frozen, batches=start.dataset.shapes, message=monitor.message
     )
     for evaluator in evaluators:
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
     for step in itertools.count(first + 1):
-      host_batch = next(batches)
+      try:
+        host_batch = next(batches)
+      except BadDataError as error:
+        if pending:
+          monitor.record(*pending)
+        monitor.skipped.add(step, error.skipped)
+        raise
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
       state, metrics = train_step(state, frozen, batch)
       if pending:  # read one step late, so that the device never waits for the host

@@ -9,61 +9,28 @@ import optax
 
 from mooer_jax import tree
 
-WARMUPS = ("log", "linear")
-DECAYS = ("linear", "cosine", "cosine_from_start", "constant")
-
-
-def log_warmup(peak_lr: float, warmup_steps: int) -> optax.Schedule:
-  """Warm-up of DeepSpeed's WarmupLR: peak * ln(step) / ln(warmup_steps), then the peak.
-
-  Steps 0 and 1 give 0 (ln 1 = 0), so the first two steps only fill Adam's moments.
-
-  Source: DeepSpeed's default `warmup_type`; MooER's published log (9.2605e-05 at step 600 for a
-  peak of 1e-4 and 1000 steps).
-  """
-  scale = peak_lr / math.log(max(warmup_steps, 2))
-
-  def schedule(step):
-    lr = scale * jnp.log(jnp.maximum(step, 1).astype(jnp.float32))
-    return jnp.minimum(lr, peak_lr)
-
-  return schedule
-
-
-VECTORS = ("scale", "bias", "shift")
+VECTORS = ("scale", "bias", "shift")  # names of the leaves that are norms, biases and CMVN
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam with warm-up and decay; the defaults are MooER's.
-
-  Attributes:
-    peak_lr: learning rate after `warmup_steps`.
-    warmup_steps: optimizer steps of warm-up; 0 starts at the peak.
-    warmup: "log" (peak * ln(step) / ln(warmup_steps), DeepSpeed's) or "linear" from start_lr.
-    decay: "linear" or "cosine" to end_lr at total_steps, "constant", or "cosine_from_start": a
-      cosine that counts from step 0, so it starts a little below the peak (SALMONN).
-    total_steps: step from which on the learning rate is end_lr; "constant" ignores it.
-    start_lr: initial learning rate of a linear warm-up.
-    end_lr: final learning rate of the decay.
-    betas: decay rates of Adam's first and second moments.
-    eps: added to the square root of the second moment.
-    weight_decay: decoupled (AdamW); not applied to norms and biases. 0 is plain Adam.
-    max_grad_norm: largest global norm of a gradient; 0 does not clip.
-  """
+  """Adam with warm-up and decay; the defaults are MooER's."""
 
   RENAMED: ClassVar = {"grad_clip": "max_grad_norm"}
-  peak_lr: float = 1e-4
-  warmup_steps: int = 1000
+  peak_lr: float = 1e-4  # learning rate after `warmup_steps`
+  warmup_steps: int = 1000  # optimizer steps of warm-up; 0 starts at the peak
+  # "log" (peak * ln(step) / ln(warmup_steps), as DeepSpeed's WarmupLR) or "linear" from start_lr.
   warmup: str = "log"
+  # "linear" or "cosine" to end_lr at total_steps, "constant", or "cosine_from_start": a cosine that
+  # counts from step 0, so it starts a little below the peak (SALMONN).
   decay: str = "linear"
-  total_steps: int = 1_000_000
-  start_lr: float = 0.0
-  end_lr: float = 0.0
-  betas: tuple[float, float] = (0.9, 0.999)
-  eps: float = 1e-8
-  weight_decay: float = 0.0
-  max_grad_norm: float = 0.0
+  total_steps: int = 1_000_000  # from which on the learning rate is end_lr, unless "constant"
+  start_lr: float = 0.0  # initial learning rate of a linear warm-up
+  end_lr: float = 0.0  # final learning rate of the decay
+  betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's first and second moments
+  eps: float = 1e-8  # added to the square root of the second moment
+  weight_decay: float = 0.0  # decoupled (AdamW), not applied to norms and biases; 0: plain Adam
+  max_grad_norm: float = 0.0  # largest global norm of a gradient; 0 does not clip
 
   def __post_init__(self):
     if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -71,14 +38,13 @@ class OptimizerConfig:
     for name in ("eps", "weight_decay", "max_grad_norm", "warmup_steps", "peak_lr"):
       if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be finite, not negative")
-    for name, allowed in (("warmup", WARMUPS), ("decay", DECAYS)):
+    kinds = ("linear", "cosine", "cosine_from_start", "constant")
+    for name, allowed in (("warmup", ("log", "linear")), ("decay", kinds)):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
     for name in ("start_lr", "end_lr"):
-      if not 0 <= getattr(self, name) <= self.peak_lr:
-        raise ValueError(
-          f"{name}={getattr(self, name)} must be between 0 and peak_lr={self.peak_lr}"
-        )
+      if not 0 <= (lr := getattr(self, name)) <= self.peak_lr:
+        raise ValueError(f"{name}={lr} must be between 0 and peak_lr={self.peak_lr}")
     if self.decay != "constant" and self.total_steps <= self.warmup_steps:
       raise ValueError(
         f"total_steps={self.total_steps} leaves no room for the {self.decay} decay after"
@@ -88,9 +54,13 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-  """The schedule of a config: number of completed steps -> learning rate; the first step uses 0.
+  """The schedule of a config: number of completed steps -> learning rate.
 
+  Steps 0 and 1 of a logarithmic warm-up have rate 0 (ln 1 = 0), so they only fill Adam's moments.
   DeepSpeed's WarmupDecayLR keeps the peak for one more step and so ends one step later.
+
+  Source: DeepSpeed's default `warmup_type`; MooER's published log (9.2605e-05 at step 600 for a
+  peak of 1e-4 and 1000 steps).
   """
   c, decay_steps = config, config.total_steps - config.warmup_steps
   alpha = c.end_lr / c.peak_lr if c.peak_lr else 0.0
@@ -103,10 +73,10 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
   }[c.decay]()
   if c.warmup_steps == 0:
     return after
+  before = optax.linear_schedule(c.start_lr, c.peak_lr, c.warmup_steps)
   if c.warmup == "log":
-    before = log_warmup(c.peak_lr, c.warmup_steps)
-  else:
-    before = optax.linear_schedule(c.start_lr, c.peak_lr, c.warmup_steps)
+    scale = c.peak_lr / math.log(max(c.warmup_steps, 2))
+    before = lambda step: jnp.minimum(scale * jnp.log(jnp.maximum(step, 1.0)), c.peak_lr)  # noqa: E731
   return optax.join_schedules([before, after], [c.warmup_steps])
 
 

@@ -23,10 +23,9 @@ def jitted_step(
 
   Args:
     model: with compute.scan, as training runs it.
-    optimizer: config of the optimizer.
     accumulation: micro-batches per batch.
-    mesh: from `make_mesh`; its devices may be those of a topology description.
-    shardings: (shardings of the TrainState, of the frozen params).
+    mesh: its devices may be those of a topology description.
+    shardings: of the TrainState and of the frozen params.
   """
 
   def loss_fn(trainable, frozen, batch, key):
@@ -39,36 +38,26 @@ def jitted_step(
     schedule=learning_rate(optimizer),
     accumulation=accumulation,
   )
-  return jit_train_step(step, mesh, *shardings)
+  return jit_train_step(step, mesh, shardings)
 
 
-class CompiledStep:
-  """The train step, compiled in advance for every batch shape."""
+def compile_step(
+  step, *, state, frozen, batches: Sequence[Batch], message: Callable[[str], None]
+) -> Callable:
+  """Compile a step (from `jitted_step`) for the shapes of all `batches`, several at a time.
 
-  def __init__(
-    self, step, *, state, frozen, batches: Sequence[Batch], message: Callable[[str], None]
-  ):
-    """Compile several shapes at a time.
-
-    Args:
-      step: from `jitted_step`.
-      state, frozen: arguments of the step.
-      batches: one batch of `ShapeDtypeStruct`s for each shape.
-      message: prints the progress.
-    """
-    lowered = {_shape(batch): step.lower(state, frozen, batch) for batch in batches}
-    self._compiled = {}
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-      futures = {pool.submit(program.compile): shape for shape, program in lowered.items()}
-      for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-        shape = futures[future]
-        self._compiled[shape] = future.result()
-        frames = " and ".join(map(str, shape[0]))
-        message(f"compiled {number} of {len(futures)}: {frames} frames, {shape[1]} answer tokens")
-
-  def __call__(self, state, frozen, batch: Batch):
-    """Returns (state, metrics); see `make_train_step`."""
-    return self._compiled[_shape(batch)](state, frozen, batch)
+  Batches are of `ShapeDtypeStruct`s; `message` prints the progress. Returns the step for them.
+  """
+  lowered = {_shape(batch): step.lower(state, frozen, batch) for batch in batches}
+  compiled = {}
+  with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+    futures = {pool.submit(program.compile): shape for shape, program in lowered.items()}
+    for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+      shape = futures[future]
+      compiled[shape] = future.result()
+      frames = " and ".join(map(str, shape[0]))
+      message(f"compiled {number} of {len(futures)}: {frames} frames, {shape[1]} answer tokens")
+  return lambda state, frozen, batch: compiled[_shape(batch)](state, frozen, batch)
 
 
 def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
@@ -77,23 +66,17 @@ def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
 
 def cast_params(params: dict, trained: Iterable[str], dtype) -> dict:
   """Cast params: float32 if trained, else matrices to the compute dtype."""
-  trained = set(trained)
-
-  def kept(path):
+  trained, flat = set(trained), tree.flatten(params)
+  for path, x in flat.items():
     vector = path.rsplit("/", 1)[-1] in VECTORS  # small, and rounding CMVN or norms is costly
-    return jnp.float32 if path in trained or vector else dtype
-
-  return tree.unflatten({path: x.astype(kept(path)) for path, x in tree.flatten(params).items()})
+    flat[path] = x.astype(jnp.float32 if path in trained or vector else dtype)
+  return tree.unflatten(flat)
 
 
 def abstract_state(
   model: SpeechLLMConfig, optimizer: OptimizerConfig, *, trainable: Iterable[str], mesh
 ):
-  """Shapes and shardings of the state of a run; no array is created.
-
-  Returns:
-    (TrainState and frozen params as `ShapeDtypeStruct`s, (their shardings)).
-  """
+  """(TrainState and frozen params as `ShapeDtypeStruct`s, their shardings); creates no array."""
   key = jax.random.key(0)
   wanted = jax.eval_shape(lambda: speech_llm.init(key, model))
   trained = tree.flatten(tree.partition(wanted, trainable)[0])
@@ -101,8 +84,5 @@ def abstract_state(
   to_train, frozen = tree.partition(kept, trainable)
   tx = make_optimizer(optimizer)
   state = jax.eval_shape(lambda t: create(t, tx, key), to_train)
-  shardings = (
-    state_shardings(state, tx, param_shardings(mesh, to_train)),
-    param_shardings(mesh, frozen),
-  )
-  return (state, frozen), shardings
+  of_state = state_shardings(state, tx, param_shardings(mesh, to_train))
+  return (state, frozen), (of_state, param_shardings(mesh, frozen))

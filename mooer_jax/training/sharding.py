@@ -40,11 +40,7 @@ class MeshConfig:
 def make_mesh(
   *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """Arrange devices in a mesh data x fsdp x tensor.
-
-  Args:
-    data, fsdp, tensor: axis sizes; one of them may be -1, for the remaining devices.
-    devices: default: all devices of all processes.
+  """Arrange devices (default: those of all processes) in a mesh; for the sizes see `MeshConfig`.
 
   Raises:
     ValueError: if the product of the sizes is not the number of devices, or a size does not fit
@@ -53,18 +49,16 @@ def make_mesh(
   devices = jax.devices() if devices is None else list(devices)
   sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
   said = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-  open_axes = [axis for axis, size in sizes.items() if size == -1]
-  if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+  known = [size for size in sizes.values() if size != -1]
+  if len(known) < 2 or min(known) < 1:
     raise ValueError(f"{said}: sizes must be positive; one of them may be -1")
-  known = math.prod(size for size in sizes.values() if size != -1)
-  if open_axes:
-    sizes[open_axes[0]] = len(devices) // known
-  if math.prod(sizes.values()) != len(devices):
+  rest = len(devices) // math.prod(known)
+  shape = tuple(rest if size == -1 else size for size in sizes.values())
+  if math.prod(shape) != len(devices):
     raise ValueError(
       f"{said}: the product must be the number of devices, {len(devices)}; set one size to -1 for"
       " the remaining devices"
     )
-  shape = tuple(sizes.values())
   try:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
   except NotImplementedError as error:  # a TPU torus that the sizes would cut across
@@ -84,12 +78,10 @@ def param_shardings(
   """`NamedSharding`s of parameters, as a nested dict.
 
   Args:
-    mesh: from `make_mesh`.
     params: nested dict of arrays or `ShapeDtypeStruct`s, stacked or not; all or some of a model.
     rules: further (pattern, spec of the trailing axes), tried before those of the parts; each must
       be used.
-    fsdp_min_size: leaves with fewer elements (in one layer) are not split over fsdp; default:
-      FSDP_MIN_SIZE.
+    fsdp_min_size: overrides FSDP_MIN_SIZE.
 
   Raises:
     ValueError: if a path has no rule, one of `rules` is unused, or an axis of a leaf is not
@@ -101,7 +93,9 @@ def param_shardings(
   least = FSDP_MIN_SIZE if fsdp_min_size is None else fsdp_min_size
   return tree.unflatten(
     {
-      path: NamedSharding(mesh, _fit(mesh, path, leaves[path].shape, spec, least))
+      path: NamedSharding(
+        mesh, _fit(mesh, path, leaves[path].shape, spec=spec, fsdp_min_size=least)
+      )
       for path, spec in tree.flatten(specs).items()
     }
   )
@@ -112,12 +106,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P((DATA, FSDP)))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Each device has a copy of the value."""
-  return NamedSharding(mesh, P())
-
-
-def _fit(mesh, path, shape, spec, fsdp_min_size) -> P:
+def _fit(mesh, path, shape, *, spec, fsdp_min_size) -> P:
   """Align a spec with the trailing axes of a shape, without fsdp for small leaves."""
   if len(spec) > len(shape):
     raise ValueError(f"{path}: shape {shape} has fewer axes than its rule {spec}")
@@ -125,9 +114,8 @@ def _fit(mesh, path, shape, spec, fsdp_min_size) -> P:
   small = math.prod(trailing) < fsdp_min_size
   fitted = []
   for size, names in zip(trailing, spec, strict=True):
-    names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
-    if small:
-      names = tuple(name for name in names if name != FSDP)
+    names = (names,) if names is None or isinstance(names, str) else names
+    names = tuple(name for name in names if name and not (small and name == FSDP))
     ways = math.prod(mesh.shape[name] for name in names)
     if size % ways:
       axes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)

@@ -8,25 +8,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mooer_jax.training.sharding import batch_sharding, replicated
+from mooer_jax.training.sharding import batch_sharding
 
 
 @flax.struct.dataclass
 class TrainState:
-  """State that a step changes; frozen weights are separate.
+  """State that a step changes; frozen weights are separate."""
 
-  Attributes:
-    step: int32 [], completed steps.
-    trainable: nested dict of float32 params.
-    opt_state: state of the optax transformation.
-    rng: uint32, data of the run's key, which is constant; each step folds in its number.
-  """
-
-  step: Any
-  trainable: Any
-  opt_state: Any
-  rng: Any
+  step: Any  # int32 [], completed steps
+  trainable: Any  # nested dict of float32 params
+  opt_state: Any  # of the optax transformation
+  rng: Any  # uint32, data of the run's key, which is constant; each step folds in its number
 
 
 def create(trainable, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -44,12 +39,9 @@ def state_shardings(
 ) -> TrainState:
   """Shardings of a state: moments are sharded like their params, the rest is replicated.
 
-  Args:
-    state: arrays or `ShapeDtypeStruct`s (from `jax.eval_shape(create, ...)`).
-    tx: the optimizer of `state.opt_state`.
-    trainable_shardings: `NamedSharding`s of `state.trainable`.
+  `state` has arrays or `ShapeDtypeStruct`s, and tx is its optimizer.
   """
-  whole = replicated(jax.tree.leaves(trainable_shardings)[0].mesh)
+  whole = NamedSharding(jax.tree.leaves(trainable_shardings)[0].mesh, P())
   opt_state = optax.tree_map_params(
     tx,
     lambda _, sharding: sharding,
@@ -58,11 +50,6 @@ def state_shardings(
     transform_non_params=lambda _: whole,
   )
   return TrainState(step=whole, trainable=trainable_shardings, opt_state=opt_state, rng=whole)
-
-
-# (trainable, frozen, batch, key) -> (loss, metrics). Only metrics are used, which are sums over
-# rows: loss_sum, tokens, correct, and any further sums.
-LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class NotFiniteError(FloatingPointError):
@@ -78,7 +65,7 @@ class NotFiniteError(FloatingPointError):
 
 
 def make_train_step(
-  loss_fn: LossFn,
+  loss_fn: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
   tx: optax.GradientTransformation,
   *,
   schedule: optax.Schedule,
@@ -90,17 +77,16 @@ def make_train_step(
   it does not depend on the accumulation.
 
   Args:
-    loss_fn: (trainable, frozen, batch, key) -> (loss, metrics), where metrics are sums over rows:
-      loss_sum (float32, differentiated), tokens, correct, and further sums.
-    tx: from `make_optimizer`.
+    loss_fn: (trainable, frozen, batch, key) -> (loss, which is not used; sums over rows: loss_sum
+      (float32, differentiated), tokens, correct, and any further ones).
     schedule: learning rate of tx, for the metrics.
     accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
       a + accumulation, …, so that each device keeps its rows.
 
   Returns:
     The function. Its metrics are scalars: loss (per token), accuracy (of tokens), tokens,
-    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (number of the
-    step, from 1), and the further sums.
+    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (from 1), and the
+    further sums.
   """
   if accumulation < 1:
     raise ValueError(f"accumulation={accumulation} must be at least 1")
@@ -158,16 +144,16 @@ def make_train_step(
   return train_step
 
 
-def jit_train_step(train_step, mesh: jax.sharding.Mesh, state_shardings, frozen_shardings):
+def jit_train_step(train_step, mesh: jax.sharding.Mesh, shardings: tuple[TrainState, dict]):
   """Jit a train step for a mesh; the memory of the input state is reused.
 
-  The first axis of all leaves of the batch must be the rows, and rows per micro-batch must be
-  divisible by data x fsdp.
+  `shardings` are those of the state and of the frozen params. The first axis of all leaves of the
+  batch must be the rows, and rows per micro-batch must be divisible by data x fsdp.
   """
   return jax.jit(
     train_step,
-    in_shardings=(state_shardings, frozen_shardings, batch_sharding(mesh)),
-    out_shardings=(state_shardings, replicated(mesh)),
+    in_shardings=(*shardings, batch_sharding(mesh)),
+    out_shardings=(shardings[0], NamedSharding(mesh, P())),
     donate_argnums=0,
   )
 

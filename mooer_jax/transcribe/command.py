@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.files import replace_file
+from mooer_jax.files import replace_file, write_errors_name
 from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
 
 STDIN = "-"
@@ -197,9 +197,12 @@ def _json_writer(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]
   finally:
     if path is not None and (rows or complete):
       replaceable = not path.exists() or path.is_file()  # not /dev/stdout
-      with replace_file(path) if replaceable else contextlib.nullcontext(path) as target:
+      with (
+        write_errors_name(path),
+        replace_file(path) if replaceable else contextlib.nullcontext(path) as target,
         # A lone surrogate of a file name becomes an escape, which JSON has as well.
-        with open(target, "w", encoding="utf-8", errors="backslashreplace") as file:
-          file.write(json.dumps(rows, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+        open(target, "w", encoding="utf-8", errors="backslashreplace") as file,
+      ):
+        file.write(json.dumps(rows, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
       if not complete:
         print(f"{path} holds the {len(rows)} results up to here", file=sys.stderr)

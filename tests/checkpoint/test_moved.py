@@ -55,5 +55,7 @@ def test_a_checkpoint_that_knows_only_the_absolute_path_still_loads(tuned, tmp_p
 
 def test_a_whole_checkpoint_takes_no_base(tuned, tmp_path):
   base = tmp_path / "home" / "models" / "base"
-  with pytest.raises(checkpoint.CheckpointError, match="is not a fine-tune and has no base"):
+  with pytest.raises(
+    checkpoint.CheckpointError, match="has no base checkpoint; leave out base_checkpoint="
+  ):
     checkpoint.describe(base, base=tuned)

@@ -93,9 +93,13 @@ def test_train_state_comes_back_bit_for_bit_with_the_data_position(tmp_path):
 
 def test_train_state_of_another_run_is_refused_by_path(tmp_path, saved):
   folder = save(tmp_path / "c", params(), train_state=state(), data_state={})
-  with pytest.raises(CheckpointError, match="moments/0/count is only in the checkpoint"):
+  with pytest.raises(
+    CheckpointError, match="moments/0/count is .* in the checkpoint, not used in this run"
+  ):
     checkpoint.load_train_state(folder, state().replace(moments=()))
-  with pytest.raises(CheckpointError, match=r"step is saved as \[\[\], 'int32'\], this run has"):
+  with pytest.raises(
+    CheckpointError, match=r"step is \[\[\], 'int32'\] in the checkpoint, \[.*\] in this run"
+  ):
     checkpoint.load_train_state(folder, state().replace(step=jnp.float32(0)))
   with pytest.raises(CheckpointError, match="holds no train_state"):
     checkpoint.load_train_state(saved, state())

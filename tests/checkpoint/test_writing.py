@@ -97,14 +97,28 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path, 
   assert_same(checkpoint.load(checkpoint.latest(tmp_path)).params, params(2))
 
 
-def test_a_full_disk_is_one_error_without_the_tracebacks_of_threads(tmp_path, caplog):
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-  big = {"big": np.random.default_rng(0).normal(size=(100, 100))}
-  try:
-    with pytest.raises(SaveError, match=f"^{tmp_path}/model: the checkpoint was not saved"):
-      save(tmp_path / "model", big)
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert not [record for record in caplog.records if record.exc_info]
-  assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("kind", ["arrays", "lazy"])
+def test_a_full_disk_is_one_error_without_the_tracebacks_of_threads(tmp_path, plain_env, kind):
+  """Many leaves, so that further writes fail and end after the first one has failed."""
+  program = textwrap.dedent("""
+    import resource, sys
+    import jax.numpy as jnp
+    from mooer_jax import checkpoint
+    from mooer_jax.checkpoint.leaves import as_lazy
+
+    leaf = jnp.arange(90_000.0).reshape(300, 300)
+    leaf = as_lazy(leaf) if sys.argv[2] == "lazy" else leaf
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+      checkpoint.save(
+        sys.argv[1], params={f"w{n}": leaf for n in range(40)}, config_json={},
+        tokenizer=lambda _: None, generation={},
+      )
+    except OSError as error:
+      sys.exit(str(error))
+  """)
+  command = [sys.executable, "-c", program, str(tmp_path / "model"), kind]
+  run = subprocess.run(command, env=plain_env, capture_output=True, text=True)
+  (line,) = (said for said in run.stderr.splitlines() if "TypeHandlerRegistry" not in said)
+  assert line.startswith(f"{tmp_path}/model: the checkpoint was not saved")
+  assert run.returncode == 1 and list(tmp_path.iterdir()) == []

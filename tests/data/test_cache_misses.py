@@ -23,7 +23,7 @@ def fill(cache, config, model, skipped=None):
   """Writes made-up frames of the lengths that the encoders would give; returns how many clips."""
   count = 0
   for batch, digests, seconds in cache_misses(
-    config, model, known={*cache.names()}, skipped=Counter() if skipped is None else skipped
+    config, model, known={*cache.clips}, skipped=Counter() if skipped is None else skipped
   ):
     rows = []
     for row, name in enumerate(digests):
@@ -62,7 +62,7 @@ def test_clips_are_cached_that_evaluation_would_leave_out(shards, wav, tokenizer
   assert causes == {"unknown task", "no transcript"}
   assert {row.tobytes() for host in hosts for row in host.batch.features[0]} == {
     np.pad(cache.get(name)[0][0], ((0, 10 - cache.get(name)[0][0].shape[0]), (0, 0))).tobytes()
-    for name in cache.names()[:2]
+    for name in list(cache.clips)[:2]
   }
 
 

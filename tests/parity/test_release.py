@@ -157,8 +157,7 @@ def test_the_command_gives_what_the_class_gives(sides, clips, tmp_path, capsys):
     assert row["path"] == path and row["task"] == "asr" and row["tokens"] == tokens
     assert row["text"] == theirs.tokenizer.decode(tokens, skip_special_tokens=True)
     assert row["seconds"] == pytest.approx(soundfile.info(path).duration, abs=1e-3)
-    assert row["score"] == pytest.approx(result.score, abs=1e-6)
-    assert row == result.to_json() | {"score": row["score"]}
+    assert row == result.to_json()  # the same program on the same machine
 
   assert cli.main([*base, "--json", str(out), *paths]) == 0
   defaults = json.loads(out.read_text("utf-8"))

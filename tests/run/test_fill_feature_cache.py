@@ -94,7 +94,7 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
   cache = fill_feature_cache.fill_cache(run, params, mesh)
   folder = run.init_from.parent
   paths = sorted(folder.glob("*.wav"))
-  assert sorted(cache.names()) == sorted(map(_digest, paths))
+  assert sorted(cache.clips) == sorted(map(_digest, paths))
   for path in paths:
     frames, _ = cache.get(_digest(path))
     for kept_TD, expected_TD in zip(frames, _expected(run, params, path), strict=True):
@@ -108,12 +108,12 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
 
   with monkeypatch.context() as patch:  # nothing is read again where nothing changed
     patch.setattr(fill_feature_cache, "cache_misses", None)
-    assert len(fill_feature_cache.fill_cache(run, params, mesh)) == 3
+    assert len(fill_feature_cache.fill_cache(run, params, mesh).clips) == 3
   before = paths[0].stat()
   paths[0].write_bytes(paths[1].read_bytes()[:-2000])
   os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
   changed = fill_feature_cache.fill_cache(run, params, mesh)
-  assert changed.folder == cache.folder and len(changed) == 4
+  assert changed.folder == cache.folder and len(changed.clips) == 4
   assert changed.get(_digest(paths[0])) is not None
 
   monkeypatch.setattr(fill_feature_cache, "FRAMES_VERSION", fill_feature_cache.FRAMES_VERSION + 1)
@@ -149,4 +149,4 @@ def test_two_processes_do_not_fill_the_same_folder(prepared):
   (folder / "complete").unlink()
   with lock_folder(folder), pytest.raises(ValueError, match="is in use by process"):
     fill_feature_cache.fill_cache(run, params, mesh)
-  assert len(fill_feature_cache.fill_cache(run, params, mesh)) == 3
+  assert len(fill_feature_cache.fill_cache(run, params, mesh).clips) == 3

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, tree
+from mooer_jax.audio.cmvn import write_mvn
+from mooer_jax.data.utterances import BadDataError
 from mooer_jax.training import sharding
 from mooer_jax.training.step import NotFiniteError
 from tests.numerics import assert_within, exceeds_the_bound, rounding
@@ -135,6 +137,21 @@ def test_an_utterance_that_cannot_be_used_is_counted_once(config):
   train(config)
   rows = (Path(config.workdir) / "skipped.jsonl").read_text().splitlines()
   assert rows and len(rows) == len({json.loads(row)["key"] for row in rows})
+
+
+@pytest.mark.parametrize("cmvn", ["estimate", "file"])
+def test_a_run_that_stops_for_bad_data_records_the_utterances(config, clips, tmp_path, cmvn):
+  if cmvn == "file":  # the first batches are read by the training loop
+    config.train.cmvn = str(tmp_path / "am.mvn")
+    write_mvn(config.train.cmvn, np.zeros(560, np.float32), np.ones(560, np.float32))
+  config.characters = "0"
+  config.model.llm.vocab_size = 3
+  with pytest.raises(BadDataError, match=f"unknown character {4 * len(clips)}"):
+    train(config)
+  with (Path(config.workdir) / "skipped.jsonl").open() as file:
+    rows = [json.loads(line) for line in file]
+  assert len({row["key"] for row in rows}) == len(rows) == 4 * len(clips)
+  assert {row["cause"] for row in rows} == {"unknown character"}
 
 
 def test_a_nan_stops_the_run_and_names_the_step(config):

@@ -62,7 +62,7 @@ def losses(mesh_sizes, *, params=None, accumulation=1, remat="none", peak_lr=OPT
   mesh = make_mesh(**mesh_sizes, devices=jax.devices()[:size])
   place = lambda params: param_shardings(mesh, params, fsdp_min_size=0)  # noqa: E731
   shardings = state_lib.state_shardings(state, tx, place(trainable))
-  train_step = jit_train_step(step, mesh, shardings, place(frozen))
+  train_step = jit_train_step(step, mesh, (shardings, place(frozen)))
   state, frozen = jax.device_put((state, frozen), (shardings, place(frozen)))
   seen = []
   for batch in batches(config):

@@ -10,7 +10,6 @@ from mooer_jax.training.sharding import (
   batch_sharding,
   make_mesh,
   param_shardings,
-  replicated,
   sharding_rules,
 )
 
@@ -218,4 +217,3 @@ def test_arrays_take_their_shardings_and_the_batch_is_split_by_rows(mesh):
   assert kernel.addressable_shards[0].data.shape == (256, 512)
   rows = jax.device_put(np.zeros((8, 3)), batch_sharding(mesh))
   assert rows.addressable_shards[0].data.shape == (2, 3)
-  assert jax.device_put(np.zeros(3), replicated(mesh)).addressable_shards[0].data.shape == (3,)

@@ -173,7 +173,7 @@ def test_sharding_changes_nothing():
   }
   assert all(count == (2 if "linear1" in name else 4) for name, count in parts.items())
   assert len(parts) == 4
-  sharded = jit_train_step(step, mesh, shardings, param_shardings(mesh, frozen))
+  sharded = jit_train_step(step, mesh, (shardings, param_shardings(mesh, frozen)))
   for batch, expected in zip(batches, one, strict=True):
     state, metrics = sharded(state, frozen, jax.device_put(batch, batch_sharding(mesh)))
     assert_within(metrics["loss"], expected, bound)
@@ -185,7 +185,9 @@ def test_the_state_that_goes_in_is_given_up():
   state, frozen, step, tx = build()
   shardings = state_lib.state_shardings(state, tx, param_shardings(mesh, state.trainable))
   state = jax.device_put(state, shardings)
-  jit_train_step(step, mesh, shardings, param_shardings(mesh, frozen))(state, frozen, toy_batch(0))
+  jit_train_step(step, mesh, (shardings, param_shardings(mesh, frozen)))(
+    state, frozen, toy_batch(0)
+  )
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
 
 

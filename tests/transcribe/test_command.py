@@ -109,6 +109,15 @@ def test_results_survive_sigterm(folder, clips, tmp_path, monkeypatch):
   assert len(json.loads(out.read_text("utf-8"))) == len(calls[0])
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no Linux: no /dev/full")
+def test_a_full_device_is_one_line_that_names_the_file(folder, clips, capsys):
+  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", "--json", "/dev/full"]
+  assert cli.main([*command, str(clips[0].path)]) == 2
+  error = capsys.readouterr().err
+  (line,) = (line for line in error.splitlines() if "No space left on device" in line)
+  assert "/dev/full" in line and "Traceback" not in error
+
+
 def test_odd_file_names_are_escaped(folder, clips, tmp_path, capsys):
   odd = os.fsdecode(bytes(tmp_path) + b"/a\nb\t\xff.wav")
   shutil.copyfile(clips[0].path, odd)

@@ -21,6 +21,7 @@ from mooer_jax.generation.loading import load_model
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.transcribe.clips import load_clips
 from mooer_jax.transcribe.transcript import join_transcripts
+from tests.numerics import assert_within, exceeds_the_bound, score_rounding
 
 
 def test_results_follow_the_clips_whatever_the_batch(transcriber, clips):
@@ -153,7 +154,11 @@ def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task)
   assert [piece for piece in joined.pieces if piece.tokens] == alone
   assert [piece.seconds for piece in joined.pieces] == [len(piece) / 16000 for piece in pieces]
   assert [row["text"] for row in joined.to_json()["pieces"]] == [p.text for p in joined.pieces]
-  assert joined.text and joined.score == pytest.approx(expected.score, abs=1e-3)
+  assert joined.text
+  bound = score_rounding(transcriber, heard, same_features=True, task=task)
+  assert_within(joined.score, expected.score, bound)
+  with exceeds_the_bound():  # a chunk is lost
+    assert_within(joined.score - alone[0].score, expected.score, bound)
 
 
 def test_what_chunk_s_may_be_is_said_before_any_audio_is_read(transcriber):
