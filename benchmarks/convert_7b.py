@@ -25,7 +25,7 @@ from convert.core.folders import write_json
 from convert.core.writers import write_shards
 from convert.parts.hf_config import hf_config
 from convert.parts.language_model import TABLE, shapes
-from mooer_jax.checkpoint.leaves import hash_file
+from mooer_jax.checkpoint.sums import hash_file
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
