@@ -51,7 +51,7 @@ def test_evaluation_skips_and_counts_them(config, model_side, shards):
 def test_the_feature_cache_skips_and_counts_them(config, model_side, shards):
   skipped = Counter()
   batches = cache_misses(config, model_side[1], known=set(), skipped=skipped)
-  assert sum(len(batch.digests) for batch in batches) == len(USED) + len(shards.keys)
+  assert sum(len(digests) for _, digests, _ in batches) == len(USED) + len(shards.keys)
   assert skipped == Counter(REFUSED.values())
 
 
