@@ -26,8 +26,9 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-  "audio", "nn", "kernels", "encoders", "connectors", "decoders", "parity", "generation",
-  "training", "convert", "test_speech_llm.py", "test_pmap.py",
+  *(f"audio/test_{name}.py" for name in ("cmvn", "fbank", "frontend", "logmel")),
+  "nn", "kernels", "encoders", "connectors", "decoders", "parity", "generation", "training",
+  "convert/verify", "test_numerics.py", "test_speech_llm.py", "test_pmap.py",
 )  # fmt: skip
 
 # The names that /proc/cpuinfo has for what each instruction set needs.
