@@ -27,7 +27,7 @@ mini-salmonn: $(VENV)/.mini
 test: $(VENV)/.dev lint types
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m "not nightly" $(PYTEST_ARGS)
 
-# An hour or more: the parity and model tests under each of some ten settings.
+# An hour or more: the numeric tests under each of some ten settings.
 portable: $(VENV)/.dev
 	$(BIN)/python tests/portable.py $(PORTABLE_ARGS) -- -n $(WORKERS) --dist loadfile
 
