@@ -25,6 +25,7 @@ def inspect(path: Path, *, names: bool = True, base: Path | None = None) -> None
 
   Raises:
     FileNotFoundError, ReadError: if there are no weights.
+    ValueError: if `path` is not a checkpoint, but has a base.
   """
   from rich.box import SIMPLE
   from rich.console import Console
@@ -35,6 +36,8 @@ def inspect(path: Path, *, names: bool = True, base: Path | None = None) -> None
   if (path / "checkpoint.json").is_file() or all_steps(path):
     rows, kind, notes = _checkpoint(path, base)
   else:
+    if base is not None:
+      raise ValueError(f"--base-checkpoint has no effect: {path} is not a checkpoint of mooer_jax")
     rows, kind, notes = _weights(path)
   # In a file or a pipe, a row is one line.
   console = Console(width=None if sys.stdout.isatty() else 500)

@@ -84,7 +84,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   _add_options(verifying, _VERIFIED)
   verifying.add_argument("--base-checkpoint", **_BASE)
   verifying.add_argument(
-    "--max-new-tokens", type=int, default=40, help="maximum number of tokens (default: 40)"
+    "--max-new-tokens", type=_positive, default=40, help="maximum number of tokens (default: 40)"
   )
   verifying.set_defaults(run=_verify)
 
@@ -130,6 +130,12 @@ def _add_options(parser, names: Iterable[str]) -> None:
     else:
       how = {"type": str} if name == "task" else {"type": Path, "metavar": "PATH"}
     parser.add_argument(flag(name), dest=name, help=DESCRIPTIONS[name], **how)
+
+
+def _positive(text: str) -> int:
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text!r}: write a whole number above 0")
+  return int(text)
 
 
 def _size(text: str) -> int:

@@ -328,7 +328,7 @@ def with_new_names(
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
   """Error message for an unknown config key, with the closest allowed one."""
   close = difflib.get_close_matches(key.rsplit(".", 1)[-1], allowed, 1)
-  hint = f"; did you mean {close[0]!r}?" if close else ""
+  hint = f"; did you mean {close[0]!r}?" if close else "."
   return f"unknown config key {key!r}{hint} Allowed: {', '.join(allowed)}"
 
 

@@ -61,6 +61,10 @@ def load_model(
   model = from_json(about.config, compute, path=about.folder / "config.json")
   checkpoint.check_leaves(about, param_shapes(model))
   loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
+  try:
+    merge_options(loaded.generation, {})
+  except ValueError as error:
+    raise ValueError(f"{loaded.folder / 'generation.json'}: {error}") from error
   options = merge_options(loaded.generation, generation or {})
   options.check_effect(generation or {})
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)

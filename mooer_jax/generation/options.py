@@ -70,6 +70,7 @@ class GenerationConfig:
     require("repetition_penalty", is_valid, "a number above 0; 1 is no penalty")
     require("length_penalty", math.isfinite(self.length_penalty), "a finite number")
     require("early_stopping", self.early_stopping in (True, False, "never"), "a bool or 'never'")
+    require("eos_token_id", min(self.eos_token_id, default=0) >= 0, "ids of at least 0")
     biases = dict(self.sequence_bias)
     is_valid = len(biases) == len(self.sequence_bias) and min(biases, default=0) >= 0
     is_valid &= all(map(math.isfinite, biases.values()))
@@ -87,6 +88,8 @@ class GenerationConfig:
         raise ValueError(
           f"{name} has no effect without sampling; add do_sample=True (--do-sample) or leave it out"
         )
+      if name == "min_length" and self.min_new_tokens is not None:
+        raise ValueError("min_length has no effect beside min_new_tokens; leave one of them out")
       if name in ("length_penalty", "early_stopping") and self.num_beams == 1:
         raise ValueError(
           f"{name} has no effect with one beam; raise num_beams (--num-beams) or leave it out"

@@ -72,6 +72,8 @@ def _parse_flags(argv: list[str], *, module: str) -> list[str]:
     rest = flags.FLAGS(argv)
     _check_overrides(argv)
     return rest
+  except SyntaxError as error:
+    sys.exit(f"{argv[0]}: {error.filename}:{error.lineno}: {error.msg}")
   except (AttributeError, KeyError, flags.Error) as error:
     sys.exit(f"{argv[0]}: {_flag_error(argv, error)}")
 
@@ -96,8 +98,8 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
     return f"{where}no config key {key!r}{hint}"
   given = [text for text in argv if text.startswith("--config.") and key in text]
   return (
-    f"no config key {key!r} for {' '.join(given)}{hint} Flags override keys that the config file"
-    " sets; set keys of a model part or of `generation` in the file first"
+    f"no config key {key!r} for {' '.join(given)}{hint or '.'} Flags override keys that the"
+    " config file sets; set other keys of a model part or of `generation` in the file first"
   )
 
 

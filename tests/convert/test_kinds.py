@@ -207,6 +207,12 @@ def test_a_new_kind_is_one_file_and_one_line(tmp_path, monkeypatch, capsys):
   assert "not a whole model" in capsys.readouterr().err
 
 
+def test_inspect_refuses_a_base_of_what_is_no_checkpoint(tmp_path, capsys):
+  _, source = saved_llm(tmp_path / "hf", "qwen2")
+  assert main(["inspect", str(source), "--base-checkpoint", str(tmp_path)]) == 2
+  assert "--base-checkpoint has no effect" in capsys.readouterr().err
+
+
 def test_inspect_takes_a_run_folder(tmp_path, capsys):
   _, source = saved_llm(tmp_path / "hf", "llama")
   assert main(["import", "llama", str(source), str(tmp_path / "run" / "step_00000007")]) == 0

@@ -144,6 +144,7 @@ def test_a_wrong_type_or_range_is_named(key, value, message):
     ("c.train.steps = 2.5", ":5: TypeError: Could not override field 'steps'"),
     ("c.data.buckets = 84", ":5: TypeError: Could not override field 'buckets'"),
     ("c.lock().foo = 1", ":5: no config key 'foo'"),
+    ("c.seed = (", ":5: "),
     ("pass\ndel get_config", "c.py: the file must define get_config()"),
   ],
 )

@@ -243,6 +243,8 @@ def test_scores_that_are_not_finite_are_errors_of_their_clips(transcriber, clips
     (dict(top_k=5), "top_k has no effect"),
     (dict(top_p=0.5, do_sample=False), "top_p has no effect"),
     (dict(seed=0), "seed has no effect"),
+    (dict(min_length=3, min_new_tokens=1), "min_length has no effect beside min_new_tokens"),
+    (dict(eos_token_id=(-1,)), "eos_token_id=.*at least 0"),
     (dict(length_penalty=1.0), "length_penalty has no effect with one beam"),
     (dict(return_hidden=True), "return_hidden=True has no effect"),
     (dict(do_sample=True, temperature=1e-320), "temperature=1e-320: must be a number from 1.2e-38"),

@@ -1,5 +1,6 @@
 """Qwen2 and LLaMA folders of transformers: the same logits here, the same bits back."""
 
+import json
 import shutil
 
 import jax
@@ -101,6 +102,16 @@ def test_the_stored_dtype_stays(tmp_path, dtype):
   assert {leaf.dtype.name for leaf in leaves} == {dtype}
   export_checkpoint("qwen2", tmp_path / "ours", tmp_path / "back")
   assert_same_tensors(source, tmp_path / "back")
+
+
+def test_scaled_rope_is_refused_beside_plain_parameters(tmp_path):
+  _, source = saved_llm(tmp_path / "hf", "qwen2")
+  config = json.loads((source / "config.json").read_text())
+  assert config["rope_parameters"]["rope_type"] == "default"
+  config["rope_scaling"] = {"type": "linear", "factor": 4.0}
+  (source / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ConversionError, match="rope_scaling=.*only unscaled rotary positions"):
+    import_checkpoint("qwen2", source, tmp_path / "ours")
 
 
 def test_heads_of_another_width_than_their_share(tmp_path):
