@@ -80,11 +80,11 @@ def test_what_a_save_hides_is_shown_again_after_it(tmp_path, monkeypatch):
   def interrupt(*_, **__):
     raise KeyboardInterrupt
 
-  changed()
-  monkeypatch.setattr(arrays, "_save_failed", False)
+  monkeypatch.setattr(arrays, "_save_failed", False)  # as before any other test
   for logger in loggers:
-    monkeypatch.setattr(logger, "filters", list(logger.filters))
+    monkeypatch.setattr(logger, "filters", [])
   monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+  changed()
   save(tmp_path / "c", params())
   assert not changed()
   monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", interrupt)
