@@ -276,8 +276,11 @@ def build(cls: type[T], section: Mapping[str, Any], name: str, *, base: T | None
   Args:
     cls: the dataclass.
     section: ConfigDict or dict; nested sections fill nested dataclasses.
-    name: dotted name of the section in errors (ValueError).
+    name: dotted name of the section in errors.
     base: instance with the values of missing keys; default: the defaults of cls.
+
+  Raises:
+    ValueError: for an unknown key, a value of another type, or one that cls refuses.
   """
   check_section(section, name)
   section = with_new_names(section, getattr(cls, "RENAMED", {}), name)
@@ -302,13 +305,16 @@ def with_new_names(
 ) -> Mapping[str, Any]:
   """A section in which the new names replace deprecated keys.
 
-  In a config, values of deprecated keys override those of new names, which may be defaults. In a
-  saved file, where nothing is a default, both names of one key are an error.
+  In a config, values of deprecated keys override those of new names, which may be defaults.
 
   Args:
     section: of a config, or of a saved file.
     renamed: {old key: new key}.
-    name: of the section, for the warning about a deprecated key; "" for a saved file, without one.
+    name: of the section, for the warning about a deprecated key; "" for a saved file, without a
+      warning.
+
+  Raises:
+    ValueError: if a saved file, where nothing is a default, has both names of a key.
   """
   old_keys = [key for key in section if key in renamed]
   if not old_keys:
@@ -346,8 +352,11 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   Args:
     hint: type of the value; floats must be finite.
     value: from a config or a JSON file.
-    name: dotted name of the value in errors (ValueError).
+    name: dotted name of the value in errors.
     current: for a dataclass, the instance with the values of missing keys.
+
+  Raises:
+    ValueError: if the value, or one in it, has another type.
   """
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if isinstance(hint, type) and dataclasses.is_dataclass(hint):

@@ -23,7 +23,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
   """Yield a path beside `path` to write to; when the block succeeds, it replaces `path`.
 
   The folder is created if needed. The temporary name is unique, so concurrent writers do not mix
-  their content, and the content is on the disk before the rename. Otherwise `path` is unchanged.
+  their content, and the content is on the disk before the rename. If the block fails, `path` is
+  unchanged.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -58,9 +58,8 @@ def encoder_inputs(
   lengths = next(fitting, None)
   if lengths is None:
     raise ValueError(f"clips of {longest} frames do not fit into the largest bucket, {buckets[-1]}")
-  padded = tuple(
-    np.zeros((rows, length, x_TF.shape[1]), dtype) for length, x_TF in zip(lengths, clips[0])
-  )
+  sizes = zip(lengths, clips[0], strict=True)
+  padded = tuple(np.zeros((rows, length, x_TF.shape[1]), dtype) for length, x_TF in sizes)
   frames = tuple(np.zeros(rows, np.int32) for _ in lengths)
   for row, clip in enumerate(clips):
     for x_BTF, frames_B, made_TF in zip(padded, frames, clip, strict=True):
@@ -73,6 +72,7 @@ def bucket_lengths(bucket: int, frontends: Sequence[Frontend]) -> tuple[int, ...
   """Frames for every encoder of the longest clip with `bucket` frames for the first encoder."""
   if len(frontends) == 1:
     return (bucket,)
-  # The largest number of samples that gives at most `bucket` frames.
-  samples = bisect.bisect_right(range(1 << 40), bucket, key=frontends[0].num_frames) - 1
+  # The largest number of samples that gives at most `bucket` frames. At least 1: the first sample
+  # already makes two frames of Whisper, and the other encoders would get none.
+  samples = max(1, bisect.bisect_right(range(1 << 40), bucket, key=frontends[0].num_frames) - 1)
   return (bucket, *(frontend.num_frames(samples) for frontend in frontends[1:]))

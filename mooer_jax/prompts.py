@@ -41,7 +41,8 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
     prompt: replaces {prompt}; has one place for the speech, unless the template has it.
     question: replaces `{}` in the prompt; required if there is one.
 
-  Raises ValueError for arguments that do not fit together.
+  Raises:
+    ValueError: for an unknown template, a missing question, or SPEECH not exactly once.
   """
   if template not in TEMPLATES:
     raise ValueError(f"chat template {template!r}: choose one of {sorted(TEMPLATES)}")
@@ -61,7 +62,7 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
 
 
 def check_question(prompt: str, question: str | None, task: str):
-  """Check that a prompt, of a task, and a question (None if there is none) fit together.
+  """Check that a task's prompt and a question fit together. Without one, `question` is None.
 
   Raises:
     ValueError: for a question that is missing or empty, or a prompt without a place for it.
@@ -91,7 +92,10 @@ def check_prompt_suffix(tokens_after: int, prompt: str, template: str) -> None:
 
 
 def task_prompt(task: str, prompts: Mapping[str, str] | None = None) -> str:
-  """The prompt of a task, from those of a checkpoint (default: MooER's), or a ValueError."""
+  """The prompt of a task, from those of a checkpoint (default: MooER's).
+
+  Raises ValueError for an unknown task.
+  """
   prompts = TASKS if prompts is None else prompts
   if task not in prompts:
     raise ValueError(f"task={task!r}: the model has {sorted(prompts)}")

@@ -157,9 +157,9 @@ def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
   longest = max(valid_BT.shape[1] for _, valid_BT in streams.values())
   frames, valid = [], []
   for x_BTD, valid_BT in streams.values():
-    missing = (0, 0), (0, longest - valid_BT.shape[1])
-    frames.append(jnp.pad(jnp.where(valid_BT[..., None], x_BTD, 0), (*missing, (0, 0))))
-    valid.append(jnp.pad(valid_BT, missing))
+    padding = (0, 0), (0, longest - valid_BT.shape[1])
+    frames.append(jnp.pad(jnp.where(valid_BT[..., None], x_BTD, 0), (*padding, (0, 0))))
+    valid.append(jnp.pad(valid_BT, padding))
   return jnp.concatenate(frames, axis=-1), functools.reduce(jnp.logical_or, valid)
 
 

@@ -34,7 +34,9 @@ def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.n
     raise ValueError(f"{path}: is not text; a Kaldi Nnet text file (am.mvn) is expected") from error
   shift_F, scale_F = (_component(text, tag, path) for tag in ("<AddShift>", "<Rescale>"))
   if len(shift_F) != len(scale_F):
-    raise ValueError(f"{path}: {len(shift_F)} values of <AddShift>, {len(scale_F)} of <Rescale>")
+    raise ValueError(
+      f"{path}: {len(shift_F)} values of <AddShift>, {len(scale_F)} of <Rescale>; must be equal"
+    )
   if width is not None and len(shift_F) != width:
     raise ValueError(
       f"{path}: has {len(shift_F)} values, the features have {width}; use the file of this encoder"
@@ -67,11 +69,13 @@ def estimate(features: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Estimate shift and scale, so that features have mean 0 and variance 1.
 
   Args:
-    features: arrays [T, F], consumed one by one; ValueError if there is no frame, widths differ, or
-      a value is not finite.
+    features: arrays [T, F], consumed one by one.
 
   Returns:
     shift_F and scale_F, float32 [F]. The scale of a constant feature is 1.
+
+  Raises:
+    ValueError: if there is no frame, widths differ, or a value is not finite.
   """
   frames, mean_F, squares_F = 0, None, None
   for number, x_TF in enumerate(features):
@@ -101,7 +105,7 @@ def estimate(features: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _component(text: str, tag: str, path: pathlib.Path) -> np.ndarray:
-  found = re.search(rf"{tag}\s([^\[]*)\[([^\]]*)\]", text)
+  found = re.search(rf"(?<![^\s\]]){tag}\s([^\[\]]*)\[([^\[\]]*)\]", text)
   if not found:
     raise ValueError(
       f"{path}: no {tag} with values in [ ]; a Kaldi Nnet text file (am.mvn) is expected"

@@ -258,7 +258,6 @@ def _join(blocks: Iterable[_Part]) -> list[_Part]:
 
 
 def _block(frame) -> _Part:
-  """One of FFmpeg's frames."""
   if frame.is_corrupt:
     raise Damaged("damaged: FFmpeg marks a frame as corrupt; copy or encode it again")
   x = frame.to_ndarray()
@@ -283,9 +282,9 @@ def _concatenate(parts: list[_Part]) -> tuple[np.ndarray, int]:
       )
   counts = {part.samples_NC.shape[1] for part in parts}
   if len(counts - {1}) > 1:
+    found = ", ".join(map(str, sorted(counts)))
     raise Damaged(
-      f"the number of channels changes ({str(sorted(counts))[1:-1]}); convert it to one number:"
-      " ffmpeg -i IN -ac 1 OUT"
+      f"the number of channels changes ({found}); convert it to one number: ffmpeg -i IN -ac 1 OUT"
     )
   if len(parts) == 1:
     return parts[0]

@@ -37,16 +37,24 @@ def check_frames(config, kind: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FbankConfig:
-  """Kaldi's options for a filter bank, without dither and with complete frames only."""
+  """Kaldi's options for a filter bank, without dither and with complete frames only.
+
+  Attributes:
+    bins: mel bins F.
+    frame_ms, hop_ms: length of a frame, and time from one frame to the next.
+    window: one of WINDOWS.
+    low_hz, high_hz: lower edge of the lowest bin, upper edge of the highest; 0 is half the rate.
+    preemphasis: x[n] - preemphasis * x[n - 1], within each frame.
+  """
 
   sample_rate_hz: int = 16000
-  bins: int = 80  # mel bins F
+  bins: int = 80
   frame_ms: float = 25
   hop_ms: float = 10
-  window: str = "hamming"  # one of WINDOWS
-  low_hz: float = 20  # lower edge of the lowest bin
-  high_hz: float = 0  # upper edge of the highest bin; 0 is half the sample rate
-  preemphasis: float = 0.97  # x[n] - preemphasis * x[n - 1], within each frame
+  window: str = "hamming"
+  low_hz: float = 20
+  high_hz: float = 0
+  preemphasis: float = 0.97
 
   def __post_init__(self):
     if self.window not in WINDOWS:
@@ -123,11 +131,14 @@ def fbank(waveform_N: np.ndarray, config: FbankConfig = FbankConfig()) -> np.nda
   """Log-mel energies in NumPy.
 
   Args:
-    waveform_N: float [N], full scale = 1; ValueError for another type or shape.
+    waveform_N: float [N], full scale = 1.
     config: options.
 
   Returns:
     float32 [T, F] with T = `num_fbank_frames(N, config)`.
+
+  Raises:
+    ValueError: if the waveform is not float [N].
 
   Computes in float64 up to the power; Kaldi's own float32 errs by up to a percent in bins 110 dB
   below the peak of their frame.
@@ -202,8 +213,8 @@ def fbank_jax(waveform_BN: jax.Array, samples_B: jax.Array, config: FbankConfig 
     jnp.concatenate([coarse_BTL, fine_BTL], axis=-1), np.concatenate([fine_LK, matrix_LK])
   )
   real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
-  mel_KF = constants(config)[1].astype(np.float32)
-  energies_BTF = matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
+  _, mel_KF = constants(config)
+  energies_BTF = matmul(real_BTK**2 + imaginary_BTK**2, mel_KF.astype(np.float32))
   fbank_BTF = jnp.log(jnp.maximum(energies_BTF, np.float32(FLOOR)))
   return jnp.where(valid_BT1, fbank_BTF, 0), frames_B
 
@@ -240,7 +251,8 @@ def _matrices(config: FbankConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   emphasis_LL = np.eye(length) - config.preemphasis * before_LL
   turns_LK = np.outer(np.arange(length), np.arange(config.fft_length // 2)) / config.fft_length
   angle_LK = 2 * np.pi * (turns_LK % 1)
-  dft_LK = constants(config)[0][:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
+  window_L, _ = constants(config)
+  dft_LK = window_L[:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
   matrix_LK = without_mean_LL @ emphasis_LL @ dft_LK
   # Steps by column, because pre-emphasis attenuates the low frequencies.
   step_K = 2.0 ** (np.frexp(np.abs(matrix_LK).max(axis=0))[1] - 8)

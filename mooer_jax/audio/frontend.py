@@ -24,13 +24,16 @@ def stack_frames(fbank_TF: np.ndarray, *, window: int = 7, stride: int = 6) -> n
   """Stack neighbouring frames: float32 [T, F] to fewer and wider ones.
 
   Args:
-    fbank_TF: log-mel energies, one frame every 10 ms; ValueError if there are none.
+    fbank_TF: log-mel energies, one frame every 10 ms.
     window: number of frames in an output (MooER: 7).
     stride: input frames from one output to the next, at most `window` (MooER: 6, so 60 ms).
 
   Returns:
     float32 [ceil(T / stride), window * F]. The left edge is padded with (window - 1) // 2 copies of
     frame 0, the right edge with copies of the last frame.
+
+  Raises:
+    ValueError: if T is 0 or window < stride.
 
   Source: Paraformer's low-frame-rate features (Gao et al., 2022, section 3).
   """
@@ -134,14 +137,18 @@ class Frontend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FrontendConfig:
-  """MooER's (and Paraformer's) features by default: 560 values every 60 ms."""
+  """MooER's (and Paraformer's) features by default: 560 values every 60 ms.
+
+  Attributes:
+    lfr_window, lfr_stride: fbank frames in one frame, and from one frame to the next.
+  """
 
   kind: ClassVar[str] = "fbank"
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ()
   normalised: ClassVar[bool] = True
   fbank: FbankConfig = FbankConfig()
-  lfr_window: int = 7  # fbank frames in one frame
-  lfr_stride: int = 6  # fbank frames from one frame to the next
+  lfr_window: int = 7
+  lfr_stride: int = 6
 
   def __post_init__(self):
     _check(self.lfr_window, self.lfr_stride)

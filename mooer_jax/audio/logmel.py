@@ -24,21 +24,30 @@ RANGE = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class LogMelConfig:
-  """Whisper's features: Hann windows of 25 ms around every 10 ms, Slaney's mel bins."""
+  """Whisper's features: Hann windows of 25 ms around every 10 ms, Slaney's mel bins.
+
+  Attributes:
+    bins: mel bins F: 80, large-v3 128.
+    frame_ms, hop_ms: length of a frame, and time from one frame to the next.
+    chunk_s: longest clip; the encoder pads to this length.
+  """
 
   kind: ClassVar[str] = "logmel"
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ("chunk_s",)
   normalised: ClassVar[bool] = False  # there is no CMVN
-  bins: int = 80  # large-v3: 128
+  bins: int = 80
   sample_rate_hz: int = 16000
   frame_ms: float = 25
   hop_ms: float = 10
-  chunk_s: float = 30.0  # longest clip; the encoder pads to this length
+  chunk_s: float = 30.0
 
   def __post_init__(self):
     check_frames(self, "logmel")
     if self.frame_length % 2:
-      raise ValueError(f"logmel frame_ms={self.frame_ms} is an odd number of samples; must be even")
+      raise ValueError(
+        f"logmel frame_ms={self.frame_ms} is {self.frame_length} samples at {self.sample_rate_hz}"
+        " Hz; the number must be even"
+      )
     if self.chunk_samples < self.frame_length + self.hop_length:
       raise ValueError(
         f"logmel chunk_s={self.chunk_s} is {self.chunk_samples} samples; must be at least a frame"
@@ -47,18 +56,22 @@ class LogMelConfig:
 
   @property
   def frame_length(self) -> int:
+    """Samples in a frame."""
     return int(self.sample_rate_hz * self.frame_ms / 1000)
 
   @property
   def hop_length(self) -> int:
+    """Samples from one frame to the next."""
     return int(self.sample_rate_hz * self.hop_ms / 1000)
 
   @property
   def chunk_samples(self) -> int:
+    """Samples in the longest clip."""
     return round(self.chunk_s * self.sample_rate_hz)
 
   @property
   def chunk_frames(self) -> int:
+    """Frames of the longest clip."""
     return self.chunk_samples // self.hop_length
 
   @property
@@ -125,8 +138,8 @@ class LogMelConfig:
     mean_BT1 = frames_BTL.mean(-1, keepdims=True)
     spectrum_BTK = matmul(frames_BTL - mean_BT1, matrix_LK) + mean_BT1 * of_ones_K
     real_BTK, imaginary_BTK = jnp.split(spectrum_BTK, 2, axis=-1)
-    mel_KF = constants(self)[1].astype(np.float32)
-    power_BTF = matmul(real_BTK**2 + imaginary_BTK**2, mel_KF)
+    _, mel_KF = constants(self)
+    power_BTF = matmul(real_BTK**2 + imaginary_BTK**2, mel_KF.astype(np.float32))
     log_BTF = jnp.log10(jnp.maximum(power_BTF, FLOOR))
     valid_BT1 = (jnp.arange(frames) < frames_B[:, None])[..., None]
     largest_B11 = log_BTF.max((1, 2), keepdims=True, where=valid_BT1, initial=np.log10(FLOOR))
@@ -169,5 +182,6 @@ def _windowed_dft(config: LogMelConfig) -> tuple[np.ndarray, np.ndarray]:
   length = config.frame_length
   turns_LK = np.outer(np.arange(length), np.arange(length // 2 + 1)) / length
   angle_LK = 2 * np.pi * (turns_LK % 1)
-  dft_LK = constants(config)[0][:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
+  window_L, _ = constants(config)
+  dft_LK = window_L[:, None] * np.hstack([np.cos(angle_LK), np.sin(angle_LK)])
   return dft_LK.astype(np.float32), np.round(dft_LK.sum(0), 6).astype(np.float32)

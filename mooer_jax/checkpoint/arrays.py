@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, as_lazy
 
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
+_save_failed = False  # in this process
 
 
 def write(folder: Path, arrays: Mapping) -> None:
@@ -32,25 +34,40 @@ def write(folder: Path, arrays: Mapping) -> None:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-  """Hides the tracebacks that a failed save prints besides the error that it raises.
+  """Hide the tracebacks that a failed save prints besides the error that it raises.
 
   Orbax and asyncio log each write that fails, some only when its future is freed. Writes and
-  coroutines that outlive the first failure find their event loop closed. Hence the filters stay.
+  coroutines that outlive a failure find their event loop closed. Hence the filters stay after one.
   """
-  for name in ("absl", "asyncio"):
-    logging.getLogger(name).addFilter(_is_not_of_orbax)
+  global _save_failed
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   hook = sys.unraisablehook
-  sys.unraisablehook = lambda about: str(about.exc_value) == "Event loop is closed" or hook(about)
+  if not _save_failed:
+    for logger in loggers:
+      logger.addFilter(_is_not_of_orbax)
+    sys.unraisablehook = lambda about: str(about.exc_value) == "Event loop is closed" or hook(about)
   try:
     yield
   except Exception:
+    _save_failed = True
+    # An equal filter is not added twice.
     warnings.filterwarnings("ignore", "coroutine '.*serialize.*' was never awaited", RuntimeWarning)
     raise
-  sys.unraisablehook = hook
+  finally:
+    if not _save_failed:
+      sys.unraisablehook = hook
+      for logger in loggers:
+        logger.removeFilter(_is_not_of_orbax)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-  return not record.exc_info or "orbax" not in logging.Formatter().format(record)
+  """False for a traceback that Orbax logs, or asyncio for a coroutine of Orbax."""
+  if not record.exc_info:
+    return True
+  places = [record.pathname]
+  if record.name == "asyncio":
+    places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2])]
+  return not any("orbax" in Path(place).parts for place in places)
 
 
 def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict:

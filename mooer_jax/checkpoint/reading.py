@@ -28,16 +28,25 @@ _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """An open checkpoint."""
+  """An open checkpoint.
+
+  Attributes:
+    params: nested dict, per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`.
+    config, generation: contents of config.json and generation.json.
+    hash: SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base.
+    origin: the base of a fine-tune, else None.
+    trained: paths of the leaves in this folder; all paths if there is no base.
+    files: sizes and SHA-256 sums of the files; None if the checkpoint was saved without them.
+  """
 
   folder: Path
-  params: dict  # per layer (`layers_0`, …): arrays, or `ShapeDtypeStruct`s from `describe`
-  config: dict  # content of config.json
-  generation: dict  # content of generation.json
-  hash: str  # SHA-256 (hex) of the weights, or of the trained leaves and the hash of their base
-  origin: "Checkpoint | None"  # the base of a fine-tune
-  trained: tuple[str, ...]  # paths of the leaves in this folder; all paths if there is no base
-  files: sums.Sums | None  # None if the checkpoint was saved without sums
+  params: dict
+  config: dict
+  generation: dict
+  hash: str
+  origin: "Checkpoint | None"
+  trained: tuple[str, ...]
+  files: sums.Sums | None
 
   @property
   def base(self) -> Path | None:
@@ -67,7 +76,10 @@ def has_base(folder: str | Path) -> bool:
 
 
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
-  """Opens a checkpoint without its weights, for `ShapeDtypeStruct`s; errors as of `load`."""
+  """Opens a checkpoint without reading its weights; params are `ShapeDtypeStruct`s.
+
+  Raises the errors of `load`.
+  """
   folder, about = open_folder(folder)
   pointer, origin, leaves = about["base"], None, about["leaves"]
   if pointer is None and base is not None:
@@ -133,7 +145,7 @@ def load(
     sums.check_sizes(about.folder, about.files)
     sums.check(about.folder, about.files, [n for n in about.files if n.startswith("tokenizer/")])
     for name in sums.EDITABLE:
-      if any(sums.damages(about.folder, {name: about.files[name]})):
+      if any(sums.damages(about.folder, {name: about.files[name]}, remember=True)):
         warnings.warn(f"{about.folder / name} was edited after it was saved", stacklevel=2)
   wanted = tree.flatten(about.params)
   if shardings is None:
@@ -180,12 +192,12 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
     )
   nested = arrays.by_path(target)
   wanted = arrays.shapes(nested)
-  for path in sorted(saved.keys() | wanted.keys()):
-    have, want = saved.get(path, "not saved"), wanted.get(path, "not used")
-    if have != want:
-      raise CheckpointError(
-        f"{folder}/train_state: {path} is {have} in the checkpoint, {want} in this run"
-      )
+  for path in sorted(p for p in saved.keys() | wanted.keys() if saved.get(p) != wanted.get(p)):
+    if path in saved and path in wanted:
+      difference = f"is {saved[path]} in the checkpoint, but {wanted[path]} in this run"
+    else:
+      difference = f"is only in {'the checkpoint' if path in saved else 'this run'}"
+    raise CheckpointError(f"{folder}/train_state: {path} {difference}; the configs differ")
   targets = {
     path: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=getattr(x, "sharding", None) or _first_device()
@@ -214,7 +226,8 @@ def find_damage(
   folder, about = open_folder(folder)
   name, seed = _weights_name(about["base"]), (about["base"] or {}).get("hash", "")
   if (recorded := about.get("files")) is None:
-    return list(filter(None, [_hash_damage(folder / name, seed, about["hash"])]))
+    damage = _hash_damage(folder / name, seed, about["hash"])
+    return [] if damage is None else [damage]
   found = list(sums.damages(folder, recorded, progress=progress))
   if sums.weights_hash(recorded, name, seed) != about["hash"]:
     found.append(f"{folder / 'checkpoint.json'} has changed: its hash does not fit its sums")
@@ -368,10 +381,15 @@ def data_file() -> str:
 
 def _read_config(folder: Path) -> dict:
   config = _read_json(folder / "config.json")
-  for name in config.keys() & {*_OBJECTS, *_LISTS}:
-    value, wanted = config[name], "a list of objects" if name in _LISTS else "an object"
-    parts = [value] if name in _OBJECTS else value if isinstance(value, list) else [None]
-    if not all(isinstance(part, dict) for part in parts):
+  for name in (*_OBJECTS, *_LISTS):
+    if name not in config:
+      continue
+    value, wanted = config[name], "an object"
+    valid = isinstance(value, dict)
+    if name in _LISTS:
+      wanted = "a list of objects"
+      valid = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    if not valid:
       raise _damaged(folder, f"config.json has {name}={value!r}, which must be {wanted}")
   return config
 

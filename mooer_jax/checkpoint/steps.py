@@ -29,7 +29,10 @@ def latest(workdir: str | Path) -> Path | None:
 
 def all_steps(workdir: str | Path) -> list[Path]:
   """All checkpoints in the folder of a run, oldest first."""
-  folders = Path(workdir).glob("step_*")
+  try:
+    folders = list(Path(workdir).iterdir())  # glob would hide a PermissionError
+  except FileNotFoundError:
+    return []
   return sorted((f for f in folders if _STEP.fullmatch(f.name) and _is_checkpoint(f)), key=step_of)
 
 
@@ -41,11 +44,14 @@ def find(path: str | Path) -> Path:
   folder = Path(path)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-  if found := folder if _is_checkpoint(folder) else latest(folder):
-    return found
-  raise FileNotFoundError(
-    f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
-  )
+  if _is_checkpoint(folder):
+    return folder
+  newest = latest(folder)
+  if newest is None:
+    raise FileNotFoundError(
+      f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
+    )
+  return newest
 
 
 def keep_for(base: Path, dependent: Path) -> None:
@@ -86,7 +92,8 @@ def is_kept(folder: Path) -> bool:
 def keep_last(workdir: str | Path, count: int) -> list[Path]:
   """Delete all but the newest `count` checkpoints of a run, and remains of interrupted saves.
 
-  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted. Returns the deleted.
+  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted. Returns the deleted
+  folders.
   """
   if count < 1:
     raise ValueError(f"count={count}: at least one checkpoint must be kept")

@@ -14,8 +14,6 @@ GROUP_BYTES = 256 * 2**20  # at most two groups are in memory: one is written, t
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-  """Saves `LazyArray` leaves as NumPy arrays."""
-
   def __init__(self):
     super().__init__(deepcopy_host_arrays=False)
 

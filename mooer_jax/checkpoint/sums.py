@@ -77,7 +77,7 @@ def check(folder: Path, sums: Sums, names: Iterable[str]) -> None:
   Each process checks its share; files that were checked in this process are not read again.
   """
   share = list(names)[jax.process_index() :: jax.process_count()]
-  _raise_first(folder, damages(folder, {name: sums[name] for name in share}, read=_remembered))
+  _raise_first(folder, damages(folder, {name: sums[name] for name in share}, remember=True))
 
 
 def damages(
@@ -85,13 +85,14 @@ def damages(
   sums: Sums,
   *,
   progress: Callable[[int, int], object] = lambda done, total: None,
-  read: Callable[[Path], str] = hash_file,
+  remember: bool = False,
 ) -> Iterator[str]:
   """Read all recorded files and yield a line for each that is missing or has changed.
 
-  `progress` is called after each file with the numbers of checked bytes and of all bytes, and
-  `read` returns the SHA-256 (hex) of a file.
+  `progress` is called after each file with the numbers of checked bytes and of all bytes;
+  `remember` is as for `record`.
   """
+  read = _remembered if remember else hash_file
   with _threads() as threads:
     found = threads.map(lambda name: _damage(folder / name, *sums[name], read=read), sums)
     sizes = [size for size, _ in sums.values()]

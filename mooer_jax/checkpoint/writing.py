@@ -1,6 +1,5 @@
 """Save checkpoints."""
 
-import json
 import os
 import shutil
 import time
@@ -79,19 +78,21 @@ def save(
     if train_state is not None:
       state = arrays.by_path(train_state)
       arrays.write(part / "train_state" / "arrays", state)
-      _write_json(part / "train_state" / data_file(), data_state or {})
+      files.write_json(part / "train_state" / data_file(), dict(data_state or {}))
     _barrier("arrays", folder)  # then all files of all processes can be hashed
     if first:
-      for name, write in (("tokenizer", tokenizer), ("source", source)):
-        if callable(write):
-          (part / name).mkdir()
-          write(part / name)
-        elif write is not None:
-          shutil.copytree(write, part / name)
-      _write_json(part / "config.json", config_json)
-      _write_json(part / "generation.json", generation)
+      if callable(tokenizer):
+        (part / "tokenizer").mkdir()
+        tokenizer(part / "tokenizer")
+      else:
+        shutil.copytree(tokenizer, part / "tokenizer")
+      if source is not None:
+        (part / "source").mkdir()
+        source(part / "source")
+      files.write_json(part / "config.json", dict(config_json))
+      files.write_json(part / "generation.json", dict(generation))
       sums = record(part)
-      _write_json(
+      files.write_json(
         part / "checkpoint.json",
         {
           "format": FORMAT,
@@ -114,8 +115,8 @@ def save(
       " are unchanged. If the disk is full, free space or save to another folder"
     ) from error
   finally:
-    deadline_s = time.monotonic() + 5
-    while first and part.exists() and time.monotonic() < deadline_s:
+    deadline = time.monotonic() + 5  # seconds
+    while first and part.exists() and time.monotonic() < deadline:
       shutil.rmtree(part, ignore_errors=True)
       time.sleep(0.1)  # threads of a failed save may still write to it
   return folder
@@ -135,12 +136,6 @@ def put_in_place(part: Path, folder: Path) -> None:
     old.rename(folder)
     raise
   shutil.rmtree(old)
-
-
-def _write_json(path: Path, value: Mapping) -> None:
-  with files.replace_file(path) as beside:
-    text = json.dumps(dict(value), indent=2, ensure_ascii=False)
-    beside.write_text(text + "\n", encoding="utf-8")
 
 
 def _barrier(name: str, folder: Path) -> None:

@@ -21,7 +21,16 @@ _INIT = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-  """Sizes of the Q-Former; encoders and LLM determine those of input and output."""
+  """Sizes of the Q-Former; encoders and LLM determine those of input and output.
+
+  Attributes:
+    window: frames in a window; 17 frames of 20 ms are a third of a second.
+    stride: frames from one window to the next, at most `window`.
+    queries: tokens for each window.
+    edge: "drop" drops frames at the end that do not fill a window (SALMONN's released code), "pad"
+      pads the last window with zeros (SALMONN's paper).
+    dropout: of attention weights and residual branches, in training.
+  """
 
   kind: ClassVar[str] = "qformer"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -32,18 +41,16 @@ class QFormerConfig:
     inputs=rf"qformer/{LAYER}/(\w*attention/out|feed_forward/down)",
     whole=rf"queries|project/.*|qformer/({LAYER}/\w+_)?norm/(scale|bias)",
   )
-  window: int = 17  # frames; of 20 ms, they are a third of a second
-  stride: int = 17  # frames from one window to the next, at most `window`
-  queries: int = 1  # tokens for each window
+  window: int = 17
+  stride: int = 17
+  queries: int = 1
   hidden_size: int = 768
   layers: int = 2
   heads: int = 12
   intermediate_size: int = 3072
   norm_eps: float = 1e-12
-  # Frames at the end that do not fill a window: "drop" them (SALMONN's released code), or "pad" the
-  # window with zeros (its paper).
   edge: Literal["drop", "pad"] = "drop"
-  dropout: float = 0.0  # of attention weights and residual branches
+  dropout: float = 0.0
 
   def __post_init__(self):
     sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
@@ -155,7 +162,9 @@ class QFormerLayer(nn.Module):
     cross_attention = QFormerAttention(c, self.compute, name="cross_attention")
     x_NQD = add(x_NQD, attention(x_NQD, x_NQD), "attention")
     x_NQD = add(x_NQD, cross_attention(x_NQD, windows_NLE), "cross_attention")
-    mlp = FeedForward(c.intermediate_size, gelu, dtype, _INIT, name="feed_forward")
+    mlp = FeedForward(
+      c.intermediate_size, gelu, dtype=dtype, kernel_init=_INIT, name="feed_forward"
+    )
     return add(x_NQD, mlp(x_NQD), "feed_forward"), cache
 
 

@@ -79,6 +79,11 @@ def _clips(path: str, entry: Mapping[str, Any]) -> list[Path]:
   return [Path(path).parent / clip for clip in (entry["path"], *entry.get("expand_wav", []))]
 
 
+def is_piece(name: str) -> bool:
+  """Whether this is the name of a part, as of `pieces`, rather than of a shard."""
+  return ".json#" in name
+
+
 def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   """Yields the utterances of a part, in order, each either complete or skipped."""
   path, _, start = name.rpartition("#")

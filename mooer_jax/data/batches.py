@@ -108,7 +108,7 @@ class Batcher:
 
     return [
       Batch(
-        features=tuple(map(frames, lengths, self._pad.widths)),
+        features=tuple(frames(n, w) for n, w in zip(lengths, self._pad.widths, strict=True)),
         frames=tuple(ints() for _ in lengths),
         prefix_BS=ints(self._prefix),
         suffix_BS=ints(self._suffix),
@@ -272,6 +272,9 @@ class EvalIterator(grain.DatasetIterator):
     except StopIteration:
       self._position = None
       left_over = self._stream.left_over()
+    except BadDataError as error:
+      error.skipped = (*(s for e in examples for s in e.skipped), *self._stream.left_over())
+      raise
     return self._batcher(examples, left_over)
 
   def get_state(self) -> dict[str, Any]:

@@ -7,45 +7,58 @@ from typing import ClassVar
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Data pipeline configuration."""
+  """Data pipeline configuration.
+
+  Attributes:
+    shards: path of a `data.list`, one tar per line, relative to the list; or a SALMONN annotation
+      file (`.json`).
+    task: task of all utterances; "": each utterance's own task, from the annotation or a `.json` in
+      the shard.
+    task_weights: with task="", mean number of readings of an utterance in an epoch, by task;
+      default: 1.
+    prompts: file of prompts, {task: [prompts]}, one of which is sampled for each reading; "": the
+      model's own, one per task. Training adds its tasks to the model's, with their first prompts.
+    prompt_tokens: length in tokens that the side of a prompt with the question is padded to;
+      required for prompts with questions.
+    batch_size: utterances per batch, for one process (host).
+    buckets: lengths in encoder input steps (MooER: 60 ms each) that batches are padded to,
+      ascending; the longest must fit a clip of max_s.
+    answer_buckets: lengths in tokens, including eos, that labels are padded to, ascending.
+    min_s, max_s: limits of the length, seconds; other clips are skipped and counted.
+    truncate: truncate longer clips to max_s instead, as SALMONN does.
+    shuffle_buffer_size: utterances that are shuffled and sorted by length together; a multiple of
+      batch_size. Memory for their features, per worker and second of audio: SAN-M 37 kB, Whisper
+      32 kB (128 bins: 51), BEATs 51 kB more.
+    seed: seed of the order of shards and batches.
+    cache_features: folder for the frames of frozen encoders, computed once before training; "":
+      in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more; each clip as
+      much as 30 s if Whisper's frames of silence are kept (trim=False).
+    workers: number of worker processes, each with its own shards; 0: a thread of this process.
+    prefetch: number of batches made ahead, per worker.
+    max_bad_share: largest share of skipped utterances, and of damaged shards in an epoch (of two or
+      more read, or of all), before the run stops.
+    tolerance: utterances read before max_bad_share is applied, at most one epoch.
+  """
 
   RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
-  # A `data.list`, one tar per line, relative to the list; or a SALMONN annotation file (`.json`).
   shards: str
-  # Task of all utterances; "": each utterance's own, from the annotation or a `.json` in the shard.
   task: str = "asr"
-  # With task="", mean number of readings of an utterance in an epoch, by task; default: 1.
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
-  # File of prompts, {task: [prompts]}, one of which is sampled for each reading; "": the model's
-  # own, one per task. Training adds its tasks to the model's, with their first prompts.
   prompts: str = ""
-  # Length in tokens that the side of a prompt with the question is padded to; required for prompts
-  # with questions.
   prompt_tokens: int = 0
-  batch_size: int = 8  # utterances per batch, for one process (host)
-  # Lengths in encoder input steps (MooER: 60 ms each) that batches are padded to, ascending; the
-  # longest must fit a clip of max_s.
+  batch_size: int = 8
   buckets: tuple[int, ...] = (50, 100, 167, 250, 334)
-  # Lengths in tokens, including eos, that labels are padded to, ascending.
   answer_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
-  min_s: float = 0.2  # minimum length, seconds (MooER: 0.2); shorter clips are skipped
-  max_s: float = 20.0  # maximum length, seconds (MooER: 20); longer clips are skipped
-  truncate: bool = False  # truncate longer clips to max_s instead, as SALMONN does
-  # Utterances that are shuffled and sorted by length together; a multiple of batch_size. Memory for
-  # their features, per worker and second of audio: SAN-M 37 kB, Whisper 32 kB (128 bins: 51), BEATs
-  # 51 kB more.
+  min_s: float = 0.2
+  max_s: float = 20.0
+  truncate: bool = False
   shuffle_buffer_size: int = 2048
-  seed: int = 0  # of the order of shards and batches
-  # Folder for the frames of frozen encoders, computed once before training; "": in every step. A
-  # second of audio takes 20 to 130 kB (float16), BEATs 77 more; each clip as much as 30 s if
-  # Whisper's frames of silence are kept (trim=False).
+  seed: int = 0
   cache_features: str = ""
-  workers: int = 0  # worker processes, each with its own shards; 0: a thread of this process
-  prefetch: int = 4  # batches made ahead, per worker
-  # Largest share of skipped utterances, and of damaged shards in an epoch (of two or more read, or
-  # of all), before the run stops.
+  workers: int = 0
+  prefetch: int = 4
   max_bad_share: float = 0.5
-  tolerance: int = 100  # utterances read before max_bad_share is applied, at most one epoch
+  tolerance: int = 100
 
   def __post_init__(self):
     for name in ("buckets", "answer_buckets"):

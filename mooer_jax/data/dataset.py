@@ -145,8 +145,6 @@ def _description(
 
 
 class _Batches(grain.IterDataset):
-  """Batches of some shards, which Grain slices between workers."""
-
   def __init__(
     self, shards: list[str], preprocess: Preprocessor, batcher: Batcher, *, endless: bool
   ):

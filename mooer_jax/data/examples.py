@@ -57,8 +57,8 @@ class PromptSampler:
     self.checksum = zlib.crc32(said.encode())
     self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     prompts = {prompt for prompts in self._prompts.values() for prompt in prompts}
-    prefixes, suffixes = zip(*map(self._measure, prompts), strict=True) if prompts else ((0,), (0,))
-    self.lengths = max(prefixes), max(suffixes)
+    sides = [self._measure(prompt) for prompt in prompts]
+    self.lengths = max((p for p, _ in sides), default=0), max((s for _, s in sides), default=0)
 
   def _measure(self, prompt: str) -> tuple[int, int]:
     """Padded lengths of a prompt's sides; keeps the tokens if it takes no question."""

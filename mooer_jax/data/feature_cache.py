@@ -112,16 +112,17 @@ class EncodedCache:
     for line in lines:
       if not line.endswith(b"\n"):
         return False
-      name, *clip = json.loads(line)
-      if any(a + n > end for a, n, end in zip(*clip[:2], there, strict=True)):
+      name, starts, lengths, seconds = json.loads(line)
+      if any(a + n > end for a, n, end in zip(starts, lengths, there, strict=True)):
         return False
-      self._add(name, tuple(clip))
+      self._add(name, (starts, lengths, seconds))
       self._index_end += len(line)
     return True
 
   def _add(self, name: str, clip: tuple[Sequence[int], Sequence[int], float]):
     self.clips[name] = clip
-    self._ends = tuple(start + n for start, n in zip(*clip[:2], strict=True))
+    starts, lengths, _ = clip
+    self._ends = tuple(start + n for start, n in zip(starts, lengths, strict=True))
 
   def _cut_torn_ends(self):
     self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ import threading
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import regex
@@ -111,7 +110,7 @@ def pack(
   clips, left_out = read_clips(wav_scp, text, segments)
   joined_words = 0
   if normalise_text:
-    normalised = [normalise(clip.text) for clip in clips]
+    normalised = [_normalise(clip.text) for clip in clips]
     joined_words = sum(lost > 0 for _, lost in normalised)
     clips = [dataclasses.replace(c, text=t) for c, (t, _) in zip(clips, normalised, strict=True)]
   if shuffle_seed is not None:
@@ -153,12 +152,17 @@ def _partial_folder(out: Path):
       shutil.rmtree(beside, ignore_errors=True)
 
 
-def normalise(text: str) -> tuple[str, int]:
-  """MooER's form of an ASR transcript, and the number of spaces between words that it lost.
+def normalise(text: str) -> str:
+  """MooER's form of an ASR transcript.
 
   Unicode NFC; Latin letters, also with marks, in upper case; "▁" for the space between two of
   them; no other white space, no byte order mark.
   """
+  return _normalise(text)[0]
+
+
+def _normalise(text: str) -> tuple[str, int]:
+  """The normalised text, and the number of spaces between words that it lost."""
   text = unicodedata.normalize("NFC", text.replace("\ufeff", ""))
   text = _BETWEEN_LATIN.sub(SPACE, " ".join(text.split()))
   lost = len(_LOST_SPACE.findall(text))
@@ -199,21 +203,22 @@ def read_clips(
     if path.endswith("|"):
       raise ValueError(f"{wav_scp}: {key!r} is a command, {path!r}; run it and list its output")
   texts = _read_table(text, left_out)
-  lines = dict.fromkeys(paths) if segments is None else _read_table(segments, left_out)
-  parts = {key: _segment(segments, key, line) for key, line in lines.items()}
+  parts: dict[str, tuple[str, float | None, float | None]] = {k: (k, None, None) for k in paths}
+  if segments is not None:
+    lines = _read_table(segments, left_out)
+    parts = {key: _segment(segments, key, line) for key, line in lines.items()}
   clips = []
   for key, transcript in texts.items():
     *folders, name = key.split("/")
-    recording, start_s, end_s = parts.get(key, (None, None, None))
     if {"", ".", ".."} & {*folders, name} or name.startswith(IGNORED) or "\0" in key:
       detail = "a relative path without `..`, whose name does not start with `._` or `.DS_Store`"
       left_out.append(Unpacked("bad key", key, f"in {text}; use {detail}"))
-    elif recording is None:
+    elif key not in parts:
       left_out.append(Unpacked("no audio", key, f"not in {segments or wav_scp}"))
-    elif recording not in paths:
+    elif (recording := parts[key][0]) not in paths:
       left_out.append(Unpacked("no audio", key, f"recording {recording} is not in {wav_scp}"))
     else:
-      clips.append(Clip(key, paths[recording], transcript, start_s, end_s))
+      clips.append(Clip(key, paths[recording], transcript, *parts[key][1:]))
   left_out += [
     Unpacked("no transcript", key, f"not in {text}") for key in parts if key not in texts
   ]
@@ -237,10 +242,8 @@ def _read_table(path, left_out) -> dict[str, str]:
   return table
 
 
-def _segment(path, key, line) -> tuple[str, float | None, float | None]:
-  """Recording, start and end of a key; without a list of segments, the recording of that name."""
-  if line is None:
-    return key, None, None
+def _segment(path, key, line) -> tuple[str, float, float]:
+  """Recording, start and end of a line in the list of segments."""
   try:
     recording, start_s, end_s = line.split()
     return recording.removeprefix("./"), float(start_s), float(end_s)
@@ -298,22 +301,31 @@ def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list
   ):
     segments = _extract_segments(clips, spool)
     for clip in clips:
-      audio: Any = segments.get(clip.key)  # else the whole recording
-      suffix = "wav" if audio else Path(clip.path).suffix[1:].lower()
-      audio = audio or _attempt(clip, _read_recording)
-      if isinstance(audio, Unpacked):
-        left_out.append(audio)
+      found = _suffix_and_audio(clip, segments, spool)
+      if isinstance(found, Unpacked):
+        left_out.append(found)
         continue
-      if isinstance(audio, slice):
-        spool.seek(audio.start)
-        audio = spool.read(audio.stop - audio.start)
-      known = suffix in (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
+      suffix, audio = found
       _add(tar, f"{clip.key}.txt", clip.text.encode())
-      _add(tar, f"{clip.key}.{suffix if known else 'audio'}", audio)
+      _add(tar, f"{clip.key}.{suffix}", audio)
       packed.append(clip)
   if not packed:
     os.remove(path)
   return path, packed, left_out
+
+
+def _suffix_and_audio(clip, segments, spool) -> tuple[str, bytes] | Unpacked:
+  """Suffix and content of a clip: its segment in the spool, or the whole recording."""
+  if clip.start_s is None:
+    suffix = Path(clip.path).suffix[1:].lower()
+    suffix = suffix if suffix in (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES) else "audio"
+    audio = _attempt(clip, _read_recording)
+    return audio if isinstance(audio, Unpacked) else (suffix, audio)
+  place = segments[clip.key]
+  if isinstance(place, Unpacked):
+    return place
+  spool.seek(place.start)
+  return "wav", spool.read(place.stop - place.start)
 
 
 def _extract_segments(clips, spool) -> dict[str, Unpacked | slice]:

@@ -72,7 +72,6 @@ class RawUtterance:
   more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
 
   def skip(self, cause: str, detail: str = "") -> SkippedUtterance:
-    """This utterance as a skipped one."""
     try:
       text = self.transcript()
     except UnicodeDecodeError:

@@ -19,17 +19,24 @@ _COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
 
 
 def shard_names(shards: str) -> list[str]:
-  """The shards of a `data.list`, or the parts of an annotation file; errors as of their readers."""
+  """The shards of a `data.list`, or the parts of an annotation file.
+
+  Raises the errors of `read_list` and `annotation.pieces`.
+  """
   return annotation.pieces(shards) if annotation.is_annotation(shards) else read_list(shards)
 
 
 def read(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   """The utterances of a shard or part, in order, each either complete or skipped."""
-  return annotation.read_piece(name) if ".json#" in name else read_shard(name)
+  return annotation.read_piece(name) if annotation.is_piece(name) else read_shard(name)
 
 
 class BadDataError(ValueError):
-  """Too much of the data cannot be used; `.skipped` are utterances that no batch has reported."""
+  """Too much of the data cannot be used.
+
+  `skipped` are the utterances that no batch has reported, with several workers only those of the
+  worker that stopped.
+  """
 
   skipped: tuple[SkippedUtterance, ...] = ()
 
@@ -55,7 +62,6 @@ class Position:
     return cls(**{**saved, "damaged": tuple(saved["damaged"])})
 
   def add_skipped(self, cause: str, shard: int) -> "Position":
-    """Counts an utterance that was skipped in the shard of this index."""
     return dataclasses.replace(
       self,
       read=self.read + 1,
@@ -77,7 +83,12 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EpochReader:
-  """Reads the shards of one epoch in a new order; without a seed as listed, and each key once."""
+  """Reads the shards of one epoch.
+
+  Attributes:
+    seed: seed of the order of the shards; None reads them as listed, and each key once.
+    task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
+  """
 
   shards: Sequence[str]
   epoch: int
@@ -156,7 +167,6 @@ class UtteranceStream:
     self.seek(Position())
 
   def seek(self, position: Position) -> None:
-    """Continues from a position."""
     self._pending: list[SkippedUtterance] = []
     self._peeked: tuple[Example, Position] | None = None
     self._start_reading(position)
@@ -188,7 +198,6 @@ class UtteranceStream:
     return example
 
   def close(self) -> None:
-    """Closes the shard that is being read."""
     self._readings.close()
 
   def left_over(self) -> tuple[SkippedUtterance, ...]:
@@ -218,9 +227,9 @@ class UtteranceStream:
         self._position = dataclasses.replace(here, passed=passed)
       else:
         # One pass takes the same prompts whenever it runs.
-        name = 0 if self._seed is None else reading_id(here.epoch, reading.copy)
+        identifier = 0 if self._seed is None else reading_id(here.epoch, reading.copy)
         raw = reading.entry
-        made = raw if isinstance(raw, SkippedUtterance) else self._preprocess(raw, name)
+        made = raw if isinstance(raw, SkippedUtterance) else self._preprocess(raw, identifier)
         if isinstance(made, Example):
           self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
           return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
@@ -242,7 +251,8 @@ class UtteranceStream:
     """Raises BadDataError if too many of the shards of the epoch that were read are damaged."""
     damaged, read, share = self._position.damaged, self._position.shard, self._config.max_bad_share
     if len(damaged) > share * read and (read >= 2 or read == len(self._shards)):
-      names = ", ".join(self._shards[i] for i in damaged[:5]) + ", …" * (len(damaged) > 5)
+      more = ", …" if len(damaged) > 5 else ""
+      names = ", ".join(self._shards[i] for i in damaged[:5]) + more
       raise BadDataError(
         f"{len(damaged)} of {read} shards read are truncated or damaged: {names}; copy or pack them"
         f" again, or raise data.max_bad_share={share}"

@@ -21,12 +21,19 @@ from mooer_jax.nn.positions import rope_angles, rotate
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of all layers, in slots that are filled from the left."""
+  """Keys and values of all layers, in slots that are filled from the left.
 
-  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (keys, values), each [B, S slots, K * C]
-  valid_BS: jax.Array  # bool, True for filled slots that may be attended to
-  filled: jax.Array  # int32 scalar, number of filled slots, the same for all rows
-  positions_B: jax.Array  # int32, rotary position of the next token of each row
+  Attributes:
+    layers: (keys, values) of each layer, each [B, S, K * C] with S slots.
+    valid_BS: bool, True for filled slots that may be attended to.
+    filled: int32 scalar, number of filled slots, the same for all rows.
+    positions_B: int32, rotary position of the next token of each row.
+  """
+
+  layers: tuple[tuple[jax.Array, jax.Array], ...]
+  valid_BS: jax.Array
+  filled: jax.Array
+  positions_B: jax.Array
 
   def grow(self, slots: int) -> "KVCache":
     """Append empty slots, for tokens after the prompt."""
@@ -48,7 +55,13 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-  """Sizes of the decoder; the defaults are Qwen2-7B."""
+  """Sizes of the decoder; the defaults are Qwen2-7B.
+
+  Attributes:
+    qkv_bias: Qwen2 has a bias on q, k and v, LLaMA has none.
+    tie_word_embeddings: use the embedding table as the output head.
+    lora_rank: rank of LoRA, 0 for none; lora_alpha / lora_rank is the scale in training.
+  """
 
   kind: ClassVar[str] = "llm"
   RENAMED: ClassVar = {
@@ -81,10 +94,10 @@ class LLMConfig:
   intermediate_size: int = 18944
   rope_theta: float = 1e6
   norm_eps: float = 1e-6
-  qkv_bias: bool = True  # LLaMA has none
-  tie_word_embeddings: bool = False  # use the embedding table as the output head
-  lora_rank: int = 0  # 0 for no LoRA
-  lora_alpha: float = 16.0  # alpha / rank is the scale in training
+  qkv_bias: bool = True
+  tie_word_embeddings: bool = False
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
   lora_dropout: float = 0.0
   lora_targets: tuple[str, ...] = LORA_TARGETS
 

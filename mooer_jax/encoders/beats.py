@@ -26,7 +26,17 @@ _GATE_TERMS = 4
 
 @dataclasses.dataclass(frozen=True)
 class BEATsConfig:
-  """Sizes of the encoder; the defaults are BEATs iter3, 90.31 M parameters."""
+  """Sizes of the encoder; the defaults are BEATs iter3, 90.31 M parameters.
+
+  Attributes:
+    input_width: mel bins of a frame.
+    patch: frames, and bins, of a patch.
+    patch_width: width of a patch before the projection to `hidden_size`; none if they are equal.
+    conv_pos, conv_pos_groups: taps and groups of the positional convolution.
+    buckets: rows of the relative position bias, half of them for each direction.
+    max_distance: distance in patches from which on keys share the last bucket.
+    dropout: of the sum of patches and positions, and of residual branches.
+  """
 
   kind: ClassVar[str] = "beats"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -37,19 +47,19 @@ class BEATsConfig:
     inputs=rf"{LAYER}/(attention/out|down)",
     whole=rf"{LAYER}/(\w+_norm|attention/gate)/.*|(patch|position|input|relative).*",
   )
-  input_width: int = 128  # mel bins
+  input_width: int = 128
   hidden_size: int = 768
   layers: int = 12
   heads: int = 12
   intermediate_size: int = 3072
-  patch: int = 16  # frames, and bins, of a patch
-  patch_width: int = 512  # of a patch before the projection; none if it is hidden_size
-  conv_pos: int = 128  # taps of the positional convolution
+  patch: int = 16
+  patch_width: int = 512
+  conv_pos: int = 128
   conv_pos_groups: int = 16
-  buckets: int = 320  # rows of the relative position bias, half of them for each direction
-  max_distance: int = 800  # in patches, from which on keys share the last bucket
+  buckets: int = 320
+  max_distance: int = 800
   norm_eps: float = 1e-5
-  dropout: float = 0.0  # of the sum of patches and positions, and of residual branches
+  dropout: float = 0.0
 
   def __post_init__(self):
     sizes = [field.name for field in dataclasses.fields(self) if field.type is int]

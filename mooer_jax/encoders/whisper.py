@@ -24,7 +24,15 @@ _SILENCE, _RANGE = -1.5, 2.0
 
 @dataclasses.dataclass(frozen=True)
 class WhisperConfig:
-  """Sizes of the encoder; the defaults are whisper-tiny."""
+  """Sizes of the encoder; the defaults are whisper-tiny.
+
+  Attributes:
+    input_width: mel bins.
+    positions: length of the position table, in outputs of 20 ms; the largest context.
+    context: number of outputs; clips are padded with silence. Less than `positions` is cheaper for
+      short clips, but differs from the original, which attends to all 30 s.
+    trim: whether only outputs of the clip itself are valid. SALMONN uses all of the context.
+  """
 
   kind: ClassVar[str] = "whisper"
   RENAMED: ClassVar = {"width": "hidden_size", "mlp_width": "intermediate_size"}
@@ -35,16 +43,14 @@ class WhisperConfig:
     inputs=rf"{LAYER}/(attention/out|mlp/down)",
     whole=rf"conv[12]/(kernel|bias)|positions|({LAYER}/\w+|final)_norm/(scale|bias)",
   )
-  input_width: int = 80  # mel bins
+  input_width: int = 80
   hidden_size: int = 384
   layers: int = 4
   heads: int = 6
   intermediate_size: int = 1536
-  positions: int = 1500  # length of the position table, in outputs of 20 ms: the largest context
-  # Number of outputs; clips are padded with silence. Less than `positions` is cheaper for short
-  # clips, but differs from the original, which attends to all 30 s.
+  positions: int = 1500
   context: int = 1500
-  trim: bool = False  # only outputs of the clip itself are valid; SALMONN uses all of the context
+  trim: bool = False
   norm_eps: float = 1e-5
   dropout: float = 0.0
 
@@ -174,7 +180,9 @@ class WhisperEncoder(nn.Module):
 def fill_context(
   features_BTF: jax.Array, valid_BT: jax.Array, config: WhisperConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Replace invalid features by silence and pad to the context, T = 2 * context, as float32.
+  """Replace invalid features by silence and pad them to the context.
+
+  Float [B, T, F] and bool [B, T] become float32 [B, 2 * context, F] and bool [B, 2 * context].
 
   Raises:
     ValueError: if the features have another width, or are longer than the context.

@@ -128,15 +128,15 @@ def check_sizes(config: Any, *positive: str, divisible: Mapping[str, str] = {}) 
     positive: names of fields that must be at least 1.
     divisible: {field: field that must divide it}.
   """
+  kind = config.kind
   for name in positive:
     if getattr(config, name) < 1:
-      raise ValueError(f"{config.kind}.{name}={getattr(config, name)} must be positive")
+      raise ValueError(f"{kind}.{name}={getattr(config, name)} must be positive")
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     below = 1 if field.name.endswith("dropout") else math.inf
     if field.type is float and not 0 <= value < below:
-      raise ValueError(f"{config.kind}.{field.name}={value} must be in [0, {below})")
-  kind = config.kind
+      raise ValueError(f"{kind}.{field.name}={value} must be in [0, {below})")
   for name, divisor in divisible.items():
     value, by = getattr(config, name), getattr(config, divisor)
     if value % by:

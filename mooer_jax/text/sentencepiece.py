@@ -39,7 +39,9 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-  """Read a `tokenizer.model`; raises ValueError if it is none, or of a kind that is not supported.
+  """Read a `tokenizer.model`.
+
+  Raises ValueError if it is not a SentencePiece model, or of a kind that is not supported.
 
   Source: sentencepiece_model.proto of google/sentencepiece.
   """
@@ -86,11 +88,13 @@ def build_tokenizer(model: SentencePieceModel, *, legacy: bool = True) -> Any:
   would spell them). The segments between such pieces are tokenized separately.
 
   Args:
-    model: the merges of BPE follow from the scores of its pieces, which must be distinct, and one
-      the unknown piece (ValueError).
+    model: the merges of BPE follow from the scores of its pieces.
     legacy: prepend the space to every segment, as LLaMA and Vicuna were trained; False, as
       `"legacy": false` in a tokenizer_config.json: only to the beginning of the text, unless it
       starts with a space.
+
+  Raises:
+    ValueError: unless the pieces are distinct and exactly one is the unknown piece.
   """
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
   from tokenizers import models as kinds
@@ -170,11 +174,13 @@ def _fields(data: bytes) -> dict[int, list]:
   while position < len(data):
     tag, position = _varint(data, position)
     kind = tag & 7
-    value: Any = 0
-    if kind in (0, 2):
+    value: Any
+    if kind == 0:
       value, position = _varint(data, position)
-    if kind:
-      length = {1: 8, 2: value, 5: 4}.get(kind)
+    else:
+      length = {1: 8, 5: 4}.get(kind)
+      if kind == 2:
+        length, position = _varint(data, position)
       if length is None:
         raise ValueError(f"unknown wire type {kind} at byte {position}")
       if position + length > len(data):

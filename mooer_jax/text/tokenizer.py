@@ -101,9 +101,12 @@ class Tokenizer:
 
     Args:
       characters: the characters, including those of the prompt template.
-      specials: special tokens, which are matched before the text is split into characters; distinct
-        from each other and the characters, or a ValueError is raised.
+      specials: special tokens, which are matched before the text is split into characters.
       eos: one of the specials.
+
+    Raises:
+      ValueError: if an item of `characters` is not one character, the specials are empty or not
+        distinct from each other and the characters, or eos is not one of them.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Model

@@ -14,23 +14,33 @@ VECTORS = ("scale", "bias", "shift")  # names of the leaves that are norms, bias
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam with warm-up and decay; the defaults are MooER's."""
+  """Adam with warm-up and decay; the defaults are MooER's.
+
+  Attributes:
+    peak_lr: learning rate after `warmup_steps`.
+    warmup_steps: optimizer steps of warm-up; 0 starts at the peak.
+    warmup: "log" (peak * ln(step) / ln(warmup_steps), DeepSpeed's) or "linear" from start_lr.
+    decay: "linear" or "cosine" to end_lr at total_steps, "constant", or "cosine_from_start": a
+      cosine that counts from step 0, so it starts a little below the peak (SALMONN).
+    total_steps: step from which on the learning rate is end_lr; "constant" ignores it.
+    start_lr, end_lr: first learning rate of a linear warm-up, and last one of the decay.
+    betas, eps: decay rates of Adam's moments, and the number added to the root of the second.
+    weight_decay: decoupled (AdamW); not applied to norms and biases. 0 is plain Adam.
+    max_grad_norm: largest global norm of a gradient; 0 does not clip.
+  """
 
   RENAMED: ClassVar = {"grad_clip": "max_grad_norm"}
-  peak_lr: float = 1e-4  # learning rate after `warmup_steps`
-  warmup_steps: int = 1000  # optimizer steps of warm-up; 0 starts at the peak
-  # "log" (peak * ln(step) / ln(warmup_steps), as DeepSpeed's WarmupLR) or "linear" from start_lr.
+  peak_lr: float = 1e-4
+  warmup_steps: int = 1000
   warmup: str = "log"
-  # "linear" or "cosine" to end_lr at total_steps, "constant", or "cosine_from_start": a cosine that
-  # counts from step 0, so it starts a little below the peak (SALMONN).
   decay: str = "linear"
-  total_steps: int = 1_000_000  # from which on the learning rate is end_lr, unless "constant"
-  start_lr: float = 0.0  # initial learning rate of a linear warm-up
-  end_lr: float = 0.0  # final learning rate of the decay
-  betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's first and second moments
-  eps: float = 1e-8  # added to the square root of the second moment
-  weight_decay: float = 0.0  # decoupled (AdamW), not applied to norms and biases; 0: plain Adam
-  max_grad_norm: float = 0.0  # largest global norm of a gradient; 0 does not clip
+  total_steps: int = 1_000_000
+  start_lr: float = 0.0
+  end_lr: float = 0.0
+  betas: tuple[float, float] = (0.9, 0.999)
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  max_grad_norm: float = 0.0
 
   def __post_init__(self):
     if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -73,10 +83,15 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
   }[c.decay]()
   if c.warmup_steps == 0:
     return after
-  before = optax.linear_schedule(c.start_lr, c.peak_lr, c.warmup_steps)
-  if c.warmup == "log":
+
+  def log_warmup(step):
     scale = c.peak_lr / math.log(max(c.warmup_steps, 2))
-    before = lambda step: jnp.minimum(scale * jnp.log(jnp.maximum(step, 1.0)), c.peak_lr)  # noqa: E731
+    return jnp.minimum(scale * jnp.log(jnp.maximum(step, 1.0)), c.peak_lr)
+
+  if c.warmup == "log":
+    before = log_warmup
+  else:
+    before = optax.linear_schedule(c.start_lr, c.peak_lr, c.warmup_steps)
   return optax.join_schedules([before, after], [c.warmup_steps])
 
 

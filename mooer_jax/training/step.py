@@ -77,8 +77,8 @@ def make_train_step(
   it does not depend on the accumulation.
 
   Args:
-    loss_fn: (trainable, frozen, batch, key) -> (loss, which is not used; sums over rows: loss_sum
-      (float32, differentiated), tokens, correct, and any further ones).
+    loss_fn: (trainable, frozen, batch, key) -> (loss, metrics); the loss is ignored, metrics are
+      sums over rows: loss_sum (float32, differentiated), tokens, correct, and any further ones.
     schedule: learning rate of tx, for the metrics.
     accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
       a + accumulation, …, so that each device keeps its rows.

@@ -49,6 +49,18 @@ def test_reading_and_applying_equal_funasr(tmp_path):
   np.testing.assert_array_equal((x_TF + shift_F) * scale_F, expected)
 
 
+def test_components_of_different_lengths_are_refused(mvn):
+  mvn.write_text(KALDI.replace("<AddShift> 3 3", "<AddShift> 2 2").replace("-8.600912 ", ""))
+  with pytest.raises(ValueError, match="2 values of <AddShift>, 3 of <Rescale>; must be equal"):
+    read_mvn(mvn)
+
+
+def test_brackets_may_touch_words(mvn):
+  expected = read_mvn(mvn)
+  mvn.write_text(KALDI.replace("[ ", "[").replace(" ]\n<", "]<"))
+  np.testing.assert_array_equal(read_mvn(mvn), expected)
+
+
 def test_a_file_of_another_width_is_refused(mvn):
   assert len(read_mvn(mvn, width=3)[0]) == 3
   with pytest.raises(ValueError, match="am.mvn: has 3 values, the features have 560"):
@@ -73,6 +85,10 @@ def test_round_trip_keeps_every_bit(tmp_path):
     ("-8.600912", "minus8", "minus8"),
     ("-8.600912", "nan", "NaN"),
     ("<LearnRateCoef>", "<Momentum>", "<LearnRateCoef>"),
+    ("<LearnRateCoef> 0 [ -8", "<LearnRateCoef> 0] [ -8", "no <AddShift>"),
+    ("<LearnRateCoef> 0 [ 0.155775", "<LearnRateCoef> [ 0 ] 0 [ 0.155775", "<Rescale>"),
+    ("<AddShift>", "x<AddShift>", "no <AddShift>"),
+    ("0.154484 ", "0.154484 [ ", "no <Rescale>"),
     ("<AddShift> 3 3\n<LearnRateCoef> 0 [ -8.311879 ", "<AddShift> 2 2\n<LearnRateCoef> 0 [ ", "2"),
   ],
 )

@@ -265,6 +265,7 @@ def test_what_is_no_waveform_is_refused(waveform):
   [
     ({"bins": 0}, "logmel bins is 0"),
     ({"frame_ms": 0.1}, "frame_ms=0.1"),
+    ({"frame_ms": 25.1}, "frame_ms=25.1 is 401 samples at 16000 Hz; the number must be even"),
     ({"hop_ms": 0}, "hop_ms=0"),
     ({"chunk_s": 0.01}, "chunk_s=0.01 is 160 samples"),
   ],

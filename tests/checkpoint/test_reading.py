@@ -213,6 +213,13 @@ def test_an_edited_config_json_is_named(tmp_path, name, value):
     checkpoint.describe(folder)
 
 
+def test_of_several_faults_of_config_json_the_first_is_named(tmp_path):
+  names = ("encoders", "frontends", "prompts", "decoder", "connector")
+  folder = save(tmp_path / "model", params(), config_json=dict.fromkeys(names, 5))
+  with pytest.raises(CheckpointError, match="has connector=5, which must be an object"):
+    checkpoint.describe(folder)
+
+
 def test_a_folder_in_place_of_config_json_is_named(tmp_path):
   folder = save(tmp_path / "model", params())
   (folder / "config.json").unlink()

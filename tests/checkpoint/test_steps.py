@@ -1,6 +1,7 @@
 """Which checkpoints of a run are deleted: never the base of a fine-tune."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def test_latest_and_keep_last(tmp_path):
   assert names(tmp_path) == ["plots", "step_00000009", "step_00000010", "step_00000011"]
   with pytest.raises(ValueError, match="count=0"):
     checkpoint.keep_last(tmp_path, 0)
+
+
+def test_a_run_that_cannot_be_listed_is_an_error(run, monkeypatch):
+  """Else it would look like a new one."""
+
+  def refuse(path="."):
+    raise PermissionError(errno.EACCES, "Permission denied", path)
+
+  for name in ("listdir", "scandir"):
+    monkeypatch.setattr(os, name, refuse)
+  with pytest.raises(PermissionError, match="run"):
+    checkpoint.latest(run)
 
 
 def test_find_takes_a_checkpoint_or_the_folder_of_a_run(run, tmp_path):

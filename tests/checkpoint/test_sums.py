@@ -169,6 +169,8 @@ def test_a_file_is_read_again_only_if_it_was_written(saved, monkeypatch):
   checkpoint.load(saved)
   monkeypatch.setattr(sums, "hash_file", lambda path: pytest.fail(f"read {path} again"))
   checkpoint.load(saved)
+  with pytest.raises(pytest.fail.Exception, match="again"):  # the name is looked up at each call
+    checkpoint.find_damage(saved)
 
 
 @pytest.mark.parametrize("stamped", [False, True])

@@ -1,18 +1,20 @@
 """Saving either happens or does not."""
 
 import errno
+import logging
 import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mooer_jax import checkpoint
-from mooer_jax.checkpoint import SaveError
+from mooer_jax.checkpoint import SaveError, arrays
 from tests.checkpoint.checkpoints_of import assert_same, params, save
 
 RNG = np.random.default_rng(0)
@@ -32,15 +34,14 @@ def full_disk(*_, **__):
   raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["arrays.write", "_write_json", "put_in_place", "tokenizer"])
+@pytest.mark.parametrize("where", ["arrays.write", "files.write_json", "put_in_place", "tokenizer"])
 def test_a_failure_while_saving_spares_what_was_there(tmp_path, monkeypatch, where):
   folder = save(tmp_path / "c", params())
   options = {}
   if where == "tokenizer":
     options["tokenizer"] = full_disk
   else:
-    target = checkpoint.writing.arrays if "." in where else checkpoint.writing
-    monkeypatch.setattr(target, where.rsplit(".")[-1], full_disk)
+    monkeypatch.setattr(f"mooer_jax.checkpoint.writing.{where}", full_disk)
   for name in ("c", "new"):
     with pytest.raises(SaveError, match=rf"{name}: the checkpoint was not saved .*No space left"):
       save(tmp_path / name, params(1), overwrite=True, **options)
@@ -58,6 +59,56 @@ def test_a_rename_that_fails_brings_the_old_one_back(tmp_path, monkeypatch):
     save(folder, params(1), overwrite=True)
   assert [p.name for p in tmp_path.iterdir()] == ["c"]
   assert_same(checkpoint.load(folder).params, params())
+
+
+def test_a_checkpoint_without_a_tokenizer_is_not_saved(tmp_path):
+  """It could not be opened."""
+  with pytest.raises(SaveError):
+    save(tmp_path / "c", params(), tokenizer=None)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_a_save_hides_is_shown_again_after_it(tmp_path, monkeypatch):
+  """After a failure it stays hidden, since threads may outlive it, but each filter only once."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  states = []
+
+  def changed():
+    states.append((sys.unraisablehook, [list(logger.filters) for logger in loggers]))
+    return states[-1] != states[0]
+
+  def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(arrays, "_save_failed", False)  # as before any other test
+  for logger in loggers:
+    monkeypatch.setattr(logger, "filters", [])
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+  changed()
+  save(tmp_path / "c", params())
+  assert not changed()
+  monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    save(tmp_path / "d", params())
+  assert not changed()
+  monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full_disk)
+  for _ in range(2):
+    with pytest.raises(SaveError), warnings.catch_warnings():
+      save(tmp_path / "d", params())
+    assert changed()
+  assert states[-1] == states[-2]
+
+
+def test_only_tracebacks_of_orbax_are_hidden():
+  def record(name, pathname):
+    try:
+      raise OSError("weights.orbax-checkpoint-tmp: No space left on device")
+    except OSError:
+      return logging.LogRecord(name, logging.ERROR, pathname, 1, "failed", (), sys.exc_info())
+
+  assert arrays._is_not_of_orbax(record("absl", "/home/user/train.py"))
+  assert arrays._is_not_of_orbax(record("asyncio", "/python/asyncio/base_events.py"))
+  assert not arrays._is_not_of_orbax(record("absl", "/site-packages/orbax/checkpoint/future.py"))
 
 
 def test_files_that_the_system_refuses_to_write(tmp_path):

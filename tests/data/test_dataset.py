@@ -266,6 +266,24 @@ def test_too_large_a_bad_share_stops_with_the_counts(shards, wav, take):
   assert take(shards.config(max_bad_share=0.8), 30)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("make", [train_batches, eval_batches])
+def test_the_error_has_the_utterances_that_no_batch_reported(
+  shards, wav, model_side, make, workers
+):
+  for start in range(0, 30, 2):
+    shards.add_members([(f"a{start}.{s}", c) for s, c in (("wav", wav(1.0)), ("txt", b"8"))])
+    shards.add_members([(f"b{start + i}.txt", b"A") for i in range(2)])
+  config = shards.config(max_bad_share=0.6, tolerance=20, workers=workers)
+  reported = []
+  with pytest.raises(BadDataError) as caught:
+    for host in iter(make(config, *model_side)):
+      reported += host.skipped
+  keys = [skip.key for skip in (*reported, *caught.value.skipped)]
+  assert caught.value.skipped and len(keys) == len(set(keys))
+  assert str(caught.value).startswith(f"{len(keys)} of ")
+
+
 def _cut(path):
   """Keeps the first three utterances or so of ten."""
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])

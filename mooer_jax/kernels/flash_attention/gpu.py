@@ -189,7 +189,6 @@ def _call(kernel, name, inputs, outputs, *, causal, interpret):
 
 
 def _inputs(q_BTHC, k_BSKC, v_BSKC, bias, keys):
-  """Arrays of the kernels by name."""
   inputs = {"q": q_BTHC, "k": k_BSKC, "v": v_BSKC, "valid": keys.valid_BS}
   inputs |= {"first": keys.first_B, "end": keys.end_B, "query": keys.query_1}
   if bias is not None:

@@ -112,16 +112,16 @@ class _Tile:
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x_TC.shape, 0) < self._left, x_TC, 0)
 
 
-def _forward_kernel(*refs, scale, tile):
-  *scalars, ref, out, softmax = refs
+def _forward_kernel(*arguments, scale, tile):
+  *scalars, refs, out, softmax = arguments
   b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-  tile = tile(scalars, ref, b, i, j)
+  tile = tile(scalars, refs, b, i, j)
   pl.when(j == 0)(lambda: start_softmax(*softmax))
 
   @pl.when(tile.is_visible)
   def _():
-    scores_TS = tile.scores_TS(ref["k"][...], scale)
-    add_to_softmax(scores_TS, tile.mask_TS(), tile.of_keys(ref["v"][...]), *softmax)
+    scores_TS = tile.scores_TS(refs["k"][...], scale)
+    add_to_softmax(scores_TS, tile.mask_TS(), tile.of_keys(refs["v"][...]), *softmax)
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _():
@@ -134,10 +134,10 @@ def _forward_kernel(*refs, scale, tile):
     out["lse"][...] = lse_TL.T[:1]
 
 
-def _dq_kernel(*refs, scale, tile):
-  *scalars, ref, out, [acc_ref] = refs
+def _dq_kernel(*arguments, scale, tile):
+  *scalars, refs, out, [acc_ref] = arguments
   b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-  tile = tile(scalars, ref, b, i, j)
+  tile = tile(scalars, refs, b, i, j)
 
   @pl.when(j == 0)
   def _():
@@ -145,11 +145,11 @@ def _dq_kernel(*refs, scale, tile):
 
   @pl.when(tile.is_visible)
   def _():
-    k_SC, v_SC = tile.of_keys(ref["k"][...]), tile.of_keys(ref["v"][...])
+    k_SC, v_SC = tile.of_keys(refs["k"][...]), tile.of_keys(refs["v"][...])
     scores_TS = tile.scores_TS(k_SC, scale)
-    weights_TS = jnp.where(tile.mask_TS(), jnp.exp(scores_TS - column(ref["lse"][...])), 0.0)
-    dweights_TS = dot(ref["do"][...], v_SC, NT)
-    dscores_TS = weights_TS * (dweights_TS - column(ref["delta"][...]))
+    weights_TS = jnp.where(tile.mask_TS(), jnp.exp(scores_TS - column(refs["lse"][...])), 0.0)
+    dweights_TS = dot(refs["do"][...], v_SC, NT)
+    dscores_TS = weights_TS * (dweights_TS - column(refs["delta"][...]))
     acc_ref[...] += dot(dscores_TS.astype(k_SC.dtype), k_SC, NN)
 
   @pl.when(j == pl.num_programs(3) - 1)
@@ -157,10 +157,10 @@ def _dq_kernel(*refs, scale, tile):
     out["dq"][...] = (acc_ref[...] * scale).astype(out["dq"].dtype)
 
 
-def _dkv_kernel(*refs, scale, tile):
-  *scalars, ref, out, (dk_acc_ref, dv_acc_ref) = refs
+def _dkv_kernel(*arguments, scale, tile):
+  *scalars, refs, out, (dk_acc_ref, dv_acc_ref) = arguments
   b, j, g, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
-  tile = tile(scalars, ref, b, i, j)
+  tile = tile(scalars, refs, b, i, j)
 
   @pl.when((g == 0) & (i == 0))
   def _():
@@ -170,14 +170,14 @@ def _dkv_kernel(*refs, scale, tile):
   @pl.when(tile.is_visible)
   def _():
     mask_ST = tile.mask_ST()
-    q_TC, do_TC = tile.of_queries(ref["q"][...]), tile.of_queries(ref["do"][...])
-    scores_ST = dot(ref["k"][...], q_TC, NT) * scale
-    if "table" in ref:
-      scores_ST += tile.bias_TS().T * ref["gate"][...]
-    weights_ST = jnp.where(mask_ST, jnp.exp(scores_ST - ref["lse"][...]), 0.0)
+    q_TC, do_TC = tile.of_queries(refs["q"][...]), tile.of_queries(refs["do"][...])
+    scores_ST = dot(refs["k"][...], q_TC, NT) * scale
+    if "table" in refs:
+      scores_ST += tile.bias_TS().T * refs["gate"][...]
+    weights_ST = jnp.where(mask_ST, jnp.exp(scores_ST - refs["lse"][...]), 0.0)
     dv_acc_ref[...] += dot(weights_ST.astype(do_TC.dtype), do_TC, NN)
-    dweights_ST = dot(ref["v"][...], do_TC, NT)
-    dscores_ST = jnp.where(mask_ST, weights_ST * (dweights_ST - ref["delta"][...]), 0.0)
+    dweights_ST = dot(refs["v"][...], do_TC, NT)
+    dscores_ST = jnp.where(mask_ST, weights_ST * (dweights_ST - refs["delta"][...]), 0.0)
     dk_acc_ref[...] += dot(dscores_ST.astype(q_TC.dtype), q_TC, NN)
 
   @pl.when((g == pl.num_programs(3) - 1) & (i == pl.num_programs(4) - 1))
@@ -259,7 +259,6 @@ def _call(kernel, name, inputs, outputs, *, scratch, keys, causal, interpret):
 
 
 def _inputs(q_BTHC, k_BSKC, v_BSKC, bias, keys):
-  """Arrays of the kernels by name."""
   q, k, v = (x.swapaxes(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
   inputs = {"q": q, "k": k, "v": v, "valid": keys.valid_BS[:, None, None]}
   if bias is not None:
