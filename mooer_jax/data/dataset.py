@@ -134,12 +134,14 @@ def _description(
   )  # fmt: skip
   old = {new: old for old, new in DataConfig.RENAMED.items()}  # states of version 0.1 have these
   settings = {f"data.{old.get(name, name)}": getattr(config, name) for name in names}
-  files = "\n".join(os.path.basename(shard) for shard in shards)
+  names_of_shards = "\n".join(os.path.basename(shard) for shard in shards)
+  files = {shard.rpartition("#")[0] if annotation.is_piece(shard) else shard for shard in shards}
   return {
     **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
     "checksum of the prompts": sampler.checksum,
     "shards in the list": len(shards),
-    "checksum of their names": zlib.crc32(files.encode()),
+    "checksum of their names": zlib.crc32(names_of_shards.encode()),
+    "bytes in the shards": sum(os.path.getsize(file) for file in files if os.path.exists(file)),
     "process": process,
   }
 
@@ -217,7 +219,7 @@ class _DescribedIterator(grain.DatasetIterator):
       if changed:
         raise ValueError(
           f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
-          " or start without the data position"
+          " or start another run with init_from"
         )
       self._inner.set_state(state["reader"])
     except (AttributeError, IndexError, KeyError, TypeError) as error:

@@ -87,7 +87,7 @@ def test_a_source_that_does_not_exist_is_refused(tmp_path):
   assert not (tmp_path / "x.json").exists()
 
 
-BENCHMARKS = ["accuracy", "checkpoint_load", "convert_7b", "gpu_suite"]
+BENCHMARKS = ["accuracy", "convert_7b", "gpu_suite"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -214,6 +214,16 @@ def test_a_saved_position_of_other_data_is_refused(shards, model_side):
     iter(train_batches(shards.config(), *model_side)).set_state(state)
 
 
+def test_a_saved_position_of_other_shards_with_the_same_names_is_refused(shards, model_side):
+  path = shards.add(8)
+  state = iter(train_batches(shards.config(), *model_side)).get_state()
+  path.unlink()
+  shards.list.unlink()
+  assert shards.add(4) == path
+  with pytest.raises(ValueError, match=r"bytes in the shards was \d+ and is \d+"):
+    iter(train_batches(shards.config(), *model_side)).set_state(state)
+
+
 def _bad_members(wav, encode_wav):
   nan = np.full((4000, 1), np.nan, np.float32)
   return {
