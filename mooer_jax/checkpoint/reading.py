@@ -92,6 +92,10 @@ def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoin
         " its path: --base-checkpoint PATH (Python: base_checkpoint=PATH; training:"
         " --config.init_from=PATH)"
       )
+    if place.resolve() == folder.resolve():
+      raise CheckpointError(
+        f"{folder} names itself as its base; pass the right one: --base-checkpoint"
+      )
     origin = describe(place)
     if origin.hash != pointer["hash"]:
       raise CheckpointError(
@@ -247,10 +251,14 @@ def check_leaves(about: Checkpoint, expected: Mapping) -> None:
   Raises:
     CheckpointError: if leaves are missing, belong to no part of the model, or differ in shape.
   """
-  have, wanted = (
-    {path: list(leaf.shape) for path, leaf in tree.flatten(params).items()}
-    for params in (about.params, expected)
-  )
+
+  def described(params):
+    return {
+      path: str(list(leaf.shape)) + " of integers" * (not jnp.issubdtype(leaf.dtype, jnp.floating))
+      for path, leaf in tree.flatten(params).items()
+    }
+
+  have, wanted = described(about.params), described(expected)
   faults = []
   for path in sorted(p for p in have.keys() | wanted.keys() if have.get(p) != wanted.get(p)):
     if path not in wanted:
@@ -289,7 +297,7 @@ def open_folder(folder) -> tuple[Path, dict]:
   about = _read_json(folder / "checkpoint.json")
   if about.get("format") != FORMAT:
     raise CheckpointError(
-      f"{folder} has format {about.get('format')}, this mooer_jax reads format {FORMAT}"
+      f"{folder} has format {about.get('format')!r}, this mooer_jax reads format {FORMAT}"
     )
   if missing := sorted(_TYPES.keys() - {"files"} - about.keys()):
     raise _damaged(folder, f"checkpoint.json lacks {', '.join(missing)}")
@@ -298,7 +306,12 @@ def open_folder(folder) -> tuple[Path, dict]:
       raise _damaged(folder, f"checkpoint.json has {name}={value!r:.80}")
   if (base := about["base"]) is not None and not {"path", "hash"} <= base.keys():
     raise _damaged(folder, f"checkpoint.json has base={base}, without path and hash")
-  for name, entry in (about.get("files") or {}).items():
+  recorded = about.get("files")
+  if recorded is not None and (lost := sorted(set(sums.EDITABLE) - recorded.keys())):
+    raise _damaged(folder, f"checkpoint.json has no size and sum of {', '.join(lost)}")
+  for name, entry in (recorded or {}).items():
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+      raise _damaged(folder, f"checkpoint.json has a sum of {name}, which is not in the checkpoint")
     if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
       raise _damaged(folder, f"checkpoint.json has no size and sum of {name}: {entry!r}")
   name = _weights_name(about["base"])
@@ -327,21 +340,27 @@ def _check_weights(about: Checkpoint, unread: Iterable[str]) -> None:
   Orbax would log a traceback for each damaged leaf, and does not detect changed bytes in files
   without compression.
   """
+  seed = "" if about.origin is None else about.origin.hash
   if about.files is None:
-    seed = "" if about.origin is None else about.origin.hash
     if damage := _hash_damage(about.weights, seed, about.hash, remember=True):
       raise CheckpointError(f"{damage}; {remedy(about.folder)}")
     return
+  if not _has_hash(about.files, about.weights.name, seed, about.hash):
+    raise _damaged(about.folder, "checkpoint.json has the sums of other weights than its hash")
   # A leaf has a folder, or its data is in files that all leaves share.
   folders = {path.replace("/", ".") for path in unread}
   inside = [path for path in about.files if path.startswith(f"{about.weights.name}/")]
   sums.check(about.folder, about.files, [p for p in inside if p.split("/")[1] not in folders])
 
 
+def _has_hash(files: sums.Sums, name: str, seed: str, saved: str) -> bool:
+  return saved in (sums.weights_hash(files, name, seed, stamped=old) for old in (False, True))
+
+
 def _hash_damage(weights: Path, seed: str, saved: str, *, remember: bool = False) -> str | None:
   """Damage of weights that were saved without sums of their files, only with a hash of all."""
   now = sums.record(weights, prefix=f"{weights.name}/", remember=remember)
-  if any(sums.weights_hash(now, weights.name, seed, stamped=x) == saved for x in (False, True)):
+  if _has_hash(now, weights.name, seed, saved):
     return None
   return f"{weights}: files were added, removed or changed since they were saved"
 

@@ -112,13 +112,17 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-  """Lines of a UTF-8 file; raises ValueError with the line that is not UTF-8."""
+  """Lines of a UTF-8 file; raises ValueError with a line that is not UTF-8 or holds a CR."""
   content = path.read_bytes()
   try:
-    return content.decode("utf-8-sig").split("\n")
+    lines = content.decode("utf-8-sig").split("\n")
   except UnicodeDecodeError as error:
     number = content.count(b"\n", 0, error.start) + 1
     raise ValueError(f"{path}:{number}: not UTF-8; convert the file to UTF-8") from error
+  for number, line in enumerate(lines, 1):
+    if "\r" in line.rstrip("\r"):
+      raise ValueError(f"{path}:{number}: a carriage return within the line; end lines with \\n")
+  return lines
 
 
 def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:

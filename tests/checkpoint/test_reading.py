@@ -173,6 +173,29 @@ def test_weights_of_another_model_than_config_json_says_are_named(saved):
       checkpoint.check_leaves(about, tree.unflatten(expected))
 
 
+@pytest.mark.parametrize("files", [{}, None])
+def test_a_hash_of_other_weights_is_named(tmp_path, files):
+  path = save(tmp_path / "model", params()) / "checkpoint.json"
+  about = json.loads(path.read_text())
+  if files is not None:  # without the sums of the weights
+    about["files"] = {k: v for k, v in about["files"].items() if not k.startswith("weights/")}
+  else:
+    about["hash"] = "0" * 64
+  path.write_text(json.dumps(about))
+  with pytest.raises(CheckpointError, match="sums of other weights than its hash"):
+    checkpoint.load(path.parent)
+
+
+def test_weights_that_are_said_to_be_integers_are_named(saved):
+  path = saved / "checkpoint.json"
+  about = json.loads(path.read_text())
+  expected = checkpoint.describe(saved).params
+  about["leaves"]["decoder/layers_1/q/kernel"][1] = "int8"
+  path.write_text(json.dumps(about))
+  with pytest.raises(CheckpointError, match=r"q/kernel is \[8, 16\] of integers in the weights"):
+    checkpoint.check_leaves(checkpoint.describe(saved), expected)
+
+
 def test_importing_the_module_does_not_import_orbax(plain_env):
   program = "import sys, mooer_jax.checkpoint; sys.exit('orbax.checkpoint' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", program], env=plain_env).returncode == 0
@@ -187,6 +210,8 @@ def test_importing_the_module_does_not_import_orbax(plain_env):
     ("hash", None),
     ("train_state", []),
     ("files", {"a": 5}),
+    ("files", {}),
+    ("files", {"config.json": [1, ""], "generation.json": [1, ""], "../x": [1, ""]}),
   ],
 )
 def test_an_edited_checkpoint_json_is_named(tmp_path, name, value, capsys):
