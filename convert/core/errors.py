@@ -29,7 +29,10 @@ class Problems:
     self.found.append(problem)
 
   def attempt(self, function: Callable[..., Result], *args: Any, **options: Any) -> Result | None:
-    """Calls a function; None, with its reasons added, for a ValueError that is not a ReadError."""
+    """Calls a function; None, with its reasons added, for a ValueError that is not a ReadError.
+
+    Those of configs and readers of mooer_jax are no ConversionErrors, but are about the files too.
+    """
     try:
       return function(*args, **options)
     except ReadError:

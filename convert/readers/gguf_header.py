@@ -97,7 +97,8 @@ def _parse(path: Path, cursor: Cursor) -> GGUFHeader:
     metadata[key] = _value(path, cursor, cursor.one("I"))
   if metadata.get("split.count", 1) not in (0, 1):
     raise ReadError(
-      f"{path}: one of {metadata['split.count']} parts; join them with llama-gguf-split --merge"
+      f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's"
+      " `llama-gguf-split --merge`"
     )
   alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
   if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):

@@ -18,7 +18,7 @@ from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
-from mooer_jax.run.process import stop_request
+from mooer_jax.run.process import prepare_process, stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
@@ -44,6 +44,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
       process trains in the workdir.
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
+  prepare_process()
   run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   with lock_folder(run.workdir):

@@ -11,6 +11,7 @@ from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table,
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
 from mooer_jax.run.perplexity import check_scales
+from mooer_jax.run.process import prepare_process
 
 
 def lora_sweep(
@@ -25,6 +26,7 @@ def lora_sweep(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or scale.
   """
+  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   folder = checkpoint.find(path)

@@ -21,6 +21,7 @@ from mooer_jax.projects.salmonn.scorers import Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
+from mooer_jax.run.process import prepare_process
 
 
 def run_suite(
@@ -177,6 +178,7 @@ def evaluate_suite(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint or annotation file.
   """
+  prepare_process()
   folder = checkpoint.find(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")
