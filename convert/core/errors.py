@@ -29,15 +29,12 @@ class Problems:
     self.found.append(problem)
 
   def attempt(self, function: Callable[..., Result], *args: Any, **options: Any) -> Result | None:
-    """Calls a function; None, with its reasons added, for a ValueError that is not a ReadError.
-
-    Those of configs and readers of mooer_jax are no ConversionErrors, but are about the files too.
-    """
+    """Calls a function; None, with its reasons added, for a ValueError that is not a ReadError."""
     try:
       return function(*args, **options)
     except ReadError:
       raise
-    except ValueError as error:
+    except ValueError as error:  # also of configs and readers of mooer_jax, about the files
       reasons = getattr(error, "reasons", [str(error)])
       self.found += [reason for reason in reasons if reason not in self.found]
       return None

@@ -251,6 +251,8 @@ def run_reference(request: Request) -> Original:
     added = None
   return reference.run(
     request,
+    encoder=src / ENCODER_FOLDER / ENCODER_FILE,
+    cmvn=src / ENCODER_FOLDER / paraformer.CMVN_FILE,
     adapter=src / task / ADAPTER_FILE,
     llm=llm,
     lora=added,

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import jax
@@ -26,7 +26,13 @@ from mooer_jax.training.program import compile_step, jitted_step
 from mooer_jax.training.sharding import batch_sharding, make_mesh
 from mooer_jax.training.step import TrainState, check_finite
 
-MakeEvaluator = Callable[..., Evaluator]
+
+class MakeEvaluator(Protocol):
+  """Makes an evaluator; training starts, or resumes, after step `first`."""
+
+  def __call__(
+    self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, first: int
+  ) -> Evaluator: ...
 
 
 def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
@@ -37,7 +43,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
 
   Args:
     run: the config.
-    evaluators: functions that make an evaluator: make(run, tokenizer, mesh, first=step).
+    evaluators: functions that make an evaluator.
 
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint, or if another

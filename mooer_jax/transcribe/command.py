@@ -95,8 +95,7 @@ class _StoreDeprecated(argparse.Action):
 def run(args: argparse.Namespace) -> int:
   """Transcribes and returns the exit status: 1 if any clip could not be transcribed, else 0.
 
-  Raises:
-    ValueError, OSError: for a bad checkpoint, option or output file.
+  Raises ValueError or OSError for a bad checkpoint, option or output file.
   """
   from mooer_jax.run.process import prepare_process
   from mooer_jax.transcribe.transcriber import Transcriber

@@ -57,8 +57,8 @@ def answers_file(run: Run) -> Path:
 
 
 def _check_answers(answers: Path, settings: dict[str, Any], workdir: Path) -> None:
-  content = read_json_object(answers).get("made_with")
-  made_with = content if isinstance(content, dict) else {}
+  made_with = read_json_object(answers).get("made_with")
+  made_with = made_with if isinstance(made_with, dict) else {}
   other = [
     f"{name}={made_with.get(name)!r}, now {value!r}"
     for name, value in settings.items()

@@ -19,12 +19,8 @@ def lora_sweep(
 ) -> list[SweepPoint]:
   """Run `eval.py --mode=lora-sweep`: write lora_sweep.json and lora_sweep.png, return the points.
 
-  Args:
-    run, path, base: as in `run.evaluate.evaluate`; each utterance is prompted for its own task.
-    scales: LoRA scales; default: nine from 0 to that of training.
-
-  Raises:
-    FileNotFoundError, ValueError: for a bad config, checkpoint, test set or scale.
+  Args and errors as in `run.evaluate.evaluate`; each utterance is prompted for its own task. The
+  default of `scales` is nine LoRA scales from 0 to that of training.
   """
   prepare_process()
   check_scales(scales)
