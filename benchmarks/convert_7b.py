@@ -94,10 +94,10 @@ def run_convert(*args: str) -> dict[str, float]:
   return {"seconds": seconds, "peak_gb": peak - start}
 
 
-def main() -> bool:
+def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--dir", type=Path, help="folder for the files; default: a temporary folder")
-  parser.add_argument("--layers", type=int, default=28, help="default: 28; fewer: a quick look")
+  parser.add_argument("--layers", type=int, default=28, help="number of layers (default: 28)")
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
   config = dataclasses.replace(LLMConfig.SIZES["qwen2_7b"], layers=args.layers)
@@ -127,7 +127,7 @@ def main() -> bool:
     print(f"{name:8}{row['seconds']:10.1f}{ratio:10.2f}{row['peak_gb']:20.2f}")
   print(f"the exported files are {'the same' if identical else 'NOT the same'} byte for byte")
   write_result(args.json, {"bytes": total, "identical": identical, **rows}, SOURCES)
-  return not identical
+  return 0 if identical else 1
 
 
 if __name__ == "__main__":

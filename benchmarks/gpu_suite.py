@@ -95,7 +95,7 @@ def show(report: dict):
     )
 
 
-def main() -> bool:
+def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
   parser.add_argument("--section", choices=SECTIONS, help="run only this section, in this process")
@@ -106,7 +106,7 @@ def main() -> bool:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
   if options.section:
     options.json.write_text(json.dumps(run_section(options.section, options.dry_run)), "utf-8")
-    return False
+    return 0
   sections = {name: spawn_section(name, options.dry_run) for name in SECTIONS}
   devices = (section["device"] for section in sections.values() if section.get("device"))
   report = {
@@ -121,7 +121,7 @@ def main() -> bool:
   path = options.json or folder / f"gpu_suite{'_dry_run' * options.dry_run}.json"
   write_result(path, report, SOURCES)
   print(f"written to {path}")
-  return not all(section["passed"] for section in sections.values())
+  return 0 if all(section["passed"] for section in sections.values()) else 1
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ EOS = WORDS
 
 def model_config(dry_run: bool) -> SpeechLLMConfig:
   """The sizes of configs/tiny.py, or smaller."""
-  width, layers = (32, (2, 1)) if dry_run else (128, (6, 3))
+  width, encoder_layers, llm_layers = (32, 2, 1) if dry_run else (128, 6, 3)
   sizes = dict(hidden_size=width, heads=4)
   llm = dict(kv_heads=2, head_dim=width // 4, intermediate_size=3 * width)
   return SpeechLLMConfig(
-    encoders=(SANMConfig(**sizes, layers=layers[0], intermediate_size=4 * width),),
+    encoders=(SANMConfig(**sizes, layers=encoder_layers, intermediate_size=4 * width),),
     connector=LinearConfig(hidden_size=2 * width),
-    decoder=LLMConfig(**sizes, **llm, layers=layers[1], vocab_size=16, tie_word_embeddings=True),
+    decoder=LLMConfig(**sizes, **llm, layers=llm_layers, vocab_size=16, tie_word_embeddings=True),
     compute=ExecutionConfig(dtype="float32", scan=True),
   )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.llm_sizes import DRY, FULL, GB, LR, Sizes, median_seconds, trained
+from benchmarks.llm_sizes import DRY, FULL, GB, LR, Sizes, median_seconds, with_falling_losses
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.generation import GenerationConfig, generate_from
@@ -112,7 +112,7 @@ def train_step(params, inputs_BSD, config, sizes: Sizes) -> dict[str, Any]:
     losses.append(float(metrics["loss"]))
 
   _, result = measured(step, (state, frozen, batch), sizes, call, donate_argnums=0)
-  return trained(result, losses)
+  return with_falling_losses(result, losses)
 
 
 def decode(params, config, sizes: Sizes) -> dict[str, Any]:
@@ -125,4 +125,4 @@ def decode(params, config, sizes: Sizes) -> dict[str, Any]:
     return generate_from(params, prompt_BSD, valid_BS, config, options).tokens_BS
 
   _, result = measured(greedy, (params, prompt_BSD), sizes)
-  return sizes.decoded(result)
+  return sizes.with_token_rate(result)

@@ -24,7 +24,7 @@ class Sizes:
   new: int = 64  # decoded tokens
   repeats: int = 5  # timed calls after the first one
 
-  def decoded(self, result: dict[str, Any]) -> dict[str, Any]:
+  def with_token_rate(self, result: dict[str, Any]) -> dict[str, Any]:
     """Add the speed of greedy decoding to its time."""
     return {**result, "tokens_per_second": self.rows * self.new / result["seconds"]}
 
@@ -47,7 +47,7 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
   return statistics.median(times[1:])
 
 
-def trained(result: dict[str, Any], losses: list[float]) -> dict[str, Any]:
+def with_falling_losses(result: dict[str, Any], losses: list[float]) -> dict[str, Any]:
   """Add the losses of train steps on one batch, which must fall, to their time."""
   if not losses[-1] < losses[0]:
     raise FloatingPointError(f"the loss on one batch did not fall: {losses}")

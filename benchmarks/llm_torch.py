@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.llm_sizes import DRY, FULL, GB, LR, Sizes, median_seconds, trained
+from benchmarks.llm_sizes import DRY, FULL, GB, LR, Sizes, median_seconds, with_falling_losses
 from convert.parts.hf_config import hf_config
 from mooer_jax.decoders.llm import LLMConfig
 
@@ -110,7 +110,7 @@ def train_step(model, inputs_BSD, sizes: Sizes) -> dict[str, Any]:
     optimizer.zero_grad(set_to_none=True)
     losses.append(loss.item())
 
-  return trained(measured(call, sizes), losses)
+  return with_falling_losses(measured(call, sizes), losses)
 
 
 def decode(model, prompt_BSD, sizes: Sizes) -> dict[str, Any]:
@@ -128,4 +128,4 @@ def decode(model, prompt_BSD, sizes: Sizes) -> dict[str, Any]:
     )
     assert tokens_BS.shape == (sizes.rows, sizes.new)
 
-  return sizes.decoded(measured(call, sizes))
+  return sizes.with_token_rate(measured(call, sizes))

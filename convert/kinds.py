@@ -1,4 +1,4 @@
-"""All kinds. A new kind is one file that defines its `Kind`, and one line here."""
+"""All kinds. A new kind is one file that defines its `Kind`, one line in KINDS and one in USES."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ KINDS = {
   "llama": f"{__package__}.parts.language_model:LLAMA",
 }
 
-# Kind -> its SRC, options of `import`, options of `verify` (None: it cannot); for `--help`.
+# Kind -> its SRC, options of `import`, options of `verify` (None: it cannot); for `--help`, which
+# does not import the records. A test compares them.
 USES: dict[str, tuple[str, str, str | None]] = {
   "mooer": (
     "release folder",

@@ -47,6 +47,8 @@ class Espeak:
     source = Path(espeakng_loader.get_data_path())
     self._data = Path(self._folder.name) / source.name
     shutil.copytree(source, self._data, copy_function=os.symlink)
+    self._variants = self._data / "voices" / "!v"
+    self._variants.chmod(0o700)  # that of the package may be read-only
     folder = self._folder.name.encode()
     self.sample_rate_hz = self._library.espeak_Initialize(_SYNCHRONOUS, 0, folder, 0)
     if self.sample_rate_hz <= 0:
@@ -61,7 +63,7 @@ class Espeak:
 
   def define(self, name: str, description: str):
     """Add the voice variant ACCENT+NAME, described in espeak-ng's voice format."""
-    (self._data / "voices" / "!v" / name).write_text(description, encoding="ascii")
+    (self._variants / name).write_text(description, encoding="ascii")
 
   def _receive(self, samples, count, _events) -> int:
     if samples and count > 0:

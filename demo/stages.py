@@ -6,6 +6,7 @@ import json
 import modulefinder
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,15 +46,28 @@ def call(*arguments: str | Path):
   # As a user would type it in the clone.
   shown = [program, *(word.replace(f"{ROOT}{os.sep}", "") for word in command[1:])]
   print("\n$ " + " ".join(shown), flush=True)
+  process: subprocess.Popen | None = None
   interrupted: BaseException | None = None
-  with exit_on_sigterm(), subprocess.Popen(command) as process:
-    while process.poll() is None:
-      try:
-        process.wait()
-      except (KeyboardInterrupt, SystemExit) as error:
-        interrupted = error
-        if isinstance(error, SystemExit):  # the child receives Ctrl-C, but not SIGTERM
-          process.terminate()
+
+  def forward(number, frame):
+    nonlocal interrupted
+    interrupted = SystemExit(128 + number)
+    if process:
+      process.terminate()
+
+  # The child receives Ctrl-C, but not SIGTERM; a second one makes training stop at once.
+  before = signal.signal(signal.SIGTERM, forward)
+  try:
+    with subprocess.Popen(command) as process:
+      if interrupted:
+        process.terminate()
+      while process.poll() is None:
+        try:
+          process.wait()
+        except KeyboardInterrupt as error:
+          interrupted = error
+  finally:
+    signal.signal(signal.SIGTERM, before)
   if interrupted:
     raise interrupted
   if process.returncode:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if argv[:1] in (["train"], ["eval"]):
     program = importlib.import_module(f"mooer_jax.programs.{argv[0]}")
     return program.main([f"mooer-jax {argv[0]}", *argv[1:]])
-  args = parser.parse_args([command.with_new_flag(argument) for argument in argv])
+  args = parser.parse_args(argv)
   try:
     with exit_on_sigterm():
       return args.run(args)

@@ -40,10 +40,13 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any, *, allow_nan: bool = True) -> None:
-  """Replace a JSON file; raises as `json.dumps`, before anything is written."""
+  """Replace a JSON file; raises as `json.dumps`, before anything is written.
+
+  A lone surrogate, of a file name that is not UTF-8, is written as the escape that JSON has for it.
+  """
   text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
   with replace_file(path) as beside:
-    beside.write_text(text + "\n", encoding="utf-8")
+    beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -74,9 +74,9 @@ def condition(function, *arguments, draws=3, of_rows=False):
   A program that rounds returns what exact arithmetic returns for inputs that are off by a few
   roundings (backward stability). So all floating leaves of `arguments` (weights too) are moved by
   one unit in the last place at random. This accounts for depth, cancellation and nonlinearities,
-  and costs no compilation where `function` is jitted. The largest of m such changes is expected at
-  sqrt(2 ln m) standard deviations, and `ROOM` already has room for the largest of a million, so the
-  largest change is divided by that: the scale is one standard deviation of the most sensitive.
+  and costs no compilation where `function` is jitted. The root mean square of an output's changes
+  estimates its standard deviation, and that of the most sensitive output counts. From three draws,
+  the largest of a million estimates is 3 times too high, so bounds are rather wide than narrow.
 
   Args:
     function: returns an array or a tree of arrays.
@@ -86,8 +86,8 @@ def condition(function, *arguments, draws=3, of_rows=False):
       (frames, slots) are far more sensitive than others; otherwise one for the whole array.
 
   Returns:
-    a tree like that of the outputs, of arrays that broadcast with them: the standard deviation of
-    the changes over eps of the inputs' dtype, and at least the largest magnitude of the output.
+    a tree like that of the outputs, of arrays that broadcast with them: the largest deviation over
+    eps of the inputs' dtype, and at least the largest magnitude of the output.
   """
   rng = np.random.default_rng(0)
   eps = [
@@ -106,16 +106,13 @@ def condition(function, *arguments, draws=3, of_rows=False):
   def largest(x):
     return np.abs(x).max(axis=-1 if of_rows else None, keepdims=of_rows, initial=0)
 
-  def change(a, b):
-    values = draws * max(2, np.shape(a)[-1] if of_rows else np.size(a))
-    return largest(_float64(a) - _float64(b)) / max(eps) / (2 * np.log(values)) ** 0.5
+  def scale(output, *again):
+    output = _float64(output)
+    squares = sum((_float64(x) - output) ** 2 for x in again)
+    return np.maximum(largest(output), largest(np.sqrt(squares / draws)) / max(eps))
 
-  outputs = function(*arguments)
-  found = jax.tree.map(lambda x: largest(_float64(x)), outputs)
-  for _ in range(draws):
-    again = function(*jax.tree.map(moved, arguments))
-    found = jax.tree.map(lambda most, a, b: np.maximum(most, change(a, b)), found, again, outputs)
-  return found
+  again = [function(*jax.tree.map(moved, arguments)) for _ in range(draws)]
+  return jax.tree.map(scale, function(*arguments), *again)
 
 
 def score_rounding(transcriber, clips, *, same_features=False, **options):

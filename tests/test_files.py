@@ -56,6 +56,12 @@ def test_the_mode_follows_the_umask(tmp_path):
   assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
+def test_json_holds_the_name_of_a_file_that_is_not_utf_8(tmp_path):
+  value = {"path": os.fsdecode(b"clip-\xff.wav"), "text": "转写"}
+  files.write_json(tmp_path / "a.json", value)
+  assert json.loads((tmp_path / "a.json").read_text("utf-8")) == value
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_json_object_is_read(tmp_path, encoding):
   path = tmp_path / "a.json"

@@ -34,7 +34,7 @@ class Problems:
       return function(*args, **options)
     except ReadError:
       raise
-    except ValueError as error:
+    except ValueError as error:  # also of configs and readers of mooer_jax, about the files
       reasons = getattr(error, "reasons", [str(error)])
       self.found += [reason for reason in reasons if reason not in self.found]
       return None

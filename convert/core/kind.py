@@ -115,7 +115,8 @@ class Kind:
 
   Attributes:
     name: name on the command line.
-    open: maps a source to leaves.
+    open: maps a source to leaves. It adds to the problems what does not fit, and raises ValueError
+      (ConversionError with all reasons) where it cannot go on.
     export: writes (checkpoint, folder, bytes per file of weights); None: import only.
     recognises: (path, names of its tensors) to a description, or None if it is another kind.
     files: weights in a folder that has them in several places; empty for other paths.

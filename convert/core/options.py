@@ -15,7 +15,7 @@ class Options:
 
   task: str | None = _option("task of the model: asr, ast or asr_ast_mtl")
   llm: Path | None = _option("folder of the LLM, or of the model that a LoRA was trained on")
-  lora: bool = _option("the release has no LoRA", True)
+  lora: bool = _option("leave the LoRA out", True)  # the flag is --no-lora
   merge_lora: bool = _option("add the LoRA to the weights of the LLM", False)
   base_checkpoint: Path | None = _option("checkpoint of the model that SRC was trained on")
   lora_config: Path | None = _option("adapter_config.json of training, or its folder")

@@ -214,12 +214,12 @@ def released_task(about: Checkpoint, config: SpeechLLMConfig) -> str:
       f"prompts={dict(config.prompts)}: must be one of a release, {TASK_PROMPTS}; train with that"
       " (config.model.prompts)"
     )
-  for name in ("chat_template", "max_audio_s"):
+  supported = f", or set it in {where} if the model supports it"
+  for name, remedy in (("chat_template", ""), ("max_audio_s", supported)):
     value, usual = getattr(config, name), getattr(SpeechLLMConfig, name)
     if value != usual:
       problems.add(
-        f"{name}={value!r}: releases use {usual!r}; train with that (config.model.{name}), or set"
-        f" it in {where} if the model supports it"
+        f"{name}={value!r}: releases use {usual!r}; train with that (config.model.{name}){remedy}"
       )
   problems.check(f"{about.folder} cannot be a release")
   return tasks[0]
@@ -251,6 +251,8 @@ def run_reference(request: Request) -> Original:
     added = None
   return reference.run(
     request,
+    encoder=src / ENCODER_FOLDER / ENCODER_FILE,
+    cmvn=src / ENCODER_FOLDER / paraformer.CMVN_FILE,
     adapter=src / task / ADAPTER_FILE,
     llm=llm,
     lora=added,
@@ -282,7 +284,8 @@ def _recognises(path: Path, names: Collection[str]) -> str | None:
     if (path / ENCODER_FILE).is_file():
       return "mooer (its encoder)"
     return "mooer" if (path / ENCODER_FOLDER).is_dir() else None
-  adapter = any(name.startswith("encoder_projector.") for name in names)
+  mapped = (ADAPTER.to_jax(name) for name in names)
+  adapter = any(found and found[0].startswith("connector/") for found in mapped)
   return "mooer (its adapter alone)" if adapter and not any("llm." in n for n in names) else None
 
 

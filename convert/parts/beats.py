@@ -58,9 +58,9 @@ _ONLY: tuple[tuple[str, bool | str, bool | str], ...] = (
 )
 # Of training, or of the head of a fine-tuned file.
 _SKIPPED = (
-  "layer_wise_gradient_decay_ratio dropout attention_dropout activation_dropout encoder_layerdrop"
-  " dropout_input finetuned_model predictor_dropout predictor_class"
-).split()
+  "layer_wise_gradient_decay_ratio", "dropout", "attention_dropout", "activation_dropout",
+  "encoder_layerdrop", "dropout_input", "finetuned_model", "predictor_dropout", "predictor_class",
+)  # fmt: skip
 
 
 def _patch_out(kernel_PO: np.ndarray) -> np.ndarray:
@@ -170,7 +170,10 @@ def open_beats(path: Path, problems: Problems) -> Part:
 
 
 def tied_copies(source: Source, config: BEATsConfig, problems: Problems) -> list[str]:
-  """Lists the copies of layer 0's bias table, which all layers share; others are problems."""
+  """Lists the copies of layer 0's bias table, which all layers share.
+
+  A table that differs from it is added to the problems.
+  """
   first, *others = (BIAS_TABLE.format(n=n) for n in range(config.layers))
   copies = [name for name in others if name in source.tensors]
   for name in copies if first in source.tensors else ():

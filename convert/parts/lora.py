@@ -22,10 +22,11 @@ CONFIG_FILE = "adapter_config.json"
 LEAVES = ("/lora_a", "/lora_b")
 # Options of peft that do not change what the weights compute.
 _HARMLESS = (
-  "auto_mapping base_model_name_or_path inference_mode layers_pattern lora_alpha lora_dropout"
-  " megatron_core peft_type peft_version qalora_group_size r revision runtime_config target_modules"
-  " exclude_modules task_type use_rslora ensure_weight_tying"
-).split()
+  "auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern", "lora_alpha",
+  "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+  "revision", "runtime_config", "target_modules", "exclude_modules", "task_type", "use_rslora",
+  "ensure_weight_tying",
+)  # fmt: skip
 # Checked by name.
 _CHECKED = ("bias", "init_lora_weights")
 # Initialisations that do not change the base weights.

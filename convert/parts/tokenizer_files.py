@@ -12,9 +12,9 @@ from ..core.kind import Writer
 from ..readers import ReadError, check_file, read_object
 
 FILES = (
-  "tokenizer.json tokenizer_config.json vocab.json merges.txt tokenizer.model"
-  " special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json"
-).split()
+  "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+  "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 # Slow tokenizers that are converted, by model_type.
 _SLOW = {"qwen2": "Qwen2Tokenizer", "llama": "GPT2Tokenizer"}
 

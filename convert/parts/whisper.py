@@ -134,7 +134,7 @@ def open_encoder(src: Path, problems: Problems) -> Part:
     heads = int(source.read(HEADS).max(initial=0)) if HEADS in source.tensors else None
     source = split_qkv(source, problems)
   elif style == "openai":
-    [file] = {tensor.file for tensor in source.tensors.values()}
+    file = next(iter(source.tensors.values())).file
     heads = (read_dict(file, "dims") or {}).get("n_audio_head")
   else:
     if not (src / "config.json").is_file():

@@ -54,7 +54,8 @@ def _parse(path: Path, cursor: Cursor) -> Source:
   version = cursor.one("I")
   if version != _VERSION:
     raise ReadError(
-      f"{path}: CTranslate2 format {version}, supported is {_VERSION}; convert the model again"
+      f"{path}: CTranslate2 format {version}, supported is {_VERSION}; convert the model again with"
+      " a newer CTranslate2"
     )
   spec, revision = _text(cursor), cursor.one("I")
   entries = []

@@ -18,8 +18,10 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # llama.cpp turns pairs of rows of LLaMA's q and k into its own order of rotation; not Qwen2's.
 _PERMUTED = ("llama",)
 _PLAIN = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16), Kind.BF16: BFLOAT16}
-_NAMES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS"
-_QUANTIZED = tuple(Kind[name] for name in _NAMES.split())
+_QUANTIZED = (
+  Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K,
+  Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS,
+)  # fmt: skip
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {
   "attn_norm": "input_layernorm",
@@ -35,10 +37,11 @@ _INNER = {
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
 # Metadata under the architecture's name that `gguf_config` uses, or that do not matter.
 _KNOWN_KEYS = (
-  "vocab_size context_length embedding_length block_count feed_forward_length attention.head_count"
-  " attention.head_count_kv attention.key_length attention.value_length"
-  " attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base"
-).split()
+  "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
+  "attention.head_count", "attention.head_count_kv", "attention.key_length",
+  "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+  "rope.freq_base",
+)  # fmt: skip
 
 
 def open_gguf(path: Path) -> Source:

@@ -15,8 +15,12 @@ from gguf import GGUFValueType as Type
 from .source import Cursor, ReadError, check_file, open_cursor
 
 _VERSIONS = (2, 3)
-# Numbers of the types of metadata -> codes of `struct`; 8 is text, 9 an array.
-_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
+# Types of metadata -> codes of `struct`.
+_SCALARS: dict[int, str] = {
+  Type.UINT8: "B", Type.INT8: "b", Type.UINT16: "H", Type.INT16: "h", Type.UINT32: "I",
+  Type.INT32: "i", Type.FLOAT32: "f", Type.BOOL: "?", Type.UINT64: "Q", Type.INT64: "q",
+  Type.FLOAT64: "d",
+}  # fmt: skip
 _MAX_NESTED = 4
 _MAX_DIMS = 4  # of GGML
 
@@ -97,7 +101,8 @@ def _parse(path: Path, cursor: Cursor) -> GGUFHeader:
     metadata[key] = _value(path, cursor, cursor.one("I"))
   if metadata.get("split.count", 1) not in (0, 1):
     raise ReadError(
-      f"{path}: one of {metadata['split.count']} parts; join them with llama-gguf-split --merge"
+      f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's"
+      " `llama-gguf-split --merge`"
     )
   alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
   if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):

@@ -98,7 +98,8 @@ def _open_index(path: Path, part: str | None) -> Source:
     plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
     if not plain or Path(shard).suffix not in _EXTENSIONS:
       raise ReadError(
-        f"{path}: tensor {name!r} cannot be in {shard!r}; shards must be beside the index"
+        f"{path}: tensor {name!r} cannot be in {shard!r}; shards must be weight files beside the"
+        " index"
       )
   shards = list(dict.fromkeys(weight_map.values()))
   if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:

@@ -158,7 +158,7 @@ class Cursor:
     return self.take(code)[0]
 
   def text(self, code: str) -> str:
-    """Reads a length of this type, and so many bytes of text."""
+    """Reads a length of this type, then that number of bytes as UTF-8."""
     length = self.one(code)
     start = self.skip(length)
     try:

@@ -239,7 +239,8 @@ def _find_part(path: Path, content) -> tuple[str, ...]:
   choices = [key for key in holding if key in KNOWN_PARTS] or holding
   if len(choices) > 1:
     raise ReadError(
-      f"{path}: several parts hold tensors: {', '.join(choices)}; save the one to convert by itself"
+      f"{path}: several parts hold tensors: {', '.join(choices)}; save the one to convert to a file"
+      " of its own with torch.save"
     )
   return (choices[0], *_find_part(path, children[choices[0]])) if choices else ()
 

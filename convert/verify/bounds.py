@@ -1,9 +1,10 @@
 """Bounds of `convert verify`: the differences that rounding in float32 explains.
 
 Two correct programs add in different orders. A sum of n terms is then off by a random walk of n
-steps, so values differ by up to ROOM * eps * sqrt(n) * scale. The scale of a stage is its
-sensitivity: the change of its values, over eps, when all weights and samples are moved by one unit
-in the last place. It accounts for depth, cancellation and nonlinearities.
+steps, so values differ by up to ROOM * eps * sqrt(n) * scale. The scale of a row of a stage is its
+sensitivity: the change of its most sensitive value (root mean square over some draws), over eps,
+when all weights and samples are moved by one unit in the last place, at random. It accounts for
+depth, cancellation and nonlinearities.
 """
 
 import math
@@ -16,7 +17,7 @@ import numpy as np
 from mooer_jax import tree
 
 ROOM = 8  # the largest of a million differences of two evaluations is at 1.4
-DRAWS = 3  # random moves, of which the largest change counts
+DRAWS = 3
 EPS = float(np.finfo(np.float32).eps)
 FRAME = 512  # samples in a DFT
 
@@ -35,16 +36,19 @@ def with_bounds(
     The stages, and bounds [..., 1] on their differences from another implementation.
   """
   values = stages(params, clips)
-  scales = {name: _largest(x) for name, x in values.items()}
+  squares = {name: np.zeros(x.shape) for name, x in values.items()}
   rng = np.random.default_rng(0)
   for _ in range(DRAWS):
     for name, x in stages(moved(params, rng), moved(clips, rng)).items():
-      scales[name] = np.maximum(scales[name], _largest(x - values[name]) / EPS)
+      squares[name] += (np.asarray(x, np.float64) - values[name]) ** 2
   # The longest sum: over the inputs of the widest kernel, or over the samples of a frame.
   kernels = [x for path, x in tree.flatten(params).items() if path.endswith("/kernel")]
   terms = max([FRAME if clips else 1, *(math.prod(x.shape[:-1]) for x in kernels)])
   unit = ROOM * EPS * math.sqrt(terms)
-  return values, {name: unit * scale for name, scale in scales.items()}
+  deviations = {name: np.sqrt(x / DRAWS) / EPS for name, x in squares.items()}
+  return values, {
+    name: unit * np.maximum(_largest(x), _largest(deviations[name])) for name, x in values.items()
+  }
 
 
 def moved(values: Any, rng: np.random.Generator) -> Any:

@@ -1,8 +1,8 @@
 """Edit distance between two token sequences, and its alignment."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -10,13 +10,18 @@ import numpy as np
 Pair = tuple[str | None, str | None]
 
 
-class Counts(NamedTuple):
-  """Numbers of tokens by kind of edit."""
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """Numbers of tokens by kind of edit; the sum over utterances is that of the corpus."""
 
   correct: int = 0
   substitutions: int = 0
   deletions: int = 0
   insertions: int = 0
+
+  def __add__(self, other: "Counts") -> "Counts":
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+    return Counts(*map(sum, pairs))
 
   @property
   def reference(self) -> int:

@@ -210,7 +210,7 @@ def score(
     notes.append(f"{empty} of {len(utterances)} references have no tokens")
   return Score(
     config=config,
-    counts=Counts(*map(sum, zip(*(u.counts for u in utterances), strict=True))),
+    counts=sum((u.counts for u in utterances), Counts()),
     utterances=utterances,
     missing=missing,
     without_reference=tuple(key for key in hypotheses if key not in references),

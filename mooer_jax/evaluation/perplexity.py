@@ -148,23 +148,25 @@ def draw_sweep(points: Sequence[SweepPoint], trained: float, path: Path) -> Path
   """Draws accuracy, word error rate and, for tasks that translate, BLEU over the LoRA scale."""
   from matplotlib.figure import Figure
 
-  panels: dict[str, Callable[[TaskScore], float | None]] = {
-    "accuracy, %": lambda score: 100 * score.accuracy,
-    "word error rate, % (above 200 at 200)": lambda score: score.wer and min(score.wer, 200),
-  }
+  def shown_wer(score: TaskScore) -> float | None:
+    return None if score.wer is None else min(score.wer, 200)
+
+  # Label, limits of the y axis, value of a point.
+  panels: list[tuple[str, tuple, Callable[[TaskScore], float | None]]] = [
+    ("accuracy, %", (-3, 103), lambda score: 100 * score.accuracy),
+    ("word error rate, % (above 200 at 200)", (None, None), shown_wer),
+  ]
   if any(point.score.bleu is not None for point in points):
-    panels["BLEU"] = lambda score: score.bleu
+    panels.append(("BLEU", (-3, 103), lambda score: score.bleu))
   figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
   grid = figure.subplots(1, len(panels))
-  for axes, (label, value_of) in zip(grid, panels.items(), strict=True):
+  for axes, (label, limits, value_of) in zip(grid, panels, strict=True):
     for number, task in enumerate(dict.fromkeys(point.task for point in points)):
       line = sorted((p for p in points if p.task == task), key=lambda p: p.scale)
       values = [value_of(p.score) for p in line]
       axes.plot([p.scale for p in line], values, marker="o", color=f"C{number}", label=task)
     axes.axvline(trained, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="LoRA scale", ylabel=label)
-    if "error" not in label:
-      axes.set_ylim(-3, 103)
+    axes.set(xlabel="LoRA scale", ylabel=label, ylim=limits)
   grid[0].legend(fontsize="small")
   figure.savefig(path, dpi=120)
   return path

@@ -169,7 +169,7 @@ def _counts_dict(counts: Counts) -> dict[str, Any]:
     "error_rate": counts.rate if math.isfinite(counts.rate) else None,
     "reference_tokens": counts.reference,
     "hypothesis_tokens": counts.hypothesis,
-    **counts._asdict(),
+    **dataclasses.asdict(counts),
   }
 
 

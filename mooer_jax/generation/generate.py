@@ -56,10 +56,21 @@ class GenerateOutput:
   hidden_BRSD: jax.Array | None = None
 
   # The first hypothesis of each utterance.
-  tokens_BS = property(lambda self: self.tokens_BRS[:, 0])
-  lengths_B = property(lambda self: self.lengths_BR[:, 0])
-  scores_B = property(lambda self: self.scores_BR[:, 0])
-  finished_B = property(lambda self: self.finished_BR[:, 0])
+  @property
+  def tokens_BS(self) -> jax.Array:
+    return self.tokens_BRS[:, 0]
+
+  @property
+  def lengths_B(self) -> jax.Array:
+    return self.lengths_BR[:, 0]
+
+  @property
+  def scores_B(self) -> jax.Array:
+    return self.scores_BR[:, 0]
+
+  @property
+  def finished_B(self) -> jax.Array:
+    return self.finished_BR[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))

@@ -131,6 +131,7 @@ def _divisors(options: GenerationConfig) -> jax.Array:
 
 
 def is_eos(tokens: jax.Array, options: GenerationConfig) -> jax.Array:
+  """Whether each token is one of eos_token_id: bool, in the shape of the int32 tokens."""
   return jnp.isin(tokens, jnp.array(options.eos_token_id, jnp.int32))
 
 

@@ -14,7 +14,7 @@ from mooer_jax.projects.salmonn.suite import evaluate_suite
 from mooer_jax.run.config import Run
 from mooer_jax.run.evaluate import evaluate
 from mooer_jax.run.perplexity import perplexity
-from mooer_jax.run.process import prepare_process, run_program
+from mooer_jax.run.process import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _evaluate(config, given) -> None:
-  prepare_process()
   _check_flags(given)
   try:
     scales = [float(scale) for scale in given.scales]

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from mooer_jax.projects.salmonn import activation
 from mooer_jax.run.config import Run
 from mooer_jax.run.perplexity import PerplexityEvaluator
-from mooer_jax.run.process import prepare_process, run_program
+from mooer_jax.run.process import run_program
 from mooer_jax.run.train import train
 
 
@@ -25,7 +25,6 @@ def train_from_config(config: Mapping[str, Any]) -> Path:
   Returns:
     The folder of the last checkpoint; with activation.review, the workdir with the answers.
   """
-  prepare_process()
   run = Run.read(config)
   run.check_training()
   run = activation.prepare(run)

@@ -27,7 +27,7 @@ from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.loading import merge_options
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.prompts import read_prompts
+from mooer_jax.prompts import read_prompts, task_prompt
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig, make_mesh
 
@@ -315,6 +315,8 @@ class Run:
       )
     if self.perplexity.shards and not Path(self.perplexity.shards).is_file():
       raise FileNotFoundError(f"perplexity.shards={self.perplexity.shards}: no such file")
+    for instruction in self.perplexity.instructions:
+      task_prompt(instruction, dict(self.model.prompts))
 
 
 # Sections that are dataclasses with defaults, and the plain values of a config.

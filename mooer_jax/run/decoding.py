@@ -44,11 +44,10 @@ def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
   Raises:
     ValueError: if the config has a mesh of several devices, and as `load_model`.
   """
-  axes = [f"mesh.{name}={size}" for name, size in dataclasses.asdict(run.mesh).items() if size > 1]
-  if axes:
-    raise ValueError(
-      f"{', '.join(axes)}: evaluation runs on one device; set --config.mesh.AXIS=1 for each"
-    )
+  if axes := {name: size for name, size in dataclasses.asdict(run.mesh).items() if size > 1}:
+    given = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
+    remedy = " ".join(f"--config.mesh.{name}=1" for name in axes)
+    raise ValueError(f"{given}: evaluation runs on one device; set {remedy}")
   return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
 
 

@@ -33,6 +33,7 @@ from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
+from mooer_jax.run.process import prepare_process
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import batch_sharding
 
@@ -56,6 +57,7 @@ def perplexity(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
   """
+  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
@@ -66,9 +68,9 @@ def perplexity(
     loaded = load(run, folder, base if checkpoint.has_base(folder) else None)
     _check(instructions, loaded.model)
     able = scales if loaded.model.decoder.lora_scale else ()
-    of = str(folder), step
+    measure = functools.partial(_measure, run, options, loaded, folder=folder, step=step)
     for instruction in (NONE, *instructions):
-      new, left_out = _measure(run, options, loaded, instruction=instruction, of=of, scales=able)
+      new, left_out = measure(instruction=instruction, scales=able)
       rows += new
       print(left_out, end="")
       write(out / "perplexity.json", rows)
@@ -111,12 +113,10 @@ class PerplexityEvaluator:
     """Measures at the LoRA scale of training; ValueError if no answer can be measured."""
     loaded = self._loaded(params)
     rows: list[Perplexity] = []
-    of = str(self._run.workdir), step
-    measure = functools.partial(
-      _measure, self._run, self._options, loaded, of=of, sharding=self._sharding
-    )
+    folder = self._run.workdir
+    measure = functools.partial(_measure, self._run, self._options, loaded, folder=folder)
     for instruction in (NONE, *self._run.perplexity.instructions):
-      new, left_out = measure(instruction=instruction)
+      new, left_out = measure(instruction=instruction, step=step, sharding=self._sharding)
       rows += new
       if not self._reported:
         print(left_out, end="")
@@ -171,18 +171,14 @@ def _measure(
   loaded: Loaded,
   *,
   instruction: str,
-  of: tuple[str, int],
+  folder: Path,
+  step: int,
   scales: Sequence[float] = (),
   sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[list[Perplexity], str]:
   """Measures a test set with one prompt: (rows, a line about left-out or truncated clips, or "").
 
-  Args:
-    run, options, loaded: config, test set and model.
-    instruction: task of the prompt, or "(none)".
-    of: folder and step of the model, for the rows.
-    scales: LoRA scales; none: that of training.
-    sharding: of the rows of a batch on a mesh.
+  `folder` and `step` are those of the model, `sharding` that of the rows of a batch.
   """
   model, prompts = loaded.model, dict(loaded.model.prompts)
   prompt = bare_prompt(model) if instruction == NONE else task_prompt(instruction, prompts)
@@ -206,7 +202,7 @@ def _measure(
       totals[scale] += jax.device_get(sums)
   causes = ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n)
   rows = [
-    Perplexity(*of, scale, instruction, task, math.exp(nats / tokens), int(tokens))
+    Perplexity(str(folder), step, scale, instruction, task, math.exp(nats / tokens), int(tokens))
     for scale, sums in totals.items()
     for task, (nats, tokens, _) in zip(tasks, sums, strict=True)
     if tokens

@@ -94,8 +94,8 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exa
     if "decoder" in saved:
       saved["decoder"] = part_to_json(part_from_json(saved["decoder"], "config.json"))
   found = "; ".join(
-    f"{path} is {ours!r}, in the config {theirs!r}"
-    for path, (ours, theirs) in json_differences(saved, described).items()
+    f"{path} is {saved_value!r}, in the config {wanted_value!r}"
+    for path, (saved_value, wanted_value) in json_differences(saved, described).items()
     if not re.fullmatch("|".join(free), path)
   )
   if found:
@@ -140,10 +140,10 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
   for name in cmvn:
     number = encoders.index(name)
     if run.train.cmvn == "estimate":
-      found = estimate(_clips(dataset, number))
+      shift, scale = estimate(_clips(dataset, number))
     else:
-      found = read_mvn(run.train.cmvn, width=run.model.frontends[number].width)
-    values[name] = dict(zip(("shift", "scale"), map(np.asarray, found), strict=True))
+      shift, scale = read_mvn(run.train.cmvn, width=run.model.frontends[number].width)
+    values[name] = {"shift": np.asarray(shift), "scale": np.asarray(scale)}
   return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import jax
@@ -18,7 +18,7 @@ from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
-from mooer_jax.run.process import stop_request
+from mooer_jax.run.process import prepare_process, stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
@@ -26,7 +26,13 @@ from mooer_jax.training.program import compile_step, jitted_step
 from mooer_jax.training.sharding import batch_sharding, make_mesh
 from mooer_jax.training.step import TrainState, check_finite
 
-MakeEvaluator = Callable[..., Evaluator]
+
+class MakeEvaluator(Protocol):
+  """Makes an evaluator; training starts, or resumes, after step `first`."""
+
+  def __call__(
+    self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, first: int
+  ) -> Evaluator: ...
 
 
 def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
@@ -37,13 +43,14 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
 
   Args:
     run: the config.
-    evaluators: functions that make an evaluator: make(run, tokenizer, mesh, first=step).
+    evaluators: functions that make an evaluator.
 
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint, or if another
       process trains in the workdir.
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
+  prepare_process()
   run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   with lock_folder(run.workdir):

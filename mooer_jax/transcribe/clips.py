@@ -21,7 +21,13 @@ def load_clips(
   *,
   chunk_length_s: float | None = None,
 ) -> list[list[np.ndarray] | ValueError | OSError]:
-  """Reads clips and splits long ones; arguments as in `Transcriber.transcribe`.
+  """Reads clips and splits long ones.
+
+  Args:
+    audio: paths, bytes of audio files, or float arrays [samples] in [-1, 1] at the model's rate.
+    config: the model, whose limits the clips must fit.
+    chunk_length_s: longest chunk, in seconds; longer clips are split at pauses. None: they are
+      errors.
 
   Returns:
     For each clip its chunks, float32 [samples], or the error that names the clip: missing,

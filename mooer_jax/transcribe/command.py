@@ -16,11 +16,11 @@ from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
 
 STDIN = "-"
 _GROUP = 8  # batches that are read and sorted by length together
-_RENAMED = {
-  "--base": "--base-checkpoint",
-  "--beams": "--num-beams",
-  "--chunk-s": "--chunk-length-s",
-  "--template": "--chat-template",
+_DEPRECATED: dict[str, dict[str, Any]] = {
+  "--base": {"dest": "base_checkpoint"},
+  "--beams": {"dest": "num_beams", "type": int},
+  "--chunk-s": {"dest": "chunk_length_s", "type": float},
+  "--template": {"dest": "chat_template", "choices": sorted(TEMPLATES)},
 }
 _GENERATION = {
   "num_beams": (int, "number of beams (1: greedy decoding)"),
@@ -78,23 +78,24 @@ def add_parser(commands) -> None:
       group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
       group.add_argument(flag, type=kind, help=text)
+  for old, how in _DEPRECATED.items():
+    parser.add_argument(old, action=_StoreDeprecated, help=argparse.SUPPRESS, **how)
   parser.set_defaults(run=run)
 
 
-def with_new_flag(argument: str) -> str:
-  """An argument whose flag, if it is deprecated, is replaced by its new name, with a message."""
-  flag, equals, value = argument.partition("=")
-  if flag not in _RENAMED:
-    return argument
-  print(f"{flag} is deprecated; use {_RENAMED[flag]}", file=sys.stderr)
-  return f"{_RENAMED[flag]}{equals}{value}"
+class _StoreDeprecated(argparse.Action):
+  """Stores the value as the new flag does, with a message."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    new = f"--{self.dest.replace('_', '-')}"
+    print(f"{self.option_strings[0]} is deprecated; use {new}", file=sys.stderr)
+    setattr(namespace, self.dest, values)
 
 
 def run(args: argparse.Namespace) -> int:
   """Transcribes and returns the exit status: 1 if any clip could not be transcribed, else 0.
 
-  Raises:
-    ValueError, OSError: for a bad checkpoint, option or output file.
+  Raises ValueError or OSError for a bad checkpoint, option or output file.
   """
   from mooer_jax.run.process import prepare_process
   from mooer_jax.transcribe.transcriber import Transcriber

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +117,9 @@ class Transcriber:
     Raises:
       FileNotFoundError: if the only clip that cannot be used is a missing file.
       ValueError: for a clip that cannot be used, by name, or for which the model's scores are not
-        finite; for a task, template, prompt or question that the model cannot use; for an argument
-        of a wrong type, out of range or without effect.
+        finite; for an unknown task or template; for a prompt that does not have exactly one place
+        for the speech, or ends with it; for a question that is missing, empty or not asked for; for
+        an argument of a wrong type, out of range or without effect.
     """
     if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)) or not isinstance(audio, Iterable):
       raise ValueError(
@@ -164,7 +165,8 @@ class Transcriber:
     for index, (source, clip) in enumerate(zip(audio, clips, strict=True)):
       path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
       if isinstance(clip, list):
-        result = join_transcripts([next(transcripts) for _ in clip])
+        result = join_transcripts(transcripts[: len(clip)])
+        transcripts = transcripts[len(clip) :]
         if not math.isfinite(result.score):
           name = f"audio[{index}]" if path is None else os.fsdecode(path)
           clip = ValueError(f"{name}: {NOT_FINITE}")
@@ -200,7 +202,7 @@ class Transcriber:
     batch_size: int,
     seed: int,
     progress: bool,
-  ) -> Iterator[Transcript]:
+  ) -> list[Transcript]:
     """Transcripts of the chunks, in order; silent chunks are skipped and have no text."""
     from rich.progress import track
 
@@ -228,7 +230,7 @@ class Transcriber:
             score=float(output.scores_B[row]),
             finished=bool(output.finished_B[row]),
           )
-    return iter(transcripts)
+    return transcripts
 
   def _batch(self, chunks, sides, batch_size: int) -> Batch:
     rows = min(batch_size, 1 << (len(chunks) - 1).bit_length())  # few shapes, little padding

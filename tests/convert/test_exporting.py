@@ -50,7 +50,7 @@ def config_of(folder):
     (lambda c: c.update(prompts={"asr": AST}), ["must be one of a release"]),
     (lambda c: c.update(prompts={"s2s_chat": "Answer my question with speech. "}), ["s2s_chat"]),
     (lambda c: c.update(prompts={}), ["prompts={}: must be one of a release"]),
-    (lambda c: c.update(chat_template="bare"), ["template='bare'", "config.model.chat_template"]),
+    (lambda c: c.update(chat_template="bare"), ["template='bare'", r"model.chat_template\)$"]),
     (lambda c: c.update(max_audio_s=20.0), ["max_audio_s=20", "config.model.max_audio_s"]),
     (
       lambda c: c.update(chat_template="bare", max_audio_s=5.0, prompts={"asr": "<|transcribe|>"}),

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,24 @@ def test_breathy_voices_do_not_depend_on_who_else_draws_random_numbers():
   first = speak(speaker, "two three")
   ctypes.CDLL(None).srand(2)
   np.testing.assert_array_equal(first, speak(speaker, "two three"))
+
+
+def test_voices_can_be_added_although_the_package_is_read_only(tmp_path, plain_env):
+  import espeakng_loader
+
+  data = tmp_path / "espeak-ng-data"
+  shutil.copytree(espeakng_loader.get_data_path(), data)
+  (data / "voices" / "!v").chmod(0o555)
+  program = (
+    "import sys, espeakng_loader, pathlib\n"
+    "from demo.espeak import Espeak\n"
+    "espeakng_loader.get_data_path = lambda: sys.argv[1]\n"
+    "[folder] = pathlib.Path(Espeak()._folder.name).rglob('!v')\n"
+    "print(oct(folder.stat().st_mode & 0o777))\n"
+  )
+  command = [sys.executable, "-c", program, str(data)]
+  done = subprocess.run(command, env=plain_env, check=True, capture_output=True, text=True)
+  assert done.stdout == "0o700\n"
 
 
 def test_edges_are_cut_and_the_middle_is_kept():

@@ -84,6 +84,30 @@ def test_sigterm_reaches_a_command_outside_of_any_step(tmp_path, plain_env):
   assert (tmp_path / "saved").exists()
 
 
+def test_every_sigterm_reaches_a_command(tmp_path, plain_env):
+  """train.py saves after the first, and ends at once after the second."""
+  count = (
+    "import pathlib, signal, sys, time\n"
+    "folder, got = pathlib.Path(sys.argv[1]), []\n"
+    "def handle(number, frame):\n"
+    "  got.append(number)\n"
+    "  (folder / str(len(got))).touch()\n"
+    "signal.signal(signal.SIGTERM, handle)\n"
+    "(folder / '0').touch()\n"
+    "while len(got) < 2: time.sleep(0.02)\n"
+  )
+  arguments = [str(tmp_path), sys.executable, "-c", count, str(tmp_path)]
+  process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], env=plain_env)
+  deadline = time.monotonic() + 60
+  for number in range(3):
+    while not (tmp_path / str(number)).exists():
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.02)
+    if number < 2:
+      process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) == 143
+
+
 def test_a_command_that_fails_says_so():
   call(sys.executable, "-c", "")
   with pytest.raises(subprocess.CalledProcessError) as caught:

@@ -69,6 +69,10 @@ def test_rate_is_defined_without_reference():
   assert Counts(insertions=1).rate == float("inf")
 
 
+def test_counts_add_up():
+  assert Counts(1, 2, 3, 4) + Counts(5, 6, 7, 8) == Counts(6, 8, 10, 12)
+
+
 def test_long_utterances_are_quick():
   # 2000 x 2000 cells; a loop over cells in Python would take seconds.
   reference = [str(i % 97) for i in range(2000)]

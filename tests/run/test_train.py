@@ -212,6 +212,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
     ({"trainable": ("connector/.*",)}, "random and frozen"),
     ({"train": {"cmvn": ""}}, r"train\.cmvn=''.*'estimate'"),
     ({"generation": {"max_new_tokens": 7}}, r"max_new_tokens=7 would truncate .* 8"),
+    ({"perplexity": {"instructions": ("asrr",)}}, "asrr"),
   ],
 )
 def test_bad_configs_fail_before_training_by_name(config, change, message):

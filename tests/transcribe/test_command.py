@@ -16,7 +16,7 @@ from mooer_jax.transcribe.transcript import Transcript
 
 
 def test_the_command_reads_line_breaks_and_hands_the_template_over(
-  folder, clips, monkeypatch, capsys
+  folder, clips, tmp_path, monkeypatch, capsys
 ):
   given = {}
   result = Transcript("said", [1], 1.0, "prompt")
@@ -34,6 +34,16 @@ def test_the_command_reads_line_breaks_and_hands_the_template_over(
   assert cli.main([*command, *old, str(clips[0].path)]) == 0
   assert (given["chat_template"], given["chunk_length_s"], given["num_beams"]) == ("none", 6.0, 2)
   assert capsys.readouterr().err.count("is deprecated; use --") == 3
+  assert cli.main([*command, "--beam", "4", str(clips[0].path)]) == 0  # argparse completes a flag
+  assert given["num_beams"] == 4
+  capsys.readouterr()
+  with pytest.raises(SystemExit):
+    cli.main(["pack", "--base", "x"])
+  assert "deprecated" not in capsys.readouterr().err
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "--beams").touch()
+  assert cli.main([*command, "--", "--beams"]) == 0
+  assert capsys.readouterr().err == ""
 
 
 def test_the_command_takes_questions_and_long_clips(

@@ -18,6 +18,8 @@ from .language_model import State, state_of
 
 MEL_BINS, RATE_HZ = 128, 16000
 MEAN, DEVIATION = 15.41663, 6.55582  # of the features that BEATs was trained with
+CONV = "encoder.pos_conv.0"
+BIAS_TABLE = "encoder.layers.0.self_attn.relative_attention_bias.weight"  # of all layers
 # The original's defaults of sizes in a file's cfg that the tensors do not show.
 DEFAULTS = {
   "encoder_layers": 12,
@@ -46,18 +48,49 @@ def run_beats_encoder(
   for key, value in OPTIONS.items():
     if cfg.get(key, False) != value:
       raise ConversionError(f"{file}: cfg {key}={cfg.get(key)!r}: only {value} can be verified")
+  cfg = {**DEFAULTS, **cfg}
   state = {**state_of(open_source(file, part="model")), **(tuned or {})}
+  try:
+    check_shapes(state, cfg, file)
+  except KeyError as error:
+    raise ConversionError(f"{file}: {error.args[0]} is missing") from error
   clips = []
   for waveform_N in waveforms:
     features_TF = features(waveform_N)
-    try:
-      frames_TD = encode(torch.tensor(features_TF), state, {**DEFAULTS, **cfg})
-    except KeyError as error:
-      raise ConversionError(f"{file}: {error.args[0]} is missing") from error
-    except RuntimeError as error:
-      raise ConversionError(f"{file}: a tensor does not fit the others: {error}") from error
+    frames_TD = encode(torch.tensor(features_TF), state, cfg)
     clips.append({"features": features_TF, "encoder": frames_TD.numpy()})
   return clips
+
+
+def check_shapes(state: State, cfg: Mapping[str, Any], file: Path) -> None:
+  """Raises KeyError for a missing tensor, ConversionError for one that does not fit the others."""
+  patches, *_, patch = state["patch_embedding.weight"].shape
+  width, hidden = len(state["encoder.layer_norm.weight"]), len(state["encoder.layers.0.fc1.weight"])
+  taps, heads = state[f"{CONV}.weight_v"].shape[-1], cfg["encoder_attention_heads"]
+  shapes: dict[str, tuple[int, ...]] = {
+    "patch_embedding.weight": (patches, 1, patch, patch),
+    f"{CONV}.weight_v": (width, width // cfg["conv_pos_groups"], taps),
+    f"{CONV}.weight_g": (1, 1, taps),
+    f"{CONV}.bias": (width,),
+    BIAS_TABLE: (len(state[BIAS_TABLE]), heads),
+  }
+  modules = {"layer_norm": (patches,), "encoder.layer_norm": (width,)}
+  if patches != width:
+    modules["post_extract_proj"] = (width, patches)
+  for n in range(cfg["encoder_layers"]):
+    layer, attention = f"encoder.layers.{n}", f"encoder.layers.{n}.self_attn"
+    shapes[f"{attention}.grep_a"] = (1, heads, 1, 1)
+    modules[f"{attention}.grep_linear"] = (8, width // heads)
+    modules |= {f"{attention}.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+    modules |= {f"{layer}.{name}_layer_norm": (width,) for name in ("self_attn", "final")}
+    modules |= {f"{layer}.fc1": (hidden, width), f"{layer}.fc2": (width, hidden)}
+  for name, shape in modules.items():
+    shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+  for name, shape in shapes.items():
+    if state[name].shape != shape:
+      raise ConversionError(
+        f"{file}: {name} has shape {list(state[name].shape)}, but the others need {list(shape)}"
+      )
 
 
 def encode(features_TF: torch.Tensor, state: State, cfg: Mapping[str, Any]) -> torch.Tensor:
@@ -72,16 +105,15 @@ def encode(features_TF: torch.Tensor, state: State, cfg: Mapping[str, Any]) -> t
   patch = state["patch_embedding.weight"]
   x_TD = F.conv2d(features_TF[None, None], patch, stride=patch.shape[-1])[0].flatten(1).T
   x_TD = norm(x_TD, "layer_norm")
-  if "post_extract_proj.weight" in state:
+  if x_TD.shape[1] != len(state["encoder.layer_norm.weight"]):
     x_TD = linear(x_TD, "post_extract_proj")
-  conv = "encoder.pos_conv.0"
-  kernel = state[f"{conv}.weight_v"]
-  kernel = state[f"{conv}.weight_g"] * kernel / kernel.norm(dim=(0, 1), keepdim=True)
+  kernel = state[f"{CONV}.weight_v"]
+  kernel = state[f"{CONV}.weight_g"] * kernel / kernel.norm(dim=(0, 1), keepdim=True)
   options = {"padding": kernel.shape[-1] // 2, "groups": cfg["conv_pos_groups"]}
-  positions_DT = F.conv1d(x_TD.T, kernel, state[f"{conv}.bias"], **options)[:, : len(x_TD)]
+  positions_DT = F.conv1d(x_TD.T, kernel, state[f"{CONV}.bias"], **options)[:, : len(x_TD)]
   x_TD = norm(x_TD + F.gelu(positions_DT.T), "encoder.layer_norm")
 
-  table = state["encoder.layers.0.self_attn.relative_attention_bias.weight"]
+  table = state[BIAS_TABLE]
   bias_HTT = table[buckets(len(x_TD), len(table), cfg["max_distance"])].permute(2, 0, 1)
   alpha = (2 * cfg["encoder_layers"]) ** 0.25
   for n in range(cfg["encoder_layers"]):

@@ -17,6 +17,8 @@ from .paraformer import run_sanm_encoder
 def run(
   request: Request,
   *,
+  encoder: Path,
+  cmvn: Path,
   adapter: Path,
   llm: Path,
   lora: Path | None,
@@ -28,7 +30,7 @@ def run(
   Tensors of an encoder in adapter_project.pt replace those in the file of the encoder, as the
   original loads one file after the other.
   """
-  tokenizer, encoder = request.tokenizer, request.src / "paraformer_encoder"
+  tokenizer = request.tokenizer
   assert tokenizer is not None
   before_S, after_S = (
     tokenizer.encode(text) for text in fill_template(request.config.chat_template, prompt)
@@ -36,9 +38,7 @@ def run(
   if before_S:
     raise ConversionError(f"template {request.config.chat_template!r}: MooER's speech comes first")
   tuned = state_of(open_source(adapter), "encoder.model.")
-  clips = run_sanm_encoder(
-    encoder / "paraformer-encoder.pth", encoder / "am.mvn", request.waveforms, tuned=tuned
-  )
+  clips = run_sanm_encoder(encoder, cmvn, request.waveforms, tuned=tuned)
   model = load_llm(llm)
   if lora is not None:
     model = with_lora_of(model, lora)

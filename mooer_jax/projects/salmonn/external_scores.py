@@ -85,9 +85,10 @@ def judged_share(
   *,
   hypotheses: Mapping[str, str],
 ) -> tuple[float | None, str]:
-  """(Share of keys that were judged true, ""), where a key without a hypothesis counts as false.
+  """Return the share of keys that were judged true. A key without a hypothesis counts as false.
 
-  If an answer is not judged or has changed since, (None, reason).
+  Returns:
+    (share, ""); (None, reason) if an answer is not judged or has changed since.
   """
   answered = [key for key in keys if key in hypotheses]
   open_ = [key for key in answered if judgements.get(key, {}).get(field) is None]

@@ -11,6 +11,7 @@ from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table,
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
 from mooer_jax.run.perplexity import check_scales
+from mooer_jax.run.process import prepare_process
 
 
 def lora_sweep(
@@ -18,13 +19,10 @@ def lora_sweep(
 ) -> list[SweepPoint]:
   """Run `eval.py --mode=lora-sweep`: write lora_sweep.json and lora_sweep.png, return the points.
 
-  Args:
-    run, path, base: as in `run.evaluate.evaluate`; each utterance is prompted for its own task.
-    scales: LoRA scales; default: nine from 0 to that of training.
-
-  Raises:
-    FileNotFoundError, ValueError: for a bad config, checkpoint, test set or scale.
+  Args and errors as in `run.evaluate.evaluate`; each utterance is prompted for its own task. The
+  default of `scales` is nine LoRA scales from 0 to that of training.
   """
+  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   folder = checkpoint.find(path)

@@ -242,10 +242,13 @@ def slot_accuracy(case: Case) -> Scored:
       right += answer_matching.contains(case.answers[key], wanted)
     else:
       right += answer_matching.words(case.answers[key]) == value
-  how = "correct: exactly the value; longer answers need `transcript` or judgements"
-  how = "correct: contains the value and is not a transcript" if tell else how
+  rule = (
+    "correct: contains the value and is not a transcript"
+    if tell
+    else "correct: exactly the value; longer answers need `transcript` or judgements"
+  )
   following, note = case.following()
-  return Scored((right / len(case.entries),), following, notes=(how, note))
+  return Scored((right / len(case.entries),), following, notes=(rule, note))
 
 
 def diversity(case: Case) -> Scored:

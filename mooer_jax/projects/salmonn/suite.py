@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -21,6 +21,7 @@ from mooer_jax.projects.salmonn.scorers import Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
+from mooer_jax.run.process import prepare_process
 
 
 def run_suite(
@@ -129,9 +130,15 @@ def _keep(out: Path, row: Row, source, *, entries, answers) -> dict[str, str]:
   return read_text(text)
 
 
-def _given(out: Path, row: Row) -> tuple[Path, Path]:
+class _Given(NamedTuple):
   """Files of scores and judgements, whether they exist or not."""
-  return out / f"{row.stem}.scores.json", out / f"{row.stem}.judgements.json"
+
+  scores: Path
+  judgements: Path
+
+
+def _given(out: Path, row: Row) -> _Given:
+  return _Given(out / f"{row.stem}.scores.json", out / f"{row.stem}.judgements.json")
 
 
 def _external(out: Path, row: Row) -> dict[str, Any]:
@@ -147,14 +154,14 @@ def _external(out: Path, row: Row) -> dict[str, Any]:
 def _unknown(annotations: Path, out: Path) -> list[str]:
   """Names of .json files that are not read, with a hint for misplaced ones."""
   listed = {row.file for row in ROWS}
-  given = {_given(out, row)[0].name for row in ROWS if row.external}
-  given |= {_given(out, row)[1].name for row in ROWS if row.judged}
+  given = {_given(out, row).scores.name for row in ROWS if row.external}
+  given |= {_given(out, row).judgements.name for row in ROWS if row.judged}
   ours, found = {"suite.json", *given}, []
   if annotations.resolve() == out.resolve():
     ours |= listed
   else:
     other = [path for path in sorted(annotations.glob("*.json")) if path.name not in listed]
-    found = [f"{path}" + f" (belongs in {out})" * (path.name in given) for path in other]
+    found = [f"{path} (belongs in {out})" if path.name in given else str(path) for path in other]
   return found + [str(path) for path in sorted(out.glob("*.json")) if path.name not in ours]
 
 
@@ -172,11 +179,8 @@ def _report(out: Path, results: tasks.Results, *, unknown: list[str], identity: 
 def evaluate_suite(
   run: Run, path: str, annotations: str, *, base: str | None = None
 ) -> dict[str, Scored | str]:
-  """Run `eval.py --suite=salmonn`: `run_suite` with the arguments of `run.evaluate.evaluate`.
-
-  Raises:
-    FileNotFoundError, ValueError: for a bad config, checkpoint or annotation file.
-  """
+  """Run `eval.py --suite=salmonn`: `run_suite` with arguments and errors of `evaluate.evaluate`."""
+  prepare_process()
   folder = checkpoint.find(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from convert.core.errors import ConversionError
 from convert.core.options import Options
 from convert.exporting import export_checkpoint
+from convert.families import mooer
 from convert.importing import import_checkpoint
 from convert.readers import ReadError
 from mooer_jax import checkpoint, speech_llm, tree
@@ -252,6 +253,14 @@ def test_a_run_that_went_on_from_a_release_is_exported_as_one(released, tmp_path
   same = "asr/lora_weights/adapter_config.json"
   before, after = (json.loads((f / same).read_text()) for f in (folder, tmp_path / "back"))
   assert before == after
+
+
+def test_an_adapter_is_recognised_by_the_tensors_of_a_connector(tmp_path):
+  adapter = ["encoder_projector.linear1.weight", "encoder.model.after_norm.bias"]
+  assert mooer.KIND.recognises(tmp_path / "a.pt", adapter) == "mooer (its adapter alone)"
+  assert mooer.KIND.recognises(tmp_path / "a.pt", [*adapter, "llm.lm_head.weight"]) is None
+  for other in ("encoder_projector.conv.weight", "encoder.model.after_norm.bias"):
+    assert mooer.KIND.recognises(tmp_path / "a.pt", [other]) is None
 
 
 def test_vary_moves_every_vector():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from convert.core.errors import ConversionError
 from convert.core.shapes import encoder_shapes
@@ -321,6 +322,22 @@ def test_files_without_the_number_of_heads_are_refused(tmp_path):
   with pytest.raises(ConversionError, match="no dims with n_audio_head"):
     path = openai_file(tmp_path / "a.pt", module, n_audio_head="six")
     import_checkpoint("whisper", path, tmp_path / "ours")
+
+
+def test_names_of_openai_in_shards_lack_the_number_of_heads(tmp_path):
+  file = openai_file(tmp_path / "a.pt", model())
+  state = {name: tensor.numpy() for name, tensor in torch.load(file)["model_state_dict"].items()}
+  names = sorted(state)
+  shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+  folder = tmp_path / "shards"
+  folder.mkdir()
+  for shard, held in shards.items():
+    save_file({name: state[name] for name in held}, folder / shard)
+  weight_map = {name: shard for shard, held in shards.items() for name in held}
+  index = json.dumps({"weight_map": weight_map})
+  (folder / "model.safetensors.index.json").write_text(index)
+  with pytest.raises(ConversionError, match="number of heads is None; no dims with n_audio_head"):
+    import_checkpoint("whisper", folder, tmp_path / "ours")
 
 
 def test_another_kind_is_named(tmp_path):

@@ -98,7 +98,7 @@ def test_shards_that_transformers_writes(tmp_path):
       },
       "beside the index",
     ),
-    (lambda m: {**m, "mask": "passwd"}, "beside the index"),
+    (lambda m: {**m, "mask": "passwd"}, "weight files beside the index"),
     (lambda m: {**m, "mask": 3}, "beside the index"),
     (lambda m: {}, "no weight_map"),
     (lambda m: list(m), "no weight_map"),

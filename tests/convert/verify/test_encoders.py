@@ -112,6 +112,19 @@ def test_beats_is_the_published_structure(tmp_path, run, clips, name):
   assert status == 1 and "FAILED, over the bound: encoder\n" in printed
 
 
+def test_a_tensor_of_beats_that_does_not_fit_is_named(tmp_path, run, clips):
+  state = test_beats.write(tmp_path / "a.pt")
+  import_checkpoint("beats", tmp_path / "a.pt", tmp_path / "ours")
+  name = "encoder.layers.1.fc2.weight"
+  test_beats.write(tmp_path / "b.pt", state={**state, name: state[name][:-1]})
+  status, printed = run("beats", tmp_path / "b.pt", tmp_path / "ours", clips[0].path)
+  assert status == 2 and f"b.pt: {name} has shape" in printed
+  missing = {key: tensor for key, tensor in state.items() if key != name}
+  test_beats.write(tmp_path / "b.pt", state=missing)
+  status, printed = run("beats", tmp_path / "b.pt", tmp_path / "ours", clips[0].path)
+  assert status == 2 and f"{name} is missing" in printed
+
+
 def test_the_features_of_beats_are_compared(tmp_path, run, clips, monkeypatch):
   test_beats.write(tmp_path / "a.pt")
   monkeypatch.setattr("convert.parts.beats.MEAN", np.float64(15.5))

@@ -1,0 +1,39 @@
+"""The process of a run: the compilation cache."""
+
+import jax
+import pytest
+
+from mooer_jax.projects.salmonn import activation
+from mooer_jax.projects.salmonn.lora_sweep import lora_sweep
+from mooer_jax.projects.salmonn.suite import evaluate_suite
+from mooer_jax.run.config import Run
+from mooer_jax.run.evaluate import evaluate
+from mooer_jax.run.perplexity import perplexity
+from mooer_jax.run.train import train
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    train,
+    activation.prepare,
+    lambda run: evaluate(run, "nowhere"),
+    lambda run: perplexity(run, ["nowhere"]),
+    lambda run: lora_sweep(run, "nowhere", scales=()),
+    lambda run: evaluate_suite(run, "nowhere", "annotations"),
+  ],
+  ids=["train", "activation", "evaluate", "perplexity", "lora_sweep", "suite"],
+)
+def test_callers_in_python_have_the_compilation_cache(config, tmp_path, monkeypatch, call):
+  config.train.gradient_accumulation_steps = 3  # each call ends with an error
+  config.activation.update({"shards": "clips.json", "task": "asr"})
+  run = Run.read(config)
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    with pytest.raises((ValueError, FileNotFoundError)):
+      call(run)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mooer_jax" / "xla")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
