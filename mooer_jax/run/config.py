@@ -1,6 +1,7 @@
 """The config of training and evaluation, read once into frozen dataclasses."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +23,12 @@ from mooer_jax.config import (
 )
 from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
-from mooer_jax.evaluation.translation import check_tokenizer
+from mooer_jax.evaluation.translation import TOKENIZERS, check_tokenizer
 from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.loading import merge_options
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.prompts import read_prompts, task_prompt
+from mooer_jax.prompts import TASKS, read_prompts, task_prompt
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.sharding import MeshConfig, make_mesh
 
@@ -111,7 +112,7 @@ class EvalConfig:
       if getattr(self, name) not in allowed:
         raise ValueError(f"eval.{name}={getattr(self, name)!r}: choose one of {allowed}")
     _check_counts(self, "eval")
-    if self.max_s is not None and not self.max_s > 0:
+    if self.max_s is not None and not 0 < self.max_s < math.inf:
       raise ValueError(
         f"eval.max_s={self.max_s:g}: must be above 0 seconds; leave it out for the model's limit"
       )
@@ -122,11 +123,23 @@ class EvalConfig:
       )
     if self.bleu_tokenize:
       check_tokenizer(self.bleu_tokenize)
+      if self.task in TASKS and self.task not in TOKENIZERS:
+        raise ValueError(
+          f"eval.bleu_tokenize={self.bleu_tokenize!r} has no effect: the task {self.task!r} does"
+          " not translate"
+        )
       if not self.task:
         raise ValueError(
           f"eval.bleu_tokenize={self.bleu_tokenize!r} applies to one task; set eval.task, or leave"
           " it out, and each task is scored with its own tokenizer"
         )
+
+  def require_shards(self) -> None:
+    """Raises ValueError if no test set is named."""
+    if not self.shards:
+      raise ValueError(
+        "eval.shards is missing: name the data.list or annotation file of a test set"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +257,8 @@ class Run:
     if not values["workdir"]:
       raise ValueError("workdir='': name the folder of the run")
     seed = values.get("seed", 0)
-    if seed < 0:
-      raise ValueError(f"seed={seed}: must be at least 0")
+    if not 0 <= seed < 2**32:
+      raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
     values["data"] = dataclasses.replace(values["data"], seed=seed)
     model = model_config(config["model"], {**config.get("compute", {}), "scan": True})
     listed = read_prompts(values["data"].prompts) if values["data"].prompts else {}

@@ -58,9 +58,10 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
     FileNotFoundError, ValueError: for a bad list or annotation, limits that exceed the model's, or
       tasks for which it has no prompt.
   """
-  if not options.shards:
-    raise ValueError("eval.shards is missing: name the data.list or annotation file of a test set")
+  options.require_shards()
   model, buckets = loaded.model, run.data.buckets
+  if options.lora_scale is not None and not model.decoder.lora_rank:
+    raise ValueError(f"eval.lora_scale={options.lora_scale:g} has no effect: the model has no LoRA")
   longest_s = options.max_s or model.max_audio_s
   if longest_s > model.max_audio_s:
     raise ValueError(

@@ -42,6 +42,7 @@ def evaluate(
   prepare_process()
   options = run.eval
   folder = checkpoint.find(path)
+  options.require_shards()
   shards = Path(options.shards).absolute()
   name = f"{shards.parent.name}-{shards.stem}" if is_annotation(shards) else shards.parent.name
   out = out_folder(options, folder, name)

@@ -174,7 +174,16 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
   lines = path.read_text("utf-8").splitlines(keepends=True)
   if lines and not lines[-1].endswith("\n"):
     lines.pop()  # torn when the run was killed; it was after the last checkpoint
-  rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+  rows = []
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+      if row["step"] <= step:
+        rows.append(row)
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{path}:{number}: damaged ({error}); restore the file, or move it away to begin a new one"
+      ) from error
   with replace_file(path) as beside:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     beside.write_text(text, encoding="utf-8")

@@ -73,7 +73,7 @@ def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
   if isinstance(clip, (str, os.PathLike, bytes)):
     name = f"{len(clip)} bytes of {name}" if isinstance(clip, bytes) else name
     return load_audio(clip, sample_rate_hz=rate_hz, channel=config.channel, name=name)
-  is_array = isinstance(clip, np.ndarray)
+  is_array = isinstance(clip, np.ndarray) and not np.ma.isMaskedArray(clip)
   if not is_array or clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
     given = f"{clip.dtype} array of shape {clip.shape}" if is_array else type(clip).__name__
     raise ValueError(

@@ -92,7 +92,10 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
   config.eval.bleu_tokenize = "cn"
   with pytest.raises(ValueError, match="tokenize='cn': choose one of"):
     evaluate(config, config.workdir)
-  config.eval.bleu_tokenize, config.eval.task = "13a", ""
+  config.eval.bleu_tokenize = "13a"
+  with pytest.raises(ValueError, match="bleu_tokenize='13a' has no effect: the task 'asr'"):
+    evaluate(config, config.workdir)
+  config.eval.task = ""
   with pytest.raises(ValueError, match=r"one task; set eval\.task"):
     evaluate(config, config.workdir)
   config.eval.bleu_tokenize, config.eval.task = "", "asr"
@@ -100,6 +103,14 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
   with pytest.raises(ValueError, match=r"eval\.max_s=60 .*5 s"):
     evaluate(config, config.workdir)
   config.eval.max_s = None
+  config.eval.lora_scale = 0.5
+  with pytest.raises(ValueError, match="eval.lora_scale=0.5 has no effect: the model has no LoRA"):
+    evaluate(config, config.workdir)
+  config.eval.lora_scale = None
+  shards, config.eval.shards = config.eval.shards, ""
+  with pytest.raises(ValueError, match="eval.shards is missing"):
+    evaluate(config, config.workdir)
+  config.eval.shards = shards
   bare = tmp_path / "model"
   folder.rename(bare)
   with pytest.raises(ValueError, match=r"eval\.out"):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from mooer_jax.data.batches import HostBatch
 from mooer_jax.run.config import TrainConfig
@@ -30,3 +31,11 @@ def test_truncated_clips_are_counted_over_a_runs_parts(tmp_path, capsys):
   _run(tmp_path / "none", truncated=0)
   said = capsys.readouterr().err
   assert "clips truncated" not in said and "  truncated" not in said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.jsonl"])
+@pytest.mark.parametrize("line", ["garbage", '{"a": 1}', "[1]", '{"step": "x"}'])
+def test_a_damaged_line_of_an_earlier_part_is_named(tmp_path, name, line):
+  (tmp_path / name).write_text(f"{line}\n")
+  with pytest.raises(ValueError, match=f"{name}:1: damaged .*restore the file, or move it away"):
+    _run(tmp_path, truncated=0, first=1)

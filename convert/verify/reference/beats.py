@@ -74,7 +74,7 @@ def check_shapes(state: State, cfg: Mapping[str, Any], file: Path) -> None:
     f"{CONV}.bias": (width,),
     BIAS_TABLE: (len(state[BIAS_TABLE]), heads),
   }
-  modules = {"layer_norm": (patches,), "encoder.layer_norm": (width,)}
+  modules: dict[str, tuple[int, ...]] = {"layer_norm": (patches,), "encoder.layer_norm": (width,)}
   if patches != width:
     modules["post_extract_proj"] = (width, patches)
   for n in range(cfg["encoder_layers"]):
