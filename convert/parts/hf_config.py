@@ -71,8 +71,9 @@ def _refuse(hf: Mapping[str, Any], problems: Problems) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default" or any(isinstance(value, dict) for value in rope.values()):
       problems.add(f"{key}={dict(rope)!r}: only unscaled rotary positions can be expressed")
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1:
-      problems.add("partial_rotary_factor: only rotation of whole heads can be expressed")
+  places = (hf, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {})
+  if any(place.get("partial_rotary_factor", 1) != 1 for place in places):
+    problems.add("partial_rotary_factor: only rotation of whole heads can be expressed")
   if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
     problems.add("use_sliding_window: attention in a window cannot be expressed")
   for key in ("attention_bias", "mlp_bias"):

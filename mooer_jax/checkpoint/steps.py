@@ -31,7 +31,7 @@ def all_steps(workdir: str | Path) -> list[Path]:
   """All checkpoints in the folder of a run, oldest first."""
   try:
     folders = list(Path(workdir).iterdir())  # glob would hide a PermissionError
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return []
   return sorted((f for f in folders if _STEP.fullmatch(f.name) and _is_checkpoint(f)), key=step_of)
 
