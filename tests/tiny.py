@@ -82,6 +82,33 @@ def salmonn_config(**compute) -> SpeechLLMConfig:
   )  # fmt: skip
 
 
+def answering_config(*, vocab_size: int, **changes) -> SpeechLLMConfig:
+  """A MooER with features of full width, for `answering_params`."""
+  return SpeechLLMConfig(
+    encoders=(SANMConfig(hidden_size=32, layers=2, heads=2, intermediate_size=48),),
+    connector=LinearConfig(hidden_size=24),
+    decoder=LLMConfig(
+      vocab_size=vocab_size,
+      hidden_size=32,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      intermediate_size=48,
+      tie_word_embeddings=True,
+    ),
+    **changes,
+  )
+
+
+def answering_params(config: SpeechLLMConfig) -> dict:
+  """Random parameters whose greedy answers vary and depend on the audio."""
+  params = jax.jit(lambda key: speech_llm.init(key, config))(jax.random.key(0))
+  # Larger weights than at the start of training: with those every answer is one token repeated.
+  params["decoder"] = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params["decoder"])
+  return params
+
+
 def random_params(shapes, seed=0) -> dict:
   """Random leaves for a tree of shapes; zeros (LoRA's B, biases) and ones would hide mistakes."""
   rng = np.random.default_rng(seed)

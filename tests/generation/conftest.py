@@ -1,41 +1,20 @@
 """A tiny random model whose greedy answers vary."""
 
-import jax
 import numpy as np
 import pytest
 
-from mooer_jax import speech_llm
-from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.connectors.linear import LinearConfig
-from mooer_jax.decoders.llm import LLMConfig
-from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.speech_llm import Batch
+from tests import tiny
 
 
 @pytest.fixture(scope="session")
 def config():
-  return SpeechLLMConfig(
-    encoders=(SANMConfig(hidden_size=32, layers=2, heads=2, intermediate_size=48),),
-    connector=LinearConfig(hidden_size=24),
-    decoder=LLMConfig(
-      vocab_size=40,
-      hidden_size=32,
-      layers=2,
-      heads=4,
-      kv_heads=2,
-      head_dim=8,
-      intermediate_size=48,
-      tie_word_embeddings=True,
-    ),
-  )
+  return tiny.answering_config(vocab_size=40)
 
 
 @pytest.fixture(scope="session")
 def params(config):
-  params = jax.jit(lambda key: speech_llm.init(key, config))(jax.random.key(0))
-  # Larger weights than at the start of training: with those every answer is one token repeated.
-  params["decoder"] = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params["decoder"])
-  return params
+  return tiny.answering_params(config)
 
 
 @pytest.fixture

@@ -1,17 +1,14 @@
 """A tiny checkpoint that is loaded for transcription, and a long clip."""
 
-import jax
 import numpy as np
 import pytest
 
 import mooer_jax
-from mooer_jax import checkpoint, speech_llm
+from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
-from mooer_jax.config import SpeechLLMConfig, to_json
-from mooer_jax.connectors.linear import LinearConfig
-from mooer_jax.decoders.llm import LLMConfig
-from mooer_jax.encoders.sanm import SANMConfig
+from mooer_jax.config import to_json
 from mooer_jax.text.tokenizer import Tokenizer
+from tests import tiny
 
 PROMPTS = (("asr", "<|transcribe|>"), ("ast", "<|end|>"), ("asr_ast_mtl", "0"), ("QA", "{}0"))
 
@@ -20,28 +17,12 @@ PROMPTS = (("asr", "<|transcribe|>"), ("ast", "<|end|>"), ("asr_ast_mtl", "0"), 
 def folder(tmp_path_factory):
   """A checkpoint of a tiny random model, whose answers depend on what it hears."""
   tokenizer = Tokenizer.from_characters("0123456789", ("<|transcribe|>", "<|end|>"), eos="<|end|>")
-  config = SpeechLLMConfig(
-    encoders=(SANMConfig(hidden_size=32, layers=2, heads=2, intermediate_size=48),),
-    connector=LinearConfig(hidden_size=24),
-    decoder=LLMConfig(
-      vocab_size=12,
-      hidden_size=32,
-      layers=2,
-      heads=4,
-      kv_heads=2,
-      head_dim=8,
-      intermediate_size=48,
-      tie_word_embeddings=True,
-    ),
-    chat_template="bare",
-    max_audio_s=6.0,
-    prompts=PROMPTS,
+  config = tiny.answering_config(
+    vocab_size=12, chat_template="bare", max_audio_s=6.0, prompts=PROMPTS
   )
-  params = jax.jit(lambda key: speech_llm.init(key, config))(jax.random.key(0))
-  params["decoder"] = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params["decoder"])
   return checkpoint.save(
     tmp_path_factory.mktemp("run") / "step_00000001",
-    params=params,
+    params=tiny.answering_params(config),
     config_json=to_json(config),
     tokenizer=tokenizer.save,
     generation={"max_new_tokens": 6},
