@@ -63,7 +63,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   exporting.add_argument("out", **_OUT, help="folder to make")
   exporting.add_argument("--base-checkpoint", **_BASE)
   exporting.add_argument(
-    "--shard-size", type=_size, default="5GB", help="maximum size of a file (default: 5GB)"
+    "--shard-size", type=_size, help="maximum size of a file of a sharded kind (default: 5GB)"
   )
   exporting.add_argument("--overwrite", action="store_true", help="replace an earlier result")
   exporting.set_defaults(run=_export)

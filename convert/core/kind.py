@@ -118,6 +118,7 @@ class Kind:
     open: maps a source to leaves. It adds to the problems what does not fit, and raises ValueError
       (ConversionError with all reasons) where it cannot go on.
     export: writes (checkpoint, folder, bytes per file of weights); None: import only.
+    sharded: whether `export` writes several files of that size.
     recognises: (path, names of its tensors) to a description, or None if it is another kind.
     files: weights in a folder that has them in several places; empty for other paths.
     options: fields of `Options` that `open` uses.
@@ -129,6 +130,7 @@ class Kind:
   name: str
   open: Callable[[Path, Options, Problems], Opened]
   export: Callable[[Checkpoint, Path, int], None] | None = None
+  sharded: bool = False
   recognises: Callable[[Path, Collection[str]], str | None] = lambda path, names: None
   files: Callable[[Path], list[Path]] = lambda path: []
   options: tuple[str, ...] = ()

@@ -293,6 +293,7 @@ KIND = Kind(
   name="mooer",
   open=open_release,
   export=export,
+  sharded=True,
   recognises=_recognises,
   files=_files,
   options=("task", "llm", "lora", "merge_lora"),

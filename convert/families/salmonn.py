@@ -337,6 +337,7 @@ KIND = Kind(
   name="salmonn",
   open=open_model,
   export=export,
+  sharded=True,
   recognises=lambda path, names: "salmonn" if qformer.QUERIES in names else None,
   options=("whisper", "beats", "llm", "lora_config", "merge_lora", "prompts"),
   parts=("encoders/whisper/", "connector/", "decoder/"),

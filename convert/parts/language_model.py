@@ -168,6 +168,7 @@ def _kind(name: str) -> Kind:
     name=name,
     open=open_alone,
     export=export_alone,
+    sharded=True,
     recognises=recognises,
     parts=("decoder/",),
     reference=reference.run,

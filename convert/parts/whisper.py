@@ -265,6 +265,7 @@ KIND = Kind(
   name="whisper",
   open=lambda src, options, problems: open_encoder(src, problems).alone(),
   export=export,
+  sharded=True,
   recognises=lambda path, names: "whisper" if find_format(names) else None,
   parts=(f"{ROOT}/",),
   reference=reference.run,

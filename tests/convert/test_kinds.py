@@ -257,6 +257,12 @@ def test_a_shard_size_is_above_zero(capsys, size):
   assert f"{size!r}: write a size above 0, such as" in capsys.readouterr().err
 
 
+def test_a_maximum_size_of_a_kind_with_one_file_is_refused(tmp_path, capsys):
+  for kind in ("paraformer", "beats", "peft"):
+    assert main(["export", kind, "ours", str(tmp_path / "back"), "--shard-size", "1GB"]) == 2
+    assert f"--shard-size has no effect on {kind}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ("key", "value"),
   [("num_attention_heads", 0), ("num_key_value_heads", "2"), ("rms_norm_eps", None)],
