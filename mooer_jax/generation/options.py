@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+LONGEST = 2**17  # new tokens; the cache has a slot for each, and memory for far more would run out
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
@@ -58,6 +60,7 @@ class GenerationConfig:
 
     for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
       require(name, getattr(self, name) >= 1, "at least 1")
+    require("max_new_tokens", self.max_new_tokens <= LONGEST, f"at most {LONGEST}")
     for name in ("top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"):
       require(name, (getattr(self, name) or 0) >= 0, "at least 0")
     is_valid = (self.min_new_tokens or 0) <= self.max_new_tokens

@@ -103,7 +103,8 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   if options.out and (data_list.exists() or (text.exists() and not report.exists())):
     raise ValueError(
       f"eval.out={options.out} holds a data.list, or a `text` that would be overwritten by the"
-      " hypotheses: set eval.out to another folder"
+      " hypotheses: set eval.out to another folder (or, if the `text` is from an evaluation that"
+      " failed, remove it)"
     )
   out.mkdir(parents=True, exist_ok=True)
   return out

@@ -244,6 +244,7 @@ def test_scores_that_are_not_finite_are_errors_of_their_clips(transcriber, clips
     (dict(top_p=0.5, do_sample=False), "top_p has no effect"),
     (dict(seed=0), "seed has no effect"),
     (dict(min_length=3, min_new_tokens=1), "min_length has no effect beside min_new_tokens"),
+    (dict(max_new_tokens=10**7), "max_new_tokens=10000000: must be at most 131072"),
     (dict(eos_token_id=(-1,)), "eos_token_id=.*at least 0"),
     (dict(length_penalty=1.0), "length_penalty has no effect with one beam"),
     (dict(return_hidden=True), "return_hidden=True has no effect"),
