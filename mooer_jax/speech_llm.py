@@ -7,6 +7,7 @@ Every function takes the whole parameter tree and the config; there is no state.
 
 import bisect
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -134,9 +135,11 @@ def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: di
       cmvn = params["frontend"][name]
       features = (features + cmvn["shift"]) * cmvn["scale"]
     features = jnp.where(valid_BT[..., None], features, 0)
-    variables = {"params": params["encoders"][name]}
-    module = encoder.module(config.compute)
-    streams[name] = module.apply(variables, features, valid_BT, rngs=rngs)
+    of_encoder = params["encoders"][name]
+    # Params for decoding contain stacked layers here, and those of the LLM one by one.
+    compute = dataclasses.replace(config.compute, scan=tree.STACK in of_encoder)
+    module = encoder.module(compute)
+    streams[name] = module.apply({"params": of_encoder}, features, valid_BT, rngs=rngs)
   return streams
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax import kernels
 from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import FSDP, TENSOR, Dense, RMSNorm, check_sizes
+from mooer_jax.nn.layers import FSDP, TENSOR, Dense, RMSNorm, check_sizes, matmul_transposed
 from mooer_jax.nn.positions import rope_angles, rotate
 
 
@@ -260,12 +260,15 @@ def _to_vocab(hidden_BSD, table_DV):
 
 
 class Head(nn.Module):
-  """Output head of models whose embeddings are not tied: hidden states to float32 logits."""
+  """Output head: hidden states to float32 logits. The weights are as those of `Dense`."""
 
   vocab_size: int
 
   @nn.compact
   def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
+    if self.has_variable("params", "weight"):
+      weight_VD = self.get_variable("params", "weight")
+      return matmul_transposed(hidden_BSD, weight_VD, jnp.float32)
     width = hidden_BSD.shape[-1]
     spread = nn.initializers.normal(width**-0.5)
     return _to_vocab(hidden_BSD, self.param("kernel", spread, (width, self.vocab_size)))
@@ -293,8 +296,9 @@ class LLM(nn.Module):
     )
     self.layers = repeat_layer(Layer, c.layers, self.compute)(c, self.compute)
     self.final_norm = RMSNorm(c.norm_eps, dtype=self.compute.jnp_dtype)
-    if not c.tie_word_embeddings:
-      self.head = Head(c.vocab_size)
+    # Params for decoding may contain a head for tied embeddings, too (`generation.weights`).
+    has_head = not c.tie_word_embeddings or self.has_variable("params", "head")
+    self.head = Head(c.vocab_size) if has_head else None
 
   def __call__(
     self,
@@ -346,7 +350,7 @@ class LLM(nn.Module):
 
   def logits(self, hidden_BSD: jax.Array) -> jax.Array:
     """Logits, float32 [B, S, V]."""
-    if self.config.tie_word_embeddings:
+    if self.head is None:
       return _to_vocab(hidden_BSD, self.embed.embedding.T)
     return self.head(hidden_BSD)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
-from mooer_jax.generation import GenerationConfig
+from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.speech_llm import param_shapes
@@ -15,7 +15,13 @@ from mooer_jax.text.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
-  """A model that was loaded for decoding: per-layer params; options with the eos ids."""
+  """A model that was loaded for decoding.
+
+  Attributes:
+    params: as `weights.lay_out` returns them; of the LLM, layer by layer.
+    model: without LoRA if it was merged.
+    generation: with the eos ids.
+  """
 
   params: dict
   model: SpeechLLMConfig
@@ -35,6 +41,8 @@ def load_model(
   *,
   base_checkpoint: str | Path | None = None,
   generation: Mapping[str, Any] | None = None,
+  lora_scale: float | None = None,
+  merge_lora: bool = True,
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
@@ -43,10 +51,13 @@ def load_model(
     compute: how the model runs; its dtype is that of the weight matrices.
     base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
     generation: options that override those of the checkpoint.
+    lora_scale: scale at which a LoRA is merged; default: that of training.
+    merge_lora: whether to add a LoRA to the weights, which decodes faster. Without it, `generate`
+      takes a scale at each call, or one per row.
 
   Raises:
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
-      that is unknown or out of range.
+      that is unknown, out of range or without effect.
   """
   if not isinstance(path, (str, Path)):
     raise ValueError(f"checkpoint={path!r} ({type(path).__name__}): must be the path of a folder")
@@ -69,4 +80,9 @@ def load_model(
   options.check_effect(generation or {})
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,))
-  return Loaded(loaded.params, model, tokenizer, options)
+  params = loaded.params
+  if merge_lora:
+    params, model = weights.merge_lora(params, model, lora_scale)
+  elif lora_scale is not None:
+    raise ValueError(f"lora_scale={lora_scale:g} has no effect with merge_lora=False")
+  return Loaded(weights.lay_out(params, model), model, tokenizer, options)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -38,8 +39,10 @@ class DecodingResults:
   unfinished: list[str] = dataclasses.field(default_factory=list)
 
 
-def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
+def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded:
   """Loads a checkpoint with the sections `compute` and `generation` of a config.
+
+  `lora` contains lora_scale or merge_lora of `load_model`.
 
   Raises:
     ValueError: if the config has a mesh of several devices, and as `load_model`.
@@ -48,7 +51,7 @@ def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
     given = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
     remedy = " ".join(f"--config.mesh.{name}=1" for name in axes)
     raise ValueError(f"{given}: evaluation runs on one device; set {remedy}")
-  return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
+  return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation, **lora)
 
 
 def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
@@ -60,8 +63,6 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
   """
   options.require_shards()
   model, buckets = loaded.model, run.data.buckets
-  if options.lora_scale is not None and not model.decoder.lora_rank:
-    raise ValueError(f"eval.lora_scale={options.lora_scale:g} has no effect: the model has no LoRA")
   longest_s = options.max_s or model.max_audio_s
   if longest_s > model.max_audio_s:
     raise ValueError(
@@ -110,15 +111,20 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   return out
 
 
-def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> DecodingResults:
-  """Decodes a test set in the order of its shards; prints the numbers of truncations."""
+def decode_set(
+  run: Run, options: EvalConfig, loaded: Loaded, *, lora_scale: float | None = None
+) -> DecodingResults:
+  """Decodes a test set in the order of its shards; prints the numbers of truncations.
+
+  `lora_scale` is for a model whose LoRA was not merged; options.lora_scale is not read.
+  """
   results = DecodingResults()
   num_truncated = 0
   hosts = iter(batches_of(run, options, loaded))
   batches = ((host, host.batch) for host in hosts)
-  key, scale = jax.random.key(run.seed), options.lora_scale
+  key = jax.random.key(run.seed)
   outputs = decode_batches(
-    loaded.params, batches, loaded.model, loaded.generation, key=key, lora_scale=scale
+    loaded.params, batches, loaded.model, loaded.generation, key=key, lora_scale=lora_scale
   )
   progress = Progress(console=Console(stderr=True))
   with contextlib.closing(hosts), contextlib.closing(outputs), progress:

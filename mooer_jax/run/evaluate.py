@@ -48,7 +48,7 @@ def evaluate(
   out = out_folder(options, folder, name)
   references = _given_references(options, out)  # before minutes of work, since it may raise
   start = time.perf_counter()
-  decoded = decode_set(run, options, load(run, folder, base))
+  decoded = decode_set(run, options, load(run, folder, base, lora_scale=options.lora_scale))
   seconds = time.perf_counter() - start
   if decoded.skipped and not decoded.hypotheses:
     first = decoded.skipped[0]

@@ -65,7 +65,7 @@ def perplexity(
   found = [step for path in paths for step in _steps(path, base)]
   steps = list({folder.resolve(): (step, folder) for step, folder in reversed(found)}.values())
   for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
-    loaded = load(run, folder, base if checkpoint.has_base(folder) else None)
+    loaded = load(run, folder, base if checkpoint.has_base(folder) else None, merge_lora=False)
     _check(instructions, loaded.model)
     able = scales if loaded.model.decoder.lora_scale else ()
     measure = functools.partial(_measure, run, options, loaded, folder=folder, step=step)

@@ -1,5 +1,6 @@
-"""A MooER release with its full-width encoder, its tokenizer and a small LLM; random weights."""
+"""A MooER release with its full-width encoder, its tokenizer and an LLM; random weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,10 +15,31 @@ TASKS = ("asr", "ast", "asr_ast_mtl")
 TOKENS, EOS, LINE_BREAK = 151646, 151645, 198  # of Qwen2's tokenizer
 LLM_WIDTH = 64
 LLM = "Qwen2-0.1B-Instruct"
+SMALL = dict(
+  hidden_size=LLM_WIDTH,
+  intermediate_size=128,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  tie_word_embeddings=False,
+)
+QWEN2_0_5B = dict(
+  hidden_size=896,
+  intermediate_size=4864,
+  num_hidden_layers=24,
+  num_attention_heads=14,
+  num_key_value_heads=2,
+  tie_word_embeddings=True,
+)
 
 
 def write_release(
-  folder: Path, features: list[torch.Tensor], *, encoder: SANMConfig = SANMConfig(), tasks=TASKS
+  folder: Path,
+  features: list[torch.Tensor],
+  *,
+  encoder: SANMConfig = SANMConfig(),
+  tasks=TASKS,
+  sizes: Mapping = SMALL,
 ) -> Path:
   """Writes a release whose answers follow the audio, vary, and end early or at the limit.
 
@@ -26,6 +48,7 @@ def write_release(
     features: [T, 560] each, without CMVN, which is estimated from them.
     encoder: of the published width; the depth may be another.
     tasks: each gets an adapter and LoRA weights of its own.
+    sizes: of the LLM, as transformers names them.
   """
   (folder / "paraformer_encoder").mkdir(parents=True)
   state = torch_models.sanm(encoder).state_dict()
@@ -36,33 +59,28 @@ def write_release(
     folder / "paraformer_encoder" / "am.mvn", (-mean_F).numpy(), spread_F.reciprocal().numpy()
   )
   write_qwen2_folder(folder / LLM)
-  llm = language_model()
+  llm = language_model(sizes)
   llm.save_pretrained(folder / LLM)
   for seed, task in enumerate(tasks, start=1):
     (folder / task).mkdir()
-    torch.save(adapter(seed), folder / task / "adapter_project.pt")
+    torch.save(adapter(seed, sizes["hidden_size"]), folder / task / "adapter_project.pt")
     targets = ("q", "k", "v", "o", "gate", "up", "down")
-    tuned = with_lora(language_model(), seed=seed, rank=64, alpha=16, targets=targets)
+    tuned = with_lora(language_model(sizes), seed=seed, rank=64, alpha=16, targets=targets)
     tuned.save_pretrained(folder / task / "lora_weights")
   return folder
 
 
-def language_model():
+def language_model(sizes: Mapping):
   """Qwen2 whose logits spread by about 3, and more for eos and the line break, so they occur."""
   from transformers import Qwen2Config, Qwen2ForCausalLM
 
   torch.manual_seed(0)
   config = Qwen2Config(
     vocab_size=151936,
-    hidden_size=LLM_WIDTH,
-    intermediate_size=128,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    tie_word_embeddings=False,
     bos_token_id=151643,
     eos_token_id=EOS,
+    **sizes,
   )
   module = Qwen2ForCausalLM(config)
   with torch.no_grad():
@@ -77,12 +95,12 @@ def language_model():
   return vary(module)
 
 
-def adapter(seed: int) -> dict[str, torch.Tensor]:
+def adapter(seed: int, width: int) -> dict[str, torch.Tensor]:
   """Content of adapter_project.pt."""
   torch.manual_seed(seed)
   layers = {
     "linear1": torch.nn.Linear(1024, 2048),
-    "linear2": torch.nn.Linear(2048, LLM_WIDTH),
+    "linear2": torch.nn.Linear(2048, width),
   }
   with torch.no_grad():
     for layer in layers.values():

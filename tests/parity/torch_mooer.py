@@ -116,16 +116,19 @@ class TorchMooer:
     return torch.relu(x_TD.reshape(-1, 1024) @ w1.T + b1) @ w2.T + b2
 
   @torch.no_grad()
-  def answer(self, heard: Heard, *, beams: int, noise: Any = None) -> list[list[int]]:
+  def answer(
+    self, heard: Heard, *, beams: int, noise: Any = None, **options: Any
+  ) -> list[list[int]]:
     """Generated tokens, the first eos included, decoded as MooER's inference does it."""
     eos = self.tokenizer.eos_token_id
-    options: dict[str, Any] = {"length_penalty": 0.8} if beams > 1 else {}
+    options = {"max_new_tokens": 40, **options}
+    if beams > 1:
+      options["length_penalty"] = 0.8
     found = self.llm.generate(
       inputs_embeds=heard.inputs_embeds,
       attention_mask=heard.attention_mask,
       num_beams=beams,
       do_sample=False,
-      max_new_tokens=40,
       min_length=1,
       repetition_penalty=1.0,
       sequence_bias={(eos,): -0.2},

@@ -104,7 +104,7 @@ def test_what_is_wrong_is_said_before_anything_is_decoded(config, tmp_path, monk
     evaluate(config, config.workdir)
   config.eval.max_s = None
   config.eval.lora_scale = 0.5
-  with pytest.raises(ValueError, match="eval.lora_scale=0.5 has no effect: the model has no LoRA"):
+  with pytest.raises(ValueError, match="lora_scale=0.5 has no effect: the model has no LoRA"):
     evaluate(config, config.workdir)
   config.eval.lora_scale = None
   shards, config.eval.shards = config.eval.shards, ""

@@ -116,10 +116,9 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
   ]
   clips = run.workdir / "activation_clips.json"
   write_json(clips, {"annotation": chosen})
-  options = dataclasses.replace(
-    run.eval, shards=str(clips), task=wanted.task, lora_scale=wanted.lora_scale
-  )
-  decoded = decode_set(run, options, load(run, checkpoint.find(init_from)))
+  options = dataclasses.replace(run.eval, shards=str(clips), task=wanted.task)
+  loaded = load(run, checkpoint.find(init_from), lora_scale=wanted.lora_scale)
+  decoded = decode_set(run, options, loaded)
   entries = []
   by_key = {entry_key(number, entry): entry for number, entry in enumerate(chosen)}
   for key, text in decoded.hypotheses.items():

@@ -27,13 +27,13 @@ def lora_sweep(
   options = dataclasses.replace(run.eval, task="")
   folder = checkpoint.find(path)
   out = out_folder(options, folder, "lora_sweep")
-  loaded = load(run, folder, base)
+  loaded = load(run, folder, base, merge_lora=False)
   trained = loaded.model.decoder.lora_scale
   if not trained:
     raise ValueError(f"{path}: the model has no LoRA, so there is no scale to vary")
   points: list[SweepPoint] = []
   for scale in scales or [trained * eighths / 8 for eighths in range(9)]:
-    decoded = decode_set(run, dataclasses.replace(options, lora_scale=scale), loaded)
+    decoded = decode_set(run, options, loaded, lora_scale=scale)
     if not points:
       for s in decoded.skipped:
         print(f"not decoded: {s.key}: {s.cause} {s.detail}")

@@ -184,7 +184,7 @@ def evaluate_suite(
   folder = checkpoint.find(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")
-  loaded = load(run, folder, base)
+  loaded = load(run, folder, base, lora_scale=options.lora_scale)
 
   def of_file(file: Path) -> EvalConfig:
     return dataclasses.replace(options, shards=str(file), task="")

@@ -1,0 +1,131 @@
+"""Weights for decoding: the LoRA merged, other layouts; the same answers."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mooer_jax import speech_llm, tree
+from mooer_jax.decoders.llm import LLM
+from mooer_jax.generation import GenerationConfig, generate, weights
+from tests import tiny
+from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
+
+# The longest sum (56 terms, of the MLP), and that of LoRA.
+TERMS = 56 + 40
+SCALE = 1.5
+
+
+@functools.partial(jax.jit, static_argnames=("config", "scale"))
+def logits(params, batch, config, scale=None):
+  return speech_llm.answer_logits(params, batch, config, lora_scale=scale)
+
+
+def make(config):
+  """(params, a batch of two clips)."""
+  rng = np.random.default_rng(0)
+
+  def tokens(n):
+    return rng.integers(0, config.decoder.vocab_size, (2, n)).astype(np.int32)
+
+  batch = speech_llm.Batch(
+    features=tuple(
+      rng.normal(size=(2, 40, encoder.input_width)).astype(np.float32)
+      for encoder in config.encoders
+    ),
+    frames=(np.int32([40, 31]),) * len(config.encoders),
+    prefix_BS=tokens(2),
+    suffix_BS=tokens(3),
+    labels_BS=tokens(4),
+  )
+  return jax.tree.map(jax.numpy.asarray, tiny.init(config)), batch
+
+
+def copied(params):
+  return jax.tree.map(jax.numpy.copy, params)
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_a_merged_lora_gives_the_logits_of_one_kept_apart(scale):
+  config = tiny.model_config()
+  params, batch = make(config)
+  apart = functools.partial(logits, config=config, scale=scale)
+  bound = rounding(TERMS, condition(apart, params, batch, of_rows=True))
+  merged, plain = weights.merge_lora(copied(params), config, scale)
+  assert plain.decoder.lora_rank == 0
+  assert not any("lora" in path for path in tree.flatten(merged))
+  expected = apart(params, batch)
+  assert_within(logits(merged, batch, plain), expected, bound)
+  other, _ = weights.merge_lora(copied(params), config, (scale or config.decoder.lora_scale) * 1.01)
+  with exceeds_the_bound():
+    assert_within(logits(other, batch, plain), expected, bound)
+
+
+def test_a_merged_lora_is_rounded_once():
+  config = tiny.model_config()
+  params, _ = make(config)
+  path = "decoder/layers_1/mlp/down"
+  leaves = tree.flatten(params)
+  exact = np.float64(leaves[f"{path}/lora_a"]) @ np.float64(leaves[f"{path}/lora_b"])
+  leaves[f"{path}/kernel"] = leaves[f"{path}/kernel"].astype("bfloat16")
+  kernel = np.array(leaves[f"{path}/kernel"])
+  in_float32 = rounding(config.decoder.lora_rank, np.abs(kernel) + SCALE * np.abs(exact).max())
+  exact = np.float64(kernel) + SCALE * exact
+  merged, _ = weights.merge_lora(tree.unflatten(leaves), config, SCALE)
+  found = tree.flatten(merged)[f"{path}/kernel"]
+  assert found.dtype == "bfloat16"
+  nearest = exact.astype(np.float32).astype(found.dtype)
+  half_a_unit = np.spacing(np.abs(nearest)).astype(np.float64) / 2
+  assert_within(found, exact, half_a_unit + in_float32)
+  twice = (kernel + (exact - kernel).astype("bfloat16")).astype("bfloat16")
+  with exceeds_the_bound():
+    assert_within(twice, exact, half_a_unit + in_float32)
+
+
+def test_a_scale_without_lora_is_refused(config, params):
+  with pytest.raises(ValueError, match="lora_scale=2 has no effect: the model has no LoRA"):
+    weights.merge_lora(params, config, 2.0)
+  assert weights.merge_lora(params, config) == (params, config)
+
+
+@pytest.mark.parametrize("make_config", [tiny.model_config, tiny.salmonn_config])
+def test_the_layout_changes_no_logits(make_config):
+  config = make_config()
+  params, batch = make(config)
+  bound = rounding(TERMS, condition(functools.partial(logits, config=config), params, batch))
+  expected = logits(params, batch, config)
+  laid_out = weights.lay_out(copied(params), config)
+  paths = list(tree.flatten(laid_out))
+  assert not [path for path in paths if path.startswith("encoders") and "layers_" in path]
+  assert not [path for path in paths if path.startswith("decoder") and path.endswith("kernel")]
+  assert_within(logits(laid_out, batch, config), expected, bound)
+  layer = laid_out["decoder"]["layers_1"]["attention"]
+  layer["q"]["weight"] = layer["o"]["weight"].T
+  with exceeds_the_bound():
+    assert_within(logits(laid_out, batch, config), expected, bound)
+
+
+def test_tied_embeddings_are_the_head_without_a_copy(config, params, batch):
+  laid_out = weights.lay_out(params, config)
+  decoder = laid_out["decoder"]
+  assert decoder["head"]["weight"] is decoder["embed"]["embedding"]
+  options = GenerationConfig(max_new_tokens=8)
+  clips = batch([20, 13, 7])
+  found = generate(laid_out, clips, config, options)
+  np.testing.assert_array_equal(found.tokens_BS, generate(params, clips, config, options).tokens_BS)
+  assert len({tuple(row) for row in found.tokens_BS.tolist()}) == 3  # else the test shows little
+
+
+def test_the_product_with_few_rows_reads_the_weights_as_they_are(config, params):
+  """XLA would fold the transposes into a product of rows by the matrix, the slow one on CPUs."""
+  laid_out = weights.lay_out(params, config)["decoder"]
+  hidden_BSD = np.zeros((1, 3, config.decoder.hidden_size), np.float32)
+
+  def head(params, hidden_BSD):
+    module = config.decoder.module(config.compute)
+    return module.apply({"params": params}, hidden_BSD, method=LLM.logits)
+
+  program = jax.jit(head).lower(laid_out, hidden_BSD).as_text("hlo")
+  [product] = [line for line in program.splitlines() if " dot(" in line]
+  assert f"f32[{config.decoder.vocab_size},3]" in product
