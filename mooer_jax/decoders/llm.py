@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax import kernels
 from mooer_jax.kernels.attention import precision
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
-from mooer_jax.nn.layers import FSDP, TENSOR, Dense, RMSNorm, check_sizes, matmul_transposed
+from mooer_jax.nn.layers import FSDP, TENSOR, Dense, RMSNorm, check_sizes
 from mooer_jax.nn.positions import rope_angles, rotate
 
 
@@ -250,30 +250,6 @@ class Layer(nn.Module):
     return x_BSD + MLP(c, self.compute, name="mlp")(normed, context.lora_scale), cache
 
 
-def _to_vocab(hidden_BSD, table_DV):
-  return jnp.matmul(
-    hidden_BSD,
-    table_DV.astype(hidden_BSD.dtype),
-    precision=precision(hidden_BSD.dtype),
-    preferred_element_type=jnp.float32,
-  )
-
-
-class Head(nn.Module):
-  """Output head: hidden states to float32 logits. The weights are as those of `Dense`."""
-
-  vocab_size: int
-
-  @nn.compact
-  def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
-    if self.has_variable("params", "weight"):
-      weight_VD = self.get_variable("params", "weight")
-      return matmul_transposed(hidden_BSD, weight_VD, jnp.float32)
-    width = hidden_BSD.shape[-1]
-    spread = nn.initializers.normal(width**-0.5)
-    return _to_vocab(hidden_BSD, self.param("kernel", spread, (width, self.vocab_size)))
-
-
 class LLM(nn.Module):
   """Decoder-only transformer over embeddings; a pure function of (params, inputs, cache).
 
@@ -298,7 +274,10 @@ class LLM(nn.Module):
     self.final_norm = RMSNorm(c.norm_eps, dtype=self.compute.jnp_dtype)
     # Params for decoding may contain a head for tied embeddings, too (`generation.weights`).
     has_head = not c.tie_word_embeddings or self.has_variable("params", "head")
-    self.head = Head(c.vocab_size) if has_head else None
+    self.head = None
+    if has_head:
+      dtype = self.compute.jnp_dtype
+      self.head = Dense(c.vocab_size, dtype=dtype, output_dtype=jnp.float32, kernel_init=spread)
 
   def __call__(
     self,
@@ -350,9 +329,14 @@ class LLM(nn.Module):
 
   def logits(self, hidden_BSD: jax.Array) -> jax.Array:
     """Logits, float32 [B, S, V]."""
-    if self.head is None:
-      return _to_vocab(hidden_BSD, self.embed.embedding.T)
-    return self.head(hidden_BSD)
+    if self.head is not None:
+      return self.head(hidden_BSD)
+    return jnp.matmul(
+      hidden_BSD,
+      self.embed.embedding.T.astype(hidden_BSD.dtype),
+      precision=precision(hidden_BSD.dtype),
+      preferred_element_type=jnp.float32,
+    )
 
   def init_all_params(self, inputs_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
     """Use every parameter, for `init`."""

@@ -85,4 +85,6 @@ def load_model(
     params, model = weights.merge_lora(params, model, lora_scale)
   elif lora_scale is not None:
     raise ValueError(f"lora_scale={lora_scale:g} has no effect with merge_lora=False")
+  if compute.quantization == "int8":
+    params = weights.quantize(params)
   return Loaded(weights.lay_out(params, model), model, tokenizer, options)

@@ -46,6 +46,28 @@ def _merged(kernel, a, b, scale):
   return (kernel + scale * jnp.matmul(a, b, precision=highest)).astype(kernel.dtype)
 
 
+def quantize(params: dict) -> dict:
+  """Rounds the kernels of the LLM to int8, with a float32 scale for each output.
+
+  The largest magnitude of a column becomes 127. Biases, norms, embeddings and a LoRA that was not
+  merged stay as they are.
+
+  Args:
+    params: per-layer parameters; the kernels are consumed leaf by leaf, to save memory.
+  """
+  leaves = tree.flatten(params["decoder"])
+  for path in [path for path in leaves if path.endswith("/kernel")]:
+    leaves[f"{path}_int8"], leaves[f"{path}_scale"] = _quantized(leaves.pop(path))
+  return {**params, "decoder": tree.unflatten(leaves)}
+
+
+@jax.jit
+def _quantized(kernel_IO):
+  kernel_IO = kernel_IO.astype(jnp.float32)
+  scale_O = jnp.abs(kernel_IO).max(axis=0) / 127
+  return jnp.round(kernel_IO / jnp.where(scale_O == 0, 1, scale_O)).astype(jnp.int8), scale_O
+
+
 def lay_out(params: dict, config: SpeechLLMConfig) -> dict:
   """The same parameters in the layout that decodes fastest on the backend of JAX.
 

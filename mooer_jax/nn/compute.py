@@ -29,12 +29,15 @@ class ExecutionConfig:
       long answers) or "full".
     attention: implementation of `kernels.attention`: "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU)
       or "triton" (NVIDIA GPU; not for decoding, nor for a Q-Former).
+    quantization: "int8": the LLM's matrices are rounded to 8 bits when a model is loaded for
+      decoding, with a scale for each output.
   """
 
   dtype: str = "float32"
   scan: bool = False
   remat: Remat = "none"
   attention: str = "xla"
+  quantization: Literal["none", "int8"] = "none"
 
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
@@ -42,6 +45,8 @@ class ExecutionConfig:
       raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'{reason}")
     if self.remat not in ("none", *_POLICIES):
       raise ValueError(f"remat={self.remat!r}: use 'none', 'dots' or 'full'")
+    if self.quantization not in ("none", "int8"):
+      raise ValueError(f"quantization={self.quantization!r}: use 'none' or 'int8'")
     if self.attention == "auto":  # the default of version 0.1, which always meant "xla"
       object.__setattr__(self, "attention", "xla")
     if self.attention not in IMPLEMENTATIONS:

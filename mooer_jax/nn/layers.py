@@ -32,8 +32,10 @@ class Dense(nn.Module):
   Rank 0 is a plain dense layer. The scale is an argument of the call, so that one batch can contain
   several. Dropout is applied to A's input if there is a "dropout" RNG. B starts with zeros.
 
-  W is the param `kernel`; params for decoding may have its transpose, `weight` [out, in], instead
-  (`generation.weights`).
+  W is the param `kernel`. Params for decoding (`generation.weights`) may have it in another form:
+  `weight` [out, in], or `kernel_int8` [in, out] and `kernel_scale` [out], whose product is W.
+
+  y has `output_dtype`, by default `dtype`.
 
   Source: LoRA (Hu et al., 2021), in PEFT's layout.
   """
@@ -43,17 +45,14 @@ class Dense(nn.Module):
   rank: int = 0
   dropout: float = 0.0
   dtype: Any = jnp.float32
+  output_dtype: Any = None
   kernel_init: Any = _torch_uniform
 
   @nn.compact
   def __call__(self, x: jax.Array, lora_scale: jax.Array | float = 1.0) -> jax.Array:
     """Map [..., in] to [..., features]; lora_scale is a scalar or one value per row, [B]."""
     x = x.astype(self.dtype)
-    if self.has_variable("params", "weight"):
-      y = matmul_transposed(x, self.get_variable("params", "weight"))
-    else:
-      kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-      y = self._matmul(x, kernel)
+    y = self._times_kernel(x)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
     if self.rank:
@@ -73,33 +72,31 @@ class Dense(nn.Module):
     keep = jax.lax.optimization_barrier(keep)
     return jnp.where(keep, x / (1 - self.dropout), 0)
 
-  def _matmul(self, x, kernel):
+  def _times_kernel(self, x):
+    if self.has_variable("params", "weight"):
+      # XLA on CPU multiplies a large matrix by a few columns at up to twice the speed of a few rows
+      # by a large matrix. Without the barrier, it folds the transposes into the latter.
+      weight_OI = self.get_variable("params", "weight").astype(self.dtype)
+      y_OB = self._matmul(weight_OI, x.reshape(-1, x.shape[-1]).T, self.output_dtype)
+      return jax.lax.optimization_barrier(y_OB).T.reshape(*x.shape[:-1], self.features)
+    if self.has_variable("params", "kernel_int8"):
+      kernel = self.get_variable("params", "kernel_int8")
+      y = self._matmul(x, kernel, jnp.float32) * self.get_variable("params", "kernel_scale")
+      return y.astype(self.output_dtype or self.dtype)
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    return self._matmul(x, kernel, self.output_dtype)
+
+  def _matmul(self, x, kernel, output_dtype=None):
     # Flattened: with two batch axes, XLA on CPU transposes copies for the kernel's gradient, and
     # forward and backward take twice as long.
     rows = x.reshape(-1, x.shape[-1])
-    y = jnp.matmul(rows, kernel.astype(self.dtype), precision=precision(self.dtype))
+    y = jnp.matmul(
+      rows,
+      kernel.astype(self.dtype),
+      precision=precision(self.dtype),
+      preferred_element_type=output_dtype,
+    )
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def matmul_transposed(x: jax.Array, weight_OI: jax.Array, dtype: Any = None) -> jax.Array:
-  """x W^T for weights [out, in], which CPUs read faster than [in, out] if x has few rows.
-
-  XLA multiplies a large matrix by a few columns at twice the speed of a few rows by a large matrix.
-
-  Args:
-    x: [..., in].
-    weight_OI: cast to x's dtype.
-    dtype: dtype of the result [..., out]; default: that of x.
-  """
-  columns = x.reshape(-1, x.shape[-1]).T
-  y_OB = jnp.matmul(
-    weight_OI.astype(x.dtype),
-    columns,
-    precision=precision(x.dtype),
-    preferred_element_type=dtype,
-  )
-  # Without the barrier, XLA folds the transposes and multiplies rows by the matrix again.
-  return jax.lax.optimization_barrier(y_OB).T.reshape(*x.shape[:-1], -1)
 
 
 class FeedForward(nn.Module):

@@ -283,6 +283,10 @@ class Run:
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
       )
     check_backend(self.model.compute.attention)
+    if self.compute.quantization != "none":
+      raise ValueError(
+        f"compute.quantization={self.compute.quantization!r} is for decoding; leave it out to train"
+      )
     if self.init_from is not None:
       folder = checkpoint.find(self.init_from)
       if folder != self.init_from:

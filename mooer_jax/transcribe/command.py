@@ -69,6 +69,12 @@ def add_parser(commands) -> None:
     choices=("float32", "bfloat16"),
     help="dtype of the computation; default: float32 on CPU, bfloat16 on accelerators",
   )
+  parser.add_argument(
+    "--quantization",
+    choices=("none", "int8"),
+    default="none",
+    help="int8: matrices of the LLM in 8 bits, half the memory of bfloat16 (default: none)",
+  )
   parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   group = parser.add_argument_group("generation options; defaults come from the checkpoint")
@@ -110,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
   if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
     raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
   transcriber = Transcriber.from_checkpoint(
-    args.checkpoint, dtype=args.dtype, base_checkpoint=args.base_checkpoint
+    args.checkpoint,
+    dtype=args.dtype,
+    base_checkpoint=args.base_checkpoint,
+    quantization=args.quantization,
   )
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):

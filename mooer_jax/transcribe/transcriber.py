@@ -67,16 +67,22 @@ class Transcriber:
 
   @classmethod
   def from_checkpoint(
-    cls, path: str | Path, *, dtype: str | None = None, base_checkpoint: str | Path | None = None
+    cls,
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    base_checkpoint: str | Path | None = None,
+    quantization: Literal["none", "int8"] = "none",
   ) -> "Transcriber":
     """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
 
     Args:
       path, base_checkpoint: as in `load_model`, and raises as it does.
       dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
+      quantization: "int8" rounds the matrices of the LLM to 8 bits: half the memory of bfloat16.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    compute = ExecutionConfig(dtype=dtype)
+    compute = ExecutionConfig(dtype=dtype, quantization=quantization)
     return cls(*load_model(path, compute, base_checkpoint=base_checkpoint))
 
   def transcribe(

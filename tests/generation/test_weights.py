@@ -129,3 +129,42 @@ def test_the_product_with_few_rows_reads_the_weights_as_they_are(config, params)
   program = jax.jit(head).lower(laid_out, hidden_BSD).as_text("hlo")
   [product] = [line for line in program.splitlines() if " dot(" in line]
   assert f"f32[{config.decoder.vocab_size},3]" in product
+
+
+def test_int8_rounds_each_kernel_to_the_nearest_of_255_values():
+  config = tiny.model_config()
+  params, _ = make(config)
+  params["decoder"]["layers_0"]["mlp"]["up"]["kernel"] *= np.float32([[0]] + [[1]] * 39)
+  params["decoder"]["head"]["kernel"] = params["decoder"]["head"]["kernel"].at[:, 3].set(0)
+  kernels = {path: np.array(leaf) for path, leaf in tree.flatten(params["decoder"]).items()}
+  leaves = tree.flatten(weights.quantize(params)["decoder"])
+  for path, kernel in kernels.items():
+    if not path.endswith("/kernel"):
+      np.testing.assert_array_equal(leaves[path], kernel)
+      continue
+    rounded, scale_O = leaves[f"{path}_int8"], np.float64(leaves[f"{path}_scale"])
+    assert rounded.dtype == np.int8 and scale_O.shape == kernel.shape[1:]
+    assert (np.abs(rounded).max(axis=0) == np.where(scale_O == 0, 0, 127)).all()
+    half = scale_O / 2 + rounding(2, np.abs(kernel))
+    assert_within(rounded * scale_O, np.float64(kernel), half)
+  assert leaves["head/kernel_scale"][3] == 0
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "lora-apart"])
+def test_int8_gives_the_logits_of_the_rounded_kernels(merged):
+  config = tiny.model_config()
+  params, batch = make(config)
+  if merged:
+    params, config = weights.merge_lora(params, config)
+  quantized = weights.quantize(copied(params))
+  rounded = tree.flatten(quantized)
+  for path in [path for path in rounded if path.endswith("_int8")]:
+    scale_O = rounded.pop(path.replace("_int8", "_scale"))
+    rounded[path.removesuffix("_int8")] = rounded.pop(path) * scale_O
+  of_rounded = functools.partial(logits, config=config)
+  rounded = tree.unflatten(rounded)
+  bound = rounding(TERMS, condition(of_rounded, rounded, batch, of_rows=True))
+  expected = of_rounded(rounded, batch)
+  assert_within(logits(weights.lay_out(quantized, config), batch, config), expected, bound)
+  with exceeds_the_bound():
+    assert_within(logits(params, batch, config), expected, bound)
