@@ -88,7 +88,8 @@ def read(folder: Path, saved: Iterable[str], targets: Mapping[str, jax.ShapeDtyp
     return {}
   item = {path: targets.get(path, ocp.PLACEHOLDER) for path in saved}
   args = {path: ocp.RestoreArgs() for path in saved}
-  handler = ocp.PyTreeCheckpointHandler()
+  # GB in flight: with Orbax's 96, all of a small model is in memory nearly twice, and no sooner.
+  handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)
   if all(x.sharding is None for x in targets.values()):
     handler = host_handler()
     args |= {p: ocp.RestoreArgs(np.ndarray, x.dtype) for p, x in targets.items()}

@@ -1,7 +1,13 @@
-"""Weights as decoding reads them fastest; made once, when a model is loaded."""
+"""Weights as decoding reads them fastest; made once, when a model is loaded.
 
+To save memory, each function deletes the leaves that it replaces, one after the other, whoever else
+refers to them. It takes per-layer parameters in JAX arrays.
+"""
+
+import ctypes
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +24,7 @@ def merge_lora(
   The sum is computed in float32 and rounded once to the dtype of the kernel.
 
   Args:
-    params: per-layer parameters; those of the LLM are consumed leaf by leaf, to save memory.
+    params: per-layer parameters.
     config: the model.
     lora_scale: default: the scale of training.
 
@@ -34,16 +40,16 @@ def merge_lora(
   leaves = tree.flatten(params)
   for path in [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]:
     kernel, a, b = (leaves.pop(f"{path}/{name}") for name in ("kernel", "lora_a", "lora_b"))
-    leaves[f"{path}/kernel"] = _merged(kernel, a, b, scale)
+    leaves[f"{path}/kernel"] = _replaced(functools.partial(_merged, scale=scale), kernel, a, b)
   decoder = dataclasses.replace(decoder, lora_rank=0)
   return tree.unflatten(leaves), dataclasses.replace(config, decoder=decoder)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit
 def _merged(kernel, a, b, scale):
-  highest = jax.lax.Precision.HIGHEST
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  return (kernel + scale * jnp.matmul(a, b, precision=highest)).astype(kernel.dtype)
+  added = scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+  return (kernel + added).astype(kernel.dtype)
 
 
 def quantize(params: dict) -> dict:
@@ -51,13 +57,10 @@ def quantize(params: dict) -> dict:
 
   The largest magnitude of a column becomes 127. Biases, norms, embeddings and a LoRA that was not
   merged stay as they are.
-
-  Args:
-    params: per-layer parameters; the kernels are consumed leaf by leaf, to save memory.
   """
   leaves = tree.flatten(params["decoder"])
   for path in [path for path in leaves if path.endswith("/kernel")]:
-    leaves[f"{path}_int8"], leaves[f"{path}_scale"] = _quantized(leaves.pop(path))
+    leaves[f"{path}_int8"], leaves[f"{path}_scale"] = _replaced(_quantized, leaves.pop(path))
   return {**params, "decoder": tree.unflatten(leaves)}
 
 
@@ -74,20 +77,31 @@ def lay_out(params: dict, config: SpeechLLMConfig) -> dict:
   Layers of encoders are stacked: a scan over them compiles much faster than a list of 50. On CPUs,
   the kernels [in, out] of the LLM become weights [out, in] (see `nn.layers.Dense`), and tied
   embeddings are its head without a copy.
-
-  Args:
-    params: per-layer parameters; those of the LLM are consumed leaf by leaf, to save memory.
-    config: the model.
   """
-  params = {**params, "encoders": tree.stack_layers(params["encoders"])}
+  stacked = _replaced(tree.stack_layers, params["encoders"])
+  params = {**params, "encoders": stacked}
   if jax.default_backend() != "cpu":
     return params
   leaves = tree.flatten(params["decoder"])
   for path in [path for path in leaves if path.endswith("/kernel")]:
-    leaves[path.removesuffix("kernel") + "weight"] = _transposed(leaves.pop(path))
+    weight = _replaced(jnp.transpose, leaves.pop(path))
+    leaves[path.removesuffix("kernel") + "weight"] = weight
   if config.decoder.tie_word_embeddings:
     leaves["head/weight"] = leaves["embed/embedding"]
   return {**params, "decoder": tree.unflatten(leaves)}
 
 
-_transposed = jax.jit(jnp.transpose)
+def _replaced(function, *arguments):
+  """The result of a function; leaves of the arguments that are not in it are deleted."""
+  result = jax.block_until_ready(function(*arguments))
+  kept = {id(leaf) for leaf in jax.tree.leaves(result)}
+  for leaf in jax.tree.leaves(arguments):
+    if id(leaf) not in kept:
+      leaf.delete()
+  if _malloc_trim is not None:
+    _malloc_trim(0)
+  return result
+
+
+# glibc keeps freed memory for the thread that allocated it: 2.6 of 5.6 GB after a MooER of 0.7 B.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

@@ -107,7 +107,7 @@ def test_the_layout_changes_no_logits(make_config):
 
 
 def test_tied_embeddings_are_the_head_without_a_copy(config, params, batch):
-  laid_out = weights.lay_out(params, config)
+  laid_out = weights.lay_out(copied(params), config)
   decoder = laid_out["decoder"]
   assert decoder["head"]["weight"] is decoder["embed"]["embedding"]
   options = GenerationConfig(max_new_tokens=8)
@@ -119,7 +119,7 @@ def test_tied_embeddings_are_the_head_without_a_copy(config, params, batch):
 
 def test_the_product_with_few_rows_reads_the_weights_as_they_are(config, params):
   """XLA would fold the transposes into a product of rows by the matrix, the slow one on CPUs."""
-  laid_out = weights.lay_out(params, config)["decoder"]
+  laid_out = weights.lay_out(copied(params), config)["decoder"]
   hidden_BSD = np.zeros((1, 3, config.decoder.hidden_size), np.float32)
 
   def head(params, hidden_BSD):
