@@ -1,4 +1,4 @@
-"""Execution of a model: dtypes, scanned layers, rematerialization, implementation of attention."""
+"""Execution of a model: dtypes, scanned layers, rematerialization, attention, place of features."""
 
 import dataclasses
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from mooer_jax.kernels.attention import IMPLEMENTATIONS
 # Pattern of the paths of layers from `repeat_layer`.
 LAYER = r"layers(_\d+)?"
 Remat = Literal["none", "dots", "full"]
+Features = Literal["host", "device"]
 _POLICIES = {
   "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -29,12 +30,15 @@ class ExecutionConfig:
       long answers) or "full".
     attention: implementation of `kernels.attention`: "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU)
       or "triton" (NVIDIA GPU; not for decoding, nor for a Q-Former).
+    features: where features are computed: "host" (NumPy, by the data workers or a thread) or
+      "device" (the compiled program, whose batches then hold waveforms).
   """
 
   dtype: str = "float32"
   scan: bool = False
   remat: Remat = "none"
   attention: str = "xla"
+  features: Features = "host"
 
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
@@ -46,6 +50,8 @@ class ExecutionConfig:
       object.__setattr__(self, "attention", "xla")
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f"attention={self.attention!r}: choose one of {[*IMPLEMENTATIONS]}")
+    if self.features not in ("host", "device"):
+      raise ValueError(f"features={self.features!r}: use 'host' or 'device'")
 
   @property
   def jnp_dtype(self) -> Any:

@@ -283,6 +283,7 @@ class Run:
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
       )
     check_backend(self.model.compute.attention)
+    self.check_features()
     if self.init_from is not None:
       folder = checkpoint.find(self.init_from)
       if folder != self.init_from:
@@ -330,6 +331,15 @@ class Run:
       raise FileNotFoundError(f"perplexity.shards={self.perplexity.shards}: no such file")
     for instruction in self.perplexity.instructions:
       task_prompt(instruction, dict(self.model.prompts))
+
+  def check_features(self) -> None:
+    """Raises ValueError if compute.features has no effect on training."""
+    if self.compute.features == "device" and self.data.cache_features:
+      raise ValueError(
+        "compute.features='device' has no effect on training with"
+        f" data.cache_features={self.data.cache_features!r}, which reads encoder frames instead of"
+        " features; set compute.features='host', or data.cache_features=''"
+      )
 
 
 # Sections that are dataclasses with defaults, and the plain values of a config.
