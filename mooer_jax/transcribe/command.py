@@ -69,6 +69,13 @@ def add_parser(commands) -> None:
     choices=("float32", "bfloat16"),
     help="dtype of the computation; default: float32 on CPU, bfloat16 on accelerators",
   )
+  parser.add_argument(
+    "--features",
+    choices=("host", "device"),
+    default="host",
+    help="where features are computed: host (NumPy) or device (the compiled program);"
+    " default: host",
+  )
   parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   group = parser.add_argument_group("generation options; defaults come from the checkpoint")
@@ -110,7 +117,10 @@ def run(args: argparse.Namespace) -> int:
   if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
     raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
   transcriber = Transcriber.from_checkpoint(
-    args.checkpoint, dtype=args.dtype, base_checkpoint=args.base_checkpoint
+    args.checkpoint,
+    dtype=args.dtype,
+    base_checkpoint=args.base_checkpoint,
+    features=args.features,
   )
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
