@@ -28,9 +28,11 @@ from rich.table import Table
 from benchmarks import flops
 from benchmarks.provenance import MODEL, versions, write_result
 from mooer_jax import tree
+from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.batches import Batcher
 from mooer_jax.run.config import Run
 from mooer_jax.run.process import run_program
+from mooer_jax.speech_llm import Batch
 from mooer_jax.training.program import abstract_state, jitted_step
 from mooer_jax.training.sharding import make_mesh
 
@@ -73,6 +75,7 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
 
   `prompt` is the number of text tokens in the prompt. Returns the content of the JSON file.
   """
+  run.check_features()
   devices = topology_devices(topology)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
   (state, frozen), shardings = abstract_state(
@@ -108,10 +111,7 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
       "micro_batches": micro_batches,
       "rows_per_chip_and_micro_batch": run.data.batch_size
       / (micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]),
-      **{
-        f"{encoder.kind}_frames": features.shape[1]
-        for encoder, features in zip(run.model.encoders, batch.features, strict=True)
-      },
+      **_lengths(batch, run.model),
       "prompt_tokens": prompt,
       "answer_tokens": run.data.answer_buckets[-1],
     },
@@ -135,6 +135,16 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     "trace_and_lower_seconds": round(lowered_at - start, 1),
     "compile_seconds": round(compiled_at - lowered_at, 1),
   }
+
+
+def _lengths(batch: Batch, model: SpeechLLMConfig) -> dict[str, int]:
+  """Frames of a batch for every encoder; with waveforms also their samples."""
+  sizes = [x.shape[1] for x in batch.features]
+  names = [f"{encoder.kind}_frames" for encoder in model.encoders]
+  if not batch.has_waveforms:
+    return dict(zip(names, sizes, strict=True))
+  frames = [frontend.num_frames(sizes[0]) for frontend in model.frontends]
+  return {"samples": sizes[0], **dict(zip(names, frames, strict=True))}
 
 
 def memory_of(compiled) -> dict[str, float]:

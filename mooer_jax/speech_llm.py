@@ -33,9 +33,9 @@ class Batch:
   """A batch of utterances with prompts and, for training, answers.
 
   Attributes:
-    features: one array per encoder: float32 [B, T, F] features before CMVN, or waveforms [B, N] in
-      [-1, 1], whose features are computed inside the compiled step.
-    frames: one array per encoder: int32 [B], valid feature frames (or samples).
+    features: one array per encoder: float32 [B, T, F] features before CMVN; or one array for all
+      encoders: float32 [B, N] waveforms in [-1, 1], whose features the compiled program computes.
+    frames: one array for each of `features`: int32 [B], valid frames (or samples).
     prefix_BS: int32, prompt tokens before the speech; padded on the left with negative values.
     suffix_BS: int32, prompt tokens after the speech, padded in the same way.
     labels_BS: int32, answer and eos; padded on the right with negative values. A padding row has
@@ -52,6 +52,11 @@ class Batch:
   labels_BS: Array
   task_B: Array | None = None
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def has_waveforms(self) -> bool:
+    """Whether `features` is one array of waveforms."""
+    return self.features[0].ndim == 2
 
 
 def num_speech_tokens(samples: int, config: SpeechLLMConfig) -> int:
@@ -124,9 +129,11 @@ def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: di
   streams: dict[str, Any] = {}
   for number, (encoder, frontend) in enumerate(zip(config.encoders, config.frontends, strict=True)):
     name = encoder.kind
-    features, frames_B = jnp.asarray(batch.features[number]), jnp.asarray(batch.frames[number])
-    if features.ndim == 2:
-      features, frames_B = frontend.features_jax(features, frames_B)
+    if batch.has_waveforms:
+      (waveform_BN,), (samples_B,) = batch.features, batch.frames
+      features, frames_B = frontend.features_jax(*map(jnp.asarray, (waveform_BN, samples_B)))
+    else:
+      features, frames_B = jnp.asarray(batch.features[number]), jnp.asarray(batch.frames[number])
     valid_BT = jnp.arange(features.shape[1])[None] < frames_B[:, None]
     if batch.encoded:
       streams[name] = features.astype(config.compute.jnp_dtype), valid_BT

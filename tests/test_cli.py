@@ -19,11 +19,12 @@ class Model:
   """Stands for a Transcriber; loading it fails in the way that it is told."""
 
   def __init__(self, error):
-    self.error, self.loads = error, 0
+    self.error, self.loads, self.options = error, 0, {}
 
-  def from_checkpoint(self, folder, *, dtype, base_checkpoint):
-    del folder, dtype, base_checkpoint
+  def from_checkpoint(self, folder, **options):
+    del folder
     self.loads += 1
+    self.options = options
     raise self.error
 
 
@@ -54,6 +55,14 @@ def test_an_error_is_one_line_and_status_2(monkeypatch, capsys, error):
 def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch):
   with pytest.raises(ZeroDivisionError):
     transcribe(monkeypatch, ZeroDivisionError())
+
+
+@pytest.mark.parametrize("flags, place", [([], "host"), (["--features", "device"], "device")])
+def test_a_flag_says_where_features_are_computed(monkeypatch, flags, place):
+  model = Model(ValueError("loaded"))
+  monkeypatch.setattr(mooer_jax.transcribe.transcriber, "Transcriber", model)
+  cli.main(["transcribe", "--checkpoint", "c", *flags, __file__])
+  assert model.options["features"] == place
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig, model_config
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.inputs import encoder_inputs, extract_features, padded_lengths
 from tests import jaxprs, tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
@@ -162,6 +163,30 @@ def test_waveforms_give_what_their_features_give(params, answer_logits):
   with exceeds_the_bound():
     one_late = heard.replace(features=(np.roll(padded, 1, axis=1),))
     assert_within(answer_logits(params, one_late), expected, bound)
+
+
+def test_two_encoders_share_one_waveform():
+  rng = np.random.default_rng(0)
+  clips = [0.1 * rng.normal(size=n).astype(np.float32) for n in (12800, 7000)]
+  batches = []
+  for place in ("host", "device"):
+    config = tiny.salmonn_config(features=place)
+    inputs = [extract_features(clip_N, config) for clip_N in clips]
+    buckets = padded_lengths((60, 80), config)
+    features, frames = encoder_inputs(inputs, rows=3, buckets=buckets)  # one row is padding
+    rows = [tiny.row(seed, frames=1, answer=4, config=config) for seed in range(3)]
+    batches.append(tiny.batch(rows).replace(features=features, frames=frames))
+  of_features, of_waveforms = batches
+  assert not of_features.has_waveforms and of_waveforms.has_waveforms
+  params = tiny.init(config)
+  logits = jax.jit(lambda params, batch: speech_llm.answer_logits(params, batch, config))
+  expected = logits(params, of_features)
+  bound = rounding(400 + TERMS, condition(logits, params, of_waveforms))
+  assert_within(logits(params, of_waveforms), expected, bound)
+  (waveform_BN,) = of_waveforms.features
+  with exceeds_the_bound():
+    one_late = of_waveforms.replace(features=(np.roll(waveform_BN, 1, axis=1),))
+    assert_within(logits(params, one_late), expected, bound)
 
 
 def test_cmvn_is_the_first_step(params, answer_logits, logit_bound):

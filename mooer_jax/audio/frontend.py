@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mooer_jax.audio.decode import AudioError
-from mooer_jax.audio.fbank import FbankConfig, fbank, fbank_jax, num_fbank_frames
+from mooer_jax.audio.fbank import FbankConfig, as_waveform, fbank, fbank_jax, num_fbank_frames
 from mooer_jax.audio.logmel import LogMelConfig
 
 
@@ -108,6 +108,9 @@ class Frontend(Protocol):
   def num_frames(self, samples: int) -> int:
     """Number of frames that `features` returns; 0 for a clip that is too short."""
 
+  def check(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+    """The clip as an array, if `features` accepts it; arguments and errors as there."""
+
   def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
     """Features of one clip in NumPy, before normalisation: float32 [num_frames(N), width].
 
@@ -164,14 +167,18 @@ class FrontendConfig:
   def num_frames(self, samples: int) -> int:
     return num_stacks(num_fbank_frames(samples, self.fbank), self.lfr_stride)
 
-  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
-    fbank_TF = fbank(waveform_N, self.fbank)
-    if not len(fbank_TF):
+  def check(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+    waveform_N = as_waveform(waveform_N, name)
+    if not self.num_frames(len(waveform_N)):
       raise AudioError(
         f"{name}: {len(waveform_N)} samples; must be at least {self.fbank.frame_length}"
         f" ({self.fbank.frame_ms:g} ms at {self.fbank.sample_rate_hz} Hz)",
         "too short",
       )
+    return waveform_N
+
+  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+    fbank_TF = fbank(self.check(waveform_N, name=name), self.fbank)
     return stack_frames(fbank_TF, window=self.lfr_window, stride=self.lfr_stride)
 
   def features_jax(

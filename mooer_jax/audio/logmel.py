@@ -86,10 +86,7 @@ class LogMelConfig:
     overlapping = -(-(samples + self.frame_length // 2) // self.hop_length)
     return min(overlapping, self.chunk_frames) if samples <= self.chunk_samples else overlapping
 
-  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
-    # Equal to transformers' WhisperFeatureExtractor.
-    import scipy.fft  # several times as fast as numpy.fft
-
+  def check(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
     waveform_N = as_waveform(waveform_N, name)
     if not len(waveform_N):
       raise AudioError(f"{name}: no samples", "empty audio")
@@ -98,6 +95,13 @@ class LogMelConfig:
         f"{name}: {len(waveform_N) / self.sample_rate_hz:.2f} s, but Whisper takes at most "
         f"{self.chunk_s:g} s at a time; split the clip into chunks first"
       )
+    return waveform_N
+
+  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+    # Equal to transformers' WhisperFeatureExtractor.
+    import scipy.fft  # several times as fast as numpy.fft
+
+    waveform_N = self.check(waveform_N, name=name)
     window_L, mel_KF = constants(self)
     length, hop = self.frame_length, self.hop_length
     frames = self.num_frames(len(waveform_N))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -17,7 +17,7 @@ from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
 from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
-from mooer_jax.inputs import bucket_lengths, encoder_inputs
+from mooer_jax.inputs import encoder_inputs, padded_lengths
 from mooer_jax.speech_llm import Batch
 
 _static = functools.partial(flax.struct.field, pytree_node=False)
@@ -45,8 +45,8 @@ class Padding(NamedTuple):
   """The shapes that the encoder inputs of a data set are padded to."""
 
   rows: int  # of a batch
-  buckets: list[tuple[int, ...]]  # for each bucket, the number of frames for every encoder
-  widths: list[int]  # values per frame for every encoder
+  buckets: list[tuple[int, ...]]  # for each bucket, the lengths; see `inputs.padded_lengths`
+  widths: list[tuple[int, ...]]  # shape of a frame for every encoder, or of a sample: ()
   dtype: Any
 
   def __call__(self, clips: Sequence[tuple[np.ndarray, ...]]):
@@ -55,7 +55,7 @@ class Padding(NamedTuple):
 
 
 def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool = False) -> Padding:
-  """Determines the padded shapes of features or, if `encoded`, of the encoders' frames.
+  """Determines the padded shapes of features (or waveforms) or, if `encoded`, of encoder frames.
 
   Raises:
     ValueError: if a clip of config.max_s does not fit into the longest bucket.
@@ -68,14 +68,17 @@ def input_padding(config: DataConfig, model: SpeechLLMConfig, *, encoded: bool =
       f"data.max_s={longest_s} makes {longest} frames, more than the longest of data.buckets="
       f"{config.buckets}; add {longest} or lower data.max_s"
     )
-  buckets = [bucket_lengths(bucket, frontends) for bucket in config.buckets]
+  on_device = model.compute.features == "device"
+  assert not (encoded and on_device), "Run.check_features refuses this"
+  buckets = padded_lengths(config.buckets, model)
   if not encoded:
-    return Padding(config.batch_size, buckets, [f.width for f in frontends], np.float32)
+    widths: list[tuple[int, ...]] = [(frontend.width,) for frontend in frontends]
+    return Padding(config.batch_size, buckets, [()] if on_device else widths, np.float32)
   buckets = [
     tuple(e.num_outputs(n) for e, n in zip(model.encoders, lengths, strict=True))
     for lengths in buckets
   ]
-  return Padding(config.batch_size, buckets, [e.hidden_size for e in model.encoders], DTYPE)
+  return Padding(config.batch_size, buckets, [(e.hidden_size,) for e in model.encoders], DTYPE)
 
 
 class Batcher:
@@ -92,6 +95,7 @@ class Batcher:
     """Pads prompts to `prompt_lengths` before and after the speech; the rest as `input_padding`."""
     self._pad = input_padding(config, model, encoded=encoded)
     self._config, self._encoded = config, encoded
+    self._frontend = model.frontends[0]
     self._prefix, self._suffix = prompt_lengths
     # One task needs no sums of its own.
     self._task_ids = {task: i for i, (task, _) in enumerate(model.prompts)}
@@ -108,7 +112,7 @@ class Batcher:
 
     return [
       Batch(
-        features=tuple(frames(n, w) for n, w in zip(lengths, self._pad.widths, strict=True)),
+        features=tuple(frames(n, *w) for n, w in zip(lengths, self._pad.widths, strict=True)),
         frames=tuple(ints() for _ in lengths),
         prefix_BS=ints(self._prefix),
         suffix_BS=ints(self._suffix),
@@ -119,6 +123,11 @@ class Batcher:
       for lengths in reversed(self._pad.buckets)
       for labels_length in reversed(self._config.answer_buckets)
     ]
+
+  def length(self, example: Example) -> int:
+    """Frames of an example for the first encoder, wherever its features are computed."""
+    first = example.features[0]
+    return self._frontend.num_frames(len(first)) if first.ndim == 1 else len(first)
 
   def __call__(
     self, examples: Sequence[Example], left_over: Sequence[SkippedUtterance] = ()
@@ -184,10 +193,12 @@ class _Window:
         return
       self.examples.append(self._stream.take())
 
-  def batches(self, rng: np.random.Generator) -> list[list[Example]]:
+  def batches(
+    self, rng: np.random.Generator, length: Callable[[Example], int]
+  ) -> list[list[Example]]:
     """Batches of utterances of similar length, in random order."""
     order = rng.permutation(len(self.examples))  # so that equal lengths mix
-    lengths = np.asarray([len(e.features[0]) for e in self.examples])
+    lengths = np.asarray([length(example) for example in self.examples])
     order = order[np.argsort(lengths[order], kind="stable")]
     rows = rng.permutation(order.reshape(-1, self._batch_size))
     return [[self.examples[i] for i in row] for row in rows]
@@ -238,7 +249,7 @@ class TrainIterator(grain.DatasetIterator):
       self._read(self._next.missing)
     # 1: a stream apart from the one that shuffles shards; the same in all workers and processes
     rng = np.random.default_rng([self._config.seed, 1, self._number])
-    self._batches = self._next.batches(rng)
+    self._batches = self._next.batches(rng, self._batcher.length)
     self._batches[: self._index] = [[]] * self._index
     self._next = _Window(self._stream, self._config)
 

@@ -28,7 +28,7 @@ class DataConfig:
     truncate: truncate longer clips to max_s instead, as SALMONN does.
     shuffle_buffer_size: utterances that are shuffled and sorted by length together; a multiple of
       batch_size. Memory for their features, per worker and second of audio: SAN-M 37 kB, Whisper
-      32 kB (128 bins: 51), BEATs 51 kB more.
+      32 kB (128 bins: 51), BEATs 51 kB more; with compute.features="device" 64 kB of waveform.
     seed: seed of the order of shards and batches.
     cache_features: folder for the frames of frozen encoders, computed once before training; "":
       in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more; each clip as

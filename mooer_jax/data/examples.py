@@ -22,7 +22,7 @@ from mooer_jax.prompts import (
   read_prompts,
   task_prompt,
 )
-from mooer_jax.speech_llm import shortest_s
+from mooer_jax.speech_llm import num_speech_tokens, shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 
 PAUSE_S = 0.1  # silence between the clips of one utterance, as in SALMONN
@@ -130,7 +130,8 @@ class Example:
 
   key: str
   text: str
-  features: tuple[np.ndarray, ...]  # float32 [T, F] before CMVN, or frames from a cache, by encoder
+  # By encoder: float32 [T, F] before CMVN, or frames from a cache. Or one waveform, float32 [N].
+  features: tuple[np.ndarray, ...]
   task: str  # of the prompt
   prefix_S: np.ndarray  # int32, tokens of the prompt before the speech
   suffix_S: np.ndarray  # int32, tokens of the prompt after the speech
@@ -185,6 +186,8 @@ class Preprocessor:
     return Example(raw.key, text, features, *prompt, labels_S, seconds)
 
   def _num_tokens(self, features: Sequence[np.ndarray], *, encoded: bool) -> int:
+    if features[0].ndim == 1:
+      return num_speech_tokens(len(features[0]), self.model)
     streams = zip(features, self.model.encoders, strict=True)
     return self.model.connector.num_tokens(
       max(len(x_TF) if encoded else encoder.num_outputs(len(x_TF)) for x_TF, encoder in streams)
@@ -211,8 +214,8 @@ def load_features(
   """Decodes the clips of an utterance, joins them and extracts the features.
 
   Returns:
-    (float32 [T, F] for each encoder, before CMVN; length of the audio in seconds, before
-    data.truncate), or why there are none.
+    (features, or the waveform, as from `inputs.extract_features`; length of the audio in seconds,
+    before data.truncate), or why there are none.
   """
   rate_hz, name = model.sample_rate_hz, f"{raw.key}.{raw.suffix}"
   pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)

@@ -1,4 +1,4 @@
-"""Execution of a model: dtypes, scanned layers, rematerialization, implementation of attention."""
+"""Execution of a model: dtypes, scanned layers, rematerialization, attention, place of features."""
 
 import dataclasses
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from mooer_jax.kernels.attention import IMPLEMENTATIONS
 # Pattern of the paths of layers from `repeat_layer`.
 LAYER = r"layers(_\d+)?"
 Remat = Literal["none", "dots", "full"]
+Features = Literal["host", "device"]
 _POLICIES = {
   "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -31,6 +32,8 @@ class ExecutionConfig:
       or "triton" (NVIDIA GPU; not for decoding, nor for a Q-Former).
     quantization: "int8": the LLM's matrices are rounded to 8 bits when a model is loaded for
       decoding, with a scale for each output.
+    features: where features are computed: "host" (NumPy, by the data workers or a thread) or
+      "device" (the compiled program, whose batches then hold waveforms).
   """
 
   dtype: str = "float32"
@@ -38,6 +41,7 @@ class ExecutionConfig:
   remat: Remat = "none"
   attention: str = "xla"
   quantization: Literal["none", "int8"] = "none"
+  features: Features = "host"
 
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
@@ -51,6 +55,8 @@ class ExecutionConfig:
       object.__setattr__(self, "attention", "xla")
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f"attention={self.attention!r}: choose one of {[*IMPLEMENTATIONS]}")
+    if self.features not in ("host", "device"):
+      raise ValueError(f"features={self.features!r}: use 'host' or 'device'")
 
   @property
   def jnp_dtype(self) -> Any:

@@ -287,6 +287,7 @@ class Run:
       raise ValueError(
         f"compute.quantization={self.compute.quantization!r} is for decoding; leave it out to train"
       )
+    self.check_features()
     if self.init_from is not None:
       folder = checkpoint.find(self.init_from)
       if folder != self.init_from:
@@ -334,6 +335,15 @@ class Run:
       raise FileNotFoundError(f"perplexity.shards={self.perplexity.shards}: no such file")
     for instruction in self.perplexity.instructions:
       task_prompt(instruction, dict(self.model.prompts))
+
+  def check_features(self) -> None:
+    """Raises ValueError if compute.features has no effect on training."""
+    if self.compute.features == "device" and self.data.cache_features:
+      raise ValueError(
+        "compute.features='device' has no effect on training with"
+        f" data.cache_features={self.data.cache_features!r}, which reads encoder frames instead of"
+        " features; set compute.features='host', or data.cache_features=''"
+      )
 
 
 # Sections that are dataclasses with defaults, and the plain values of a config.

@@ -140,21 +140,26 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
   for name in cmvn:
     number = encoders.index(name)
     if run.train.cmvn == "estimate":
-      shift, scale = estimate(_clips(dataset, number))
+      shift, scale = estimate(_clips(dataset, number, run.model))
     else:
       shift, scale = read_mvn(run.train.cmvn, width=run.model.frontends[number].width)
     values[name] = {"shift": np.asarray(shift), "scale": np.asarray(scale)}
   return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
 
 
-def _clips(dataset, number: int):
+def _clips(dataset, number: int, model: SpeechLLMConfig):
   """The features of the first batches for an encoder; BadDataError has all skipped utterances."""
   skipped: list[SkippedUtterance] = []
+  from_waveforms = jax.jit(model.frontends[number].features_jax)
   with contextlib.closing(iter(dataset)) as batches:
     try:
       for host in itertools.islice(batches, CMVN_BATCHES):
         skipped += host.skipped
-        features, frames = host.batch.features[number], host.batch.frames[number]
+        batch = host.batch
+        if batch.has_waveforms:
+          features, frames = jax.device_get(from_waveforms(batch.features[0], batch.frames[0]))
+        else:
+          features, frames = batch.features[number], batch.frames[number]
         yield from (x_TF[:n] for x_TF, n in zip(features, frames, strict=True))
     except BadDataError as error:
       error.skipped = (*skipped, *error.skipped)

@@ -49,14 +49,15 @@ def compile_step(
   Batches are of `ShapeDtypeStruct`s; `message` prints the progress. Returns the step for them.
   """
   lowered = {_shape(batch): step.lower(state, frozen, batch) for batch in batches}
+  unit = "samples" if any(batch.has_waveforms for batch in batches) else "frames"
   compiled = {}
   with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
     futures = {pool.submit(program.compile): shape for shape, program in lowered.items()}
     for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
       shape = futures[future]
       compiled[shape] = future.result()
-      frames = " and ".join(map(str, shape[0]))
-      message(f"compiled {number} of {len(futures)}: {frames} frames, {shape[1]} answer tokens")
+      lengths = " and ".join(map(str, shape[0]))
+      message(f"compiled {number} of {len(futures)}: {lengths} {unit}, {shape[1]} answer tokens")
   return lambda state, frozen, batch: compiled[_shape(batch)](state, frozen, batch)
 
 

@@ -75,6 +75,13 @@ def add_parser(commands) -> None:
     default="none",
     help="int8: matrices of the LLM in 8 bits, half the memory of bfloat16 (default: none)",
   )
+  parser.add_argument(
+    "--features",
+    choices=("host", "device"),
+    default="host",
+    help="where features are computed: host (NumPy) or device (the compiled program);"
+    " default: host",
+  )
   parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   group = parser.add_argument_group("generation options; defaults come from the checkpoint")
@@ -120,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     dtype=args.dtype,
     base_checkpoint=args.base_checkpoint,
     quantization=args.quantization,
+    features=args.features,
   )
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):

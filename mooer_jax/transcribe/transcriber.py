@@ -16,8 +16,8 @@ from mooer_jax.audio.decode import SILENCE
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.generation import NOT_FINITE, GenerationConfig, decode_batches
 from mooer_jax.generation.loading import load_model
-from mooer_jax.inputs import bucket_lengths, encoder_inputs, extract_features
-from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.inputs import encoder_inputs, extract_features, padded_lengths
+from mooer_jax.nn.compute import ExecutionConfig, Features
 from mooer_jax.prompts import (
   check_prompt_suffix,
   check_question,
@@ -63,7 +63,7 @@ class Transcriber:
     lengths = [_SMALLEST_BUCKET]
     while lengths[-1] < longest:
       lengths.append(min(longest, int(lengths[-1] * _BUCKET_GROWTH)))
-    self.buckets = [bucket_lengths(length, config.frontends) for length in lengths]
+    self.buckets = padded_lengths(lengths, config)
 
   @classmethod
   def from_checkpoint(
@@ -73,6 +73,7 @@ class Transcriber:
     dtype: str | None = None,
     base_checkpoint: str | Path | None = None,
     quantization: Literal["none", "int8"] = "none",
+    features: Features = "host",
   ) -> "Transcriber":
     """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
 
@@ -80,9 +81,10 @@ class Transcriber:
       path, base_checkpoint: as in `load_model`, and raises as it does.
       dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
       quantization: "int8" rounds the matrices of the LLM to 8 bits: half the memory of bfloat16.
+      features: where features are computed: "host" (NumPy) or "device" (the compiled program).
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    compute = ExecutionConfig(dtype=dtype, quantization=quantization)
+    compute = ExecutionConfig(dtype=dtype, quantization=quantization, features=features)
     return cls(*load_model(path, compute, base_checkpoint=base_checkpoint))
 
   def transcribe(

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from mooer_jax.audio.fbank import num_fbank_frames
+from mooer_jax.audio.frontend import Frontend
+from mooer_jax.audio.logmel import LogMelConfig
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.connectors.qformer import QFormerConfig
@@ -87,6 +90,20 @@ def _decoder(c: LLMConfig, length: int, answer: int) -> int:
   scores = 4 * length**2 * q
   layers = c.layers * (2 * length * (2 * weights + 3 * lora) + 3 * scores)
   return layers + 2 * answer * 2 * c.hidden_size * c.vocab_size
+
+
+def features(frontend: Frontend, batch: Batch) -> int:
+  """FLOPs of the features of waveforms for one encoder: the DFT as a matrix, the mel bank."""
+  (waveforms,) = batch.features
+  rows, samples = waveforms.shape
+  if isinstance(frontend, LogMelConfig):
+    length, frequencies, bins = frontend.frame_length, frontend.frame_length // 2 + 1, frontend.bins
+    frames, products = frontend.num_frames(samples), 1
+  else:
+    fbank = frontend.fbank
+    length, frequencies, bins = fbank.frame_length, fbank.fft_length // 2, fbank.bins
+    frames, products = num_fbank_frames(samples, fbank), 3  # of 9 bits and of the rests
+  return 2 * rows * frames * (products * length * 2 * frequencies + frequencies * bins)
 
 
 def train_step(config: SpeechLLMConfig, batch: Batch) -> int:

@@ -127,9 +127,9 @@ def batch_of(config):
   return Batcher(data, config, (2, PROMPT - 2)).shapes()[0]
 
 
-def traced(name, remat, fsdp=8):
+def traced(name, remat, *, fsdp=8, features="host"):
   """The step of two micro-batches, traced for a mesh of faked CPU devices."""
-  config = MODELS[name].replace(compute=ExecutionConfig(scan=True, remat=remat))
+  config = MODELS[name].replace(compute=ExecutionConfig(scan=True, remat=remat, features=features))
   mesh = make_mesh(data=1, fsdp=fsdp, devices=jax.devices()[:fsdp])
   optimizer = OptimizerConfig()
   (state, frozen), shardings = abstract_state(config, optimizer, trainable=TRAINED[name], mesh=mesh)
@@ -169,6 +169,14 @@ def test_frames_from_a_cache_take_no_encoder():
   arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
   hearing = jax.make_jaxpr(lambda p: speech_llm.encode(p, arrays, config))(params)
   assert saved == flops.traced(hearing)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_on_the_device_are_counted_once(name):
+  config = MODELS[name].with_compute(features="device")
+  batch = batch_of(config)
+  more = flops.traced(traced(name, "none", features="device").jaxpr) - needed(name)
+  assert more == sum(flops_by_hand.features(frontend, batch) for frontend in config.frontends)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -235,8 +243,15 @@ def result_of(process, path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mooer_7b", pytest.param("salmonn", marks=pytest.mark.nightly)])
-def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name):
+@pytest.mark.parametrize(
+  "name, features",
+  [
+    ("mooer_7b", "host"),
+    pytest.param("salmonn", "host", marks=pytest.mark.nightly),
+    pytest.param("salmonn", "device", marks=pytest.mark.nightly),
+  ],
+)
+def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   config, out = tmp_path / "small.py", tmp_path / "aot.json"
   full = repo_root / "configs" / f"{name}.py"
   config.write_text(SMALL_CONFIG.format(full=str(full), more=SMALLER[name].strip()), "utf-8")
@@ -244,11 +259,15 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name):
     f"--config={config}", "--topology=v5e:2x2", f"--json={out}",
     "--config.data.shuffle_buffer_size=32",
     "--config.train.gradient_accumulation_steps=2",
+    f"--config.compute.features={features}",
   )  # fmt: skip
   result = result_of(process, out)
   assert (result["chip"], result["chips"]) == ("TPU v5 lite", 4)
   assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
   assert result["batch"]["rows_per_chip_and_micro_batch"] == 4
+  assert ("samples" in result["batch"]) == (features == "device")
+  if name == "salmonn":
+    assert (result["batch"]["whisper_frames"], result["batch"]["beats_frames"]) == (380, 377)
   memory = result["memory_gb_per_chip"]
   assert result["hbm_gb_per_chip"] == memory["peak"]
   # The state is given up to the step, so all of it is aliased, and nothing else is.

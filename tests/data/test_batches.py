@@ -9,8 +9,10 @@ from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.data.batches import Batcher
 from mooer_jax.data.config import DataConfig
+from mooer_jax.data.dataset import train_batches
 from mooer_jax.data.examples import Example
 from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.nn.compute import ExecutionConfig
 
 MOOER = FrontendConfig()
 FINER = FrontendConfig(fbank=FbankConfig(bins=40), lfr_window=4, lfr_stride=4)
@@ -33,6 +35,7 @@ def _batcher(frontends):
     prompts=(("asr", "B<SpeechHere>AFTER"),),
     min_audio_s=0.0,
     sample_rate_hz=16000,
+    compute=ExecutionConfig(),
   )
   return Batcher(config, model, (2, 6))
 
@@ -64,6 +67,29 @@ def test_two_encoders_each_get_a_length_that_holds_their_features(samples):
     assert frames_B[0] <= x_BTF.shape[1]
   # The bucket is chosen by the clip's length, so a second encoder adds no shapes.
   assert [x.shape[1] for x in host.batch.features] in ([9, 14], [20, 30], [34, 51])
+
+
+def test_batches_are_the_same_wherever_their_features_are_computed(shards, model_side):
+  shards.add(12)
+  shards.add(11)
+  config, (tokenizer, model) = shards.config(), model_side
+  on_host, on_device = (
+    iter(train_batches(config, tokenizer, model.with_compute(features=place)))
+    for place in ("host", "device")
+  )
+  for iteration in range(6):
+    one, other = next(on_host), next(on_device)
+    assert one.keys == other.keys
+    (waveform_BN,), (samples_B,) = other.batch.features, other.batch.frames
+    (frontend,), (x_BTF,) = model.frontends, one.batch.features
+    assert frontend.num_frames(waveform_BN.shape[1]) == x_BTF.shape[1]
+    for row_TF, frames, row_N, samples in zip(x_BTF, one.batch.frames[0], waveform_BN, samples_B):
+      np.testing.assert_array_equal(row_TF[:frames], frontend.features(row_N[:samples]))
+      assert not row_N[samples:].any()
+    if iteration == 2:  # a position of one is a position of the other
+      on_device.set_state(on_host.get_state())
+  on_host.close()
+  on_device.close()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import soundfile
 import mooer_jax
 from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
+from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.generation.loading import load_model
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.transcribe.clips import load_clips
@@ -41,6 +42,27 @@ def test_results_follow_the_clips_whatever_the_batch(transcriber, clips):
 def test_an_array_is_transcribed_like_its_file(transcriber, clips):
   from_file, from_array = transcriber.transcribe([clips[0].path, load_audio(clips[0].path)])
   assert from_array.tokens == from_file.tokens and from_array.path is None
+
+
+def test_the_device_computes_the_features_of_the_same_texts(
+  folder, transcriber, clips, monkeypatch
+):
+  waveforms = [load_audio(clip.path) for clip in clips]
+  expected = transcriber.transcribe(waveforms, batch_size=4)
+  on_device = mooer_jax.Transcriber.from_checkpoint(folder, features="device")
+  monkeypatch.delattr(FrontendConfig, "features")  # nothing is computed in NumPy any more
+  results = on_device.transcribe(waveforms, batch_size=4)
+  assert [r.tokens for r in results] == [r.tokens for r in expected]
+  score, late = (
+    sum(r.score for r in on_device.transcribe([np.roll(w, by) for w in waveforms], batch_size=4))
+    for by in (0, 1)
+  )
+  bound = score_rounding(on_device, waveforms)
+  assert_within(score, sum(r.score for r in expected), bound)
+  with exceeds_the_bound():
+    assert_within(late, sum(r.score for r in expected), bound)
+  with pytest.raises(ValueError, match="features='gpu': use 'host' or 'device'"):
+    mooer_jax.Transcriber.from_checkpoint(folder, features="gpu")
 
 
 def test_tasks_change_the_prompt(transcriber, clips):
