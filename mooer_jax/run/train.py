@@ -107,11 +107,14 @@ def _load(
       if base is None:
         raise
       base = checkpoint.describe(resumed, base=base).base
+  # Before minutes of loading, since it checks the data.
+  dataset = train_batches(run.data, tokenizer, run.model)
   params = initial_params(
     run, mesh, resumed or run.init_from, exactly=bool(resumed), base=base if resumed else None
   )
-  cache = fill_cache(run, params, mesh) if run.data.cache_features else None
-  dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
+  if run.data.cache_features:
+    cache = fill_cache(run, params, mesh)
+    dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
     try:
       params["frontend"] = measure_cmvn(run, dataset, params["frontend"])

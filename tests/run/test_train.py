@@ -222,6 +222,13 @@ def test_bad_configs_fail_before_training_by_name(config, change, message):
   assert not list(Path(config.workdir).glob("step_*"))
 
 
+def test_bad_shards_are_found_before_the_weights_are_loaded(config, monkeypatch):
+  config.data.shards = "nowhere/data.list"
+  monkeypatch.setattr("mooer_jax.run.train.initial_params", lambda *_, **__: pytest.fail("loaded"))
+  with pytest.raises(FileNotFoundError, match="nowhere"):
+    train(config)
+
+
 def test_there_is_one_seed(config):
   with config.unlocked():
     config.data.seed = 3
