@@ -171,11 +171,10 @@ def test_frames_from_a_cache_take_no_encoder():
   assert saved == flops.traced(hearing)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_features_on_the_device_are_counted_once(name):
-  config = MODELS[name].with_compute(features="device")
+def test_features_on_the_device_are_counted_once():
+  config = MODELS["salmonn"].with_compute(features="device")  # with both kinds of front ends
   batch = batch_of(config)
-  more = flops.traced(traced(name, "none", features="device").jaxpr) - needed(name)
+  more = flops.traced(traced("salmonn", "none", features="device").jaxpr) - needed("salmonn")
   assert more == sum(flops_by_hand.features(frontend, batch) for frontend in config.frontends)
 
 
