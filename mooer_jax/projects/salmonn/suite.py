@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -109,7 +109,7 @@ def _hypotheses(out: Path, row: Row, source: Mapping[str, str]) -> dict[str, str
         " folder"
       )
     return read_text(text)
-  for given in _given(out, row):
+  for given in (out / row.scores_file, out / row.judgements_file):
     if given.is_file():
       raise ValueError(f"{given}: belongs to answers that no longer exist; remove the file")
   return None
@@ -130,19 +130,8 @@ def _keep(out: Path, row: Row, source, *, entries, answers) -> dict[str, str]:
   return read_text(text)
 
 
-class _Given(NamedTuple):
-  """Files of scores and judgements, whether they exist or not."""
-
-  scores: Path
-  judgements: Path
-
-
-def _given(out: Path, row: Row) -> _Given:
-  return _Given(out / f"{row.stem}.scores.json", out / f"{row.stem}.judgements.json")
-
-
 def _external(out: Path, row: Row) -> dict[str, Any]:
-  scores, judgements = _given(out, row)
+  scores, judgements = out / row.scores_file, out / row.judgements_file
   found: dict[str, Any] = {}
   if row.external and scores.is_file():
     found["scores"] = read_scores(scores, row.metrics)
@@ -154,8 +143,8 @@ def _external(out: Path, row: Row) -> dict[str, Any]:
 def _unknown(annotations: Path, out: Path) -> list[str]:
   """Names of .json files that are not read, with a hint for misplaced ones."""
   listed = {row.file for row in ROWS}
-  given = {_given(out, row).scores.name for row in ROWS if row.external}
-  given |= {_given(out, row).judgements.name for row in ROWS if row.judged}
+  given = {row.scores_file for row in ROWS if row.external}
+  given |= {row.judgements_file for row in ROWS if row.judged}
   ours, found = {"suite.json", *given}, []
   if annotations.resolve() == out.resolve():
     ours |= listed
@@ -166,7 +155,7 @@ def _unknown(annotations: Path, out: Path) -> list[str]:
 
 
 def _report(out: Path, results: tasks.Results, *, unknown: list[str], identity: str):
-  scores = tasks.as_dict(ROWS, results)
+  scores = [tasks.as_dict(row, results[row.stem]) for row in ROWS]
   content = {"identity": identity, "unknown_files": unknown, "tasks": scores}
   write_json(out / "suite.json", content, allow_nan=False)
   text = io.StringIO()
