@@ -15,6 +15,7 @@ from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
+from mooer_jax.run.process import prepare_process
 
 
 @dataclasses.dataclass
@@ -41,6 +42,8 @@ class DecodingResults:
 def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
   """Loads a checkpoint with the sections `compute` and `generation` of a config.
 
+  Enables the persistent compilation cache first.
+
   Raises:
     ValueError: if the config has a mesh of several devices, and as `load_model`.
   """
@@ -48,6 +51,7 @@ def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
     given = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
     remedy = " ".join(f"--config.mesh.{name}=1" for name in axes)
     raise ValueError(f"{given}: evaluation runs on one device; set {remedy}")
+  prepare_process()
   return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
 
 

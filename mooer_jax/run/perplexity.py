@@ -33,7 +33,6 @@ from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
-from mooer_jax.run.process import prepare_process
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import batch_sharding
 
@@ -57,7 +56,6 @@ def perplexity(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
   """
-  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
