@@ -20,7 +20,7 @@ from ..core.errors import ConversionError, Problems
 from ..core.folders import check_roundtrip, style_of, write_json
 from ..core.kind import Kind, Opened, combine
 from ..core.options import Options
-from ..core.rules import IDENTITY, Rule, Table
+from ..core.rules import Rule, Table, norm
 from ..core.shapes import connector_shapes
 from ..core.writers import state_dict
 from ..parts import beats, language_model, lora, qformer, whisper
@@ -52,8 +52,7 @@ def trained_table(more: Sequence[Rule] = ()) -> Table:
   """Rules of the file; `more` are those of its LoRA (`lora.table`)."""
   rules = list(qformer.TABLE.rules)
   for kind, name in NORMS.items():
-    rules.append(Rule(f"{name}.weight", f"encoder_norms/{kind}/scale", IDENTITY))
-    rules.append(Rule(f"{name}.bias", f"encoder_norms/{kind}/bias", IDENTITY))
+    rules += norm(name, f"encoder_norms/{kind}")
   # The published training freezes encoders and LLM; others may train them.
   rules += whisper.table(WHISPER).rules
   rules += [dataclasses.replace(rule, torch=BEATS + rule.torch) for rule in beats.TABLE.rules]
