@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import logging
 
+from mooer_jax.files import exit_on_sigterm
+
 from .core.options import DESCRIPTIONS, Options, flag
 from .kinds import KINDS, USES
 
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
     print("--base is deprecated; use --base-checkpoint", file=sys.stderr)
   logging.set_verbosity(logging.ERROR)  # Orbax warns about files that are not needed
   try:
-    return args.run(args)
+    with exit_on_sigterm():
+      return args.run(args)
   except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in _EXTRAS:
       raise
