@@ -244,16 +244,8 @@ def run_reference(request: Request) -> Original:
     raise ConversionError(f"{lora_folder}: not found, but the checkpoint has a LoRA")
   used = has_lora and (trained or style_of(request.about, "mooer").get("lora_merged"))
   unused = f"{lora_folder} is not used: the checkpoint was made without it (--no-lora)"
-  return reference.run(
-    request,
-    encoder=src / ENCODER_FOLDER / ENCODER_FILE,
-    cmvn=src / ENCODER_FOLDER / paraformer.CMVN_FILE,
-    adapter=src / task / ADAPTER_FILE,
-    llm=llm,
-    lora=lora_folder if used else None,
-    prompt=task_prompt(task, dict(config.prompts)),
-    notes=(unused,) if has_lora and not used else (),
-  )
+  notes = (unused,) if has_lora and not used else ()
+  return reference.run(request, task, llm=llm, lora=lora_folder if used else None, notes=notes)
 
 
 def _files(path: Path) -> list[Path]:
