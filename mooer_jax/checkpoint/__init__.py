@@ -26,7 +26,6 @@ from mooer_jax.checkpoint.reading import (
   load,
   load_train_state,
   read_leaves,
-  verify,
 )
 from mooer_jax.checkpoint.steps import (
   all_steps,

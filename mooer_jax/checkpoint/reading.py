@@ -238,13 +238,6 @@ def find_damage(
   return found
 
 
-def verify(folder: str | Path) -> None:
-  """Raise CheckpointError if files of a checkpoint are missing or have changed."""
-  if found := find_damage(folder):
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    raise CheckpointError(f"{found[0]}{more}; {remedy(Path(folder))}")
-
-
 def check_leaves(about: Checkpoint, expected: Mapping) -> None:
   """Check that the weights are those of the model that config.json describes, `expected`.
 

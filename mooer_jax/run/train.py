@@ -107,9 +107,7 @@ def _load(
       if base is None:
         raise
       base = checkpoint.describe(resumed, base=base).base
-  params = initial_params(
-    run, mesh, resumed or run.init_from, exactly=bool(resumed), base=base if resumed else None
-  )
+  params = initial_params(run, mesh, resumed=resumed, base=base if resumed else None)
   cache = fill_cache(run, params, mesh) if run.data.cache_features else None
   dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
   if run.train.cmvn and not resumed:
