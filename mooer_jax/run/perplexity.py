@@ -157,10 +157,9 @@ def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
     folder = checkpoint.find(path)
     of_run = folder in checkpoint.all_steps(folder.parent)
     return [(checkpoint.step_of(folder) if of_run else 0, folder)]
-  first = checkpoint.describe(folders[0], base=base)
+  origin = checkpoint.describe(folders[0], base=base).origin
   steps = [(checkpoint.step_of(folder), folder) for folder in folders]
-  whole = first.base is not None and "connector" in checkpoint.describe(first.base).config
-  return [(0, first.base), *steps] if whole and first.base else steps
+  return [(0, origin.folder), *steps] if origin and "connector" in origin.config else steps
 
 
 def _measure(

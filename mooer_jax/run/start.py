@@ -174,11 +174,9 @@ def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:
   Raises:
     ValueError: if the config names none, or two that differ; for ids beyond the embedding table.
   """
-  made = saved = None
-  if run.tokenizer:
-    saved = Tokenizer.from_folder(run.tokenizer)
-  elif initial is not None:
-    saved = Tokenizer.from_folder(initial / "tokenizer")
+  folder = run.tokenizer or (initial and initial / "tokenizer")
+  saved = Tokenizer.from_folder(folder) if folder else None
+  made = None
   if run.characters and not run.tokenizer:
     made = Tokenizer.from_characters(run.characters, run.specials, eos=run.eos)
   if made and saved and made.vocabulary() != saved.vocabulary():
