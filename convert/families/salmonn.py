@@ -268,7 +268,6 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
       " tokenizer_config.json"
     )
   problems.check(f"{about.folder} cannot be SALMONN")
-  assert isinstance(config.connector, QFormerConfig)
 
   (folder / WHISPER_FOLDER).mkdir()
   whisper.export(about, folder / WHISPER_FOLDER, shard_bytes)
@@ -277,7 +276,7 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   (folder / LLM_FOLDER).mkdir()
   llm_folder = folder / LLM_FOLDER
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
-  _write_trained(about, config, config.connector, file=folder / FILE)
+  _write_trained(about, config, folder / FILE)
   write_json(folder / PROMPTS_FILE, dict(config.prompts))
   options = Options(
     whisper=folder / WHISPER_FOLDER,
@@ -288,9 +287,7 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   check_roundtrip(about, config, lambda p: from_json(open_model(folder / FILE, options, p).config))
 
 
-def _write_trained(
-  about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig, *, file: Path
-) -> None:
+def _write_trained(about: Checkpoint, config: SpeechLLMConfig, file: Path) -> None:
   """Writes {"model": tensors, "config": {"model": training options}}."""
   style = style_of(about, "salmonn")
   tuned = style.get("tuned", {})
@@ -304,14 +301,13 @@ def _write_trained(
   paths = [*paths_of(about, *_NEW), *tuned, *lora.paths(about)]
   tensors = map_out(about, Table(rules), paths)
   model = state_dict(tensors, read_out(about, tensors))
-  torch.save({PART: model, "config": {"model": _options(about, config, connector)}}, file)
+  torch.save({PART: model, "config": {"model": _options(about, config)}}, file)
 
 
-def _options(
-  about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig
-) -> dict[str, Any]:
+def _options(about: Checkpoint, config: SpeechLLMConfig) -> dict[str, Any]:
   """Returns the model section of the original's configuration, without paths."""
-  decoder = config.decoder
+  connector, decoder = config.connector, config.decoder
+  assert isinstance(connector, QFormerConfig)
   tokenizer = Tokenizer.from_folder(about.tokenizer)
   [end] = [token for token, i in tokenizer.vocabulary().items() if i == tokenizer.eos_id]
   options: dict[str, Any] = {

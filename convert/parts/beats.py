@@ -1,7 +1,6 @@
 """BEATs: the published files `{"cfg": {...}, "model": {...}}`, in and out."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, as_lazy, read_leaves
 from mooer_jax.encoders.beats import BEATsConfig
 
 from ..core.engine import map_in, map_out, paths_of, read_out
@@ -176,9 +175,7 @@ def cmvn_leaves(width: int) -> dict[str, LazyArray]:
   """frontend/beats/{shift,scale}, float32 [width], for (x - mean) / (2 deviations)."""
   values = {"shift": -MEAN, "scale": 1 / (2 * DEVIATION)}
   return {
-    f"frontend/beats/{name}": LazyArray(
-      (width,), np.dtype(np.float32), functools.partial(np.full, width, value, np.float32)
-    )
+    f"frontend/beats/{name}": as_lazy(np.full(width, value, np.float32))
     for name, value in values.items()
   }
 

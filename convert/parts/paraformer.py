@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mooer_jax.audio.cmvn import read_mvn, write_mvn
-from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, as_lazy, read_leaves
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.encoders.sanm import SANMConfig
 
@@ -102,10 +102,7 @@ def _cmvn_leaves(path: Path, width: int) -> dict[str, LazyArray]:
     shift_F, scale_F = read_mvn(path, width=width)
   except (ValueError, FileNotFoundError) as error:
     raise ConversionError(str(error)) from error
-  return {
-    "frontend/sanm/shift": LazyArray(shift_F.shape, shift_F.dtype, lambda: shift_F),
-    "frontend/sanm/scale": LazyArray(scale_F.shape, scale_F.dtype, lambda: scale_F),
-  }
+  return {"frontend/sanm/shift": as_lazy(shift_F), "frontend/sanm/scale": as_lazy(scale_F)}
 
 
 def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:
