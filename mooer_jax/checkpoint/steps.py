@@ -124,8 +124,7 @@ def remedy(folder: Path) -> str:
   """Advice that ends a message about a damaged checkpoint."""
   advice = "restore the checkpoint from a copy, or convert or train it again"
   if _STEP.fullmatch(folder.name) and not is_kept(folder):
-    earlier = [step for step in all_steps(folder.parent) if step_of(step) < step_of(folder)]
-    if earlier:
+    if earlier := [s for s in all_steps(folder.parent) if step_of(s) < step_of(folder)]:
       advice += f"; if you remove {folder.name}, training resumes from {earlier[-1].name}"
   return advice
 

@@ -60,8 +60,7 @@ def initial_params(run: Run, mesh, *, resumed: Path | None, base: Path | None) -
   missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
   if not missing:
     return have
-  random = sorted(p for p in missing if p not in trained and not p.startswith("frontend/"))
-  if random:
+  if random := sorted(p for p in missing - trained if not p.startswith("frontend/")):
     raise ValueError(
       f"{random[0]} and {len(random) - 1} others would be random and frozen: set init_from to a"
       " checkpoint that has them, or train them (config.trainable)"

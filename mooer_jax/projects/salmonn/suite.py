@@ -177,8 +177,7 @@ def evaluate_suite(
     return dataclasses.replace(options, shards=str(file), task="")
 
   def check(file: Path):
-    lacking = [n for n, e in enumerate(read_annotation(str(file))) if not e.get("task")]
-    if lacking:
+    if lacking := [n for n, e in enumerate(read_annotation(str(file))) if not e.get("task")]:
       raise ValueError(
         f"{file}: annotation[{lacking[0]}] and {len(lacking) - 1} others have no task; add the"
         ' field "task" to each'
