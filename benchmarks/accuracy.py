@@ -46,7 +46,6 @@ def main():
   parser.add_argument("audio", nargs="+", type=Path)
   parser.add_argument("--llm", required=True, type=Path, help="LLaMA folder or GGUF file")
   parser.add_argument("--dir", required=True, type=Path, help="folder for 2 GB of checkpoints")
-  parser.add_argument("--max-new-tokens", type=int, default=20)
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
   overwrite = Options(overwrite=True)
@@ -59,9 +58,8 @@ def main():
   torch.save(_adapter(args.dir / "llm"), release / "asr" / ADAPTER_FILE)
   options = Options(task="asr", lora=False, overwrite=True)
   import_checkpoint("mooer", release, args.dir / "mooer", options=options)
-  generated = {"audio": args.audio, "max_new_tokens": args.max_new_tokens}
   found = {
-    "mooer": verify("mooer", release, args.dir / "mooer", **generated),
+    "mooer": verify("mooer", release, args.dir / "mooer", audio=args.audio, max_new_tokens=20),
     "llama": verify("llama", args.llm, args.dir / "llm"),
   }
   for kind, verdict in found.items():

@@ -5,6 +5,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
 from mooer_jax import tree
 from mooer_jax.checkpoint import all_steps, describe, find
 
@@ -27,10 +31,6 @@ def inspect(path: Path, *, names: bool = True, base: Path | None = None) -> None
     FileNotFoundError, ReadError: if there are no weights.
     ValueError: if `path` is not a checkpoint, but has a base.
   """
-  from rich.box import SIMPLE
-  from rich.console import Console
-  from rich.table import Table
-
   if not path.exists():
     raise FileNotFoundError(f"{path}: no such file or folder")
   if (path / "checkpoint.json").is_file() or all_steps(path):

@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import logging
 
+from mooer_jax.files import exit_on_sigterm
+
 from .core.options import DESCRIPTIONS, Options, flag
 from .kinds import KINDS, USES
 
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
     print("--base is deprecated; use --base-checkpoint", file=sys.stderr)
   logging.set_verbosity(logging.ERROR)  # Orbax warns about files that are not needed
   try:
-    return args.run(args)
+    with exit_on_sigterm():
+      return args.run(args) or 0
   except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in _EXTRAS:
       raise
@@ -148,7 +151,7 @@ def _size(text: str) -> int:
   raise argparse.ArgumentTypeError(f"{text!r}: write a size above 0, such as 500MB or 5GB")
 
 
-def _import(args) -> int:
+def _import(args) -> None:
   from .importing import import_checkpoint
 
   options = Options(**{name: getattr(args, name) for name in DESCRIPTIONS})
@@ -158,10 +161,9 @@ def _import(args) -> int:
     print(f"ignored, {len(report.ignored)} in all:", *report.ignored, sep="\n  ")
   for note in report.notes:
     print(note)
-  return 0
 
 
-def _export(args) -> int:
+def _export(args) -> None:
   from .exporting import export_checkpoint
 
   print(export_checkpoint(
@@ -172,14 +174,12 @@ def _export(args) -> int:
     shard_bytes=args.shard_size,
     overwrite=args.overwrite,
   ))  # fmt: skip
-  return 0
 
 
-def _join(args) -> int:
+def _join(args) -> None:
   from .joining import join
 
   _print_leaves(args.out, join(args.out, args.parts, overwrite=args.overwrite))
-  return 0
 
 
 def _print_leaves(out: Path, leaves: Mapping) -> None:
@@ -205,8 +205,7 @@ def _verify(args) -> int:
   return 1 if report.failed else 0
 
 
-def _inspect(args) -> int:
+def _inspect(args) -> None:
   from .inspection import inspect
 
   inspect(args.path, names=not args.short, base=args.base_checkpoint)
-  return 0

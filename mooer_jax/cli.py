@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands.add_parser("convert", help="convert PyTorch checkpoints in and out", add_help=False)
   argv = sys.argv[1:] if argv is None else argv
   if argv[:1] == ["convert"]:  # these have parsers of their own
-    with exit_on_sigterm():
-      return _convert(argv[1:])
+    return _convert(argv[1:])
   if argv[:1] in (["train"], ["eval"]):
     program = importlib.import_module(f"mooer_jax.programs.{argv[0]}")
     return program.main([f"mooer-jax {argv[0]}", *argv[1:]])

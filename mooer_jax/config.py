@@ -135,8 +135,8 @@ def model_config(model: Mapping[str, Any], compute: Mapping[str, Any] | None = N
   sections = {name: fields.pop(name, {}) for name in (*part_kinds(), "frontends")}
   for name, section in sections.items():
     check_section(section, f"model.{name}")
-  known = [field.name for field in dataclasses.fields(SpeechLLMConfig)]
-  known = [name for name in known if name not in ("frontends", "compute")]
+  others = ("frontends", "compute")
+  known = [f.name for f in dataclasses.fields(SpeechLLMConfig) if f.name not in others]
   for key in fields:
     if key not in known:
       raise ValueError(unknown_key(f"model.{key}", [*known, *sections]))

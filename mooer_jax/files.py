@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -108,16 +108,13 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: str | Path, say: Callable[[str], Any] = print) -> Iterator[None]:
-  """Hold the lock of a folder, so that no second process writes to it.
+def lock_folder(folder: str | Path) -> Iterator[None]:
+  """Hold the lock of a folder, which is created if needed, so that no second process writes to it.
 
   The lock is an `flock` on the file `.lock`, which also works on NFS. The kernel releases it when
-  the process ends, for whatever reason, so a lock is never left behind.
-
-  Args:
-    folder: created if needed.
-    say: receives a line if the last process was killed while it held the lock, or if the file
-      system has no locks, so that the block runs without one.
+  the process ends, for whatever reason, so a lock is never left behind. A line is printed if the
+  last process was killed while it held the lock, or if the file system has no locks, so that the
+  block runs without one.
 
   Raises:
     ValueError: if another process holds the lock; names its host, process id and start time.
@@ -136,13 +133,13 @@ def lock_folder(folder: str | Path, say: Callable[[str], Any] = print) -> Iterat
         " folder"
       ) from None
     except OSError as error:
-      say(f"{folder} cannot be locked ({error}); make sure that no other process writes to it")
+      print(f"{folder} cannot be locked ({error}); make sure that no other process writes to it")
       yield
       return
     (holder, host), here = _holder(file), socket.gethostname()
     if host:
       elsewhere = "" if host == here else "; if it still runs, stop one of the two"
-      say(f"{folder}: {holder} ended without releasing its lock, which is taken over{elsewhere}")
+      print(f"{folder}: {holder} ended without releasing its lock, which is taken over{elsewhere}")
     file.truncate(0)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     json.dump({"host": here, "pid": os.getpid(), "since": now}, file)

@@ -68,11 +68,8 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict, d
   for pattern in compiled:
     if not any(pattern.fullmatch(path) for path in flat):
       raise ValueError(_unused(pattern.pattern, flat))
-  trainable: dict[str, Any] = {}
-  frozen: dict[str, Any] = {}
-  for path, leaf in flat.items():
-    is_trainable = any(pattern.fullmatch(path) for pattern in compiled)
-    (trainable if is_trainable else frozen)[path] = leaf
+  trainable = {p: x for p, x in flat.items() if any(pattern.fullmatch(p) for pattern in compiled)}
+  frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
   return unflatten(trainable), unflatten(frozen)
 
 

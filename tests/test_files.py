@@ -123,38 +123,36 @@ def test_a_folder_that_another_process_writes_to_is_refused_by_name(tmp_path, pl
       process.kill()
 
 
-def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path, plain_env):
+def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path, plain_env, capsys):
   with hold(tmp_path, 600, plain_env) as process:
     process.send_signal(signal.SIGKILL)
-  said = []
-  with files.lock_folder(tmp_path, said.append):
+  with files.lock_folder(tmp_path):
     pass
-  (line,) = said
+  (line,) = capsys.readouterr().out.splitlines()
   assert f"process {process.pid}" in line and "taken over" in line
-  with files.lock_folder(tmp_path, said.append):  # released properly: no message
+  with files.lock_folder(tmp_path):  # released properly: no message
     pass
-  assert len(said) == 1
+  assert not capsys.readouterr().out
 
 
-def test_a_lock_is_released_when_the_block_fails(tmp_path):
+def test_a_lock_is_released_when_the_block_fails(tmp_path, capsys):
   with pytest.raises(ZeroDivisionError), files.lock_folder(tmp_path):
     raise ZeroDivisionError
-  said = []
-  with files.lock_folder(tmp_path, said.append):
-    assert not said
+  with files.lock_folder(tmp_path):
+    assert not capsys.readouterr().out
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
   import fcntl
 
   def refuse(*_):
     raise OSError(95, "Operation not supported")
 
   monkeypatch.setattr(fcntl, "flock", refuse)
-  said, entered = [], False
-  with files.lock_folder(tmp_path, said.append):
+  entered = False
+  with files.lock_folder(tmp_path):
     entered = True
-  assert entered and "cannot be locked" in said[0]
+  assert entered and "cannot be locked" in capsys.readouterr().out
 
 
 def test_an_error_of_writing_names_the_file(tmp_path):

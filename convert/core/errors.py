@@ -41,10 +41,8 @@ class Problems:
 
   def check(self, what: str) -> None:
     """Raises ConversionError if there are problems; the message begins with `what`."""
-    if not self.found:
-      return
-    message = f"{what}: {self.found[0]}"
-    if len(self.found) > 1:
+    if len(self.found) == 1:
+      raise ConversionError(f"{what}: {self.found[0]}", self.found)
+    if self.found:
       lines = "".join(f"\n  - {problem}" for problem in self.found)
-      message = f"{what}: {len(self.found)} problems:{lines}"
-    raise ConversionError(message, self.found)
+      raise ConversionError(f"{what}: {len(self.found)} problems:{lines}", self.found)

@@ -77,6 +77,16 @@ class Rule:
   transform: Transform = IDENTITY
 
 
+def linear(torch: str, jax: str) -> tuple[Rule, Rule]:
+  """Rules of an nn.Linear with a bias."""
+  return Rule(f"{torch}.weight", f"{jax}/kernel", TRANSPOSE), Rule(f"{torch}.bias", f"{jax}/bias")
+
+
+def norm(torch: str, jax: str) -> tuple[Rule, Rule]:
+  """Rules of an nn.LayerNorm."""
+  return Rule(f"{torch}.weight", f"{jax}/scale"), Rule(f"{torch}.bias", f"{jax}/bias")
+
+
 class Table:
   """Rules, in both directions.
 

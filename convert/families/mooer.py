@@ -14,7 +14,7 @@ from ..core.errors import ConversionError, Problems
 from ..core.folders import check_roundtrip, style_of
 from ..core.kind import Kind, Opened, Original, Request, combine
 from ..core.options import Options
-from ..core.rules import TRANSPOSE, Rule, Table
+from ..core.rules import Table, linear
 from ..core.shapes import connector_shapes, encoder_shapes, shape_of
 from ..core.writers import write_torch
 from ..parts import language_model, lora, paraformer, peft
@@ -35,8 +35,7 @@ SAVED_LORA_FOLDER = "new_llm"  # written by the original's training program
 TUNED_ENCODER = "encoder.model."
 
 ADAPTER = Table((
-  Rule("encoder_projector.{x:linear1|linear2}.weight", "connector/{x}/kernel", TRANSPOSE),
-  Rule("encoder_projector.{x:linear1|linear2}.bias", "connector/{x}/bias"),
+  *linear("encoder_projector.{x:linear1|linear2}", "connector/{x}"),
   *paraformer.table(TUNED_ENCODER).rules,
 ))  # fmt: skip
 
@@ -239,26 +238,14 @@ def run_reference(request: Request) -> Original:
     )
   [task] = found
   llm = request.options.llm or find_llm(src)
-  lora_folder = find_lora(src / task)
-  added: Path | None = lora_folder
-  notes: tuple[str, ...] = ()
-  if not lora_folder.is_dir():
-    if config.decoder.lora_rank:
-      raise ConversionError(f"{lora_folder}: not found, but the checkpoint has a LoRA")
-    added = None
-  elif not config.decoder.lora_rank and not style_of(request.about, "mooer").get("lora_merged"):
-    notes = (f"{added} is not used: the checkpoint was made without it (--no-lora)",)
-    added = None
-  return reference.run(
-    request,
-    encoder=src / ENCODER_FOLDER / ENCODER_FILE,
-    cmvn=src / ENCODER_FOLDER / paraformer.CMVN_FILE,
-    adapter=src / task / ADAPTER_FILE,
-    llm=llm,
-    lora=added,
-    prompt=task_prompt(task, dict(config.prompts)),
-    notes=notes,
-  )
+  lora_folder, trained = find_lora(src / task), bool(config.decoder.lora_rank)
+  has_lora = lora_folder.is_dir()
+  if trained and not has_lora:
+    raise ConversionError(f"{lora_folder}: not found, but the checkpoint has a LoRA")
+  used = has_lora and (trained or style_of(request.about, "mooer").get("lora_merged"))
+  unused = f"{lora_folder} is not used: the checkpoint was made without it (--no-lora)"
+  notes = (unused,) if has_lora and not used else ()
+  return reference.run(request, task, llm=llm, lora=lora_folder if used else None, notes=notes)
 
 
 def _files(path: Path) -> list[Path]:

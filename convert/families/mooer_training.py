@@ -98,15 +98,13 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened:
   if task is not None:
     style["task"] = task
     config = config.replace(prompts=((task, mooer.TASK_PROMPTS[task]),))
-  kept: dict[str, tuple[Path, ...]] = {}
-  if options.lora_config is not None:
-    kept["lora"] = (lora.config_file(options.lora_config),)
+  given = options.lora_config
   return Opened(
     config=to_json(config),
     leaves=mapped_in.leaves,
     style={"mooer": style},
     tokenizer=copier(sorted(about.tokenizer.iterdir())),
-    kept=kept,
+    kept={} if given is None else {"lora": (lora.config_file(given),)},
     generation=about.generation,
     base=about.folder,
     ignored=(*mapped_in.ignored, *source.ignored),
@@ -152,9 +150,9 @@ def _ignored(source: Source, config: SpeechLLMConfig) -> list[str]:
   ignored = list(BUFFERS)
   for prefix in (LLM, WRAPPED):
     pair = prefix + language_model.EMBEDDING, prefix + language_model.HEAD
-    if config.decoder.tie_word_embeddings and all(name in source.tensors for name in pair):
-      if source.equal(*pair):
-        ignored.append(pair[1].replace(".", r"\."))
+    held = config.decoder.tie_word_embeddings and all(name in source.tensors for name in pair)
+    if held and source.equal(*pair):
+      ignored.append(pair[1].replace(".", r"\."))
   return ignored
 
 

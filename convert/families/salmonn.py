@@ -20,7 +20,7 @@ from ..core.errors import ConversionError, Problems
 from ..core.folders import check_roundtrip, style_of, write_json
 from ..core.kind import Kind, Opened, combine
 from ..core.options import Options
-from ..core.rules import IDENTITY, Rule, Table
+from ..core.rules import Rule, Table, norm
 from ..core.shapes import connector_shapes
 from ..core.writers import state_dict
 from ..parts import beats, language_model, lora, qformer, whisper
@@ -52,8 +52,7 @@ def trained_table(more: Sequence[Rule] = ()) -> Table:
   """Rules of the file; `more` are those of its LoRA (`lora.table`)."""
   rules = list(qformer.TABLE.rules)
   for kind, name in NORMS.items():
-    rules.append(Rule(f"{name}.weight", f"encoder_norms/{kind}/scale", IDENTITY))
-    rules.append(Rule(f"{name}.bias", f"encoder_norms/{kind}/bias", IDENTITY))
+    rules += norm(name, f"encoder_norms/{kind}")
   # The published training freezes encoders and LLM; others may train them.
   rules += whisper.table(WHISPER).rules
   rules += [dataclasses.replace(rule, torch=BEATS + rule.torch) for rule in beats.TABLE.rules]
@@ -269,7 +268,6 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
       " tokenizer_config.json"
     )
   problems.check(f"{about.folder} cannot be SALMONN")
-  assert isinstance(config.connector, QFormerConfig)
 
   (folder / WHISPER_FOLDER).mkdir()
   whisper.export(about, folder / WHISPER_FOLDER, shard_bytes)
@@ -278,7 +276,7 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   (folder / LLM_FOLDER).mkdir()
   llm_folder = folder / LLM_FOLDER
   language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
-  _write_trained(about, config, config.connector, file=folder / FILE)
+  _write_trained(about, config, folder / FILE)
   write_json(folder / PROMPTS_FILE, dict(config.prompts))
   options = Options(
     whisper=folder / WHISPER_FOLDER,
@@ -289,9 +287,7 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   check_roundtrip(about, config, lambda p: from_json(open_model(folder / FILE, options, p).config))
 
 
-def _write_trained(
-  about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig, *, file: Path
-) -> None:
+def _write_trained(about: Checkpoint, config: SpeechLLMConfig, file: Path) -> None:
   """Writes {"model": tensors, "config": {"model": training options}}."""
   style = style_of(about, "salmonn")
   tuned = style.get("tuned", {})
@@ -305,14 +301,13 @@ def _write_trained(
   paths = [*paths_of(about, *_NEW), *tuned, *lora.paths(about)]
   tensors = map_out(about, Table(rules), paths)
   model = state_dict(tensors, read_out(about, tensors))
-  torch.save({PART: model, "config": {"model": _options(about, config, connector)}}, file)
+  torch.save({PART: model, "config": {"model": _options(about, config)}}, file)
 
 
-def _options(
-  about: Checkpoint, config: SpeechLLMConfig, connector: QFormerConfig
-) -> dict[str, Any]:
+def _options(about: Checkpoint, config: SpeechLLMConfig) -> dict[str, Any]:
   """Returns the model section of the original's configuration, without paths."""
-  decoder = config.decoder
+  connector, decoder = config.connector, config.decoder
+  assert isinstance(connector, QFormerConfig)
   tokenizer = Tokenizer.from_folder(about.tokenizer)
   [end] = [token for token, i in tokenizer.vocabulary().items() if i == tokenizer.eos_id]
   options: dict[str, Any] = {

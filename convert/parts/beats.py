@@ -1,7 +1,6 @@
 """BEATs: the published files `{"cfg": {...}, "model": {...}}`, in and out."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, as_lazy, read_leaves
 from mooer_jax.encoders.beats import BEATsConfig
 
 from ..core.engine import map_in, map_out, paths_of, read_out
 from ..core.errors import ConversionError, Problems
 from ..core.folders import encoder_of, style_of
 from ..core.kind import Kind, Part
-from ..core.rules import CONVOLUTION, IDENTITY, TRANSPOSE, Rule, Table, Transform
+from ..core.rules import CONVOLUTION, Rule, Table, Transform, linear, norm
 from ..core.shapes import encoder_shapes
 from ..core.writers import state_dict
 from ..readers import ReadError, Source, open_source
@@ -31,9 +30,6 @@ MEAN, DEVIATION = 15.41663, 6.55582
 BIAS_TABLE = "encoder.layers.{n}.self_attn.relative_attention_bias.weight"
 _HEAD = r"predictor\.(weight|bias)"
 
-_LINEAR = (("weight", "kernel", TRANSPOSE), ("bias", "bias", IDENTITY))
-_NORM = (("weight", "scale", IDENTITY), ("bias", "bias", IDENTITY))
-_LAYER = "encoder.layers.{n}"
 # cfg's name of each size, ours, and the original's default.
 _SIZES = (
   ("input_patch_size", "patch", None),
@@ -75,31 +71,24 @@ _LAST = Transform(lambda x: x.reshape(-1), lambda x: x[None, None])
 _HEADS = Transform(lambda x: x.reshape(-1), lambda x: x[None, :, None, None])
 
 
-def _rules():
-  rules = [
-    ("patch_embedding.weight", "patch/kernel", PATCH),
-    ("encoder.pos_conv.0.weight_v", "position/kernel", CONVOLUTION),
-    ("encoder.pos_conv.0.weight_g", "position/scale", _LAST),
-    ("encoder.pos_conv.0.bias", "position/bias", IDENTITY),
-    (BIAS_TABLE.format(n=0), "relative_bias/embedding", IDENTITY),
-    (f"{_LAYER}.self_attn.grep_a", "layers_{n}/attention/gate/scale", _HEADS),
-  ]
-  for theirs, path, parts in (
-    ("layer_norm", "patch_norm", _NORM),
-    ("post_extract_proj", "patch_out", _LINEAR),
-    ("encoder.layer_norm", "input_norm", _NORM),
-    (f"{_LAYER}.self_attn.{{x:q|k|v|out}}_proj", "layers_{n}/attention/{x}", _LINEAR),
-    (f"{_LAYER}.self_attn.grep_linear", "layers_{n}/attention/gate/linear", _LINEAR),
-    (f"{_LAYER}.self_attn_layer_norm", "layers_{n}/attention_norm", _NORM),
-    (f"{_LAYER}.fc1", "layers_{n}/up", _LINEAR),
-    (f"{_LAYER}.fc2", "layers_{n}/down", _LINEAR),
-    (f"{_LAYER}.final_layer_norm", "layers_{n}/mlp_norm", _NORM),
-  ):
-    rules += [(f"{theirs}.{a}", f"{path}/{b}", transform) for a, b, transform in parts]
-  return [Rule(name, f"{ROOT}/{path}", transform) for name, path, transform in rules]
-
-
-TABLE = Table(_rules())
+_LAYER, _OURS = "encoder.layers.{n}", f"{ROOT}/layers_{{n}}"
+TABLE = Table((
+  Rule("patch_embedding.weight", f"{ROOT}/patch/kernel", PATCH),
+  Rule("encoder.pos_conv.0.weight_v", f"{ROOT}/position/kernel", CONVOLUTION),
+  Rule("encoder.pos_conv.0.weight_g", f"{ROOT}/position/scale", _LAST),
+  Rule("encoder.pos_conv.0.bias", f"{ROOT}/position/bias"),
+  Rule(BIAS_TABLE.format(n=0), f"{ROOT}/relative_bias/embedding"),
+  Rule(f"{_LAYER}.self_attn.grep_a", f"{_OURS}/attention/gate/scale", _HEADS),
+  *norm("layer_norm", f"{ROOT}/patch_norm"),
+  *linear("post_extract_proj", f"{ROOT}/patch_out"),
+  *norm("encoder.layer_norm", f"{ROOT}/input_norm"),
+  *linear(f"{_LAYER}.self_attn.{{x:q|k|v|out}}_proj", f"{_OURS}/attention/{{x}}"),
+  *linear(f"{_LAYER}.self_attn.grep_linear", f"{_OURS}/attention/gate/linear"),
+  *norm(f"{_LAYER}.self_attn_layer_norm", f"{_OURS}/attention_norm"),
+  *linear(f"{_LAYER}.fc1", f"{_OURS}/up"),
+  *linear(f"{_LAYER}.fc2", f"{_OURS}/down"),
+  *norm(f"{_LAYER}.final_layer_norm", f"{_OURS}/mlp_norm"),
+))  # fmt: skip
 
 
 def read_cfg(path: Path) -> dict[str, Any]:
@@ -186,9 +175,7 @@ def cmvn_leaves(width: int) -> dict[str, LazyArray]:
   """frontend/beats/{shift,scale}, float32 [width], for (x - mean) / (2 deviations)."""
   values = {"shift": -MEAN, "scale": 1 / (2 * DEVIATION)}
   return {
-    f"frontend/beats/{name}": LazyArray(
-      (width,), np.dtype(np.float32), functools.partial(np.full, width, value, np.float32)
-    )
+    f"frontend/beats/{name}": as_lazy(np.full(width, value, np.float32))
     for name, value in values.items()
   }
 

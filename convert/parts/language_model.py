@@ -14,8 +14,7 @@ from mooer_jax.text.tokenizer import Tokenizer
 from ..core.engine import map_in, map_out, paths_of, read_out
 from ..core.errors import ConversionError, Problems
 from ..core.folders import copier, kept_files, kept_json, style_of, write_json
-from ..core.kind import Kind, Opened, Part, Writer
-from ..core.options import Options
+from ..core.kind import Kind, Part, Writer
 from ..core.rules import TRANSPOSE, Rule, Table
 from ..core.shapes import SCAN, leaf_shapes
 from ..core.writers import write_shards
@@ -127,12 +126,11 @@ def export_folder(about: Checkpoint, config: LLMConfig, folder: Path, *, shard_b
   if config.tie_word_embeddings and style_of(about, "llm").get("head_present", False):
     tensors.append(dataclasses.replace(embedding, name=HEAD))
   tokenizer = sorted(about.tokenizer.iterdir())
+  copier([*tokenizer, *kept_files(about, "llm")])(folder)
   eos_id = Tokenizer.from_folder(about.tokenizer).eos_id if tokenizer else None
   original = kept_json(about, "llm", "config.json")
   write_json(folder / "config.json", hf_config(config, embedding.dtype, original, eos_id=eos_id))
   write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)
-  kept = [file for file in kept_files(about, "llm") if file.name != "config.json"]
-  copier([*tokenizer, *kept])(folder)
 
 
 def decoder_of(about: Checkpoint) -> LLMConfig:
@@ -143,9 +141,6 @@ def decoder_of(about: Checkpoint) -> LLMConfig:
 
 
 def _kind(name: str) -> Kind:
-  def open_alone(src: Path, options: Options, problems: Problems) -> Opened:
-    return open_model(src, problems, kind=name).alone()
-
   def export_alone(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
     config = decoder_of(about)
     if config.qkv_bias != (name == "qwen2"):
@@ -166,7 +161,7 @@ def _kind(name: str) -> Kind:
 
   return Kind(
     name=name,
-    open=open_alone,
+    open=lambda src, options, problems: open_model(src, problems, kind=name).alone(),
     export=export_alone,
     sharded=True,
     recognises=recognises,

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mooer_jax.audio.cmvn import read_mvn, write_mvn
-from mooer_jax.checkpoint import Checkpoint, LazyArray, read_leaves
+from mooer_jax.checkpoint import Checkpoint, LazyArray, as_lazy, read_leaves
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.encoders.sanm import SANMConfig
 
@@ -16,7 +16,7 @@ from ..core.engine import map_in, map_out, paths_of, read_out
 from ..core.errors import ConversionError, Problems
 from ..core.folders import check_roundtrip, copier, encoder_of, kept_files, style_of
 from ..core.kind import Kind, Part
-from ..core.rules import DEPTHWISE, IDENTITY, TRANSPOSE, Rule, Table
+from ..core.rules import DEPTHWISE, Rule, Table, linear, norm
 from ..core.shapes import count_layers, encoder_shapes, shape_of
 from ..core.writers import write_torch
 from ..readers import Source, check_file, open_source
@@ -27,33 +27,24 @@ ROOT = "encoders/sanm"
 CMVN_FILE = "am.mvn"
 FUNASR_FILE = "model.pt"
 PREFIXES = ("", "encoder.", "encoder.model.")
-_LAYER = (
-  ("norm{x:1|2}.weight", "norm{x}/scale", IDENTITY),
-  ("norm{x:1|2}.bias", "norm{x}/bias", IDENTITY),
-  ("self_attn.linear_q_k_v.weight", "attention/qkv/kernel", TRANSPOSE),
-  ("self_attn.linear_q_k_v.bias", "attention/qkv/bias", IDENTITY),
-  ("self_attn.linear_out.weight", "attention/out/kernel", TRANSPOSE),
-  ("self_attn.linear_out.bias", "attention/out/bias", IDENTITY),
-  ("self_attn.fsmn_block.weight", "attention/fsmn/kernel", DEPTHWISE),
-  ("feed_forward.w_1.weight", "feed_forward/up/kernel", TRANSPOSE),
-  ("feed_forward.w_1.bias", "feed_forward/up/bias", IDENTITY),
-  ("feed_forward.w_2.weight", "feed_forward/down/kernel", TRANSPOSE),
-  ("feed_forward.w_2.bias", "feed_forward/down/bias", IDENTITY),
+_LINEAR = (
+  ("self_attn.linear_q_k_v", "attention/qkv"),
+  ("self_attn.linear_out", "attention/out"),
+  ("feed_forward.w_1", "feed_forward/up"),
+  ("feed_forward.w_2", "feed_forward/down"),
 )
 
 
 def table(prefix: str = "") -> Table:
   """Rules for names with a prefix, such as `encoder.`."""
-  layers = (("encoders0.0", "first_layer"), ("encoders.{n}", "layers_{n}"))
-  return Table([
-    Rule(f"{prefix}after_norm.weight", f"{ROOT}/after_norm/scale"),
-    Rule(f"{prefix}after_norm.bias", f"{ROOT}/after_norm/bias"),
-    *(
-      Rule(f"{prefix}{layer}.{theirs}", f"{ROOT}/{ours}/{path}", transform)
-      for layer, ours in layers
-      for theirs, path, transform in _LAYER
-    ),
-  ])  # fmt: skip
+  rules = [*norm(f"{prefix}after_norm", f"{ROOT}/after_norm")]
+  for layer, ours in (("encoders0.0", "first_layer"), ("encoders.{n}", "layers_{n}")):
+    layer, ours = f"{prefix}{layer}", f"{ROOT}/{ours}"
+    fsmn = f"{layer}.self_attn.fsmn_block.weight", f"{ours}/attention/fsmn/kernel"
+    rules += [*norm(f"{layer}.norm{{x:1|2}}", f"{ours}/norm{{x}}"), Rule(*fsmn, DEPTHWISE)]
+    for theirs, path in _LINEAR:
+      rules += linear(f"{layer}.{theirs}", f"{ours}/{path}")
+  return Table(rules)
 
 
 def find_prefix(names: Collection[str]) -> str | None:
@@ -111,10 +102,7 @@ def _cmvn_leaves(path: Path, width: int) -> dict[str, LazyArray]:
     shift_F, scale_F = read_mvn(path, width=width)
   except (ValueError, FileNotFoundError) as error:
     raise ConversionError(str(error)) from error
-  return {
-    "frontend/sanm/shift": LazyArray(shift_F.shape, shift_F.dtype, lambda: shift_F),
-    "frontend/sanm/scale": LazyArray(scale_F.shape, scale_F.dtype, lambda: scale_F),
-  }
+  return {"frontend/sanm/shift": as_lazy(shift_F), "frontend/sanm/scale": as_lazy(scale_F)}
 
 
 def export(about: Checkpoint, file: Path, *, prefix: str = "") -> None:

@@ -1,10 +1,11 @@
 """SALMONN's window-level Q-Former and its projection, from salmonn_v1.pth."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from mooer_jax.connectors.qformer import QFormerConfig
 
-from ..core.rules import IDENTITY, TRANSPOSE, Rule, Table, Transform
+from ..core.rules import Rule, Table, Transform, linear, norm
 from ..core.shapes import count_layers, shape_of
 from ..readers import Source
 
@@ -34,17 +35,13 @@ _NORMS = (
 )
 
 
-def _rules():
-  layer, ours = _LAYER + ".{n}", "connector/qformer/layers_{n}"
-  dense = [(f"{layer}.{theirs}", f"{ours}/{path}") for theirs, path in _DENSE]
-  norms = [(f"{layer}.{theirs}", f"{ours}/{path}") for theirs, path in _NORMS]
+def _rules() -> Iterator[Rule]:
   yield Rule(QUERIES, "connector/queries", UNBATCHED)
-  for theirs, path in (*dense, ("speech_llama_proj", "connector/project")):
-    yield Rule(f"{theirs}.weight", f"{path}/kernel", TRANSPOSE)
-    yield Rule(f"{theirs}.bias", f"{path}/bias", IDENTITY)
-  for theirs, path in (*norms, (f"{_BERT}.embeddings.LayerNorm", "connector/qformer/norm")):
-    yield Rule(f"{theirs}.weight", f"{path}/scale", IDENTITY)
-    yield Rule(f"{theirs}.bias", f"{path}/bias", IDENTITY)
+  yield from linear("speech_llama_proj", "connector/project")
+  yield from norm(f"{_BERT}.embeddings.LayerNorm", "connector/qformer/norm")
+  for make, names in ((linear, _DENSE), (norm, _NORMS)):
+    for theirs, path in names:
+      yield from make(f"{_LAYER}.{{n}}.{theirs}", f"connector/qformer/layers_{{n}}/{path}")
 
 
 TABLE = Table(tuple(_rules()))

@@ -254,10 +254,10 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
     )
   prefix = style_of(about, "whisper").get("prefix", PREFIX)
   tensors = map_out(about, table(prefix), paths_of(about, f"{ROOT}/"))
+  copier(kept_files(about, "whisper"))(folder)
   original = kept_json(about, "whisper", "config.json")
   dtype = next(tensor.dtype for tensor in tensors if tensor.name == f"{prefix}conv1.weight")
   write_json(folder / "config.json", hf_config(config, dtype, original))
-  copier(file for file in kept_files(about, "whisper") if file.name != "config.json")(folder)
   write_shards(folder, tensors, read_out(about, tensors), shard_bytes=shard_bytes)
 
 

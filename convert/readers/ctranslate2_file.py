@@ -47,31 +47,29 @@ def open_ctranslate2(path: Path) -> Source:
   Source: CTranslate2's ModelSpec.
   """
   with open_cursor(path) as cursor:
-    return _parse(path, cursor)
-
-
-def _parse(path: Path, cursor: Cursor) -> Source:
-  version = cursor.one("I")
-  if version != _VERSION:
-    raise ReadError(
-      f"{path}: CTranslate2 format {version}, supported is {_VERSION}; convert the model again with"
-      " a newer CTranslate2"
+    version = cursor.one("I")
+    if version != _VERSION:
+      raise ReadError(
+        f"{path}: CTranslate2 format {version}, supported is {_VERSION}; convert the model again"
+        " with a newer CTranslate2"
+      )
+    spec, revision = _text(cursor), cursor.one("I")
+    entries = []
+    for _ in range(cursor.one("I")):
+      tensor, offset = _read_entry(path, cursor)
+      entries.append((tensor, partial(read_span, tensor, offset)))
+    names = {tensor.name for tensor, _ in entries}
+    aliases = []
+    for _ in range(cursor.one("I")):
+      alias, name = _text(cursor), _text(cursor)
+      if name not in names or alias in names:
+        raise ReadError(f"{path}: {alias!r} cannot be an alias of {name!r}; copy it again")
+      aliases.append(f"{alias} (the same as {name})")
+    if extra := cursor.size - cursor.position:
+      raise ReadError(f"{path}: {extra} bytes after its end; copy it again")
+    return Source(
+      path, entries, ignored=aliases, notes=[f"{path.name}: {spec}, revision {revision}"]
     )
-  spec, revision = _text(cursor), cursor.one("I")
-  entries = []
-  for _ in range(cursor.one("I")):
-    tensor, offset = _read_entry(path, cursor)
-    entries.append((tensor, partial(read_span, tensor, offset)))
-  names = {tensor.name for tensor, _ in entries}
-  aliases = []
-  for _ in range(cursor.one("I")):
-    alias, name = _text(cursor), _text(cursor)
-    if name not in names or alias in names:
-      raise ReadError(f"{path}: {alias!r} cannot be an alias of {name!r}; copy it again")
-    aliases.append(f"{alias} (the same as {name})")
-  if extra := cursor.size - cursor.position:
-    raise ReadError(f"{path}: {extra} bytes after its end; copy it again")
-  return Source(path, entries, ignored=aliases, notes=[f"{path.name}: {spec}, revision {revision}"])
 
 
 def _text(cursor: Cursor) -> str:

@@ -48,7 +48,7 @@ def open_gguf(path: Path) -> Source:
   """Opens a GGUF file of a LLaMA or Qwen2 model.
 
   Names, shapes and the order of rows are Hugging Face's. F32, F16 and BF16 keep their bits.
-  Quantized tensors are expanded to float32; the source is then not `exact`.
+  Quantized tensors are expanded to float32, which a note of the source says.
 
   Raises:
     ReadError: if the file is broken, of another architecture, or has other tensors or types.
@@ -76,7 +76,7 @@ def open_gguf(path: Path) -> Source:
       f"{path.name}: {kinds} tensors of {len(entries)} are expanded to float32; an export writes"
       " float32"
     )
-  return Source(path, entries, notes=notes, exact=not quantized)
+  return Source(path, entries, notes=notes)
 
 
 def gguf_config(path: str | Path) -> dict[str, Any]:

@@ -65,7 +65,32 @@ def read_header(path: Path) -> GGUFHeader:
   """
   check_file(path)
   with open_cursor(path) as cursor:
-    header = _parse(path, cursor)
+    magic = bytes(cursor.take("B", 4))
+    if magic != b"GGUF":
+      raise ReadError(f"{path}: not a GGUF file (it begins with {magic!r}); copy it again")
+    version = cursor.one("I")
+    if version not in _VERSIONS:
+      big = " (big-endian)" if version & 0xFFFF == 0 else ""
+      raise ReadError(f"{path}: GGUF version {version}{big}; supported are 2 and 3, little-endian")
+    n_tensors, n_entries = cursor.take("Q", 2)
+    metadata: dict[str, Any] = {}
+    for _ in range(n_entries):
+      key = cursor.text("Q")
+      if key in metadata:
+        raise ReadError(f"{path}: the metadata have {key!r} twice")
+      metadata[key] = _value(path, cursor, cursor.one("I"))
+    if metadata.get("split.count", 1) not in (0, 1):
+      raise ReadError(
+        f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's"
+        " `llama-gguf-split --merge`"
+      )
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+      raise ReadError(f"{path}: general.alignment is {alignment!r}, not a power of two")
+    tensors = [_parse_tensor(path, cursor, alignment) for _ in range(n_tensors)]
+    start = -(-cursor.position // alignment) * alignment
+    moved = (replace(tensor, offset=start + tensor.offset) for tensor in tensors)
+    header = GGUFHeader(path, metadata, tuple(moved))
   _check_spans(header, path.stat().st_size)
   return header
 
@@ -82,35 +107,6 @@ def _value(path: Path, cursor: Cursor, kind: int, *, depth: int = 0) -> Any:
     return list(cursor.take(_SCALARS[item], count))
   # Each item takes bytes, so a wrong count ends at the end of the file.
   return [_value(path, cursor, item, depth=depth + 1) for _ in range(count)]
-
-
-def _parse(path: Path, cursor: Cursor) -> GGUFHeader:
-  magic = bytes(cursor.take("B", 4))
-  if magic != b"GGUF":
-    raise ReadError(f"{path}: not a GGUF file (it begins with {magic!r}); copy it again")
-  version = cursor.one("I")
-  if version not in _VERSIONS:
-    big = " (big-endian)" if version & 0xFFFF == 0 else ""
-    raise ReadError(f"{path}: GGUF version {version}{big}; supported are 2 and 3, little-endian")
-  n_tensors, n_entries = cursor.take("Q", 2)
-  metadata: dict[str, Any] = {}
-  for _ in range(n_entries):
-    key = cursor.text("Q")
-    if key in metadata:
-      raise ReadError(f"{path}: the metadata have {key!r} twice")
-    metadata[key] = _value(path, cursor, cursor.one("I"))
-  if metadata.get("split.count", 1) not in (0, 1):
-    raise ReadError(
-      f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's"
-      " `llama-gguf-split --merge`"
-    )
-  alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-  if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-    raise ReadError(f"{path}: general.alignment is {alignment!r}, not a power of two")
-  tensors = [_parse_tensor(path, cursor, alignment) for _ in range(n_tensors)]
-  start = -(-cursor.position // alignment) * alignment
-  moved = (replace(tensor, offset=start + tensor.offset) for tensor in tensors)
-  return GGUFHeader(path, metadata, tuple(moved))
 
 
 def _parse_tensor(path: Path, cursor: Cursor, alignment: int) -> GGUFTensor:

@@ -50,10 +50,8 @@ class Source:
   Attributes:
     path: the opened file or folder.
     tensors: descriptions, in the order of the files.
-    part: key of the dict of a torch file that was opened, such as "state_dict"; "" for all of it.
     ignored: other entries of the files.
     notes: sentences for the user.
-    exact: whether `read` returns the stored bits; False for a quantized file.
   """
 
   def __init__(
@@ -61,13 +59,10 @@ class Source:
     path: Path,
     entries: Iterable[tuple[Tensor, Callable[[], np.ndarray]]],
     *,
-    part: str = "",
     ignored: Sequence[str] = (),
     notes: Sequence[str] = (),
-    exact: bool = True,
   ):
-    self.path = path
-    self.part, self.ignored, self.notes, self.exact = part, tuple(ignored), tuple(notes), exact
+    self.path, self.ignored, self.notes = path, tuple(ignored), tuple(notes)
     self.tensors: dict[str, Tensor] = {}
     self._readers: dict[str, Callable[[], np.ndarray]] = {}
     for tensor, reader in entries:
@@ -112,10 +107,8 @@ def join_sources(path: Path, sources: Sequence[Source], notes: Sequence[str] = (
   return Source(
     path,
     [(source.tensors[n], source._readers[n]) for source in sources for n in source.tensors],
-    part=sources[0].part if sources else "",
     ignored=[name for source in sources for name in source.ignored],
     notes=list(dict.fromkeys([*notes, *(note for source in sources for note in source.notes)])),
-    exact=all(source.exact for source in sources),
   )
 
 

@@ -78,7 +78,7 @@ def open_torch(path: Path, part: str | None = None) -> Source:
   notes = [f"{path.name}: opened the part {found!r}"] if found and part is None else []
   if not file.mapped:
     notes.append(f"{path.name}: saved by torch before 1.6, so it is loaded as a whole")
-  return Source(path, entries, part=found, ignored=ignored, notes=notes)
+  return Source(path, entries, ignored=ignored, notes=notes)
 
 
 def read_dict(path: Path, key: str) -> dict | None:

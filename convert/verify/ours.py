@@ -1,6 +1,7 @@
 """Our side of `convert verify`: the stages of a checkpoint on clips, and their errors."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def _generate(request: Request, original: Original) -> list[list[int]]:
 
 def _batch(clips, config: SpeechLLMConfig, original: Original) -> speech_llm.Batch:
   features, frames = encoder_inputs([extract_features(clip_N, config) for clip_N in clips])
-  outputs = [clip.get("tokens", np.zeros(0)).astype(np.int32) for clip in original.clips]
+  tokens = [clip.get("tokens", np.zeros(0)) for clip in original.clips]
+  columns = [*itertools.zip_longest(*tokens, fillvalue=-1)]
   prefix_BS, suffix_BS = (
     np.tile(np.array(part_S, np.int32), (len(clips), 1)) for part_S in original.prompt
   )
@@ -111,16 +113,8 @@ def _batch(clips, config: SpeechLLMConfig, original: Original) -> speech_llm.Bat
     frames=frames,
     prefix_BS=prefix_BS,
     suffix_BS=suffix_BS,
-    labels_BS=_padded(outputs),
+    labels_BS=np.array(columns, np.int32).reshape(-1, len(clips)).T,
   )
-
-
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-  """Token rows of different lengths in one array, padded with -1 at the end."""
-  out = np.full((len(rows), max(map(len, rows))), -1, np.int32)
-  for line, row in zip(out, rows):
-    line[: len(row)] = row
-  return out
 
 
 _answer_logits = jax.jit(speech_llm.answer_logits, static_argnames="config")

@@ -16,7 +16,7 @@ them call `save` and `load` on a shared file system.
 """
 
 # ruff: noqa: F401  (the names are the interface of the package)
-from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, SaveError
+from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, SaveError, as_lazy
 from mooer_jax.checkpoint.reading import (
   Checkpoint,
   check_leaves,
@@ -26,7 +26,6 @@ from mooer_jax.checkpoint.reading import (
   load,
   load_train_state,
   read_leaves,
-  verify,
 )
 from mooer_jax.checkpoint.steps import (
   all_steps,

@@ -19,8 +19,10 @@ from mooer_jax.checkpoint.leaves import CheckpointError
 from mooer_jax.checkpoint.steps import latest, remedy
 
 FORMAT = 1
-_OBJECTS = ("connector", "decoder", "prompts")  # sections of config.json
-_LISTS = ("encoders", "frontends")
+_SECTIONS: dict[str, tuple[type, str]] = {  # of config.json
+  **dict.fromkeys(("connector", "decoder", "prompts"), (dict, "an object")),
+  **dict.fromkeys(("encoders", "frontends"), (list, "a list of objects")),
+}
 _TYPES: dict[str, Any] = {"hash": str, "leaves": dict}  # of the values in checkpoint.json
 _TYPES |= dict.fromkeys(("base", "train_state", "files"), (dict, type(None)))
 _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
@@ -238,13 +240,6 @@ def find_damage(
   return found
 
 
-def verify(folder: str | Path) -> None:
-  """Raise CheckpointError if files of a checkpoint are missing or have changed."""
-  if found := find_damage(folder):
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    raise CheckpointError(f"{found[0]}{more}; {remedy(Path(folder))}")
-
-
 def check_leaves(about: Checkpoint, expected: Mapping) -> None:
   """Check that the weights are those of the model that config.json describes, `expected`.
 
@@ -400,15 +395,10 @@ def data_file() -> str:
 
 def _read_config(folder: Path) -> dict:
   config = _read_json(folder / "config.json")
-  for name in (*_OBJECTS, *_LISTS):
-    if name not in config:
-      continue
-    value, wanted = config[name], "an object"
-    valid = isinstance(value, dict)
-    if name in _LISTS:
-      wanted = "a list of objects"
-      valid = isinstance(value, list) and all(isinstance(part, dict) for part in value)
-    if not valid:
+  for name, (kind, wanted) in _SECTIONS.items():
+    value = config.get(name, kind())
+    parts = value if kind is list else []
+    if not isinstance(value, kind) or not all(isinstance(part, dict) for part in parts):
       raise _damaged(folder, f"config.json has {name}={value!r}, which must be {wanted}")
   return config
 

@@ -89,16 +89,15 @@ def is_kept(folder: Path) -> bool:
   return any((folder / KEPT_BY).glob("*.txt"))
 
 
-def keep_last(workdir: str | Path, count: int) -> list[Path]:
+def keep_last(workdir: str | Path, count: int) -> None:
   """Delete all but the newest `count` checkpoints of a run, and remains of interrupted saves.
 
-  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted. Returns the deleted
-  folders.
+  Checkpoints that are the base of a fine-tune (`keep_for`) are not deleted.
   """
   if count < 1:
     raise ValueError(f"count={count}: at least one checkpoint must be kept")
   if jax.process_index() != 0:
-    return []
+    return
   workdir = Path(workdir)
   for left_over in workdir.glob(".tmp-step_*"):
     shutil.rmtree(left_over)
@@ -108,9 +107,9 @@ def keep_last(workdir: str | Path, count: int) -> list[Path]:
       shutil.rmtree(replaced)
     else:  # killed between the two renames of an overwriting save
       replaced.rename(whole)
-  deleted = [folder for folder in all_steps(workdir)[:-count] if not is_kept(folder)]
-  for folder in deleted:
-    folder.rename(folder.with_name(f".del-{folder.name}"))
+  for folder in all_steps(workdir)[:-count]:
+    if not is_kept(folder):
+      folder.rename(folder.with_name(f".del-{folder.name}"))
   # Renamed first: a concurrent mark is either in the folder now, or its writer does not find the
   # folder.
   for folder in workdir.glob(".del-step_*"):
@@ -119,15 +118,13 @@ def keep_last(workdir: str | Path, count: int) -> list[Path]:
       shutil.rmtree(folder)
     elif not whole.exists():
       folder.rename(whole)
-  return [folder for folder in deleted if not folder.exists()]
 
 
 def remedy(folder: Path) -> str:
   """Advice that ends a message about a damaged checkpoint."""
   advice = "restore the checkpoint from a copy, or convert or train it again"
   if _STEP.fullmatch(folder.name) and not is_kept(folder):
-    earlier = [step for step in all_steps(folder.parent) if step_of(step) < step_of(folder)]
-    if earlier:
+    if earlier := [s for s in all_steps(folder.parent) if step_of(s) < step_of(folder)]:
       advice += f"; if you remove {folder.name}, training resumes from {earlier[-1].name}"
   return advice
 

@@ -53,8 +53,7 @@ def save(
   if folder.exists() and not overwrite:
     raise FileExistsError(f"{folder} exists; choose another folder or pass overwrite=True")
   leaves = tree.flatten(params)
-  stacked = [path for path in leaves if tree.STACK in path.split("/")]
-  if stacked:
+  if stacked := [path for path in leaves if tree.STACK in path.split("/")]:
     raise ValueError(f"{stacked[0]} is stacked; a checkpoint is per layer (tree.unstack_layers)")
   if base is not None and Path(base).resolve().is_relative_to(folder.resolve()):
     raise ValueError(f"{folder} would replace its own base {base}; choose another folder")

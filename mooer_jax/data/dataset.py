@@ -27,8 +27,7 @@ def train_batches(
   model: SpeechLLMConfig,
   *,
   cache: EncodedCache | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  process: tuple[int, int] = (0, 1),
 ) -> "Batches":
   """Endless stream of HostBatch, epoch after epoch in new orders; every batch is full.
 
@@ -39,7 +38,7 @@ def train_batches(
     config: shards, batches and limits.
     tokenizer, model: of the speech LLM; the model determines features, template and prompts.
     cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
-    process_index, process_count: this process (host); each reads every process_count-th shard.
+    process: index of this process (host) and their number n; each reads every n-th shard.
 
   Returns:
     A dataset that knows its shapes. Its iterator has get_state() and set_state(), whose states are
@@ -49,7 +48,6 @@ def train_batches(
     FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, or tasks
       for which the model has no prompt.
   """
-  process = (process_index, process_count)
   return _pipeline(config, tokenizer, model, endless=True, process=process, cache=cache)
 
 
@@ -58,8 +56,7 @@ def eval_batches(
   tokenizer: Tokenizer,
   model: SpeechLLMConfig,
   *,
-  process_index: int = 0,
-  process_count: int = 1,
+  process: tuple[int, int] = (0, 1),
 ) -> "Batches":
   """One pass over the utterances in the order of the shards; the last batch has padding rows.
 
@@ -68,7 +65,6 @@ def eval_batches(
 
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
-  process = (process_index, process_count)
   return _pipeline(config, tokenizer, model, endless=False, process=process)
 
 

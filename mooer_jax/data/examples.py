@@ -37,7 +37,7 @@ class PromptSampler:
   """
 
   def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):
-    """Tokenizes every prompt that takes no question.
+    """Tokenizes every prompt once, to check and measure it.
 
     Raises:
       ValueError: for a task without a prompt, a prompt that does not have exactly one place for
@@ -55,18 +55,15 @@ class PromptSampler:
     self._prompts = {task: sampled.get(task, (own[task],)) for task in self.tasks}
     said = json.dumps([model.chat_template, self._prompts], sort_keys=True)
     self.checksum = zlib.crc32(said.encode())
-    self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     prompts = {prompt for prompts in self._prompts.values() for prompt in prompts}
     sides = [self._measure(prompt) for prompt in prompts]
     self.lengths = max((p for p, _ in sides), default=0), max((s for _, s in sides), default=0)
 
   def _measure(self, prompt: str) -> tuple[int, int]:
-    """Padded lengths of a prompt's sides; keeps the tokens if it takes no question."""
+    """Padded lengths of a prompt's sides."""
     takes_question = QUESTION in prompt
     tokens = self._encode(prompt, "?" if takes_question else "")
-    if not takes_question:
-      self._tokens[prompt] = tokens
-    elif not self._config.prompt_tokens:
+    if takes_question and not self._config.prompt_tokens:
       raise ValueError(
         f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
         " prompts with one are padded to"
@@ -93,8 +90,8 @@ class PromptSampler:
     prompts = self._prompts[task]
     uniform = _uniform("prompt", self._config.seed, reading, raw.key)
     prompt = prompts[int(len(prompts) * uniform)]
-    if prompt in self._tokens:
-      return (task, *self._tokens[prompt])
+    if QUESTION not in prompt:
+      return (task, *self._encode(prompt, ""))
     if not raw.question:
       return raw.skip("no question", f"the prompt of {task!r} takes one")
     try:

@@ -110,7 +110,7 @@ def pack(
   clips, left_out = read_clips(wav_scp, text, segments)
   joined_words = 0
   if normalise_text:
-    normalised = [_normalise(clip.text) for clip in clips]
+    normalised = [normalise(clip.text) for clip in clips]
     joined_words = sum(lost > 0 for _, lost in normalised)
     clips = [dataclasses.replace(c, text=t) for c, (t, _) in zip(clips, normalised, strict=True)]
   if shuffle_seed is not None:
@@ -152,17 +152,12 @@ def _partial_folder(out: Path):
       shutil.rmtree(beside, ignore_errors=True)
 
 
-def normalise(text: str) -> str:
-  """MooER's form of an ASR transcript.
+def normalise(text: str) -> tuple[str, int]:
+  """MooER's form of an ASR transcript, and the number of spaces between words that it lost.
 
   Unicode NFC; Latin letters, also with marks, in upper case; "▁" for the space between two of
   them; no other white space, no byte order mark.
   """
-  return _normalise(text)[0]
-
-
-def _normalise(text: str) -> tuple[str, int]:
-  """The normalised text, and the number of spaces between words that it lost."""
   text = unicodedata.normalize("NFC", text.replace("\ufeff", ""))
   text = _BETWEEN_LATIN.sub(SPACE, " ".join(text.split()))
   lost = len(_LOST_SPACE.findall(text))

@@ -103,8 +103,7 @@ def read_list(path: str | Path) -> list[str]:
   shards = [str(path.parent / line) for line in lines]
   if (most := collections.Counter(shards).most_common(1)[0])[1] > 1:
     raise ValueError(f"{path}: lists {most[0]} more than once; each utterance would repeat")
-  missing = [shard for shard in shards if not Path(shard).is_file()]
-  if missing:
+  if missing := [shard for shard in shards if not Path(shard).is_file()]:
     raise FileNotFoundError(
       f"{path}: {len(missing)} of {len(shards)} shards do not exist, first {missing[0]}"
     )

@@ -16,6 +16,7 @@ from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
+from mooer_jax.run.process import prepare_process
 
 
 @dataclasses.dataclass
@@ -42,7 +43,8 @@ class DecodingResults:
 def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded:
   """Loads a checkpoint with the sections `compute` and `generation` of a config.
 
-  `lora` contains lora_scale or merge_lora of `load_model`.
+  Enables the persistent compilation cache first. `lora` contains lora_scale or merge_lora of
+  `load_model`.
 
   Raises:
     ValueError: if the config has a mesh of several devices, and as `load_model`.
@@ -51,6 +53,7 @@ def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded
     given = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
     remedy = " ".join(f"--config.mesh.{name}=1" for name in axes)
     raise ValueError(f"{given}: evaluation runs on one device; set {remedy}")
+  prepare_process()
   return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation, **lora)
 
 

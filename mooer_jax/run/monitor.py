@@ -40,15 +40,13 @@ class SkippedLog:
 
   def add(self, step: int, skipped: Sequence[SkippedUtterance]) -> None:
     """Appends the utterances that are new."""
-    new = {(s.shard, s.key, s.cause): s for s in skipped}
-    new = {name: s for name, s in new.items() if name not in self.names}
-    if not new:
-      return
-    self.names |= new.keys()
-    with self.path.open("a", encoding="utf-8") as file:
-      for utterance in new.values():
+    for utterance in skipped:
+      name = (utterance.shard, utterance.key, utterance.cause)
+      if name not in self.names:
+        self.names.add(name)
         line = {"step": step, **dataclasses.asdict(utterance)}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+          file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 class Monitor:

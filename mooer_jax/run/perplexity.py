@@ -33,7 +33,6 @@ from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
-from mooer_jax.run.process import prepare_process
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.sharding import batch_sharding
 
@@ -57,7 +56,6 @@ def perplexity(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
   """
-  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
@@ -159,10 +157,9 @@ def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
     folder = checkpoint.find(path)
     of_run = folder in checkpoint.all_steps(folder.parent)
     return [(checkpoint.step_of(folder) if of_run else 0, folder)]
-  first = checkpoint.describe(folders[0], base=base)
+  origin = checkpoint.describe(folders[0], base=base).origin
   steps = [(checkpoint.step_of(folder), folder) for folder in folders]
-  whole = first.base is not None and "connector" in checkpoint.describe(first.base).config
-  return [(0, first.base), *steps] if whole and first.base else steps
+  return [(0, origin.folder), *steps] if origin and "connector" in origin.config else steps
 
 
 def _measure(

@@ -31,17 +31,14 @@ from mooer_jax.training.step import create, state_shardings
 CMVN_BATCHES = 32
 
 
-def initial_params(
-  run: Run, mesh, start_from: Path | None, *, exactly: bool, base: Path | None = None
-) -> dict:
+def initial_params(run: Run, mesh, *, resumed: Path | None, base: Path | None) -> dict:
   """Parameters with stacked layers on the mesh: from a checkpoint, or fresh.
 
   Args:
-    run, mesh: config, and mesh of the parameters.
-    start_from: checkpoint folder or None.
-    exactly: whether the model of the checkpoint must be identical. If not, prompts, limits and
-      dropout may differ, and LoRA that the checkpoint lacks starts fresh.
-    base: base checkpoint of that checkpoint.
+    run, mesh: config, and mesh of the parameters. From init_from, prompts, limits and dropout may
+      differ, and LoRA that it lacks starts fresh.
+    resumed: checkpoint to resume instead, whose model must be identical.
+    base: base checkpoint of `resumed`.
 
   Raises:
     ValueError: if the checkpoint holds another model, or frozen parameters would be random.
@@ -51,9 +48,9 @@ def initial_params(
   trained = tree.flatten(tree.partition(wanted, run.trainable)[0]).keys()
   dtype = run.model.compute.jnp_dtype
   have: dict = {}
-  if start_from is not None:
+  if start_from := resumed or run.init_from:
     saved = checkpoint.describe(start_from, base=base)
-    _check_same_model(saved.config, run.model, start_from, exactly=exactly)
+    _check_same_model(saved.config, run.model, start_from, exactly=bool(resumed))
     checkpoint.check_leaves(saved, _leaves_of(saved, run.model))
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
@@ -63,8 +60,7 @@ def initial_params(
   missing = tree.flatten(wanted).keys() - tree.flatten(have).keys()
   if not missing:
     return have
-  random = sorted(p for p in missing if p not in trained and not p.startswith("frontend/"))
-  if random:
+  if random := sorted(p for p in missing - trained if not p.startswith("frontend/")):
     raise ValueError(
       f"{random[0]} and {len(random) - 1} others would be random and frozen: set init_from to a"
       " checkpoint that has them, or train them (config.trainable)"
@@ -182,11 +178,9 @@ def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:
   Raises:
     ValueError: if the config names none, or two that differ; for ids beyond the embedding table.
   """
-  made = saved = None
-  if run.tokenizer:
-    saved = Tokenizer.from_folder(run.tokenizer)
-  elif initial is not None:
-    saved = Tokenizer.from_folder(initial / "tokenizer")
+  folder = run.tokenizer or (initial and initial / "tokenizer")
+  saved = Tokenizer.from_folder(folder) if folder else None
+  made = None
   if run.characters and not run.tokenizer:
     made = Tokenizer.from_characters(run.characters, run.specials, eos=run.eos)
   if made and saved and made.vocabulary() != saved.vocabulary():

@@ -109,9 +109,7 @@ def _load(
       base = checkpoint.describe(resumed, base=base).base
   # Before minutes of loading, since it checks the data.
   dataset = train_batches(run.data, tokenizer, run.model)
-  params = initial_params(
-    run, mesh, resumed or run.init_from, exactly=bool(resumed), base=base if resumed else None
-  )
+  params = initial_params(run, mesh, resumed=resumed, base=base if resumed else None)
   if run.data.cache_features:
     cache = fill_cache(run, params, mesh)
     dataset = train_batches(run.data, tokenizer, run.model, cache=cache)

@@ -38,8 +38,7 @@ def test_latest_and_keep_last(tmp_path):
   (tmp_path / ".tmp-step_00000012").mkdir()
   (tmp_path / "plots").mkdir()
   assert checkpoint.latest(tmp_path).name == "step_00000010"
-  removed = checkpoint.keep_last(tmp_path, 2)
-  assert [p.name for p in removed] == ["step_00000002"]
+  checkpoint.keep_last(tmp_path, 2)
   assert names(tmp_path) == ["plots", "step_00000009", "step_00000010", "step_00000011"]
   with pytest.raises(ValueError, match="count=0"):
     checkpoint.keep_last(tmp_path, 0)
@@ -79,12 +78,13 @@ def test_a_step_that_lost_a_file_is_not_passed_over(run):
 def test_the_base_of_a_fine_tune_is_kept(run, tmp_path):
   base = checkpoint.step_folder(run, 1)
   tuned = save(tmp_path / "tuned", {"w": np.float32(7)}, base=base)
-  assert [path.name for path in checkpoint.keep_last(run, 1)] == ["step_00000002"]
+  checkpoint.keep_last(run, 1)
   assert names(run) == ["step_00000001", "step_00000003"]
   assert checkpoint.load(tuned).base == base
-  checkpoint.verify(base)
+  assert not checkpoint.find_damage(base)
   shutil.rmtree(base / "kept_by")  # as documented
-  assert checkpoint.keep_last(run, 1) == [base]
+  checkpoint.keep_last(run, 1)
+  assert names(run) == ["step_00000003"]
 
 
 def test_a_base_is_kept_from_the_start_of_a_fine_tune(run, tmp_path):
@@ -124,7 +124,7 @@ def test_a_fine_tune_that_starts_while_its_base_is_deleted(run, tmp_path, monkey
   assert all(str(base) in line and "was deleted" in line for line in refused)
   assert names(run) == ["step_00000001"] * base.exists() + ["step_00000003"]
   if base.exists():
-    checkpoint.verify(base)
+    assert not checkpoint.find_damage(base)
 
 
 def test_an_interrupted_deletion_is_finished(run, monkeypatch):

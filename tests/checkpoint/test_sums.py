@@ -75,8 +75,6 @@ def test_each_damaged_file_is_found(saved, tmp_path, how):
       continue  # the next test
     (line,) = checkpoint.find_damage(folder)
     assert line.startswith(f"{folder / name} ") and "\n" not in line
-    with pytest.raises(CheckpointError, match="restore the checkpoint"):
-      checkpoint.verify(folder)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["sums", "no-sums"])

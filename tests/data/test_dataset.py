@@ -187,7 +187,7 @@ def test_worker_processes_give_the_same_keys_and_restore(shards, wav, model_side
 def test_processes_share_the_shards(shards, take):
   for _ in range(4):
     shards.add(6)
-  parts = [set(_keys(take(shards.config(), 3, process_index=i, process_count=2))) for i in range(2)]
+  parts = [set(_keys(take(shards.config(), 3, process=(i, 2)))) for i in range(2)]
   assert not parts[0] & parts[1]
   assert parts[0] | parts[1] == set(shards.keys)
 
@@ -197,7 +197,7 @@ def test_too_few_shards_name_the_remedy(shards, model_side):
   with pytest.raises(ValueError, match="1 shards for 1 processes.*lower data.workers.*pack again"):
     train_batches(shards.config(workers=2), *model_side)
   with pytest.raises(ValueError, match="1 shards for 2 processes.*--per-shard"):
-    eval_batches(shards.config(), *model_side, process_count=2)
+    eval_batches(shards.config(), *model_side, process=(0, 2))
 
 
 def test_a_bucket_too_short_for_max_s_is_refused(shards, model_side):

@@ -26,10 +26,7 @@ def run(request: Request) -> Original:
     prompt_S = list(range(min(16, request.config.decoder.vocab_size)))
   else:
     prompt_S = request.tokenizer.encode(PROMPT)
-  stages = generate_greedily(
-    module, prompt_S, (), eos_id=request.eos_id, max_new_tokens=request.max_new_tokens
-  )
-  return Original([stages], prompt=(prompt_S, ()))
+  return Original([generate_greedily(request, module, prompt_S, ())], prompt=(prompt_S, ()))
 
 
 def state_of(source: Source, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -105,13 +102,12 @@ def with_lora(module, config: Any, state: State, *, origin: Path) -> Any:
 
 
 def generate_greedily(
+  request: Request,
   module,
   before_S: Sequence[int],
   after_S: Sequence[int],
   *,
   speech_SD: np.ndarray | None = None,
-  eos_id: int | None,
-  max_new_tokens: int,
 ) -> Stages:
   """Decodes greedily by transformers' generate, after a prompt around embeddings of speech.
 
@@ -122,10 +118,10 @@ def generate_greedily(
 
   embed = module.get_input_embeddings()
   options = GenerationConfig(
-    max_new_tokens=max_new_tokens,
+    max_new_tokens=request.max_new_tokens,
     do_sample=False,
-    eos_token_id=eos_id,
-    pad_token_id=0 if eos_id is None else eos_id,
+    eos_token_id=request.eos_id,
+    pad_token_id=request.eos_id or 0,
   )
   with torch.no_grad():
     parts = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mooer_jax.prompts import fill_template
+from mooer_jax.prompts import fill_template, task_prompt
 
 from ...core.errors import ConversionError
 from ...core.kind import Original, Request, Stages
@@ -13,23 +13,19 @@ from ...readers import open_source
 from .language_model import generate_greedily, load_llm, state_of, with_lora_of
 from .paraformer import run_sanm_encoder
 
+ENCODER, ADAPTER = "paraformer_encoder/paraformer-encoder.pth", "adapter_project.pt"
+
 
 def run(
-  request: Request,
-  *,
-  encoder: Path,
-  cmvn: Path,
-  adapter: Path,
-  llm: Path,
-  lora: Path | None,
-  prompt: str,
-  notes: Sequence[str] = (),
+  request: Request, task: str, *, llm: Path, lora: Path | None, notes: Sequence[str] = ()
 ) -> Original:
-  """Runs a release.
+  """Runs a task of a release.
 
   Tensors of an encoder in adapter_project.pt replace those in the file of the encoder, as the
   original loads one file after the other.
   """
+  encoder, adapter = request.src / ENCODER, request.src / task / ADAPTER
+  prompt = task_prompt(task, dict(request.config.prompts))
   tokenizer = request.tokenizer
   assert tokenizer is not None
   before_S, after_S = (
@@ -38,20 +34,13 @@ def run(
   if before_S:
     raise ConversionError(f"template {request.config.chat_template!r}: MooER's speech comes first")
   tuned = state_of(open_source(adapter), "encoder.model.")
-  clips = run_sanm_encoder(encoder, cmvn, request.waveforms, tuned=tuned)
+  clips = run_sanm_encoder(encoder, encoder.with_name("am.mvn"), request.waveforms, tuned=tuned)
   model = load_llm(llm)
   if lora is not None:
     model = with_lora_of(model, lora)
   for clip in clips:
     clip["adapter"] = run_adapter(adapter, clip)
-    clip |= generate_greedily(
-      model,
-      before_S,
-      after_S,
-      speech_SD=clip["adapter"],
-      eos_id=request.eos_id,
-      max_new_tokens=request.max_new_tokens,
-    )
+    clip |= generate_greedily(request, model, before_S, after_S, speech_SD=clip["adapter"])
   return Original(clips, prompt=(before_S, after_S), notes=tuple(notes))
 
 

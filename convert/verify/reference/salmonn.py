@@ -70,13 +70,7 @@ def run(request: Request) -> Original:
       prefix = f"{kind} " if len(kinds) > 1 else ""
       clip |= {f"{prefix}{stage}": x for stage, x in stages.items()}
     clip["adapter"] = run_qformer(source, frames, training)
-    clip |= generate_greedily(
-      model,
-      *theirs,
-      speech_SD=clip["adapter"],
-      eos_id=request.eos_id,
-      max_new_tokens=request.max_new_tokens,
-    )
+    clip |= generate_greedily(request, model, *theirs, speech_SD=clip["adapter"])
     clips.append(clip)
   return Original(
     clips, prompt=encode_prompt(tokenizer, fill_template(config.chat_template, prompt))

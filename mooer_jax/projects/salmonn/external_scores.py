@@ -91,8 +91,7 @@ def judged_share(
     (share, ""); (None, reason) if an answer is not judged or has changed since.
   """
   answered = [key for key in keys if key in hypotheses]
-  open_ = [key for key in answered if judgements.get(key, {}).get(field) is None]
-  if open_:
+  if open_ := [key for key in answered if judgements.get(key, {}).get(field) is None]:
     return None, (
       f"{field!r} is not judged for {len(open_)} of {len(answered)} answers, first {open_[0]}"
     )

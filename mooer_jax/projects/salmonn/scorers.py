@@ -66,9 +66,9 @@ class Row:
   Attributes:
     level: 1 trained, 2 untrained on speech, 3 untrained on audio.
     task: name of the prompt in SALMONN's prompt and annotation files.
-    file: the annotation file.
-    metrics: names; rates and scores are in %, accuracy is a fraction, diversity a number of words.
-    before, after: published scores without and with activation tuning.
+    stem: name of the annotation file without .json.
+    figures: (metric, published score without, with activation tuning); rates and scores are in %,
+      accuracy is a fraction, diversity a number of words.
     following: published following rates, without and with, if there are any.
     judged: fields of a judgement: "follows", "correct".
     external: whether the metrics are read from the scores of a public tool.
@@ -77,18 +77,28 @@ class Row:
   level: int
   name: str
   task: str
-  file: str
-  metrics: tuple[str, ...]
-  before: tuple[float, ...]
-  after: tuple[float, ...]
+  stem: str
   scorer: Callable[["Case"], Scored]
+  figures: tuple[tuple[str, float, float], ...]
   following: tuple[float, float] | None = None
   judged: tuple[str, ...] = ()
   external: bool = False
 
   @property
-  def stem(self) -> str:
-    return self.file.removesuffix(".json")
+  def metrics(self) -> list[str]:
+    return [metric for metric, *_ in self.figures]
+
+  @property
+  def file(self) -> str:
+    return f"{self.stem}.json"
+
+  @property
+  def scores_file(self) -> str:
+    return f"{self.stem}.scores.json"
+
+  @property
+  def judgements_file(self) -> str:
+    return f"{self.stem}.judgements.json"
 
   @property
   def higher_is_better(self) -> bool:
@@ -125,8 +135,7 @@ class Case:
   def judged(self, field: str) -> tuple[float | None, str]:
     """(share of the entries that were judged true or None, reason for None)."""
     if self.judgements is None:
-      file = f"{self.row.stem}.judgements.json"
-      return None, f"{field!r} needs {file}; fill in the form in to_judge/"
+      return None, f"{field!r} needs {self.row.judgements_file}; fill in the form in to_judge/"
     return judged_share(self.judgements, field, [*self.entries], hypotheses=self.hypotheses)
 
   def following(self) -> tuple[float | None, str]:
@@ -176,12 +185,11 @@ def music_description(case: Case) -> Scored:
 
 
 def from_tool(case: Case) -> Scored:
-  file = f"{case.row.stem}.scores.json"
   if case.scores is None:
-    note = f"score the answers with aac-metrics and write {file}"
+    note = f"score the answers with aac-metrics and write {case.row.scores_file}"
     return Scored((None,) * len(case.row.metrics), notes=(note,))
   values = tuple(100 * case.scores[name] for name in case.row.metrics)
-  return Scored(values, notes=(f"read from {file}",))
+  return Scored(values, notes=(f"read from {case.row.scores_file}",))
 
 
 def class_accuracy(case: Case, forms: Mapping[str, Sequence[str]]) -> Scored:

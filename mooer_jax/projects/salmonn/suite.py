@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +21,6 @@ from mooer_jax.projects.salmonn.scorers import Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
-from mooer_jax.run.process import prepare_process
 
 
 def run_suite(
@@ -109,7 +108,7 @@ def _hypotheses(out: Path, row: Row, source: Mapping[str, str]) -> dict[str, str
         " folder"
       )
     return read_text(text)
-  for given in _given(out, row):
+  for given in (out / row.scores_file, out / row.judgements_file):
     if given.is_file():
       raise ValueError(f"{given}: belongs to answers that no longer exist; remove the file")
   return None
@@ -130,19 +129,8 @@ def _keep(out: Path, row: Row, source, *, entries, answers) -> dict[str, str]:
   return read_text(text)
 
 
-class _Given(NamedTuple):
-  """Files of scores and judgements, whether they exist or not."""
-
-  scores: Path
-  judgements: Path
-
-
-def _given(out: Path, row: Row) -> _Given:
-  return _Given(out / f"{row.stem}.scores.json", out / f"{row.stem}.judgements.json")
-
-
 def _external(out: Path, row: Row) -> dict[str, Any]:
-  scores, judgements = _given(out, row)
+  scores, judgements = out / row.scores_file, out / row.judgements_file
   found: dict[str, Any] = {}
   if row.external and scores.is_file():
     found["scores"] = read_scores(scores, row.metrics)
@@ -154,8 +142,8 @@ def _external(out: Path, row: Row) -> dict[str, Any]:
 def _unknown(annotations: Path, out: Path) -> list[str]:
   """Names of .json files that are not read, with a hint for misplaced ones."""
   listed = {row.file for row in ROWS}
-  given = {_given(out, row).scores.name for row in ROWS if row.external}
-  given |= {_given(out, row).judgements.name for row in ROWS if row.judged}
+  given = {row.scores_file for row in ROWS if row.external}
+  given |= {row.judgements_file for row in ROWS if row.judged}
   ours, found = {"suite.json", *given}, []
   if annotations.resolve() == out.resolve():
     ours |= listed
@@ -166,7 +154,7 @@ def _unknown(annotations: Path, out: Path) -> list[str]:
 
 
 def _report(out: Path, results: tasks.Results, *, unknown: list[str], identity: str):
-  scores = tasks.as_dict(ROWS, results)
+  scores = [tasks.as_dict(row, results[row.stem]) for row in ROWS]
   content = {"identity": identity, "unknown_files": unknown, "tasks": scores}
   write_json(out / "suite.json", content, allow_nan=False)
   text = io.StringIO()
@@ -180,7 +168,6 @@ def evaluate_suite(
   run: Run, path: str, annotations: str, *, base: str | None = None
 ) -> dict[str, Scored | str]:
   """Run `eval.py --suite=salmonn`: `run_suite` with arguments and errors of `evaluate.evaluate`."""
-  prepare_process()
   folder = checkpoint.find(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")
@@ -190,8 +177,7 @@ def evaluate_suite(
     return dataclasses.replace(options, shards=str(file), task="")
 
   def check(file: Path):
-    lacking = [n for n, e in enumerate(read_annotation(str(file))) if not e.get("task")]
-    if lacking:
+    if lacking := [n for n, e in enumerate(read_annotation(str(file))) if not e.get("task")]:
       raise ValueError(
         f"{file}: annotation[{lacking[0]}] and {len(lacking) - 1} others have no task; add the"
         ' field "task" to each'

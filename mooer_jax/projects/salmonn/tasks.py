@@ -56,51 +56,45 @@ def score_task(
   return dataclasses.replace(scored, count=len(entries), notes=tuple(notes))
 
 
-def _row(level, name, task, stem, scorer, *figures, **more) -> Row:
-  """A row; a figure is (metric, published score without, with activation tuning)."""
-  metrics, before, after = zip(*figures)
-  return Row(level, name, task, f"{stem}.json", metrics, before, after, scorer, **more)
-
-
 _JUDGED = ("follows", "correct")
 
 # Figures: SALMONN (arXiv 2310.13289), table 3.
 # fmt: off
 ROWS = (
-  _row(1, "ASR, LibriSpeech test-clean", "asr", "librispeech_test_clean", scorers.error_rate,
-       ("WER", 2.1, 2.1)),
-  _row(1, "ASR, LibriSpeech test-other", "asr", "librispeech_test_other", scorers.error_rate,
-       ("WER", 4.9, 4.9)),
-  _row(1, "ASR, GigaSpeech test", "asr", "gigaspeech_test", scorers.error_rate,
-       ("WER", 9.1, 10.0)),
-  _row(1, "En→Zh, CoVoST2", "translation_ec", "covost2_en_zh", scorers.translation,
-       ("BLEU4", 34.4, 33.1)),
-  _row(1, "audio captioning, AudioCaps", "audiocaption", "audiocaps", scorers.from_tool,
-       ("METEOR", 25.6, 24.0), ("SPIDEr", 47.6, 40.3), external=True),
-  _row(1, "phone recognition, LibriSpeech", "phone_recognition", "librispeech_phones",
-       scorers.phone_error_rate, ("PER", 4.2, 4.2)),
-  _row(1, "emotion recognition, IEMOCAP", "emotion_recognition", "iemocap",
-       scorers.emotion_accuracy, ("accuracy", 0.63, 0.69)),
-  _row(1, "music captioning, MusicCaps", "music_description", "musiccaps",
-       scorers.music_description, ("BLEU4", 3.5, 5.5), ("ROUGE-L", 22.1, 21.8)),
-  _row(1, "overlapped speech, LibriMix", "speech_separation", "librimix", scorers.error_rate,
-       ("WER", 20.7, 23.0)),
-  _row(1, "speaker verification, VoxCeleb1", "speaker_verification", "voxceleb1",
-       scorers.yes_no_accuracy, ("accuracy", 0.93, 0.94)),
-  _row(2, "En→De, CoVoST2", "translation_en2de", "covost2_en_de", scorers.translation,
-       ("BLEU4", 19.7, 18.6)),
-  _row(2, "En→Ja, CoVoST2", "translation_en2ja", "covost2_en_ja", scorers.translation,
-       ("BLEU4", 22.0, 22.7)),
-  _row(2, "keyword extraction, Inspec", "keywords", "inspec", scorers.keyword_accuracy,
-       ("accuracy", 0.30, 0.32)),
-  _row(2, "spoken question answering, WikiQA", "speech_query", "wikiqa", scorers.judged_accuracy,
-       ("accuracy", 0.19, 0.41), following=(0.29, 0.98), judged=_JUDGED),
-  _row(2, "slot filling, SLURP", "slot_filling", "slurp", scorers.slot_accuracy,
-       ("accuracy", 0.33, 0.41), following=(0.77, 0.99), judged=_JUDGED),
-  _row(3, "storytelling, AudioCaps", "audio_story_telling", "audiocaps_story", scorers.diversity,
-       ("diversity", 7.77, 82.57), following=(0.00, 1.00), judged=("follows",)),
-  _row(3, "speech-audio co-reasoning", "speech_audio_coreasoning", "sac", scorers.judged_accuracy,
-       ("accuracy", 0.02, 0.50), following=(0.04, 0.73), judged=_JUDGED),
+  Row(1, "ASR, LibriSpeech test-clean", "asr", "librispeech_test_clean", scorers.error_rate,
+      (("WER", 2.1, 2.1),)),
+  Row(1, "ASR, LibriSpeech test-other", "asr", "librispeech_test_other", scorers.error_rate,
+      (("WER", 4.9, 4.9),)),
+  Row(1, "ASR, GigaSpeech test", "asr", "gigaspeech_test", scorers.error_rate,
+      (("WER", 9.1, 10.0),)),
+  Row(1, "En→Zh, CoVoST2", "translation_ec", "covost2_en_zh", scorers.translation,
+      (("BLEU4", 34.4, 33.1),)),
+  Row(1, "audio captioning, AudioCaps", "audiocaption", "audiocaps", scorers.from_tool,
+      (("METEOR", 25.6, 24.0), ("SPIDEr", 47.6, 40.3)), external=True),
+  Row(1, "phone recognition, LibriSpeech", "phone_recognition", "librispeech_phones",
+      scorers.phone_error_rate, (("PER", 4.2, 4.2),)),
+  Row(1, "emotion recognition, IEMOCAP", "emotion_recognition", "iemocap",
+      scorers.emotion_accuracy, (("accuracy", 0.63, 0.69),)),
+  Row(1, "music captioning, MusicCaps", "music_description", "musiccaps",
+      scorers.music_description, (("BLEU4", 3.5, 5.5), ("ROUGE-L", 22.1, 21.8))),
+  Row(1, "overlapped speech, LibriMix", "speech_separation", "librimix", scorers.error_rate,
+      (("WER", 20.7, 23.0),)),
+  Row(1, "speaker verification, VoxCeleb1", "speaker_verification", "voxceleb1",
+      scorers.yes_no_accuracy, (("accuracy", 0.93, 0.94),)),
+  Row(2, "En→De, CoVoST2", "translation_en2de", "covost2_en_de", scorers.translation,
+      (("BLEU4", 19.7, 18.6),)),
+  Row(2, "En→Ja, CoVoST2", "translation_en2ja", "covost2_en_ja", scorers.translation,
+      (("BLEU4", 22.0, 22.7),)),
+  Row(2, "keyword extraction, Inspec", "keywords", "inspec", scorers.keyword_accuracy,
+      (("accuracy", 0.30, 0.32),)),
+  Row(2, "spoken question answering, WikiQA", "speech_query", "wikiqa", scorers.judged_accuracy,
+      (("accuracy", 0.19, 0.41),), following=(0.29, 0.98), judged=_JUDGED),
+  Row(2, "slot filling, SLURP", "slot_filling", "slurp", scorers.slot_accuracy,
+      (("accuracy", 0.33, 0.41),), following=(0.77, 0.99), judged=_JUDGED),
+  Row(3, "storytelling, AudioCaps", "audio_story_telling", "audiocaps_story", scorers.diversity,
+      (("diversity", 7.77, 82.57),), following=(0.00, 1.00), judged=("follows",)),
+  Row(3, "speech-audio co-reasoning", "speech_audio_coreasoning", "sac", scorers.judged_accuracy,
+      (("accuracy", 0.02, 0.50),), following=(0.04, 0.73), judged=_JUDGED),
 )
 # fmt: on
 
@@ -133,19 +127,15 @@ def notes(rows: Sequence[Row], results: Results) -> list[str]:
   ]
 
 
-def as_dict(rows: Sequence[Row], results: Results) -> list[dict[str, Any]]:
-  """Return the table as JSON values; missing values are null."""
-  return [_row_dict(row, results[row.stem]) for row in rows]
-
-
-def _row_dict(row: Row, result: Scored | str) -> dict[str, Any]:
+def as_dict(row: Row, result: Scored | str) -> dict[str, Any]:
+  """Return a row of the table as JSON values; missing values are null."""
   scored = result if isinstance(result, Scored) else None
   values = scored.values if scored else (None,) * len(row.metrics)
 
   def beside(measured, before, after):
     return {"measured": measured, "published": before, "activation_tuned": after}
 
-  figures = zip(row.metrics, values, row.before, row.after, strict=True)
+  figures = zip(row.figures, values, strict=True)
   followed = scored.following_rate if scored else None
   return {
     "name": row.name,
@@ -155,15 +145,15 @@ def _row_dict(row: Row, result: Scored | str) -> dict[str, Any]:
     "not_run": None if scored else result,
     "count": scored.count if scored else None,
     "higher_is_better": row.higher_is_better,
-    "metrics": {metric: beside(*numbers) for metric, *numbers in figures},
+    "metrics": {metric: beside(value, *published) for (metric, *published), value in figures},
     "following_rate": beside(followed, *row.following) if row.following else None,
     "notes": list(scored.notes) if scored else [],
   }
 
 
 def _lines(row: Row, result: Scored | str) -> Iterator[tuple[str, ...]]:
-  before, after = row.following or (None, None)
-  for i, metric in enumerate(row.metrics):
+  following = row.following or (None, None)
+  for i, (metric, *published) in enumerate(row.figures):
 
     def shown(value: float | None, rate: float | None, metric=metric) -> str:
       decimals = 2 if metric in ("accuracy", "diversity") else 1
@@ -175,4 +165,4 @@ def _lines(row: Row, result: Scored | str) -> Iterator[tuple[str, ...]]:
       count, measured = f"{result.count:,}", shown(result.values[i], result.following_rate)
     first = (str(row.level), row.name) if i == 0 else ("", "")
     about = f"{metric} {'↑' if row.higher_is_better else '↓'}{' (following)' * bool(row.following)}"
-    yield *first, about, count, measured, shown(row.before[i], before), shown(row.after[i], after)
+    yield *first, about, count, measured, *map(shown, published, following)

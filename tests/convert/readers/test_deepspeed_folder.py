@@ -33,7 +33,7 @@ def _model(seed=0):
 def test_weights_come_back_whole_and_in_float32(tmp_path, stage, ranks):
   params = _model()
   source = open_source(write_zero(tmp_path, stage, ranks, params))
-  assert set(source.tensors) == {*params, "rotary.inv_freq"} and source.exact
+  assert set(source.tensors) == {*params, "rotary.inv_freq"}
   for name, value in params.items():
     assert source.tensors[name].shape == tuple(value.shape)
     np.testing.assert_array_equal(source.read(name), value.numpy(), err_msg=name)
@@ -140,7 +140,7 @@ def test_the_model_file_of_stage_2_can_be_read_by_itself(tmp_path):
   params = _model()
   write_zero(tmp_path, 2, 2, params)
   source = open_source(tmp_path / "global_step20" / "mp_rank_00_model_states.pt")
-  assert source.part == "module"
+  assert "opened the part 'module'" in source.notes[0]
   assert source.read("scale").itemsize == 2
 
 

@@ -29,12 +29,11 @@ def test_the_suite_is_the_published_one():
   assert len({row.task for row in ROWS}) == 15 and len(ROWS) == len(ROW) == 17
   assert [sum(row.level == n for row in ROWS) for n in (1, 2, 3)] == [10, 5, 2]
   for row in ROWS:
-    assert len(row.metrics) == len(row.before) == len(row.after)
     assert row.higher_is_better == (row.scorer not in (error_rate, phone_error_rate))
-  assert [(r.before, r.after) for r in ROWS if r.task == "asr"] == [
-    ((2.1,), (2.1,)),
-    ((4.9,), (4.9,)),
-    ((9.1,), (10.0,)),
+  assert [row.figures for row in ROWS if row.task == "asr"] == [
+    (("WER", 2.1, 2.1),),
+    (("WER", 4.9, 4.9),),
+    (("WER", 9.1, 10.0),),
   ]
   assert ROW["sac"].following == (0.04, 0.73)
 
@@ -51,7 +50,7 @@ def test_the_documentation_names_every_file_task_and_figure(repo_root):
       "; ".join(
         f"{without:.2f}, {tuned:.2f}" if metric in ("accuracy", "diversity")
         else f"{without}, {tuned}"
-        for metric, without, tuned in zip(row.metrics, row.before, row.after)
+        for metric, without, tuned in row.figures
       ),
     )
     for row in ROWS
@@ -232,7 +231,7 @@ def test_measured_stands_beside_published():
 
 def test_notes_and_json_hold_the_reasons():
   assert notes(ROWS, RESULTS) == ["ASR, LibriSpeech test-clean: lower [case]"]
-  rows = {row["file"]: row for row in json.loads(json.dumps(as_dict(ROWS, RESULTS)))}
+  rows = {row.file: json.loads(json.dumps(as_dict(row, RESULTS[row.stem]))) for row in ROWS}
   assert rows["audiocaps.json"]["metrics"]["SPIDEr"] == {
     "measured": None,
     "published": 47.6,
