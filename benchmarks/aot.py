@@ -31,8 +31,8 @@ from mooer_jax import tree
 from mooer_jax.data.batches import Batcher
 from mooer_jax.run.config import Run
 from mooer_jax.run.process import run_program
+from mooer_jax.sharding import make_mesh
 from mooer_jax.training.program import abstract_state, jitted_step
-from mooer_jax.training.sharding import make_mesh
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
@@ -41,7 +41,13 @@ _PROMPT = flags.DEFINE_integer(
   "prompt_tokens", None, "text tokens in the prompt; default: an estimate for the longest"
 )
 
-SOURCES = (*MODEL, "benchmarks/aot.py", "benchmarks/flops.py", "mooer_jax/training")
+SOURCES = (
+  *MODEL,
+  "benchmarks/aot.py",
+  "benchmarks/flops.py",
+  "mooer_jax/sharding.py",
+  "mooer_jax/training",
+)
 GIB = 2**30
 # Memory of one chip in GiB, of which the compiler reserves a little.
 HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32, "TPU v6 lite": 32}

@@ -34,8 +34,8 @@ from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
 from mooer_jax.run.process import prepare_process
+from mooer_jax.sharding import batch_sharding
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.sharding import batch_sharding
 
 
 def perplexity(

@@ -27,9 +27,9 @@ from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.sharding import make_mesh
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.program import abstract_state, jitted_step
-from mooer_jax.training.sharding import make_mesh
 from tests.benchmarks import flops_by_hand
 
 ROWS, FRAMES, PROMPT, ANSWER = 48, 50, 7, 9

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import model_config
-from mooer_jax.training.sharding import (
+from mooer_jax.sharding import (
   batch_sharding,
   make_mesh,
   param_shardings,
