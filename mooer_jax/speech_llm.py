@@ -7,6 +7,7 @@ Every function takes the whole parameter tree and the config; there is no state.
 
 import bisect
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -51,6 +52,27 @@ class Batch:
   labels_BS: Array
   task_B: Array | None = None
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+  """Append padding rows, up to a number of rows that is divisible by `multiple`."""
+  rows = batch.frames[0].shape[0]
+  if not (more := -rows % multiple):
+    return batch
+
+  def pad(x, value):
+    xp = np if isinstance(x, np.ndarray) else jnp
+    return xp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
+
+  return dataclasses.replace(
+    batch,
+    features=tuple(pad(x, 0) for x in batch.features),
+    frames=tuple(pad(frames_B, 0) for frames_B in batch.frames),
+    prefix_BS=pad(batch.prefix_BS, -1),
+    suffix_BS=pad(batch.suffix_BS, -1),
+    labels_BS=pad(batch.labels_BS, -1),
+    task_B=None if batch.task_B is None else pad(batch.task_B, -1),
+  )
 
 
 def num_speech_tokens(samples: int, config: SpeechLLMConfig) -> int:

@@ -5,22 +5,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.sharding import check_mesh, param_shardings
 from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
-  """A model that was loaded for decoding: per-layer params; options with the eos ids."""
+  """A model that was loaded for decoding: per-layer params; options with the eos ids.
+
+  The params are on `mesh`, or, if that is None, on one device.
+  """
 
   params: dict
   model: SpeechLLMConfig
   tokenizer: Tokenizer
   generation: GenerationConfig
+  mesh: jax.sharding.Mesh | None = None
 
 
 def merge_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationConfig:
@@ -35,6 +42,7 @@ def load_model(
   *,
   base_checkpoint: str | Path | None = None,
   generation: Mapping[str, Any] | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
@@ -43,11 +51,13 @@ def load_model(
     compute: how the model runs; its dtype is that of the weight matrices.
     base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
     generation: options that override those of the checkpoint.
+    mesh: from `make_mesh`; each device reads its own part of the weights. Default: one device.
 
   Raises:
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
-      that is unknown or out of range.
+      that is unknown or out of range; for a mesh whose sizes do not divide the weights.
   """
+  check_mesh(mesh)
   if not isinstance(path, (str, Path)):
     raise ValueError(f"checkpoint={path!r} ({type(path).__name__}): must be the path of a folder")
   check_backend(compute.attention)
@@ -60,7 +70,8 @@ def load_model(
     )
   model = from_json(about.config, compute, path=about.folder / "config.json")
   checkpoint.check_leaves(about, param_shapes(model))
-  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
+  shardings = None if mesh is None else param_shardings(mesh, about.params)
+  loaded = checkpoint.load(folder, shardings=shardings, dtype=compute.dtype, base=base_checkpoint)
   try:
     merge_options(loaded.generation, {})
   except ValueError as error:
@@ -69,4 +80,4 @@ def load_model(
   options.check_effect(generation or {})
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,))
-  return Loaded(loaded.params, model, tokenizer, options)
+  return Loaded(loaded.params, model, tokenizer, options, mesh)

@@ -15,6 +15,7 @@ from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
+from mooer_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass
@@ -39,16 +40,18 @@ class DecodingResults:
 
 
 def load(run: Run, folder: Path, base: str | None = None) -> Loaded:
-  """Loads a checkpoint with the sections `compute` and `generation` of a config.
+  """Loads a checkpoint with the sections `compute`, `generation` and `mesh` of a config.
 
   Raises:
-    ValueError: if the config has a mesh of several devices, and as `load_model`.
+    ValueError: for a mesh that does not fit the devices or the model; in one of several processes;
+      and as `load_model`.
   """
-  if axes := {name: size for name, size in dataclasses.asdict(run.mesh).items() if size > 1}:
-    given = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
-    remedy = " ".join(f"--config.mesh.{name}=1" for name in axes)
-    raise ValueError(f"{given}: evaluation runs on one device; set {remedy}")
-  return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation)
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"{jax.process_count()} processes: this version decodes in one process, on all its devices"
+    )
+  mesh = make_mesh(**dataclasses.asdict(run.mesh))
+  return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation, mesh=mesh)
 
 
 def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
@@ -118,7 +121,13 @@ def decode_set(run: Run, options: EvalConfig, loaded: Loaded) -> DecodingResults
   batches = ((host, host.batch) for host in hosts)
   key, scale = jax.random.key(run.seed), options.lora_scale
   outputs = decode_batches(
-    loaded.params, batches, loaded.model, loaded.generation, key=key, lora_scale=scale
+    loaded.params,
+    batches,
+    loaded.model,
+    loaded.generation,
+    key=key,
+    lora_scale=scale,
+    mesh=loaded.mesh,
   )
   progress = Progress(console=Console(stderr=True))
   with contextlib.closing(hosts), contextlib.closing(outputs), progress:
