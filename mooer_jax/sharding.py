@@ -170,34 +170,36 @@ def row_parts(mesh: Mesh | None) -> int:
   return 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
 
 
-def constrain_rows(arrays: T, mesh: Mesh | None, *, last_axis: str | None = None) -> T:
+def constrain_rows(arrays: T, mesh: Mesh | None) -> T:
   """Constrain the rows of all arrays in a pytree as in `batch_sharding`, inside `jit`.
 
-  Scalars are replicated; without a mesh, nothing happens. `last_axis` is the mesh axis that splits
-  the last axis of the arrays.
+  Scalars are replicated. Without a mesh, nothing is constrained.
   """
   if mesh is None:
     return arrays
-
-  def constrain(x):
-    inner = [None] * (x.ndim - 2)
-    spec = P((DATA, FSDP), *inner, last_axis) if x.ndim > 1 else P((DATA, FSDP)) if x.ndim else P()
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-  return jax.tree.map(constrain, arrays)
+  shardings = jax.tree.map(lambda x: _by_rows(x, mesh), arrays)
+  return jax.lax.with_sharding_constraint(arrays, shardings)
 
 
-def constrain_cache(cache: KVCache, kv_heads: int, mesh: Mesh | None) -> KVCache:
-  """Constrain the rows of a KV cache as those of a batch, and its heads to `tensor`.
+def cache_shardings(cache: KVCache, kv_heads: int, mesh: Mesh) -> KVCache:
+  """`NamedSharding`s of a KV cache: rows are split as those of a batch, heads over `tensor`.
 
   If `kv_heads` is not divisible by the size of `tensor`, keys and values are replicated over it.
   """
+  heads = TENSOR if kv_heads % mesh.shape[TENSOR] == 0 else None
+  layers = jax.tree.map(lambda x: NamedSharding(mesh, P((DATA, FSDP), None, heads)), cache.layers)
+  return dataclasses.replace(jax.tree.map(lambda x: _by_rows(x, mesh), cache), layers=layers)
+
+
+def constrain_cache(cache: KVCache, kv_heads: int, mesh: Mesh | None) -> KVCache:
+  """Constrain a KV cache as in `cache_shardings`, inside `jit`; without a mesh, it is unchanged."""
   if mesh is None:
     return cache
-  heads = TENSOR if kv_heads % mesh.shape[TENSOR] == 0 else None
-  layers = constrain_rows(cache.layers, mesh, last_axis=heads)
-  rest = constrain_rows(dataclasses.replace(cache, layers=()), mesh)
-  return dataclasses.replace(rest, layers=layers)
+  return jax.lax.with_sharding_constraint(cache, cache_shardings(cache, kv_heads, mesh))
+
+
+def _by_rows(x, mesh: Mesh) -> NamedSharding:
+  return batch_sharding(mesh) if x.ndim else NamedSharding(mesh, P())
 
 
 def _fit(mesh, path, shape, *, spec, fsdp_min_size) -> P:

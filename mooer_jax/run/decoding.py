@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mooer_jax import checkpoint
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
@@ -62,9 +64,19 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
       tasks for which it has no prompt.
   """
   options.require_shards()
-  model, buckets = loaded.model, run.data.buckets
+  model = loaded.model
   if options.lora_scale is not None and not model.decoder.lora_rank:
     raise ValueError(f"eval.lora_scale={options.lora_scale:g} has no effect: the model has no LoRA")
+  return eval_batches(eval_data(run, options, model), loaded.tokenizer, model)
+
+
+def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
+  """The data config of a test set: that of the run, with the clip limits of evaluation.
+
+  Raises:
+    ValueError: if eval.max_s exceeds the limit of the model.
+  """
+  buckets = run.data.buckets
   longest_s = options.max_s or model.max_audio_s
   if longest_s > model.max_audio_s:
     raise ValueError(
@@ -72,7 +84,7 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
     )
   longest_s = max(longest_s, model.min_audio_s)
   longest = model.frontends[0].num_frames(int(longest_s * model.sample_rate_hz))
-  data = dataclasses.replace(
+  return dataclasses.replace(
     run.data,
     shards=options.shards,
     batch_size=options.batch_size,
@@ -87,7 +99,6 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
     max_s=longest_s,
     buckets=(*buckets, longest) if longest > buckets[-1] else buckets,
   )
-  return eval_batches(data, loaded.tokenizer, model)
 
 
 def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
