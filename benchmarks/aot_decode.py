@@ -137,14 +137,14 @@ def step_bytes(
   of_cache = sum(jax.tree.leaves(jax.tree.map(_shard_bytes, cache.layers, shardings.layers)))
   read = of_weights + of_cache
   found = {
-    "weights_gb_per_chip": round(of_weights / GIB, 4),
-    "cache_gb_per_chip": round(of_cache / GIB, 4),
-    "read_gb_per_chip": round(read / GIB, 4),
+    "weights_bytes_per_chip": of_weights,
+    "cache_bytes_per_chip": of_cache,
+    "read_bytes_per_chip": read,
     "read_means": (
-      "the chip's shards of the decoder's weights and of the filled cache, once, in 2**30 bytes;"
-      " activations, and shards that fsdp gathers, are not counted"
+      "the chip's shards of the decoder's weights and of the filled cache, once; activations, and"
+      " shards that fsdp gathers, are not counted"
     ),
-    "read_gb_per_token": round(read * mesh.size / rows / GIB, 4),
+    "read_bytes_per_token": read * mesh.size // rows,
     "read_per_token_means": "of all chips, for one token of one clip, all its beams included",
   }
   if kind in MEMORY:
@@ -169,9 +169,9 @@ def table(result: dict) -> Table:
     rows.add_row(f"memory: {name}", f"{value:.3f} GiB")
   rows.add_row("memory of a chip", f"{result['hbm_of_chip_gb']} GiB")
   step = result["decode_step"]
-  rows.add_row("a step reads: weights", f"{step['weights_gb_per_chip']:.3f} GiB")
-  rows.add_row("a step reads: full cache", f"{step['cache_gb_per_chip']:.3f} GiB")
-  rows.add_row("read per token, all chips", f"{step['read_gb_per_token']:.3f} GiB")
+  rows.add_row("a step reads: weights", f"{step['weights_bytes_per_chip'] / GIB:.3f} GiB")
+  rows.add_row("a step reads: full cache", f"{step['cache_bytes_per_chip'] / GIB:.3f} GiB")
+  rows.add_row("read per token, all chips", f"{step['read_bytes_per_token'] / GIB:.3f} GiB")
   if "bandwidth_of_chip_gb_per_s" in step:
     rows.add_row("memory bandwidth of a chip", f"{step['bandwidth_of_chip_gb_per_s']} GB/s")
     rows.add_row("a step takes at least", f"{step['ms_per_step_at_full_bandwidth']:.2f} ms")
