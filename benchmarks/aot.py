@@ -1,64 +1,52 @@
-"""Memory, FLOPs and compile time of a training config on TPU chips, computed on a CPU machine.
+"""Memory, FLOPs and compile time of a config's programs on TPU chips, computed on a CPU machine.
 
   python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4 --json out/aot.json
   python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
+  python -m benchmarks.aot --program=decode --config=configs/mooer_7b.py --topology=v5e:2x2 \\
+    --config.mesh.fsdp=1 --config.mesh.tensor=4 --num_beams=4
 
 The compiler for TPUs comes with the package libtpu (Linux on x86_64); no chip is used.
-`--config.key=value` overrides values of the config, as for train.py.
+`--config.key=value` overrides values of the config, as for train.py and eval.py.
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 
-# Otherwise libtpu queries a cloud server for the chips of this machine, which takes seconds.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# It also locks the chips for one process, but there are none.
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ["JAX_PLATFORMS"] = "cpu"
+from benchmarks.chips import MEMORY, memory_of, topology_devices  # isort: skip  (before jax)
 
-import jax
-from absl import flags
-from jax.experimental import topologies
+from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import flops
+from benchmarks import aot_decode, flops
 from benchmarks.provenance import MODEL, versions, write_result
 from mooer_jax import tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.batches import Batcher
 from mooer_jax.run.config import Run
 from mooer_jax.run.process import run_program
+from mooer_jax.sharding import make_mesh
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.program import abstract_state, jitted_step
-from mooer_jax.training.sharding import make_mesh
 
+_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode"], "train step, or generation")
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
 _JSON = flags.DEFINE_string("json", None, "file to write")
 _PROMPT = flags.DEFINE_integer(
   "prompt_tokens", None, "text tokens in the prompt; default: an estimate for the longest"
 )
+_NUM_BEAMS = flags.DEFINE_integer(
+  "num_beams", None, "number of beams of --program=decode; default: generation.num_beams"
+)
 
-SOURCES = (*MODEL, "benchmarks/aot.py", "benchmarks/flops.py", "mooer_jax/training")
-GIB = 2**30
-# Memory of one chip in GiB, of which the compiler reserves a little.
-HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v4": 32, "TPU v6 lite": 32}
-
-
-def topology_devices(name: str):
-  """Return the chips of a named topology, such as "v5e:4x4"."""
-  try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-  except jax.errors.JaxRuntimeError as error:
-    if "INVALID_ARGUMENT" not in str(error):
-      raise
-    raise ValueError(
-      f"--topology={name}: {error}. Names are KIND:SHAPE, as in v5e:4x4, v6e:2x2, v5p:8x8x8"
-    ) from error
+SOURCES = (*MODEL, "benchmarks/aot.py", "benchmarks/chips.py", "mooer_jax/sharding.py")
+SOURCES_OF = {
+  "train": (*SOURCES, "benchmarks/flops.py", "mooer_jax/training"),
+  "decode": (*SOURCES, "benchmarks/aot_decode.py", "mooer_jax/generation"),
+}
 
 
 def prompt_tokens(run: Run) -> int:
@@ -122,7 +110,7 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     "compute": dataclasses.asdict(run.model.compute),
     "hbm_gb_per_chip": memory["peak"],
     "gb_means": "2**30 bytes; everything that is in use at once, as XLA planned it",
-    "hbm_of_chip_gb": HBM_GIB.get(kind),
+    "hbm_of_chip_gb": MEMORY[kind].gib if kind in MEMORY else None,
     "memory_gb_per_chip": memory,
     "flops_per_chip": counted / chips,
     "flops_per_chip_means": (
@@ -147,20 +135,6 @@ def _lengths(batch: Batch, model: SpeechLLMConfig) -> dict[str, int]:
   return {"samples": sizes[0], **dict(zip(names, frames, strict=True))}
 
 
-def memory_of(compiled) -> dict[str, float]:
-  """XLA's memory plan for one chip in GiB; peak = everything that is in use at once."""
-  stats = compiled.memory_analysis()
-  parts = {
-    "arguments": stats.argument_size_in_bytes,
-    "outputs": stats.output_size_in_bytes,
-    "aliased": stats.alias_size_in_bytes,
-    "temporaries": stats.temp_size_in_bytes,
-    "code": stats.generated_code_size_in_bytes,
-  }
-  alive = sum(parts.values()) - 2 * parts["aliased"]  # aliased outputs lie in their arguments
-  return {name: round(size / GIB, 4) for name, size in {**parts, "peak": alive}.items()}
-
-
 def table(result: dict) -> Table:
   rows = Table("", "one chip", title=f"train step on {result['chips']} x {result['chip']}")
   rows.add_row("mesh", " x ".join(f"{k} {v}" for k, v in result["mesh"].items()))
@@ -177,12 +151,21 @@ def table(result: dict) -> Table:
 def main():
   run = Run.read(_CONFIG.value)
   prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
-  result = compile_step(run, _TOPOLOGY.value, prompt=prompt)
+  if _PROGRAM.value == "decode":
+    result = aot_decode.compile_decode(
+      run, _TOPOLOGY.value, prompt=prompt, num_beams=_NUM_BEAMS.value
+    )
+    rows = aot_decode.table(result)
+  else:
+    if _NUM_BEAMS.value is not None:
+      raise app.UsageError("--num_beams has no effect without --program=decode")
+    result = compile_step(run, _TOPOLOGY.value, prompt=prompt)
+    rows = table(result)
   result["versions"] = versions("jax", "jaxlib", "libtpu", "flax", "optax")
-  Console().print(table(result))
+  Console().print(rows)
   if _JSON.value:
     config = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    write_result(Path(_JSON.value), result, (*SOURCES, config))
+    write_result(Path(_JSON.value), result, (*SOURCES_OF[_PROGRAM.value], config))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ SOURCES = (
   "benchmarks/llm_sizes.py",
   "convert/parts/hf_config.py",
   "mooer_jax/generation",
+  "mooer_jax/sharding.py",
   "mooer_jax/training",
 )
 

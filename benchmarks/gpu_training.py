@@ -12,10 +12,10 @@ from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.sharding import batch_sharding, make_mesh
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mooer_jax.training.program import abstract_state, jitted_step
-from mooer_jax.training.sharding import batch_sharding, make_mesh
 from mooer_jax.training.step import create
 
 TRAINED = ("encoders/.*", "connector/.*", "decoder/.*")

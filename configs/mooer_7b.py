@@ -4,6 +4,8 @@ Command:   python train.py --config=configs/mooer_7b.py --config.init_from=CKPT
            --config.data.shards=.../data.list
 Hardware:  16 TPU v5e (4x4) or more, or 8 GPUs of 80 GB. To compute the memory that a mesh needs:
            python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4
+           Evaluation uses the same mesh; to split the layers instead, for faster decoding:
+           --config.mesh.fsdp=1 --config.mesh.tensor=4
 Time:      not measured yet
 Expected:  the published CER of MooER-5K (aishell1 1.93 %), which needs its 5,000 hours of training
            data; not reproduced yet

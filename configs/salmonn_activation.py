@@ -3,8 +3,8 @@
 Command:   python train.py --config=configs/salmonn_activation.py:7b
            --config.init_from=out/salmonn_7b_2/step_00090000 --config.activation.shards=stories.json
            --config.perplexity.shards=probe.json
-Hardware:  one device decodes the answers, so the whole model must fit on it; training uses all
-           devices. Neither run nor compiled yet
+Hardware:  all devices of a host hold a part of the model (mesh.tensor), for decoding the answers
+           and for training. Neither run nor compiled yet
 Time:      not measured
 Expected:  the published change of the 15 tasks (`eval.py --suite=salmonn`); not reproduced yet
 """

@@ -7,6 +7,7 @@ Public names load on demand, so that `import mooer_jax` stays cheap:
   load_model: a checkpoint's parameters, model config, tokenizer and generation options.
   SpeechLLMConfig: the model as a frozen dataclass; `mooer_jax.speech_llm` runs it.
   generate: decoding of a batch in one compiled program.
+  make_mesh: a device mesh, for decoding on several devices.
   load_audio: an audio file as float32 samples.
 """
 
@@ -20,6 +21,7 @@ _MODULES = {
   "load_model": "mooer_jax.generation.loading",
   "SpeechLLMConfig": "mooer_jax.config",
   "generate": "mooer_jax.generation.generate",
+  "make_mesh": "mooer_jax.sharding",
   "load_audio": "mooer_jax.audio.decode",
 }
 __all__ = list(_MODULES)

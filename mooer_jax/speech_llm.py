@@ -59,6 +59,27 @@ class Batch:
     return self.features[0].ndim == 2
 
 
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+  """Append padding rows, up to a number of rows that is divisible by `multiple`."""
+  rows = batch.frames[0].shape[0]
+  if not (more := -rows % multiple):
+    return batch
+
+  def pad(x, value):
+    xp = np if isinstance(x, np.ndarray) else jnp
+    return xp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
+
+  return dataclasses.replace(
+    batch,
+    features=tuple(pad(x, 0) for x in batch.features),
+    frames=tuple(pad(frames_B, 0) for frames_B in batch.frames),
+    prefix_BS=pad(batch.prefix_BS, -1),
+    suffix_BS=pad(batch.suffix_BS, -1),
+    labels_BS=pad(batch.labels_BS, -1),
+    task_B=None if batch.task_B is None else pad(batch.task_B, -1),
+  )
+
+
 def num_speech_tokens(samples: int, config: SpeechLLMConfig) -> int:
   """Number of speech tokens for a clip of this many samples; 0 if it is too short."""
   frames = [

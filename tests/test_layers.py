@@ -12,7 +12,7 @@ LAYERS = {
   6: ("projects",),
   5: ("run", "transcribe", "serve"),
   4: ("generation", "data", "training", "evaluation"),
-  3: ("speech_llm", "inputs", "prompts", "config", "checkpoint"),
+  3: ("speech_llm", "sharding", "inputs", "prompts", "config", "checkpoint"),
   2: ("encoders", "connectors", "decoders", "vocoders", "aligners"),
   1: ("nn",),
   0: ("audio", "kernels", "text", "tree", "files", "hosts"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mooer_jax import speech_llm
+from mooer_jax.generation import GenerationConfig, generate
 from mooer_jax.speech_llm import Batch
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
@@ -17,9 +18,9 @@ DEVICES = 8  # faked by tests/conftest.py on a CPU
 MODELS = {"mooer": (tiny.model_config(), 14), "salmonn": (tiny.salmonn_config(), 64)}
 
 
-def batch_of(config, frames) -> Batch:
+def batch_of(config, frames, seed=0) -> Batch:
   """Clips of 8 lengths, prompts before and behind them, answers; rows first."""
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
 
   def tokens(n):
     return rng.integers(0, config.decoder.vocab_size, (DEVICES, n)).astype(np.int32)
@@ -77,3 +78,22 @@ def test_a_device_gives_what_its_clip_gives_alone(name):
   together = jax.jit(lambda p, b: speech_llm.loss(p, b, config)[1]["loss_sum"])
   bound = rounding(TERMS, condition(together, params, batch))
   assert_within(total, np.full(DEVICES, together(params, batch)), bound)
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_a_device_generates_what_its_clip_gives_alone(num_beams):
+  config, frames = MODELS["mooer"]
+  params = tiny.init(config)
+  rows = jax.tree.map(lambda x: x[:, None], batch_of(config, frames))
+  options = GenerationConfig(max_new_tokens=5, num_beams=num_beams, eos_token_id=(3,))
+
+  def on_a_device(params, row):
+    return generate(params, row, config, options)
+
+  mapped = jax.pmap(on_a_device, in_axes=(None, 0), devices=jax.devices()[:DEVICES])
+  got = jax.device_get(mapped(params, rows))
+  for n in range(DEVICES):
+    alone = generate(params, jax.tree.map(operator.itemgetter(n), rows), config, options)
+    np.testing.assert_array_equal(got.tokens_BRS[n], alone.tokens_BRS)
+    np.testing.assert_array_equal(got.lengths_BR[n], alone.lengths_BR)
+  assert len({tokens_BS.tobytes() for tokens_BS in got.tokens_BRS[:, :, 0]}) > 1

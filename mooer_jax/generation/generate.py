@@ -23,7 +23,8 @@ from mooer_jax.decoders.llm import Placement
 from mooer_jax.generation import search
 from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.processors import min_new_tokens
-from mooer_jax.speech_llm import Batch
+from mooer_jax.sharding import batch_sharding, constrain_cache, constrain_rows, in_mesh, row_parts
+from mooer_jax.speech_llm import Batch, pad_rows
 
 T = TypeVar("T")
 
@@ -73,7 +74,8 @@ class GenerateOutput:
     return self.finished_BR[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "options"))
+@functools.partial(jax.jit, static_argnames=("config", "options", "mesh"))
+@in_mesh
 def generate(
   params: dict,
   batch: Batch,
@@ -82,6 +84,7 @@ def generate(
   *,
   key: jax.Array | None = None,
   lora_scale: jax.Array | float | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> GenerateOutput:
   """Generates text for a batch; compiled once for each shape of batch, config and options.
 
@@ -92,13 +95,19 @@ def generate(
     options: decoding options.
     key: PRNG key, required for sampling; row i uses fold_in(key, i), for every batch size.
     lora_scale: scalar or [B]; None is the scale of training.
+    mesh: from `make_mesh`, with params sharded by `param_shardings`. Rows are split over `data` and
+      `fsdp`; the batch is padded internally to a multiple of their sizes.
 
   Raises:
-    ValueError: if params are stacked, or sampling has no key.
+    ValueError: if params are stacked, or sampling has no key; for a mesh with other axes.
   """
   _check(params, config, options, key=key)
+  rows = batch.frames[0].shape[0]
+  batch = constrain_rows(pad_rows(batch, row_parts(mesh)), mesh)
+  if lora_scale is not None and jnp.ndim(lora_scale):
+    lora_scale = jnp.pad(lora_scale, (0, batch.frames[0].shape[0] - rows), mode="edge")
   inputs_BSD, valid_BS = speech_llm.prompt(params, batch, config)
-  return generate_from(
+  output = generate_from(
     params,
     inputs_BSD,
     valid_BS,
@@ -107,9 +116,12 @@ def generate(
     padding_B=batch.frames[0] == 0,
     key=key,
     lora_scale=lora_scale,
+    mesh=mesh,
   )
+  return jax.tree.map(lambda x: x[:rows], output)
 
 
+@in_mesh
 def generate_from(
   params: dict,
   inputs_BSD: jax.Array,
@@ -120,17 +132,21 @@ def generate_from(
   padding_B: jax.Array | None = None,
   key: jax.Array | None = None,
   lora_scale: jax.Array | float | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> GenerateOutput:
   """Generates text for prompts given as embeddings; the part of `generate` after the connector.
 
   Args:
-    params, config, options, key, lora_scale: as in `generate`; only params["decoder"] is read.
+    params, config, options, key, lora_scale, mesh: as in `generate`; only params["decoder"] is
+      read. Rows must be divisible by the sizes of `data` and `fsdp`.
     inputs_BSD: embeddings of the prompts; generation continues after the last slot.
     valid_BS: bool, True for slots that hold a token; the last slot must.
     padding_B: bool, True for padding rows, for which nothing is generated.
   """
   _check(params, config, options, key=key)
   rows, prompt_slots = valid_BS.shape
+  if rows % row_parts(mesh):
+    raise ValueError(f"{rows} rows are not divisible by mesh.data x mesh.fsdp={row_parts(mesh)}")
   key = jax.random.key(0) if key is None else key
   steps = _Steps(
     params=params,
@@ -140,9 +156,11 @@ def generate_from(
     prompt_slots=prompt_slots,
     prompt_B=valid_BS.sum(axis=1, dtype=jnp.int32),
     keys_B=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows)),
+    mesh=mesh,
   )
   dtype = config.compute.jnp_dtype
   cache = config.decoder.empty_cache(rows=rows, slots=prompt_slots, dtype=dtype)
+  (inputs_BSD, valid_BS), cache = steps.place((inputs_BSD, valid_BS), cache)
   hidden_BSD, cache = steps.decode(inputs_BSD, valid_BS, cache=cache)
   cache = cache.grow(steps.slots)
   state = steps.choose(search.start(rows, options, padding_B), hidden_BSD[:, -1:])
@@ -150,6 +168,7 @@ def generate_from(
   if options.return_hidden:
     slots = options.max_new_tokens * options.width
     read_BYD = jnp.zeros((rows, slots, hidden_BSD.shape[-1]), hidden_BSD.dtype)
+  (state, read_BYD), cache = steps.place((state, read_BYD), cache)
   state, cache, read_BYD = jax.lax.while_loop(
     lambda carry: search.unfinished(carry[0], options), steps.step, (state, cache, read_BYD)
   )
@@ -173,7 +192,7 @@ class _Steps:
   """The steps of one call of `generate_from`; R hypotheses of S = max_new_tokens slots each.
 
   `decode` is `speech_llm.decode` of this model; `prompt_B` has the tokens of each prompt, of
-  `prompt_slots` slots, `keys_B` the PRNG key of each row.
+  `prompt_slots` slots, `keys_B` the PRNG key of each row; `mesh` is that of `generate`.
   """
 
   params: dict
@@ -183,6 +202,12 @@ class _Steps:
   prompt_slots: int
   prompt_B: jax.Array
   keys_B: jax.Array
+  mesh: jax.sharding.Mesh | None
+
+  def place(self, arrays, cache):
+    """(arrays, cache), both split by rows over the mesh, the cache also by heads."""
+    cache = constrain_cache(cache, self.config.decoder.kv_heads, self.mesh)
+    return constrain_rows(arrays, self.mesh), cache
 
   @property
   def slots(self) -> int:
@@ -213,7 +238,9 @@ class _Steps:
     )
     if self.options.return_hidden:
       read_BYD = jax.lax.dynamic_update_slice_in_dim(read_BYD, hidden_BRD, last * R, axis=1)
-    return self.choose(state, hidden_BRD), cache, read_BYD
+    state = self.choose(state, hidden_BRD)
+    (state, read_BYD), cache = self.place((state, read_BYD), cache)
+    return state, cache, read_BYD
 
   def read_tokens(self, tokens_BR, positions_BR, *, past_BRS, slots_BRS, cache):
     """(hidden [B, R, D], cache) of tokens that attend to the prompt, their past and themselves."""
@@ -221,7 +248,7 @@ class _Steps:
     own_BRT = own_BRSR.reshape(*tokens_BR.shape, -1)[..., : self.slots]
     prompt_BRT = jnp.ones((*tokens_BR.shape, self.prompt_slots), bool)
     placement = Placement(positions_BR, jnp.concatenate([prompt_BRT, own_BRT], axis=-1))
-    inputs_BRD = speech_llm.embed(self.params, tokens_BR, self.config)
+    inputs_BRD = constrain_rows(speech_llm.embed(self.params, tokens_BR, self.config), self.mesh)
     valid_BR = jnp.ones(tokens_BR.shape, bool)
     return self.decode(inputs_BRD, valid_BR, cache=cache, placement=placement)
 
@@ -272,13 +299,14 @@ def decode_batches(
   *,
   key: jax.Array,
   lora_scale: float | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Generator[tuple[T, GenerateOutput]]:
   """Generates text for batch after batch; a thread makes the next one while the device decodes.
 
   Close the generator to stop early: it waits for the batch that is being made, and makes no other.
 
   Args:
-    params, config, options, lora_scale: as in `generate`.
+    params, config, options, lora_scale, mesh: as in `generate`.
     batches: (value that is passed on, batch) pairs; iterated in a thread, and at most one batch
       ahead. Its exceptions are raised here.
     key: PRNG key; batch n uses fold_in(key, n).
@@ -294,5 +322,17 @@ def decode_batches(
         return
       coming = thread.submit(next, iterator, None)
       of_batch = jax.random.fold_in(key, number)
-      output = generate(params, item[1], config, options, key=of_batch, lora_scale=lora_scale)
-      yield item[0], jax.device_get(output)
+      output = _generate_on_host(
+        params, item[1], config, options, key=of_batch, lora_scale=lora_scale, mesh=mesh
+      )
+      yield item[0], output
+
+
+def _generate_on_host(params, batch: Batch, config, options, *, mesh, **more) -> GenerateOutput:
+  """The output of `generate` in NumPy; of the batch, each device gets only its own rows."""
+  if mesh is None:
+    return jax.device_get(generate(params, batch, config, options, **more))
+  rows = batch.frames[0].shape[0]
+  batch = jax.device_put(pad_rows(batch, row_parts(mesh)), batch_sharding(mesh))
+  output = jax.device_get(generate(params, batch, config, options, mesh=mesh, **more))
+  return jax.tree.map(lambda x: x[:rows], output)

@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.sharding import check_mesh, param_shardings
 from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -21,12 +24,14 @@ class Loaded(NamedTuple):
     params: as `weights.lay_out` returns them; of the LLM, layer by layer.
     model: without LoRA if it was merged.
     generation: with the eos ids.
+    mesh: where the params are; None: on one device.
   """
 
   params: dict
   model: SpeechLLMConfig
   tokenizer: Tokenizer
   generation: GenerationConfig
+  mesh: jax.sharding.Mesh | None = None
 
 
 def merge_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationConfig:
@@ -43,6 +48,7 @@ def load_model(
   generation: Mapping[str, Any] | None = None,
   lora_scale: float | None = None,
   merge_lora: bool = True,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
@@ -54,11 +60,14 @@ def load_model(
     lora_scale: scale at which a LoRA is merged; default: that of training.
     merge_lora: whether to add a LoRA to the weights, which decodes faster. Without it, `generate`
       takes a scale at each call, or one per row.
+    mesh: from `make_mesh`; each device reads its own part of the weights. Default: one device.
 
   Raises:
     FileNotFoundError, ValueError: if it is no checkpoint, naming what is missing; for an option
-      that is unknown, out of range or without effect.
+      that is unknown, out of range or without effect; for a mesh whose sizes do not divide the
+      weights.
   """
+  check_mesh(mesh)
   if not isinstance(path, (str, Path)):
     raise ValueError(f"checkpoint={path!r} ({type(path).__name__}): must be the path of a folder")
   check_backend(compute.attention)
@@ -71,7 +80,8 @@ def load_model(
     )
   model = from_json(about.config, compute, path=about.folder / "config.json")
   checkpoint.check_leaves(about, param_shapes(model))
-  loaded = checkpoint.load(folder, dtype=compute.dtype, base=base_checkpoint)
+  shardings = None if mesh is None else param_shardings(mesh, about.params)
+  loaded = checkpoint.load(folder, shardings=shardings, dtype=compute.dtype, base=base_checkpoint)
   try:
     merge_options(loaded.generation, {})
   except ValueError as error:
@@ -87,4 +97,4 @@ def load_model(
     raise ValueError(f"lora_scale={lora_scale:g} has no effect with merge_lora=False")
   if compute.quantization == "int8":
     params = weights.quantize(params)
-  return Loaded(weights.lay_out(params, model), model, tokenizer, options)
+  return Loaded(weights.lay_out(params, model), model, tokenizer, options, mesh)

@@ -118,9 +118,15 @@ def decode_attention(
     )
   _check(implementation, q_BTHC.shape[2], kv_heads, operation="decoding")
   if implementation == "mosaic":
-    return decode_tpu.decode_attention(
-      q_BTHC, k_BSE, v_BSE, kv_heads=kv_heads, mask_BTS=mask_BTS, end=end
-    )
+
+    def of_device(q, k, v, mask_BTS, end):
+      heads = k.shape[-1] // q.shape[-1]
+      return decode_tpu.decode_attention(q, k, v, kv_heads=heads, mask_BTS=mask_BTS, end=end)
+
+    heads = P(_ROWS, None, _HEADS)
+    end = jnp.asarray(end, jnp.int32)
+    in_specs = heads, heads, heads, P(_ROWS), P()
+    return on_mesh(of_device, in_specs, heads)(q_BTHC, k_BSE, v_BSE, mask_BTS, end)
   k_BSKC, v_BSKC = (rearrange(x, "B S (K C) -> B S K C", K=kv_heads) for x in (k_BSE, v_BSE))
   return _masked(implementation, q_BTHC, k_BSKC, v_BSKC, mask_BTS=mask_BTS)
 

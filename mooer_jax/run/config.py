@@ -29,8 +29,8 @@ from mooer_jax.generation.loading import merge_options
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import TASKS, read_prompts, task_prompt
+from mooer_jax.sharding import MeshConfig, make_mesh
 from mooer_jax.training.optimizer import OptimizerConfig
-from mooer_jax.training.sharding import MeshConfig, make_mesh
 
 
 def _check_counts(config: Any, section: str) -> None:

@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mooer_jax import checkpoint
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.process import prepare_process
+from mooer_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass
@@ -41,20 +44,29 @@ class DecodingResults:
 
 
 def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded:
-  """Loads a checkpoint with the sections `compute` and `generation` of a config.
+  """Loads a checkpoint with the sections `compute`, `generation` and `mesh` of a config.
 
   Enables the persistent compilation cache first. `lora` contains lora_scale or merge_lora of
   `load_model`.
 
   Raises:
-    ValueError: if the config has a mesh of several devices, and as `load_model`.
+    ValueError: for a mesh that does not fit the devices or the model; in one of several processes;
+      and as `load_model`.
   """
-  if axes := {name: size for name, size in dataclasses.asdict(run.mesh).items() if size > 1}:
-    given = ", ".join(f"mesh.{name}={size}" for name, size in axes.items())
-    remedy = " ".join(f"--config.mesh.{name}=1" for name in axes)
-    raise ValueError(f"{given}: evaluation runs on one device; set {remedy}")
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"{jax.process_count()} processes: this version decodes in one process, on all its devices"
+    )
   prepare_process()
-  return load_model(folder, run.compute, base_checkpoint=base, generation=run.generation, **lora)
+  mesh = make_mesh(**dataclasses.asdict(run.mesh))
+  return load_model(
+    folder,
+    run.compute,
+    base_checkpoint=base,
+    generation=run.generation,
+    mesh=mesh,
+    **lora,
+  )
 
 
 def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
@@ -65,7 +77,17 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
       tasks for which it has no prompt.
   """
   options.require_shards()
-  model, buckets = loaded.model, run.data.buckets
+  model = loaded.model
+  return eval_batches(eval_data(run, options, model), loaded.tokenizer, model)
+
+
+def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
+  """The data config of a test set: that of the run, with the clip limits of evaluation.
+
+  Raises:
+    ValueError: if eval.max_s exceeds the limit of the model.
+  """
+  buckets = run.data.buckets
   longest_s = options.max_s or model.max_audio_s
   if longest_s > model.max_audio_s:
     raise ValueError(
@@ -73,7 +95,7 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
     )
   longest_s = max(longest_s, model.min_audio_s)
   longest = model.frontends[0].num_frames(int(longest_s * model.sample_rate_hz))
-  data = dataclasses.replace(
+  return dataclasses.replace(
     run.data,
     shards=options.shards,
     batch_size=options.batch_size,
@@ -88,7 +110,6 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
     max_s=longest_s,
     buckets=(*buckets, longest) if longest > buckets[-1] else buckets,
   )
-  return eval_batches(data, loaded.tokenizer, model)
 
 
 def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
@@ -127,7 +148,13 @@ def decode_set(
   batches = ((host, host.batch) for host in hosts)
   key = jax.random.key(run.seed)
   outputs = decode_batches(
-    loaded.params, batches, loaded.model, loaded.generation, key=key, lora_scale=lora_scale
+    loaded.params,
+    batches,
+    loaded.model,
+    loaded.generation,
+    key=key,
+    lora_scale=lora_scale,
+    mesh=loaded.mesh,
   )
   progress = Progress(console=Console(stderr=True))
   with contextlib.closing(hosts), contextlib.closing(outputs), progress:

@@ -25,8 +25,8 @@ from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.data.utterances import read, shard_names
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
+from mooer_jax.sharding import batch_sharding
 from mooer_jax.speech_llm import Batch
-from mooer_jax.training.sharding import batch_sharding
 
 # Raise it when the same weights and audio give other frames, so that old caches are not used.
 FRAMES_VERSION = 2

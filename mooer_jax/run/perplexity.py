@@ -33,8 +33,9 @@ from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
+from mooer_jax.sharding import batch_sharding, row_parts
+from mooer_jax.speech_llm import pad_rows
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.sharding import batch_sharding
 
 
 def perplexity(
@@ -88,7 +89,7 @@ class PerplexityEvaluator:
     """
     self._run, self._tokenizer = run, tokenizer
     self.every = run.perplexity.every
-    self._sharding = batch_sharding(mesh)
+    self._mesh = mesh
     shards, batch_size = run.perplexity.shards, run.perplexity.batch_size
     self._options = EvalConfig(shards, task="", batch_size=batch_size, truncate=run.data.truncate)
     self._file = run.workdir / "perplexity.json"
@@ -114,7 +115,7 @@ class PerplexityEvaluator:
     folder = self._run.workdir
     measure = functools.partial(_measure, self._run, self._options, loaded, folder=folder)
     for instruction in (NONE, *self._run.perplexity.instructions):
-      new, left_out = measure(instruction=instruction, step=step, sharding=self._sharding)
+      new, left_out = measure(instruction=instruction, step=step)
       rows += new
       if not self._reported:
         print(left_out, end="")
@@ -130,7 +131,8 @@ class PerplexityEvaluator:
     return scalars, f"perplexities {'; '.join(shown)}"
 
   def _loaded(self, params: dict) -> Loaded:
-    return Loaded(params, self._run.model, self._tokenizer, self._run.decoding_defaults())
+    options = self._run.decoding_defaults()
+    return Loaded(params, self._run.model, self._tokenizer, options, self._mesh)
 
 
 def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:
@@ -171,11 +173,10 @@ def _measure(
   folder: Path,
   step: int,
   scales: Sequence[float] = (),
-  sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[list[Perplexity], str]:
   """Measures a test set with one prompt: (rows, a line about left-out or truncated clips, or "").
 
-  `folder` and `step` are those of the model, `sharding` that of the rows of a batch.
+  `folder` and `step` are those of the model.
   """
   model, prompts = loaded.model, dict(loaded.model.prompts)
   prompt = bare_prompt(model) if instruction == NONE else task_prompt(instruction, prompts)
@@ -185,6 +186,8 @@ def _measure(
   program = model.replace(prompts=tuple((task, "") for task in tasks))
   scales = list(scales) or [model.decoder.lora_scale]
   totals = {scale: np.zeros((len(tasks), 3)) for scale in scales}
+  assert loaded.mesh is not None
+  sharding = batch_sharding(loaded.mesh)
   left_out: Counter[str] = Counter()
   num_truncated = 0
   for host in batches_of(run, options, loaded._replace(model=model)):
@@ -193,7 +196,7 @@ def _measure(
     for row_S, text in zip(host.batch.labels_BS, host.texts, strict=False):  # the rest is padding
       if row_S[0] < 0:
         left_out["no answer that fits data.answer_buckets" if text else "empty text"] += 1
-    batch = host.batch if sharding is None else jax.device_put(host.batch, sharding)
+    batch = jax.device_put(pad_rows(host.batch, row_parts(loaded.mesh)), sharding)
     for scale in scales:
       sums = _task_sums(loaded.params, batch, scale, model=program, sharding=sharding)
       totals[scale] += jax.device_get(sums)

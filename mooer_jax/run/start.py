@@ -23,9 +23,9 @@ from mooer_jax.config import (
 from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run.config import Run
+from mooer_jax.sharding import param_shardings
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.program import cast_params
-from mooer_jax.training.sharding import param_shardings
 from mooer_jax.training.step import create, state_shardings
 
 CMVN_BATCHES = 32

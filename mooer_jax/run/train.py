@@ -20,10 +20,10 @@ from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
 from mooer_jax.run.process import prepare_process, stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
+from mooer_jax.sharding import batch_sharding, make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
 from mooer_jax.training.program import compile_step, jitted_step
-from mooer_jax.training.sharding import batch_sharding, make_mesh
 from mooer_jax.training.step import TrainState, check_finite
 
 

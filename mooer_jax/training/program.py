@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.sharding import batch_sharding, param_shardings
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
-from mooer_jax.training.sharding import batch_sharding, param_shardings
 from mooer_jax.training.step import create, jit_train_step, make_train_step, state_shardings
 
 COMPILERS = 4  # compilations at a time; each of a 7B step takes about 2 GB

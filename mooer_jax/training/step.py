@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mooer_jax.training.sharding import batch_sharding
+from mooer_jax.sharding import batch_sharding
 
 
 @flax.struct.dataclass

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -82,6 +83,13 @@ def add_parser(commands) -> None:
     help="where features are computed: host (NumPy) or device (the compiled program);"
     " default: host",
   )
+  parser.add_argument(
+    "--mesh",
+    metavar="SIZES",
+    help="decode on all devices, arranged as in data=2,fsdp=1,tensor=4: data and fsdp split the"
+    " batch, fsdp and tensor the model; one size may be -1, for the remaining devices (data: the"
+    " default). Default: one device",
+  )
   parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   group = parser.add_argument_group("generation options; defaults come from the checkpoint")
@@ -111,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
   Raises ValueError or OSError for a bad checkpoint, option or output file.
   """
   from mooer_jax.run.process import prepare_process
+  from mooer_jax.sharding import MeshConfig, make_mesh
   from mooer_jax.transcribe.transcriber import Transcriber
 
   prepare_process()
@@ -122,12 +131,16 @@ def run(args: argparse.Namespace) -> int:
     _check_json_target(args.json, args.audio)
   if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
     raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
+  mesh = None
+  if args.mesh is not None:
+    mesh = make_mesh(**dataclasses.asdict(MeshConfig.parse(args.mesh)))
   transcriber = Transcriber.from_checkpoint(
     args.checkpoint,
     dtype=args.dtype,
     base_checkpoint=args.base_checkpoint,
     quantization=args.quantization,
     features=args.features,
+    mesh=mesh,
   )
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):

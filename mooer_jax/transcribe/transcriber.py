@@ -51,9 +51,11 @@ class Transcriber:
     config: SpeechLLMConfig,
     tokenizer: Tokenizer,
     options: GenerationConfig = GenerationConfig(),
+    mesh: jax.sharding.Mesh | None = None,
   ):
-    """Takes per-layer params; most users call `from_checkpoint`."""
+    """Takes per-layer params, on `mesh` if there is one; most users call `from_checkpoint`."""
     self.params = params
+    self.mesh = mesh
     self.config = config.with_compute(scan=False)
     self.tokenizer = tokenizer
     self.options = dataclasses.replace(
@@ -74,6 +76,7 @@ class Transcriber:
     base_checkpoint: str | Path | None = None,
     quantization: Literal["none", "int8"] = "none",
     features: Features = "host",
+    mesh: jax.sharding.Mesh | None = None,
   ) -> "Transcriber":
     """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
 
@@ -82,10 +85,12 @@ class Transcriber:
       dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
       quantization: "int8" rounds the matrices of the LLM to 8 bits: half the memory of bfloat16.
       features: where features are computed: "host" (NumPy) or "device" (the compiled program).
+      mesh: devices that share the model and the clips of a batch, from
+        `mooer_jax.make_mesh(data=1, tensor=4)`; default: one device.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = ExecutionConfig(dtype=dtype, quantization=quantization, features=features)
-    return cls(*load_model(path, compute, base_checkpoint=base_checkpoint))
+    return cls(*load_model(path, compute, base_checkpoint=base_checkpoint, mesh=mesh))
 
   def transcribe(
     self,
@@ -227,7 +232,8 @@ class Transcriber:
     batches = (
       (group, self._batch([chunks[i] for i in group], sides, batch_size)) for group in groups
     )
-    outputs = decode_batches(self.params, batches, self.config, options, key=jax.random.key(seed))
+    key = jax.random.key(seed)
+    outputs = decode_batches(self.params, batches, self.config, options, key=key, mesh=self.mesh)
     shown = track(outputs, "transcribing", total=len(groups), disable=not progress)
     with contextlib.closing(outputs):
       for group, output in shown:

@@ -27,9 +27,9 @@ from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.sharding import make_mesh
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.program import abstract_state, jitted_step
-from mooer_jax.training.sharding import make_mesh
 from tests.benchmarks import flops_by_hand
 
 ROWS, FRAMES, PROMPT, ANSWER = 48, 50, 7, 9
@@ -276,6 +276,36 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   assert "memory: temporaries" in process.stdout
 
 
+@pytest.mark.slow
+def test_generation_is_compiled_for_a_tpu(aot, repo_root, tmp_path):
+  config, out = tmp_path / "small.py", tmp_path / "aot.json"
+  full, more = repo_root / "configs" / "mooer_7b.py", SMALLER["mooer_7b"].strip()
+  config.write_text(SMALL_CONFIG.format(full=str(full), more=more), "utf-8")
+  process = aot(
+    "--program=decode", f"--config={config}", "--topology=v5e:2x2", f"--json={out}",
+    "--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2",
+    "--config.model.llm.lora_rank=0", "--config.eval.max_s=3.8", "--config.eval.batch_size=7",
+    "--config.generation.max_new_tokens=8", "--num_beams=4",
+  )  # fmt: skip
+  result = result_of(process, out)
+  batch, step, memory = (result[k] for k in ("batch", "decode_step", "memory_gb_per_chip"))
+  assert (result["chip"], result["mesh"]) == ("TPU v5 lite", {"data": 2, "fsdp": 1, "tensor": 2})
+  # 7 clips of 3.8 s and a padding row; the last of 8 tokens is not read.
+  assert (batch["rows"], batch["speech_tokens"], batch["cache_slots"]) == (8, 32, 32 + 26 + 4 * 7)
+  # Of each layer half: q and o, k and v, the MLP, in bfloat16; biases in float32. Whole: the norms.
+  layer = (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512) // 2 * 2 + (256 + 128 + 128) // 2 * 4
+  norms, head = (2 * 3 + 1) * 256 * 4, 256 * 1024 // 2 * 2
+  assert step["weights_bytes_per_chip"] == 3 * layer + norms + head
+  # The one key-value head is on both chips of `tensor`; half of the rows; bfloat16.
+  assert step["cache_bytes_per_chip"] == 3 * 2 * (8 // 2) * batch["cache_slots"] * 128 * 2
+  read = step["weights_bytes_per_chip"] + step["cache_bytes_per_chip"]
+  assert step["read_bytes_per_token"] == read * 4 // 8
+  assert step["tokens_per_s_at_full_bandwidth"] == round(8 / (read / 819e9))
+  assert 0 < memory["arguments"] < memory["peak"] == result["hbm_gb_per_chip"] < 1
+  assert result["xla_bytes_accessed_per_chip_loops_once"] > read
+  assert "a step takes at least" in process.stdout
+
+
 @pytest.mark.parametrize(
   ("options", "said"),
   [
@@ -286,9 +316,10 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
        "--config.data.batch_size=1024"],
       ["mesh.data=32, mesh.fsdp=16, mesh.tensor=1 does not fit the torus of the 512 chips"],
     ),
+    (["--num_beams=4"], ["--num_beams has no effect without --program=decode"]),
   ],
 )  # fmt: skip
-def test_chips_that_cannot_be_are_refused_by_name(aot, options, said):
+def test_chips_and_options_that_cannot_be_are_refused_by_name(aot, options, said):
   process = aot("--config=configs/mooer_7b.py", *options)
   assert process.returncode != 0
   for message in said:
@@ -304,3 +335,21 @@ def test_the_7b_configs_fit_sixteen_chips(aot, tmp_path, config):
   assert result["chips"] == 16
   # A v5e chip has 16 GiB; two are left for the runtime and what else lies on it.
   assert result["hbm_gb_per_chip"] < 14
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+  ("config", "topology", "sizes"),
+  [("mooer_7b.py", "v5e:2x2", (1, 1, 4)), ("salmonn.py:13b,2", "v5e:2x4", (2, 1, 4))],
+)
+def test_generation_of_the_large_models_fits_a_few_chips(aot, tmp_path, config, topology, sizes):
+  out = tmp_path / "aot.json"
+  mesh = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes)]
+  options = ["--config.eval.batch_size=16", "--num_beams=4", f"--json={out}", *mesh]
+  process = aot(
+    "--program=decode", f"--config=configs/{config}", f"--topology={topology}", *options
+  )
+  result = result_of(process, out)
+  assert (result["batch"]["rows"], result["batch"]["num_beams"]) == (16, 4)
+  assert result["hbm_gb_per_chip"] < 14  # of 16 GiB, as above

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax.kernels import attention, decode_attention, window_attention
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.kernels.flash_attention import Bias, flash_attention
-from mooer_jax.training.sharding import make_mesh
+from mooer_jax.sharding import make_mesh
 from tests.kernels.plain import Inputs, attention_and_gradients, bounds, random_inputs
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 

@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mooer_jax import kernels
+from mooer_jax.kernels import decode_tpu
 from mooer_jax.kernels.attention import on_mesh
 from tests.jaxprs import equations
 
@@ -56,3 +58,34 @@ def test_a_mesh_of_one_device_splits_nothing():
 
   names = {e.primitive.name for e in equations(jax.make_jaxpr(program)(jnp.ones((8, 5, 4))))}
   assert "shard_map" not in names
+
+
+def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(monkeypatch):
+  mesh, shapes = make_mesh(2, 2, 2), []
+  kernel = functools.partial(decode_tpu.decode_attention, interpret=True)
+
+  def recorded(q, k, v, *, kv_heads, **options):
+    shapes.append((q.shape, k.shape, kv_heads))
+    return kernel(q, k, v, kv_heads=kv_heads, **options)
+
+  monkeypatch.setattr(decode_tpu, "decode_attention", recorded)
+  rng = np.random.default_rng(0)
+  q_BTHC = rng.normal(size=(8, 3, 4, 16)).astype(np.float32)
+  k_BSE, v_BSE = rng.normal(size=(2, 8, 20, 2 * 16)).astype(np.float32)
+  mask_BTS = rng.random((8, 3, 20)) < 0.7
+  mask_BTS[..., 0], mask_BTS[..., 15:] = True, False
+
+  @functools.partial(jax.jit, static_argnames="implementation")
+  def attend(q, k, v, mask_BTS, end, implementation):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return kernels.decode_attention(
+        q, k, v, kv_heads=2, mask_BTS=mask_BTS, end=end, implementation=implementation
+      )
+
+  split = jax.device_put((q_BTHC, k_BSE, v_BSE, mask_BTS), NamedSharding(mesh, P(("data", "fsdp"))))
+  out, expected = (attend(*split, jnp.int32(15), name) for name in ("mosaic", "xla"))
+  # Each is within the rounding of sums of 20 terms of the weighted values, all below 1.
+  terms, largest = 20 + 16, np.abs(v_BSE).max()
+  bound = 4 * terms * np.finfo(np.float32).eps * largest
+  assert np.abs(out - expected).max() < bound
+  assert shapes == [((2, 3, 2, 16), (2, 20, 16), 1)]

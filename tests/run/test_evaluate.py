@@ -218,5 +218,21 @@ def test_a_wrong_checkpoint_is_named(config, tmp_path):
     evaluate(config, str(tmp_path))
 
 
+def test_the_mesh_changes_no_hypothesis(config, tmp_path):
+  """On 8 devices as data=8, with a batch of 5 rows that it does not divide, and with tensor=2."""
+  config.train.steps = 2
+  train(config)
+  texts = []
+  for sizes, rows in (({"data": 8}, 5), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)):
+    config.mesh.update(sizes)
+    config.eval.batch_size, config.eval.out = rows, str(tmp_path / f"rows_{rows}")
+    evaluate(config, config.workdir)
+    texts.append(read_text(tmp_path / f"rows_{rows}" / "text"))
+  assert texts[0] == texts[1] and len(texts[0]) == 24
+  config.mesh.update({"data": 3})
+  with pytest.raises(ValueError, match=r"mesh\.data=3, .* the number of devices, 8"):
+    evaluate(config, config.workdir)
+
+
 def test_the_list_is_what_pack_wrote(data_list):
   assert [Path(p).name for p in read_list(data_list)] == [f"shards_{i:09d}.tar" for i in range(4)]

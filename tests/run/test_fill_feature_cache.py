@@ -19,8 +19,8 @@ from mooer_jax.data.shards import RawUtterance
 from mooer_jax.files import lock_folder
 from mooer_jax.run import fill_feature_cache
 from mooer_jax.run.config import Run, default_config
+from mooer_jax.sharding import make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.sharding import make_mesh
 from tests import tiny
 from tests.numerics import assert_within, exceeds_the_bound, rounded_to, rounding
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mooer_jax import speech_llm, tree
+from mooer_jax.sharding import make_mesh, param_shardings
 from mooer_jax.training import step as state_lib
 from mooer_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from mooer_jax.training.sharding import make_mesh, param_shardings
 from mooer_jax.training.step import jit_train_step, make_train_step
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding

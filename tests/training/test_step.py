@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mooer_jax import tree
+from mooer_jax.sharding import batch_sharding, make_mesh, param_shardings
 from mooer_jax.training import step as state_lib
 from mooer_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from mooer_jax.training.sharding import batch_sharding, make_mesh, param_shardings
 from mooer_jax.training.step import (
   NotFiniteError,
   check_finite,

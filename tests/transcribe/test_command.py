@@ -192,3 +192,27 @@ def test_the_command_fails_with_one_line(folder, clips, tmp_path, plain_env):
     )
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_mesh_of_the_command_is_that_of_the_transcriber(folder, clips, monkeypatch, capsys):
+  given = {}
+
+  def from_checkpoint(path, **options):
+    given.update(options)
+    raise ValueError("loaded")
+
+  monkeypatch.setattr(mooer_jax.Transcriber, "from_checkpoint", from_checkpoint)
+  command = ["transcribe", "--checkpoint", str(folder), str(clips[0].path)]
+  assert cli.main([*command, "--mesh", "data=2,fsdp=1,tensor=4"]) == 2
+  assert dict(given["mesh"].shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+  assert cli.main(command) == 2 and given["mesh"] is None
+  capsys.readouterr()
+  for mesh, message in (
+    ("data=2,model=4", "cannot read 'model=4'; give AXIS=SIZE"),
+    ("data=2,tensor=2", "the product must be the number of devices, 8"),
+    ("", "give AXIS=SIZE"),
+  ):
+    given.clear()
+    assert cli.main([*command, "--mesh", mesh]) == 2 and not given
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line

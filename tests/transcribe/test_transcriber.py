@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from jax.sharding import PartitionSpec as P
 
 import mooer_jax
 from mooer_jax import checkpoint
@@ -326,3 +327,19 @@ def test_given_options_go_over_deprecated_names_in_a_checkpoint(folder, tmp_path
     assert given.generation.eos_token_id == (10,)
   with pytest.raises(ValueError, match="temperature has no effect"):
     load_model(copy, compute, generation={"temperature": 2.0})
+
+
+def test_a_mesh_changes_no_result_and_no_device_holds_all_weights(folder, transcriber, clips):
+  mesh = mooer_jax.make_mesh(data=2, tensor=4)
+  on_mesh = mooer_jax.Transcriber.from_checkpoint(folder, mesh=mesh)
+  kernel = on_mesh.params["decoder"]["layers_0"]["mlp"]["up"]["kernel"]
+  assert kernel.sharding.spec == P(None, "tensor")
+  assert len(kernel.devices()) == 8 and kernel.addressable_shards[0].data.shape == (32, 12)
+  paths = [clip.path for clip in clips[:3]]
+  found, expected = (t.transcribe(paths, batch_size=3) for t in (on_mesh, transcriber))
+  assert [result.tokens for result in found] == [result.tokens for result in expected]
+
+
+def test_a_mesh_that_does_not_divide_the_weights_is_named(folder):
+  with pytest.raises(ValueError, match=r"embed/embedding: an axis of 12 .* mesh\.tensor=8"):
+    mooer_jax.Transcriber.from_checkpoint(folder, mesh=mooer_jax.make_mesh(tensor=8))

@@ -3,7 +3,7 @@
 At a lower LoRA scale, a model that is over-fitted to its training tasks follows diverse
 instructions again. A few optimizer steps on a few such answers restore this at the full scale.
 
-The few answers are decoded as `eval.py` does it, on one device. Training uses all devices.
+The few answers are decoded as `eval.py` does it, on the mesh that training uses.
 
 Source: SALMONN (Tang et al., 2023), sections 3.2 and 5.4.
 """

@@ -18,8 +18,8 @@ from convert.readers import ReadError, open_source
 from mooer_jax import checkpoint, tree
 from mooer_jax.config import part_from_json
 from mooer_jax.decoders.llm import LLM
+from mooer_jax.sharding import make_mesh, param_shardings
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.sharding import make_mesh, param_shardings
 from tests.convert.folders_of import saved_llm
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 

@@ -6,8 +6,11 @@ from jax.sharding import PartitionSpec as P
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import model_config
-from mooer_jax.training.sharding import (
+from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.sharding import (
+  MeshConfig,
   batch_sharding,
+  cache_shardings,
   make_mesh,
   param_shardings,
   sharding_rules,
@@ -102,6 +105,40 @@ def test_make_mesh_fills_one_axis():
 def test_make_mesh_refuses_sizes_that_do_not_use_every_device(sizes):
   with pytest.raises(ValueError, match=r"mesh\.data="):
     make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+  "text, sizes",
+  [
+    ("data=2,fsdp=1,tensor=4", (2, 1, 4)),
+    ("tensor=4", (-1, 1, 4)),
+    (" fsdp=-1, data=1", (1, -1, 1)),
+  ],
+)
+def test_sizes_are_read_from_text(text, sizes):
+  assert MeshConfig.parse(text) == MeshConfig(*sizes)
+
+
+@pytest.mark.parametrize("text", ["", "model=4", "tensor", "tensor=two", "tensor=2,tensor=2", "4"])
+def test_text_that_names_no_mesh_is_refused(text):
+  with pytest.raises(ValueError, match="the axes data, fsdp, tensor, as in data=2,tensor=4"):
+    MeshConfig.parse(text)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 3])
+def test_a_cache_is_split_by_rows_and_by_heads_where_they_divide(kv_heads):
+  """Over data=2 x fsdp=2, and over tensor=2."""
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  config = LLMConfig(
+    vocab_size=8, hidden_size=8, layers=1, heads=12, kv_heads=kv_heads, head_dim=32,
+    intermediate_size=8,
+  )  # fmt: skip
+  cache = jax.eval_shape(lambda: config.empty_cache(rows=8, slots=5, dtype=jnp.bfloat16))
+  shardings = cache_shardings(cache, kv_heads, mesh)
+  shapes = jax.tree.map(lambda x, s: s.shard_shape(x.shape), cache, shardings)
+  parts = 2 if kv_heads % 2 == 0 else 1
+  assert shapes.layers == (((2, 5, kv_heads * 32 // parts),) * 2,)
+  assert (shapes.valid_BS, shapes.filled, shapes.positions_B) == ((2, 5), (), (2,))
 
 
 MOOER_7B = {

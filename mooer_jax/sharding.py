@@ -1,15 +1,25 @@
-"""The device mesh, with the axes `data`, `fsdp` and `tensor`, and the sharding of parameters."""
+"""The device mesh, with the axes `data`, `fsdp` and `tensor`, and the sharding of all arrays.
 
+Training, evaluation and transcription use the same mesh and rules.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mooer_jax import connectors, decoders, encoders, tree
+from mooer_jax.decoders.llm import KVCache
 from mooer_jax.nn.layers import AXES, DATA, FSDP, TENSOR
+
+T = TypeVar("T")
 
 # Leaves with fewer elements (in one layer) are not split over fsdp: gathering would cost more.
 FSDP_MIN_SIZE = 2**16
@@ -35,6 +45,25 @@ class MeshConfig:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+
+  @classmethod
+  def parse(cls, text: str) -> "MeshConfig":
+    """Reads sizes such as "data=2,tensor=4"; axes that are not named have their defaults.
+
+    Raises:
+      ValueError: for an axis that is unknown or named twice, or a size that is no integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+      axis, _, size = part.strip().partition("=")
+      if axis not in AXES or axis in sizes or not re.fullmatch(r"-?\d+", size):
+        problem = f"{axis!r} is named twice" if axis in sizes else f"cannot read {part.strip()!r}"
+        raise ValueError(
+          f"mesh {text!r}: {problem}; give AXIS=SIZE, separated by commas, with the axes"
+          f" {', '.join(AXES)}, as in data=2,tensor=4"
+        )
+      sizes[axis] = int(size)
+    return cls(**sizes)
 
 
 def make_mesh(
@@ -66,6 +95,36 @@ def make_mesh(
       f"{said} does not fit the torus of the {len(devices)} chips; each size must be a product of"
       " whole axes (of 8x8x8: 8, 64 or 512)"
     ) from error
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+  """Raises ValueError if a mesh was not made by `make_mesh`: its axes have other names or types."""
+  if mesh is None:
+    return
+  types = getattr(mesh, "axis_types", ())
+  if getattr(mesh, "axis_names", ()) != AXES or any(kind is not AxisType.Auto for kind in types):
+    raise ValueError(
+      f"mesh={mesh!r}: must have the axes {', '.join(AXES)} of type Auto; make it with"
+      " mooer_jax.make_mesh"
+    )
+
+
+def in_mesh(function: Callable[..., T]) -> Callable[..., T]:
+  """Decorator: calls a function in the context of its keyword argument `mesh`, if that is given.
+
+  In this context, attention kernels run on the rows and heads of each device.
+  """
+
+  @functools.wraps(function)
+  def call(*arguments, mesh: Mesh | None = None, **options):
+    check_mesh(mesh)
+    context: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if mesh is not None:
+      context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with context:
+      return function(*arguments, mesh=mesh, **options)
+
+  return call
 
 
 def param_shardings(
@@ -104,6 +163,43 @@ def param_shardings(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows of a batch are split over `data` and `fsdp`."""
   return NamedSharding(mesh, P((DATA, FSDP)))
+
+
+def row_parts(mesh: Mesh | None) -> int:
+  """Number of parts into which the rows of a batch are split; 1 without a mesh."""
+  return 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
+
+
+def constrain_rows(arrays: T, mesh: Mesh | None) -> T:
+  """Constrain the rows of all arrays in a pytree as in `batch_sharding`, inside `jit`.
+
+  Scalars are replicated. Without a mesh, nothing is constrained.
+  """
+  if mesh is None:
+    return arrays
+  shardings = jax.tree.map(lambda x: _by_rows(x, mesh), arrays)
+  return jax.lax.with_sharding_constraint(arrays, shardings)
+
+
+def cache_shardings(cache: KVCache, kv_heads: int, mesh: Mesh) -> KVCache:
+  """`NamedSharding`s of a KV cache: rows are split as those of a batch, heads over `tensor`.
+
+  If `kv_heads` is not divisible by the size of `tensor`, keys and values are replicated over it.
+  """
+  heads = TENSOR if kv_heads % mesh.shape[TENSOR] == 0 else None
+  layers = jax.tree.map(lambda x: NamedSharding(mesh, P((DATA, FSDP), None, heads)), cache.layers)
+  return dataclasses.replace(jax.tree.map(lambda x: _by_rows(x, mesh), cache), layers=layers)
+
+
+def constrain_cache(cache: KVCache, kv_heads: int, mesh: Mesh | None) -> KVCache:
+  """Constrain a KV cache as in `cache_shardings`, inside `jit`; without a mesh, it is unchanged."""
+  if mesh is None:
+    return cache
+  return jax.lax.with_sharding_constraint(cache, cache_shardings(cache, kv_heads, mesh))
+
+
+def _by_rows(x, mesh: Mesh) -> NamedSharding:
+  return batch_sharding(mesh) if x.ndim else NamedSharding(mesh, P())
 
 
 def _fit(mesh, path, shape, *, spec, fsdp_min_size) -> P:

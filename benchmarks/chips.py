@@ -1,0 +1,57 @@
+"""TPU chips that programs are compiled for on a CPU machine, with the compiler in libtpu."""
+
+import os
+from typing import NamedTuple
+
+# Otherwise libtpu queries a cloud server for the chips of this machine, which takes seconds.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# It also locks the chips for one process, but there are none.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+class Memory(NamedTuple):
+  """Memory of one chip: GiB, of which the compiler reserves a little, and GB/s (10^9 bytes)."""
+
+  gib: int
+  gb_per_s: int
+
+
+# Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
+MEMORY = {
+  "TPU v5 lite": Memory(16, 819),
+  "TPU v5": Memory(95, 2765),
+  "TPU v4": Memory(32, 1228),
+  "TPU v6 lite": Memory(32, 1640),
+}
+
+
+def topology_devices(name: str):
+  """Return the chips of a named topology, such as "v5e:4x4"."""
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+  except jax.errors.JaxRuntimeError as error:
+    if "INVALID_ARGUMENT" not in str(error):
+      raise
+    raise ValueError(
+      f"--topology={name}: {error}. Names are KIND:SHAPE, as in v5e:4x4, v6e:2x2, v5p:8x8x8"
+    ) from error
+
+
+def memory_of(compiled) -> dict[str, float]:
+  """XLA's memory plan for one chip in GiB; peak = everything that is in use at once."""
+  stats = compiled.memory_analysis()
+  parts = {
+    "arguments": stats.argument_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "aliased": stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "code": stats.generated_code_size_in_bytes,
+  }
+  alive = sum(parts.values()) - 2 * parts["aliased"]  # aliased outputs lie in their arguments
+  return {name: round(size / GIB, 4) for name, size in {**parts, "peak": alive}.items()}
