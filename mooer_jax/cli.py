@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe, train, eval, pack, checkpoint, convert."""
+"""The command `mooer-jax`: transcribe, warmup, train, eval, pack, checkpoint, convert."""
 
 import argparse
 import importlib

@@ -2,6 +2,7 @@
 
 from mooer_jax.generation.generate import NOT_FINITE as NOT_FINITE
 from mooer_jax.generation.generate import GenerateOutput as GenerateOutput
+from mooer_jax.generation.generate import compile_batch as compile_batch
 from mooer_jax.generation.generate import decode_batches as decode_batches
 from mooer_jax.generation.generate import generate as generate
 from mooer_jax.generation.generate import generate_from as generate_from

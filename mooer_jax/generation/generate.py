@@ -328,11 +328,31 @@ def decode_batches(
       yield item[0], output
 
 
-def _generate_on_host(params, batch: Batch, config, options, *, mesh, **more) -> GenerateOutput:
-  """The output of `generate` in NumPy; of the batch, each device gets only its own rows."""
+def compile_batch(
+  params: dict,
+  batch: Batch,
+  config: SpeechLLMConfig,
+  options: GenerationConfig,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+) -> None:
+  """Compiles the program that `decode_batches` runs for batches of this shape; decodes nothing.
+
+  The program goes into the persistent compilation cache of JAX. Arguments as in `generate`.
+  """
+  batch, key = _placed(batch, mesh), jax.random.key(0)
+  generate.lower(params, batch, config, options, key=key, mesh=mesh).compile()
+
+
+def _placed(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+  """A batch of which each device has only its own rows."""
   if mesh is None:
-    return jax.device_get(generate(params, batch, config, options, **more))
+    return batch
+  return jax.device_put(pad_rows(batch, row_parts(mesh)), batch_sharding(mesh))
+
+
+def _generate_on_host(params, batch: Batch, config, options, *, mesh, **more) -> GenerateOutput:
+  """The output of `generate` in NumPy, without padding rows."""
   rows = batch.frames[0].shape[0]
-  batch = jax.device_put(pad_rows(batch, row_parts(mesh)), batch_sharding(mesh))
-  output = jax.device_get(generate(params, batch, config, options, mesh=mesh, **more))
-  return jax.tree.map(lambda x: x[:rows], output)
+  output = generate(params, _placed(batch, mesh), config, options, mesh=mesh, **more)
+  return jax.tree.map(lambda x: x[:rows], jax.device_get(output))

@@ -17,6 +17,9 @@ from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
 
 STDIN = "-"
 _GROUP = 8  # batches that are read and sorted by length together
+_WARMUP = """Compile what `mooer-jax transcribe` needs, so that its first calls do not wait. Give
+the options that transcribe will get. The programs are kept in ~/.cache/mooer_jax/xla, or in
+$JAX_COMPILATION_CACHE_DIR."""
 _DEPRECATED: dict[str, dict[str, Any]] = {
   "--base": {"dest": "base_checkpoint"},
   "--beams": {"dest": "num_beams", "type": int},
@@ -44,6 +47,33 @@ def add_parser(commands) -> None:
   about = "transcribe audio files"
   parser = commands.add_parser("transcribe", aliases=["ask"], help=about, usage=usage)
   parser.add_argument("audio", nargs="+", help="audio files of any common format; - reads stdin")
+  _add_options(parser)
+  parser.add_argument(
+    "--chunk-length-s",
+    type=float,
+    metavar="SECONDS",
+    help="split longer audio at pauses into chunks of at most SECONDS and join the transcripts;"
+    " default: audio longer than the model's limit is an error",
+  )
+  parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+  parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
+  for old, how in _DEPRECATED.items():
+    parser.add_argument(old, action=_StoreDeprecated, help=argparse.SUPPRESS, **how)
+  parser.set_defaults(run=run)
+  about = "compile the programs of transcribe into the compilation cache"
+  parser = commands.add_parser("warmup", help=about, description=_WARMUP)
+  _add_options(parser)
+  parser.add_argument(
+    "--max-audio-s",
+    type=float,
+    metavar="SECONDS",
+    help="longest audio, or --chunk-length-s of transcribe; default: the model's limit",
+  )
+  parser.set_defaults(run=warmup)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+  """Adds the options on which the compiled programs depend."""
   parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
   parser.add_argument("--base-checkpoint", help="base of a fine-tune, if it has moved")
   parser.add_argument("--task", help="task of the model; default: its only one, else asr")
@@ -57,14 +87,6 @@ def add_parser(commands) -> None:
     help="chat template around the prompt (none: the prompt alone); default: the checkpoint's",
   )
   parser.add_argument("--question", help=f"text that replaces {QUESTION} in the prompt")
-  parser.add_argument(
-    "--chunk-length-s",
-    type=float,
-    metavar="SECONDS",
-    help="split longer audio at pauses into chunks of at most SECONDS and join the transcripts;"
-    " default: audio longer than the model's limit is an error",
-  )
-  parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
   parser.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),
@@ -91,7 +113,6 @@ def add_parser(commands) -> None:
     " default). Default: one device",
   )
   parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
-  parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   group = parser.add_argument_group("generation options; defaults come from the checkpoint")
   for name, (kind, text) in _GENERATION.items():
     flag = "--" + name.replace("_", "-")
@@ -99,9 +120,6 @@ def add_parser(commands) -> None:
       group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
       group.add_argument(flag, type=kind, help=text)
-  for old, how in _DEPRECATED.items():
-    parser.add_argument(old, action=_StoreDeprecated, help=argparse.SUPPRESS, **how)
-  parser.set_defaults(run=run)
 
 
 class _StoreDeprecated(argparse.Action):
@@ -118,11 +136,6 @@ def run(args: argparse.Namespace) -> int:
 
   Raises ValueError or OSError for a bad checkpoint, option or output file.
   """
-  from mooer_jax.run.process import prepare_process
-  from mooer_jax.sharding import MeshConfig, make_mesh
-  from mooer_jax.transcribe.transcriber import Transcriber
-
-  prepare_process()
   if STDIN in args.audio and sys.stdin is None:
     raise ValueError("- (stdin) is closed; pipe audio into the command or name a file")
   if args.audio.count(STDIN) > 1:
@@ -131,27 +144,13 @@ def run(args: argparse.Namespace) -> int:
     _check_json_target(args.json, args.audio)
   if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
     raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
-  mesh = None
-  if args.mesh is not None:
-    mesh = make_mesh(**dataclasses.asdict(MeshConfig.parse(args.mesh)))
-  transcriber = Transcriber.from_checkpoint(
-    args.checkpoint,
-    dtype=args.dtype,
-    base_checkpoint=args.base_checkpoint,
-    quantization=args.quantization,
-    features=args.features,
-    mesh=mesh,
-  )
+  transcriber = _load(args)
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
   # Memory holds some clips at a time; of long recordings only a batch.
   size = max(1, args.batch_size) * (_GROUP if args.chunk_length_s is None else 1)
-  own = ("task", "prompt", "question", "chat_template", "chunk_length_s", "batch_size", "seed")
-  given = vars(args)
-  options = {name: given[name] for name in (*own, *_GENERATION) if given[name] is not None}
-  if args.prompt is not None:
-    options["prompt"] = args.prompt.replace("\\n", "\n")
+  options = _given(args, "chunk_length_s", "seed")
   failed = []
   with _json_writer(args.json) as write:
     for start in range(0, len(args.audio), size):
@@ -173,6 +172,42 @@ def run(args: argparse.Namespace) -> int:
   for error in failed:
     print(f"not transcribed: {' '.join(error.split())}", file=sys.stderr)
   return 1 if failed else 0
+
+
+def warmup(args: argparse.Namespace) -> int:
+  """Compiles the programs of `run`; raises ValueError or OSError for a bad checkpoint or option."""
+  transcriber = _load(args)
+  number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
+  print(f"compiled {number} programs")
+  return 0
+
+
+def _load(args: argparse.Namespace):
+  from mooer_jax.run.process import prepare_process
+  from mooer_jax.sharding import MeshConfig, make_mesh
+  from mooer_jax.transcribe.transcriber import Transcriber
+
+  prepare_process()
+  mesh = None
+  if args.mesh is not None:
+    mesh = make_mesh(**dataclasses.asdict(MeshConfig.parse(args.mesh)))
+  return Transcriber.from_checkpoint(
+    args.checkpoint,
+    dtype=args.dtype,
+    base_checkpoint=args.base_checkpoint,
+    quantization=args.quantization,
+    features=args.features,
+    mesh=mesh,
+  )
+
+
+def _given(args: argparse.Namespace, *more: str) -> dict[str, Any]:
+  """The options that were given, as keyword arguments of a Transcriber's method."""
+  names = ("task", "prompt", "question", "chat_template", "batch_size", *more, *_GENERATION)
+  options = {name: value for name in names if (value := getattr(args, name)) is not None}
+  if args.prompt is not None:
+    options["prompt"] = args.prompt.replace("\\n", "\n")
+  return options
 
 
 def _shown(name: str) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from mooer_jax.audio.decode import SILENCE
 from mooer_jax.config import SpeechLLMConfig, build
-from mooer_jax.generation import NOT_FINITE, GenerationConfig, decode_batches
+from mooer_jax.generation import NOT_FINITE, GenerationConfig, compile_batch, decode_batches
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import encoder_inputs, extract_features, padded_lengths
 from mooer_jax.nn.compute import ExecutionConfig, Features
@@ -26,7 +26,7 @@ from mooer_jax.prompts import (
   split_answer,
   task_prompt,
 )
-from mooer_jax.speech_llm import Batch
+from mooer_jax.speech_llm import Batch, shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe.clips import load_clips, raise_first
 from mooer_jax.transcribe.transcript import Transcript, join_transcripts
@@ -139,25 +139,13 @@ class Transcriber:
         f"audio: {type(audio).__name__}; transcribe takes a list of clips: transcribe([clip])"
       )
     audio = list(audio)
-    texts = dict(task=task, prompt=prompt, question=question, chat_template=chat_template)
-    _check_types(str, "a str", **texts)
     _check_types(numbers.Real, "a number", chunk_length_s=chunk_length_s)
-    _check_types(numbers.Integral, "an int", batch_size=batch_size, seed=seed)
+    _check_types(numbers.Integral, "an int", seed=seed)
     if errors not in ("raise", "return"):
       raise ValueError(f"errors={errors!r}: must be 'raise' or 'return'")
-    if batch_size is None or batch_size < 1:
-      raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    _check_batch_size(batch_size)
     task, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
-    options = build(
-      GenerationConfig, {**dataclasses.asdict(self.options), **generation}, "generation"
-    )
-    if options.num_return_sequences > 1:
-      raise ValueError(
-        f"generation.num_return_sequences={options.num_return_sequences}: transcribe returns"
-        " one result per clip; call mooer_jax.generate for more"
-      )
-    if generation.get("return_hidden"):
-      raise ValueError("return_hidden=True has no effect on transcribe; call mooer_jax.generate")
+    options = self._options(generation)
     if seed is not None and not 0 <= seed < 2**32:
       raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
     options.check_effect([*generation, *([] if seed is None else ["seed"])])
@@ -190,10 +178,77 @@ class Transcriber:
       results.append(dataclasses.replace(result, path=path))
     return results
 
+  def warmup(
+    self,
+    *,
+    task: str | None = None,
+    prompt: str | None = None,
+    question: str | None = None,
+    chat_template: str | None = None,
+    batch_size: int = 8,
+    max_audio_s: float | None = None,
+    progress: bool = False,
+    **generation: Any,
+  ) -> int:
+    """Compiles the programs that `transcribe` runs with the same arguments; returns their number.
+
+    There is one for each number of rows and each length that inputs are padded to. They go into the
+    persistent compilation cache of JAX, if it is on, where later processes find them.
+
+    Args:
+      task, prompt, question, chat_template, batch_size, progress, generation: as in `transcribe`.
+      max_audio_s: longest clip (or chunk), seconds; default: the limit of the model.
+
+    Raises:
+      ValueError: for arguments as in `transcribe`; for a max_audio_s out of range.
+    """
+    from rich.progress import track
+
+    _check_types(numbers.Real, "a number", max_audio_s=max_audio_s)
+    _check_batch_size(batch_size)
+    _, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
+    options = self._options(generation)
+    options.check_effect(generation)
+    shortest, longest = shortest_s(self.config), self.config.max_audio_s
+    seconds = longest if max_audio_s is None else max_audio_s
+    if not shortest <= seconds <= longest:
+      raise ValueError(
+        f"max_audio_s={seconds:g}: must be between {shortest:g} and {longest:g} (the limit of this"
+        " model) seconds"
+      )
+    silence_N = np.zeros(round(seconds * self.config.sample_rate_hz), np.float32)
+    clip, cases = extract_features(silence_N, self.config), []
+    for bucket in self.buckets:
+      cut = tuple(x[:length] for x, length in zip(clip, bucket, strict=True))
+      rows = {min(batch_size, 1 << n) for n in range(batch_size.bit_length() + 1)}
+      cases += [[cut] * n for n in sorted(rows)]
+      if all(map(np.array_equal, cut, clip)):
+        break
+    for clips in track(cases, "compiling", disable=not progress):
+      batch = self._batch(clips, sides, batch_size)
+      compile_batch(self.params, batch, self.config, options, mesh=self.mesh)
+    return len(cases)
+
+  def _options(self, generation: Mapping[str, Any]) -> GenerationConfig:
+    """The checkpoint's options, overridden; raises ValueError for those that have no effect."""
+    options = build(
+      GenerationConfig, {**dataclasses.asdict(self.options), **generation}, "generation"
+    )
+    if options.num_return_sequences > 1:
+      raise ValueError(
+        f"generation.num_return_sequences={options.num_return_sequences}: transcribe returns"
+        " one result per clip; call mooer_jax.generate for more"
+      )
+    if generation.get("return_hidden"):
+      raise ValueError("return_hidden=True has no effect on transcribe; call mooer_jax.generate")
+    return options
+
   def _encode_prompt(
     self, task: str | None, prompt: str | None, *, question: str | None, template: str | None
   ) -> tuple[str, tuple[list[int], list[int]]]:
     """(task, tokens before and after the speech); arguments as in `transcribe`."""
+    texts = dict(task=task, prompt=prompt, question=question, chat_template=template)
+    _check_types(str, "a str", **texts)
     prompts = dict(self.config.prompts)
     if task is None:
       own = next(iter(prompts)) if len(prompts) == 1 else "asr"
@@ -230,7 +285,11 @@ class Transcriber:
     loud.sort(key=lambda i: len(chunks[i]))
     groups = [loud[i : i + batch_size] for i in range(0, len(loud), batch_size)]
     batches = (
-      (group, self._batch([chunks[i] for i in group], sides, batch_size)) for group in groups
+      (
+        group,
+        self._batch([extract_features(chunks[i], self.config) for i in group], sides, batch_size),
+      )
+      for group in groups
     )
     key = jax.random.key(seed)
     outputs = decode_batches(self.params, batches, self.config, options, key=key, mesh=self.mesh)
@@ -246,13 +305,18 @@ class Transcriber:
           )
     return transcripts
 
-  def _batch(self, chunks, sides, batch_size: int) -> Batch:
-    rows = min(batch_size, 1 << (len(chunks) - 1).bit_length())  # few shapes, little padding
-    clips = [extract_features(chunk_N, self.config) for chunk_N in chunks]
+  def _batch(self, clips, sides, batch_size: int) -> Batch:
+    rows = min(batch_size, 1 << (len(clips) - 1).bit_length())  # few shapes, little padding
     features, frames = encoder_inputs(clips, rows=rows, buckets=self.buckets)
     prefix_BS, suffix_BS = (np.tile(np.asarray(side, np.int32), (rows, 1)) for side in sides)
     labels_BS = np.full((rows, 1), -1, np.int32)
     return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
+
+
+def _check_batch_size(batch_size: int) -> None:
+  _check_types(numbers.Integral, "an int", batch_size=batch_size)
+  if batch_size is None or batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}: must be at least 1")
 
 
 def _check_types(kind: type, name: str, **values: Any) -> None:
