@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
 from benchmarks.chips import GIB, MEMORY, memory_of, topology_devices
@@ -38,7 +39,8 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
   """
   devices = topology_devices(topology)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
-  model = run.model.replace(compute=run.compute)
+  decoder = dataclasses.replace(run.model.decoder, lora_rank=0)
+  model = run.model.replace(compute=run.compute, decoder=decoder)
   given = run.generation if num_beams is None else {**run.generation, "num_beams": num_beams}
   options = merge_options({}, given)
   options = dataclasses.replace(options, eos_token_id=options.eos_token_id or EOS)
@@ -87,14 +89,29 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
 
 
 def abstract_params(model: SpeechLLMConfig, mesh) -> dict:
-  """The parameters as `load_model` loads them, as `ShapeDtypeStruct`s with shardings."""
+  """The parameters that `load_model` returns, as `ShapeDtypeStruct`s with shardings.
+
+  `model` has no LoRA, as it is merged.
+  """
   shapes = speech_llm.param_shapes(model)
+  shapes["encoders"] = tree.stack_layers(shapes["encoders"])
 
   def loaded(x, sharding):
     dtype = model.compute.jnp_dtype if x.ndim > 1 else jnp.float32
     return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
 
-  return jax.tree.map(loaded, shapes, param_shardings(mesh, shapes))
+  params = jax.tree.map(loaded, shapes, param_shardings(mesh, shapes))
+  if model.compute.quantization == "int8":
+    leaves = tree.flatten(params)
+    for path in [p for p in leaves if p.startswith("decoder/") and p.endswith("/kernel")]:
+      kernel = leaves.pop(path)
+      of_outputs = NamedSharding(mesh, P(kernel.sharding.spec[-1]))
+      leaves[f"{path}_int8"] = kernel.update(dtype=jnp.int8)
+      leaves[f"{path}_scale"] = jax.ShapeDtypeStruct(
+        kernel.shape[-1:], jnp.float32, sharding=of_outputs
+      )
+    params = tree.unflatten(leaves)
+  return params
 
 
 def abstract_batch(run: Run, model: SpeechLLMConfig, prompt: int, mesh) -> Batch:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import flops
+from benchmarks import aot_decode, flops
 from mooer_jax import speech_llm
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
@@ -277,24 +277,30 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
 
 
 @pytest.mark.slow
-def test_generation_is_compiled_for_a_tpu(aot, repo_root, tmp_path):
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=pytest.mark.nightly)])
+def test_generation_is_compiled_for_a_tpu(aot, repo_root, tmp_path, quantization):
   config, out = tmp_path / "small.py", tmp_path / "aot.json"
   full, more = repo_root / "configs" / "mooer_7b.py", SMALLER["mooer_7b"].strip()
   config.write_text(SMALL_CONFIG.format(full=str(full), more=more), "utf-8")
   process = aot(
     "--program=decode", f"--config={config}", "--topology=v5e:2x2", f"--json={out}",
     "--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2",
-    "--config.model.llm.lora_rank=0", "--config.eval.max_s=3.8", "--config.eval.batch_size=7",
+    "--config.eval.max_s=3.8", "--config.eval.batch_size=7",
     "--config.generation.max_new_tokens=8", "--num_beams=4",
+    f"--config.compute.quantization={quantization}",
   )  # fmt: skip
   result = result_of(process, out)
   batch, step, memory = (result[k] for k in ("batch", "decode_step", "memory_gb_per_chip"))
   assert (result["chip"], result["mesh"]) == ("TPU v5 lite", {"data": 2, "fsdp": 1, "tensor": 2})
   # 7 clips of 3.8 s and a padding row; the last of 8 tokens is not read.
   assert (batch["rows"], batch["speech_tokens"], batch["cache_slots"]) == (8, 32, 32 + 26 + 4 * 7)
-  # Of each layer half: q and o, k and v, the MLP, in bfloat16; biases in float32. Whole: the norms.
-  layer = (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512) // 2 * 2 + (256 + 128 + 128) // 2 * 4
-  norms, head = (2 * 3 + 1) * 256 * 4, 256 * 1024 // 2 * 2
+  # Of each layer half: q and o, k and v, the MLP; biases in float32. Whole: the norms.
+  size = {"none": 2, "int8": 1}[quantization]
+  layer = (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512) // 2 * size + (256 + 128 + 128) // 2 * 4
+  norms, head = (2 * 3 + 1) * 256 * 4, 256 * 1024 // 2 * size
+  if quantization == "int8":  # scales of the outputs, which are halved but in o and down
+    layer += ((256 + 2 * 128 + 2 * 512) // 2 + 2 * 256) * 4
+    head += 1024 // 2 * 4
   assert step["weights_bytes_per_chip"] == 3 * layer + norms + head
   # The one key-value head is on both chips of `tensor`; half of the rows; bfloat16.
   assert step["cache_bytes_per_chip"] == 3 * 2 * (8 // 2) * batch["cache_slots"] * 128 * 2
@@ -304,6 +310,19 @@ def test_generation_is_compiled_for_a_tpu(aot, repo_root, tmp_path):
   assert 0 < memory["arguments"] < memory["peak"] == result["hbm_gb_per_chip"] < 1
   assert result["xla_bytes_accessed_per_chip_loops_once"] > read
   assert "a step takes at least" in process.stdout
+
+
+@pytest.mark.parametrize("llm", ["qwen2_7b", "vicuna_13b"])
+def test_int8_weights_are_half_as_large_as_bfloat16(llm):
+  mesh = make_mesh(data=1, devices=jax.devices()[:1])
+
+  def size(quantization) -> int:
+    compute = ExecutionConfig("bfloat16", quantization=quantization)
+    model = SpeechLLMConfig(decoder=LLMConfig.SIZES[llm], compute=compute)
+    shapes = aot_decode.abstract_params(model, mesh)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes["decoder"]))
+
+  assert 0.5 < size("int8") / size("none") < 0.55
 
 
 @pytest.mark.parametrize(
