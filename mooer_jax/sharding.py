@@ -109,6 +109,13 @@ def check_mesh(mesh: Mesh | None) -> None:
     )
 
 
+def mesh_of(params: Mapping) -> Mesh | None:
+  """The mesh that parameters are on; None without `NamedSharding`s, as on one device."""
+  shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+  meshes = (x.mesh for x in shardings if isinstance(x, NamedSharding))
+  return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
+
+
 def in_mesh(function: Callable[..., T]) -> Callable[..., T]:
   """Decorator: calls a function in the context of its keyword argument `mesh`, if that is given.
 

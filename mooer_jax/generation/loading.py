@@ -12,7 +12,7 @@ from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.kernels.attention import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.sharding import check_mesh, param_shardings
+from mooer_jax.sharding import check_mesh, mesh_of, param_shardings
 from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -24,14 +24,17 @@ class Loaded(NamedTuple):
     params: as `weights.lay_out` returns them; of the LLM, layer by layer.
     model: without LoRA if it was merged.
     generation: with the eos ids.
-    mesh: where the params are; None: on one device.
   """
 
   params: dict
   model: SpeechLLMConfig
   tokenizer: Tokenizer
   generation: GenerationConfig
-  mesh: jax.sharding.Mesh | None = None
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh | None:
+    """The mesh of the params; None if they are on one device."""
+    return mesh_of(self.params)
 
 
 def merge_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationConfig:
@@ -97,4 +100,4 @@ def load_model(
     raise ValueError(f"lora_scale={lora_scale:g} has no effect with merge_lora=False")
   if compute.quantization == "int8":
     params = weights.quantize(params)
-  return Loaded(weights.lay_out(params, model), model, tokenizer, options, mesh)
+  return Loaded(weights.lay_out(params, model), model, tokenizer, options)

@@ -40,7 +40,9 @@ def merge_lora(
   leaves = tree.flatten(params)
   for path in [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]:
     kernel, a, b = (leaves.pop(f"{path}/{name}") for name in ("kernel", "lora_a", "lora_b"))
-    leaves[f"{path}/kernel"] = _replaced(functools.partial(_merged, scale=scale), kernel, a, b)
+    sharding = kernel.sharding
+    merged = _replaced(functools.partial(_merged, scale=scale), kernel, a, b)
+    leaves[f"{path}/kernel"] = jax.device_put(merged, sharding)
   decoder = dataclasses.replace(decoder, lora_rank=0)
   return tree.unflatten(leaves), dataclasses.replace(config, decoder=decoder)
 

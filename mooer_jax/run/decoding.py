@@ -18,7 +18,6 @@ from mooer_jax.data.shards import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
-from mooer_jax.run.process import prepare_process
 from mooer_jax.sharding import make_mesh
 
 
@@ -46,8 +45,7 @@ class DecodingResults:
 def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded:
   """Loads a checkpoint with the sections `compute`, `generation` and `mesh` of a config.
 
-  Enables the persistent compilation cache first. `lora` contains lora_scale or merge_lora of
-  `load_model`.
+  `lora` contains lora_scale or merge_lora of `load_model`.
 
   Raises:
     ValueError: for a mesh that does not fit the devices or the model; in one of several processes;
@@ -57,7 +55,6 @@ def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded
     raise ValueError(
       f"{jax.process_count()} processes: this version decodes in one process, on all its devices"
     )
-  prepare_process()
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   return load_model(
     folder,

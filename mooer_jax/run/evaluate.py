@@ -17,6 +17,7 @@ from mooer_jax.evaluation.translation import Bleu, bleu_of_task
 from mooer_jax.prompts import split_answer
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
+from mooer_jax.run.process import prepare_process
 
 _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
 
@@ -38,6 +39,7 @@ def evaluate(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set or reference file.
   """
+  prepare_process()
   options = run.eval
   folder = checkpoint.find(path)
   options.require_shards()

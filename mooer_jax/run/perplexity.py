@@ -33,6 +33,7 @@ from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, load, out_folder
+from mooer_jax.run.process import prepare_process
 from mooer_jax.sharding import batch_sharding, row_parts
 from mooer_jax.speech_llm import pad_rows
 from mooer_jax.text.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ def perplexity(
   Raises:
     FileNotFoundError, ValueError: for a bad config, checkpoint, test set, instruction or scale.
   """
+  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
@@ -81,7 +83,7 @@ def perplexity(
 class PerplexityEvaluator:
   """Evaluator of a training run; writes perplexity.json and perplexity.png in its folder."""
 
-  def __init__(self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, first: int):
+  def __init__(self, run: Run, tokenizer: Tokenizer, *, first: int):
     """Reads the measurements up to step `first`, where training starts or resumes.
 
     Raises:
@@ -89,7 +91,6 @@ class PerplexityEvaluator:
     """
     self._run, self._tokenizer = run, tokenizer
     self.every = run.perplexity.every
-    self._mesh = mesh
     shards, batch_size = run.perplexity.shards, run.perplexity.batch_size
     self._options = EvalConfig(shards, task="", batch_size=batch_size, truncate=run.data.truncate)
     self._file = run.workdir / "perplexity.json"
@@ -132,7 +133,7 @@ class PerplexityEvaluator:
 
   def _loaded(self, params: dict) -> Loaded:
     options = self._run.decoding_defaults()
-    return Loaded(params, self._run.model, self._tokenizer, options, self._mesh)
+    return Loaded(params, self._run.model, self._tokenizer, options)
 
 
 def _check(instructions: Sequence[str], model: SpeechLLMConfig) -> None:

@@ -30,9 +30,7 @@ from mooer_jax.training.step import TrainState, check_finite
 class MakeEvaluator(Protocol):
   """Makes an evaluator; training starts, or resumes, after step `first`."""
 
-  def __call__(
-    self, run: Run, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, first: int
-  ) -> Evaluator: ...
+  def __call__(self, run: Run, tokenizer: Tokenizer, *, first: int) -> Evaluator: ...
 
 
 def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
@@ -79,7 +77,7 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
   tokenizer = read_tokenizer(run, start_from)
   first = checkpoint.step_of(resumed) if resumed else 0
   # Before minutes of loading, since they check their data.
-  made = [make(run, tokenizer, mesh, first=first) for make in evaluators]
+  made = [make(run, tokenizer, first=first) for make in evaluators]
   start = _load(run, mesh, tokenizer, resumed=resumed)
   return _loop(run, start, made, first=first, mesh=mesh)
 

@@ -26,6 +26,7 @@ from mooer_jax.prompts import (
   split_answer,
   task_prompt,
 )
+from mooer_jax.sharding import mesh_of
 from mooer_jax.speech_llm import Batch, shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe.clips import load_clips, raise_first
@@ -51,11 +52,10 @@ class Transcriber:
     config: SpeechLLMConfig,
     tokenizer: Tokenizer,
     options: GenerationConfig = GenerationConfig(),
-    mesh: jax.sharding.Mesh | None = None,
   ):
-    """Takes per-layer params, on `mesh` if there is one; most users call `from_checkpoint`."""
+    """Takes per-layer params, on one device or a mesh; most users call `from_checkpoint`."""
     self.params = params
-    self.mesh = mesh
+    self.mesh = mesh_of(params)
     self.config = config.with_compute(scan=False)
     self.tokenizer = tokenizer
     self.options = dataclasses.replace(

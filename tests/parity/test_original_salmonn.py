@@ -37,6 +37,8 @@ from convert.importing import import_checkpoint
 from convert.parts import beats
 from mooer_jax import Transcriber, speech_llm
 from mooer_jax.audio.decode import load_audio
+from mooer_jax.checkpoint import describe
+from mooer_jax.config import from_json
 from tests.audio.test_logmel import transformers_float64
 from tests.generation.reference import cut
 from tests.parity import old_transformers, torch_beats, torch_models, torch_mooer, torch_salmonn
@@ -210,7 +212,8 @@ def test_the_original_gives_the_same_tokens_and_loss(
   passed_over = [name for name in report.ignored if name in stripped(theirs)]
   print(f"{len(stripped(theirs))} tensors saved, passed over: {len(passed_over)}")
   transcriber = Transcriber.from_checkpoint(tmp_path / "ours", dtype="float32")
-  assert transcriber.config.decoder.lora_scale == 4.0
+  saved = from_json(describe(tmp_path / "ours").config)
+  assert saved.decoder.lora_scale == 4.0 and transcriber.config.decoder.lora_rank == 0
 
   listen = transformers.WhisperFeatureExtractor(feature_size=80)
   samples = [utils.prepare_one_sample(str(path), listen, cuda_enabled=False) for path in recordings]

@@ -97,7 +97,7 @@ def test_a_flag_is_not_overridden_by_an_old_name_in_the_file(repo_root, plain_en
     (["a.wav"], "unexpected argument 'a.wav'"),
     (["--scales=1"], "--scales has no effect without --mode=perplexity or --mode=lora-sweep"),
     (["--annotations=a"], "--annotations has no effect without --suite"),
-    (["--config.mesh.fsdp=2"], "mesh.fsdp=2, mesh.tensor=1: the product must be the number of"),
+    (["--config.mesh.fsdp=3"], "mesh.fsdp=3, mesh.tensor=1: the product must be the number of"),
     (["--config.eval.metric=wer"], "eval.metric='wer': choose one of"),
     (["--config.eval.lora_scale=-1"], "eval.lora_scale=-1: must be at least 0"),
   ],

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from mooer_jax import checkpoint, tree
+from mooer_jax import checkpoint, sharding, tree
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.data.utterances import BadDataError
-from mooer_jax.training import sharding
 from mooer_jax.training.step import NotFiniteError
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 from tests.run.programs import evaluate, train

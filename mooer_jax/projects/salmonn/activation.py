@@ -20,6 +20,7 @@ from mooer_jax.files import read_json_object, write_json
 from mooer_jax.prompts import task_prompt
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load
+from mooer_jax.run.process import prepare_process
 
 
 def prepare(run: Run) -> Run:
@@ -35,6 +36,7 @@ def prepare(run: Run) -> Run:
   """
   if not run.activation.shards:
     return run
+  prepare_process()
   if run.init_from is None:
     raise ValueError("activation tuning starts from a trained model: set init_from")
   settings, answers = _settings(run, run.init_from), answers_file(run)

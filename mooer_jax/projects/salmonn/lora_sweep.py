@@ -11,6 +11,7 @@ from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table,
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, load, out_folder
 from mooer_jax.run.perplexity import check_scales
+from mooer_jax.run.process import prepare_process
 
 
 def lora_sweep(
@@ -21,6 +22,7 @@ def lora_sweep(
   Args and errors as in `run.evaluate.evaluate`; each utterance is prompted for its own task. The
   default of `scales` is nine LoRA scales from 0 to that of training.
   """
+  prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
   folder = checkpoint.find(path)

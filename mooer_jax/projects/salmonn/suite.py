@@ -21,6 +21,7 @@ from mooer_jax.projects.salmonn.scorers import Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
+from mooer_jax.run.process import prepare_process
 
 
 def run_suite(
@@ -168,6 +169,7 @@ def evaluate_suite(
   run: Run, path: str, annotations: str, *, base: str | None = None
 ) -> dict[str, Scored | str]:
   """Run `eval.py --suite=salmonn`: `run_suite` with arguments and errors of `evaluate.evaluate`."""
+  prepare_process()
   folder = checkpoint.find(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")
