@@ -353,6 +353,8 @@ def _placed(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
 
 def _generate_on_host(params, batch: Batch, config, options, *, mesh, **more) -> GenerateOutput:
   """The output of `generate` in NumPy, without padding rows."""
+  if mesh is None:
+    return jax.device_get(generate(params, batch, config, options, **more))
   rows = batch.frames[0].shape[0]
   output = generate(params, _placed(batch, mesh), config, options, mesh=mesh, **more)
   return jax.tree.map(lambda x: x[:rows], jax.device_get(output))
