@@ -198,23 +198,11 @@ def main():
   context = multiprocessing.get_context("spawn")
   with context.Pool(1) as pool:  # so that torch is not in this process
     release, ours = pool.apply(make_release, (args.dir,))
-  sides = {}
-  for side in SIDES if args.against == "pytorch" else ["mooer_jax"]:
-    sides[side], other = context.Pipe()
-    context.Process(target=serve, args=(side, release, ours, other), daemon=True).start()
-  for connection in sides.values():
-    connection.recv()
-  found = {}
-  for case in cases:
-    found[str(case)] = measure(case, sides, args.repeats)
-    Console().print(table({str(case): found[str(case)]}))
-  for connection in sides.values():
-    connection.send(None)
   result = {
     "new_tokens": NEW_TOKENS,
     "clip_s": CLIP_S,
     "dtype": "float32",
-    "cases": found,
+    "cases": {},
     "first_transcript_s": {
       "meaning": "the command `mooer-jax transcribe` for one clip: import, load, compile, decode",
       "empty compilation cache": first_transcript(ours, cached=False),
@@ -223,7 +211,18 @@ def main():
     "versions": versions("jax", "jaxlib", "flax", "torch", "transformers", "funasr"),
   }
   Console().print(result["first_transcript_s"])
-  write_result(args.json, result, SOURCES)
+  sides = {}
+  for side in SIDES if args.against == "pytorch" else ["mooer_jax"]:
+    sides[side], other = context.Pipe()
+    context.Process(target=serve, args=(side, release, ours, other), daemon=True).start()
+  for connection in sides.values():
+    connection.recv()
+  for case in cases:
+    result["cases"][str(case)] = measure(case, sides, args.repeats)
+    Console().print(table({str(case): result["cases"][str(case)]}))
+    write_result(args.json, result, SOURCES)
+  for connection in sides.values():
+    connection.send(None)
 
 
 if __name__ == "__main__":
