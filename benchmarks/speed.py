@@ -75,9 +75,8 @@ def make_release(folder: Path) -> tuple[Path, Path]:
 def load_ours(release: Path, ours: Path) -> tuple[Callable, Answer]:
   from mooer_jax import Transcriber
   from mooer_jax.inputs import extract_features
-  from mooer_jax.run.process import prepare_process
 
-  prepare_process()
+  # Without a persistent compilation cache, so that the first call compiles.
   transcriber = Transcriber.from_checkpoint(ours, dtype="float32")
 
   def answer(clips, beams, tokens):
