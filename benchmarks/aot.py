@@ -13,7 +13,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from benchmarks.chips import MEMORY, memory_of, topology_devices  # isort: skip  (before jax)
+from benchmarks.chips import MEMORY, memory_of, memory_table, topology_devices  # isort: skip  (before jax)
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -136,12 +136,7 @@ def _lengths(batch: Batch, model: SpeechLLMConfig) -> dict[str, int]:
 
 
 def table(result: dict) -> Table:
-  rows = Table("", "one chip", title=f"train step on {result['chips']} x {result['chip']}")
-  rows.add_row("mesh", " x ".join(f"{k} {v}" for k, v in result["mesh"].items()))
-  rows.add_row("batch", ", ".join(f"{k} {v:g}" for k, v in result["batch"].items()))
-  for name, value in result["memory_gb_per_chip"].items():
-    rows.add_row(f"memory: {name}", f"{value:.3f} GiB")
-  rows.add_row("memory of a chip", f"{result['hbm_of_chip_gb']} GiB")
+  rows = memory_table("train step", result)
   rows.add_row("FLOPs a step, recomputation included", f"{result['flops_per_chip']:.3e}")
   rows.add_row("FLOPs a step, without recomputation", f"{result['flops_needed_per_chip']:.3e}")
   rows.add_row("compile time", f"{result['compile_seconds']:.1f} s")

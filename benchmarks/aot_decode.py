@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
-from benchmarks.chips import GIB, MEMORY, memory_of, topology_devices
+from benchmarks.chips import GIB, MEMORY, memory_of, memory_table, topology_devices
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.batches import Batcher
@@ -179,12 +179,7 @@ def _shard_bytes(x, sharding: NamedSharding) -> int:
 
 
 def table(result: dict) -> Table:
-  rows = Table("", "one chip", title=f"generation on {result['chips']} x {result['chip']}")
-  rows.add_row("mesh", " x ".join(f"{k} {v}" for k, v in result["mesh"].items()))
-  rows.add_row("batch", ", ".join(f"{k} {v:g}" for k, v in result["batch"].items()))
-  for name, value in result["memory_gb_per_chip"].items():
-    rows.add_row(f"memory: {name}", f"{value:.3f} GiB")
-  rows.add_row("memory of a chip", f"{result['hbm_of_chip_gb']} GiB")
+  rows = memory_table("generation", result)
   step = result["decode_step"]
   rows.add_row("a step reads: weights", f"{step['weights_bytes_per_chip'] / GIB:.3f} GiB")
   rows.add_row("a step reads: full cache", f"{step['cache_bytes_per_chip'] / GIB:.3f} GiB")

@@ -1,7 +1,8 @@
 """TPU chips that programs are compiled for on a CPU machine, with the compiler in libtpu."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 # Otherwise libtpu queries a cloud server for the chips of this machine, which takes seconds.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -11,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 from jax.experimental import topologies
+from rich.table import Table
 
 GIB = 2**30
 
@@ -55,3 +57,14 @@ def memory_of(compiled) -> dict[str, float]:
   }
   alive = sum(parts.values()) - 2 * parts["aliased"]  # aliased outputs lie in their arguments
   return {name: round(size / GIB, 4) for name, size in {**parts, "peak": alive}.items()}
+
+
+def memory_table(program: str, result: Mapping[str, Any]) -> Table:
+  """A table with the rows that all programs have: mesh, batch and memory."""
+  rows = Table("", "one chip", title=f"{program} on {result['chips']} x {result['chip']}")
+  rows.add_row("mesh", " x ".join(f"{k} {v}" for k, v in result["mesh"].items()))
+  rows.add_row("batch", ", ".join(f"{k} {v:g}" for k, v in result["batch"].items()))
+  for name, value in result["memory_gb_per_chip"].items():
+    rows.add_row(f"memory: {name}", f"{value:.3f} GiB")
+  rows.add_row("memory of a chip", f"{result['hbm_of_chip_gb']} GiB")
+  return rows

@@ -8,7 +8,7 @@ def test_float16_is_refused_with_the_reason():
     ExecutionConfig(dtype="float16")
 
 
-@pytest.mark.parametrize("field", ["dtype", "remat", "attention", "features"])
+@pytest.mark.parametrize("field", ["dtype", "remat", "attention", "features", "quantization"])
 def test_unknown_names_are_refused_by_name(field):
   with pytest.raises(ValueError, match=f"{field}='fastest'"):
     ExecutionConfig(**{field: "fastest"})

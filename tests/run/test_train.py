@@ -203,6 +203,7 @@ def test_the_mesh_changes_no_loss(config, monkeypatch):
     ({"trainable": ("conector/.*",)}, "conector"),
     ({"data": {"task": "ast"}}, "ast"),
     ({"compute": {"dtype": "float16"}}, "float16"),
+    ({"compute": {"quantization": "int8"}}, "quantization='int8' is for decoding"),
     ({"train": {"steps": 1001}, "optimizer": {"decay": "cosine"}}, "total_steps=1000"),
     (
       {"mesh": {"data": 1, "fsdp": 8}, "data": {"batch_size": 12, "shuffle_buffer_size": 24}},

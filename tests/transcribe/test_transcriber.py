@@ -326,6 +326,9 @@ def test_given_options_go_over_deprecated_names_in_a_checkpoint(folder, tmp_path
     assert given.generation.eos_token_id == (10,)
   with pytest.raises(ValueError, match="temperature has no effect"):
     load_model(copy, compute, generation={"temperature": 2.0})
+  for more in ({}, {"merge_lora": False}):
+    with pytest.raises(ValueError, match="lora_scale=2 has no effect"):
+      load_model(copy, compute, lora_scale=2.0, **more)
 
 
 def test_a_mesh_changes_no_result_and_no_device_holds_all_weights(folder, transcriber, clips):
