@@ -13,7 +13,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from benchmarks.chips import MEMORY, memory_of, memory_table, topology_devices  # isort: skip  (before jax)
+from benchmarks.chips import MEMORY, kernels_of, memory_of, memory_table, topology_devices  # isort: skip  (before jax)
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -81,13 +81,14 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     return step.trace(state, frozen, batch)
 
   start = time.perf_counter()
-  lowered = trace(run.model).lower()
+  model = run.model.with_compute(platform="tpu")
+  lowered = trace(model).lower()
   lowered_at = time.perf_counter()
   compiled = lowered.compile()
   compiled_at = time.perf_counter()
   # Counted without kernels: a kernel's body is traced once, whatever its grid.
-  counted = flops.traced(trace(run.model.with_compute(attention="xla")).jaxpr)
-  needed = flops.traced(trace(run.model.with_compute(attention="xla", remat="none")).jaxpr)
+  counted = flops.traced(trace(model.with_compute(attention="xla")).jaxpr)
+  needed = flops.traced(trace(model.with_compute(attention="xla", remat="none")).jaxpr)
   chips, memory, kind = len(devices), memory_of(compiled), devices[0].device_kind
   return {
     "topology": topology,
@@ -107,7 +108,8 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
       name: sum(leaf.size for leaf in tree.flatten(params).values())
       for name, params in (("trainable", state.trainable), ("frozen", frozen))
     },
-    "compute": dataclasses.asdict(run.model.compute),
+    "compute": dataclasses.asdict(model.compute),
+    "kernels": kernels_of(compiled),
     "hbm_gb_per_chip": memory["peak"],
     "gb_means": "2**30 bytes; everything that is in use at once, as XLA planned it",
     "hbm_of_chip_gb": MEMORY[kind].gib if kind in MEMORY else None,

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
-from benchmarks.chips import GIB, MEMORY, memory_of, memory_table, topology_devices
+from benchmarks.chips import GIB, MEMORY, kernels_of, memory_of, memory_table, topology_devices
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.batches import Batcher
@@ -40,7 +40,8 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
   devices = topology_devices(topology)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
   decoder = dataclasses.replace(run.model.decoder, lora_rank=0)
-  model = run.model.replace(compute=run.compute, decoder=decoder)
+  compute = dataclasses.replace(run.compute, platform="tpu")
+  model = run.model.replace(compute=compute, decoder=decoder)
   given = run.generation if num_beams is None else {**run.generation, "num_beams": num_beams}
   options = merge_options({}, given)
   options = dataclasses.replace(options, eos_token_id=options.eos_token_id or EOS)
@@ -75,6 +76,7 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
     },
     "parameters": sum(leaf.size for leaf in tree.flatten(params).values()),
     "compute": dataclasses.asdict(model.compute),
+    "kernels": kernels_of(compiled),
     "hbm_gb_per_chip": memory["peak"],
     "gb_means": "2**30 bytes; everything that is in use at once, as XLA planned it",
     "hbm_of_chip_gb": MEMORY[kind].gib if kind in MEMORY else None,

@@ -1,6 +1,7 @@
 """TPU chips that programs are compiled for on a CPU machine, with the compiler in libtpu."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -59,11 +60,32 @@ def memory_of(compiled) -> dict[str, float]:
   return {name: round(size / GIB, 4) for name, size in {**parts, "peak": alive}.items()}
 
 
+def kernels_of(compiled) -> dict[str, dict[str, int]]:
+  """Pallas kernels of a compiled program: {name: calls, the largest VMEM of a call in bytes}.
+
+  The body of a loop counts once.
+  """
+  found: dict[str, dict[str, int]] = {}
+  for line in compiled.as_text().splitlines():
+    if 'custom_call_target="tpu_custom_call"' not in line:
+      continue
+    name = re.search(r'op_name="[^"]*?(\w+)\)*/pallas_call"', line)
+    scoped = re.search(
+      r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line
+    )
+    kernel = found.setdefault(name[1] if name else "unnamed", {"calls": 0, "vmem_bytes": 0})
+    kernel["calls"] += 1
+    kernel["vmem_bytes"] = max(kernel["vmem_bytes"], int(scoped[1]) if scoped else 0)
+  return dict(sorted(found.items()))
+
+
 def memory_table(program: str, result: Mapping[str, Any]) -> Table:
   """A table with the rows that all programs have: mesh, batch and memory."""
   rows = Table("", "one chip", title=f"{program} on {result['chips']} x {result['chip']}")
   rows.add_row("mesh", " x ".join(f"{k} {v}" for k, v in result["mesh"].items()))
   rows.add_row("batch", ", ".join(f"{k} {v:g}" for k, v in result["batch"].items()))
+  calls = ", ".join(f"{name} {kernel['calls']}" for name, kernel in result["kernels"].items())
+  rows.add_row("calls of Pallas kernels", calls or "none")
   for name, value in result["memory_gb_per_chip"].items():
     rows.add_row(f"memory: {name}", f"{value:.3f} GiB")
   rows.add_row("memory of a chip", f"{result['hbm_of_chip_gb']} GiB")

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.util
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -9,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.llm_sizes import SMALL_LLM
+from benchmarks.provenance import ROOT
 from mooer_jax import kernels, tree
 from mooer_jax.connectors.qformer import QFormerConfig, WindowedQFormer
 from mooer_jax.decoders.llm import LLM, LLMConfig
 from mooer_jax.encoders.beats import BEATsConfig, BEATsEncoder
 from mooer_jax.encoders.sanm import SANMConfig, SANMEncoder
 from mooer_jax.encoders.whisper import WhisperConfig, WhisperEncoder
-from mooer_jax.kernels.flash_attention import Bias
+from mooer_jax.kernels.attention import Bias
 from mooer_jax.nn.compute import ExecutionConfig
 
 # Rounding of one result: float32 sums of some hundred terms, the 8 bits of bfloat16.
@@ -26,11 +31,25 @@ TOLERANCE = 1e-4
 
 def run(dry_run: bool) -> dict[str, Any]:
   checks = [*attention_checks(dry_run), *device_checks(dry_run), cache_check(dry_run)]
+  tests = {"kernel_tests": "not run"} if dry_run else kernel_tests()
   return {
     "device": jax.devices()[0].device_kind,
     "checks": checks,
-    "passed": all(check["passed"] for check in checks),
+    **tests,
+    "passed": all(check["passed"] for check in checks) and not tests.get("failed"),
   }
+
+
+def kernel_tests() -> dict[str, Any]:
+  """tests/kernels with the kernels compiled for this device; needs pytest and pytest-timeout."""
+  if not all(importlib.util.find_spec(name) for name in ("pytest", "pytest_timeout")):
+    return {"kernel_tests": "not run: pip install pytest pytest-timeout"}
+  command = [sys.executable, "-m", "pytest", "-q", "-m", "not nightly", "tests/kernels"]
+  env = {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+  lines = done.stdout.strip().splitlines()
+  failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+  return {"kernel_tests": lines[-1] if lines else done.stderr[-300:], "failed": failures}
 
 
 def check(name: str, error: float, tolerance: float) -> dict[str, Any]:

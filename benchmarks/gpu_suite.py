@@ -1,4 +1,6 @@
-"""The GPU suite: correctness, the LLM of 7B beside PyTorch, a short training; see gpu_suite.sh.
+"""The GPU suite: correctness, kernels, the LLM of 7B beside PyTorch, a short training.
+
+Run it by gpu_suite.sh.
 
 Each section runs in its own process, so that each framework has the whole GPU and a section that
 fails or crashes does not affect the others.
@@ -19,10 +21,11 @@ from benchmarks.provenance import MODEL, versions, write_result
 
 # section -> (module with `run(dry_run) -> dict`, time limit in seconds)
 SECTIONS = {
-  "correctness": ("benchmarks.gpu_correctness", 120),
-  "jax_7b": ("benchmarks.llm_jax", 180),
-  "torch_7b": ("benchmarks.llm_torch", 150),
-  "training": ("benchmarks.gpu_training", 120),
+  "correctness": ("benchmarks.gpu_correctness", 110),
+  "kernels": ("benchmarks.kernels", 80),
+  "jax_7b": ("benchmarks.llm_jax", 160),
+  "torch_7b": ("benchmarks.llm_torch", 140),
+  "training": ("benchmarks.gpu_training", 100),
 }
 WORKLOADS = ("forward", "train_step", "decode")
 SOURCES = (

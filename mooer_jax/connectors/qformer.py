@@ -139,7 +139,7 @@ class QFormerAttention(nn.Module):
       project(keys_NSE, "k"),
       project(keys_NSE, "v"),
       weight_scale_NHQL=scale_NHQS,
-      implementation="xla" if scale_NHQS is not None else self.compute.attention,
+      **self.compute.of_attention,
     )
     return dense(name="out")(rearrange(out_NQHC, "N Q H C -> N Q (H C)"))
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
-from mooer_jax.kernels.attention import precision
+from mooer_jax.kernels.arrays import precision
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import FSDP, TENSOR, Dense, RMSNorm, check_sizes
 from mooer_jax.nn.positions import rope_angles, rotate
@@ -207,7 +207,7 @@ class Attention(_Block):
         valid_BS=context.valid_BS,
         causal=True,
         first_query=context.filled,
-        implementation=self.compute.attention,
+        **self.compute.of_attention,
       )
     else:
       out_BSHC = kernels.decode_attention(
@@ -217,7 +217,7 @@ class Attention(_Block):
         kv_heads=c.kv_heads,
         mask_BTS=context.valid_BS[:, None] & context.attention_mask_BST,
         end=context.filled + x_BSD.shape[1],
-        implementation=self.compute.attention,
+        **self.compute.of_attention,
       )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
     return self.dense("o", c.hidden_size)(out_BSD, scale), cache

@@ -15,8 +15,8 @@ from einops import rearrange, reduce, repeat
 from mooer_jax import kernels
 from mooer_jax.audio.fbank import FbankConfig
 from mooer_jax.audio.frontend import FrontendConfig
-from mooer_jax.kernels.attention import precision
-from mooer_jax.kernels.flash_attention import Bias
+from mooer_jax.kernels.arrays import precision
+from mooer_jax.kernels.attention import Bias
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, LayerNorm, check_sizes, dense_sharding, gelu
 
@@ -202,7 +202,7 @@ class BEATsAttention(nn.Module):
       v_BTHC,
       valid_BS=valid_BT,
       bias=Bias(gate_BTH, table_HR),
-      implementation=self.compute.attention,
+      **self.compute.of_attention,
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD)

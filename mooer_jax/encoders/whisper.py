@@ -11,7 +11,7 @@ from einops import rearrange, reduce
 
 from mooer_jax import kernels
 from mooer_jax.audio.logmel import LogMelConfig
-from mooer_jax.kernels.attention import precision
+from mooer_jax.kernels.arrays import precision
 from mooer_jax.nn.compute import LAYER, ExecutionConfig, repeat_layer, run_layers
 from mooer_jax.nn.layers import Dense, FeedForward, LayerNorm, check_sizes, dense_sharding, gelu
 from mooer_jax.nn.positions import sinusoids
@@ -109,7 +109,7 @@ class WhisperAttention(nn.Module):
       for dense in [Dense(c.hidden_size, use_bias=name != "k", dtype=dtype, name=name)]
     )
     out_BTHC = kernels.attention(
-      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, implementation=self.compute.attention
+      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, **self.compute.of_attention
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD)

@@ -10,7 +10,7 @@ import jax
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig, weights
-from mooer_jax.kernels.attention import check_backend
+from mooer_jax.kernels.choice import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.sharding import check_mesh, mesh_of, param_shardings
 from mooer_jax.speech_llm import param_shapes

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mooer_jax.kernels.attention import IMPLEMENTATIONS
+from mooer_jax.kernels.choice import IMPLEMENTATIONS
 
 # Pattern of the paths of layers from `repeat_layer`.
 LAYER = r"layers(_\d+)?"
@@ -28,20 +28,22 @@ class ExecutionConfig:
     scan: scan over stacked layers (training) instead of per-layer params (decoding).
     remat: recomputed in the backward pass: "none", "dots" (all but matmul outputs and the logits of
       long answers) or "full".
-    attention: implementation of `kernels.attention`: "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU)
-      or "triton" (NVIDIA GPU; not for decoding, nor for a Q-Former).
+    attention: implementation of `kernels.attention` and its siblings: "auto" (what is fastest, see
+      `kernels.choice`), "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU) or "triton" (NVIDIA GPU).
     quantization: "int8": the LLM's matrices are rounded to 8 bits when a model is loaded for
       decoding, with a scale for each output.
     features: where features are computed: "host" (NumPy, by the data workers or a thread) or
       "device" (the compiled program, whose batches then hold waveforms).
+    platform: "cpu", "gpu" or "tpu", if a program is compiled for another backend than that of JAX.
   """
 
   dtype: str = "float32"
   scan: bool = False
   remat: Remat = "none"
-  attention: str = "xla"
+  attention: str = "auto"
   quantization: Literal["none", "int8"] = "none"
   features: Features = "host"
+  platform: str | None = None
 
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
@@ -51,16 +53,21 @@ class ExecutionConfig:
       raise ValueError(f"remat={self.remat!r}: use 'none', 'dots' or 'full'")
     if self.quantization not in ("none", "int8"):
       raise ValueError(f"quantization={self.quantization!r}: use 'none' or 'int8'")
-    if self.attention == "auto":  # the default of version 0.1, which always meant "xla"
-      object.__setattr__(self, "attention", "xla")
-    if self.attention not in IMPLEMENTATIONS:
-      raise ValueError(f"attention={self.attention!r}: choose one of {[*IMPLEMENTATIONS]}")
+    if self.attention not in ("auto", *IMPLEMENTATIONS):
+      raise ValueError(f"attention={self.attention!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
+    if self.platform not in (None, "cpu", "gpu", "tpu"):
+      raise ValueError(f"platform={self.platform!r}: use 'cpu', 'gpu', 'tpu' or None")
     if self.features not in ("host", "device"):
       raise ValueError(f"features={self.features!r}: use 'host' or 'device'")
 
   @property
   def jnp_dtype(self) -> Any:
     return jnp.dtype(self.dtype)
+
+  @property
+  def of_attention(self) -> dict[str, Any]:
+    """Arguments of `kernels.attention` and its siblings."""
+    return {"implementation": self.attention, "platform": self.platform}
 
 
 def repeat_layer(layer: type[nn.Module], count: int, compute: ExecutionConfig) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mooer_jax.kernels.attention import precision
+from mooer_jax.kernels.arrays import precision
 
 # Axes of the mesh: `data` splits the rows of a batch, `fsdp` the rows and the weights, `tensor` the
 # hidden size of a layer.

@@ -26,7 +26,7 @@ from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.translation import TOKENIZERS, check_tokenizer
 from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.loading import merge_options
-from mooer_jax.kernels.attention import check_backend
+from mooer_jax.kernels.choice import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import TASKS, read_prompts, task_prompt
 from mooer_jax.sharding import MeshConfig, make_mesh
@@ -357,6 +357,7 @@ _VALUES = [
 ]
 _DERIVED = {
   "compute.scan": "training scans layers and decoding unrolls them; leave it out",
+  "compute.platform": "programs run on the backend of JAX; leave it out",
   "data.seed": "one seed determines everything; set config.seed",
 }
 

@@ -89,7 +89,7 @@ def get_config():
   config = module.get_config()
   config.model.unlock()
   config.model.llm.update(
-    lora_rank=16, layers=3, hidden_size=256, heads=2, kv_heads=1, intermediate_size=512,
+    lora_rank=16, layers=3, hidden_size=256, heads=2, kv_heads=2, intermediate_size=512,
     vocab_size=1024)
   config.data.answer_buckets = (32,)
   config.data.max_s = 3.8
@@ -265,6 +265,10 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   assert result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
   assert result["batch"]["rows_per_chip_and_micro_batch"] == 4
   assert ("samples" in result["batch"]) == (features == "device")
+  # By default, attention is that of the Pallas kernels: of encoders and LLM, each a scanned layer.
+  # The Q-Former is trained with dropout, which they lack.
+  attention = {f"flash_attention_{name}" for name in ("forward", "dq", "dkv")}
+  assert result["kernels"].keys() == attention
   if name == "salmonn":
     assert (result["batch"]["whisper_frames"], result["batch"]["beats_frames"]) == (380, 377)
   memory = result["memory_gb_per_chip"]
@@ -294,19 +298,20 @@ def test_generation_is_compiled_for_a_tpu(aot, repo_root, tmp_path, quantization
   assert (result["chip"], result["mesh"]) == ("TPU v5 lite", {"data": 2, "fsdp": 1, "tensor": 2})
   # 7 clips of 3.8 s and a padding row; the last of 8 tokens is not read.
   assert (batch["rows"], batch["speech_tokens"], batch["cache_slots"]) == (8, 32, 32 + 26 + 4 * 7)
-  # Of each layer half: q and o, k and v, the MLP; biases in float32. Whole: the norms.
+  # Of each layer half: q, k, v and o, the MLP; biases in float32. Whole: the norms.
   size = {"none": 2, "int8": 1}[quantization]
-  layer = (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512) // 2 * size + (256 + 128 + 128) // 2 * 4
+  layer = (4 * 256 * 256 + 3 * 256 * 512) // 2 * size + 3 * 256 // 2 * 4
   norms, head = (2 * 3 + 1) * 256 * 4, 256 * 1024 // 2 * size
   if quantization == "int8":  # scales of the outputs, which are halved but in o and down
-    layer += ((256 + 2 * 128 + 2 * 512) // 2 + 2 * 256) * 4
+    layer += ((3 * 256 + 2 * 512) // 2 + 2 * 256) * 4
     head += 1024 // 2 * 4
   assert step["weights_bytes_per_chip"] == 3 * layer + norms + head
-  # The one key-value head is on both chips of `tensor`; half of the rows; bfloat16.
+  # One of the two key-value heads; half of the rows; bfloat16.
   assert step["cache_bytes_per_chip"] == 3 * 2 * (8 // 2) * batch["cache_slots"] * 128 * 2
   read = step["weights_bytes_per_chip"] + step["cache_bytes_per_chip"]
   assert step["read_bytes_per_token"] == read * 4 // 8
   assert step["tokens_per_s_at_full_bandwidth"] == round(8 / (read / 819e9))
+  assert result["kernels"].keys() == {"flash_attention_forward", "decode_attention"}
   assert 0 < memory["arguments"] < memory["peak"] == result["hbm_gb_per_chip"] < 1
   assert result["xla_bytes_accessed_per_chip_loops_once"] > read
   assert "a step takes at least" in process.stdout
@@ -372,3 +377,5 @@ def test_generation_of_the_large_models_fits_a_few_chips(aot, tmp_path, config, 
   result = result_of(process, out)
   assert (result["batch"]["rows"], result["batch"]["num_beams"]) == (16, 4)
   assert result["hbm_gb_per_chip"] < 14  # of 16 GiB, as above
+  windows = {"window_attention_forward"} if "salmonn" in config else set()
+  assert result["kernels"].keys() == {"flash_attention_forward", "decode_attention"} | windows

@@ -2,9 +2,16 @@
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from tests.numerics import rounding
+
+# The kernels of this device are compiled; on a CPU, those of all devices are interpreted.
+INTERPRET = jax.default_backend() == "cpu"
+BACKENDS = {"cpu": ("mosaic", "triton"), "gpu": ("triton",), "tpu": ("mosaic",)}[
+  jax.default_backend()
+]
 
 
 class Inputs(NamedTuple):

@@ -1,4 +1,4 @@
-"""Every backend of flash attention, interpreted on the CPU, against plain float64 formulas."""
+"""Every backend of flash attention against plain float64 formulas."""
 
 import functools
 
@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mooer_jax.kernels import flash_attention as flash
-from mooer_jax.kernels.flash_attention import Bias, flash_attention
-from tests.kernels.plain import attention_and_gradients, bounds, random_inputs
+from mooer_jax.kernels.attention import flash
+from mooer_jax.kernels.attention.flash import Bias, flash_attention
+from tests.kernels.plain import BACKENDS, INTERPRET, attention_and_gradients, bounds, random_inputs
 from tests.numerics import assert_within, exceeds_the_bound, rounding
-
-BACKENDS = ("mosaic", "triton")
 
 
 def run(backend, inputs, **arguments):
@@ -21,7 +19,7 @@ def run(backend, inputs, **arguments):
 
   @jax.jit
   def both(q, k, v, bias, do):
-    function = functools.partial(flash_attention, backend=backend, interpret=True, **arguments)
+    function = functools.partial(flash_attention, backend=backend, interpret=INTERPRET, **arguments)
     out, vjp = jax.vjp(lambda q, k, v, bias: function(q, k, v, bias=bias), q, k, v, bias)
     return out, vjp(do)
 

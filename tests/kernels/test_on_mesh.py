@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
-from mooer_jax.kernels import decode_tpu
-from mooer_jax.kernels.attention import on_mesh
+from mooer_jax.kernels.arrays import on_mesh
+from mooer_jax.kernels.decode_attention import gpu, tpu
 from tests.jaxprs import equations
 
 SPEC = P(("data", "fsdp"), None, "tensor")
@@ -60,15 +60,16 @@ def test_a_mesh_of_one_device_splits_nothing():
   assert "shard_map" not in names
 
 
-def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(monkeypatch):
+@pytest.mark.parametrize("name, backend", [("mosaic", tpu), ("triton", gpu)])
+def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(monkeypatch, name, backend):
   mesh, shapes = make_mesh(2, 2, 2), []
-  kernel = functools.partial(decode_tpu.decode_attention, interpret=True)
+  kernel = functools.partial(backend.decode_attention, interpret=True)
 
   def recorded(q, k, v, *, kv_heads, **options):
     shapes.append((q.shape, k.shape, kv_heads))
     return kernel(q, k, v, kv_heads=kv_heads, **options)
 
-  monkeypatch.setattr(decode_tpu, "decode_attention", recorded)
+  monkeypatch.setattr(backend, "decode_attention", recorded)
   rng = np.random.default_rng(0)
   q_BTHC = rng.normal(size=(8, 3, 4, 16)).astype(np.float32)
   k_BSE, v_BSE = rng.normal(size=(2, 8, 20, 2 * 16)).astype(np.float32)
@@ -83,7 +84,7 @@ def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(monkeypatch):
       )
 
   split = jax.device_put((q_BTHC, k_BSE, v_BSE, mask_BTS), NamedSharding(mesh, P(("data", "fsdp"))))
-  out, expected = (attend(*split, jnp.int32(15), name) for name in ("mosaic", "xla"))
+  out, expected = (attend(*split, jnp.int32(15), name) for name in (name, "xla"))
   # Each is within the rounding of sums of 20 terms of the weighted values, all below 1.
   terms, largest = 20 + 16, np.abs(v_BSE).max()
   bound = 4 * terms * np.finfo(np.float32).eps * largest

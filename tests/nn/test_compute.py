@@ -8,11 +8,9 @@ def test_float16_is_refused_with_the_reason():
     ExecutionConfig(dtype="float16")
 
 
-@pytest.mark.parametrize("field", ["dtype", "remat", "attention", "features", "quantization"])
+@pytest.mark.parametrize(
+  "field", ["dtype", "remat", "attention", "features", "quantization", "platform"]
+)
 def test_unknown_names_are_refused_by_name(field):
   with pytest.raises(ValueError, match=f"{field}='fastest'"):
     ExecutionConfig(**{field: "fastest"})
-
-
-def test_the_old_default_of_attention_is_read_as_xla():
-  assert ExecutionConfig(attention="auto").attention == "xla"

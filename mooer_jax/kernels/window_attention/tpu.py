@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mooer_jax.kernels.flash_attention.tpu import NN, NT
+from mooer_jax.kernels.attention.tpu import NN, NT
 
 _BLOCK_BYTES = 2**20  # of the keys of a block of windows
 _ROWS = 16  # windows in a block come in this number, that of rows in a tile of bfloat16
@@ -78,15 +78,23 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref, *, hea
   dv_ref[...] = dv_LNE.astype(dv_ref.dtype)
 
 
+def too_large(frames: int, width: int) -> str:
+  """Why windows do not fit into the memory of a core; empty if they do."""
+  most = _BLOCK_BYTES // (width * 4) // _ROWS
+  if frames <= most:
+    return ""
+  return (
+    f"takes windows of at most {most} frames of {width} channels; got {frames}."
+    " Use attention='auto'"
+  )
+
+
 def _call(kernel, name, inputs, *, outputs, heads, interpret):
   """Runs a kernel over blocks of windows; arrays are [queries or frames, windows, channels]."""
   (L, N, E) = inputs[1].shape
+  if reason := too_large(L, E):
+    raise ValueError(f"attention='mosaic' {reason}")
   windows = _BLOCK_BYTES // (L * E * 4) // _ROWS * _ROWS
-  if not windows:
-    raise ValueError(
-      f"attention='mosaic' takes windows of at most {_BLOCK_BYTES // (E * 4) // _ROWS} frames of"
-      f" {E} channels; got {L}. Use attention='xla'"
-    )
   windows = min(windows, pl.cdiv(N, _ROWS) * _ROWS)
 
   def spec(x):

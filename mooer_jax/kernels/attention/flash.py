@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mooer_jax.kernels.flash_attention import gpu, tpu
+from mooer_jax.kernels.attention import gpu, tpu
 
 _BACKENDS = {"mosaic": tpu, "triton": gpu}
 _BLOCK = 256  # queries at a time in the gradient of the bias

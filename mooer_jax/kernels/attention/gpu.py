@@ -14,7 +14,7 @@ from einops import reduce
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def _block(size: int) -> int:
@@ -22,7 +22,7 @@ def _block(size: int) -> int:
   return min(64, max(16, pl.next_power_of_2(size)))
 
 
-def _dot(a, b):
+def dot(a, b):
   # Float32 stays float32 ("ieee"), where Triton would take TF32.
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -83,7 +83,7 @@ class _Program:
     mask_TS = rows.loaded[:, None] & keys.loaded[None, :]
     if self._causal:
       mask_TS &= keys.index[None, :] <= rows.index[:, None] + self._refs["query"][0]
-    scores_TS = _dot(q_TC, k_SC.T) * self.scale
+    scores_TS = dot(q_TC, k_SC.T) * self.scale
     if "table" in self._refs:
       places_TS = keys.index[None, :] - rows.index[:, None] + self._T - 1
       bias_TS = plgpu.load(self._refs["table"].at[places_TS], mask=mask_TS, other=0)
@@ -95,7 +95,7 @@ class _Program:
     q_TC, do_TC, lse_T, delta_T = (rows.load(self._refs[x]) for x in ("q", "do", "lse", "delta"))
     scores_TS, mask_TS = self.scores(rows, keys, q_TC, k_SC)
     weights_TS = jnp.where(mask_TS, jnp.exp(scores_TS - lse_T[:, None]), 0.0)
-    return q_TC, do_TC, weights_TS, weights_TS * (_dot(do_TC, v_SC.T) - delta_T[:, None])
+    return q_TC, do_TC, weights_TS, weights_TS * (dot(do_TC, v_SC.T) - delta_T[:, None])
 
 
 def _forward_kernel(refs, out, *, causal):
@@ -107,20 +107,20 @@ def _forward_kernel(refs, out, *, causal):
     old_T, sum_T, acc_TC = carry
     keys = program.keys(j)
     scores_TS, mask_TS = program.scores(rows, keys, q_TC, keys.load(refs["k"]))
-    max_T = jnp.maximum(old_T, jnp.where(mask_TS, scores_TS, _MASKED).max(axis=1))
+    max_T = jnp.maximum(old_T, jnp.where(mask_TS, scores_TS, MASKED).max(axis=1))
     weights_TS = jnp.where(mask_TS, jnp.exp(scores_TS - max_T[:, None]), 0.0)
     shrink_T = jnp.exp(old_T - max_T)
     v_SC = keys.load(refs["v"])
-    acc_TC = acc_TC * shrink_T[:, None] + _dot(weights_TS.astype(v_SC.dtype), v_SC)
+    acc_TC = acc_TC * shrink_T[:, None] + dot(weights_TS.astype(v_SC.dtype), v_SC)
     return max_T, sum_T * shrink_T + weights_TS.sum(axis=1), acc_TC
 
   block_t = program.block_t
-  start = jnp.full(block_t, _MASKED), jnp.zeros(block_t), jnp.zeros(q_TC.shape)
+  start = jnp.full(block_t, MASKED), jnp.zeros(block_t), jnp.zeros(q_TC.shape)
   max_T, sum_T, acc_TC = jax.lax.fori_loop(*program.key_tiles(i), body, start)
   has_no_key_T = sum_T == 0
   sum_T = jnp.where(has_no_key_T, 1.0, sum_T)
   rows.store(out["out"], acc_TC / sum_T[:, None])
-  rows.store(out["lse"], jnp.where(has_no_key_T, -_MASKED, max_T + jnp.log(sum_T)))
+  rows.store(out["lse"], jnp.where(has_no_key_T, -MASKED, max_T + jnp.log(sum_T)))
 
 
 def _dq_kernel(refs, out, *, causal):
@@ -131,7 +131,7 @@ def _dq_kernel(refs, out, *, causal):
     keys = program.keys(j)
     k_SC = keys.load(refs["k"])
     *_, dscores_TS = program.weights(rows, keys, k_SC, keys.load(refs["v"]))
-    return dq_TC + _dot(dscores_TS.astype(k_SC.dtype), k_SC)
+    return dq_TC + dot(dscores_TS.astype(k_SC.dtype), k_SC)
 
   start = jnp.zeros((program.block_t, refs["q"].shape[1]))
   rows.store(out["dq"], jax.lax.fori_loop(*program.key_tiles(i), body, start) * program.scale)
@@ -145,8 +145,8 @@ def _dkv_kernel(refs, out, *, causal):
   def body(i, carry):
     dk_SC, dv_SC = carry
     q_TC, do_TC, weights_TS, dscores_TS = program.weights(program.queries(i), keys, k_SC, v_SC)
-    dv_SC += _dot(weights_TS.astype(do_TC.dtype).T, do_TC)
-    return dk_SC + _dot(dscores_TS.astype(q_TC.dtype).T, q_TC), dv_SC
+    dv_SC += dot(weights_TS.astype(do_TC.dtype).T, do_TC)
+    return dk_SC + dot(dscores_TS.astype(q_TC.dtype).T, q_TC), dv_SC
 
   start = jnp.zeros(k_SC.shape), jnp.zeros(v_SC.shape)
   dk_SC, dv_SC = jax.lax.fori_loop(*program.query_tiles(j), body, start)

@@ -14,7 +14,7 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mooer_jax.kernels.flash_attention.tpu import (
+from mooer_jax.kernels.attention.tpu import (
   LANES,
   NT,
   add_to_softmax,
