@@ -218,6 +218,7 @@ def test_a_wrong_checkpoint_is_named(config, tmp_path):
     evaluate(config, str(tmp_path))
 
 
+@pytest.mark.all_devices
 def test_the_mesh_changes_no_hypothesis(config, tmp_path):
   """On 8 devices as data=8, with a batch of 5 rows that it does not divide, and with tensor=2."""
   config.train.steps = 2

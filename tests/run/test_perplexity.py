@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import to_json
@@ -15,6 +16,7 @@ from mooer_jax.run.perplexity import _measure
 from mooer_jax.run.start import read_tokenizer
 
 
+@pytest.mark.all_devices
 def test_padding_rows_are_not_measured(config, clips, tmp_path):
   """The 6 clips in one batch of 6, and as 5 and 1; both are padded to the 8 devices."""
   entries = [{"path": str(clip.path), "text": clip.text, "task": "asr"} for clip in clips]
