@@ -53,7 +53,7 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
   compiled = lowered.compile()
   compiled_at = time.perf_counter()
   rows, kind = batch.frames[0].shape[0], devices[0].device_kind
-  tokens = speech_tokens(batch, model)
+  tokens = speech_llm.prompt_slots(batch, model) - prompt
   # The last token is not read, except for its hidden state (`return_hidden`, which eval.py lacks).
   slots = tokens + prompt + options.width * max(options.max_new_tokens - 1, 1)
   memory = memory_of(compiled)
@@ -124,15 +124,6 @@ def abstract_batch(run: Run, model: SpeechLLMConfig, prompt: int, mesh) -> Batch
   batch = jax.eval_shape(lambda b: pad_rows(b, row_parts(mesh)), batch)
   by_rows = batch_sharding(mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), batch)
-
-
-def speech_tokens(batch: Batch, model: SpeechLLMConfig) -> int:
-  """Number of speech tokens in the prompt of each row."""
-  frames = [
-    encoder.num_outputs(x.shape[1]) if x.ndim > 2 else encoder.num_outputs(f.num_frames(x.shape[1]))
-    for encoder, f, x in zip(model.encoders, model.frontends, batch.features, strict=True)
-  ]
-  return model.connector.num_tokens(max(frames))
 
 
 def step_bytes(

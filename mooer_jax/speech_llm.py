@@ -90,6 +90,21 @@ def num_speech_tokens(samples: int, config: SpeechLLMConfig) -> int:
   return config.connector.num_tokens(max(frames)) if len(frames) == len(config.encoders) else 0
 
 
+def prompt_slots(batch: Batch, config: SpeechLLMConfig) -> int:
+  """Slots of the prompts of a batch, or of its shapes: text and speech with their padding."""
+  frames = [
+    encoder.num_outputs(frontend.num_frames(x.shape[1]) if batch.has_waveforms else x.shape[1])
+    for encoder, frontend, x in zip(
+      config.encoders,
+      config.frontends,
+      batch.features * (len(config.encoders) if batch.has_waveforms else 1),
+      strict=True,
+    )
+  ]
+  text = batch.prefix_BS.shape[1] + batch.suffix_BS.shape[1]
+  return text + config.connector.num_tokens(max(frames))
+
+
 def shortest_s(config: SpeechLLMConfig) -> float:
   """Length of the shortest clip that gives a speech token, seconds."""
   rate_hz = config.sample_rate_hz

@@ -157,6 +157,7 @@ class Placement(NamedTuple):
   # bool [B, S, slots of the cache], True where an input may attend to a slot; input s is in slot
   # filled + s.
   attention_mask_BST: jax.Array
+  end: jax.Array | int  # number of slots, from the first, that may have been filled
 
 
 class Context(NamedTuple):
@@ -167,6 +168,7 @@ class Context(NamedTuple):
   filled: Any  # array, or the int 0
   lora_scale: jax.Array | float
   attention_mask_BST: jax.Array | None
+  end: jax.Array | int  # of the slots that may be attended to, if there is a mask
 
 
 class _Block(nn.Module):
@@ -216,7 +218,7 @@ class Attention(_Block):
         v_BSE,
         kv_heads=c.kv_heads,
         mask_BTS=context.valid_BS[:, None] & context.attention_mask_BST,
-        end=context.filled + x_BSD.shape[1],
+        end=context.end,
         **self.compute.of_attention,
       )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
@@ -309,12 +311,13 @@ class LLM(nn.Module):
     if cache is not None:
       filled, start_B1 = cache.filled, cache.positions_B[:, None]
       cached_valid_BS = write(cache.valid_BS, valid_BS, filled)
+    end: Any = 0
     end_B1, attention_mask_BST = start_B1 + counts_BS[:, -1:], None
     positions_BS = jnp.maximum(start_B1 + counts_BS - 1, 0)
     if placement is not None:
-      end_B1, (positions_BS, attention_mask_BST) = start_B1, placement
+      end_B1, (positions_BS, attention_mask_BST, end) = start_B1, placement
     angles_BSC = rope_angles(positions_BS, c.head_dim, c.rope_theta)
-    context = Context(angles_BSC, cached_valid_BS, filled, scale, attention_mask_BST)
+    context = Context(angles_BSC, cached_valid_BS, filled, scale, attention_mask_BST, end)
     x_BSD = inputs_BSD.astype(self.compute.jnp_dtype)
     caches = None if cache is None else cache.layers
     x_BSD, layers = run_layers(self.layers, x_BSD, context, caches=caches)

@@ -22,7 +22,7 @@ def process(
   Args:
     scores_XV: float32 [..., V]: logits with one beam, log-probabilities in beam search.
     tokens_XS: int32 [..., S], tokens generated so far; the first `step` entries count.
-    step: number of tokens generated so far.
+    step: number of tokens generated so far; a scalar, or int32 that broadcasts against [...].
     min_new_X: int32, broadcast against [...]: eos is forbidden while `step` is below.
     options: decoding options; temperature, top_k and top_p apply if do_sample.
 
@@ -71,8 +71,8 @@ def penalize_repetition(scores_XV, tokens_XS, step, *, penalty: float) -> jax.Ar
 
   Source: CTRL (Keskar et al., 2019).
   """
-  filled_S = jnp.arange(tokens_XS.shape[-1]) < step
-  seen_XV = _marked(tokens_XS, filled_S, scores_XV.shape[-1])
+  filled_XS = jnp.arange(tokens_XS.shape[-1]) < jnp.asarray(step)[..., None]
+  seen_XV = _marked(tokens_XS, filled_XS, scores_XV.shape[-1])
   penalized_XV = jnp.where(scores_XV < 0, scores_XV * penalty, scores_XV / penalty)
   return jnp.where(seen_XV, penalized_XV, scores_XV)
 
@@ -82,12 +82,13 @@ def ban_repeated_ngrams(scores_XV, tokens_XS, step, *, size: int) -> jax.Array:
   slots = tokens_XS.shape[-1]
   if slots < size:
     return scores_XV
-  starts = jnp.arange(slots - size + 1)
+  starts, step_X1 = jnp.arange(slots - size + 1), jnp.asarray(step)[..., None]
   # An n-gram repeats if it is complete and its first tokens are the last ones generated.
-  repeats_XW = jnp.broadcast_to(starts + size <= step, (*tokens_XS.shape[:-1], len(starts)))
+  repeats_XW = jnp.broadcast_to(starts + size <= step_X1, (*tokens_XS.shape[:-1], len(starts)))
   for offset in range(size - 1):
-    last = jnp.clip(step - size + 1 + offset, 0, slots - 1)
-    last_X1 = jax.lax.dynamic_slice_in_dim(tokens_XS, last, 1, axis=-1)
+    place_X1 = jnp.clip(step_X1 - size + 1 + offset, 0, slots - 1)
+    place_X1 = jnp.broadcast_to(place_X1, (*tokens_XS.shape[:-1], 1))
+    last_X1 = jnp.take_along_axis(tokens_XS, place_X1, axis=-1)
     repeats_XW &= tokens_XS[..., offset : offset + len(starts)] == last_X1
   banned_XV = _marked(tokens_XS[..., size - 1 :], repeats_XW, scores_XV.shape[-1])
   return jnp.where(banned_XV, -jnp.inf, scores_XV)

@@ -1,10 +1,12 @@
 """Greedy decoding, sampling and beam search as pure functions over logits, for any model.
 
     state = start(rows, options)
-    while unfinished(state, options):
-      logits_BRV = ...  # after state.running.tokens_BRS[..., : state.step]
+    while not state.done_B.all():
+      logits_BRV = ...  # of row b, after state.running.tokens_BRS[b, :, : state.step_B[b]]
       state = advance(state, logits_BRV, options, min_new_B=..., keys_B=...)
     hypotheses = best(state, options)
+
+Each utterance has its own number of steps, so that they may begin at different times.
 
 R hypotheses of an utterance run side by side: the beams of a beam search, or independent samples.
 The cache is never copied: `slots_BRS` is the place, of R, under which the model read each token of
@@ -46,14 +48,14 @@ class State(NamedTuple):
   """State of the search.
 
   Attributes:
-    step: int32 scalar, tokens chosen so far.
+    step_B: int32, tokens chosen so far.
     running: the open beams, best first; or the samples, which also end here.
     finished: the best finished hypotheses of a beam search.
     is_finished_BR: bool, True where `finished` holds a hypothesis, or where a sample has ended.
-    done_B: bool, True where nothing changes any more.
+    done_B: bool, True where nothing changes any more, at the latest after max_new_tokens.
   """
 
-  step: Any
+  step_B: Any
   running: Hypotheses
   finished: Hypotheses
   is_finished_BR: jax.Array
@@ -75,17 +77,12 @@ def start(rows: int, options: GenerationConfig, done_B: jax.Array | None = None)
     running = empty._replace(scores_BR=empty.scores_BR.at[:, 1:].set(NEG_INF))
     finished = empty._replace(scores_BR=jnp.full((rows, R), NEG_INF, jnp.float32))
   return State(
-    step=jnp.zeros((), jnp.int32),
+    step_B=jnp.zeros(rows, jnp.int32),
     running=running,
     finished=finished,
     is_finished_BR=jnp.zeros((rows, R), bool),
     done_B=jnp.zeros(rows, bool) if done_B is None else done_B,
   )
-
-
-def unfinished(state: State, options: GenerationConfig) -> jax.Array:
-  """True while some utterance needs another step."""
-  return (state.step < options.max_new_tokens) & ~state.done_B.all()
 
 
 def advance(
@@ -112,7 +109,10 @@ def advance(
     done = state.done_B.reshape(-1, *[1] * (new.ndim - 1))
     return jnp.where(done, old, new)
 
-  return jax.tree.map(kept, state._replace(step=None), new)._replace(step=state.step + 1)
+  step_B = jnp.where(state.done_B, state.step_B, state.step_B + 1)
+  is_last_B = step_B >= options.max_new_tokens
+  new = new._replace(step_B=step_B, done_B=new.done_B | is_last_B)
+  return jax.tree.map(kept, state, new)
 
 
 def best(state: State, options: GenerationConfig) -> Hypotheses:
@@ -137,9 +137,9 @@ def is_eos(tokens: jax.Array, options: GenerationConfig) -> jax.Array:
 
 def _advance_samples(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
   """Greedy decoding or sampling; hypotheses are independent."""
-  begun, step = state.running, state.step
+  begun, step_B = state.running, state.step_B
   scores_BRV = process(
-    logits_BRV, begun.tokens_BRS, step, min_new_X=min_new_B[:, None], options=options
+    logits_BRV, begun.tokens_BRS, step_B[:, None], min_new_X=min_new_B[:, None], options=options
   )
   if options.do_sample:
     tokens_BR = jax.vmap(jax.random.categorical)(keys_B, scores_BRV).astype(jnp.int32)
@@ -150,13 +150,19 @@ def _advance_samples(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
   is_open_BR = ~state.is_finished_BR
   tokens_BR = jnp.where(is_open_BR, tokens_BR, PAD)
   running = Hypotheses(
-    tokens_BRS=begun.tokens_BRS.at[..., step].set(tokens_BR),
-    slots_BRS=begun.slots_BRS.at[..., step].set(jnp.arange(options.width)),
+    tokens_BRS=_put(begun.tokens_BRS, step_B, tokens_BR),
+    slots_BRS=_put(begun.slots_BRS, step_B, jnp.arange(options.width)),
     lengths_BR=begun.lengths_BR + is_open_BR,
     scores_BR=begun.scores_BR + jnp.where(is_open_BR, gained_BR, 0),
   )
   is_finished_BR = state.is_finished_BR | is_eos(tokens_BR, options)
   return State(None, running, state.finished, is_finished_BR, is_finished_BR.all(axis=1))
+
+
+def _put(x_BXS: jax.Array, step_B: jax.Array, values) -> jax.Array:
+  """Sets entry `step` of each utterance to values that broadcast against [B, X]."""
+  is_step_B1S = jnp.arange(x_BXS.shape[-1]) == step_B[:, None, None]
+  return jnp.where(is_step_B1S, jnp.asarray(values)[..., None], x_BXS)
 
 
 def _take(hypotheses: Hypotheses, index_BX: jax.Array) -> Hypotheses:
@@ -170,23 +176,29 @@ def _take(hypotheses: Hypotheses, index_BX: jax.Array) -> Hypotheses:
 
 def _advance_beams(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
   """One step of beam search: candidates, the open beams, the finished hypotheses."""
-  step, R = state.step, options.num_beams
+  step_B, R = state.step_B, options.num_beams
   divisors_S = _divisors(options)
   log_probs_BRV = jax.nn.log_softmax(logits_BRV)
   log_probs_BRV = process(
-    log_probs_BRV, state.running.tokens_BRS, step, min_new_X=min_new_B[:, None], options=options
+    log_probs_BRV,
+    state.running.tokens_BRS,
+    step_B[:, None],
+    min_new_X=min_new_B[:, None],
+    options=options,
   )
   candidates = _candidates(state, log_probs_BRV, options, keys_B=keys_B)
-  stops_BX = is_eos(candidates.tokens_BRS[..., step], options)
-  stops_BX |= step + 1 >= options.max_new_tokens
+  chosen_BX1 = jnp.take_along_axis(candidates.tokens_BRS, step_B[:, None, None], axis=-1)
+  stops_BX = is_eos(chosen_BX1[..., 0], options)
+  stops_BX |= step_B[:, None] + 1 >= options.max_new_tokens
 
   open_BX = candidates.scores_BR + stops_BX * NEG_INF
   running = _take(candidates._replace(scores_BR=open_BX), jax.lax.top_k(open_BX, R)[1])
-  running = running._replace(slots_BRS=running.slots_BRS.at[..., step].set(jnp.arange(R)))
+  running = running._replace(slots_BRS=_put(running.slots_BRS, step_B, jnp.arange(R)))
 
+  divisor_B1 = divisors_S[step_B][:, None]
   # Candidates after the first R only replace beams that end; they cannot become finished.
   ends_BX = stops_BX & (jnp.arange(stops_BX.shape[1]) < R)
-  scores_BX = candidates.scores_BR / divisors_S[step] + ~ends_BX * NEG_INF
+  scores_BX = candidates.scores_BR / divisor_B1 + ~ends_BX * NEG_INF
   both = jax.tree.map(
     lambda *x: jnp.concatenate(x, axis=1),
     (state.finished, state.is_finished_BR),
@@ -197,7 +209,7 @@ def _advance_beams(state, logits_BRV, options, *, min_new_B, keys_B) -> State:
   is_finished_BR = jnp.take_along_axis(both[1], chosen_BR, axis=1)
 
   to_the_end = options.early_stopping == "never" and options.length_penalty > 0
-  hope_B1 = running.scores_BR[:, :1] / divisors_S[-1 if to_the_end else step]
+  hope_B1 = running.scores_BR[:, :1] / (divisors_S[-1] if to_the_end else divisor_B1)
   worst_B1 = finished.scores_BR.min(axis=1, keepdims=True)
   done_B = ~(hope_B1 > jnp.where(is_finished_BR, worst_B1, NEG_INF)).any(axis=1)
   done_B |= stops_BX.all(axis=1)
@@ -227,7 +239,7 @@ def _candidates(state, log_probs_BRV, options, *, keys_B) -> Hypotheses:
   index_BX = jax.lax.top_k(ranked_BY, number)[1]
   begun = _take(state.running, index_BX // V)
   return Hypotheses(
-    tokens_BRS=begun.tokens_BRS.at[..., state.step].set(index_BX % V),
+    tokens_BRS=_put(begun.tokens_BRS, state.step_B, index_BX % V),
     slots_BRS=begun.slots_BRS,
     lengths_BR=begun.lengths_BR + 1,
     scores_BR=jnp.take_along_axis(totals_BY, index_BX, axis=1),

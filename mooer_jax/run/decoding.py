@@ -19,6 +19,7 @@ from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.sharding import make_mesh
+from mooer_jax.speech_llm import prompt_slots
 
 
 @dataclasses.dataclass
@@ -141,7 +142,8 @@ def decode_set(
   """
   results = DecodingResults()
   num_truncated = 0
-  hosts = iter(batches_of(run, options, loaded))
+  made = batches_of(run, options, loaded)
+  hosts = iter(made)
   batches = ((host, host.batch) for host in hosts)
   key = jax.random.key(run.seed)
   outputs = decode_batches(
@@ -150,6 +152,7 @@ def decode_set(
     loaded.model,
     loaded.generation,
     key=key,
+    prompt_slots=max(prompt_slots(shape, loaded.model) for shape in made.shapes),
     lora_scale=lora_scale,
     mesh=loaded.mesh,
   )

@@ -20,6 +20,7 @@ def load_clips(
   config: SpeechLLMConfig,
   *,
   chunk_length_s: float | None = None,
+  first: int = 0,
 ) -> list[list[np.ndarray] | ValueError | OSError]:
   """Reads clips and splits long ones.
 
@@ -28,6 +29,7 @@ def load_clips(
     config: the model, whose limits the clips must fit.
     chunk_length_s: longest chunk, in seconds; longer clips are split at pauses. None: they are
       errors.
+    first: index of the first clip, for the names of arrays in errors.
 
   Returns:
     For each clip its chunks, float32 [samples], or the error that names the clip: missing,
@@ -36,18 +38,9 @@ def load_clips(
   Raises:
     ValueError: for a chunk_length_s out of range.
   """
-  lengths = None
-  if chunk_length_s is not None:
-    shortest, longest = max(SHORTEST_S, shortest_s(config)), config.max_audio_s
-    if not 2 * shortest <= chunk_length_s <= longest:
-      raise ValueError(
-        f"chunk_length_s={chunk_length_s:g}: must be between {2 * shortest:g} and {longest:g} (the"
-        " limit of this model) seconds"
-      )
-    rate_hz = config.sample_rate_hz
-    lengths = round(shortest * rate_hz), int(chunk_length_s * rate_hz)
+  lengths = chunk_lengths(chunk_length_s, config)
   clips: list[list[np.ndarray] | ValueError | OSError] = []
-  for index, clip in enumerate(audio):
+  for index, clip in enumerate(audio, first):
     try:
       name = os.fsdecode(clip) if isinstance(clip, (str, os.PathLike)) else f"audio[{index}]"
       waveform_N = _read(clip, name, config)
@@ -55,6 +48,24 @@ def load_clips(
     except (ValueError, OSError) as error:
       clips.append(error)
   return clips
+
+
+def chunk_lengths(chunk_length_s: float | None, config: SpeechLLMConfig) -> tuple[int, int] | None:
+  """(shortest, longest) chunk in samples; None without chunks.
+
+  Raises:
+    ValueError: for a chunk_length_s out of range.
+  """
+  if chunk_length_s is None:
+    return None
+  shortest, longest = max(SHORTEST_S, shortest_s(config)), config.max_audio_s
+  if not 2 * shortest <= chunk_length_s <= longest:
+    raise ValueError(
+      f"chunk_length_s={chunk_length_s:g}: must be between {2 * shortest:g} and {longest:g} (the"
+      " limit of this model) seconds"
+    )
+  rate_hz = config.sample_rate_hz
+  return round(shortest * rate_hz), int(chunk_length_s * rate_hz)
 
 
 def raise_first(clips: Sequence[Any]) -> None:

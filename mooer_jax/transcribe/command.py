@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from mooer_jax.files import replace_file, write_errors_name
 from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
 
 STDIN = "-"
-_GROUP = 8  # batches that are read and sorted by length together
 _WARMUP = """Compile what `mooer-jax transcribe` needs, so that its first calls do not wait. Give
 the options that transcribe will get. The programs are kept in ~/.cache/mooer_jax/xla, or in
 $JAX_COMPILATION_CACHE_DIR."""
@@ -148,27 +149,21 @@ def run(args: argparse.Namespace) -> int:
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
-  # Memory holds some clips at a time; of long recordings only a batch.
-  size = max(1, args.batch_size) * (_GROUP if args.chunk_length_s is None else 1)
-  options = _given(args, "chunk_length_s", "seed")
+  audio = (sys.stdin.buffer.read() if name == STDIN else name for name in args.audio)
+  results = transcriber.stream(audio, **_given(args, "chunk_length_s", "seed"))
+  several = len(args.audio) > 1
+  shows_progress = sys.stderr.isatty() and (several or args.chunk_length_s is not None)
   failed = []
-  with _json_writer(args.json) as write:
-    for start in range(0, len(args.audio), size):
-      names = args.audio[start : start + size]
-      results = transcriber.transcribe(
-        [sys.stdin.buffer.read() if name == STDIN else name for name in names],
-        progress=sys.stderr.isatty() and (len(args.audio) > 1 or args.chunk_length_s is not None),
-        errors="return",
-        **options,
-      )
-      for name, result in zip(names, results, strict=True):
-        write({**result.to_json(), "path": name})
-        if result.error:
-          failed.append(result.error)
-          continue
-        print(f"{_shown(name)}\t{result.text}" if len(args.audio) > 1 else result.text, flush=True)
-        for warning in result.warnings():
-          print(f"{_shown(name)}: {warning}", file=sys.stderr)
+  with contextlib.closing(results), _json_writer(args.json) as write:
+    shown = track(results, "transcribing", total=len(args.audio), disable=not shows_progress)
+    for name, result in zip(args.audio, shown, strict=True):
+      write({**result.to_json(), "path": name})
+      if result.error:
+        failed.append(result.error)
+        continue
+      print(f"{_shown(name)}\t{result.text}" if several else result.text, flush=True)
+      for warning in result.warnings():
+        print(f"{_shown(name)}: {warning}", file=sys.stderr)
   for error in failed:
     print(f"not transcribed: {' '.join(error.split())}", file=sys.stderr)
   return 1 if failed else 0
@@ -178,7 +173,7 @@ def warmup(args: argparse.Namespace) -> int:
   """Compiles the programs of `run`; raises ValueError or OSError for a bad checkpoint or option."""
   transcriber = _load(args)
   number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
-  print(f"compiled {number} programs")
+  print(f"compiled the programs for {number} shapes of batches")
   return 0
 
 

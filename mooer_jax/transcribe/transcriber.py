@@ -1,16 +1,19 @@
 """Audio in, text out: the class behind `mooer-jax transcribe`."""
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from rich.progress import track
 
 from mooer_jax.audio.decode import SILENCE
 from mooer_jax.config import SpeechLLMConfig, build
@@ -27,14 +30,15 @@ from mooer_jax.prompts import (
   task_prompt,
 )
 from mooer_jax.sharding import mesh_of
-from mooer_jax.speech_llm import Batch, shortest_s
+from mooer_jax.speech_llm import Batch, num_speech_tokens, shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe.clips import load_clips, raise_first
+from mooer_jax.transcribe.clips import chunk_lengths, load_clips, raise_first
 from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 
 # Each length is compiled once; padding wastes at most 41 % of the encoder's work.
 _BUCKET_GROWTH = 2**0.5
 _SMALLEST_BUCKET = 32
+_WINDOW = 8  # batches whose clips are read and sorted by length together
 FREE = "prompt"  # the task in results for which only a prompt is given
 
 
@@ -138,45 +142,51 @@ class Transcriber:
       raise ValueError(
         f"audio: {type(audio).__name__}; transcribe takes a list of clips: transcribe([clip])"
       )
-    audio = list(audio)
-    _check_types(numbers.Real, "a number", chunk_length_s=chunk_length_s)
-    _check_types(numbers.Integral, "an int", seed=seed)
     if errors not in ("raise", "return"):
       raise ValueError(f"errors={errors!r}: must be 'raise' or 'return'")
-    _check_batch_size(batch_size)
-    task, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
-    options = self._options(generation)
-    if seed is not None and not 0 <= seed < 2**32:
-      raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
-    options.check_effect([*generation, *([] if seed is None else ["seed"])])
-    clips = load_clips(audio, self.config, chunk_length_s=chunk_length_s)
-    if errors == "raise":
-      raise_first(clips)
-    chunks = [chunk_N for clip in clips if isinstance(clip, list) for chunk_N in clip]
-    transcripts = self._transcribe_chunks(
-      chunks,
-      task,
-      sides=sides,
-      options=options,
+    audio = list(audio)
+    settings = self._settings(
+      task=task,
+      prompt=prompt,
+      question=question,
+      chat_template=chat_template,
+      chunk_length_s=chunk_length_s,
       batch_size=batch_size,
-      seed=seed or 0,
-      progress=progress,
+      seed=seed,
+      **generation,
     )
+    windows: Iterable = self._windows(audio, settings)
+    if errors == "raise":
+      windows = [*windows]
+      raise_first([chunks for window in windows for *_, chunks in window])
+    found = self._stream(windows, settings)
     results = []
-    for index, (source, clip) in enumerate(zip(audio, clips, strict=True)):
-      path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-      if isinstance(clip, list):
-        result = join_transcripts(transcripts[: len(clip)])
-        transcripts = transcripts[len(clip) :]
-        if not math.isfinite(result.score):
-          name = f"audio[{index}]" if path is None else os.fsdecode(path)
-          clip = ValueError(f"{name}: {NOT_FINITE}")
-          if errors == "raise":
-            raise clip
-      if isinstance(clip, Exception):
-        result = Transcript("", [], 0.0, task, finished=False, error=str(clip))
-      results.append(dataclasses.replace(result, path=path))
+    with contextlib.closing(found):
+      shown = track(found, "transcribing", total=len(audio), disable=not progress)
+      for result in shown:
+        if result.error and errors == "raise":
+          raise ValueError(result.error)
+        results.append(result)
     return results
+
+  def stream(
+    self, audio: Iterable[str | os.PathLike | bytes | np.ndarray], **options: Any
+  ) -> Generator[Transcript]:
+    """Transcribes any number of clips; yields the results in the same order, once they are ready.
+
+    Clips are read in a thread while others are decoded, some batches of them at a time, so that the
+    memory does not depend on their number. A clip that cannot be used gives a Transcript with
+    `error`.
+
+    Args:
+      audio: as in `transcribe`; may be endless.
+      options: the other arguments of `transcribe`, but for `errors` and `progress`.
+
+    Raises:
+      ValueError: for arguments as in `transcribe`, before anything is read.
+    """
+    settings = self._settings(**options)
+    return self._stream(self._windows(audio, settings), settings)
 
   def warmup(
     self,
@@ -192,8 +202,8 @@ class Transcriber:
   ) -> int:
     """Compiles the programs that `transcribe` runs with the same arguments; returns their number.
 
-    There is one for each number of rows and each length that inputs are padded to. They go into the
-    persistent compilation cache of JAX, if it is on, where later processes find them.
+    There is one prefill for each number of rows and each length that inputs are padded to. They go
+    into the persistent compilation cache of JAX, if it is on, where later processes find them.
 
     Args:
       task, prompt, question, chat_template, batch_size, progress, generation: as in `transcribe`.
@@ -202,8 +212,6 @@ class Transcriber:
     Raises:
       ValueError: for arguments as in `transcribe`; for a max_audio_s out of range.
     """
-    from rich.progress import track
-
     _check_types(numbers.Real, "a number", max_audio_s=max_audio_s)
     _check_batch_size(batch_size)
     _, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
@@ -226,7 +234,15 @@ class Transcriber:
         break
     for clips in track(cases, "compiling", disable=not progress):
       batch = self._batch(clips, sides, batch_size)
-      compile_batch(self.params, batch, self.config, options, mesh=self.mesh)
+      compile_batch(
+        self.params,
+        batch,
+        self.config,
+        options,
+        rows=(len(clips), batch_size),  # alone, or as the last of several batches
+        prompt_slots=self._prompt_slots(sides),
+        mesh=self.mesh,
+      )
     return len(cases)
 
   def _options(self, generation: Mapping[str, Any]) -> GenerationConfig:
@@ -260,50 +276,90 @@ class Transcriber:
     check_prompt_suffix(len(sides[1]), prompt, template)
     return task, sides
 
-  def _transcribe_chunks(
+  def _settings(
     self,
-    chunks: Sequence[np.ndarray],
-    task: str,
     *,
-    sides: tuple[list[int], list[int]],
-    options: GenerationConfig,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-  ) -> list[Transcript]:
-    """Transcripts of the chunks, in order; silent chunks are skipped and have no text."""
-    from rich.progress import track
+    task: str | None = None,
+    prompt: str | None = None,
+    question: str | None = None,
+    chat_template: str | None = None,
+    chunk_length_s: float | None = None,
+    batch_size: int = 8,
+    seed: int | None = None,
+    **generation: Any,
+  ) -> "_Settings":
+    """The arguments of `transcribe`, checked."""
+    _check_types(numbers.Real, "a number", chunk_length_s=chunk_length_s)
+    _check_types(numbers.Integral, "an int", seed=seed)
+    _check_batch_size(batch_size)
+    task, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
+    options = self._options(generation)
+    if seed is not None and not 0 <= seed < 2**32:
+      raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
+    options.check_effect([*generation, *([] if seed is None else ["seed"])])
+    chunk_lengths(chunk_length_s, self.config)
+    return _Settings(task, sides, options, batch_size, chunk_length_s, seed or 0)
 
-    def transcript(chunk_N, tokens=(), **outcome):
-      text = self.tokenizer.decode(tokens)
-      seconds = len(chunk_N) / self.config.sample_rate_hz
-      parts = split_answer(task, text)._asdict()
-      return Transcript(text, list(tokens), seconds, task, **outcome, **parts)
+  def _windows(self, audio: Iterable, settings: "_Settings") -> Iterator[list[tuple]]:
+    """Clips that are read and sorted by length together: (source, index, result of load_clips)."""
+    # Of long recordings, memory holds only a batch.
+    size = settings.batch_size * (_WINDOW if settings.chunk_length_s is None else 1)
+    sources, first = iter(audio), 0
+    while window := list(itertools.islice(sources, size)):
+      clips = load_clips(window, self.config, chunk_length_s=settings.chunk_length_s, first=first)
+      yield [*zip(window, range(first, first + len(window)), clips, strict=True)]
+      first += len(window)
 
-    transcripts = [transcript(chunk_N) for chunk_N in chunks]
-    loud = [i for i, chunk_N in enumerate(chunks) if np.abs(chunk_N).max() >= SILENCE]
-    loud.sort(key=lambda i: len(chunks[i]))
-    groups = [loud[i : i + batch_size] for i in range(0, len(loud), batch_size)]
-    batches = (
-      (
-        group,
-        self._batch([extract_features(chunks[i], self.config) for i in group], sides, batch_size),
-      )
-      for group in groups
+  def _stream(self, windows: Iterable[list[tuple]], settings: "_Settings") -> Generator[Transcript]:
+    """Transcripts of the clips of all windows, in order."""
+    pending: collections.deque[_Clip] = collections.deque()  # in order, also those that are done
+
+    def batches():
+      for window in windows:
+        parts = []
+        for source, index, chunks in window:
+          clip = _Clip.of(source, index, chunks, self.config, settings.task)
+          pending.append(clip)
+          parts += [(clip, n, chunks[n]) for n in clip.loud]
+        parts.sort(key=lambda part: -len(part[2]))
+        for start in range(0, len(parts), settings.batch_size):
+          group = parts[start : start + settings.batch_size]
+          features = [extract_features(chunk_N, self.config) for *_, chunk_N in group]
+          batch = self._batch(features, settings.sides, settings.batch_size)
+          yield [(clip, n) for clip, n, _ in group], batch
+
+    outputs = decode_batches(
+      self.params,
+      batches(),
+      self.config,
+      settings.options,
+      key=jax.random.key(settings.seed),
+      prompt_slots=self._prompt_slots(settings.sides),
+      mesh=self.mesh,
     )
-    key = jax.random.key(seed)
-    outputs = decode_batches(self.params, batches, self.config, options, key=key, mesh=self.mesh)
-    shown = track(outputs, "transcribing", total=len(groups), disable=not progress)
     with contextlib.closing(outputs):
-      for group, output in shown:
-        for row, i in enumerate(group):
-          transcripts[i] = transcript(
-            chunks[i],
-            output.tokens_BS[row, : output.lengths_B[row]].tolist(),
+      for group, output in outputs:
+        for row, (clip, n) in enumerate(group):
+          tokens = output.tokens_BS[row, : output.lengths_B[row]].tolist()
+          text = self.tokenizer.decode(tokens)
+          clip.parts[n] = dataclasses.replace(
+            clip.parts[n],
+            text=text,
+            tokens=tokens,
             score=float(output.scores_B[row]),
             finished=bool(output.finished_B[row]),
+            **split_answer(settings.task, text)._asdict(),
           )
-    return transcripts
+          clip.missing -= 1
+        while pending and not pending[0].missing:
+          yield pending.popleft().transcript()
+    while pending:
+      yield pending.popleft().transcript()
+
+  def _prompt_slots(self, sides: tuple[list[int], list[int]]) -> int:
+    """Slots of the prompt of the longest clip."""
+    longest = round(self.config.max_audio_s * self.config.sample_rate_hz)
+    return num_speech_tokens(longest, self.config) + sum(map(len, sides))
 
   def _batch(self, clips, sides, batch_size: int) -> Batch:
     rows = min(batch_size, 1 << (len(clips) - 1).bit_length())  # few shapes, little padding
@@ -311,6 +367,52 @@ class Transcriber:
     prefix_BS, suffix_BS = (np.tile(np.asarray(side, np.int32), (rows, 1)) for side in sides)
     labels_BS = np.full((rows, 1), -1, np.int32)
     return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
+
+
+class _Settings(NamedTuple):
+  """Arguments of `transcribe`: `sides` are the tokens of the prompt before and after the speech."""
+
+  task: str
+  sides: tuple[list[int], list[int]]
+  options: GenerationConfig
+  batch_size: int
+  chunk_length_s: float | None
+  seed: int
+
+
+@dataclasses.dataclass
+class _Clip:
+  """A clip on its way: a Transcript of each chunk, of which `missing` are not filled in yet."""
+
+  source: Any
+  index: int
+  task: str
+  parts: list[Transcript]
+  loud: list[int]  # chunks that are not silent, the others have no text
+  missing: int
+  error: str | None = None
+
+  @classmethod
+  def of(cls, source, index: int, chunks, config: SpeechLLMConfig, task: str) -> "_Clip":
+    if isinstance(chunks, Exception):
+      return cls(source, index, task, [], [], 0, error=str(chunks))
+    nothing = Transcript("", [], 0.0, task, **split_answer(task, "")._asdict())
+    parts = [
+      dataclasses.replace(nothing, seconds=len(chunk_N) / config.sample_rate_hz)
+      for chunk_N in chunks
+    ]
+    loud = [n for n, chunk_N in enumerate(chunks) if np.abs(chunk_N).max() >= SILENCE]
+    return cls(source, index, task, parts, loud, len(loud))
+
+  def transcript(self) -> Transcript:
+    path, error = None, self.error
+    if isinstance(self.source, (str, os.PathLike)):
+      path = os.fspath(self.source)
+    if error is None and not all(math.isfinite(part.score) for part in self.parts):
+      error = f"{f'audio[{self.index}]' if path is None else os.fsdecode(path)}: {NOT_FINITE}"
+    if error is not None:
+      return Transcript("", [], 0.0, self.task, path=path, finished=False, error=error)
+    return dataclasses.replace(join_transcripts(self.parts), path=path)
 
 
 def _check_batch_size(batch_size: int) -> None:

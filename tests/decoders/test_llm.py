@@ -324,9 +324,9 @@ def test_branches_of_one_row_equal_rows_of_their_own():
       attention_mask_BRT[:, branch, S:] = np.isin(np.arange(S, S + branches * steps), own)
     positions_BR = np.repeat(VALID_BS.sum(1)[:, None] + step, branches, axis=1)
     new, valid = more[:, :, step].astype(np.float32), np.ones((B, branches), bool)
-    hidden, cache = apply(
-      model, params, new, valid, cache, placement=Placement(positions_BR, attention_mask_BRT)
-    )
+    end = S + branches * (step + 1)
+    placement = Placement(positions_BR, attention_mask_BRT, end)
+    hidden, cache = apply(model, params, new, valid, cache, placement=placement)
     found[:, :, step] = hidden
   assert int(cache.filled) == S + branches * steps
   valid_BS = np.concatenate([VALID_BS, np.ones((B, steps), bool)], axis=1)

@@ -19,13 +19,13 @@ def table_answers(table, options, prompt, key=None):
   def advance(state, logits_BRV):
     keys_B = None
     if key is not None:
-      step_key = jax.random.fold_in(key, state.step)
-      keys_B = jax.vmap(functools.partial(jax.random.fold_in, step_key))(utterances)
+      step_keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(state.step_B)
+      keys_B = jax.vmap(jax.random.fold_in)(step_keys_B, utterances)
     return search.advance(state, logits_BRV, options, min_new_B=min_new_B, keys_B=keys_B)
 
   state = search.start(len(table), options)
-  while search.unfinished(state, options):
-    held = np.asarray(state.running.tokens_BRS)[..., : int(state.step)]
+  while not state.done_B.all():
+    held = np.asarray(state.running.tokens_BRS)[..., : int(state.step_B.max())]
     state = advance(state, table[utterances[:, None], reference.history_row(held)])
   found = search.best(state, options)
   tokens = [

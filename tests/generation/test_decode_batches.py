@@ -1,102 +1,132 @@
 """The loop over batches: results of `generate`, one batch ahead, and an orderly end."""
 
-import sys
 import threading
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from mooer_jax.generation import GenerationConfig, decode_batches, generate
+from mooer_jax.generation import GenerationConfig, continuous, decode_batches, generate
 
-
-@pytest.fixture
-def fake(monkeypatch):
-  """decode_batches with a `generate` that returns its batch; `.generate` may be replaced."""
-  fake = SimpleNamespace(generate=lambda batch: batch)
-  module = sys.modules[decode_batches.__module__]
-  monkeypatch.setattr(module, "generate", lambda params, batch, *rest, **more: fake.generate(batch))
-  fake.decode = lambda batches: decode_batches(
-    {}, batches, None, GenerationConfig(), key=jax.random.key(0)
-  )
-  return fake
+KEY = jax.random.key(3)
+ENDS = tuple(range(0, 40, 5))
+OPTIONS = {
+  "greedy": GenerationConfig(max_new_tokens=7, eos_token_id=ENDS),
+  "beams": GenerationConfig(
+    max_new_tokens=6, eos_token_id=ENDS, num_beams=3, num_return_sequences=2, early_stopping=True
+  ),
+  "samples": GenerationConfig(
+    max_new_tokens=9, eos_token_id=ENDS, do_sample=True, num_return_sequences=2,
+    repetition_penalty=1.2,
+  ),
+  "one token": GenerationConfig(max_new_tokens=1),
+}  # fmt: skip
 
 
 def _threads():
   return {t for t in threading.enumerate() if t.name.startswith("next batch")}
 
 
-def test_outputs_are_those_of_generate(params, config, batch):
-  clips = batch([20, 13])
-  options = GenerationConfig(max_new_tokens=4, do_sample=True)
-  key = jax.random.key(3)
-  found = list(decode_batches(params, [("a", clips), ("b", clips)], config, options, key=key))
-  assert [name for name, _ in found] == ["a", "b"]
+# Several batches in fewer rows, in more rows than there are utterances, and longer prompts than
+# those before.
+@pytest.mark.parametrize("rows, prompt_slots", [(None, 0), (2, 0), (5, 64)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_outputs_are_those_of_generate(params, config, batch, name, rows, prompt_slots):
+  options = OPTIONS[name]
+  batches = [("a", [20, 13, 9]), ("b", [15, 0, 20]), ("c", [30, 8, 11]), ("d", [12, 19, 17])]
+  batches = [(letter, batch(frames, padded_to=max(20, *frames))) for letter, frames in batches]
+  given = dict(key=KEY, rows=rows, prompt_slots=prompt_slots)
+  found = list(decode_batches(params, batches, config, options, **given))
+  assert [letter for letter, _ in found] == list("abcd")
+  ended = set()
   for number, (_, output) in enumerate(found):
-    batch_key = jax.random.fold_in(key, number)
-    expected = generate(params, clips, config, options, key=batch_key)
-    jax.tree.map(np.testing.assert_array_equal, output, expected)
-  assert not np.array_equal(found[0][1].tokens_BRS, found[1][1].tokens_BRS)
+    of_batch = jax.random.fold_in(KEY, number)
+    expected = generate(params, batches[number][1], config, options, key=of_batch)
+    for field in ("tokens_BRS", "lengths_BR", "finished_BR"):
+      np.testing.assert_array_equal(getattr(output, field), getattr(expected, field))
+    np.testing.assert_allclose(output.scores_BR, expected.scores_BR, rtol=1e-4)
+    ended |= {*output.lengths_BR.ravel().tolist()}
+  assert len(ended) > 2 or name == "one token"  # so that rows end at different times
 
 
-def test_the_next_batch_is_made_while_the_device_decodes_and_no_further_one(fake):
-  started = [threading.Event() for _ in range(6)]
-  numbers = iter(range(4))
+def test_a_row_that_ends_takes_the_next_utterance(params, config, batch, monkeypatch):
+  options = OPTIONS["samples"]
+  batches = [(n, batch([20, 13])) for n in range(6)]
+  clocks = []
+  run = continuous._run
+
+  def recorded(**arguments):
+    result = run(**arguments)
+    clocks.append(int(result[1]))
+    return result
+
+  monkeypatch.setattr(continuous, "_run", recorded)
+  found = list(decode_batches(params, batches, config, options, key=KEY))
+  # One after the other, each batch needs the steps of its longest answer, but for the last token.
+  apart = sum(int(output.lengths_BR.max()) - 1 for _, output in found)
+  at_least = sum(int(output.lengths_BR.max(1).sum()) - 2 for _, output in found) / 2
+  assert at_least <= clocks[-1] < apart
+
+
+def test_what_a_diverged_utterance_leaves_behind_does_not_matter(params, config, batch):
+  options = OPTIONS["greedy"]
+  good, bad = batch([20]), batch([20])
+  bad = bad.replace(features=tuple(x * np.nan for x in bad.features))
+  one, broken, other = decode_batches(
+    params, [(0, good), (1, bad), (2, good)], config, options, key=KEY
+  )
+  assert not np.isfinite(broken[1].scores_BR).all()
+  np.testing.assert_array_equal(one[1].tokens_BRS, other[1].tokens_BRS)
+
+
+def test_the_next_batch_is_made_while_the_device_decodes_and_only_few_more(params, config, batch):
+  made, clips = [], batch([20, 13])
 
   def batches():
-    for number in numbers:
-      started[number].set()
-      yield number, number
+    for number in range(6):
+      made.append(number)
+      yield number, clips
 
-  def decode(number):  # ends only once the next batch is being made
-    assert number == 3 or started[number + 1].wait(60)
-    return number
-
-  fake.generate = decode
-  for number, output in fake.decode(batches()):
-    assert number == output
-    assert not started[number + 2].is_set()
-  assert number == 3 and not _threads()
+  for number, _ in decode_batches(params, batches(), config, OPTIONS["greedy"], key=KEY):
+    # One more waits, one is made.
+    assert number < len(made) <= number + 3
+  assert number == 5 and not _threads()
 
 
-def test_an_error_in_a_batch_is_raised_after_the_batches_before_it(fake):
+def test_an_error_in_a_batch_is_raised(params, config, batch):
   def batches():
-    yield 0, 0
+    yield 0, batch([20])
     raise ValueError("bad clip")
 
-  loop = fake.decode(batches())
-  assert next(loop) == (0, 0)
   with pytest.raises(ValueError, match="bad clip"):
-    next(loop)
+    list(decode_batches(params, batches(), config, OPTIONS["greedy"], key=KEY))
   assert not _threads()
 
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, ValueError])
-def test_the_thread_ends_with_the_loop(fake, end):
-  made = []
+def test_the_thread_ends_with_the_loop(params, config, batch, end):
+  made, clips = [], batch([20])
 
   def batches():
     for number in range(100):
       made.append(number)
-      yield number, number
+      yield number, clips
 
-  loop = fake.decode(batches())
-  assert next(loop) == (0, 0) and _threads()
+  loop = decode_batches(params, batches(), config, OPTIONS["greedy"], key=KEY)
+  assert next(loop)[0] == 0 and _threads()
   if end is None:
     loop.close()
   else:
     with pytest.raises(end):
       loop.throw(end)
   assert not _threads()
-  assert len(made) <= 2
+  assert len(made) <= 4
 
 
-def test_an_interrupted_generate_ends_the_thread(fake):
-  def interrupted(batch):
-    raise KeyboardInterrupt
-
-  fake.generate = interrupted
-  with pytest.raises(KeyboardInterrupt):
-    next(fake.decode((number, number) for number in range(9)))
-  assert not _threads()
+def test_no_batches_and_batches_without_audio_give_what_they_have(params, config, batch):
+  assert not list(decode_batches(params, [], config, OPTIONS["greedy"], key=KEY))
+  empty = batch([0, 0])
+  [(name, output)] = decode_batches(params, [("a", empty)], config, OPTIONS["greedy"], key=KEY)
+  assert name == "a" and not output.lengths_BR.any() and output.finished_BR.all()
+  with pytest.raises(ValueError, match="return_hidden=True is only for mooer_jax.generate"):
+    next(decode_batches(params, [], config, GenerationConfig(return_hidden=True), key=KEY))

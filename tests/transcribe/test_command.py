@@ -1,5 +1,6 @@
 """`mooer-jax transcribe`: what it prints and writes, bad input, interruptions."""
 
+import itertools
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ def test_the_command_reads_line_breaks_and_hands_the_template_over(
   result = Transcript("said", [1], 1.0, "prompt")
   monkeypatch.setattr(
     mooer_jax.Transcriber,
-    "transcribe",
-    lambda self, paths, **options: given.update(options) or [result],
+    "stream",
+    lambda self, paths, **options: given.update(options) or (one for one in [result]),
   )
   command = ["ask", "--checkpoint", str(folder), "--prompt", r"1\n<SpeechHere>0"]
   assert cli.main([*command, "--chat-template", "none", str(clips[0].path)]) == 0
@@ -84,39 +85,37 @@ def test_a_bad_file_costs_only_itself(folder, clips, tmp_path, capsys, chunked):
 
 def test_results_survive_an_interruption(folder, clips, tmp_path, monkeypatch, capsys):
   out = tmp_path / "out.json"
-  calls = []
 
-  def transcribe(self, paths, **options):
-    calls.append(paths)
-    if len(calls) == 2:
-      raise KeyboardInterrupt
-    return [Transcript("said", [1], 1.0, "asr", path=path) for path in paths]
+  def stream(self, paths, **options):
+    for path in itertools.islice(paths, 8):
+      yield Transcript("said", [1], 1.0, "asr", path=path)
+    raise KeyboardInterrupt
 
-  monkeypatch.setattr(mooer_jax.Transcriber, "transcribe", transcribe)
+  monkeypatch.setattr(mooer_jax.Transcriber, "stream", stream)
   command = ["transcribe", "--checkpoint", str(folder), "--json", str(out), "--batch-size", "1"]
   assert cli.main([*command, *[str(clips[0].path)] * 20]) == 130
   rows = json.loads(out.read_text("utf-8"))
-  assert len(rows) == len(calls[0]) and rows[0]["text"] == "said"
+  assert len(rows) == 8 and rows[0]["text"] == "said"
   assert f"{out} holds the {len(rows)} results" in capsys.readouterr().err
   assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_results_survive_sigterm(folder, clips, tmp_path, monkeypatch):
-  out, calls = tmp_path / "out.json", []
+  out = tmp_path / "out.json"
 
-  def transcribe(self, paths, **options):
-    calls.append(paths)
-    if len(calls) == 2:
-      signal.raise_signal(signal.SIGTERM)
-    return [Transcript("said", [1], 1.0, "asr", path=path) for path in paths]
+  def stream(self, paths, **options):
+    for number, path in enumerate(paths):
+      if number == 8:
+        signal.raise_signal(signal.SIGTERM)
+      yield Transcript("said", [1], 1.0, "asr", path=path)
 
-  monkeypatch.setattr(mooer_jax.Transcriber, "transcribe", transcribe)
+  monkeypatch.setattr(mooer_jax.Transcriber, "stream", stream)
   before = signal.getsignal(signal.SIGTERM)
   command = ["transcribe", "--checkpoint", str(folder), "--json", str(out), "--batch-size", "1"]
   with pytest.raises(SystemExit) as ended:
     cli.main([*command, *[str(clips[0].path)] * 20])
   assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
-  assert len(json.loads(out.read_text("utf-8"))) == len(calls[0])
+  assert len(json.loads(out.read_text("utf-8"))) == 8
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no Linux: no /dev/full")

@@ -345,3 +345,35 @@ def test_a_mesh_changes_no_result_and_no_device_holds_all_weights(folder, transc
 def test_a_mesh_that_does_not_divide_the_weights_is_named(folder):
   with pytest.raises(ValueError, match=r"embed/embedding: an axis of 12 .* mesh\.tensor=8"):
     mooer_jax.Transcriber.from_checkpoint(folder, mesh=mooer_jax.make_mesh(tensor=8))
+
+
+def test_a_stream_gives_each_result_in_order_and_reads_only_some_clips_ahead(transcriber, clips):
+  read = []
+
+  def audio():
+    for number in range(60):
+      read.append(number)
+      yield "nowhere.wav" if number % 10 == 3 else clips[number % len(clips)].path
+
+  expected = transcriber.transcribe([clip.path for clip in clips], max_new_tokens=4)
+  for number, result in enumerate(transcriber.stream(audio(), batch_size=2, max_new_tokens=4)):
+    if number % 10 == 3:
+      assert "nowhere.wav" in result.error
+    else:
+      assert result == expected[number % len(clips)]
+    # A window of 8 batches is decoded and waits, another one is read.
+    assert number < len(read) <= number + 16 * 3
+  assert number == 59
+
+
+def test_bad_options_of_a_stream_are_refused_before_anything_is_read(transcriber):
+  def audio():
+    pytest.fail("read")
+    yield
+
+  with pytest.raises(ValueError, match="batch_size=0"):
+    transcriber.stream(audio(), batch_size=0)
+  with pytest.raises(ValueError, match="chunk_length_s=0.1: must be between"):
+    transcriber.stream(audio(), chunk_length_s=0.1)
+  with pytest.raises(ValueError, match="errors"):
+    transcriber.stream(audio(), errors="raise")
