@@ -142,6 +142,7 @@ def measure(case: Case, sides: dict[str, Any], repeats: int) -> dict[str, Any]:
   result: dict[str, Any] = {
     side: {
       "first_call_s": round(first[side], 2),
+      "compile_s": round(first[side] - statistics.median(times[side, "whole"]), 2),
       **{stage: round(statistics.median(times[side, stage]), 3) for stage in STAGES},
       "peak_gb_so_far": round(peak_gb[side], 2),
     }
@@ -177,7 +178,7 @@ def first_transcript(ours: Path, *, cached: bool) -> float:
 def table(cases: dict[str, Any]) -> Table:
   rows = Table("case", "stage", *SIDES, "PyTorch / JAX", title="seconds; clips x beams")
   for case, result in cases.items():
-    for stage in ("first_call_s", *STAGES, "peak_gb_so_far"):
+    for stage in ("first_call_s", "compile_s", *STAGES, "peak_gb_so_far"):
       times = [str(result.get(side, {}).get(stage, "")) for side in SIDES]
       rows.add_row(case, stage, *times, str(result.get("ratios", {}).get(stage, "")))
   return rows

@@ -160,6 +160,7 @@ def encode(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: dict | 
   return join(params, encode_each(params, batch, config, rngs=rngs), config)
 
 
+@jax.named_scope("encode")
 def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: dict | None = None):
   """Frames of each encoder: {kind: ([B, T, D], valid [B, T])}."""
   streams: dict[str, Any] = {}
@@ -167,7 +168,8 @@ def encode_each(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: di
     name = encoder.kind
     if batch.has_waveforms:
       (waveform_BN,), (samples_B,) = batch.features, batch.frames
-      features, frames_B = frontend.features_jax(*map(jnp.asarray, (waveform_BN, samples_B)))
+      with jax.named_scope("features"):
+        features, frames_B = frontend.features_jax(*map(jnp.asarray, (waveform_BN, samples_B)))
     else:
       features, frames_B = jnp.asarray(batch.features[number]), jnp.asarray(batch.frames[number])
     valid_BT = jnp.arange(features.shape[1])[None] < frames_B[:, None]
@@ -209,6 +211,7 @@ def join(params: dict, streams: Mapping[str, Any], config: SpeechLLMConfig):
   return jnp.concatenate(frames, axis=-1), functools.reduce(jnp.logical_or, valid)
 
 
+@jax.named_scope("connect")
 def connect(
   params: dict,
   frames_BTD: jax.Array,
@@ -222,6 +225,7 @@ def connect(
   return module.apply({"params": params["connector"]}, frames_BTD, valid_BT, rngs=rngs)
 
 
+@jax.named_scope("splice")
 def splice(params, batch: Batch, speech_BSD, speech_valid_BS, config: SpeechLLMConfig):
   """Insert the speech tokens into the embedded prompt: ([B, S, D], valid [B, S]).
 
@@ -245,6 +249,7 @@ def embed(params: dict, tokens_BS: Array, config: SpeechLLMConfig) -> jax.Array:
   return config.decoder.module(config.compute).apply(variables, tokens_BS, method=LLM.embed_tokens)  # type: ignore[return-value]
 
 
+@jax.named_scope("decode")
 def decode(
   params: dict,
   inputs_BSD: jax.Array,
@@ -264,6 +269,7 @@ def decode(
   )
 
 
+@jax.named_scope("logits")
 def logits(params: dict, hidden_BSD: jax.Array, config: SpeechLLMConfig) -> jax.Array:
   """Float32 [B, S, V]."""
   variables = {"params": params["decoder"]}

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig, model_config
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.generation import GenerationConfig, generate
 from mooer_jax.inputs import encoder_inputs, extract_features, padded_lengths
 from tests import jaxprs, tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
@@ -395,3 +396,19 @@ def test_logits_of_a_few_positions_at_a_time_give_the_same_loss(monkeypatch, par
   vocab = CONFIG.decoder.vocab_size
   shapes = jaxprs.shapes(jax.make_jaxpr(run)(params))
   assert (len(ROWS), 3, vocab) in shapes and (len(ROWS), 7, vocab) not in shapes
+
+
+def test_the_stages_have_names_in_profiles():
+  config = tiny.answering_config(vocab_size=40).with_compute(features="device")
+  params = tiny.answering_params(config)
+  batch = speech_llm.Batch(
+    features=(jnp.zeros((1, 16000)),),
+    frames=(jnp.array([16000]),),
+    prefix_BS=jnp.zeros((1, 0), jnp.int32),
+    suffix_BS=jnp.zeros((1, 2), jnp.int32),
+    labels_BS=jnp.full((1, 1), -1, jnp.int32),
+  )
+  options = GenerationConfig(max_new_tokens=2)
+  text = generate.lower(params, batch, config, options).as_text(debug_info=True)
+  for stage in ("encode/features", "connect", "splice", "decode", "logits", "search"):
+    assert f"/{stage}/" in text

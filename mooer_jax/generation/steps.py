@@ -95,13 +95,14 @@ class Steps:
     """Chooses the next tokens; the hidden states have one entry for all R hypotheses, or R."""
     logits_BRV = speech_llm.logits(self.params, hidden_BRD, self.config)
     shape = logits_BRV.shape[0], self.options.width, logits_BRV.shape[2]
-    state = search.advance(
-      rows.state,
-      jnp.broadcast_to(logits_BRV, shape),
-      self.options,
-      min_new_B=min_new_tokens(rows.prompt_B, self.options),
-      keys_B=jax.vmap(jax.random.fold_in)(rows.keys_B, rows.state.step_B),
-    )
+    with jax.named_scope("search"):
+      state = search.advance(
+        rows.state,
+        jnp.broadcast_to(logits_BRV, shape),
+        self.options,
+        min_new_B=min_new_tokens(rows.prompt_B, self.options),
+        keys_B=jax.vmap(jax.random.fold_in)(rows.keys_B, rows.state.step_B),
+      )
     return rows.replace(state=state)  # type: ignore[attr-defined]
 
   def step(self, rows: Rows, clock):

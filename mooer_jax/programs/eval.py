@@ -14,7 +14,7 @@ from mooer_jax.projects.salmonn.suite import evaluate_suite
 from mooer_jax.run.config import Run
 from mooer_jax.run.evaluate import evaluate
 from mooer_jax.run.perplexity import perplexity
-from mooer_jax.run.process import run_program
+from mooer_jax.run.process import profile, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   flags.DEFINE_enum("suite", None, ["salmonn"], "benchmark suite to run")
   flags.DEFINE_string("annotations", None, "folder of the suite's annotation files")
+  flags.DEFINE_string("trace", None, "folder for a profile of the program, for XProf or Perfetto")
   run_program(
     lambda: _evaluate(config.value, flags.FLAGS), argv, needs=["config", "checkpoint"], doc=__doc__
   )
@@ -44,14 +45,15 @@ def _evaluate(config, given) -> None:
   except ValueError as error:
     raise app.UsageError(f"--scales={','.join(given.scales)}: numbers are needed") from error
   run, path, base = Run.read(config), given.checkpoint[0], given.base_checkpoint
-  if given.suite:
-    evaluate_suite(run, path, given.annotations, base=base)
-  elif given.mode == "perplexity":
-    perplexity(run, given.checkpoint, instructions=given.instructions, scales=scales, base=base)
-  elif given.mode == "lora-sweep":
-    lora_sweep(run, path, scales=scales, base=base)
-  else:
-    evaluate(run, path, base=base)
+  with profile(given.trace):
+    if given.suite:
+      evaluate_suite(run, path, given.annotations, base=base)
+    elif given.mode == "perplexity":
+      perplexity(run, given.checkpoint, instructions=given.instructions, scales=scales, base=base)
+    elif given.mode == "lora-sweep":
+      lora_sweep(run, path, scales=scales, base=base)
+    else:
+      evaluate(run, path, base=base)
 
 
 def _check_flags(given) -> None:

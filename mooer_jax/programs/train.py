@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import config_flags
 
 from mooer_jax.projects.salmonn import activation
@@ -16,11 +17,17 @@ from mooer_jax.run.train import train
 def main(argv: Sequence[str] | None = None) -> None:
   """Parses flags, trains, and exits; errors of the user are one line on stderr and status 1."""
   config = config_flags.DEFINE_config_file("config", lock_config=True)
-  run_program(lambda: train_from_config(config.value), argv, needs=["config"], doc=__doc__)
+  flags.DEFINE_string("trace", None, "folder for a profile of three steps, for XProf or Perfetto")
+  run_program(
+    lambda: train_from_config(config.value, trace=flags.FLAGS.trace),
+    argv,
+    needs=["config"],
+    doc=__doc__,
+  )
 
 
-def train_from_config(config: Mapping[str, Any]) -> Path:
-  """Trains as a config says; raises as `run.train.train`.
+def train_from_config(config: Mapping[str, Any], *, trace: str | None = None) -> Path:
+  """Trains as a config says; `trace` and errors as in `run.train.train`.
 
   Returns:
     The folder of the last checkpoint; with activation.review, the workdir with the answers.
@@ -32,4 +39,4 @@ def train_from_config(config: Mapping[str, Any]) -> Path:
     answers = activation.answers_file(run)
     print(f"edit {answers}, then run the same command with --config.activation.review=False")
     return run.workdir
-  return train(run, [PerplexityEvaluator] if run.perplexity.shards else [])
+  return train(run, [PerplexityEvaluator] if run.perplexity.shards else [], trace=trace)

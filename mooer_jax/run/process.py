@@ -156,6 +156,21 @@ def prepare_process():
 
 
 @contextlib.contextmanager
+def profile(folder: str | os.PathLike | None) -> Iterator[None]:
+  """Writes a profile of the block into a folder, for XProf and Perfetto; None writes nothing."""
+  if folder is None:
+    yield
+    return
+  with jax.profiler.trace(os.fspath(folder), create_perfetto_trace=True):
+    yield
+  print(
+    f"profile in {os.fspath(folder)}: run `xprof --logdir` on it, or open its"
+    " perfetto_trace.json.gz at https://ui.perfetto.dev",
+    file=sys.stderr,
+  )
+
+
+@contextlib.contextmanager
 def stop_request() -> Iterator[threading.Event]:
   """Yields an event that the first SIGINT or SIGTERM sets; a second one ends the process."""
   requested = threading.Event()

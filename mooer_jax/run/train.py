@@ -18,7 +18,7 @@ from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
-from mooer_jax.run.process import prepare_process, stop_request
+from mooer_jax.run.process import prepare_process, profile, stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.sharding import batch_sharding, make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
@@ -33,7 +33,11 @@ class MakeEvaluator(Protocol):
   def __call__(self, run: Run, tokenizer: Tokenizer, *, first: int) -> Evaluator: ...
 
 
-def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
+# Steps of a run that `trace` profiles; those before them compile and warm up.
+TRACED = range(3, 6)
+
+
+def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | None = None) -> Path:
   """Trains as the config says and returns the folder of the last checkpoint.
 
   If the workdir contains checkpoints, training resumes from the latest, bit for bit. Ctrl-C or
@@ -42,20 +46,23 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = ()) -> Path:
   Args:
     run: the config.
     evaluators: functions that make an evaluator.
+    trace: folder for a profile of steps 3 to 5 of this process; default: none.
 
   Raises:
-    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint, or if another
-      process trains in the workdir.
+    ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint; if another
+      process trains in the workdir; or for a trace of a run that has fewer steps left.
     NotFiniteError: when the loss or a gradient is NaN, with the step number.
   """
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   with lock_folder(run.workdir):
-    return _train(run, evaluators, mesh)
+    return _train(run, evaluators, mesh, trace)
 
 
-def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh) -> Path:
+def _train(
+  run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh, trace: str | None
+) -> Path:
   resumed = checkpoint.latest(run.workdir)
   start_from = resumed or run.init_from
   normalised = any(frontend.normalised for frontend in run.model.frontends)
@@ -76,10 +83,15 @@ def _train(run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mes
       return resumed
   tokenizer = read_tokenizer(run, start_from)
   first = checkpoint.step_of(resumed) if resumed else 0
+  if trace is not None and run.train.steps - first < TRACED[-1]:
+    raise ValueError(
+      f"--trace={trace} profiles steps {TRACED[0]} to {TRACED[-1]}, but"
+      f" {run.train.steps - first} are left; raise train.steps"
+    )
   # Before minutes of loading, since they check their data.
   made = [make(run, tokenizer, first=first) for make in evaluators]
   start = _load(run, mesh, tokenizer, resumed=resumed)
-  return _loop(run, start, made, first=first, mesh=mesh)
+  return _loop(run, start, made, first=first, mesh=mesh, trace=trace)
 
 
 class _Start(NamedTuple):
@@ -140,14 +152,21 @@ def _load(
 
 
 def _loop(
-  run: Run, start: _Start, evaluators: Sequence[Evaluator], *, first: int, mesh: jax.sharding.Mesh
+  run: Run,
+  start: _Start,
+  evaluators: Sequence[Evaluator],
+  *,
+  first: int,
+  mesh: jax.sharding.Mesh,
+  trace: str | None,
 ) -> Path:
   """Runs the steps after `first`; returns the last checkpoint."""
   state, frozen, batches = start.state, start.frozen, start.batches
   pending = None
   tasks = [task for task, _ in run.model.prompts]
   monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
-  with contextlib.closing(batches), monitor, stop_request() as stop:
+  profiled = contextlib.ExitStack()
+  with contextlib.closing(batches), monitor, profiled, stop_request() as stop:
     sizes = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.trainable, frozen))
     trained, fixed = (f"{size:,}" for size in sizes)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -159,6 +178,8 @@ def _loop(
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
     for step in itertools.count(first + 1):
+      if step - first == TRACED[0]:
+        profiled.enter_context(profile(trace))
       try:
         host_batch = next(batches)
       except BadDataError as error:
@@ -168,6 +189,9 @@ def _loop(
         raise
       batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
       state, metrics = train_step(state, frozen, batch)
+      if trace is not None and step - first == TRACED[-1]:
+        jax.block_until_ready(metrics)
+        profiled.close()
       if pending:  # read one step late, so that the device never waits for the host
         check_finite(pending[0])
         monitor.record(*pending)

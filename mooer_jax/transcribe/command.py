@@ -58,6 +58,9 @@ def add_parser(commands) -> None:
   )
   parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
+  parser.add_argument(
+    "--trace", metavar="DIR", help="write a profile of the transcription, for XProf or Perfetto"
+  )
   for old, how in _DEPRECATED.items():
     parser.add_argument(old, action=_StoreDeprecated, help=argparse.SUPPRESS, **how)
   parser.set_defaults(run=run)
@@ -149,12 +152,14 @@ def run(args: argparse.Namespace) -> int:
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+  from mooer_jax.run.process import profile
+
   audio = (sys.stdin.buffer.read() if name == STDIN else name for name in args.audio)
   results = transcriber.stream(audio, **_given(args, "chunk_length_s", "seed"))
   several = len(args.audio) > 1
   shows_progress = sys.stderr.isatty() and (several or args.chunk_length_s is not None)
   failed = []
-  with contextlib.closing(results), _json_writer(args.json) as write:
+  with contextlib.closing(results), _json_writer(args.json) as write, profile(args.trace):
     shown = track(results, "transcribing", total=len(args.audio), disable=not shows_progress)
     for name, result in zip(args.audio, shown, strict=True):
       write({**result.to_json(), "path": name})

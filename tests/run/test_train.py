@@ -1,5 +1,6 @@
 """Training as a user meets it: resumed after a kill, stopped by hand, stopped by a NaN."""
 
+import gzip
 import json
 import signal
 import subprocess
@@ -356,3 +357,15 @@ def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(config):
   config.train.steps = 8
   train(config)
   assert [step for step, _ in losses(config.workdir)] == list(range(1, 9))
+
+
+def test_a_trace_is_a_profile_of_three_steps(config, tmp_path):
+  folder = tmp_path / "trace"
+  config.train.steps = 4
+  with pytest.raises(ValueError, match=r"profiles steps 3 to 5, but 4 are left; raise train"):
+    train(config, trace=str(folder))
+  config.train.steps = 6
+  train(config, trace=str(folder))
+  [profile] = folder.rglob("perfetto_trace.json.gz")
+  assert json.loads(gzip.decompress(profile.read_bytes()))["traceEvents"]
+  assert [*folder.rglob("*.xplane.pb")]

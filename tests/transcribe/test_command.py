@@ -215,3 +215,11 @@ def test_the_mesh_of_the_command_is_that_of_the_transcriber(folder, clips, monke
     assert cli.main([*command, "--mesh", mesh]) == 2 and not given
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_trace_is_a_profile_with_the_stages_by_name(folder, clips, tmp_path, capsys):
+  out = tmp_path / "trace"
+  command = ["transcribe", "--checkpoint", str(folder), "--task", "asr", "--trace", str(out)]
+  assert cli.main([*command, str(clips[0].path)]) == 0
+  assert f"profile in {out}" in capsys.readouterr().err
+  assert [*out.rglob("perfetto_trace.json.gz")]
