@@ -84,25 +84,24 @@ class Spec:
     ]
     return [*qkv, valid, *bias]
 
-  def function(self, implementation: str):
+  def function(self, implementation: str, platform: str | None = None):
     """The operation, for arguments of `shapes`; with its gradients, unless it decodes."""
+    chosen = dict(implementation=implementation, platform=platform)
     if self.operation == "decode_attention":
 
       def attend(q, k, v, mask, end):
         return kernels.decode_attention(
-          q, k, v, kv_heads=self.kv_heads, mask_BTS=mask, end=end, implementation=implementation
+          q, k, v, kv_heads=self.kv_heads, mask_BTS=mask, end=end, **chosen
         )
 
       return attend
 
     def loss(q, k, v, valid=None, *bias):
       if self.operation == "window_attention":
-        out = kernels.window_attention(q, k, v, implementation=implementation)
+        out = kernels.window_attention(q, k, v, **chosen)
       else:
         options = dict(causal=self.causal, bias=Bias(*bias) if bias else None)
-        out = kernels.attention(
-          q, k, v, valid_BS=valid, implementation=implementation, **options
-        )  # fmt: skip
+        out = kernels.attention(q, k, v, valid_BS=valid, **options, **chosen)
       return out.astype(jnp.float32).sum()
 
     return jax.value_and_grad(loss, (0, 1, 2, 4, 5) if self.bias else (0, 1, 2))
@@ -174,9 +173,13 @@ def measure(spec: Spec) -> dict[str, Any]:
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
-  """New rows, and old ones of other devices."""
-  devices = {row["device"] for row in new}
-  return [row for row in old if row["device"] not in devices] + new
+  """New rows, and those old ones that they do not replace."""
+
+  def key(row):
+    return [row[x] for x in ("device", *choice.Call._fields, "rows", "causal")]
+
+  replaced = [key(row) for row in new]
+  return [row for row in old if key(row) not in replaced] + new
 
 
 def show(name: str, row: dict[str, Any]) -> None:
@@ -205,6 +208,8 @@ def main():
   parser.add_argument("--write", action="store_true", help=f"update {PATH.relative_to(ROOT)}")
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
+  if args.write and jax.default_backend() == "cpu":
+    parser.error("--write needs an accelerator: on CPUs there is only 'xla' to choose")
   rows = []
   for name in args.only:
     rows.append(measure(SPECS[name]))
@@ -212,8 +217,6 @@ def main():
   result = {"rows": rows, "versions": versions("jax", "jaxlib")}
   write_result(args.json, result, SOURCES)
   if args.write:
-    if jax.default_backend() == "cpu":
-      parser.error("--write needs an accelerator: on CPUs there is only 'xla' to choose")
     old = json.loads(PATH.read_text("utf-8"))["rows"]
     write_result(PATH, {**result, "rows": merged(old, rows)}, SOURCES)
 

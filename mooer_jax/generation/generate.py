@@ -143,18 +143,16 @@ def generate_from(
     read_BYD = jnp.zeros((rows, steps.ring_slots, hidden_BSD.shape[-1]), hidden_BSD.dtype)
 
   def step(carry):
-    clock, going, read_BYD = carry
-    going, hidden_BRD = steps.step(going, clock)
+    rows, read_BYD = carry
+    now = rows.clock * options.width
+    rows, hidden_BRD = steps.step(rows)
     if options.return_hidden:
-      read_BYD = jax.lax.dynamic_update_slice_in_dim(
-        read_BYD, hidden_BRD, clock * options.width, axis=1
-      )
-    return clock + 1, going, constrain_rows(read_BYD, mesh)
+      read_BYD = jax.lax.dynamic_update_slice_in_dim(read_BYD, hidden_BRD, now, axis=1)
+    return rows, constrain_rows(read_BYD, mesh)
 
-  def is_open(carry):
-    return ~carry[1].state.done_B.all()
-
-  _, ended, read_BYD = jax.lax.while_loop(is_open, step, (jnp.int32(0), begun, read_BYD))
+  ended, read_BYD = jax.lax.while_loop(
+    lambda carry: ~carry[0].state.done_B.all(), step, (begun, read_BYD)
+  )
   output = output_of(ended.state, options)
   if options.return_hidden:
     found = search.best(ended.state, options)

@@ -5,9 +5,9 @@ utterance are R queries of one row; each step writes their keys and values into 
 mask selects the slots of a hypothesis' own past. When beams are reordered, only small integers move
 (`search.Hypotheses.slots_BRS`), never cache entries.
 
-All rows write into the same slots of a step. Behind the prompt, the cache is a ring of the last
-steps, as many as an utterance can take: a row that ends makes room for the next utterance at once,
-and what its predecessor wrote is overwritten in time.
+All rows write into the same slots in a step. Behind the prompt, the slots are a ring: each step
+overwrites those of the oldest one. The ring has as many steps as an utterance can take, so an
+utterance can begin at any step, and its own slots are overwritten only after it has ended.
 """
 
 import dataclasses
@@ -37,6 +37,8 @@ class Rows:
     prompt_B: int32, tokens of the prompts.
     keys_B: PRNG keys.
     begin_B: int32, place in the ring of the first generated token.
+    clock: int32 scalar, number of steps so far; from the second round of the ring on, minus those
+      of whole rounds.
   """
 
   state: search.State
@@ -44,6 +46,7 @@ class Rows:
   prompt_B: jax.Array
   keys_B: jax.Array
   begin_B: jax.Array
+  clock: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Steps:
       prompt_B=valid_BS.sum(axis=1, dtype=jnp.int32),
       keys_B=keys_B,
       begin_B=jnp.zeros(rows, jnp.int32),
+      clock=jnp.zeros((), jnp.int32),
     )
     return self.choose(begun, hidden_BSD[:, -1:]), hidden_BSD
 
@@ -105,11 +109,8 @@ class Steps:
       )
     return rows.replace(state=state)  # type: ignore[attr-defined]
 
-  def step(self, rows: Rows, clock):
-    """Reads the tokens that were chosen last and chooses the next ones: (Rows, hidden [B, R, D]).
-
-    `clock` is the number of steps since the ring was empty.
-    """
+  def step(self, rows: Rows):
+    """Reads the tokens chosen last and chooses the next ones: (Rows, hidden states [B, R, D])."""
     state = rows.state
     last_B11 = jnp.maximum(state.step_B - 1, 0)[:, None, None]
     hidden_BRD, cache = self.read(
@@ -118,28 +119,33 @@ class Steps:
       last_BR=jnp.broadcast_to(last_B11[..., 0], state.running.lengths_BR.shape),
       past_BRS=jnp.arange(self.options.max_new_tokens) <= last_B11,
       slots_BRS=state.running.slots_BRS,
-      clock=clock,
+      clock=rows.clock,
     )
-    rows = self.choose(rows.replace(cache=cache), hidden_BRD)  # type: ignore[attr-defined]
+    clock = rows.clock + 1
+    clock = jnp.where(clock < 2 * self.ring, clock, clock - self.ring)  # so that it never overflows
+    rows = self.choose(rows.replace(cache=cache, clock=clock), hidden_BRD)  # type: ignore[attr-defined]
     return self.place(rows), hidden_BRD
 
   def read(self, rows: Rows, tokens_BR, *, last_BR, past_BRS, slots_BRS, clock):
     """(hidden [B, R, D], cache) of tokens that attend to the prompt, their past and themselves.
 
-    `last_BR` are the places of the tokens among the generated ones, `past_BRS` the places that they
-    attend to, and `slots_BRS` under which of R the token at each place was read.
+    Args:
+      last_BR: place of each token among the generated ones of its hypothesis, from 0.
+      past_BRS: bool, the places that it attends to, its own included.
+      slots_BRS: which of the R slots of its step the token at each place was written to.
+      clock: the step of the ring that the keys and values are written to; see `Rows`.
     """
     R, slots = self.options.width, rows.cache.valid_BS.shape[1]
     prompt_slots = slots - self.ring_slots
-    own_BRSR = past_BRS[..., None] & (slots_BRS[..., None] == jnp.arange(R))
-    # Entry n of the ring holds the token at this place.
+    seen_BRSR = past_BRS[..., None] & (slots_BRS[..., None] == jnp.arange(R))
+    # Step n of the ring holds the tokens at this place.
     place_BS = (jnp.arange(self.ring) - rows.begin_B[:, None]) % self.ring
-    own_BRSR = jnp.take_along_axis(own_BRSR, place_BS[:, None, :, None], axis=2)
-    own_BRT = own_BRSR.reshape(*tokens_BR.shape, -1)
+    seen_BRSR = jnp.take_along_axis(seen_BRSR, place_BS[:, None, :, None], axis=2)
+    seen_BRT = seen_BRSR.reshape(*tokens_BR.shape, -1)
     prompt_BRT = jnp.ones((*tokens_BR.shape, prompt_slots), bool)
     placement = Placement(
       rows.prompt_B[:, None] + last_BR,
-      jnp.concatenate([prompt_BRT, own_BRT], axis=-1),
+      jnp.concatenate([prompt_BRT, seen_BRT], axis=-1),
       end=prompt_slots + jnp.minimum(clock + 1, self.ring) * R,
     )
     cache = rows.cache.replace(filled=prompt_slots + clock % self.ring * R)  # type: ignore[attr-defined]

@@ -16,15 +16,21 @@ def precision(dtype: Any) -> jax.lax.Precision:
   return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+def axes_to_split() -> dict[str, int]:
+  """Axes of the mesh in the context with more than one device, but for those of `shard_map`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_types)
+  names = (name for name, kind in kinds if kind is not AxisType.Manual)
+  return {name: mesh.shape[name] for name in names if mesh.shape[name] > 1}
+
+
 def on_mesh(function, in_specs, out_specs):
   """Runs a function on each device's part of its arguments, which XLA cannot split by itself.
 
   Without a mesh in the context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), or inside of
   `shard_map` and `pmap`, the function is called as it is.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  kinds = zip(mesh.axis_names, mesh.axis_types)
-  names = [n for n, kind in kinds if kind is not AxisType.Manual and mesh.shape[n] > 1]
+  names = axes_to_split()
   if not names:
     return function
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mooer_jax.kernels.arrays import HEADS
+from mooer_jax.kernels.arrays import HEADS, axes_to_split
 
 # Implementations and the backends of JAX that they run on.
 IMPLEMENTATIONS = {
@@ -83,15 +83,14 @@ def choose(
 def _unsupported(call: Call, platform: str) -> dict[str, str]:
   """{implementation: why it does not support a call}."""
   found = {}
-  if platform != "gpu" or call.dtype != jnp.bfloat16:
-    here = f"{platform}, {jnp.dtype(call.dtype)}"
-    found["cudnn"] = f"runs on GPUs in bfloat16; here: {here}. Use attention='auto'"
+  if call.dtype != jnp.bfloat16:
+    found["cudnn"] = f"runs in bfloat16; got {jnp.dtype(call.dtype)}. Use attention='auto'"
   if call.channels < 16 or call.channels & (call.channels - 1):
     found["triton"] = (
       f"needs heads of 16, 32, 64 or more channels, a power of 2; got {call.channels}."
       " Use attention='auto'"
     )
-  parts = dict(jax.sharding.get_abstract_mesh().shape).get(HEADS, 1)
+  parts = axes_to_split().get(HEADS, 1)
   if call.kv_heads % parts:
     reason = (
       f"splits {call.kv_heads} key-value heads over mesh.tensor={parts}, which must divide them;"
@@ -103,6 +102,10 @@ def _unsupported(call: Call, platform: str) -> dict[str, str]:
   if "dropout" in call.extras:
     reason = "does not support dropout; use attention='auto' or dropout=0"
     found |= dict.fromkeys(("cudnn", "mosaic", "triton"), reason)
+  for name, platforms in IMPLEMENTATIONS.items():
+    if platform not in platforms:
+      where = " and ".join(platforms)
+      found[name] = f"runs on {where}; the program is for {platform}. Use attention='auto'"
   return found
 
 

@@ -282,7 +282,14 @@ class Run:
       raise ValueError(
         f"{jax.process_count()} processes: this version trains in one process, on all its devices"
       )
-    check_backend(self.model.compute.attention)
+    attention = self.model.compute.attention
+    check_backend(attention)
+    dropout: Any = getattr(self.model.connector, "dropout", None)
+    if attention not in ("auto", "xla") and dropout:
+      raise ValueError(
+        f"compute.attention={attention!r} does not support dropout, which model.qformer.dropout"
+        " asks for in training; set compute.attention='auto', or the dropout to 0"
+      )
     if self.compute.quantization != "none":
       raise ValueError(
         f"compute.quantization={self.compute.quantization!r} is for decoding; leave it out to train"

@@ -144,7 +144,8 @@ def decode_set(
   num_truncated = 0
   made = batches_of(run, options, loaded)
   hosts = iter(made)
-  batches = ((host, host.batch) for host in hosts)
+  # Without its batch, which would stay in memory as long as the result waits.
+  batches = ((dataclasses.replace(host, batch=None), host.batch) for host in hosts)
   key = jax.random.key(run.seed)
   outputs = decode_batches(
     loaded.params,

@@ -1,53 +1,115 @@
 """Loading of clips: decoded, checked, and split into chunks if requested."""
 
+import dataclasses
+import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from mooer_jax.audio.decode import SILENCE, AudioError, check_samples, load_audio
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.generation import NOT_FINITE
+from mooer_jax.prompts import split_answer
 from mooer_jax.speech_llm import num_speech_tokens, shortest_s
+from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 
 # A long clip is split at the quietest 0.2 s of the last 5 s that a chunk may have. Chunks of less
 # than a second would contain little more than the end of a word.
 PAUSE_S, SEARCH_S, SHORTEST_S = 0.2, 5.0, 1.0
 
 
-def load_clips(
-  audio: Sequence[str | os.PathLike | bytes | np.ndarray],
+@dataclasses.dataclass
+class Clip:
+  """A clip from its reading to its transcript.
+
+  Attributes:
+    name, path: its name in errors; its path, None for an array or bytes.
+    parts: result of each chunk; an empty text until `fill`.
+    chunks: float32 [samples] of each chunk, None once taken.
+    loud: the chunks that are not silent; the others keep their empty text.
+    missing: number of loud chunks that are not filled in yet.
+    failure: why the clip cannot be used: missing, undecodable, empty, silent, not finite, too long.
+  """
+
+  name: str
+  path: str | None
+  task: str
+  parts: list[Transcript] = dataclasses.field(default_factory=list)
+  chunks: list[Any] = dataclasses.field(default_factory=list)
+  loud: list[int] = dataclasses.field(default_factory=list)
+  missing: int = 0
+  failure: ValueError | OSError | None = None
+
+  def take(self, n: int) -> np.ndarray:
+    """Chunk n, which the clip keeps no longer."""
+    chunk_N, self.chunks[n] = self.chunks[n], None
+    return chunk_N
+
+  def fill(self, n: int, **values: Any) -> None:
+    self.parts[n] = dataclasses.replace(self.parts[n], **values)
+    self.missing -= 1
+
+  def transcript(self) -> Transcript:
+    """The result of the whole clip, or its error."""
+    error = None if self.failure is None else str(self.failure)
+    if error is None and not all(math.isfinite(part.score) for part in self.parts):
+      error = f"{self.name}: {NOT_FINITE}"
+    if error is not None:
+      return Transcript("", [], 0.0, self.task, path=self.path, finished=False, error=error)
+    return dataclasses.replace(join_transcripts(self.parts), path=self.path)
+
+
+def read_windows(
+  audio: Iterable[str | os.PathLike | bytes | np.ndarray],
   config: SpeechLLMConfig,
   *,
+  size: int,
+  task: str,
   chunk_length_s: float | None = None,
-  first: int = 0,
-) -> list[list[np.ndarray] | ValueError | OSError]:
-  """Reads clips and splits long ones.
+  stop: threading.Event | None = None,
+) -> Iterator[list[Clip]]:
+  """Reads clips, `size` at a time, and splits long ones.
 
   Args:
     audio: paths, bytes of audio files, or float arrays [samples] in [-1, 1] at the model's rate.
     config: the model, whose limits the clips must fit.
+    task: task of the transcripts.
     chunk_length_s: longest chunk, in seconds; longer clips are split at pauses. None: they are
       errors.
-    first: index of the first clip, for the names of arrays in errors.
-
-  Returns:
-    For each clip its chunks, float32 [samples], or the error that names the clip: missing,
-    undecodable, empty, silent, not finite or too long.
+    stop: no further clip is read once it is set.
 
   Raises:
     ValueError: for a chunk_length_s out of range.
   """
   lengths = chunk_lengths(chunk_length_s, config)
-  clips: list[list[np.ndarray] | ValueError | OSError] = []
-  for index, clip in enumerate(audio, first):
-    try:
-      name = os.fsdecode(clip) if isinstance(clip, (str, os.PathLike)) else f"audio[{index}]"
-      waveform_N = _read(clip, name, config)
-      clips.append(_chunks(waveform_N, name, config, lengths=lengths))
-    except (ValueError, OSError) as error:
-      clips.append(error)
-  return clips
+  window: list[Clip] = []
+  for index, source in enumerate(audio):
+    if stop is not None and stop.is_set():
+      return
+    window.append(_clip(source, index, config, task, lengths))
+    if len(window) == size:
+      yield window
+      window = []
+  if window:
+    yield window
+
+
+def _clip(source: Any, index: int, config: SpeechLLMConfig, task: str, lengths) -> Clip:
+  path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+  name = f"audio[{index}]" if path is None else os.fsdecode(path)
+  try:
+    chunks = _chunks(_read(source, name, config), name, config, lengths=lengths)
+  except (ValueError, OSError) as error:
+    return Clip(name, path, task, failure=error)
+  empty = Transcript("", [], 0.0, task, **split_answer(task, "")._asdict())
+  parts = [
+    dataclasses.replace(empty, seconds=len(chunk_N) / config.sample_rate_hz) for chunk_N in chunks
+  ]
+  loud = [n for n, chunk_N in enumerate(chunks) if np.abs(chunk_N).max() >= SILENCE]
+  return Clip(name, path, task, parts, chunks, loud, missing=len(loud))
 
 
 def chunk_lengths(chunk_length_s: float | None, config: SpeechLLMConfig) -> tuple[int, int] | None:
@@ -68,14 +130,14 @@ def chunk_lengths(chunk_length_s: float | None, config: SpeechLLMConfig) -> tupl
   return round(shortest * rate_hz), int(chunk_length_s * rate_hz)
 
 
-def raise_first(clips: Sequence[Any]) -> None:
-  """Raises the error of `load_clips`, or one error that lists all if there are several."""
-  errors = [clip for clip in clips if isinstance(clip, Exception)]
+def raise_first(failures: Sequence[Exception | None]) -> None:
+  """Raises the failure among those of clips, or one error that lists all if there are several."""
+  errors = [failure for failure in failures if failure is not None]
   if len(errors) == 1:
     raise errors[0]
   if errors:
     said = "; ".join(str(error) for error in errors)
-    raise ValueError(f"{len(errors)} of {len(clips)} audio files could not be used: {said}")
+    raise ValueError(f"{len(errors)} of {len(failures)} audio files could not be used: {said}")
 
 
 def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:

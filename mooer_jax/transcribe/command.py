@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
 
 from mooer_jax.files import replace_file, write_errors_name
@@ -154,13 +155,19 @@ def run(args: argparse.Namespace) -> int:
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
   from mooer_jax.run.process import profile
 
-  audio = (sys.stdin.buffer.read() if name == STDIN else name for name in args.audio)
+  audio = [sys.stdin.buffer.read() if name == STDIN else name for name in args.audio]
   results = transcriber.stream(audio, **_given(args, "chunk_length_s", "seed"))
   several = len(args.audio) > 1
   shows_progress = sys.stderr.isatty() and (several or args.chunk_length_s is not None)
   failed = []
   with contextlib.closing(results), _json_writer(args.json) as write, profile(args.trace):
-    shown = track(results, "transcribing", total=len(args.audio), disable=not shows_progress)
+    shown = track(
+      results,
+      "transcribing",
+      total=len(args.audio),
+      disable=not shows_progress,
+      console=Console(stderr=True),
+    )
     for name, result in zip(args.audio, shown, strict=True):
       write({**result.to_json(), "path": name})
       if result.error:
@@ -178,7 +185,7 @@ def warmup(args: argparse.Namespace) -> int:
   """Compiles the programs of `run`; raises ValueError or OSError for a bad checkpoint or option."""
   transcriber = _load(args)
   number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
-  print(f"compiled the programs for {number} shapes of batches")
+  print(f"compiled the programs for batches of {number} shapes")
   return 0
 
 

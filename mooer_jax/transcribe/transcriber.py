@@ -3,21 +3,20 @@
 import collections
 import contextlib
 import dataclasses
-import itertools
-import math
 import numbers
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
-from mooer_jax.audio.decode import SILENCE
 from mooer_jax.config import SpeechLLMConfig, build
-from mooer_jax.generation import NOT_FINITE, GenerationConfig, compile_batch, decode_batches
+from mooer_jax.generation import GenerationConfig, compile_batch, decode_batches
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import encoder_inputs, extract_features, padded_lengths
 from mooer_jax.nn.compute import ExecutionConfig, Features
@@ -30,10 +29,10 @@ from mooer_jax.prompts import (
   task_prompt,
 )
 from mooer_jax.sharding import mesh_of
-from mooer_jax.speech_llm import Batch, num_speech_tokens, shortest_s
+from mooer_jax.speech_llm import Batch, prompt_slots, shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe.clips import chunk_lengths, load_clips, raise_first
-from mooer_jax.transcribe.transcript import Transcript, join_transcripts
+from mooer_jax.transcribe.clips import Clip, chunk_lengths, raise_first, read_windows
+from mooer_jax.transcribe.transcript import Transcript
 
 # Each length is compiled once; padding wastes at most 41 % of the encoder's work.
 _BUCKET_GROWTH = 2**0.5
@@ -138,10 +137,7 @@ class Transcriber:
         for the speech, or ends with it; for a question that is missing, empty or not asked for; for
         an argument of a wrong type, out of range or without effect.
     """
-    if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)) or not isinstance(audio, Iterable):
-      raise ValueError(
-        f"audio: {type(audio).__name__}; transcribe takes a list of clips: transcribe([clip])"
-      )
+    _check_audio(audio)
     if errors not in ("raise", "return"):
       raise ValueError(f"errors={errors!r}: must be 'raise' or 'return'")
     audio = list(audio)
@@ -155,14 +151,14 @@ class Transcriber:
       seed=seed,
       **generation,
     )
-    windows: Iterable = self._windows(audio, settings)
+    windows: Iterable = read_windows(audio, self.config, **settings.of_reading)
     if errors == "raise":
       windows = [*windows]
-      raise_first([chunks for window in windows for *_, chunks in window])
+      raise_first([clip.failure for window in windows for clip in window])
     found = self._stream(windows, settings)
     results = []
     with contextlib.closing(found):
-      shown = track(found, "transcribing", total=len(audio), disable=not progress)
+      shown = _track(found, "transcribing", total=len(audio), disable=not progress)
       for result in shown:
         if result.error and errors == "raise":
           raise ValueError(result.error)
@@ -174,9 +170,9 @@ class Transcriber:
   ) -> Generator[Transcript]:
     """Transcribes any number of clips; yields the results in the same order, once they are ready.
 
-    Clips are read in a thread while others are decoded, some batches of them at a time, so that the
-    memory does not depend on their number. A clip that cannot be used gives a Transcript with
-    `error`.
+    Clips are read in a thread while others are decoded, those of 8 batches at a time (with
+    chunk_length_s, of one), so that the memory does not depend on their number. A clip that cannot
+    be used gives a Transcript with `error`.
 
     Args:
       audio: as in `transcribe`; may be endless.
@@ -185,8 +181,11 @@ class Transcriber:
     Raises:
       ValueError: for arguments as in `transcribe`, before anything is read.
     """
+    _check_audio(audio)
     settings = self._settings(**options)
-    return self._stream(self._windows(audio, settings), settings)
+    stop = threading.Event()
+    windows = read_windows(audio, self.config, stop=stop, **settings.of_reading)
+    return self._stream(windows, settings, stop)
 
   def warmup(
     self,
@@ -200,14 +199,17 @@ class Transcriber:
     progress: bool = False,
     **generation: Any,
   ) -> int:
-    """Compiles the programs that `transcribe` runs with the same arguments; returns their number.
+    """Compiles the programs that `transcribe` runs with the same arguments.
 
-    There is one prefill for each number of rows and each length that inputs are padded to. They go
+    There is a prefill for each number of rows and each length that inputs are padded to. They go
     into the persistent compilation cache of JAX, if it is on, where later processes find them.
 
     Args:
       task, prompt, question, chat_template, batch_size, progress, generation: as in `transcribe`.
       max_audio_s: longest clip (or chunk), seconds; default: the limit of the model.
+
+    Returns:
+      The number of shapes of batches.
 
     Raises:
       ValueError: for arguments as in `transcribe`; for a max_audio_s out of range.
@@ -232,7 +234,7 @@ class Transcriber:
       cases += [[cut] * n for n in sorted(rows)]
       if all(map(np.array_equal, cut, clip)):
         break
-    for clips in track(cases, "compiling", disable=not progress):
+    for clips in _track(cases, "compiling", total=len(cases), disable=not progress):
       batch = self._batch(clips, sides, batch_size)
       compile_batch(
         self.params,
@@ -300,33 +302,26 @@ class Transcriber:
     chunk_lengths(chunk_length_s, self.config)
     return _Settings(task, sides, options, batch_size, chunk_length_s, seed or 0)
 
-  def _windows(self, audio: Iterable, settings: "_Settings") -> Iterator[list[tuple]]:
-    """Clips that are read and sorted by length together: (source, index, result of load_clips)."""
-    # Of long recordings, memory holds only a batch.
-    size = settings.batch_size * (_WINDOW if settings.chunk_length_s is None else 1)
-    sources, first = iter(audio), 0
-    while window := list(itertools.islice(sources, size)):
-      clips = load_clips(window, self.config, chunk_length_s=settings.chunk_length_s, first=first)
-      yield [*zip(window, range(first, first + len(window)), clips, strict=True)]
-      first += len(window)
-
-  def _stream(self, windows: Iterable[list[tuple]], settings: "_Settings") -> Generator[Transcript]:
-    """Transcripts of the clips of all windows, in order."""
-    pending: collections.deque[_Clip] = collections.deque()  # in order, also those that are done
+  def _stream(
+    self,
+    windows: Iterable[list[Clip]],
+    settings: "_Settings",
+    stop: threading.Event | None = None,
+  ) -> Generator[Transcript]:
+    """Transcripts of the clips of all windows, in order; sets `stop` when it is closed."""
+    pending: collections.deque[Clip] = collections.deque()  # in order, also those that are done
 
     def batches():
       for window in windows:
-        parts = []
-        for source, index, chunks in window:
-          clip = _Clip.of(source, index, chunks, self.config, settings.task)
-          pending.append(clip)
-          parts += [(clip, n, chunks[n]) for n in clip.loud]
-        parts.sort(key=lambda part: -len(part[2]))
-        for start in range(0, len(parts), settings.batch_size):
-          group = parts[start : start + settings.batch_size]
-          features = [extract_features(chunk_N, self.config) for *_, chunk_N in group]
-          batch = self._batch(features, settings.sides, settings.batch_size)
-          yield [(clip, n) for clip, n, _ in group], batch
+        pending.extend(window)
+        parts = [(clip, n) for clip in window for n in clip.loud]
+        parts.sort(key=lambda part: -len(part[0].chunks[part[1]]))
+        del window  # so that only what is left to do is in memory while the next one is read
+        yield [], None  # clips without speech wait for nothing
+        while parts:
+          group, parts = parts[: settings.batch_size], parts[settings.batch_size :]
+          features = [extract_features(clip.take(n), self.config) for clip, n in group]
+          yield group, self._batch(features, settings.sides, settings.batch_size)
 
     outputs = decode_batches(
       self.params,
@@ -337,29 +332,32 @@ class Transcriber:
       prompt_slots=self._prompt_slots(settings.sides),
       mesh=self.mesh,
     )
-    with contextlib.closing(outputs):
+    try:
       for group, output in outputs:
         for row, (clip, n) in enumerate(group):
           tokens = output.tokens_BS[row, : output.lengths_B[row]].tolist()
           text = self.tokenizer.decode(tokens)
-          clip.parts[n] = dataclasses.replace(
-            clip.parts[n],
+          clip.fill(
+            n,
             text=text,
             tokens=tokens,
             score=float(output.scores_B[row]),
             finished=bool(output.finished_B[row]),
             **split_answer(settings.task, text)._asdict(),
           )
-          clip.missing -= 1
         while pending and not pending[0].missing:
           yield pending.popleft().transcript()
-    while pending:
-      yield pending.popleft().transcript()
+    finally:
+      if stop is not None:
+        stop.set()
+      outputs.close()
 
   def _prompt_slots(self, sides: tuple[list[int], list[int]]) -> int:
     """Slots of the prompt of the longest clip."""
-    longest = round(self.config.max_audio_s * self.config.sample_rate_hz)
-    return num_speech_tokens(longest, self.config) + sum(map(len, sides))
+    trailing = () if self.config.compute.features == "device" else (1,)
+    features = tuple(np.empty((1, length, *trailing), np.float32) for length in self.buckets[-1])
+    prefix_BS, suffix_BS = (np.empty((1, len(side)), np.int32) for side in sides)
+    return prompt_slots(Batch(features, (), prefix_BS, suffix_BS, prefix_BS), self.config)
 
   def _batch(self, clips, sides, batch_size: int) -> Batch:
     rows = min(batch_size, 1 << (len(clips) - 1).bit_length())  # few shapes, little padding
@@ -379,40 +377,22 @@ class _Settings(NamedTuple):
   chunk_length_s: float | None
   seed: int
 
+  @property
+  def of_reading(self) -> dict[str, Any]:
+    """Arguments of `read_windows`."""
+    # Of long recordings, a window is only a batch.
+    size = self.batch_size * (_WINDOW if self.chunk_length_s is None else 1)
+    return {"size": size, "task": self.task, "chunk_length_s": self.chunk_length_s}
 
-@dataclasses.dataclass
-class _Clip:
-  """A clip on its way: a Transcript of each chunk, of which `missing` are not filled in yet."""
 
-  source: Any
-  index: int
-  task: str
-  parts: list[Transcript]
-  loud: list[int]  # chunks that are not silent, the others have no text
-  missing: int
-  error: str | None = None
+def _check_audio(audio: Any) -> None:
+  if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)) or not isinstance(audio, Iterable):
+    raise ValueError(f"audio: {type(audio).__name__}; give a list of clips, as in [clip]")
 
-  @classmethod
-  def of(cls, source, index: int, chunks, config: SpeechLLMConfig, task: str) -> "_Clip":
-    if isinstance(chunks, Exception):
-      return cls(source, index, task, [], [], 0, error=str(chunks))
-    nothing = Transcript("", [], 0.0, task, **split_answer(task, "")._asdict())
-    parts = [
-      dataclasses.replace(nothing, seconds=len(chunk_N) / config.sample_rate_hz)
-      for chunk_N in chunks
-    ]
-    loud = [n for n, chunk_N in enumerate(chunks) if np.abs(chunk_N).max() >= SILENCE]
-    return cls(source, index, task, parts, loud, len(loud))
 
-  def transcript(self) -> Transcript:
-    path, error = None, self.error
-    if isinstance(self.source, (str, os.PathLike)):
-      path = os.fspath(self.source)
-    if error is None and not all(math.isfinite(part.score) for part in self.parts):
-      error = f"{f'audio[{self.index}]' if path is None else os.fsdecode(path)}: {NOT_FINITE}"
-    if error is not None:
-      return Transcript("", [], 0.0, self.task, path=path, finished=False, error=error)
-    return dataclasses.replace(join_transcripts(self.parts), path=path)
+def _track(items: Iterable, text: str, *, total: int, disable: bool) -> Iterable:
+  """A progress bar on stderr."""
+  return track(items, text, total=total, disable=disable, console=Console(stderr=True))
 
 
 def _check_batch_size(batch_size: int) -> None:

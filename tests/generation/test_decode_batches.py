@@ -1,5 +1,7 @@
 """The loop over batches: results of `generate`, one batch ahead, and an orderly end."""
 
+import itertools
+import re
 import threading
 
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from mooer_jax.generation import GenerationConfig, continuous, decode_batches, generate
+from mooer_jax.sharding import make_mesh, param_shardings
 
 KEY = jax.random.key(3)
 ENDS = tuple(range(0, 40, 5))
@@ -27,15 +30,14 @@ def _threads():
   return {t for t in threading.enumerate() if t.name.startswith("next batch")}
 
 
-# Several batches in fewer rows, in more rows than there are utterances, and longer prompts than
-# those before.
-@pytest.mark.parametrize("rows, prompt_slots", [(None, 0), (2, 0), (5, 64)])
+# Longer prompts, and more rows, than those before; or slots for all of them.
+@pytest.mark.parametrize("prompt_slots", [0, 64])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_outputs_are_those_of_generate(params, config, batch, name, rows, prompt_slots):
+def test_outputs_are_those_of_generate(params, config, batch, name, prompt_slots):
   options = OPTIONS[name]
-  batches = [("a", [20, 13, 9]), ("b", [15, 0, 20]), ("c", [30, 8, 11]), ("d", [12, 19, 17])]
+  batches = [("a", [20, 13]), ("b", [15, 0, 20]), ("c", [30, 8, 11]), ("d", [12, 19, 17, 18])]
   batches = [(letter, batch(frames, padded_to=max(20, *frames))) for letter, frames in batches]
-  given = dict(key=KEY, rows=rows, prompt_slots=prompt_slots)
+  given = dict(key=KEY, prompt_slots=prompt_slots)
   found = list(decode_batches(params, batches, config, options, **given))
   assert [letter for letter, _ in found] == list("abcd")
   ended = set()
@@ -52,12 +54,12 @@ def test_outputs_are_those_of_generate(params, config, batch, name, rows, prompt
 def test_a_row_that_ends_takes_the_next_utterance(params, config, batch, monkeypatch):
   options = OPTIONS["samples"]
   batches = [(n, batch([20, 13])) for n in range(6)]
-  clocks = []
+  steps = []
   run = continuous._run
 
   def recorded(**arguments):
     result = run(**arguments)
-    clocks.append(int(result[1]))
+    steps.append(int(result[0].clock))
     return result
 
   monkeypatch.setattr(continuous, "_run", recorded)
@@ -65,7 +67,10 @@ def test_a_row_that_ends_takes_the_next_utterance(params, config, batch, monkeyp
   # One after the other, each batch needs the steps of its longest answer, but for the last token.
   apart = sum(int(output.lengths_BR.max()) - 1 for _, output in found)
   at_least = sum(int(output.lengths_BR.max(1).sum()) - 2 for _, output in found) / 2
-  assert at_least <= clocks[-1] < apart
+  # The clock counts modulo the ring from its second round on.
+  ring = options.max_new_tokens - 1
+  rounds = sum(after < before for before, after in itertools.pairwise(steps))
+  assert at_least <= steps[-1] + rounds * ring < apart
 
 
 def test_what_a_diverged_utterance_leaves_behind_does_not_matter(params, config, batch):
@@ -93,14 +98,42 @@ def test_the_next_batch_is_made_while_the_device_decodes_and_only_few_more(param
   assert number == 5 and not _threads()
 
 
-def test_an_error_in_a_batch_is_raised(params, config, batch):
+def test_an_error_in_a_batch_is_raised_after_the_batches_before_it(params, config, batch):
   def batches():
     yield 0, batch([20])
+    yield 1, batch([13])
     raise ValueError("bad clip")
 
+  loop = decode_batches(params, batches(), config, OPTIONS["greedy"], key=KEY)
+  assert [next(loop)[0], next(loop)[0]] == [0, 1]
   with pytest.raises(ValueError, match="bad clip"):
-    list(decode_batches(params, batches(), config, OPTIONS["greedy"], key=KEY))
+    next(loop)
   assert not _threads()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_each_program_is_compiled_once(params, config, batch, devices, caplog):
+  mesh = None
+  if devices > 1:
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    params = jax.device_put(params, param_shardings(mesh, params))
+  else:
+    params = jax.device_put(params, jax.devices()[0])  # as a checkpoint's
+  jax.clear_caches()
+  batches = [(n, batch([20, 13])) for n in range(4)]
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    list(decode_batches(params, batches, config, OPTIONS["samples"], key=KEY, mesh=mesh))
+  compiled = re.findall(r"Finished XLA compilation of jit\((_\w+)\)", caplog.text)
+  assert sorted(name for name in compiled if name in ("_prefill", "_empty", "_admit", "_run")) == [
+    "_admit", "_empty", "_prefill", "_run"
+  ]  # fmt: skip
+
+
+def test_results_without_a_batch_keep_their_place(params, config, batch):
+  batches = [("a", None), ("b", batch([20, 13])), ("c", None), ("d", batch([8])), ("e", None)]
+  found = list(decode_batches(params, batches, config, OPTIONS["greedy"], key=KEY))
+  assert [name for name, _ in found] == list("abcde")
+  assert [output is None for _, output in found] == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, ValueError])

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mooer_jax.kernels import attention, decode_attention, window_attention
 from mooer_jax.kernels.attention.flash import Bias, flash_attention
+from mooer_jax.kernels.choice import IMPLEMENTATIONS
 from mooer_jax.sharding import make_mesh
 from tests.kernels.plain import Inputs, attention_and_gradients, bounds, random_inputs
 from tests.numerics import assert_within, exceeds_the_bound, rounding
@@ -27,6 +28,11 @@ def exact_attention(q_BTHC, k_BSKC, v_BSKC, attention_mask_BTS, bias_BHTS=None):
 
 def bound(q_BTHC, k_BSKC, v_BSKC):
   return bounds(Inputs(q_BTHC, k_BSKC, v_BSKC, do_BTHC=q_BTHC))[0]
+
+
+def named(implementation):
+  """Arguments that name an implementation, for a backend that has it."""
+  return {"implementation": implementation, "platform": IMPLEMENTATIONS[implementation][-1]}
 
 
 def causal_mask(T, S, first_query):
@@ -121,7 +127,7 @@ def test_dropout_of_windows_multiplies_weights_after_the_softmax():
     window_attention(q, k[:, :, :3], v[:, :, :3])
   for name in ("cudnn", "mosaic", "triton"):
     with pytest.raises(ValueError, match=f"'{name}' does not support dropout.*attention='auto'"):
-      call(weight_scale_NHQL=scale_NHQL, implementation=name)
+      call(weight_scale_NHQL=scale_NHQL, **named(name))
 
 
 def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients():
@@ -225,7 +231,7 @@ def test_kernels_have_the_arguments_that_xla_has_also_on_a_mesh(name, monkeypatc
       context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
       with context if on_mesh else contextlib.nullcontext():
         bias = bias and Bias(*bias)
-        out = attention(q, k, v, valid_BS=valid_BS, bias=bias, implementation=name, **arguments)
+        out = attention(q, k, v, valid_BS=valid_BS, bias=bias, **named(name), **arguments)
       return jnp.square(out).sum(), out
 
     inputs = jax.device_put((q, k, v, bias), NamedSharding(mesh, P()) if on_mesh else None)
@@ -242,15 +248,7 @@ def test_kernels_have_the_arguments_that_xla_has_also_on_a_mesh(name, monkeypatc
   with pytest.raises(ValueError, match="2 key-value heads over mesh.tensor=4"):
     four = jax.sharding.AbstractMesh((1, 1, 4), ("data", "fsdp", "tensor"))
     with jax.sharding.use_abstract_mesh(four):
-      attention(q, k, v, valid_BS=valid_BS, implementation=name)
-
-
-@pytest.mark.parametrize("backend, dtype", [("cpu", jnp.bfloat16), ("gpu", jnp.float16)])
-def test_cudnn_is_refused_where_it_cannot_run(monkeypatch, backend, dtype):
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  q, k, v = random_qkv(dtype=dtype)
-  with pytest.raises(ValueError, match="'cudnn'.*bfloat16.*attention='auto'"):
-    attention(q, k, v, valid_BS=np.ones((2, 7), bool), implementation="cudnn")
+      attention(q, k, v, valid_BS=valid_BS, **named(name))
 
 
 @pytest.mark.gpu

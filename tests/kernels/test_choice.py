@@ -53,9 +53,10 @@ def test_auto_passes_over_what_does_not_support_the_call(measured):
   [
     ("flash", {}, "'flash': choose one of .*'auto', 'xla'"),
     ("cudnn", {"extras": ("bias",)}, "does not support a bias.*attention='auto'"),
-    ("cudnn", {"dtype": jnp.dtype("float32")}, "runs on GPUs in bfloat16; here: gpu, float32"),
+    ("cudnn", {"dtype": jnp.dtype("float32")}, "runs in bfloat16; got float32"),
+    ("mosaic", {}, "runs on tpu; the program is for gpu"),
     ("triton", {"channels": 48}, "a power of 2; got 48.*attention='auto'"),
-    ("mosaic", {"extras": ("dropout",)}, "does not support dropout; use attention='auto'"),
+    ("triton", {"extras": ("dropout",)}, "does not support dropout; use attention='auto'"),
   ],
 )
 def test_a_named_implementation_that_does_not_support_a_call_is_refused(name, changes, message):

@@ -80,7 +80,7 @@ def test_bfloat16_in_and_out_with_a_float32_softmax(backend):
 def test_triton_lowers_for_cuda_without_a_gpu():
   q_BTHC, k_BSKC, v_BSKC, _ = random_inputs(2, 4, 700, 14, 2, 64)
   cache = [x.reshape(2, 700, -1) for x in (k_BSKC, v_BSKC)]
-  attend = functools.partial(decode_attention, kv_heads=2, implementation="triton")
+  attend = functools.partial(decode_attention, kv_heads=2, implementation="triton", platform="gpu")
   traced = jax.jit(
     lambda q, k, v, end: attend(q, k, v, mask_BTS=jnp.ones((2, 4, 700), bool), end=end)
   )

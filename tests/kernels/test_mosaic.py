@@ -31,7 +31,7 @@ def check(case, topology):
   spec, chips = SPECS[case], topology_devices(topology)
   sharding = NamedSharding(Mesh(np.array(chips[:1]), ("x",)), PartitionSpec())
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in spec.shapes()]
-  found = kernels_of(jax.jit(spec.function("mosaic")).lower(*shapes).compile())
+  found = kernels_of(jax.jit(spec.function("mosaic", platform="tpu")).lower(*shapes).compile())
   assert found.keys() == KERNELS[spec.operation]
   for kernel in found.values():
     assert kernel["calls"] == 1 and 0 < kernel["vmem_bytes"] <= VMEM_BYTES

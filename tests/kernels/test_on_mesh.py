@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mooer_jax import kernels
-from mooer_jax.kernels.arrays import on_mesh
+from mooer_jax.kernels.arrays import axes_to_split, on_mesh
 from mooer_jax.kernels.decode_attention import gpu, tpu
 from tests.jaxprs import equations
 
@@ -60,8 +60,12 @@ def test_a_mesh_of_one_device_splits_nothing():
   assert "shard_map" not in names
 
 
-@pytest.mark.parametrize("name, backend", [("mosaic", tpu), ("triton", gpu)])
-def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(monkeypatch, name, backend):
+@pytest.mark.parametrize(
+  "name, backend, platform", [("mosaic", tpu, "tpu"), ("triton", gpu, "gpu")]
+)
+def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(
+  monkeypatch, name, backend, platform
+):
   mesh, shapes = make_mesh(2, 2, 2), []
   kernel = functools.partial(backend.decode_attention, interpret=True)
 
@@ -78,10 +82,9 @@ def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(monkeypatch, na
 
   @functools.partial(jax.jit, static_argnames="implementation")
   def attend(q, k, v, mask_BTS, end, implementation):
+    chosen = dict(implementation=implementation, platform=platform)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return kernels.decode_attention(
-        q, k, v, kv_heads=2, mask_BTS=mask_BTS, end=end, implementation=implementation
-      )
+      return kernels.decode_attention(q, k, v, kv_heads=2, mask_BTS=mask_BTS, end=end, **chosen)
 
   split = jax.device_put((q_BTHC, k_BSE, v_BSE, mask_BTS), NamedSharding(mesh, P(("data", "fsdp"))))
   out, expected = (attend(*split, jnp.int32(15), name) for name in (name, "xla"))
@@ -90,3 +93,18 @@ def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(monkeypatch, na
   bound = 4 * terms * np.finfo(np.float32).eps * largest
   assert np.abs(out - expected).max() < bound
   assert shapes == [((2, 3, 2, 16), (2, 20, 16), 1)]
+
+
+def test_inside_of_shard_map_no_axis_is_left_to_split():
+  mesh = make_mesh(1, 1, 8)
+  seen = []
+
+  def of_device(x):
+    seen.append(axes_to_split())
+    return x
+
+  x = jnp.ones((8, 2))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    assert axes_to_split() == {"tensor": 8}
+  jax.shard_map(of_device, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"))(x)
+  assert seen == [{}]

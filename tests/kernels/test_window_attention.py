@@ -28,12 +28,14 @@ def test_equals_the_plain_formula(backend, N, Q, L, H, C):
 def test_windows_that_do_not_fit_are_refused():
   x = jnp.zeros((1, 600, 4, 64))
   with pytest.raises(ValueError, match="windows of at most 64 frames of 256 channels; got 600"):
-    window_attention(x[:, :1], x, x, implementation="mosaic")
+    window_attention(x[:, :1], x, x, implementation="mosaic", platform="tpu")
+  with pytest.raises(ValueError, match="windows of at most 128 frames of 64 channels; got 600"):
+    window_attention(x[:, :1], x, x, implementation="triton", platform="gpu")
 
 
 def test_triton_lowers_for_cuda_without_a_gpu():
   q, k, v, _ = random_inputs(8, 1, 17, 12, 12, 64)
-  loss = lambda q, k, v: window_attention(q, k, v, implementation="triton").sum()  # noqa: E731
+  loss = lambda q, k, v: window_attention(q, k, v, implementation="triton", platform="gpu").sum()  # noqa: E731
   traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(q, k, v)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
   for name in ("window_attention_forward", "window_attention_backward"):

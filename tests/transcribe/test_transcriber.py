@@ -1,6 +1,7 @@
 """The public class: the same text in any batch, bad clips and arguments are named."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -18,9 +19,10 @@ import mooer_jax
 from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import FrontendConfig
+from mooer_jax.generation import continuous
 from mooer_jax.generation.loading import load_model
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.transcribe.clips import load_clips
+from mooer_jax.transcribe.clips import read_windows
 from mooer_jax.transcribe.transcript import join_transcripts
 from tests.numerics import assert_within, exceeds_the_bound, score_rounding
 
@@ -159,7 +161,9 @@ def test_a_damaged_checkpoint_says_what_is_missing(folder, tmp_path, missing):
 
 @pytest.mark.parametrize("task", ["asr", "asr_ast_mtl"])
 def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task):
-  [pieces] = load_clips([long_clip], transcriber.config, chunk_length_s=4.0)
+  given = dict(size=1, task="asr", chunk_length_s=4.0)
+  [[clip]] = read_windows([long_clip], transcriber.config, **given)
+  pieces = clip.chunks
   np.testing.assert_array_equal(np.concatenate(pieces), long_clip)
   assert all(16000 <= len(piece) <= 4 * 16000 for piece in pieces)
   heard = [piece for piece in pieces if piece.any()]
@@ -224,7 +228,8 @@ def test_without_a_template_the_prompt_stands_as_it_is(transcriber, clips):
 
 def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcriber):
   filled = transcriber.config.replace(min_audio_s=1.0)
-  [error] = load_clips([np.zeros(0, np.float32)], filled)
+  [[clip]] = read_windows([np.zeros(0, np.float32)], filled, size=1, task="asr")
+  error = clip.failure
   assert str(error).startswith("audio[0]: empty")
 
 
@@ -303,7 +308,7 @@ def test_any_iterable_of_clips_is_transcribed(transcriber, clips):
   path = clips[0].path
   assert transcriber.transcribe(iter([path])) == transcriber.transcribe([path])
   for wrong in (None, 5):
-    with pytest.raises(ValueError, match=f"{type(wrong).__name__}; transcribe takes a list"):
+    with pytest.raises(ValueError, match=f"{type(wrong).__name__}; give a list"):
       transcriber.transcribe(wrong)
   with pytest.raises(ValueError, match="checkpoint=None .*path of a folder"):
     mooer_jax.Transcriber.from_checkpoint(None)
@@ -377,3 +382,28 @@ def test_bad_options_of_a_stream_are_refused_before_anything_is_read(transcriber
     transcriber.stream(audio(), chunk_length_s=0.1)
   with pytest.raises(ValueError, match="errors"):
     transcriber.stream(audio(), errors="raise")
+  for audio in ("a.wav", np.zeros(16000, np.float32), None):
+    with pytest.raises(ValueError, match="give a list of clips"):
+      transcriber.stream(audio)
+
+
+def test_an_endless_stream_of_unusable_clips_gives_errors_and_can_be_closed(transcriber):
+  before = threading.active_count()
+  results = transcriber.stream(itertools.repeat("nowhere.wav"), batch_size=1)
+  for _ in range(30):
+    assert "nowhere.wav" in next(results).error
+  results.close()
+  assert threading.active_count() == before
+
+
+def test_a_small_first_window_does_not_bound_the_rows(transcriber, clips, monkeypatch):
+  """Of the first 16 files only one can be read; the others are decoded two at a time."""
+  sizes = []
+  run = continuous._run
+  monkeypatch.setattr(
+    continuous, "_run", lambda **given: sizes.append(len(given["rows"].prompt_B)) or run(**given)
+  )
+  audio = [clips[0].path, *["nowhere.wav"] * 15, *[clip.path for clip in clips]]
+  found = list(transcriber.stream(audio, batch_size=2, max_new_tokens=4))
+  assert [bool(result.error) for result in found] == [False, *[True] * 15, *[False] * len(clips)]
+  assert sizes[0] == 1 and sizes[-1] == 2

@@ -42,11 +42,6 @@ def masked(
 
 
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS):
-  if jax.default_backend() != "gpu" or q_BTHC.dtype != jnp.bfloat16:
-    raise ValueError(
-      f"attention='cudnn' runs on GPUs in bfloat16; here: {jax.default_backend()}, {q_BTHC.dtype}."
-      " Use attention='xla'"
-    )
   out_BTHC = jax.nn.dot_product_attention(
     q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None], implementation="cudnn"
   )

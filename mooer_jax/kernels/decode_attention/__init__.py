@@ -46,7 +46,9 @@ def decode_attention(
     )
   check_heads(sizes["H"], kv_heads)
   call = Call.of("decode_attention", q_BTHC, sizes | {"K": kv_heads})
-  implementation = choose(implementation, call, platform=platform)
+  too_many = gpu.too_many(sizes["H"] // kv_heads * sizes["T"], sizes["C"])
+  unsupported = {"triton": too_many} if too_many else {}
+  implementation = choose(implementation, call, platform=platform, unsupported=unsupported)
   if implementation in _KERNELS:
 
     def of_device(q, k, v, mask_BTS, end):

@@ -19,6 +19,18 @@ from jax.experimental.pallas import triton as plgpu
 from mooer_jax.kernels.attention.gpu import MASKED, dot
 
 _PART, _BLOCK = 256, 64  # slots of a program, and of a tile
+_MOST = 2**14  # elements of the queries of a program
+
+
+def too_many(rows: int, channels: int) -> str:
+  """Why the queries of a key-value head do not fit into a program; empty if they do."""
+  most = _MOST // channels
+  if pl.next_power_of_2(rows) <= most:
+    return ""
+  return (
+    f"takes at most {most} queries of {channels} channels for each key-value head; got {rows}."
+    " Use attention='auto'"
+  )
 
 
 def _kernel(q_ref, k_ref, v_ref, mask_ref, end_ref, out_ref, lse_ref, *, tokens, slots, scale):

@@ -29,15 +29,18 @@ def window_attention(
     weight_scale_NHQL: factor of the weights after the softmax, for dropout; only of "xla".
     implementation, platform: as for `attention`.
 
-  Returns and raises: as `attention`; "mosaic" also raises for windows that are too large.
+  Returns and raises: as `attention`; the kernels also raise for windows that are too large.
   """
   scale = {} if weight_scale_NHQL is None else {"weight_scale_NHQL": weight_scale_NHQL}
   sizes = check_shapes(q_NQHC=q_NQHC, k_NLKC=k_NLHC, v_NLKC=v_NLHC, **scale)
   check_heads(sizes["H"], sizes["K"], equal=True)
   extras = () if weight_scale_NHQL is None else ("dropout",)
   call = Call.of("window_attention", q_NQHC, sizes | {"T": sizes["Q"], "S": sizes["L"]}, extras)
-  too_large = tpu.too_large(sizes["L"], sizes["H"] * sizes["C"])
-  unsupported = {"mosaic": too_large} if too_large else {}
+  too_large = {
+    "mosaic": tpu.too_large(sizes["L"], sizes["H"] * sizes["C"]),
+    "triton": gpu.too_large(sizes["L"], sizes["C"]),
+  }
+  unsupported = {name: reason for name, reason in too_large.items() if reason}
   implementation = choose(implementation, call, platform=platform, unsupported=unsupported)
   if implementation in _KERNELS:
     spec = P(ROWS, None, HEADS)

@@ -12,6 +12,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+_MOST = 2**13  # elements of a tile, of which a program holds four in registers
+
+
+def too_large(frames: int, channels: int) -> str:
+  """Why windows do not fit into a program; empty if they do."""
+  most = _MOST // channels
+  if pl.next_power_of_2(frames) <= most:
+    return ""
+  return (
+    f"takes windows of at most {most} frames of {channels} channels; got {frames}."
+    " Use attention='auto'"
+  )
+
 
 def _load(ref, rows: int):
   """float32 [rows, C], zeros after the last row of a ref."""
