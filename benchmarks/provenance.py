@@ -96,6 +96,17 @@ def _is_text(node) -> bool:
   return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
+def changed_sources(provenance: Mapping[str, Any], root: Path = ROOT) -> list[str]:
+  """What has changed among the source files that a result describes."""
+  changed = []
+  for source, before in provenance["sources"].items():
+    if not (root / source).exists():
+      changed.append(f"{source} is gone")
+    elif fingerprint(root / source) != before:
+      changed.append(f"{source} has changed")
+  return changed
+
+
 def warnings(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
   """Return one line for each result whose source files have changed."""
   found = []
@@ -104,12 +115,7 @@ def warnings(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
     if about is None:
       found.append(f"{file.name}: no provenance; repeat the benchmark")
       continue
-    changed = []
-    for source, before in about["sources"].items():
-      if not (root / source).exists():
-        changed.append(f"{source} is gone")
-      elif fingerprint(root / source) != before:
-        changed.append(f"{source} has changed")
+    changed = changed_sources(about, root)
     if changed:
       made = f"{about['date']} ({(about['commit'] or 'unknown commit')[:12]})"
       found.append(f"{file.name}: {', '.join(changed)} since {made}; repeat: {about['command']}")

@@ -1,0 +1,157 @@
+"""The tables of benchmarks/README.md, from the JSON in benchmarks/results.
+
+    python -m benchmarks.tables            # writes them into the README
+    python -m benchmarks.tables --check    # status 1 if the README differs
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. A row whose result is older
+than the code that it describes is marked with †.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import RESULTS, changed_sources
+
+README = Path(__file__).parent / "README.md"
+STALE = " †"
+_LEGEND = (
+  "† older than the code that it describes; `python -m benchmarks.provenance` has the commands."
+)
+
+
+def _load(pattern: str) -> list[dict[str, Any]]:
+  return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+  lines = [[*header], ["---"] * len([*header]), *([*map(str, row)] for row in rows)]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _made(result: dict[str, Any]) -> str:
+  """Date and commit of a result, with a mark if its code has changed."""
+  about = result["provenance"]
+  mark = STALE if changed_sources(about) else ""
+  return f"{about['date']}, {(about['commit'] or 'unknown')[:7]}{mark}"
+
+
+def _config(result: dict[str, Any]) -> str:
+  """The config that a command names, with the overrides of mesh and data."""
+  words = result["provenance"]["command"].split()
+  named = next(word.partition("=")[2] for word in words if word.startswith("--config="))
+  return f"`{named.removeprefix('configs/')}`"
+
+
+def aot_train() -> str:
+  header = ("config", "chips", "mesh: data x fsdp x tensor", "rows of a step", "memory per chip",
+            "of", "Pallas kernels", "compile time", "made")  # fmt: skip
+  rows = [
+    (
+      _config(r),
+      f"{r['chips']} x {r['chip']}",
+      " x ".join(str(size) for size in r["mesh"].values()),
+      f"{r['batch']['rows']:,}",
+      f"{r['hbm_gb_per_chip']:.2f} GiB",
+      f"{r['hbm_of_chip_gb']} GiB",
+      sum(kernel["calls"] for kernel in r["kernels"].values()),
+      f"{r['compile_seconds']:.0f} s",
+      _made(r),
+    )
+    for r in _load("aot_*.json")
+    if "flops_per_chip" in r
+  ]
+  return _table(header, rows)
+
+
+def aot_decode() -> str:
+  header = ("config", "chips", "mesh: data x fsdp x tensor", "clips x beams", "memory per chip",
+            "of", "a step reads, per chip", "at least", "made")  # fmt: skip
+  rows = [
+    (
+      _config(r),
+      f"{r['chips']} x {r['chip']}",
+      " x ".join(str(size) for size in r["mesh"].values()),
+      f"{r['batch']['rows']} x {r['batch']['num_beams']}",
+      f"{r['hbm_gb_per_chip']:.2f} GiB",
+      f"{r['hbm_of_chip_gb']} GiB",
+      f"{_read(r) / 1e9:.2f} GB",
+      f"{1e3 * r['batch']['rows'] / r['decode_step']['tokens_per_s_at_full_bandwidth']:.1f} ms",
+      _made(r),
+    )
+    for r in _load("aot_decode_*.json")
+  ]
+  return _table(header, rows)
+
+
+def _read(result: dict[str, Any]) -> int:
+  step = result["decode_step"]
+  return step["weights_bytes_per_chip"] + step["cache_bytes_per_chip"]
+
+
+def speed() -> str:
+  [r] = _load("speed.json")
+  header = ("clips x beams", "whole pipeline", "to the first token", "memory, ours and PyTorch",
+            "first call less a later one, ours", "made")  # fmt: skip
+  rows = [
+    (
+      case,
+      f"{found['ratios']['whole']:.2f}",
+      f"{found['ratios']['to the first token']:.2f}",
+      f"{found['mooer_jax']['peak_gb_so_far']} and {found['pytorch']['peak_gb_so_far']} GB",
+      f"{found['mooer_jax']['compile_s']:.1f} s",
+      _made(r),
+    )
+    for case, found in r["cases"].items()
+  ]
+  return _table(header, rows)
+
+
+def convert_7b() -> str:
+  [r] = _load("convert_7b.json")
+  rows = [
+    (name, f"{r[key]['seconds']:.1f}", f"{r[key]['seconds'] / r['cp']['seconds']:.2f}",
+     f"{r[key]['peak_gb']:.2f}" if key != "cp" else "", _made(r))
+    for key, name in (("cp", "`cp` of the same files"), ("import", "import"), ("export", "export"))
+  ]  # fmt: skip
+  return _table(("", "seconds", "relative to `cp`", "peak, GB", "made"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+  function.__name__: function for function in (aot_train, aot_decode, speed, convert_7b)
+}
+
+
+def filled(text: str) -> str:
+  """A README with its tables made anew."""
+
+  def table(match: re.Match) -> str:
+    made = TABLES[match[1]]()
+    legend = f"\n\n{_LEGEND}" if STALE in made else ""
+    return f"<!-- table: {match[1]} -->\n\n{made}{legend}\n\n<!-- end -->"
+
+  return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--check", action="store_true", help="write nothing; status 1 if they differ")
+  args = parser.parse_args()
+  old = README.read_text("utf-8")
+  new = filled(old)
+  if args.check and new != old:
+    print(f"{README.name}: the tables are not those of results/; run python -m benchmarks.tables")
+    return 1
+  if not args.check:
+    README.write_text(new, "utf-8")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
