@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     with exit_on_sigterm():
       return args.run(args)
+  except BrokenPipeError:  # as of `| head`: the rest is not wanted
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    return 141  # 128 + SIGPIPE
   except (ValueError, OSError) as error:
     print(f"mooer-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

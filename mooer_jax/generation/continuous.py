@@ -7,9 +7,11 @@ compiled anew for another length of audio.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
@@ -114,6 +116,8 @@ def decode_batches(
   prompt_slots: int = 0,
   lora_scale: float | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  live: bool = False,
+  stop: threading.Event | None = None,
 ) -> Generator[tuple[T, GenerateOutput]]:
   """Generates text for batch after batch; a row that ends takes the next utterance.
 
@@ -130,6 +134,9 @@ def decode_batches(
     key: PRNG key; batch n uses fold_in(key, n).
     prompt_slots: slots for the longest prompt. For a longer one, as for a batch of more rows, all
       rows end first, and the loop is compiled anew.
+    live: decode the rows that there are while the next batch is not ready. Results come sooner;
+      which rows are decoded together then depends on timing, and with it the rounding of sums.
+    stop: set when the generator ends, before it waits for its thread.
 
   Yields:
     (the value that came with the batch, output in NumPy), in the order of the batches. Results that
@@ -144,13 +151,17 @@ def decode_batches(
   scheduler = _Scheduler(params, config, options, prompt_slots, lora_scale=lora_scale, mesh=mesh)
   results: collections.deque[_Result] = collections.deque()
   failure: Exception | None = None
-  with concurrent.futures.ThreadPoolExecutor(1, "next batch") as thread:
+  thread = concurrent.futures.ThreadPoolExecutor(1, "next batch")
+  with thread, contextlib.ExitStack() as cleanup:
     iterator, numbers = iter(batches), itertools.count()
     coming: concurrent.futures.Future | None = thread.submit(next, iterator, None)
+    cleanup.callback(stop.set if stop is not None else lambda: None)
     while coming is not None or results:
-      if coming is not None and not scheduler.queue and len(results) < _MOST_RESULTS:
+      is_next = coming is not None and not scheduler.queue and len(results) < _MOST_RESULTS
+      waits = is_next and live and not coming.done() and scheduler.is_busy  # type: ignore[union-attr]
+      if is_next and not waits:
         try:
-          item = coming.result()
+          item = coming.result()  # type: ignore[union-attr]
         except Exception as error:
           failure, item = error, None
         coming = None if item is None else thread.submit(next, iterator, None)
@@ -160,7 +171,7 @@ def decode_batches(
             scheduler.add(results[-1], item[1], jax.random.fold_in(key, next(numbers)))
             scheduler.admit()
         del item
-      if scheduler.queue or coming is None or len(results) >= _MOST_RESULTS:
+      if scheduler.queue or waits or coming is None or len(results) >= _MOST_RESULTS:
         scheduler.run(to_the_end=coming is None and not scheduler.queue)
         scheduler.admit()
       while results and not results[0].missing:
@@ -238,6 +249,11 @@ class _Scheduler:
     self._owners: list[tuple[_Result, int] | None] = []  # of each row
     self._rows: Rows | None = None
     self._waiting: Rows | None = None
+
+  @property
+  def is_busy(self) -> bool:
+    """Whether there are rows to decode."""
+    return any(owner is not None for owner in self._owners)
 
   def add(self, result: _Result, batch: Batch, key: jax.Array) -> None:
     """Prefills a batch; none may wait."""

@@ -71,6 +71,8 @@ def choose(
   if implementation not in ("auto", *IMPLEMENTATIONS):
     raise ValueError(f"attention={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
   platform = platform or jax.default_backend()
+  if platform not in IMPLEMENTATIONS["xla"]:
+    raise ValueError(f"platform={platform!r}: use 'cpu', 'gpu' or 'tpu'")
   unsupported = {**_unsupported(call, platform), **unsupported}
   if implementation == "auto":
     names = [*_measured(call, platform), _UNMEASURED.get(platform, "xla"), "xla"]

@@ -155,17 +155,29 @@ def prepare_process():
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+def check_profile(folder: str | os.PathLike | None) -> None:
+  """Creates the folder of --trace; raises OSError that names it if that fails."""
+  if folder is None:
+    return
+  try:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise OSError(f"--trace {os.fspath(folder)}: {error.strerror}; name a folder") from error
+
+
 @contextlib.contextmanager
 def profile(folder: str | os.PathLike | None) -> Iterator[None]:
   """Writes a profile of the block into a folder, for XProf and Perfetto; None writes nothing."""
   if folder is None:
     yield
     return
+  check_profile(folder)
   with jax.profiler.trace(os.fspath(folder), create_perfetto_trace=True):
     yield
+  newest = max(Path(folder).rglob("perfetto_trace.json.gz"), key=os.path.getmtime)
   print(
-    f"profile in {os.fspath(folder)}: run `xprof --logdir` on it, or open its"
-    " perfetto_trace.json.gz at https://ui.perfetto.dev",
+    f"profile in {os.fspath(folder)}: run `xprof --logdir` on it, or open {newest} at"
+    " https://ui.perfetto.dev",
     file=sys.stderr,
   )
 

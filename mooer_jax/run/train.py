@@ -18,7 +18,7 @@ from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
-from mooer_jax.run.process import prepare_process, profile, stop_request
+from mooer_jax.run.process import check_profile, prepare_process, profile, stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.sharding import batch_sharding, make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
@@ -83,6 +83,7 @@ def _train(
       return resumed
   tokenizer = read_tokenizer(run, start_from)
   first = checkpoint.step_of(resumed) if resumed else 0
+  check_profile(trace)
   if trace is not None and run.train.steps - first < TRACED[-1]:
     raise ValueError(
       f"--trace={trace} profiles steps {TRACED[0]} to {TRACED[-1]}, but"

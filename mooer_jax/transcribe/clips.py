@@ -1,6 +1,7 @@
 """Loading of clips: decoded, checked, and split into chunks if requested."""
 
 import dataclasses
+import itertools
 import math
 import os
 import threading
@@ -86,7 +87,15 @@ def read_windows(
   """
   lengths = chunk_lengths(chunk_length_s, config)
   window: list[Clip] = []
-  for index, source in enumerate(audio):
+  sources, failure = iter(audio), None
+  for index in itertools.count():
+    try:
+      source = next(sources)
+    except StopIteration:
+      break
+    except Exception as error:  # raised after the clips before it
+      failure = error
+      break
     if stop is not None and stop.is_set():
       return
     window.append(_clip(source, index, config, task, lengths))
@@ -95,15 +104,19 @@ def read_windows(
       window = []
   if window:
     yield window
+  if failure is not None:
+    raise failure
 
 
 def _clip(source: Any, index: int, config: SpeechLLMConfig, task: str, lengths) -> Clip:
-  path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-  name = f"audio[{index}]" if path is None else os.fsdecode(path)
+  name, path = f"audio[{index}]", None
   try:
+    if isinstance(source, (str, os.PathLike)):
+      source = name = path = os.fsdecode(source)
     chunks = _chunks(_read(source, name, config), name, config, lengths=lengths)
-  except (ValueError, OSError) as error:
-    return Clip(name, path, task, failure=error)
+  except (ValueError, OSError, TypeError) as error:  # TypeError: of a PathLike
+    failure = ValueError(f"{name}: {error}") if isinstance(error, TypeError) else error
+    return Clip(name, path, task, failure=failure)
   empty = Transcript("", [], 0.0, task, **split_answer(task, "")._asdict())
   parts = [
     dataclasses.replace(empty, seconds=len(chunk_N) / config.sample_rate_hz) for chunk_N in chunks
@@ -150,8 +163,8 @@ def _read(clip: Any, name: str, config: SpeechLLMConfig) -> np.ndarray:
   if not is_array or clip.ndim != 1 or not np.issubdtype(clip.dtype, np.floating):
     given = f"{clip.dtype} array of shape {clip.shape}" if is_array else type(clip).__name__
     raise ValueError(
-      f"{name}: {given}; give a path, the bytes of a file, or a float array [samples] in [-1, 1] at"
-      f" {rate_hz} Hz"
+      f"{name}: {given}; give a path, the bytes of a file, or a NumPy array of floats [samples] in"
+      f" [-1, 1] at {rate_hz} Hz"
     )
   waveform_N = clip.astype(np.float32)
   check_samples(waveform_N, name)

@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from mooer_jax.files import replace_file, write_errors_name
 from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
 
@@ -70,6 +67,7 @@ def add_parser(commands) -> None:
   _add_options(parser)
   parser.add_argument(
     "--max-audio-s",
+    "--chunk-length-s",
     type=float,
     metavar="SECONDS",
     help="longest audio, or --chunk-length-s of transcribe; default: the model's limit",
@@ -149,26 +147,30 @@ def run(args: argparse.Namespace) -> int:
     _check_json_target(args.json, args.audio)
   if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
     raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
+  from mooer_jax.run.process import check_profile, profile
+  from mooer_jax.transcribe.transcriber import progress_bar
+
+  check_profile(args.trace)
   transcriber = _load(args)
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
-  from mooer_jax.run.process import profile
-
   audio = [sys.stdin.buffer.read() if name == STDIN else name for name in args.audio]
-  results = transcriber.stream(audio, **_given(args, "chunk_length_s", "seed"))
   several = len(args.audio) > 1
-  shows_progress = sys.stderr.isatty() and (several or args.chunk_length_s is not None)
+  # On a terminal, the results of several files show the progress themselves.
+  shows = sys.stderr.isatty() and (
+    not sys.stdout.isatty() if several else args.chunk_length_s is not None
+  )
   failed = []
-  with contextlib.closing(results), _json_writer(args.json) as write, profile(args.trace):
-    shown = track(
-      results,
-      "transcribing",
-      total=len(args.audio),
-      disable=not shows_progress,
-      console=Console(stderr=True),
-    )
-    for name, result in zip(args.audio, shown, strict=True):
+  with (
+    progress_bar(shows) as on_chunk,
+    contextlib.closing(
+      transcriber.stream(audio, on_chunk=on_chunk, **_given(args, "chunk_length_s", "seed"))
+    ) as results,
+    _json_writer(args.json) as write,
+    profile(args.trace),
+  ):
+    for name, result in zip(args.audio, results, strict=True):
       write({**result.to_json(), "path": name})
       if result.error:
         failed.append(result.error)

@@ -3,17 +3,18 @@
 import collections
 import contextlib
 import dataclasses
+import io
 import numbers
 import os
 import threading
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mooer_jax.config import SpeechLLMConfig, build
 from mooer_jax.generation import GenerationConfig, compile_batch, decode_batches
@@ -151,22 +152,27 @@ class Transcriber:
       seed=seed,
       **generation,
     )
-    windows: Iterable = read_windows(audio, self.config, **settings.of_reading)
+    stop = threading.Event()
+    windows: Iterable = read_windows(audio, self.config, stop=stop, **settings.of_reading)
     if errors == "raise":
       windows = [*windows]
       raise_first([clip.failure for window in windows for clip in window])
-    found = self._stream(windows, settings)
     results = []
-    with contextlib.closing(found):
-      shown = _track(found, "transcribing", total=len(audio), disable=not progress)
-      for result in shown:
-        if result.error and errors == "raise":
-          raise ValueError(result.error)
-        results.append(result)
+    with progress_bar(progress) as on_chunk:
+      found = self._stream(windows, settings, stop=stop, on_chunk=on_chunk)
+      with contextlib.closing(found):
+        for result in found:
+          if result.error and errors == "raise":
+            raise ValueError(result.error)
+          results.append(result)
     return results
 
   def stream(
-    self, audio: Iterable[str | os.PathLike | bytes | np.ndarray], **options: Any
+    self,
+    audio: Iterable[str | os.PathLike | bytes | np.ndarray],
+    *,
+    on_chunk: Callable[[Transcript], object] = lambda chunk: None,
+    **options: Any,
   ) -> Generator[Transcript]:
     """Transcribes any number of clips; yields the results in the same order, once they are ready.
 
@@ -175,17 +181,23 @@ class Transcriber:
     be used gives a Transcript with `error`.
 
     Args:
-      audio: as in `transcribe`; may be endless.
+      audio: as in `transcribe`; may be endless. Its exceptions are raised after the clips before.
+      on_chunk: called with the result of each chunk, in the order in which they are decoded.
       options: the other arguments of `transcribe`, but for `errors` and `progress`.
 
     Raises:
       ValueError: for arguments as in `transcribe`, before anything is read.
     """
     _check_audio(audio)
+    for name in {"errors", "progress"} & options.keys():
+      raise TypeError(
+        f"stream() has no argument {name!r}: failed clips give results with an error, and on_chunk"
+        " reports progress"
+      )
     settings = self._settings(**options)
     stop = threading.Event()
     windows = read_windows(audio, self.config, stop=stop, **settings.of_reading)
-    return self._stream(windows, settings, stop)
+    return self._stream(windows, settings, stop=stop, on_chunk=on_chunk, live=True)
 
   def warmup(
     self,
@@ -234,7 +246,13 @@ class Transcriber:
       cases += [[cut] * n for n in sorted(rows)]
       if all(map(np.array_equal, cut, clip)):
         break
-    for clips in _track(cases, "compiling", total=len(cases), disable=not progress):
+    bar = Progress(console=Console(stderr=True), redirect_stdout=False, disable=not progress)
+    with bar:
+      self._compile(bar.track(cases, description="compiling"), sides, options, batch_size)
+    return len(cases)
+
+  def _compile(self, cases: Iterable[list], sides, options, batch_size: int) -> None:
+    for clips in cases:
       batch = self._batch(clips, sides, batch_size)
       compile_batch(
         self.params,
@@ -245,7 +263,6 @@ class Transcriber:
         prompt_slots=self._prompt_slots(sides),
         mesh=self.mesh,
       )
-    return len(cases)
 
   def _options(self, generation: Mapping[str, Any]) -> GenerationConfig:
     """The checkpoint's options, overridden; raises ValueError for those that have no effect."""
@@ -306,7 +323,10 @@ class Transcriber:
     self,
     windows: Iterable[list[Clip]],
     settings: "_Settings",
-    stop: threading.Event | None = None,
+    *,
+    stop: threading.Event,
+    on_chunk: Callable[[Transcript], object],
+    live: bool = False,
   ) -> Generator[Transcript]:
     """Transcripts of the clips of all windows, in order; sets `stop` when it is closed."""
     pending: collections.deque[Clip] = collections.deque()  # in order, also those that are done
@@ -331,8 +351,10 @@ class Transcriber:
       key=jax.random.key(settings.seed),
       prompt_slots=self._prompt_slots(settings.sides),
       mesh=self.mesh,
+      live=live,
+      stop=stop,
     )
-    try:
+    with contextlib.closing(outputs):
       for group, output in outputs:
         for row, (clip, n) in enumerate(group):
           tokens = output.tokens_BS[row, : output.lengths_B[row]].tolist()
@@ -345,12 +367,9 @@ class Transcriber:
             finished=bool(output.finished_B[row]),
             **split_answer(settings.task, text)._asdict(),
           )
+          on_chunk(clip.parts[n])
         while pending and not pending[0].missing:
           yield pending.popleft().transcript()
-    finally:
-      if stop is not None:
-        stop.set()
-      outputs.close()
 
   def _prompt_slots(self, sides: tuple[list[int], list[int]]) -> int:
     """Slots of the prompt of the longest clip."""
@@ -386,13 +405,28 @@ class _Settings(NamedTuple):
 
 
 def _check_audio(audio: Any) -> None:
-  if isinstance(audio, (str, os.PathLike, bytes, np.ndarray)) or not isinstance(audio, Iterable):
+  single = str, os.PathLike, bytes, np.ndarray, jax.Array, io.IOBase
+  if isinstance(audio, single) or not isinstance(audio, Iterable):
     raise ValueError(f"audio: {type(audio).__name__}; give a list of clips, as in [clip]")
 
 
-def _track(items: Iterable, text: str, *, total: int, disable: bool) -> Iterable:
-  """A progress bar on stderr."""
-  return track(items, text, total=total, disable=disable, console=Console(stderr=True))
+@contextlib.contextmanager
+def progress_bar(enabled: bool) -> Iterator[Callable[[Transcript], None]]:
+  """Shows on stderr how much audio was transcribed; yields what to call with each chunk."""
+  columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+  console = Console(stderr=True)
+  # Redirected, stdout would come out on the console, that is on stderr.
+  bar = Progress(*columns, console=console, redirect_stdout=False, disable=not enabled)
+  seconds = 0.0
+  with bar:
+    task = bar.add_task("transcribing", total=None)
+
+    def on_chunk(chunk: Transcript) -> None:
+      nonlocal seconds
+      seconds += chunk.seconds
+      bar.update(task, description=f"transcribed {seconds / 60:.1f} min of audio")
+
+    yield on_chunk
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -194,6 +194,11 @@ def test_errors_name_the_value_and_the_choices():
     (dict(v=np.ones((2, 6, 3, 8))), r"v_BSKC has shape .*S=7"),
     (dict(valid_BS=np.ones((2, 7), int)), "valid_BS is int64; expected bool"),
     (dict(valid_BS=np.ones((1, 7), bool)), r"valid_BS has shape \(1, 7\); expected \[B=2, S=7\]"),
+    (
+      dict(first_query=np.array([0, 2])),
+      r"first_query=array\(\[0, 2\]\): must be an integer scalar",
+    ),
+    (dict(first_query=1.5), "first_query=1.5: must be an integer scalar"),
     (dict(bias=Bias(np.ones((2, 5, 6)), np.ones((6, 10)))), r"table_HR has shape .*H=6, R=11\]"),
   ],
 )

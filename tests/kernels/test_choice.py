@@ -64,6 +64,11 @@ def test_a_named_implementation_that_does_not_support_a_call_is_refused(name, ch
     choose(name, CALL._replace(**changes), platform="gpu")
 
 
+def test_an_unknown_platform_is_refused_by_name():
+  with pytest.raises(ValueError, match="platform='cuda': use 'cpu', 'gpu' or 'tpu'"):
+    choose("auto", CALL, platform="cuda")
+
+
 @pytest.mark.parametrize("name", ["cudnn", "mosaic", "triton"])
 def test_an_implementation_that_does_not_run_here_is_refused(name):
   check_backend("auto")

@@ -223,3 +223,32 @@ def test_a_trace_is_a_profile_with_the_stages_by_name(folder, clips, tmp_path, c
   assert cli.main([*command, str(clips[0].path)]) == 0
   assert f"profile in {out}" in capsys.readouterr().err
   assert [*out.rglob("perfetto_trace.json.gz")]
+
+
+def test_results_are_on_stdout_also_beside_a_progress_bar(folder, clips, monkeypatch, capsys):
+  monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes every stream for a terminal
+  monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+  names = [str(clip.path) for clip in clips]
+  assert cli.main(["transcribe", "--checkpoint", str(folder), "--task", "asr", *names]) == 0
+  said, shown = capsys.readouterr()
+  assert [line.split("\t")[0] for line in said.splitlines()] == names
+  assert "min of audio" in shown
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_model_loads(clips, tmp_path, capsys):
+  (tmp_path / "file").touch()
+  command = ["transcribe", "--checkpoint", "nowhere", "--trace", str(tmp_path / "file")]
+  assert cli.main([*command, str(clips[0].path)]) == 2
+  assert f"--trace {tmp_path / 'file'}: File exists; name a folder" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_ends_the_command_silently(folder, clips, plain_env):
+  command = [sys.executable, "-m", "mooer_jax.cli", "transcribe", "--checkpoint", str(folder)]
+  names = [str(clip.path) for clip in clips]
+  process = subprocess.Popen(
+    [*command, "--task", "asr", "--max-new-tokens", "2", *names],
+    env=plain_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  process.stdout.close()
+  assert process.wait(300) == 141
+  assert "Broken pipe" not in process.stderr.read()

@@ -1,7 +1,6 @@
 """The public class: the same text in any batch, bad clips and arguments are named."""
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -19,7 +18,6 @@ import mooer_jax
 from mooer_jax import checkpoint
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.frontend import FrontendConfig
-from mooer_jax.generation import continuous
 from mooer_jax.generation.loading import load_model
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.transcribe.clips import read_windows
@@ -350,60 +348,3 @@ def test_a_mesh_changes_no_result_and_no_device_holds_all_weights(folder, transc
 def test_a_mesh_that_does_not_divide_the_weights_is_named(folder):
   with pytest.raises(ValueError, match=r"embed/embedding: an axis of 12 .* mesh\.tensor=8"):
     mooer_jax.Transcriber.from_checkpoint(folder, mesh=mooer_jax.make_mesh(tensor=8))
-
-
-def test_a_stream_gives_each_result_in_order_and_reads_only_some_clips_ahead(transcriber, clips):
-  read = []
-
-  def audio():
-    for number in range(60):
-      read.append(number)
-      yield "nowhere.wav" if number % 10 == 3 else clips[number % len(clips)].path
-
-  expected = transcriber.transcribe([clip.path for clip in clips], max_new_tokens=4)
-  for number, result in enumerate(transcriber.stream(audio(), batch_size=2, max_new_tokens=4)):
-    if number % 10 == 3:
-      assert "nowhere.wav" in result.error
-    else:
-      assert result == expected[number % len(clips)]
-    # A window of 8 batches is decoded and waits, another one is read.
-    assert number < len(read) <= number + 16 * 3
-  assert number == 59
-
-
-def test_bad_options_of_a_stream_are_refused_before_anything_is_read(transcriber):
-  def audio():
-    pytest.fail("read")
-    yield
-
-  with pytest.raises(ValueError, match="batch_size=0"):
-    transcriber.stream(audio(), batch_size=0)
-  with pytest.raises(ValueError, match="chunk_length_s=0.1: must be between"):
-    transcriber.stream(audio(), chunk_length_s=0.1)
-  with pytest.raises(ValueError, match="errors"):
-    transcriber.stream(audio(), errors="raise")
-  for audio in ("a.wav", np.zeros(16000, np.float32), None):
-    with pytest.raises(ValueError, match="give a list of clips"):
-      transcriber.stream(audio)
-
-
-def test_an_endless_stream_of_unusable_clips_gives_errors_and_can_be_closed(transcriber):
-  before = threading.active_count()
-  results = transcriber.stream(itertools.repeat("nowhere.wav"), batch_size=1)
-  for _ in range(30):
-    assert "nowhere.wav" in next(results).error
-  results.close()
-  assert threading.active_count() == before
-
-
-def test_a_small_first_window_does_not_bound_the_rows(transcriber, clips, monkeypatch):
-  """Of the first 16 files only one can be read; the others are decoded two at a time."""
-  sizes = []
-  run = continuous._run
-  monkeypatch.setattr(
-    continuous, "_run", lambda **given: sizes.append(len(given["rows"].prompt_B)) or run(**given)
-  )
-  audio = [clips[0].path, *["nowhere.wav"] * 15, *[clip.path for clip in clips]]
-  found = list(transcriber.stream(audio, batch_size=2, max_new_tokens=4))
-  assert [bool(result.error) for result in found] == [False, *[True] * 15, *[False] * len(clips)]
-  assert sizes[0] == 1 and sizes[-1] == 2

@@ -47,6 +47,8 @@ def attention(
   added = {} if bias is None else {"gate_BTH": bias.gate_BTH, "table_HR": bias.table_HR}
   sizes = check_shapes(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC, valid_BS=valid_BS, **added)
   check_heads(sizes["H"], sizes["K"])
+  if jnp.ndim(first_query) or not jnp.issubdtype(jnp.result_type(first_query), jnp.integer):
+    raise ValueError(f"first_query={first_query!r}: must be an integer scalar")
   extras = ("bias",) if bias is not None else ()
   call = Call.of("attention", q_BTHC, sizes, extras)
   implementation = choose(implementation, call, platform=platform)
