@@ -20,6 +20,10 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 ShardingRules = tuple[tuple[str, P], ...]
 
 
+# Rows up to which a product with `weight` is computed transposed; see `Dense`.
+_FEW_ROWS = 64
+
+
 def _torch_uniform(key, shape, dtype=jnp.float32):
   """U(-1/sqrt(in), 1/sqrt(in)): the initial values of torch's Linear and PEFT's lora_A."""
   bound = shape[0] ** -0.5
@@ -74,9 +78,11 @@ class Dense(nn.Module):
 
   def _times_kernel(self, x):
     if self.has_variable("params", "weight"):
+      weight_OI = self.get_variable("params", "weight").astype(self.dtype)
+      if x.size > _FEW_ROWS * x.shape[-1]:
+        return self._matmul(x, weight_OI.T, self.output_dtype)
       # XLA on CPU multiplies a large matrix by a few columns at up to twice the speed of a few rows
       # by a large matrix. Without the barrier, it folds the transposes into the latter.
-      weight_OI = self.get_variable("params", "weight").astype(self.dtype)
       y_OB = self._matmul(weight_OI, x.reshape(-1, x.shape[-1]).T, self.output_dtype)
       return jax.lax.optimization_barrier(y_OB).T.reshape(*x.shape[:-1], self.features)
     if self.has_variable("params", "kernel_int8"):

@@ -242,7 +242,7 @@ class Transcriber:
     clip, cases = extract_features(silence_N, self.config), []
     for bucket in self.buckets:
       cut = tuple(x[:length] for x, length in zip(clip, bucket, strict=True))
-      rows = {min(batch_size, 1 << n) for n in range(batch_size.bit_length() + 1)}
+      rows = {_padded_rows(n, batch_size) for n in range(1, batch_size + 1)}
       cases += [[cut] * n for n in sorted(rows)]
       if all(map(np.array_equal, cut, clip)):
         break
@@ -379,7 +379,7 @@ class Transcriber:
     return prompt_slots(Batch(features, (), prefix_BS, suffix_BS, prefix_BS), self.config)
 
   def _batch(self, clips, sides, batch_size: int) -> Batch:
-    rows = min(batch_size, 1 << (len(clips) - 1).bit_length())  # few shapes, little padding
+    rows = _padded_rows(len(clips), batch_size)
     features, frames = encoder_inputs(clips, rows=rows, buckets=self.buckets)
     prefix_BS, suffix_BS = (np.tile(np.asarray(side, np.int32), (rows, 1)) for side in sides)
     labels_BS = np.full((rows, 1), -1, np.int32)
@@ -427,6 +427,12 @@ def progress_bar(enabled: bool) -> Iterator[Callable[[Transcript], None]]:
       bar.update(task, description=f"transcribed {seconds / 60:.1f} min of audio")
 
     yield on_chunk
+
+
+def _padded_rows(clips: int, batch_size: int) -> int:
+  """Rows for a number of clips: 1, 2, 3, 4, 6, 8, 12, … are few shapes and little padding."""
+  power = 1 << (clips - 1).bit_length()
+  return min(batch_size, power * 3 // 4 if clips <= power * 3 // 4 and power > 2 else power)
 
 
 def _check_batch_size(batch_size: int) -> None:
