@@ -47,50 +47,42 @@ def _config(result: dict[str, Any]) -> str:
   return f"`{named.removeprefix('configs/')}`"
 
 
-def aot_train() -> str:
-  header = ("config", "chips", "mesh: data x fsdp x tensor", "rows of a step", "memory per chip",
-            "of", "Pallas kernels", "compile time", "made")  # fmt: skip
+def _plans(header: Iterable[str], columns: Callable[[dict], Iterable], pattern: str) -> str:
+  """A table of plans for TPUs: what all have, and columns of their own before the last one."""
+  plans = [r for r in _load(pattern) if ("decode_step" in r) == ("decode" in pattern)]
+  first = "config", "chips", "mesh: data x fsdp x tensor", "memory per chip", "of"
   rows = [
     (
       _config(r),
       f"{r['chips']} x {r['chip']}",
       " x ".join(str(size) for size in r["mesh"].values()),
-      f"{r['batch']['rows']:,}",
       f"{r['hbm_gb_per_chip']:.2f} GiB",
       f"{r['hbm_of_chip_gb']} GiB",
-      sum(kernel["calls"] for kernel in r["kernels"].values()),
-      f"{r['compile_seconds']:.0f} s",
+      *columns(r),
       _made(r),
     )
-    for r in _load("aot_*.json")
-    if "flops_per_chip" in r
+    for r in plans
   ]
-  return _table(header, rows)
+  return _table((*first, *header, "made"), rows)
+
+
+def aot_train() -> str:
+  def columns(r):
+    kernels = sum(kernel["calls"] for kernel in r["kernels"].values())
+    return f"{r['batch']['rows']:,}", kernels, f"{r['compile_seconds']:.0f} s"
+
+  return _plans(("rows of a step", "Pallas kernels", "compile time"), columns, "aot_*.json")
 
 
 def aot_decode() -> str:
-  header = ("config", "chips", "mesh: data x fsdp x tensor", "clips x beams", "memory per chip",
-            "of", "a step reads, per chip", "at least", "made")  # fmt: skip
-  rows = [
-    (
-      _config(r),
-      f"{r['chips']} x {r['chip']}",
-      " x ".join(str(size) for size in r["mesh"].values()),
-      f"{r['batch']['rows']} x {r['batch']['num_beams']}",
-      f"{r['hbm_gb_per_chip']:.2f} GiB",
-      f"{r['hbm_of_chip_gb']} GiB",
-      f"{_read(r) / 1e9:.2f} GB",
-      f"{1e3 * r['batch']['rows'] / r['decode_step']['tokens_per_s_at_full_bandwidth']:.1f} ms",
-      _made(r),
-    )
-    for r in _load("aot_decode_*.json")
-  ]
-  return _table(header, rows)
+  def columns(r):
+    step, batch = r["decode_step"], r["batch"]
+    read = step["weights_bytes_per_chip"] + step["cache_bytes_per_chip"]
+    least_ms = 1e3 * batch["rows"] / step["tokens_per_s_at_full_bandwidth"]
+    return f"{batch['rows']} x {batch['num_beams']}", f"{read / 1e9:.2f} GB", f"{least_ms:.1f} ms"
 
-
-def _read(result: dict[str, Any]) -> int:
-  step = result["decode_step"]
-  return step["weights_bytes_per_chip"] + step["cache_bytes_per_chip"]
+  header = "clips x beams", "a step reads, per chip", "and takes at least"
+  return _plans(header, columns, "aot_decode_*.json")
 
 
 def speed() -> str:

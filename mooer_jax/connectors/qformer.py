@@ -139,7 +139,7 @@ class QFormerAttention(nn.Module):
       project(keys_NSE, "k"),
       project(keys_NSE, "v"),
       weight_scale_NHQL=scale_NHQS,
-      **self.compute.of_attention,
+      **self.compute.attention_options,
     )
     return dense(name="out")(rearrange(out_NQHC, "N Q H C -> N Q (H C)"))
 

@@ -209,7 +209,7 @@ class Attention(_Block):
         valid_BS=context.valid_BS,
         causal=True,
         first_query=context.filled,
-        **self.compute.of_attention,
+        **self.compute.attention_options,
       )
     else:
       out_BSHC = kernels.decode_attention(
@@ -219,7 +219,7 @@ class Attention(_Block):
         kv_heads=c.kv_heads,
         mask_BTS=context.valid_BS[:, None] & context.attention_mask_BST,
         end=context.end,
-        **self.compute.of_attention,
+        **self.compute.attention_options,
       )
     out_BSD = rearrange(out_BSHC, "B S H C -> B S (H C)")
     return self.dense("o", c.hidden_size)(out_BSD, scale), cache

@@ -202,7 +202,7 @@ class BEATsAttention(nn.Module):
       v_BTHC,
       valid_BS=valid_BT,
       bias=Bias(gate_BTH, table_HR),
-      **self.compute.of_attention,
+      **self.compute.attention_options,
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD)

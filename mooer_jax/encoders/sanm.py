@@ -130,7 +130,7 @@ class SANMAttention(nn.Module):
       rearrange(x, "B T (H C) -> B T H C", H=c.heads) for x in (q_BTD, k_BTD, v_BTD)
     )
     out_BTHC = kernels.attention(
-      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, **self.compute.of_attention
+      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, **self.compute.attention_options
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD) + memory_BTD

@@ -109,7 +109,7 @@ class WhisperAttention(nn.Module):
       for dense in [Dense(c.hidden_size, use_bias=name != "k", dtype=dtype, name=name)]
     )
     out_BTHC = kernels.attention(
-      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, **self.compute.of_attention
+      q_BTHC, k_BTHC, v_BTHC, valid_BS=valid_BT, **self.compute.attention_options
     )
     out_BTD = rearrange(out_BTHC, "B T H C -> B T (H C)")
     return Dense(c.hidden_size, use_bias=True, dtype=dtype, name="out")(out_BTD)

@@ -48,8 +48,8 @@ def _prefill(params, batch: Batch, config, options, *, key, lora_scale, mesh) ->
 
 @functools.partial(jax.jit, static_argnames=("rows", "prompt_slots", *_STATIC))
 @in_mesh
-def _empty(begun: Rows, config, options, *, rows: int, prompt_slots: int, mesh) -> Rows:
-  """Rows that have all ended, with an empty cache, on the devices of `begun`."""
+def _empty(prefilled: Rows, config, options, *, rows: int, prompt_slots: int, mesh) -> Rows:
+  """Rows that have all ended, with an empty cache, on the devices of `prefilled`."""
   steps = Steps({}, config, options, mesh=mesh)
   nothing_B = jnp.zeros(rows, jnp.int32)
   return steps.place(
@@ -59,17 +59,17 @@ def _empty(begun: Rows, config, options, *, rows: int, prompt_slots: int, mesh) 
         rows=rows, slots=prompt_slots + steps.ring_slots, dtype=config.compute.jnp_dtype
       ),
       prompt_B=nothing_B,
-      keys_B=jnp.broadcast_to(begun.keys_B[:1], (rows,)),
+      keys_B=jnp.broadcast_to(prefilled.keys_B[:1], (rows,)),
       begin_B=nothing_B,
-      clock=begun.clock,
+      clock=prefilled.clock,
     )
   )
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="rows")
 @in_mesh
-def _admit(rows: Rows, begun: Rows, source_B, config, options, *, mesh) -> Rows:
-  """Replaces row b by row source_B[b] of `begun`, where source_B[b] is not negative."""
+def _admit(rows: Rows, prefilled: Rows, source_B, config, options, *, mesh) -> Rows:
+  """Replaces row b by row source_B[b] of `prefilled`, where source_B[b] is not negative."""
   steps = Steps({}, config, options, mesh=mesh)
 
   def replaced(old, new):
@@ -80,15 +80,15 @@ def _admit(rows: Rows, begun: Rows, source_B, config, options, *, mesh) -> Rows:
     return jnp.where((source_B >= 0).reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
   cache = rows.cache.replace(  # type: ignore[attr-defined]
-    layers=jax.tree.map(replaced, rows.cache.layers, begun.cache.layers),
-    valid_BS=replaced(rows.cache.valid_BS, begun.cache.valid_BS),
+    layers=jax.tree.map(replaced, rows.cache.layers, prefilled.cache.layers),
+    valid_BS=replaced(rows.cache.valid_BS, prefilled.cache.valid_BS),
   )
   return steps.place(
     Rows(
-      state=jax.tree.map(replaced, rows.state, begun.state),
+      state=jax.tree.map(replaced, rows.state, prefilled.state),
       cache=cache,
-      prompt_B=replaced(rows.prompt_B, begun.prompt_B),
-      keys_B=replaced(rows.keys_B, begun.keys_B),
+      prompt_B=replaced(rows.prompt_B, prefilled.prompt_B),
+      keys_B=replaced(rows.keys_B, prefilled.keys_B),
       begin_B=jnp.where(source_B >= 0, rows.clock % steps.ring, rows.begin_B),
       clock=rows.clock,
     )

@@ -134,10 +134,10 @@ def generate_from(
     raise ValueError(f"{rows} rows are not divisible by mesh.data x mesh.fsdp={row_parts(mesh)}")
   steps = Steps(params, config, options, lora_scale, mesh)
   steps.check(key=key)
-  begun, hidden_BSD = steps.prefill(
+  prefilled, hidden_BSD = steps.prefill(
     inputs_BSD, valid_BS, keys_B=row_keys(key, rows), padding_B=padding_B
   )
-  begun = steps.place(begun.replace(cache=begun.cache.grow(steps.ring_slots)))
+  prefilled = steps.place(prefilled.replace(cache=prefilled.cache.grow(steps.ring_slots)))
   read_BYD = None
   if options.return_hidden:
     read_BYD = jnp.zeros((rows, steps.ring_slots, hidden_BSD.shape[-1]), hidden_BSD.dtype)
@@ -151,7 +151,7 @@ def generate_from(
     return rows, constrain_rows(read_BYD, mesh)
 
   ended, read_BYD = jax.lax.while_loop(
-    lambda carry: ~carry[0].state.done_B.all(), step, (begun, read_BYD)
+    lambda carry: ~carry[0].state.done_B.all(), step, (prefilled, read_BYD)
   )
   output = output_of(ended.state, options)
   if options.return_hidden:

@@ -85,7 +85,7 @@ class Steps:
     inputs_BSD, valid_BS = constrain_rows((inputs_BSD, valid_BS), self.mesh)
     cache = constrain_cache(cache, self.config.decoder.kv_heads, self.mesh)
     hidden_BSD, cache = self._decode(inputs_BSD, valid_BS, cache=cache)
-    begun = Rows(
+    prefilled = Rows(
       state=search.start(rows, self.options, padding_B),
       cache=cache,
       prompt_B=valid_BS.sum(axis=1, dtype=jnp.int32),
@@ -93,7 +93,7 @@ class Steps:
       begin_B=jnp.zeros(rows, jnp.int32),
       clock=jnp.zeros((), jnp.int32),
     )
-    return self.choose(begun, hidden_BSD[:, -1:]), hidden_BSD
+    return self.choose(prefilled, hidden_BSD[:, -1:]), hidden_BSD
 
   def choose(self, rows: Rows, hidden_BRD) -> Rows:
     """Chooses the next tokens; the hidden states have one entry for all R hypotheses, or R."""

@@ -65,7 +65,7 @@ class ExecutionConfig:
     return jnp.dtype(self.dtype)
 
   @property
-  def of_attention(self) -> dict[str, Any]:
+  def attention_options(self) -> dict[str, Any]:
     """Arguments of `kernels.attention` and its siblings."""
     return {"implementation": self.attention, "platform": self.platform}
 

@@ -187,7 +187,7 @@ def warmup(args: argparse.Namespace) -> int:
   """Compiles the programs of `run`; raises ValueError or OSError for a bad checkpoint or option."""
   transcriber = _load(args)
   number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
-  print(f"compiled the programs for batches of {number} shapes")
+  print(f"batch shapes compiled: {number}")
   return 0
 
 

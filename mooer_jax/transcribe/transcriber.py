@@ -153,7 +153,7 @@ class Transcriber:
       **generation,
     )
     stop = threading.Event()
-    windows: Iterable = read_windows(audio, self.config, stop=stop, **settings.of_reading)
+    windows: Iterable = read_windows(audio, self.config, stop=stop, **settings.reading_options)
     if errors == "raise":
       windows = [*windows]
       raise_first([clip.failure for window in windows for clip in window])
@@ -196,7 +196,7 @@ class Transcriber:
       )
     settings = self._settings(**options)
     stop = threading.Event()
-    windows = read_windows(audio, self.config, stop=stop, **settings.of_reading)
+    windows = read_windows(audio, self.config, stop=stop, **settings.reading_options)
     return self._stream(windows, settings, stop=stop, on_chunk=on_chunk, live=True)
 
   def warmup(
@@ -397,7 +397,7 @@ class _Settings(NamedTuple):
   seed: int
 
   @property
-  def of_reading(self) -> dict[str, Any]:
+  def reading_options(self) -> dict[str, Any]:
     """Arguments of `read_windows`."""
     # Of long recordings, a window is only a batch.
     size = self.batch_size * (_WINDOW if self.chunk_length_s is None else 1)

@@ -1,9 +1,12 @@
 """Which implementation runs; a named one runs or is refused."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import kernels
 from mooer_jax.kernels import choice
 from mooer_jax.kernels.choice import Call, check_backend, choose
 
@@ -76,7 +79,20 @@ def test_an_implementation_that_does_not_run_here_is_refused(name):
     check_backend(name)
 
 
-def test_the_committed_measurements_are_complete():
-  for measured in choice.measurements():
-    assert measured.keys() >= {*Call._fields, "platform", "seconds"}
-    assert measured["seconds"].keys() <= choice.IMPLEMENTATIONS.keys()
+def test_auto_reads_what_the_benchmark_writes(measured, tmp_path):
+  spec = kernels.SPECS["decode qwen2_0.5b"]
+  row = json.loads(json.dumps(kernels.measure(spec)))
+  assert row["seconds"]["xla"] > 0 and not row["refused"]
+  row["seconds"] = {"triton": 1, "xla": 2}
+  measured({**row, "platform": "gpu"})
+  assert choose("auto", spec.call, platform="gpu") == "triton"
+  for committed in json.loads(kernels.PATH.read_text("utf-8"))["rows"]:
+    assert committed.keys() == row.keys()
+
+
+def test_new_measurements_replace_only_the_same_ones():
+  old = [{**row(), "device": "A", "rows": rows, "causal": False} for rows in (1, 2)]
+  new = [{**old[0], "seconds": {"xla": 5}}]
+  assert kernels.merged(old, new) == [old[1], *new]
+  other = [{**new[0], "device": "B"}]
+  assert kernels.merged(old, other) == [*old, *other]

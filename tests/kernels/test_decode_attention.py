@@ -1,17 +1,20 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mooer_jax.kernels import decode_attention
-from mooer_jax.kernels.decode_attention import gpu, tpu
+from mooer_jax.kernels.decode_attention import by_kernel, gpu, tpu
 from tests.kernels.plain import BACKENDS as NAMES
 from tests.kernels.plain import INTERPRET, attention_and_gradients, bounds, random_inputs
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 
 BACKENDS = [{"mosaic": tpu, "triton": gpu}[name] for name in NAMES]
+
+
+def attend(backend, *arguments):
+  """`by_kernel` with q, keys, values, mask and end."""
+  return by_kernel(backend.decode_attention, *arguments, interpret=INTERPRET)
 
 
 def of_cache(x_BSKC, filled):
@@ -33,12 +36,10 @@ def test_equals_the_plain_formula(backend, T, S, H, K, C, filled):
   attention_mask_BTS[0, 0] = False  # a query without a key
   expected = attention_and_gradients(inputs, attention_mask_BTS & (np.arange(S) < filled))[0]
   keys, values = (of_cache(x, filled) for x in (inputs.k_BSKC, inputs.v_BSKC))
-  arguments = dict(mask_BTS=jnp.array(attention_mask_BTS), kv_heads=K, interpret=INTERPRET)
-  out = backend.decode_attention(inputs.q_BTHC, keys, values, end=jnp.int32(filled), **arguments)
-  assert_within(out, expected, bounds(inputs)[0])
+  arguments = backend, inputs.q_BTHC, keys, values, jnp.array(attention_mask_BTS)
+  assert_within(attend(*arguments, jnp.int32(filled)), expected, bounds(inputs)[0])
   with exceeds_the_bound():
-    out = backend.decode_attention(inputs.q_BTHC, keys, values, end=filled - 1, **arguments)
-    assert_within(out, expected, bounds(inputs)[0])
+    assert_within(attend(*arguments, filled - 1), expected, bounds(inputs)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,15 +47,7 @@ def test_equals_the_plain_formula(backend, T, S, H, K, C, filled):
 def test_of_an_empty_cache_nothing_is_read(backend, end):
   q_BTHC, k_BSKC, v_BSKC, _ = random_inputs(1, 2, 300, 2, 1, 64)
   keys, values = (of_cache(x, end) for x in (k_BSKC, v_BSKC))
-  out = backend.decode_attention(
-    q_BTHC,
-    keys,
-    values,
-    kv_heads=1,
-    mask_BTS=jnp.ones((1, 2, 300), bool),
-    end=end,
-    interpret=INTERPRET,
-  )
+  out = attend(backend, q_BTHC, keys, values, jnp.ones((1, 2, 300), bool), end)
   # The only weight is 1.
   expected = v_BSKC[:, :1] if end else np.zeros((1, 1, 1, 64))
   assert_within(out, np.broadcast_to(expected, out.shape), rounding(1, np.abs(v_BSKC).max()))
@@ -67,22 +60,20 @@ def test_bfloat16_in_and_out_with_a_float32_softmax(backend):
   mask_BTS = np.ones((2, 4, 70), bool)
   expected = attention_and_gradients(inputs, mask_BTS)[0]
   keys, values = (x.reshape(2, 70, -1) for x in (inputs.k_BSKC, inputs.v_BSKC))
-  arguments = dict(kv_heads=2, end=70, interpret=INTERPRET)
-  attend = functools.partial(backend.decode_attention, inputs.q_BTHC, keys, values, **arguments)
-  out = attend(mask_BTS=jnp.array(mask_BTS))
+  arguments = backend, inputs.q_BTHC, keys, values
+  out = attend(*arguments, jnp.array(mask_BTS), 70)
   assert out.dtype == jnp.bfloat16
   limit = rounding(2, np.abs(expected).max(), jnp.bfloat16)  # of the weights and the output
   assert_within(out, expected, limit)
   with exceeds_the_bound():
-    assert_within(attend(mask_BTS=jnp.array(mask_BTS).at[..., 0].set(False)), expected, limit)
+    assert_within(attend(*arguments, jnp.arange(70) > jnp.zeros((2, 4, 1)), 70), expected, limit)
 
 
 def test_triton_lowers_for_cuda_without_a_gpu():
   q_BTHC, k_BSKC, v_BSKC, _ = random_inputs(2, 4, 700, 14, 2, 64)
   cache = [x.reshape(2, 700, -1) for x in (k_BSKC, v_BSKC)]
-  attend = functools.partial(decode_attention, kv_heads=2, implementation="triton", platform="gpu")
-  traced = jax.jit(
-    lambda q, k, v, end: attend(q, k, v, mask_BTS=jnp.ones((2, 4, 700), bool), end=end)
-  )
+  mask_BTS = jnp.ones((2, 4, 700), bool)
+  chosen = dict(kv_heads=2, mask_BTS=mask_BTS, implementation="triton", platform="gpu")
+  traced = jax.jit(lambda q, k, v, end: decode_attention(q, k, v, end=end, **chosen))
   lowered = traced.trace(q_BTHC, *cache, jnp.int32(3)).lower(lowering_platforms=("cuda",))
   assert "decode_attention" in lowered.as_text()

@@ -67,11 +67,11 @@ def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(
   monkeypatch, name, backend, platform
 ):
   mesh, shapes = make_mesh(2, 2, 2), []
-  kernel = functools.partial(backend.decode_attention, interpret=True)
+  kernel = backend.decode_attention
 
-  def recorded(q, k, v, *, kv_heads, **options):
-    shapes.append((q.shape, k.shape, kv_heads))
-    return kernel(q, k, v, kv_heads=kv_heads, **options)
+  def recorded(q, k, v, mask, end, *, interpret):
+    shapes.append((q.shape, k.shape, mask.shape))
+    return kernel(q, k, v, mask, end, interpret=True)
 
   monkeypatch.setattr(backend, "decode_attention", recorded)
   rng = np.random.default_rng(0)
@@ -92,7 +92,8 @@ def test_the_decoding_kernel_gets_the_rows_and_heads_of_a_device(
   terms, largest = 20 + 16, np.abs(v_BSE).max()
   bound = 4 * terms * np.finfo(np.float32).eps * largest
   assert np.abs(out - expected).max() < bound
-  assert shapes == [((2, 3, 2, 16), (2, 20, 16), 1)]
+  # 2 of 8 rows; 1 of 2 key-value heads with 2 of 4 heads, for 3 queries each.
+  assert shapes == [((2, 1, 6, 16), (2, 20, 16), (2, 3, 20))]
 
 
 def test_inside_of_shard_map_no_axis_is_left_to_split():

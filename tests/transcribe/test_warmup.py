@@ -53,7 +53,7 @@ def test_transcription_finds_the_programs_in_the_cache(folder, clips, tmp_path, 
     options = ["--checkpoint", str(folder), "--batch-size", "1", "--max-new-tokens", "3"]
     assert cli.main(["warmup", *options, "--max-audio-s", "1"]) == 0
     warm = programs()
-    assert capsys.readouterr().out == "compiled the programs for batches of 1 shapes\n"
+    assert capsys.readouterr().out == "batch shapes compiled: 1\n"
     assert len(warm) == 3  # prefill, admission, the loop of steps
     jax.clear_caches()
     clip = [str(clips[0].path)]

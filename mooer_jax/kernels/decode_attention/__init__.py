@@ -1,5 +1,9 @@
 """Attention of a few new tokens to a KV cache."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -50,14 +54,24 @@ def decode_attention(
   unsupported = {"triton": too_many} if too_many else {}
   implementation = choose(implementation, call, platform=platform, unsupported=unsupported)
   if implementation in _KERNELS:
-
-    def of_device(q, k, v, mask_BTS, end):
-      kernel, heads = _KERNELS[implementation].decode_attention, k.shape[-1] // q.shape[-1]
-      return kernel(q, k, v, kv_heads=heads, mask_BTS=mask_BTS, end=end)
-
+    kernel = functools.partial(by_kernel, _KERNELS[implementation].decode_attention)
     heads = P(ROWS, None, HEADS)
-    end = jnp.asarray(end, jnp.int32)
     in_specs = heads, heads, heads, P(ROWS), P()
-    return on_mesh(of_device, in_specs, heads)(q_BTHC, k_BSE, v_BSE, mask_BTS, end)
+    end = jnp.asarray(end, jnp.int32)
+    return on_mesh(kernel, in_specs, heads)(q_BTHC, k_BSE, v_BSE, mask_BTS, end)
   k_BSKC, v_BSKC = (rearrange(x, "B S (K C) -> B S K C", K=kv_heads) for x in (k_BSE, v_BSE))
   return masked(implementation, q_BTHC, k_BSKC, v_BSKC, mask_BTS=mask_BTS)
+
+
+def by_kernel(kernel: Callable, q_BTHC, k_BSE, v_BSE, mask_BTS, end, *, interpret: Any = False):
+  """Attention by the kernel of a backend on one device.
+
+  The kernel takes the queries by key-value head, [B, K, G * T, C], the cache, the mask as int32 and
+  the end as int32 [1], and returns the output in the layout of the queries. `interpret`, for tests,
+  is that of `pallas_call`.
+  """
+  T, C = q_BTHC.shape[1], q_BTHC.shape[3]
+  q_BKRC = rearrange(q_BTHC, "B T (K G) C -> B K (G T) C", K=k_BSE.shape[2] // C)
+  end_1 = jnp.asarray(end, jnp.int32).reshape(1)
+  out_BKRC = kernel(q_BKRC, k_BSE, v_BSE, mask_BTS.astype(jnp.int32), end_1, interpret=interpret)
+  return rearrange(out_BKRC, "B K (G T) C -> B T (K G) C", T=T)

@@ -71,21 +71,10 @@ def _kernel(q_ref, k_ref, v_ref, mask_ref, end_ref, out_ref, lse_ref, *, tokens,
   plgpu.store(lse_ref.at[pl.ds(0, block_r)], lse_R, mask=row_R < rows)
 
 
-def decode_attention(
-  q_BTHC: jax.Array,
-  k_BSE: jax.Array,
-  v_BSE: jax.Array,
-  *,
-  kv_heads: int,
-  mask_BTS: jax.Array,
-  end: jax.Array | int,
-  interpret: Any = False,
-) -> jax.Array:
-  """`kernels.decode_attention` on a GPU; `interpret`, for tests, is that of `pallas_call`."""
-  B, T, H, C = q_BTHC.shape
-  S, K = k_BSE.shape[1], kv_heads
-  rows, parts = H // K * T, pl.cdiv(S, _PART)
-  q_BKRC = rearrange(q_BTHC, "B T (K G) C -> B K (G T) C", K=K)
+def decode_attention(q_BKRC, k_BSE, v_BSE, mask_BTS, end_1, *, interpret: Any):
+  """See `decode_attention.by_kernel`."""
+  (B, K, rows, C), (_, T, S) = q_BKRC.shape, mask_BTS.shape
+  parts = pl.cdiv(S, _PART)
   cache = pl.BlockSpec((None, S, None, C), lambda b, k, n: (b, 0, k, 0))
   out_BKNRC, lse_BKNR = pl.pallas_call(
     functools.partial(_kernel, tokens=T, slots=S, scale=C**-0.5),
@@ -111,10 +100,9 @@ def decode_attention(
   )(
     q_BKRC,
     *(rearrange(x, "B S (K C) -> B S K C", K=K) for x in (k_BSE, v_BSE)),
-    mask_BTS.astype(jnp.int32).reshape(B, T * S),
-    jnp.asarray(end, jnp.int32).reshape(1),
+    mask_BTS.reshape(B, T * S),
+    end_1,
   )
   # A row without keys has the same lse in all parts, and 0 as its values.
   share_BKNR = jax.nn.softmax(lse_BKNR, axis=2)
-  out_BKRC = (share_BKNR[..., None] * out_BKNRC).sum(axis=2)
-  return rearrange(out_BKRC, "B K (G T) C -> B T (K G) C", T=T).astype(q_BTHC.dtype)
+  return (share_BKNR[..., None] * out_BKNRC).sum(axis=2).astype(q_BKRC.dtype)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -59,23 +58,12 @@ def _heads_per_block(kv_heads: int, channels: int) -> int:
   return fits[0] if fits else kv_heads
 
 
-def decode_attention(
-  q_BTHC: jax.Array,
-  k_BSE: jax.Array,
-  v_BSE: jax.Array,
-  *,
-  kv_heads: int,
-  mask_BTS: jax.Array,
-  end: jax.Array | int,
-  interpret: Any = False,
-) -> jax.Array:
-  """`kernels.decode_attention` on a TPU; `interpret`, for tests, is that of `pallas_call`."""
-  B, T, H, C = q_BTHC.shape
-  S, K = k_BSE.shape[1], kv_heads
-  heads, rows = _heads_per_block(K, C), H // K * T
+def decode_attention(q_BKRC, k_BSE, v_BSE, mask_BTS, end_1, *, interpret: Any):
+  """See `decode_attention.by_kernel`."""
+  (B, K, rows, C), (_, T, S) = q_BKRC.shape, mask_BTS.shape
+  heads = _heads_per_block(K, C)
   block_s = _BLOCK_BYTES // (heads * C * k_BSE.dtype.itemsize) // LANES * LANES
   block_s = max(LANES, min(block_s, 1024, pl.cdiv(S, LANES) * LANES))
-  q_BKRC = rearrange(q_BTHC, "B T (K G) C -> B K (G T) C", K=K)
 
   def slots(b, k, j, end_ref):
     return b, jnp.minimum(j, jax.lax.div(jnp.maximum(end_ref[0] - 1, 0), block_s)), k
@@ -85,7 +73,7 @@ def decode_attention(
 
   queries = pl.BlockSpec((None, heads, rows, C), lambda b, k, j, end_ref: (b, k, 0, 0))
   cache = pl.BlockSpec((None, block_s, heads * C), slots)
-  out_BKRC = pl.pallas_call(
+  return pl.pallas_call(
     functools.partial(_kernel, scale=C**-0.5),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
@@ -94,9 +82,8 @@ def decode_attention(
       out_specs=queries,
       scratch_shapes=[pltpu.VMEM((heads, rows, width), jnp.float32) for width in (LANES, LANES, C)],
     ),
-    out_shape=jax.ShapeDtypeStruct(q_BKRC.shape, q_BTHC.dtype),
+    out_shape=jax.ShapeDtypeStruct(q_BKRC.shape, q_BKRC.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
     name="decode_attention",
-  )(jnp.asarray(end, jnp.int32).reshape(1), q_BKRC, k_BSE, v_BSE, mask_BTS.astype(jnp.int32))
-  return rearrange(out_BKRC, "B K (G T) C -> B T (K G) C", T=T)
+  )(end_1, q_BKRC, k_BSE, v_BSE, mask_BTS)
