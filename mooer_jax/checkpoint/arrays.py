@@ -61,12 +61,15 @@ def _one_error() -> Iterator[None]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-  """False for a traceback that Orbax logs, or asyncio for a coroutine of Orbax."""
+  """False for an error that Orbax logs, or asyncio for a coroutine or a write of Orbax."""
   if not record.exc_info:
     return True
   places = [record.pathname]
   if record.name == "asyncio":
-    places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2])]
+    _, error, frames = record.exc_info
+    if frames is None:  # as TensorStore's writes, which are C++
+      return "orbax-checkpoint-tmp" not in str(error)
+    places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(frames)]
   return not any("orbax" in Path(place).parts for place in places)
 
 
