@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand and returns its exit status.
 
   Errors of the user and of the system (no permission, disk full) are one line on stderr and exit
-  status 2; train and eval exit with status 1. SIGTERM raises SystemExit with status 143 after files
-  and processes are cleaned up; train has handling of its own.
+  status 2. SIGTERM raises SystemExit with status 143 after files and processes are cleaned up;
+  train has handling of its own.
   """
   about = "Speech LLMs (MooER, SALMONN) in JAX: convert, train, evaluate, transcribe."
   parser = argparse.ArgumentParser(prog="mooer-jax", description=about)

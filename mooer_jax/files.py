@@ -30,7 +30,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
   try:
-    with write_errors_name(path):
+    with write_errors_name(path, instead_of=beside):
       yield beside
       with open(beside, "rb+") as file:
         os.fsync(file.fileno())
@@ -50,12 +50,17 @@ def write_json(path: str | Path, value: Any, *, allow_nan: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def write_errors_name(path: str | Path) -> Iterator[None]:
-  """Add a path to an OSError of the block that has none, such as that of a full disk."""
+def write_errors_name(path: str | Path, *, instead_of: Path | None = None) -> Iterator[None]:
+  """Add a path to an OSError of the block that has none, such as that of a full disk.
+
+  Args:
+    path: to name in the error.
+    instead_of: a temporary file, which `path` replaces in errors that name it.
+  """
   try:
     yield
   except OSError as error:
-    if error.filename is not None or error.errno is None:
+    if error.errno is None or error.filename not in (None, instead_of and str(instead_of)):
       raise
     raise OSError(error.errno, error.strerror, str(path)) from error
 

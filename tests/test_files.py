@@ -162,6 +162,12 @@ def test_an_error_of_writing_names_the_file(tmp_path):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_an_error_of_the_temporary_file_names_the_one_it_replaces(tmp_path):
+  with pytest.raises(PermissionError) as raised, files.replace_file(tmp_path / "a.json") as beside:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(beside))
+  assert raised.value.filename == str(tmp_path / "a.json")
+
+
 def test_sigterm_cleans_up_and_exits_with_status_143(tmp_path):
   program = """
     import sys, time

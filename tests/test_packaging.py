@@ -219,12 +219,12 @@ def installed_wheel(wheel):
   [
     (["--version"], 0, "0.1.0"),
     (["transcribe", "--help"], 0, "--chunk-length-s"),
-    (["train", "--config=tiny", "--config.data.shards=nowhere"], 1, "nowhere: no such list"),
-    (["train", "--config=salmonn_activation", "--config.workdir=w"], 1, "init_from"),
-    (["train", "--config=other"], 1, "no shipped config (mini_activation, mini_salmonn, mooer_7b"),
+    (["train", "--config=tiny", "--config.data.shards=nowhere"], 2, "nowhere: no such list"),
+    (["train", "--config=salmonn_activation", "--config.workdir=w"], 2, "init_from"),
+    (["train", "--config=other"], 2, "no shipped config (mini_activation, mini_salmonn, mooer_7b"),
     (
       ["eval", "--config=configs/tiny.py", "--checkpoint=nowhere"],
-      1,
+      2,
       "nowhere: no such checkpoint",
     ),
     (["convert", "inspect", "nowhere"], 2, "nowhere: no such file or folder"),

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import numpy as np
+
+from mooer_jax.config import convert
 
 LONGEST = 2**17  # new tokens; the cache has a slot for each, and memory for far more would run out
 
@@ -54,6 +57,12 @@ class GenerationConfig:
   return_hidden: bool = False
 
   def __post_init__(self):
+    """Raises ValueError for a value of another type, or outside its range."""
+    for name, hint in typing.get_type_hints(GenerationConfig).items():
+      if name != "RENAMED":
+        value = convert(hint, getattr(self, name), f"generation.{name}")
+        object.__setattr__(self, name, value)
+
     def require(name: str, is_valid: bool, allowed: str):
       if not is_valid:
         raise ValueError(f"generation.{name}={getattr(self, name)!r}: must be {allowed}")

@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from mooer_jax.projects.salmonn.lora_sweep import lora_sweep
@@ -18,7 +18,7 @@ from mooer_jax.run.process import profile, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Parses flags, evaluates, and exits; errors of the user are one line and status 1."""
+  """Parses flags, evaluates, and exits; errors of the user are one line and status 2."""
   config = config_flags.DEFINE_config_file("config", lock_config=True)
   flags.DEFINE_multi_string(
     "checkpoint", None, "checkpoint folder or training workdir; several with --mode=perplexity"
@@ -43,7 +43,7 @@ def _evaluate(config, given) -> None:
   try:
     scales = [float(scale) for scale in given.scales]
   except ValueError as error:
-    raise app.UsageError(f"--scales={','.join(given.scales)}: numbers are needed") from error
+    raise ValueError(f"--scales={','.join(given.scales)}: numbers are needed") from error
   run, path, base = Run.read(config), given.checkpoint[0], given.base_checkpoint
   with profile(given.trace):
     if given.suite:
@@ -59,7 +59,7 @@ def _evaluate(config, given) -> None:
 def _check_flags(given) -> None:
   """Raises UsageError for a flag that would have no effect, or one that is missing."""
   if given.suite and given.mode != "score":
-    raise app.UsageError(f"--suite={given.suite} takes no --mode={given.mode}")
+    raise ValueError(f"--suite={given.suite} takes no --mode={given.mode}")
   mode = "suite" if given.suite else given.mode
   effective = {
     "scales": ("perplexity", "lora-sweep"),
@@ -69,8 +69,8 @@ def _check_flags(given) -> None:
   for name, modes in effective.items():
     if getattr(given, name) and mode not in modes:
       flag = " or ".join("--suite" if m == "suite" else f"--mode={m}" for m in modes)
-      raise app.UsageError(f"--{name} has no effect without {flag}")
+      raise ValueError(f"--{name} has no effect without {flag}")
   if len(given.checkpoint) > 1 and mode != "perplexity":
-    raise app.UsageError("several --checkpoint need --mode=perplexity")
+    raise ValueError("several --checkpoint need --mode=perplexity")
   if given.suite and not given.annotations:
-    raise app.UsageError("--suite needs --annotations=FOLDER")
+    raise ValueError("--suite needs --annotations=FOLDER")

@@ -15,7 +15,7 @@ from mooer_jax.run.train import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Parses flags, trains, and exits; errors of the user are one line on stderr and status 1."""
+  """Parses flags, trains, and exits; errors of the user are one line on stderr and status 2."""
   config = config_flags.DEFINE_config_file("config", lock_config=True)
   flags.DEFINE_string("trace", None, "folder for a profile of three steps, for XProf or Perfetto")
   run_program(

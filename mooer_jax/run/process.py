@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -28,7 +28,7 @@ def run_program(
 ) -> None:
   """Parses absl flags, runs a program and exits.
 
-  Errors of the user or the system are one line on stderr and status 1 (130 on Ctrl-C); other
+  Errors of the user or the system are one line on stderr and status 2 (130 on Ctrl-C); other
   exceptions keep their traceback.
 
   Args:
@@ -44,14 +44,14 @@ def run_program(
   def main(arguments):
     program, *unexpected = arguments
     if unexpected:
-      sys.exit(
+      _exit(
         f"{program}: unexpected argument {unexpected[0]!r}; config keys are set with"
         " --config.key=value, and values with spaces need quotes"
       )
     try:
       work()
     except (ValueError, OSError, FloatingPointError) as error:
-      sys.exit(f"{program}: {' '.join(str(error).split())}")
+      _exit(f"{program}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
       print(f"{program}: interrupted", file=sys.stderr)
       sys.exit(130)
@@ -73,9 +73,15 @@ def _parse_flags(argv: list[str], *, module: str) -> list[str]:
     _check_overrides(argv)
     return rest
   except SyntaxError as error:
-    sys.exit(f"{argv[0]}: {error.filename}:{error.lineno}: {error.msg}")
+    _exit(f"{argv[0]}: {error.filename}:{error.lineno}: {error.msg}")
   except (AttributeError, KeyError, flags.Error) as error:
-    sys.exit(f"{argv[0]}: {_flag_error(argv, error)}")
+    _exit(f"{argv[0]}: {_flag_error(argv, error)}")
+
+
+def _exit(message: str) -> NoReturn:
+  """Exits with the status that errors have in all commands of mooer-jax."""
+  print(message, file=sys.stderr)
+  sys.exit(2)
 
 
 def _flag_error(argv: Sequence[str], error: Exception) -> str:
@@ -115,7 +121,7 @@ def _with_config_file(text: str, program: str) -> str:
   shipped = folder / f"{Path(path).stem}.py"
   if path not in (shipped.stem, f"configs/{shipped.name}") or not shipped.is_file():
     names = ", ".join(sorted(file.stem for file in folder.glob("[a-z]*.py")))
-    sys.exit(f"{program}: --config={path}: no such file, and no shipped config ({names})")
+    _exit(f"{program}: --config={path}: no such file, and no shipped config ({names})")
   if folder.parent == package:  # some configs import others, as `configs`
     sys.modules.setdefault("configs", importlib.import_module("mooer_jax.configs"))
   return f"{flag}{equals}{shipped}{colon}{parameters}"
@@ -142,7 +148,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
       for parent in parents:
         section = section.get(parent, {})
       if name in section:
-        sys.exit(
+        _exit(
           f"{argv[0]}: the config file sets {old}, the deprecated name of {new}, which a flag sets"
           f" too; rename it in the file to {new}"
         )

@@ -121,6 +121,30 @@ def test_bad_calls_say_what_to_do(params, config, batch):
       dataclasses.replace(GenerationConfig(), **wrong)
 
 
+@pytest.mark.parametrize(
+  ("name", "wrong"),
+  [
+    ("max_new_tokens", 2.5),
+    ("max_new_tokens", "20"),
+    ("num_beams", True),
+    ("do_sample", "no"),
+    ("temperature", None),
+    ("eos_token_id", 2),
+    ("early_stopping", "always"),
+    ("sequence_bias", ((5,),)),
+  ],
+)
+def test_an_option_of_another_type_is_named(name, wrong):
+  with pytest.raises(ValueError, match=rf"generation\.{name}"):
+    GenerationConfig(**{name: wrong})
+
+
+def test_lists_become_tuples_so_that_options_can_be_hashed():
+  options = GenerationConfig(eos_token_id=[2, 3], sequence_bias=[[5, 1]])
+  assert (options.eos_token_id, options.sequence_bias) == ((2, 3), ((5, 1.0),))
+  assert hash(options) == hash(GenerationConfig(eos_token_id=(2, 3), sequence_bias=((5, 1.0),)))
+
+
 def test_bfloat16_decodes(params, config, batch):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   in_half = config.with_compute(dtype="bfloat16")

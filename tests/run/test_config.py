@@ -74,7 +74,7 @@ def test_blank_as_space_mark_is_read_as_space():
 def test_what_a_flag_sets_is_checked(repo_root, plain_env, flag, message):
   command = [sys.executable, "train.py", "--config=configs/tiny.py", flag]
   done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
-  assert done.returncode == 1
+  assert done.returncode == 2
   assert message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -87,7 +87,7 @@ def test_a_flag_is_not_overridden_by_an_old_name_in_the_file(repo_root, plain_en
   )
   command = [sys.executable, "train.py", f"--config={old}", f"--config.train.{name}=5"]
   done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
-  assert done.returncode == 1
+  assert done.returncode == 2
   assert "sets train.keep, the deprecated name of train.max_to_keep" in done.stderr
 
 
@@ -109,7 +109,7 @@ def test_eval_refuses_what_would_have_no_effect(repo_root, plain_env, tmp_path, 
   command = [sys.executable, "eval.py", "--config=configs/tiny.py", f"--checkpoint={folder}"]
   command += [f"--config.eval.out={tmp_path}", *flags]
   done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
-  assert done.returncode != 0
+  assert done.returncode == 2
   assert message in done.stderr + done.stdout
 
 
@@ -159,4 +159,4 @@ def test_an_error_in_a_config_file_is_one_line_with_the_place(
   command = [sys.executable, "train.py", f"--config={tmp_path}/c.py"]
   done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
   (text,) = done.stderr.splitlines()
-  assert done.returncode == 1 and message in text and "c.py" in text
+  assert done.returncode == 2 and message in text and "c.py" in text

@@ -251,7 +251,7 @@ def test_a_flag_for_a_key_that_does_not_exist_is_one_line(repo_root, plain_env, 
     command(repo_root, tmp_path / "run", ["--config.data.wrkers=2"]),
     env=plain_env, capture_output=True, text=True,
   )  # fmt: skip
-  assert process.returncode == 1
+  assert process.returncode == 2
   (line,) = process.stderr.splitlines()
   assert "no config key 'wrkers' for --config.data.wrkers=2; did you mean 'workers'?" in line
 
