@@ -14,7 +14,8 @@ from mooer_jax.kernels.arrays import HEADS, axes_to_split
 
 # Implementations and the backends of JAX that they run on.
 IMPLEMENTATIONS = {
-  "xla": ("cpu", "gpu", "tpu"), "cudnn": ("gpu",), "mosaic": ("tpu",), "triton": ("gpu",)
+  "xla": ("cpu", "gpu", "tpu"), "cudnn": ("gpu",), "splash": ("tpu",), "mosaic": ("tpu",),
+  "triton": ("gpu",),
 }  # fmt: skip
 # What "auto" takes where `measurements.json` has no row for the backend and operation.
 _UNMEASURED = {"tpu": "mosaic"}
@@ -84,9 +85,10 @@ def choose(
 
 def _unsupported(call: Call, platform: str) -> dict[str, str]:
   """{implementation: why it does not support a call}."""
-  found = {}
+  found: dict[str, str] = {}
   if call.dtype != jnp.bfloat16:
-    found["cudnn"] = f"runs in bfloat16; got {jnp.dtype(call.dtype)}. Use attention='auto'"
+    reason = f"runs in bfloat16; got {jnp.dtype(call.dtype)}. Use attention='auto'"
+    found |= {"cudnn": reason, "splash": reason}
   if call.channels < 16 or call.channels & (call.channels - 1):
     found["triton"] = (
       f"needs heads of 16, 32, 64 or more channels, a power of 2; got {call.channels}."
@@ -98,12 +100,15 @@ def _unsupported(call: Call, platform: str) -> dict[str, str]:
       f"splits {call.kv_heads} key-value heads over mesh.tensor={parts}, which must divide them;"
       " lower mesh.tensor or use attention='auto'"
     )
-    found |= {"mosaic": reason, "triton": reason}
+    found |= dict.fromkeys(("splash", "mosaic", "triton"), reason)
   if "bias" in call.extras:
-    found["cudnn"] = "does not support a bias on the scores; use attention='auto'"
+    reason = "does not support a bias on the scores; use attention='auto'"
+    found |= {"cudnn": reason, "splash": reason}
+  if call.operation != "attention":
+    found["splash"] = f"does not support {call.operation}; use attention='auto'"
   if "dropout" in call.extras:
     reason = "does not support dropout; use attention='auto' or dropout=0"
-    found |= dict.fromkeys(("cudnn", "mosaic", "triton"), reason)
+    found |= dict.fromkeys(("cudnn", "splash", "mosaic", "triton"), reason)
   for name, platforms in IMPLEMENTATIONS.items():
     if platform not in platforms:
       where = " and ".join(platforms)

@@ -29,7 +29,8 @@ class ExecutionConfig:
     remat: recomputed in the backward pass: "none", "dots" (all but matmul outputs and the logits of
       long answers) or "full".
     attention: implementation of `kernels.attention` and its siblings: "auto" (what is fastest, see
-      `kernels.choice`), "xla", "cudnn" (GPU, bfloat16), "mosaic" (TPU) or "triton" (NVIDIA GPU).
+      `kernels.choice`), "xla", "cudnn" (GPU, bfloat16), "splash" (TPU, bfloat16; training only),
+      "mosaic" (TPU) or "triton" (NVIDIA GPU).
     quantization: "int8": the LLM's matrices are rounded to 8 bits when a model is loaded for
       decoding, with a scale for each output.
     features: where features are computed: "host" (NumPy, by the data workers or a thread) or

@@ -27,12 +27,16 @@ KERNELS = {
 SHORT = ("sanm", "decode qwen2_0.5b", "windows")
 
 
-def check(case, topology):
+def compiled(case, topology, implementation):
   spec, chips = SPECS[case], topology_devices(topology)
   sharding = NamedSharding(Mesh(np.array(chips[:1]), ("x",)), PartitionSpec())
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in spec.shapes()]
-  found = kernels_of(jax.jit(spec.function("mosaic", platform="tpu")).lower(*shapes).compile())
-  assert found.keys() == KERNELS[spec.operation]
+  return kernels_of(jax.jit(spec.function(implementation, platform="tpu")).lower(*shapes).compile())
+
+
+def check(case, topology):
+  found = compiled(case, topology, "mosaic")
+  assert found.keys() == KERNELS[SPECS[case].operation]
   for kernel in found.values():
     assert kernel["calls"] == 1 and 0 < kernel["vmem_bytes"] <= VMEM_BYTES
 
@@ -40,6 +44,13 @@ def check(case, topology):
 @pytest.mark.parametrize("case", SHORT)
 def test_compiles_for_a_v5e(case):
   check(case, "v5e:2x2")
+
+
+@pytest.mark.parametrize("case", ["sanm", "qwen2_7b"])
+def test_splash_attention_of_jax_compiles_for_a_v5e(case):
+  """Forward, dq and dkv; its kernels have no names in the program."""
+  (found,) = compiled(case, "v5e:2x2", "splash").values()
+  assert found["calls"] == 3
 
 
 @pytest.mark.nightly

@@ -1,5 +1,7 @@
 """Scaled dot-product attention."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -7,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax.kernels.arrays import HEADS, ROWS, check_heads, check_shapes, on_mesh
 from mooer_jax.kernels.attention.flash import Bias as Bias
 from mooer_jax.kernels.attention.flash import flash_attention
+from mooer_jax.kernels.attention.splash import splash_attention
 from mooer_jax.kernels.attention.xla import masked
 from mooer_jax.kernels.choice import Call, choose
 
@@ -32,8 +35,9 @@ def attention(
     causal: mask keys after index `first_query + t` for query t.
     first_query: key index of query 0; with a KV cache, the number of filled slots.
     bias: added to the scaled scores before the softmax.
-    implementation: "xla" (any backend), "cudnn" (GPU, bfloat16, no bias), "mosaic" (TPU), "triton"
-      (NVIDIA GPU), or "auto": see `choice.choose`.
+    implementation: "xla" (any backend), "cudnn" (GPU) and "splash" (TPU; first_query must be an
+      int), both for bfloat16 without a bias, "mosaic" (TPU), "triton" (NVIDIA GPU), or "auto": see
+      `choice.choose`.
     platform: backend that the program is compiled for, for "auto"; default: that of JAX.
 
   Returns:
@@ -51,15 +55,20 @@ def attention(
     raise ValueError(f"first_query={first_query!r}: must be an integer scalar")
   extras = ("bias",) if bias is not None else ()
   call = Call.of("attention", q_BTHC, sizes, extras)
-  implementation = choose(implementation, call, platform=platform)
+  reason = "needs a first_query that is a Python int; use attention='auto'"
+  traced = {} if isinstance(first_query, int) else {"splash": reason}
+  implementation = choose(implementation, call, platform=platform, unsupported=traced)
+  heads = P(ROWS, None, HEADS)
+  if implementation == "splash":
+    splash = functools.partial(splash_attention, causal=causal, first_query=first_query)  # type: ignore[arg-type]
+    return on_mesh(splash, (heads, heads, heads, P(ROWS)), heads)(q_BTHC, k_BSKC, v_BSKC, valid_BS)
   if implementation in ("mosaic", "triton"):
 
     def of_device(q, k, v, valid_BS, first_query, bias):
       options = dict(causal=causal, first_query=first_query, bias=bias, backend=implementation)
       return flash_attention(q, k, v, valid_BS=valid_BS, **options)
 
-    heads, table = P(ROWS, None, HEADS), P(HEADS)
-    specs = heads, heads, heads, P(ROWS), P(), bias and Bias(heads, table)  # type: ignore[arg-type]
+    specs = heads, heads, heads, P(ROWS), P(), bias and Bias(heads, P(HEADS))  # type: ignore[arg-type]
     first_query = jnp.asarray(first_query, jnp.int32)
     return on_mesh(of_device, specs, heads)(q_BTHC, k_BSKC, v_BSKC, valid_BS, first_query, bias)
   mask_BTS = valid_BS[:, None, :]
