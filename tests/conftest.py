@@ -1,6 +1,7 @@
 """Environment, shared fixtures and the skip policy of the test suite."""
 
 import collections
+import gc
 import importlib.metadata
 import os
 import re
@@ -40,13 +41,15 @@ def _prepare_environment():
     # There is a worker for each core: more threads of PyTorch would wait for one another.
     env.setdefault("OMP_NUM_THREADS", "1")
   env.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_dir()))
-  env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   env.setdefault("MPLBACKEND", "Agg")
   env.setdefault("TOKENIZERS_PARALLELISM", "false")
   env.setdefault("HF_HUB_OFFLINE", "1")
 
 
 _prepare_environment()
+# Tracing and compiling make many objects without cycles: the collector takes a tenth of the time.
+gc.set_threshold(200_000, 20, 20)
 
 pytest_plugins = ["tests.worker_memory"]
 

@@ -31,8 +31,9 @@ def _threads():
 
 
 # Longer prompts, and more rows, than those before; or slots for all of them.
-@pytest.mark.parametrize("prompt_slots", [0, 64])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+  ("name", "prompt_slots"), [*((name, 0) for name in OPTIONS), ("samples", 64)]
+)
 def test_outputs_are_those_of_generate(params, config, batch, name, prompt_slots):
   options = OPTIONS[name]
   batches = [("a", [20, 13]), ("b", [15, 0, 20]), ("c", [30, 8, 11]), ("d", [12, 19, 17, 18])]

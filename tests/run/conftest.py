@@ -52,7 +52,7 @@ def small_overrides(data_list) -> dict:
       "llm": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16,
               "intermediate_size": 64},
     },
-    "data": {"shards": data_list, "batch_size": 8, "shuffle_buffer_size": 16, "buckets": (32, 84)},
+    "data": {"shards": data_list, "batch_size": 8, "shuffle_buffer_size": 16, "buckets": (84,)},
     "optimizer": {"total_steps": 1000, "decay": "constant", "warmup_steps": 2, "peak_lr": 5e-3},
     "train": {"steps": 8, "save_every": 4, "log_every": 4},
     "eval": {"shards": data_list, "batch_size": 8},

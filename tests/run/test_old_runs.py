@@ -34,6 +34,7 @@ def old_runs(tmp_path) -> Path:
 @pytest.fixture
 def old_config(config):
   config.model.update(SIZES)
+  config.data.buckets = (32, 84)
   config.train.update({"save_every": 2, "log_every": 1})
   return config
 
