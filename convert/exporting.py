@@ -37,6 +37,7 @@ def export_checkpoint(
   if shard_bytes is not None and not found.sharded:
     raise ConversionError(f"--shard-size has no effect on {kind}, which is exported as one file")
   about = describe(find(checkpoint), base=None if base is None else find(base))
+  about.check_not_quantized()
   check_apart(out, (about.folder, about.base))
   with complete_folder(out, overwrite=overwrite) as folder:
     found.export(about, folder, shard_bytes or SHARD_BYTES)

@@ -35,6 +35,7 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
   kept: dict[str, tuple[Path, ...]] = {}
   tokenizer: list[Path] = []
   for about in opened:
+    about.check_not_quantized()
     if unknown := sorted(set(about.config) - {"encoders", "frontends", "decoder"}):
       raise ConversionError(
         f"{about.folder} is not an encoder or an LLM alone: it has {', '.join(unknown)}"

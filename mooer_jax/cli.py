@@ -108,7 +108,7 @@ def _verify(args) -> int:
 
   from mooer_jax import checkpoint
   from mooer_jax.config import from_json
-  from mooer_jax.speech_llm import param_shapes
+  from mooer_jax.generation.weights import saved_shapes
 
   jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, and nothing needs it
   steps = [] if (args.path / "checkpoint.json").is_file() else checkpoint.all_steps(args.path)
@@ -131,7 +131,7 @@ def _verify(args) -> int:
           todo.append((about.base, None))
         if "connector" in about.config:
           model = from_json(about.config, path=about.folder / "config.json")
-          checkpoint.check_leaves(about, param_shapes(model))
+          checkpoint.check_leaves(about, saved_shapes(about.params, model))
       except (ValueError, OSError) as error:
         faults.append(" ".join(str(error).split()))
       if faults:

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import model_config
 from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.generation.weights import quantized_shapes
 from mooer_jax.sharding import (
   MeshConfig,
   batch_sharding,
@@ -171,6 +172,9 @@ def test_the_table_has_a_rule_for_every_leaf_and_no_rule_too_many(mesh, scan):
     ):
       assert sharding.shard_shape(leaf.shape)
     paths |= tree.flatten(params)
+    rounded = quantized_shapes(speech_llm.param_shapes(config))
+    assert param_shardings(mesh, rounded).keys() == rounded.keys()
+    paths |= tree.flatten(rounded)
   tree.first_match(
     sharding_rules(), tree.unflatten(paths)
   )  # an unused rule would be a mistyped one

@@ -53,6 +53,7 @@ def verify(
   folder = checkpoint.find(folder)
   base = None if base is None else checkpoint.find(base)
   about = checkpoint.describe(folder, base=base)
+  about.check_not_quantized()
   leaves = tree.flatten(about.params)
   for part in found.parts:
     if not any(path.startswith(part) for path in leaves):

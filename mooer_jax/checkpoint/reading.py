@@ -65,6 +65,14 @@ class Checkpoint:
     """Folder of the tokenizer's files."""
     return self.folder / "tokenizer"
 
+  def check_not_quantized(self) -> None:
+    """Raises CheckpointError if the LLM's matrices are int8, which only decoding reads."""
+    if any(path.endswith("/kernel_int8") for path in tree.flatten(self.params)):
+      raise CheckpointError(
+        f"{self.folder} was rounded to int8, for decoding only; use the checkpoint that it was made"
+        " from"
+      )
+
   @property
   def sources(self) -> list[Path]:
     """The `source` folders of this checkpoint, its base, and so on."""
@@ -254,6 +262,8 @@ def check_leaves(about: Checkpoint, expected: Mapping) -> None:
     }
 
   have, wanted = described(about.params), described(expected)
+  if not any(path.endswith("_int8") for path in wanted):
+    about.check_not_quantized()
   faults = []
   for path in sorted(p for p in have.keys() | wanted.keys() if have.get(p) != wanted.get(p)):
     if path not in wanted:

@@ -75,15 +75,17 @@ class LLMConfig:
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ("lora_dropout",)
   SHARDING: ClassVar = (
     ("embed/embedding", P(TENSOR, FSDP)),
-    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel", P(FSDP, TENSOR)),
-    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/bias", P(TENSOR)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/kernel(_int8)?", P(FSDP, TENSOR)),
+    (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/(bias|kernel_scale)", P(TENSOR)),
     (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_a", P(FSDP, None)),
     (rf"{LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, TENSOR)),
-    (rf"{LAYER}/(attention/o|mlp/down)/kernel", P(TENSOR, FSDP)),
+    (rf"{LAYER}/(attention/o|mlp/down)/kernel(_int8)?", P(TENSOR, FSDP)),
+    (rf"{LAYER}/(attention/o|mlp/down)/kernel_scale", P()),
     (rf"{LAYER}/(attention/o|mlp/down)/lora_a", P(TENSOR, None)),
     (rf"{LAYER}/(attention/o|mlp/down)/lora_b", P(None, FSDP)),
     (rf"({LAYER}/(input_norm|mlp_norm)|final_norm)/scale", P()),
-    ("head/kernel", P(FSDP, TENSOR)),
+    ("head/kernel(_int8)?", P(FSDP, TENSOR)),
+    ("head/kernel_scale", P(TENSOR)),
   )
   vocab_size: int = 152064
   hidden_size: int = 3584

@@ -13,7 +13,6 @@ from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.kernels.choice import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.sharding import check_mesh, mesh_of, param_shardings
-from mooer_jax.speech_llm import param_shapes
 from mooer_jax.text.tokenizer import Tokenizer
 
 
@@ -82,7 +81,7 @@ def load_model(
       " text by itself"
     )
   model = from_json(about.config, compute, path=about.folder / "config.json")
-  checkpoint.check_leaves(about, param_shapes(model))
+  checkpoint.check_leaves(about, weights.saved_shapes(about.params, model))
   shardings = None if mesh is None else param_shardings(mesh, about.params)
   loaded = checkpoint.load(folder, shardings=shardings, dtype=compute.dtype, base=base_checkpoint)
   try:
@@ -98,6 +97,6 @@ def load_model(
     params, model = weights.merge_lora(params, model, lora_scale)
   elif lora_scale is not None:
     raise ValueError(f"lora_scale={lora_scale:g} has no effect with merge_lora=False")
-  if compute.quantization == "int8":
+  if compute.quantization == "int8" and not weights.is_quantized(params):
     params = weights.quantize(params)
   return Loaded(weights.lay_out(params, model), model, tokenizer, options)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mooer_jax import tree
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.speech_llm import param_shapes
 
 
 def merge_lora(
@@ -41,14 +42,15 @@ def merge_lora(
   for path in [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]:
     kernel, a, b = (leaves.pop(f"{path}/{name}") for name in ("kernel", "lora_a", "lora_b"))
     sharding = kernel.sharding
-    merged = _replaced(functools.partial(_merged, scale=scale), kernel, a, b)
+    merged = _replaced(functools.partial(merged_kernel, scale=scale), kernel, a, b)
     leaves[f"{path}/kernel"] = jax.device_put(merged, sharding)
   decoder = dataclasses.replace(decoder, lora_rank=0)
   return tree.unflatten(leaves), dataclasses.replace(config, decoder=decoder)
 
 
 @jax.jit
-def _merged(kernel, a, b, scale):
+def merged_kernel(kernel, a, b, scale) -> jax.Array:
+  """kernel + scale * a @ b, computed in float32, in the dtype of the kernel."""
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   added = scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
   return (kernel + added).astype(kernel.dtype)
@@ -62,12 +64,33 @@ def quantize(params: dict) -> dict:
   """
   leaves = tree.flatten(params["decoder"])
   for path in [path for path in leaves if path.endswith("/kernel")]:
-    leaves[f"{path}_int8"], leaves[f"{path}_scale"] = _replaced(_quantized, leaves.pop(path))
+    leaves[f"{path}_int8"], leaves[f"{path}_scale"] = _replaced(quantized_kernel, leaves.pop(path))
   return {**params, "decoder": tree.unflatten(leaves)}
 
 
+def is_quantized(params: dict) -> bool:
+  """Whether the kernels of the LLM are int8."""
+  return any(path.endswith("/kernel_int8") for path in tree.flatten(params))
+
+
+def quantized_shapes(shapes: dict) -> dict:
+  """`ShapeDtypeStruct`s of a model after `quantize`, from those before."""
+  leaves = tree.flatten(shapes["decoder"])
+  for path in [path for path in leaves if path.endswith("/kernel")]:
+    rounded, scale = jax.eval_shape(quantized_kernel, leaves.pop(path))
+    leaves[f"{path}_int8"], leaves[f"{path}_scale"] = rounded, scale
+  return {**shapes, "decoder": tree.unflatten(leaves)}
+
+
+def saved_shapes(params: dict, config: SpeechLLMConfig) -> dict:
+  """`ShapeDtypeStruct`s that the params of a checkpoint of a model must have."""
+  shapes = param_shapes(config)
+  return quantized_shapes(shapes) if is_quantized(params) else shapes
+
+
 @jax.jit
-def _quantized(kernel_IO):
+def quantized_kernel(kernel_IO):
+  """A kernel as int8 [in, out] and its scale, float32 [out]; the largest of a column is 127."""
   kernel_IO = kernel_IO.astype(jnp.float32)
   scale_O = jnp.abs(kernel_IO).max(axis=0) / 127
   return jnp.round(kernel_IO / jnp.where(scale_O == 0, 1, scale_O)).astype(jnp.int8), scale_O
