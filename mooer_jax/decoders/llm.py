@@ -298,7 +298,7 @@ class LLM(nn.Module):
       inputs_BSD: embeddings of the new slots.
       valid_BS: bool, True for new slots with a token.
       cache: previous keys and values, or None; must have S empty slots.
-      lora_scale: scalar or [B]; default: the scale of training, alpha / rank.
+      lora_scale: scalar, [B] or [B, rank]; default: the scale of training, alpha / rank.
       placement: positions and mask of inputs that are not consecutive; the position of the cache
         does not change then.
 

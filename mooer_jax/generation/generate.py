@@ -80,7 +80,7 @@ def generate(
     config: the model, with compute.scan False.
     options: decoding options.
     key: PRNG key, required for sampling; row i uses fold_in(key, i), for every batch size.
-    lora_scale: scalar or [B]; None is the scale of training.
+    lora_scale: scalar, [B] or [B, rank] (`Adapters.scale`); None is the scale of training.
     mesh: from `make_mesh`, with params sharded by `param_shardings`. Rows are split over `data` and
       `fsdp`; the batch is padded internally to a multiple of their sizes.
 
@@ -91,7 +91,9 @@ def generate(
   rows = batch.frames[0].shape[0]
   batch = constrain_rows(pad_rows(batch, row_parts(mesh)), mesh)
   if lora_scale is not None and jnp.ndim(lora_scale):
-    lora_scale = jnp.pad(lora_scale, (0, batch.frames[0].shape[0] - rows), mode="edge")
+    more = batch.frames[0].shape[0] - rows
+    padding = [(0, more)] + [(0, 0)] * (jnp.ndim(lora_scale) - 1)
+    lora_scale = jnp.pad(lora_scale, padding, mode="edge")
   inputs_BSD, valid_BS = speech_llm.prompt(params, batch, config)
   output = generate_from(
     params,

@@ -10,6 +10,7 @@ import jax
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig, weights
+from mooer_jax.generation.adapters import Adapters, add_adapters
 from mooer_jax.kernels.choice import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.sharding import check_mesh, mesh_of, param_shardings
@@ -23,12 +24,14 @@ class Loaded(NamedTuple):
     params: as `weights.lay_out` returns them; of the LLM, layer by layer.
     model: without LoRA if it was merged.
     generation: with the eos ids.
+    adapters: of `load_model`, if it was given any.
   """
 
   params: dict
   model: SpeechLLMConfig
   tokenizer: Tokenizer
   generation: GenerationConfig
+  adapters: Adapters | None = None
 
   @property
   def mesh(self) -> jax.sharding.Mesh | None:
@@ -50,6 +53,7 @@ def load_model(
   generation: Mapping[str, Any] | None = None,
   lora_scale: float | None = None,
   merge_lora: bool = True,
+  adapters: Mapping[str, str | Path] | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
@@ -62,6 +66,9 @@ def load_model(
     lora_scale: scale at which a LoRA is merged; default: that of training.
     merge_lora: whether to add a LoRA to the weights, which decodes faster. Without it, `generate`
       takes a scale at each call, or one per row.
+    adapters: {name: folder} of fine-tunes of this checkpoint that trained a LoRA alone, which are
+      kept apart, as is a LoRA of the checkpoint itself. `generate` must be given
+      `lora_scale=loaded.adapters.scale(names)`, which says the adapter of each row.
     mesh: from `make_mesh`; each device reads its own part of the weights. Default: one device.
 
   Raises:
@@ -92,11 +99,15 @@ def load_model(
   options.check_effect(generation or {})
   tokenizer = Tokenizer.from_folder(loaded.tokenizer)
   options = dataclasses.replace(options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,))
-  params = loaded.params
-  if merge_lora:
+  params, side_by_side = loaded.params, None
+  if adapters:
+    if lora_scale is not None or not merge_lora:
+      raise ValueError("lora_scale and merge_lora=False have no effect beside adapters")
+    params, model, side_by_side = add_adapters(params, model, loaded, adapters)
+  elif merge_lora:
     params, model = weights.merge_lora(params, model, lora_scale)
   elif lora_scale is not None:
     raise ValueError(f"lora_scale={lora_scale:g} has no effect with merge_lora=False")
   if compute.quantization == "int8" and not weights.is_quantized(params):
     params = weights.quantize(params)
-  return Loaded(weights.lay_out(params, model), model, tokenizer, options)
+  return Loaded(weights.lay_out(params, model), model, tokenizer, options, side_by_side)

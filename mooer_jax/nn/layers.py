@@ -55,7 +55,10 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, lora_scale: jax.Array | float = 1.0) -> jax.Array:
-    """Map [..., in] to [..., features]; lora_scale is a scalar or one value per row, [B]."""
+    """Map [..., in] to [..., features].
+
+    lora_scale is a scalar, a value for each row [B], or one for each rank of each row [B, rank].
+    """
     x = x.astype(self.dtype)
     y = self._times_kernel(x)
     if self.use_bias:
@@ -66,7 +69,7 @@ class Dense(nn.Module):
       if self.dropout and self.has_rng("dropout"):
         x = self._dropped(x)
       scale = jnp.asarray(lora_scale, self.dtype)
-      scale = scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+      scale = scale.reshape(scale.shape[:1] + (1,) * (x.ndim - 2) + (scale.shape[1:] or (1,)))
       y = y + self._matmul(self._matmul(x, lora_a) * scale, lora_b)
     return y
 

@@ -94,7 +94,8 @@ class Transcriber:
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = ExecutionConfig(dtype=dtype, quantization=quantization, features=features)
-    return cls(*load_model(path, compute, base_checkpoint=base_checkpoint, mesh=mesh))
+    loaded = load_model(path, compute, base_checkpoint=base_checkpoint, mesh=mesh)
+    return cls(loaded.params, loaded.model, loaded.tokenizer, loaded.generation)
 
   def transcribe(
     self,

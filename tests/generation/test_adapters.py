@@ -1,0 +1,112 @@
+"""Several LoRA adapters in one batch: each row is as with its own adapter merged."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from mooer_jax import checkpoint, tree
+from mooer_jax.checkpoint import CheckpointError
+from mooer_jax.config import to_json
+from mooer_jax.generation import GenerationConfig, generate
+from mooer_jax.generation.loading import load_model
+from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.sharding import make_mesh
+from mooer_jax.text.tokenizer import Tokenizer
+from tests import tiny
+
+GREEDY = GenerationConfig(max_new_tokens=6)
+BEAMS = GenerationConfig(max_new_tokens=6, num_beams=2)
+
+
+def save(folder, config, params, **more):
+  tokenizer = Tokenizer.from_characters("0123456789", ("<|transcribe|>", "<|end|>"), eos="<|end|>")
+  options = dict(config_json=to_json(config), tokenizer=tokenizer.save, generation={})
+  return checkpoint.save(folder, params=params, **options, **more)
+
+
+def with_lora(config, **changes):
+  return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **changes))
+
+
+@pytest.fixture(scope="module", params=["plain base", "base with a LoRA"])
+def folders(request, tmp_path_factory):
+  """A base and two fine-tunes of its LLM; of a base without LoRA, of other ranks and targets."""
+  parent = tmp_path_factory.mktemp("adapters")
+  plain = tiny.answering_config(vocab_size=40, chat_template="bare", prompts=(("asr", "0"),))
+  of_all = with_lora(plain, lora_rank=2, lora_alpha=4.0)
+  kinds = {
+    "base": plain,
+    "q and v": with_lora(plain, lora_rank=3, lora_alpha=9.0, lora_targets=("q", "v")),
+    "all": of_all,
+  }
+  if request.param == "base with a LoRA":
+    kinds = dict.fromkeys(kinds, of_all)
+  base = save(parent / "base", kinds["base"], tiny.init(kinds["base"]))
+  found = {"base": base}
+  for seed, name in enumerate(("q and v", "all"), 1):
+    leaves = tree.flatten(tiny.init(kinds[name], seed))
+    lora = tree.unflatten({path: leaf for path, leaf in leaves.items() if "/lora_" in path})
+    found[name] = save(parent / name, kinds[name], lora, base=base)
+  return found
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_each_row_is_decoded_with_its_own_adapter(folders, batch, quantization):
+  compute = ExecutionConfig(quantization=quantization)
+  names = ["all", None, "q and v", "all", "q and v"]
+  clips = batch([20, 17, 20, 13, 15])
+  loaded = load_model(
+    folders["base"], compute, adapters={name: folders[name] for name in ("q and v", "all")}
+  )
+  found = {}
+  for options in (GREEDY,) if quantization == "int8" else (GREEDY, BEAMS):
+    scale_BR = loaded.adapters.scale(names)
+    found[options] = generate(
+      loaded.params, clips, loaded.model, options, lora_scale=scale_BR
+    ).tokens_BS
+  answers = set()
+  for name in {*names}:
+    alone = load_model(folders[name or "base"], compute, merge_lora=False)
+    rows = [row for row, one in enumerate(names) if one == name]
+    for options, tokens_BS in found.items():
+      expected = generate(alone.params, clips, alone.model, options).tokens_BS
+      np.testing.assert_array_equal(np.asarray(tokens_BS)[rows], np.asarray(expected)[rows])
+    answers.add(np.asarray(found[GREEDY])[rows[0]].tobytes())
+  assert len(answers) == 3
+
+
+def test_rows_are_split_over_a_mesh(folders, batch):
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  adapters = {name: folders[name] for name in ("q and v", "all")}
+  tokens = []
+  for place in ({}, {"mesh": mesh}):
+    loaded = load_model(folders["base"], ExecutionConfig(), adapters=adapters, **place)
+    scale_BR = loaded.adapters.scale(["all", "q and v", None])
+    output = generate(
+      loaded.params, batch([20, 17, 20]), loaded.model, GREEDY, lora_scale=scale_BR, **place
+    )
+    tokens.append(np.asarray(output.tokens_BS))
+  np.testing.assert_array_equal(*tokens)
+
+
+def test_what_is_no_adapter_is_refused(folders, tmp_path):
+  def load(**options):
+    return load_model(folders["base"], ExecutionConfig(), **options)
+
+  one = {"one": folders["all"]}
+  with pytest.raises(ValueError, match="no adapter 'two'; there are one"):
+    load(adapters=one).adapters.scale(["one", "two"])
+  with pytest.raises(ValueError, match="no effect beside adapters"):
+    load(adapters=one, lora_scale=1.0)
+  config = with_lora(load().model, lora_rank=1)
+  params = jax.tree.map(np.asarray, tiny.init(config))
+  tuned = save(tmp_path / "tuned", config, {"connector": params["connector"]}, base=folders["base"])
+  with pytest.raises(CheckpointError, match="adapter 'x': .* has trained connector/.* besides"):
+    load(adapters={"x": tuned})
+  other = save(tmp_path / "other", config, params)
+  lora = tree.unflatten({p: x for p, x in tree.flatten(params).items() if "/lora_" in p})
+  elsewhere = save(tmp_path / "elsewhere", config, lora, base=other)
+  with pytest.raises(CheckpointError, match="is a fine-tune of weights with hash"):
+    load(adapters={"x": elsewhere})
