@@ -29,7 +29,7 @@ test: $(VENV)/.dev lint types
 
 # An hour or more: the numeric tests under each of some ten settings.
 portable: $(VENV)/.dev
-	$(BIN)/python tests/portable.py $(PORTABLE_ARGS) -- -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m tests.portable $(PORTABLE_ARGS) -- -n $(WORKERS) --dist loadfile
 
 nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m nightly --timeout 7200 $(PYTEST_ARGS)

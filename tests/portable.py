@@ -2,15 +2,19 @@
 
   make portable
   make portable PORTABLE_ARGS="--only xla-sse4_2 lowest"
-  python tests/portable.py --tests tests/nn -- -x
+  python -m tests.portable --tests tests/nn -- -x
+  make portable PORTABLE_ARGS="--json benchmarks/results/portable.json"
 
 The tests run once for each setting: first one variable at a time, then all variables at their
 lowest, and at the highest value that this machine has. XLA optimises its programs as it does for
 users; `make test` compiles without. A setting that this machine lacks is not run, and the table
-at the end says so. The exit status is 1 if a setting failed.
+at the end says so. The exit status is 1 if a setting failed. With --json, the results of this
+processor are updated in a file after each setting, so that the settings may run on several days.
 """
 
 import argparse
+import datetime
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +27,8 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.provenance import commit_of, versions, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
@@ -47,6 +53,22 @@ OPTIMISED = {"XLA_FLAGS": "--xla_backend_optimization_level=3"}
 class Machine(NamedTuple):
   instruction_sets: frozenset[str]  # keys of FEATURES
   cpus: int
+  processor: str = ""
+
+
+class Outcome(NamedTuple):
+  """Counts of a run of the tests, and the names of those that failed."""
+
+  passed: int
+  failures: list[str]
+  minutes: float
+  status: int  # of pytest
+
+  def __str__(self) -> str:
+    counts = f"{self.passed} passed, {len(self.failures)} failed in {self.minutes:.0f} min"
+    if self.status == 0:
+      return counts
+    return "\n".join([f"FAILED (pytest: {self.status}): {counts}", *self.failures])
 
 
 class Setting(NamedTuple):
@@ -128,9 +150,9 @@ def instruction_sets(cpuinfo: str) -> frozenset[str]:
 
 def this_machine() -> Machine:
   path = Path("/proc/cpuinfo")
-  return Machine(
-    instruction_sets(path.read_text("utf-8") if path.exists() else ""), os.cpu_count() or 1
-  )
+  text = path.read_text("utf-8") if path.exists() else ""
+  names = (line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line)
+  return Machine(instruction_sets(text), os.cpu_count() or 1, next(names, "unknown"))
 
 
 def environment(setting: Setting) -> dict[str, str]:
@@ -138,12 +160,8 @@ def environment(setting: Setting) -> dict[str, str]:
   return {**os.environ, **together("", [Setting("", OPTIMISED), setting]).env}
 
 
-def run_tests(setting: Setting, pytest_args: Sequence[str]) -> tuple[bool, str]:
-  """Run pytest in a process of its own, which prints to the terminal.
-
-  Returns:
-    Whether it succeeded, and a text with the counts and the names of failed tests.
-  """
+def run_tests(setting: Setting, pytest_args: Sequence[str]) -> Outcome:
+  """Run pytest in a process of its own, which prints to the terminal."""
   start = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     report = Path(folder) / "report.xml"
@@ -157,11 +175,27 @@ def run_tests(setting: Setting, pytest_args: Sequence[str]) -> tuple[bool, str]:
     if of_case & {"failure", "error"}
   ]
   passed = sum(not of_case & {"failure", "error", "skipped"} for of_case in tags)
-  minutes = (time.monotonic() - start) / 60
-  counts = f"{passed} passed, {len(failures)} failed in {minutes:.0f} min"
-  if process.returncode == 0:
-    return True, counts
-  return False, "\n".join([f"FAILED (pytest: {process.returncode}): {counts}", *failures])
+  return Outcome(passed, failures, (time.monotonic() - start) / 60, process.returncode)
+
+
+def record(path: Path, machine: Machine, setting: Setting, outcome: Outcome) -> None:
+  """Replace the row of this processor and setting in a file of results, or add it."""
+  rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+  row = {
+    "processor": machine.processor,
+    "instruction_sets": sorted(machine.instruction_sets),
+    "setting": setting.name,
+    "variables": dict(setting.env),
+    "passed": outcome.passed,
+    "failures": outcome.failures,
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "commit": commit_of(ROOT),
+  }
+  rows = [
+    one for one in rows if (one["processor"], one["setting"]) != (row["processor"], row["setting"])
+  ]
+  result = {"rows": [*rows, row], "versions": versions("jax", "jaxlib", "numpy", "torch")}
+  write_result(path, result, ["tests/portable.py"])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -177,8 +211,11 @@ def main(argv: Sequence[str]) -> int:
     "--tests", nargs="+", metavar="PATH", default=[f"tests/{name}" for name in TESTS],
     help="files or folders of tests",
   )  # fmt: skip
+  parser.add_argument("--json", type=Path, metavar="FILE", help="file of results to update")
   parser.add_argument("pytest_args", nargs="*", help="arguments of pytest, after --")
   args = parser.parse_args(argv)
+  if args.json and args.tests != parser.get_default("tests"):
+    parser.error("--json records runs of all tests; leave out --tests")
 
   console = Console()
   table = Table("setting", "variables", "result")
@@ -190,9 +227,11 @@ def main(argv: Sequence[str]) -> int:
       table.add_row(name, variables, f"NOT RUN: this machine lacks {missing}")
       continue
     console.rule(f"{number} of {len(args.only)}: {name}")
-    passed, result = run_tests(setting, [*args.tests, "-m", "not nightly", *args.pytest_args])
-    succeeded &= passed
-    table.add_row(name, variables, result)
+    outcome = run_tests(setting, [*args.tests, "-m", "not nightly", *args.pytest_args])
+    succeeded &= outcome.status == 0
+    table.add_row(name, variables, str(outcome))
+    if args.json:
+      record(args.json, machine, setting, outcome)
   console.print(table)
   return 0 if succeeded else 1
 

@@ -1,5 +1,7 @@
 """`make portable`: which settings a machine has, and one parity test under the lowest of them."""
 
+import json
+
 import pytest
 
 from tests import portable
@@ -43,11 +45,23 @@ def test_a_parity_test_passes_under_the_lowest_setting():
   *_, lowest, _ = portable.settings_for(portable.this_machine())
   assert lowest.name == "lowest"
   test = "tests/parity/test_sanm_parity.py::test_equals_funasr_at_real_widths[2-layers]"
-  passed, text = portable.run_tests(lowest, [test, "-n", "0", "-p", "no:cacheprovider"])
-  assert passed and text.startswith("1 passed, 0 failed"), text
+  outcome = portable.run_tests(lowest, [test, "-n", "0", "-p", "no:cacheprovider"])
+  assert outcome.status == 0 and str(outcome).startswith("1 passed, 0 failed"), outcome
 
 
 def test_a_test_that_fails_is_counted_and_named(tmp_path):
   (tmp_path / "test_bad.py").write_text("def test_one():\n  assert False\n")
-  passed, text = portable.run_tests(portable.Setting("as it is"), [str(tmp_path), "-n", "0"])
-  assert not passed and "0 passed, 1 failed" in text and "test_one" in text
+  outcome = portable.run_tests(portable.Setting("as it is"), [str(tmp_path), "-n", "0"])
+  assert outcome.status == 1 and "0 passed, 1 failed" in str(outcome)
+  assert "test_one" in outcome.failures[0] and outcome.failures[0] in str(outcome)
+
+
+def test_results_of_a_setting_are_replaced_and_others_stay(tmp_path):
+  file = tmp_path / "portable.json"
+  machine = portable.Machine(frozenset(), 2, "a processor")
+  for setting, passed in (("one", 3), ("two", 4), ("one", 5)):
+    portable.record(
+      file, machine, portable.Setting(setting), portable.Outcome(passed, [], 1.0, status=0)
+    )
+  rows = json.loads(file.read_text("utf-8"))["rows"]
+  assert [(row["setting"], row["passed"]) for row in rows] == [("two", 4), ("one", 5)]
