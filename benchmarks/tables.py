@@ -113,8 +113,40 @@ def convert_7b() -> str:
   return _table(("", "seconds", "relative to `cp`", "peak, GB", "made"), rows)
 
 
+def loss() -> str:
+  [r] = _load("loss.json")
+  planned, timed = (
+    f"{x['rows']} x {x['tokens']} tokens, {x['size']}, {x['dtype']}"
+    for x in (r["planned"], r["timed"])
+  )
+  ratios = {"blocks": f"{r['time_of_blocks_relative_to_whole']:.2f}", "whole": "1"}
+  names = {"blocks": "32 positions at a time", "whole": "all logits at once"}
+  rows = [
+    (name, f"{r['gib'][way]['temporaries']:.2f} GiB", ratios[way], _made(r))
+    for way, name in names.items()
+  ]
+  header = "", f"memory on a v5e ({planned})", f"time on {r['device']} ({timed})", "made"
+  return _table(header, rows)
+
+
+def portable() -> str:
+  [r] = _load("portable.json")
+  rows = [
+    (
+      row["setting"],
+      " ".join(f"`{key}={value}`" for key, value in row["variables"].items()) or "as users run it",
+      f"{row['processor']} ({', '.join(row['instruction_sets'])})",
+      f"{row['passed']} passed, {len(row['failures'])} failed",
+      f"{row['date']}, {(row['commit'] or 'unknown')[:7]}",
+    )
+    for row in r["rows"]
+  ]
+  return _table(("setting", "variables", "processor", "tests", "made"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-  function.__name__: function for function in (aot_train, aot_decode, speed, convert_7b)
+  function.__name__: function
+  for function in (aot_train, aot_decode, speed, loss, convert_7b, portable)
 }
 
 

@@ -333,7 +333,7 @@ def loss(
   hidden_BAD = answer_hidden(params, batch, config, **options)
   target_BA = batch.labels_BS
   counted_BA = target_BA >= 0
-  nats_BA, is_best_BA = _token_losses(params, hidden_BAD, target_BA, config)
+  nats_BA, is_best_BA = token_losses(params, hidden_BAD, target_BA, config)
   correct_BA = is_best_BA & counted_BA
   nats_BA = jnp.where(counted_BA, nats_BA, 0)
   sums = {"loss_sum": nats_BA.sum(), "tokens": counted_BA.sum(), "correct": correct_BA.sum()}
@@ -346,7 +346,7 @@ def loss(
   return sums["loss_sum"] / jnp.maximum(sums["tokens"], 1), sums
 
 
-def _token_losses(params, hidden_BAD, target_BA, config):
+def token_losses(params, hidden_BAD, target_BA, config):
   """(-log p in nats, whether it is the most probable token) of each target, both [B, A].
 
   With rematerialization, the logits of a few positions at a time are in memory, in the backward

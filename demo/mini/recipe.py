@@ -25,7 +25,7 @@ from demo.real_speech import find_recordings
 from demo.stages import ROOT, Stages, call, imported_sources, one_line_errors, schedule
 from demo.synthesize import WORDS
 from mooer_jax import checkpoint
-from mooer_jax.data.annotation import audio_files, entry_key, read_annotation
+from mooer_jax.data.readers.annotation import audio_files, entry_key, read_annotation
 from mooer_jax.evaluation.answer_matching import words
 from mooer_jax.evaluation.text_files import read_text
 

@@ -15,7 +15,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
-from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
 from mooer_jax.inputs import encoder_inputs, padded_lengths
 from mooer_jax.speech_llm import Batch

@@ -4,14 +4,18 @@ import dataclasses
 import itertools
 from typing import ClassVar
 
+from mooer_jax.data.filters import Filter
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Data pipeline configuration.
 
   Attributes:
-    shards: path of a `data.list`, one tar per line, relative to the list; or a SALMONN annotation
-      file (`.json`).
+    shards: path of a `data.list`, one tar per line, relative to the list; of a SALMONN annotation
+      file (`.json`); or of a folder, whose tars and recordings of Emilia-Pipe are found.
+    filter: condition on the fields that the data have for each utterance, such as "language == 'zh'
+      and dnsmos >= 3.0 and 3 <= duration <= 20"; training reads those that satisfy it. "": all.
     task: task of all utterances; "": each utterance's own task, from the annotation or a `.json` in
       the shard.
     task_weights: with task="", mean number of readings of an utterance in an epoch, by task;
@@ -42,6 +46,7 @@ class DataConfig:
 
   RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
   shards: str
+  filter: str = ""
   task: str = "asr"
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
   prompts: str = ""
@@ -61,6 +66,7 @@ class DataConfig:
   tolerance: int = 100
 
   def __post_init__(self):
+    Filter(self.filter)
     for name in ("buckets", "answer_buckets"):
       value = getattr(self, name)
       if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):

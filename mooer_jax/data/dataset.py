@@ -11,12 +11,12 @@ import grain
 from absl import flags
 
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.data import annotation
 from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterator
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
-from mooer_jax.data.utterances import UtteranceStream, shard_names
+from mooer_jax.data.readers import annotation, shard_names
+from mooer_jax.data.utterances import UtteranceStream
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -126,7 +126,7 @@ def _description(
   """The settings that must be equal for a saved state to mean the same batches."""
   names = (
     "batch_size", "shuffle_buffer_size", "seed", "workers", "min_s", "max_s", "truncate", "buckets",
-    "answer_buckets", "task", "task_weights", "prompt_tokens",
+    "answer_buckets", "task", "task_weights", "prompt_tokens", "filter",
   )  # fmt: skip
   old = {new: old for old, new in DataConfig.RENAMED.items()}  # states of version 0.1 have these
   settings = {f"data.{old.get(name, name)}": getattr(config, name) for name in names}

@@ -12,7 +12,7 @@ from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.shards import SPACE, RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.entries import SPACE, RawUtterance, SkippedUtterance
 from mooer_jax.inputs import extract_features
 from mooer_jax.prompts import (
   QUESTION,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mooer_jax.data.shards import RawUtterance
+from mooer_jax.data.readers.entries import RawUtterance
 
 DTYPE = np.float16
 _BYTES = np.dtype(DTYPE).itemsize

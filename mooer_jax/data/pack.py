@@ -19,7 +19,9 @@ import numpy as np
 import regex
 
 from mooer_jax.audio.decode import AudioError, decode
-from mooer_jax.data.shards import AUDIO_SUFFIXES, IGNORED, SPACE, VIDEO_SUFFIXES, read_lines
+from mooer_jax.data.readers.entries import SPACE
+from mooer_jax.data.readers.shards import read_lines
+from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, VIDEO_SUFFIXES
 from mooer_jax.files import LOCK_FILE, exit_on_sigterm, lock_folder, write_errors_name
 
 OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments

@@ -10,25 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mooer_jax.data import annotation
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example, num_copies
-from mooer_jax.data.shards import RawUtterance, SkippedUtterance, read_list, read_shard
+from mooer_jax.data.filters import Filter
+from mooer_jax.data.readers import read
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 
 _COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
-
-
-def shard_names(shards: str) -> list[str]:
-  """The shards of a `data.list`, or the parts of an annotation file.
-
-  Raises the errors of `read_list` and `annotation.pieces`.
-  """
-  return annotation.pieces(shards) if annotation.is_annotation(shards) else read_list(shards)
-
-
-def read(name: str) -> Generator[RawUtterance | SkippedUtterance]:
-  """The utterances of a shard or part, in order, each either complete or skipped."""
-  return annotation.read_piece(name) if annotation.is_piece(name) else read_shard(name)
 
 
 class BadDataError(ValueError):
@@ -53,6 +41,7 @@ class Position:
   usable: int = 0  # usable utterances of this epoch
   passed: bool = False  # whether a task weight below 1 left an utterance out of this epoch
   read_before: int = 0  # utterances read before this epoch
+  left_out: int = 0  # readings that data.filter has left out so far
   skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # number by cause
   damaged: tuple[int, ...] = ()  # indices of the damaged shards of this epoch
 
@@ -70,7 +59,13 @@ class Position:
     )
 
   def next_epoch(self) -> "Position":
-    return Position(self.epoch + 1, read=self.read, read_before=self.read, skipped=self.skipped)
+    return Position(
+      self.epoch + 1,
+      read=self.read,
+      read_before=self.read,
+      left_out=self.left_out,
+      skipped=self.skipped,
+    )
 
 
 class Reading(NamedTuple):
@@ -164,6 +159,7 @@ class UtteranceStream:
     self._shards, self._preprocess, self._config = list(shards), preprocess, config
     self._seed = config.seed if endless else None
     self._task_weights = config.task_weights if endless else {}
+    self._filter = Filter(config.filter)
     self.seek(Position())
 
   def seek(self, position: Position) -> None:
@@ -225,10 +221,11 @@ class UtteranceStream:
         # Unless its task's weight is 0, another epoch reads it.
         passed = here.passed or self._task_weights[reading.entry.task] > 0
         self._position = dataclasses.replace(here, passed=passed)
+      elif (raw := self._filter.select(reading.entry)) is None:
+        self._position = dataclasses.replace(here, left_out=here.left_out + 1)
       else:
         # One pass takes the same prompts whenever it runs.
         identifier = 0 if self._seed is None else reading_id(here.epoch, reading.copy)
-        raw = reading.entry
         made = raw if isinstance(raw, SkippedUtterance) else self._preprocess(raw, identifier)
         if isinstance(made, Example):
           self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
@@ -275,6 +272,9 @@ class UtteranceStream:
       last = self._pending[-1]
       return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
     weights = self._config.task_weights
+    if self._position.left_out:
+      counts = f"data.filter={self._config.filter!r} leaves out {self._position.left_out}, {counts}"
+      return counts.removesuffix(", ")
     if weights and not counts:
       return f"they are empty, or data.task_weights={weights} leaves nothing of them"
     return counts or "the shards are empty"

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mooer_jax import checkpoint
-from mooer_jax.data.annotation import is_annotation
+from mooer_jax.data.readers.annotation import is_annotation
 from mooer_jax.evaluation import answer_matching, report
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
 from mooer_jax.evaluation.text_files import read_text, write_text
@@ -44,7 +44,8 @@ def evaluate(
   folder = checkpoint.find(path)
   options.require_shards()
   shards = Path(options.shards).absolute()
-  name = f"{shards.parent.name}-{shards.stem}" if is_annotation(shards) else shards.parent.name
+  folder_name = shards.name if shards.is_dir() else shards.parent.name
+  name = f"{folder_name}-{shards.stem}" if is_annotation(shards) else folder_name
   out = out_folder(options, folder, name)
   references = _given_references(options, out)  # before minutes of work, since it may raise
   start = time.perf_counter()

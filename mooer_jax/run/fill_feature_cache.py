@@ -16,13 +16,13 @@ from rich.progress import Progress
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig, to_json
-from mooer_jax.data import annotation
 from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.shards import SkippedUtterance
-from mooer_jax.data.utterances import read, shard_names
+from mooer_jax.data.filters import Filter
+from mooer_jax.data.readers import annotation, read, shard_names
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.sharding import batch_sharding
@@ -134,7 +134,9 @@ def cache_misses(
   """
 
   def misses():
-    for raw in itertools.chain.from_iterable(map(read, shard_names(config.shards))):
+    for entry in itertools.chain.from_iterable(map(read, shard_names(config.shards))):
+      if (raw := wanted.select(entry)) is None:
+        continue
       if isinstance(raw, SkippedUtterance):
         skipped[raw.cause] += 1
       elif (name := digest(raw)) in known:
@@ -145,6 +147,7 @@ def cache_misses(
         known.add(name)
         yield name, *found
 
+  wanted = Filter(config.filter)
   pad, found = input_padding(config, model), misses()
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
@@ -164,4 +167,4 @@ def dataset_name(config: DataConfig) -> str:
     except FileNotFoundError:
       files.append(f"{path} absent")
   crc = zlib.crc32("\n".join(files).encode())
-  return f"{crc:08x} {config.min_s} {config.max_s}"
+  return f"{crc:08x} {config.min_s} {config.max_s} {config.filter}".strip()

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.files import replace_file
 from mooer_jax.run.config import TrainConfig
 

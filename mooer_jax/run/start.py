@@ -20,7 +20,7 @@ from mooer_jax.config import (
   run_fields,
   to_json,
 )
-from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run.config import Run
 from mooer_jax.sharding import param_shardings

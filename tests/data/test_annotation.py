@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.data.annotation import read_annotation
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import eval_batches, train_batches
 from mooer_jax.data.examples import num_copies
+from mooer_jax.data.readers.annotation import read_annotation
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.text.tokenizer import Tokenizer
 

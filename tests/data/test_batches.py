@@ -11,7 +11,7 @@ from mooer_jax.data.batches import Batcher
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import train_batches
 from mooer_jax.data.examples import Example
-from mooer_jax.data.shards import SkippedUtterance
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.nn.compute import ExecutionConfig
 
 MOOER = FrontendConfig()

@@ -10,7 +10,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.connectors.qformer import QFormerConfig
 from mooer_jax.data.dataset import train_batches
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.shards import read_shard
+from mooer_jax.data.readers.shards import read_shard
 from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.run.fill_feature_cache import cache_misses, dataset_name

@@ -88,7 +88,7 @@ def test_fewer_utterances_than_a_batch_are_repeated(shards, take):
 
 
 def test_a_batch_holds_the_features_and_answers_of_its_keys(shards, take, tokenizer):
-  from mooer_jax.data.shards import read_shard
+  from mooer_jax.data.readers.shards import read_shard
 
   paths = [shards.add(9), shards.add(7)]
   raw = {e.key: e for path in paths for e in read_shard(str(path))}

@@ -2,7 +2,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import eval_batches
 from mooer_jax.data.examples import Preprocessor, PromptSampler
-from mooer_jax.data.shards import RawUtterance
+from mooer_jax.data.readers.entries import RawUtterance
 from mooer_jax.text.tokenizer import Tokenizer
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.shards import RawUtterance
+from mooer_jax.data.readers.entries import RawUtterance
 
 WIDTHS = {"one": 3, "two": 2}
 

@@ -7,7 +7,8 @@ import pytest
 
 from mooer_jax.data.dataset import eval_batches, train_batches
 from mooer_jax.data.pack import pack
-from mooer_jax.data.shards import CAUSES, RawUtterance, read_list, read_shard
+from mooer_jax.data.readers.entries import CAUSES, RawUtterance
+from mooer_jax.data.readers.shards import read_list, read_shard
 from mooer_jax.run.fill_feature_cache import cache_misses
 from tests.audio.made import odd_clips
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from mooer_jax.audio.decode import decode
 from mooer_jax.cli import main
 from mooer_jax.data.pack import normalise, pack
-from mooer_jax.data.shards import RawUtterance, read_list, read_shard
+from mooer_jax.data.readers.entries import RawUtterance
+from mooer_jax.data.readers.shards import read_list, read_shard
 from tests.audio.made import chirp, encode, encode_with_av
 
 

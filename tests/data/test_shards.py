@@ -6,7 +6,8 @@ import tarfile
 import pytest
 
 from mooer_jax.data.dataset import eval_batches
-from mooer_jax.data.shards import CAUSES, RawUtterance, SkippedUtterance, read_list, read_shard
+from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.shards import read_list, read_shard
 from mooer_jax.data.utterances import BadDataError
 
 

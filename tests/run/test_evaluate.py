@@ -8,7 +8,7 @@ import pytest
 import sacrebleu
 
 import mooer_jax.run.decoding
-from mooer_jax.data.shards import read_list
+from mooer_jax.data.readers.shards import read_list
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.run.config import EvalConfig
 from mooer_jax.run.decoding import out_folder

@@ -15,7 +15,7 @@ from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.config import to_json
 from mooer_jax.data.feature_cache import digest
-from mooer_jax.data.shards import RawUtterance
+from mooer_jax.data.readers.entries import RawUtterance
 from mooer_jax.files import lock_folder
 from mooer_jax.run import fill_feature_cache
 from mooer_jax.run.config import Run, default_config

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mooer_jax import checkpoint
 from mooer_jax.config import to_json
-from mooer_jax.data.annotation import entry_key, read_annotation
+from mooer_jax.data.readers.annotation import entry_key, read_annotation
 from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.files import read_json_object, replace_file, write_json
 from mooer_jax.projects.salmonn import tasks

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mooer_jax.data.annotation import entry_key
+from mooer_jax.data.readers.annotation import entry_key
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.projects.salmonn.suite import run_suite
 from mooer_jax.projects.salmonn.tasks import ROWS

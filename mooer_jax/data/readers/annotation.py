@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.data.shards import RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.files import read_json_object
 
 _TEXT = "a string without NUL and lone surrogates"

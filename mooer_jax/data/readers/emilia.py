@@ -1,0 +1,158 @@
+"""Emilia: tars of mp3 with a file of labels beside each, and the output of Emilia-Pipe.
+
+Its other published layout, WebDataset, is that of `shards.read_shard`.
+
+Source: He et al., "Emilia: An Extensive, Multilingual, and Diverse Speech Dataset" (2024).
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, DamagedShard, read_members
+
+_TARS = (".tar", ".tar.gz", ".tgz")
+_ALL_LABELS = "openemilia_all.tar.gz"  # of OpenDataLab: no audio
+
+
+def find_shards(folder: str | Path) -> list[str]:
+  """The tars below a folder and the recordings that Emilia-Pipe processed, sorted.
+
+  Raises:
+    FileNotFoundError: if there are none.
+  """
+  folder = Path(folder)
+  files = sorted(path for path in folder.rglob("*") if path.is_file())
+  found = [
+    str(path)
+    for path in files
+    if (path.name.endswith(_TARS) and path.name != _ALL_LABELS) or is_recording(str(path))
+  ]
+  if not found:
+    raise FileNotFoundError(
+      f"{folder}: no tar of audio, and no NAME/NAME.json of Emilia-Pipe; name a folder that has"
+      " some, or a data.list"
+    )
+  return found
+
+
+def is_batch(name: str) -> bool:
+  """Whether a tar has a file of labels beside it: `EN_B00000.jsonl` and `EN_B00000.tar.gz`."""
+  return _labels_file(name) is not None
+
+
+def read_batch(name: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """Yields the utterances of a tar in its order, with the labels of the file beside it.
+
+  A line has "id", which is the name of the audio without its suffix, "text" and other fields. The
+  labels of one tar are in memory, its audio is not. Labels without audio come last.
+  """
+  damaged = DamagedShard  # see `read_members`
+  labels: dict[str, bytes] = {}
+  file = _labels_file(name)
+  assert file is not None
+  for number, line in enumerate(_lines(file), 1):
+    about, problem = _fields(line)
+    if problem:
+      yield SkippedUtterance("bad label", f"{file.name}:{number}", name, problem)
+    elif about["id"] in labels:
+      yield SkippedUtterance("duplicate key", about["id"], name, f"{file.name}:{number}")
+    else:
+      labels[about["id"]] = line
+  seen: set[str] = set()
+  try:
+    for stem, suffix, audio in read_members(name, AUDIO_SUFFIXES):
+      key = stem.rpartition("/")[2]
+      if suffix not in AUDIO_SUFFIXES:
+        continue
+      if key in seen:
+        yield SkippedUtterance("duplicate key", key, name)
+      elif key not in labels:
+        yield SkippedUtterance("no transcript", key, name, f"no line with this id in {file}")
+      else:
+        yield _utterance(key, name, suffix, audio, _fields(labels.pop(key))[0])
+      seen.add(key)
+  except damaged as error:
+    yield SkippedUtterance("bad shard", "", name, str(error))
+    return
+  for key in labels:
+    yield SkippedUtterance("no audio", key, name, f"{file} has a line of it")
+
+
+def is_recording(name: str) -> bool:
+  """Whether this is the `NAME/NAME.json` of a recording that Emilia-Pipe processed."""
+  path = Path(name)
+  return path.suffix == ".json" and path.parent.name == path.stem
+
+
+def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """Yields the segments of a recording: a list of objects with "text", and NAME_INDEX.mp3."""
+  path = Path(name)
+  try:
+    segments = json.loads(path.read_bytes())
+    if not isinstance(segments, list):
+      raise ValueError("it must be a list of segments")
+  except (OSError, ValueError, RecursionError) as error:
+    yield SkippedUtterance("bad shard", "", name, f"{type(error).__name__}: {error}")
+    return
+  pattern = re.compile(
+    rf"{re.escape(path.stem)}_(\d+)\.({'|'.join(AUDIO_SUFFIXES)})", re.IGNORECASE
+  )
+  files = {int(m[1]): file for file in path.parent.iterdir() if (m := pattern.fullmatch(file.name))}
+  for index, about in enumerate(segments):
+    key = f"{path.stem}_{index}"
+    if not isinstance(about, dict) or not isinstance(about.get("text"), str):
+      yield SkippedUtterance("bad label", key, name, f"segment {index} has no text")
+    elif index not in files:
+      yield SkippedUtterance("no audio", key, name, f"no {key}.mp3 beside it")
+    else:
+      start, end = about.get("start"), about.get("end")
+      if isinstance(start, int | float) and isinstance(end, int | float):
+        about = {"duration": end - start, **about}
+      try:
+        audio = files[index].read_bytes()
+      except OSError as error:
+        yield SkippedUtterance("no audio", key, name, str(error))
+      else:
+        yield _utterance(key, name, files[index].suffix[1:].lower(), audio, about)
+
+
+def _labels_file(name: str) -> Path | None:
+  ending = next((ending for ending in reversed(_TARS) if name.endswith(ending)), None)
+  if ending is None:
+    return None
+  beside = (Path(name.removesuffix(ending) + kind) for kind in (".jsonl", ".jsonl.gz"))
+  return next((path for path in beside if path.is_file()), None)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+  """The lines that are not blank; the rest of a damaged file is one line, which cannot be read."""
+  opened = gzip.open if file.suffix == ".gz" else open
+  try:
+    with opened(file, "rb") as lines:
+      yield from (line for line in lines if line.strip())
+  except (OSError, EOFError) as error:
+    yield f"{type(error).__name__}: {error}".encode()
+
+
+def _fields(line: bytes) -> tuple[dict[str, Any], str]:
+  """The fields of a line, and what is wrong with it."""
+  try:
+    about = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    return {}, f"{error}: {line[:60]!r}"
+  if not isinstance(about, dict):
+    return {}, f"not an object: {line[:60]!r}"
+  for name in ("id", "text"):
+    if not isinstance(about.get(name), str):
+      return {}, f"no string {name!r}: {line[:60]!r}"
+  return about, ""
+
+
+def _utterance(key, shard, suffix, audio, about) -> RawUtterance:
+  text = about["text"].encode("utf-8", "surrogatepass")
+  return RawUtterance(key, shard, suffix, audio, text, about=about)

@@ -1,0 +1,70 @@
+"""What readers yield: utterances as they are stored, or why one is skipped."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mooer_jax.audio.decode import CAUSES as AUDIO_CAUSES
+
+SPACE = "▁"  # marks the space between two words in Latin letters in transcripts
+CAUSES = (
+  "bad shard",  # truncated or damaged tar; the rest of it is lost
+  "duplicate key",
+  "members apart",  # the members of an utterance are not adjacent
+  "no audio",
+  "no transcript",
+  "transcript not UTF-8",
+  "empty transcript",
+  "bad task",  # the .json beside the audio cannot be read
+  "bad label",  # a line of a file of labels, such as Emilia's, cannot be read
+  "no such field",  # which data.filter needs
+  "unknown task",  # the model has no prompt for it
+  "no question",
+  "bad question",
+  "prompt too long",
+  "unknown character",  # the tokenizer has no token for it
+  "answer too long",
+  *AUDIO_CAUSES,
+  "too long",
+  "not cached",  # audio that changed after the cache was filled, or could not be decoded then
+  "scores not finite",  # of the model, for this utterance
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedUtterance:
+  """An utterance that was skipped."""
+
+  cause: str  # one of CAUSES
+  key: str  # empty if the shard is damaged between utterances
+  shard: str  # path of the tar
+  detail: str = ""
+  text: str = ""  # the transcript, if known; evaluation scores it as not decoded
+  task: str = ""  # the utterance's own task, if known
+
+
+@dataclasses.dataclass(frozen=True)
+class RawUtterance:
+  """An utterance of a shard."""
+
+  key: str
+  shard: str
+  suffix: str  # of the audio file, such as "wav"
+  audio: bytes  # content of the audio file
+  text: bytes  # reference text in UTF-8, such as the transcript
+  task: str = ""  # the utterance's own task, if the shard has it
+  question: str = ""  # replaces `{}` in prompts that take a question
+  more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
+  # What the data say about it, such as language, speaker, duration; for data.filter.
+  about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def skip(self, cause: str, detail: str = "") -> SkippedUtterance:
+    try:
+      text = self.transcript()
+    except UnicodeDecodeError:
+      text = ""
+    return SkippedUtterance(cause, self.key, self.shard, detail, text, self.task)
+
+  def transcript(self) -> str:
+    """The reference text; raises UnicodeDecodeError if it is not UTF-8."""
+    return self.text.decode("utf-8-sig").strip()
