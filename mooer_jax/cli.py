@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   command.add_parser(commands)
   _add_pack(commands)
+  _add_data(commands)
   _add_checkpoint(commands)
   commands.add_parser("train", help="train a speech LLM", add_help=False)
   commands.add_parser("eval", help="decode and score a test set", add_help=False)
@@ -88,6 +89,62 @@ def _pack(args) -> int:
       " between Latin letters alone); --no-normalize keeps all"
     )
   return 0
+
+
+def _add_data(commands):
+  parser = commands.add_parser("data", help="what a data set contains")
+  actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+  about = "hours, lengths, languages and unusable utterances of a data set, and buckets that fit"
+  stats = actions.add_parser("stats", help=about, description=about)
+  stats.add_argument(
+    "source", help="a data.list, an annotation file or a folder, as data.shards in a config"
+  )
+  stats.add_argument("--filter", default="", help="condition, as data.filter in a config")
+  stats.add_argument(
+    "--buckets", type=int, default=5, metavar="N", help="number of buckets to suggest (default: 5)"
+  )
+  stats.add_argument(
+    "--max-s", type=float, default=20.0, help="longest clip to train on, seconds (default: 20)"
+  )
+  stats.add_argument(
+    "--step-ms",
+    type=float,
+    default=60.0,
+    help="length of an encoder input step, ms (default: 60, MooER's)",
+  )
+  stats.add_argument("--processes", type=int, help="number of processes (default: CPU cores)")
+  stats.add_argument("--png", type=Path, metavar="FILE", help="also draw the lengths into FILE")
+  stats.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to FILE")
+  stats.set_defaults(run=_data_stats)
+
+
+def _data_stats(args) -> int:
+  from rich.console import Console
+
+  from mooer_jax.data import stats
+  from mooer_jax.files import write_json
+
+  for name in ("buckets", "max_s", "step_ms", "processes"):
+    value = getattr(args, name)
+    if value is not None and not 0 < value < float("inf"):
+      raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+  found = stats.data_stats(
+    args.source,
+    condition=args.filter,
+    processes=args.processes,
+    progress=Console(stderr=True).is_terminal,
+  )
+  step_s = args.step_ms / 1000
+  buckets = stats.suggest_buckets(found, count=args.buckets, step_s=step_s, max_s=args.max_s)
+  padding = stats.padding_share(found, buckets, step_s=step_s)
+  print("\n".join(stats.describe(found)))
+  if found.utterances:
+    print(f"data.buckets = {(*buckets,)}  # {padding:.1%} padding, clips up to {args.max_s:g} s")
+  if args.png:
+    stats.draw_lengths(found, buckets, args.png, step_s=step_s)
+  if args.json:
+    write_json(args.json, {**found.to_json(), "buckets": buckets, "padding_share": padding})
+  return 0 if found.utterances else 1
 
 
 def _add_checkpoint(commands):

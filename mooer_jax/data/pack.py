@@ -1,16 +1,12 @@
 """Packing of Kaldi-style lists of clips and transcripts into tar shards."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import io
-import multiprocessing
 import os
 import shutil
-import signal
 import tarfile
 import tempfile
-import threading
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +18,7 @@ from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.readers.entries import SPACE
 from mooer_jax.data.readers.shards import read_lines
 from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, VIDEO_SUFFIXES
+from mooer_jax.data.workers import run_in_processes
 from mooer_jax.files import LOCK_FILE, exit_on_sigterm, lock_folder, write_errors_name
 
 OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments
@@ -252,37 +249,14 @@ def _segment(path, key, line) -> tuple[str, float, float]:
 
 def _write_all(folder, jobs, *, processes, progress):
   """Yields (shard name, clips packed, left out), in order."""
-  from rich.progress import Progress
-
   names = [str(folder / f"shards_{number:09d}.tar") for number in range(len(jobs))]
-  processes = min(processes or os.cpu_count() or 1, len(jobs))
-  with contextlib.ExitStack() as stack:
-    bar = stack.enter_context(Progress(disable=not progress))
-    task = bar.add_task("packing utterances", total=sum(map(len, jobs)))
-    results = map(write_shard, names, jobs)
-    if processes > 1:
-      pool = concurrent.futures.ProcessPoolExecutor(
-        processes,
-        # Not forked: this process may run JAX's threads.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-      )
-      stack.callback(pool.shutdown, cancel_futures=True)
-      results = pool.map(write_shard, names, jobs)
-    for job, result in zip(jobs, results, strict=True):
-      yield result
-      bar.advance(task, len(job))
-
-
-def _start_worker():
-  # Only the parent handles Ctrl-C; it then waits for the shards that are being written.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-  multiprocessing.parent_process().join()
-  os._exit(1)  # the parent was killed; nobody reads the result
+  return run_in_processes(
+    write_shard,
+    list(zip(names, jobs, strict=True)),
+    processes=processes,
+    progress="packing utterances" if progress else "",
+    sizes=[len(job) for job in jobs],
+  )
 
 
 def write_shard(path: str, clips: Sequence[Clip]) -> tuple[str, list[Clip], list[Unpacked]]:

@@ -1,0 +1,63 @@
+"""Work of several processes, shown in a progress bar."""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+T = TypeVar("T")
+
+
+def run_in_processes(
+  function: Callable[..., T],
+  jobs: Sequence[Sequence[Any]],
+  *,
+  processes: int | None,
+  progress: str = "",
+  sizes: Sequence[int] | None = None,
+) -> Iterator[T]:
+  """Yields the results of a function for each job, in order.
+
+  Args:
+    function: importable by name, as are the arguments picklable.
+    jobs: the arguments of each call.
+    processes: number of processes; default: that of the CPUs. More than one are spawned, not
+      forked, since this process may run JAX's threads.
+    progress: text beside the progress bar; "" shows none.
+    sizes: of the jobs, for the bar; default: 1 each.
+  """
+  processes = min(processes or os.cpu_count() or 1, len(jobs))
+  sizes = sizes or [1] * len(jobs)
+  with contextlib.ExitStack() as stack:
+    bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not progress))
+    task = bar.add_task(progress, total=sum(sizes))
+    results: Iterator[T] = (function(*job) for job in jobs)
+    if processes > 1:
+      pool = concurrent.futures.ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+      )
+      stack.callback(pool.shutdown, cancel_futures=True)
+      results = pool.map(function, *zip(*jobs))
+    for size, result in zip(sizes, results, strict=True):
+      yield result
+      bar.advance(task, size)
+
+
+def _start_worker():
+  # Only the parent handles Ctrl-C; it then waits for the jobs that are running.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+  multiprocessing.parent_process().join()
+  os._exit(1)  # the parent was killed; nobody reads the result

@@ -1,0 +1,100 @@
+"""`mooer-jax data stats`: counts of a data set, and the buckets that it suggests."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from mooer_jax import cli
+from mooer_jax.data.stats import Stats, data_stats, padding_share, suggest_buckets
+from tests.data.conftest import make_wav
+
+
+def stats_of(*seconds):
+  stats = Stats()
+  for value in seconds:
+    stats.lengths[round(100 * value)] += 1
+  return stats
+
+
+@pytest.fixture
+def mixed(shards):
+  """Two shards: lengths from the audio and from a .json, and utterances that cannot be used."""
+  for language, seconds in (("en", (1.0, 2.0)), ("zh", (3.0, 4.0))):
+    members = []
+    for number, value in enumerate(seconds):
+      key = f"{language}{number}"
+      about = {"text": "N1", "language": language, "speaker": language}
+      if language == "zh":
+        about["duration"] = 10 * value
+      members += [(f"{key}.json", json.dumps(about).encode()), (f"{key}.wav", make_wav(value))]
+    members += [(f"{language}lone.wav", make_wav(0.5)), (f"{language}bad.wav", b"no audio")]
+    members += [(f"{language}bad.txt", b"N1")]
+    shards.add_members(members)
+  return str(shards.list)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_everything_is_counted_once(mixed, processes):
+  stats = data_stats(mixed, processes=processes)
+  assert (stats.shards, stats.utterances, stats.seconds) == (2, 4, 1 + 2 + 30 + 40)
+  assert stats.lengths_by == {"language": {"en": 300, "zh": 7000}}
+  assert stats.skipped == {"no transcript": 2, "undecodable": 2} and stats.speakers == {"en", "zh"}
+  assert [stats.length_at(share) for share in (0, 0.5, 1)] == [1, 2, 40]
+
+
+def test_the_command_prints_writes_and_draws(mixed, tmp_path, capsys):
+  png, file = tmp_path / "lengths.png", tmp_path / "stats.json"
+  options = ["--filter", "language == 'zh'", "--max-s", "60", "--buckets", "2", "--processes", "1"]
+  files = ["--png", str(png), "--json", str(file)]
+  assert cli.main(["data", "stats", mixed, *options, *files]) == 0
+  out = capsys.readouterr().out
+  assert "2 utterances, 0.02 hours in 2 shards" in out and "left out by the filter: 2" in out
+  assert "hours by language: zh 0.02" in out and "data.buckets = (" in out
+  about = json.loads(file.read_text())
+  assert about["hours_by"]["language"] == {"zh": 70 / 3600} and about["left_out"] == 2
+  assert about["buckets"][-1] == 1000 and png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["nowhere"], "nowhere: no such list"),
+    (["{list}", "--filter", "f()"], "data.filter='f()'"),
+    (["{list}", "--max-s", "nan"], "--max-s nan: must be above 0"),
+    (["{list}", "--buckets", "0"], "--buckets 0: must be above 0"),
+  ],
+)
+def test_bad_arguments_are_one_line(mixed, capsys, arguments, message):
+  assert cli.main(["data", "stats", *(text.format(list=mixed) for text in arguments)]) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_used_are_status_1(shards, capsys):
+  shards.add_members([("a.wav", make_wav(0.5))])
+  assert cli.main(["data", "stats", str(shards.list), "--processes", "1"]) == 1
+  assert "cannot be used: 1 utterances (no transcript 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_no_other_buckets_waste_less(count):
+  rng = np.random.default_rng(count)
+  stats = stats_of(*rng.choice([0.3, 0.5, 0.6, 1.1, 1.7, 2.0], 40))
+  buckets = suggest_buckets(stats, count=count, step_s=0.1, max_s=2.4)
+  assert buckets == sorted({*buckets}) and buckets[-1] == 24 and len(buckets) <= count
+  best = min(
+    padding_share(stats, [*some, 24], step_s=0.1)
+    for size in range(count)
+    for some in itertools.combinations(range(1, 24), size)
+  )
+  assert padding_share(stats, buckets, step_s=0.1) == pytest.approx(best)
+  if count < 6:
+    assert best > padding_share(stats, [3, 5, 6, 11, 17, 20, 24], step_s=0.1)
+
+
+def test_longer_clips_are_not_in_the_padding():
+  stats = stats_of(1.0, 50.0)
+  buckets = suggest_buckets(stats, count=3, step_s=0.06, max_s=20)
+  assert buckets == [17, 334]
+  assert padding_share(stats, buckets, step_s=0.06) == pytest.approx(1 - (1 / 0.06) / 17)
