@@ -186,8 +186,8 @@ def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray
   return _read_leaves(about, {path: leaves[path] for path in paths})
 
 
-def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
-  """Load the train_state and the data_state of this process, as (state like `target`, data_state).
+def load_train_state(folder: str | Path, target: Any) -> tuple[Any, list[dict]]:
+  """Load the train_state, as (state like `target`, the data_state of each process that saved it).
 
   `target` is a pytree of arrays or `ShapeDtypeStruct`s with shardings; default sharding of a leaf:
   the first local device.
@@ -198,12 +198,10 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
   folder, about = open_folder(folder)
   if (saved := about["train_state"]) is None:
     raise CheckpointError(f"{folder} holds no train_state; it cannot be resumed, only loaded")
-  data = folder / "train_state" / data_file()
-  if not data.is_file():
-    raise CheckpointError(
-      f"{data} is missing; the run was saved by another number of processes than "
-      f"{jax.process_count()}"
-    )
+  numbers = range(len(list((folder / "train_state").glob("data_*.json"))))
+  data = [folder / "train_state" / f"data_{number}.json" for number in numbers]
+  if not data or not all(file.is_file() for file in data):
+    raise _damaged(folder, "train_state/ lacks the data state of a process")
   nested = arrays.by_path(target)
   wanted = arrays.shapes(nested)
   for path in sorted(p for p in saved.keys() | wanted.keys() if saved.get(p) != wanted.get(p)):
@@ -223,7 +221,7 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, dict]:
   with _with_remedy(folder):
     flat = arrays.read(folder / "train_state/arrays", saved, targets)
   state = jax.tree.map_with_path(lambda keys, _: flat[arrays.path_of(keys)], target)
-  return state, _read_json(data)
+  return state, [_read_json(file) for file in data]
 
 
 def find_damage(

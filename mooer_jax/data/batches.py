@@ -41,6 +41,41 @@ class HostBatch:
     return sum(self.seconds)
 
 
+def lengths_of(batch: Batch) -> tuple[int, ...]:
+  """The padded lengths that differ between batches: of the features by encoder, and of labels."""
+  return (*(x.shape[1] for x in batch.features), batch.labels_BS.shape[1])
+
+
+def widen(batch: Batch, lengths: Sequence[int]) -> Batch:
+  """Pads a batch further, to lengths as of `lengths_of`."""
+
+  def padded(x, length, value):
+    more = length - x.shape[1]
+    return np.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+
+  *of_features, of_labels = lengths
+  features = zip(batch.features, of_features, strict=True)
+  return dataclasses.replace(
+    batch,
+    features=tuple(padded(x, length, 0) for x, length in features),
+    labels_BS=padded(batch.labels_BS, of_labels, -1),
+  )
+
+
+def join(hosts: Sequence[HostBatch]) -> HostBatch:
+  """The rows of full batches in one, padded to the longest."""
+  if len(hosts) == 1:
+    return hosts[0]
+  longest = [max(sizes) for sizes in zip(*(lengths_of(host.batch) for host in hosts))]
+  batches = [widen(host.batch, longest) for host in hosts]
+  names = ("keys", "texts", "tasks", "seconds", "skipped")
+  return HostBatch(
+    batch=jax.tree.map(lambda *parts: np.concatenate(parts), *batches),
+    num_truncated=sum(host.num_truncated for host in hosts),
+    **{name: sum((getattr(host, name) for host in hosts), ()) for name in names},
+  )
+
+
 class Padding(NamedTuple):
   """The shapes that the encoder inputs of a data set are padded to."""
 

@@ -24,7 +24,9 @@ class DataConfig:
       model's own, one per task. Training adds its tasks to the model's, with their first prompts.
     prompt_tokens: length in tokens that the side of a prompt with the question is padded to;
       required for prompts with questions.
-    batch_size: utterances per batch, for one process (host).
+    batch_size: utterances per batch, over all processes (hosts).
+    streams: number of streams, each with its own shards and its own rows of a batch. A run goes on
+      exactly with other numbers of processes that divide it. 0: the number of processes.
     buckets: lengths in encoder input steps (MooER: 60 ms each) that batches are padded to,
       ascending; the longest must fit a clip of max_s.
     answer_buckets: lengths in tokens, including eos, that labels are padded to, ascending.
@@ -37,7 +39,7 @@ class DataConfig:
     cache_features: folder for the frames of frozen encoders, computed once before training; "":
       in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more; each clip as
       much as 30 s if Whisper's frames of silence are kept (trim=False).
-    workers: number of worker processes, each with its own shards; 0: a thread of this process.
+    workers: number of worker processes of each stream, each with its own shards; 0: a thread.
     prefetch: number of batches made ahead, per worker.
     max_bad_share: largest share of skipped utterances, and of damaged shards in an epoch (of two or
       more read, or of all), before the run stops.
@@ -52,6 +54,7 @@ class DataConfig:
   prompts: str = ""
   prompt_tokens: int = 0
   batch_size: int = 8
+  streams: int = 0
   buckets: tuple[int, ...] = (50, 100, 167, 250, 334)
   answer_buckets: tuple[int, ...] = (16, 32, 64, 128, 256)
   min_s: float = 0.2
@@ -71,7 +74,14 @@ class DataConfig:
       value = getattr(self, name)
       if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):
         raise ValueError(f"data.{name}={value}: give positive lengths in ascending order")
-    least = {"batch_size": 1, "workers": 0, "prefetch": 1, "tolerance": 1, "prompt_tokens": 0}
+    least = {
+      "batch_size": 1,
+      "streams": 0,
+      "workers": 0,
+      "prefetch": 1,
+      "tolerance": 1,
+      "prompt_tokens": 0,
+    }
     for name, value in least.items():
       if getattr(self, name) < value:
         raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {value}")

@@ -1,22 +1,23 @@
 """Endless training batches and one-pass evaluation batches, as Grain datasets."""
 
+import dataclasses
 import os
 import signal
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 from absl import flags
 
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterator
+from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterator, join
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
 from mooer_jax.data.readers import annotation, shard_names
-from mooer_jax.data.utterances import UtteranceStream
+from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -38,7 +39,8 @@ def train_batches(
     config: shards, batches and limits.
     tokenizer, model: of the speech LLM; the model determines features, template and prompts.
     cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
-    process: index of this process (host) and their number n; each reads every n-th shard.
+    process: index of this process (host) and their number; the streams of the data are shared
+      among them in equal parts.
 
   Returns:
     A dataset that knows its shapes. Its iterator has get_state() and set_state(), whose states are
@@ -81,22 +83,44 @@ def _pipeline(
   shards = _shards(config, sampler)
   index, count = process
   workers = config.workers if endless else min(1, config.workers)
-  streams = count * max(1, workers)
-  if len(shards) < streams:
+  streams = (config.streams if endless else 0) or count
+  _check_streams(config, streams, count)
+  if len(shards) < streams * max(1, workers):
     raise ValueError(
-      f"{config.shards}: {len(shards)} shards for {count} processes with data.workers={workers},"
-      f" but each of the {streams} streams needs a shard of its own; lower data.workers, run fewer"
+      f"{config.shards}: {len(shards)} shards for {streams} streams with data.workers={workers},"
+      " but each worker needs a shard of its own; lower data.workers or data.streams, run fewer"
       " processes, or pack again with fewer utterances a shard (--per-shard)"
     )
-  batches = _Batches(
-    shards[index::count],
-    Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache),
-    Batcher(config, model, sampler.lengths, encoded=cache is not None),
-    endless=endless,
+  of_stream = dataclasses.replace(
+    config,
+    batch_size=config.batch_size // streams,
+    shuffle_buffer_size=config.shuffle_buffer_size // streams,
   )
-  dataset = _prefetch(batches, workers)
-  description = _description(config, sampler, shards, process=list(process))
-  return Batches(dataset, description, batches.batcher.shapes())
+  preprocess = Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache)
+
+  def batcher(config: DataConfig) -> Batcher:
+    return Batcher(config, model, sampler.lengths, encoded=cache is not None)
+
+  own = {
+    stream: _prefetch(
+      _Batches(shards[stream::streams], preprocess, batcher(of_stream), of_stream, endless=endless),
+      workers,
+    )
+    for stream in range(index * streams // count, (index + 1) * streams // count)
+  }
+  description = _description(config, sampler, shards, streams=streams)
+  return Batches(own, description, batcher(config).shapes())
+
+
+def _check_streams(config: DataConfig, streams: int, processes: int) -> None:
+  """Raises ValueError unless every process has whole streams, and every stream whole batches."""
+  if streams % processes:
+    raise ValueError(
+      f"data.streams={streams} is not divisible by the {processes} processes; set it to a multiple"
+    )
+  for name in ("batch_size", "shuffle_buffer_size"):
+    if (value := getattr(config, name)) % streams:
+      raise ValueError(f"data.{name}={value} is not divisible by the {streams} streams of the data")
 
 
 def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
@@ -121,7 +145,7 @@ def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
 
 
 def _description(
-  config: DataConfig, sampler: PromptSampler, shards: Sequence[str], *, process: list[int]
+  config: DataConfig, sampler: PromptSampler, shards: Sequence[str], *, streams: int
 ) -> dict[str, Any]:
   """The settings that must be equal for a saved state to mean the same batches."""
   names = (
@@ -138,16 +162,22 @@ def _description(
     "shards in the list": len(shards),
     "checksum of their names": zlib.crc32(names_of_shards.encode()),
     "bytes in the shards": sum(os.path.getsize(file) for file in files if os.path.exists(file)),
-    "process": process,
+    "data.streams": streams,
   }
 
 
 class _Batches(grain.IterDataset):
   def __init__(
-    self, shards: list[str], preprocess: Preprocessor, batcher: Batcher, *, endless: bool
+    self,
+    shards: list[str],
+    preprocess: Preprocessor,
+    batcher: Batcher,
+    config: DataConfig,
+    *,
+    endless: bool,
   ):
     super().__init__()
-    self.config, self.shards, self.endless = preprocess.config, shards, endless
+    self.config, self.shards, self.endless = config, shards, endless
     self.preprocess, self.batcher = preprocess, batcher
 
   def set_slice(self, sl: slice, sequential_slice: bool = False):
@@ -181,28 +211,52 @@ def _start_worker(index, count):
 
 
 class Batches(grain.IterDataset):
-  """Batches of a few known `shapes`; iterators refuse the saved state of other settings."""
+  """Batches of a few known `shapes`; iterators refuse the saved state of other settings.
+
+  A batch has rows of each stream of this process. `shapes` are those of all processes together.
+  """
 
   def __init__(
-    self, parent: grain.IterDataset, description: dict[str, Any], shapes: Sequence[Batch]
+    self,
+    streams: Mapping[int, grain.IterDataset],
+    description: dict[str, Any],
+    shapes: Sequence[Batch],
   ):
-    super().__init__(parent)
+    super().__init__([*streams.values()])
+    self._numbers = [*streams]
     self._description, self.shapes = description, tuple(shapes)
 
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
-    return _DescribedIterator(iter(self.parents[0]), self._description)
+    streams = {str(n): iter(parent) for n, parent in zip(self._numbers, self.parents, strict=True)}
+    return _DescribedIterator(streams, self._description)
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The states of the iterators of all processes in one, for `set_state` of any of them."""
+  merged = dict(states[0])
+  if "streams" in merged:
+    merged["streams"] = {number: s for state in states for number, s in state["streams"].items()}
+  return merged
 
 
 class _DescribedIterator(grain.DatasetIterator):
-  def __init__(self, parent: grain.DatasetIterator, description: dict[str, Any]):
-    super().__init__(parent)
-    self._inner, self._description = parent, description
+  def __init__(self, streams: dict[str, grain.DatasetIterator], description: dict[str, Any]):
+    super().__init__([*streams.values()])
+    self._streams, self._description = streams, description
 
   def __next__(self) -> HostBatch:
-    return next(self._inner)
+    parts: list[HostBatch] = []
+    try:
+      for stream in self._streams.values():
+        parts.append(next(stream))
+    except BadDataError as error:
+      error.skipped = (*(s for part in parts for s in part.skipped), *error.skipped)
+      raise
+    return join(parts)
 
   def get_state(self) -> dict[str, Any]:
-    return {"of": self._description, "reader": self._inner.get_state()}
+    streams = {number: stream.get_state() for number, stream in self._streams.items()}
+    return {"of": self._description, "streams": streams}
 
   def set_state(self, state: dict[str, Any]):
     try:
@@ -217,7 +271,10 @@ class _DescribedIterator(grain.DatasetIterator):
           f"the saved data position belongs to other settings: {'; '.join(changed)}; set them back,"
           " or start another run with init_from"
         )
-      self._inner.set_state(state["reader"])
+      # A state of earlier versions is of one stream.
+      of_stream = state["streams"] if "streams" in state else {"0": state["reader"]}
+      for number, stream in self._streams.items():
+        stream.set_state(of_stream[number])
     except (AttributeError, IndexError, KeyError, TypeError) as error:
       raise ValueError(
         f"the saved data position is damaged ({type(error).__name__}: {error}); restore its file,"

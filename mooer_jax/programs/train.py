@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from mooer_jax import hosts
 from mooer_jax.projects.salmonn import activation
 from mooer_jax.run.config import Run
 from mooer_jax.run.perplexity import PerplexityEvaluator
@@ -18,8 +19,19 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Parses flags, trains, and exits; errors of the user are one line on stderr and status 2."""
   config = config_flags.DEFINE_config_file("config", lock_config=True)
   flags.DEFINE_string("trace", None, "folder for a profile of three steps, for XProf or Perfetto")
+  flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, if a launcher does not connect the processes"
+  )
+  flags.DEFINE_integer("num_processes", None, "number of processes, with --coordinator")
+  flags.DEFINE_integer("process_id", None, "id of this process from 0, with --coordinator")
+
+  def work():
+    given = flags.FLAGS
+    hosts.initialize(given.coordinator, given.num_processes, given.process_id)
+    train_from_config(config.value, trace=given.trace)
+
   run_program(
-    lambda: train_from_config(config.value, trace=flags.FLAGS.trace),
+    work,
     argv,
     needs=["config"],
     doc=__doc__,

@@ -278,9 +278,15 @@ class Run:
 
   def check_training(self) -> None:
     """Raises FileNotFoundError or ValueError for a run that cannot be trained on these devices."""
-    if jax.process_count() > 1:
+    single = {
+      "data.cache_features": self.data.cache_features,
+      "perplexity.shards": self.perplexity.shards,
+      "activation.shards": self.activation.shards,
+    }
+    if jax.process_count() > 1 and (given := [name for name, value in single.items() if value]):
       raise ValueError(
-        f"{jax.process_count()} processes: this version trains in one process, on all its devices"
+        f"{given[0]} needs one process, but there are {jax.process_count()}; leave it out, or run"
+        " on one host"
       )
     attention = self.model.compute.attention
     check_backend(attention)

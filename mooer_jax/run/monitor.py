@@ -165,6 +165,29 @@ class Monitor:
       self.message(f"loss curve: {draw_curve(self._rows, self._workdir / 'loss.png')}")
 
 
+class NoMonitor:
+  """Records nothing: the `Monitor` of all processes but the first."""
+
+  skipped: Any
+
+  def __init__(self):
+    self.skipped = self
+
+  def __enter__(self) -> "NoMonitor":
+    return self
+
+  def __exit__(self, *error) -> None: ...
+
+  def add(self, step: int, skipped: Sequence[SkippedUtterance]) -> None: ...
+
+  def record(self, metrics: dict[str, jax.Array], host_batch) -> None: ...
+
+  def evaluate(self, evaluator: Evaluator, step: int, params: dict) -> None:
+    evaluator(step, params)
+
+  def message(self, text: str) -> None: ...
+
+
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
   """Drops the lines of later steps, which a resumed run repeats; returns the others."""
   if not path.exists():

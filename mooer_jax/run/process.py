@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
+from mooer_jax import hosts
 from mooer_jax.run.config import renamed_keys
 
 
@@ -50,11 +51,14 @@ def run_program(
       )
     try:
       work()
-    except (ValueError, OSError, FloatingPointError) as error:
-      _exit(f"{program}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-      print(f"{program}: interrupted", file=sys.stderr)
-      sys.exit(130)
+      _end(f"{program}: interrupted", 130)
+    except Exception as error:
+      if lost := hosts.lost_process(error):
+        _end(f"{program}: {lost}", 1)
+      if not isinstance(error, ValueError | OSError | FloatingPointError):
+        raise
+      _end(f"{program}: {' '.join(str(error).split())}", 2)
 
   parse = functools.partial(_parse_flags, module=work.__module__)
   app.run(main, None if argv is None else list(argv), flags_parser=parse)
@@ -76,6 +80,15 @@ def _parse_flags(argv: list[str], *, module: str) -> list[str]:
     _exit(f"{argv[0]}: {error.filename}:{error.lineno}: {error.msg}")
   except (AttributeError, KeyError, flags.Error) as error:
     _exit(f"{argv[0]}: {_flag_error(argv, error)}")
+
+
+def _end(message: str, status: int) -> NoReturn:
+  """Exits; of several processes, without waiting for the others, which may wait for this one."""
+  print(message, file=sys.stderr, flush=True)
+  if jax.process_count() > 1:
+    sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)
 
 
 def _exit(message: str) -> NoReturn:

@@ -1,14 +1,16 @@
 """Initial state of a training run on its mesh: parameters, CMVN, optimizer state."""
 
 import contextlib
+import functools
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from mooer_jax import checkpoint, speech_llm, tree
+from mooer_jax import checkpoint, hosts, speech_llm, tree
 from mooer_jax.audio.cmvn import estimate, read_mvn
 from mooer_jax.config import (
   SpeechLLMConfig,
@@ -117,7 +119,7 @@ def _leaves_of(saved: checkpoint.Checkpoint, wanted: SpeechLLMConfig) -> dict:
 
 
 def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
-  """CMVN of the features: read from a file, or estimated on the first batches.
+  """CMVN of the features: read from a file, or estimated on the first batches of the first stream.
 
   Args:
     run, dataset: config and batches of training.
@@ -133,21 +135,28 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
       f" ({', '.join(cmvn)}) are normalised; set train.cmvn='estimate'"
     )
   values = {}
+  shift: Any
+  scale: Any
   for name in cmvn:
     number = encoders.index(name)
     if run.train.cmvn == "estimate":
-      shift, scale = estimate(_clips(dataset, number, run.model))
+      shift, scale = hosts.on_first(functools.partial(_estimated, dataset, number, run.model))
     else:
       shift, scale = read_mvn(run.train.cmvn, width=run.model.frontends[number].width)
-    values[name] = {"shift": np.asarray(shift), "scale": np.asarray(scale)}
+    values[name] = {"shift": np.asarray(shift, np.float32), "scale": np.asarray(scale, np.float32)}
   return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
+
+
+def _estimated(dataset, number: int, model: SpeechLLMConfig) -> list[list[float]]:
+  """Shift and scale of an encoder's features, as JSON values."""
+  return [np.asarray(x).tolist() for x in estimate(_clips(dataset, number, model))]
 
 
 def _clips(dataset, number: int, model: SpeechLLMConfig):
   """The features of the first batches for an encoder; BadDataError has all skipped utterances."""
   skipped: list[SkippedUtterance] = []
   from_waveforms = jax.jit(model.frontends[number].features_jax)
-  with contextlib.closing(iter(dataset)) as batches:
+  with contextlib.closing(iter(dataset.parents[0])) as batches:
     try:
       for host in itertools.islice(batches, CMVN_BATCHES):
         skipped += host.skipped

@@ -3,24 +3,28 @@
 import contextlib
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
 
-from mooer_jax import checkpoint, tree
+from mooer_jax import checkpoint, hosts, tree
 from mooer_jax.config import to_json
-from mooer_jax.data.dataset import Batches, train_batches
+from mooer_jax.data.batches import HostBatch, lengths_of, widen
+from mooer_jax.data.dataset import Batches, merge_states, train_batches
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.run.fill_feature_cache import fill_cache
-from mooer_jax.run.monitor import Evaluator, Monitor, SkippedLog
+from mooer_jax.run.monitor import Evaluator, Monitor, NoMonitor, SkippedLog
 from mooer_jax.run.process import check_profile, prepare_process, profile, stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.sharding import batch_sharding, make_mesh
+from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
 from mooer_jax.training.program import compile_step, jitted_step
@@ -41,7 +45,8 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
   """Trains as the config says and returns the folder of the last checkpoint.
 
   If the workdir contains checkpoints, training resumes from the latest, bit for bit. Ctrl-C or
-  SIGTERM saves a checkpoint first.
+  SIGTERM, of any process, saves a checkpoint first. All processes of a run (`hosts.initialize`)
+  call this; the first one writes the records.
 
   Args:
     run: the config.
@@ -56,14 +61,16 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
-  with lock_folder(run.workdir):
+  with contextlib.ExitStack() as held:
+    hosts.on_first(lambda: held.enter_context(lock_folder(run.workdir)))
     return _train(run, evaluators, mesh, trace)
 
 
 def _train(
   run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh, trace: str | None
 ) -> Path:
-  resumed = checkpoint.latest(run.workdir)
+  newest = hosts.on_first(lambda: str(checkpoint.latest(run.workdir) or ""))
+  resumed = Path(newest) if newest else None
   start_from = resumed or run.init_from
   normalised = any(frontend.normalised for frontend in run.model.frontends)
   if start_from is None and normalised and not run.train.cmvn:
@@ -72,14 +79,14 @@ def _train(
       " the path of an am.mvn"
     )
   if resumed:
-    print(f"resuming from {resumed}")
+    hosts.say(f"resuming from {resumed}")
     if checkpoint.step_of(resumed) >= run.train.steps:
-      print(
+      hosts.say(
         f"all train.steps={run.train.steps} are done; for more, raise train.steps and"
         " optimizer.total_steps"
       )
       if evaluators:
-        print("to measure a finished run: eval.py --mode=perplexity")
+        hosts.say("to measure a finished run: eval.py --mode=perplexity")
       return resumed
   tokenizer = read_tokenizer(run, start_from)
   first = checkpoint.step_of(resumed) if resumed else 0
@@ -119,11 +126,12 @@ def _load(
         raise
       base = checkpoint.describe(resumed, base=base).base
   # Before minutes of loading, since it checks the data.
-  dataset = train_batches(run.data, tokenizer, run.model)
+  process = jax.process_index(), jax.process_count()
+  dataset = train_batches(run.data, tokenizer, run.model, process=process)
   params = initial_params(run, mesh, resumed=resumed, base=base if resumed else None)
   if run.data.cache_features:
     cache = fill_cache(run, params, mesh)
-    dataset = train_batches(run.data, tokenizer, run.model, cache=cache)
+    dataset = train_batches(run.data, tokenizer, run.model, cache=cache, process=process)
   if run.train.cmvn and not resumed:
     try:
       params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
@@ -134,15 +142,15 @@ def _load(
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
     base = None  # only its CMVN is left, so checkpoints hold all parameters
-  if base is not None:
+  if base is not None and hosts.is_first():
     checkpoint.keep_for(base, run.workdir)
   batches = iter(dataset)
   if resumed:
     target = dataclasses.replace(state, trainable=None)  # these came with the weights
-    rest, data_state = checkpoint.load_train_state(resumed, target)
+    rest, data_states = checkpoint.load_train_state(resumed, target)
     state = dataclasses.replace(rest, trainable=state.trainable)
     try:
-      batches.set_state(data_state)
+      batches.set_state(merge_states(data_states))
     except ValueError as error:
       raise ValueError(f"{resumed}/train_state: {error}") from error
   accumulation = run.train.gradient_accumulation_steps
@@ -165,7 +173,9 @@ def _loop(
   state, frozen, batches = start.state, start.frozen, start.batches
   pending = None
   tasks = [task for task, _ in run.model.prompts]
-  monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
+  monitor: Monitor | NoMonitor = NoMonitor()
+  if hosts.is_first():
+    monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
   profiled = contextlib.ExitStack()
   with contextlib.closing(batches), monitor, profiled, stop_request() as stop:
     sizes = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.trainable, frozen))
@@ -178,17 +188,17 @@ def _loop(
     for evaluator in evaluators:
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
+    feed = _Feed(start, mesh, stop)
     for step in itertools.count(first + 1):
       if step - first == TRACED[0]:
         profiled.enter_context(profile(trace))
       try:
-        host_batch = next(batches)
+        host_batch, batch, stopping = feed.take()
       except BadDataError as error:
         if pending:
           monitor.record(*pending)
         monitor.skipped.add(step, error.skipped)
         raise
-      batch = jax.device_put(host_batch.batch, batch_sharding(mesh))
       state, metrics = train_step(state, frozen, batch)
       if trace is not None and step - first == TRACED[-1]:
         jax.block_until_ready(metrics)
@@ -197,23 +207,94 @@ def _loop(
         check_finite(pending[0])
         monitor.record(*pending)
       pending = (metrics, host_batch)
-      last = step == run.train.steps or stop.is_set()
+      last = step == run.train.steps or stopping
       saves = last or step % run.train.save_every == 0
-      due = [e for e in evaluators if (last or step % e.every == 0) and not stop.is_set()]
+      due = [e for e in evaluators if (last or step % e.every == 0) and not stopping]
       if saves or due:
         check_finite(metrics)
         monitor.record(*pending)
         pending = None
       if saves:
-        folder = _save(run, start, state, data_state=batches.get_state())
+        folder = _save(run, start, state, data_state=feed.state())
         monitor.message(f"saved {folder}")
       for evaluator in due:
         monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
       if last:
         break
-  if stop.is_set():
-    print(f"stopped at step {step}; rerun the same command to resume")
+  if stopping:
+    hosts.say(f"stopped at step {step}; rerun the same command to resume")
   return folder
+
+
+class Fed(NamedTuple):
+  """What the records need to know of the batch of a step, of all processes together."""
+
+  audio_s: float
+  num_truncated: int
+  skipped: tuple[SkippedUtterance, ...]
+
+
+class _Feed:
+  """The batches on the devices, in equal shapes on all processes, which stop together.
+
+  With several processes, it is one batch ahead: their lengths, and whether one of them stops or has
+  failed, are exchanged before the step of the batch before.
+  """
+
+  def __init__(self, start: _Start, mesh: jax.sharding.Mesh, stop: threading.Event):
+    self._batches, self._stop, self._mesh = start.batches, stop, mesh
+    self._lengths = len(lengths_of(start.dataset.shapes[0]))
+    self._agreement = hosts.Agreement(mesh) if jax.process_count() > 1 else None
+    self._next: HostBatch | None = None  # None after an error
+    self._error: Exception | None = None
+    if self._agreement is not None:
+      self._pull()
+
+  def take(self) -> tuple[Fed, Batch, bool]:
+    """(what to record, the batch, whether its step is the last) of the next step.
+
+    Raises:
+      BadDataError: if too much of the data cannot be used, or another process has failed; with all
+        that was skipped, of all processes.
+    """
+    sharding = batch_sharding(self._mesh)
+    if self._agreement is None:
+      host = next(self._batches)
+      fed = Fed(host.audio_s, host.num_truncated, host.skipped)
+      return fed, hosts.from_processes(host.batch, sharding), self._stop.is_set()
+    (*lengths, stopping, failed), (audio_s, truncated, skipped) = self._agreement.result()
+    of_this = self._next or self._error
+    everything: tuple[SkippedUtterance, ...] = ()
+    if skipped:
+      gathered = hosts.gather([dataclasses.asdict(one) for one in getattr(of_this, "skipped", ())])
+      everything = tuple(SkippedUtterance(**one) for of in gathered for one in of)
+    if failed:
+      error = self._error or BadDataError("another process has stopped; its output says why")
+      error.skipped = everything  # type: ignore[attr-defined]
+      raise error
+    host = self._next
+    assert host is not None
+    self._state = self._batches.get_state()
+    batch = hosts.from_processes(widen(host.batch, lengths), sharding)
+    self._pull()
+    return Fed(round(audio_s, 3), round(truncated), everything), batch, bool(stopping)
+
+  def state(self) -> dict[str, Any]:
+    """The position of this process's data behind the batch that was taken last."""
+    return self._batches.get_state() if self._agreement is None else self._state
+
+  def _pull(self) -> None:
+    """Takes the next batch of this process, and starts the exchange about it."""
+    assert self._agreement is not None
+    try:
+      self._next = host = next(self._batches)
+      largest = [*lengths_of(host.batch), self._stop.is_set(), False]
+      sums = [host.audio_s, host.num_truncated, len(host.skipped)]
+    except Exception as error:  # the other processes wait for this one, so they are told first
+      self._next, self._error = None, error
+      largest = [*[0] * self._lengths, True, True]
+      sums = [0.0, 0, len(getattr(error, "skipped", ()))]
+    self._agreement.start(largest, sums)
 
 
 def _save(run: Run, start: _Start, state: TrainState, *, data_state) -> Path:

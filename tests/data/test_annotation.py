@@ -143,7 +143,7 @@ def test_weights_say_how_often_a_task_comes(annotate, letters):
   epochs, counts = 6, collections.Counter()
   with contextlib.closing(iter(train_batches(config, letters, MODEL))) as batches:
     for host in batches:
-      state = batches.get_state()["reader"]
+      state = batches.get_state()["streams"]["0"]
       if _epoch(state) >= epochs:
         break
       counts.update(host.tasks)
@@ -173,7 +173,7 @@ def test_an_epoch_that_a_weight_leaves_empty_is_passed_over(annotate, letters):
   config = annotate(entries("asr"), task_weights={"asr": 0.1}, batch_size=1)
   with contextlib.closing(iter(train_batches(config, letters, MODEL))) as batches:
     assert [next(batches).keys for _ in range(3)] == 3 * [("0000000-0",)]
-    assert _epoch(batches.get_state()["reader"]) > 3
+    assert _epoch(batches.get_state()["streams"]["0"]) > 3
   config = annotate(entries("asr"), task_weights={"asr": 0.0})
   with contextlib.closing(iter(train_batches(config, letters, MODEL))) as batches:
     with pytest.raises(BadDataError, match=r"task_weights=\{'asr': 0.0\} leaves nothing"):

@@ -197,7 +197,7 @@ def test_perplexity_is_that_of_the_models_own_logits(settings, trained, tmp_path
   config = config.copy_and_resolve_references()
   config.eval.out = str(tmp_path / "probe")
   rows = perplexity(config, [str(trained)], instructions=["asr"])
-  params, model, tokenizer, _ = load(config, trained)
+  params, model, tokenizer, *_ = load(config, trained)
   found = next(r for r in rows if (r.instruction, r.task) == ("asr", "asr"))
   logits = jax.jit(lambda params, batch: speech_llm.answer_logits(params, batch, model))
   nats = tokens = 0.0

@@ -1,0 +1,204 @@
+"""The processes of a run, one for each host: how they find each other, and how they agree.
+
+Every function is called by all processes, in the same order. With one process, it only calls or
+returns what it is given.
+"""
+
+import functools
+import glob
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+
+# A process that stops answering is noticed after this; the others then end.
+HEARTBEAT_S = 25
+# JAX's name of a launcher, and the variable with the number of processes that it has started.
+_LAUNCHERS = {"slurm": "SLURM_STEP_NUM_TASKS", "ompi": "OMPI_COMM_WORLD_SIZE", "mpi4py": "PMI_SIZE"}
+
+
+# Errors of a collective whose other processes are gone.
+_LOST = (
+  r"Gloo \w+ failed|[Hh]eartbeat timeout|Connection (closed|reset) by peer|coordination service"
+)
+
+
+class OtherProcessError(ValueError):
+  """Another process of the run has stopped."""
+
+
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Connects the processes of a run; must be called before JAX is used.
+
+  Without arguments, the processes are those that Slurm (srun), Open MPI, another MPI (with mpi4py)
+  or Kubernetes has started, or the hosts of a TPU slice; else there is one.
+
+  Args:
+    coordinator: "HOST:PORT" of process 0, reachable from all processes.
+    num_processes: their number.
+    process_id: of this one, from 0.
+
+  Raises:
+    ValueError: if only some of the arguments are given, or the processes cannot reach each other.
+  """
+  given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+  if missing := [name for name, value in given.items() if value is None]:
+    if len(missing) < len(given):
+      raise ValueError(f"--{missing[0]} is missing; give --{', --'.join(given)} together, or none")
+    found = _detect(os.environ)
+    if found is None:
+      return
+    options: dict[str, Any] = {"cluster_detection_method": found[0]} if found[0] else {}
+    expected = found[1]
+  else:
+    assert num_processes is not None and process_id is not None
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+      raise ValueError(
+        f"--process_id={process_id} --num_processes={num_processes}: ids are from 0 to one less"
+        " than the number"
+      )
+    options = {"coordinator_address": coordinator}
+    options |= {"num_processes": num_processes, "process_id": process_id}
+    expected = num_processes
+  try:
+    jax.distributed.initialize(
+      **options, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=HEARTBEAT_S
+    )
+  except (RuntimeError, ValueError, KeyError) as error:
+    cause = " ".join(str(error).split())[:300]
+    raise ValueError(
+      f"the processes of this run cannot connect ({type(error).__name__}: {cause}); check that all"
+      " were started, and that they reach the coordinator"
+    ) from error
+  if expected and jax.process_count() != expected:
+    raise ValueError(
+      f"{expected} processes were started, but JAX sees {jax.process_count()}; give --coordinator,"
+      " --num_processes and --process_id"
+    )
+
+
+def _detect(env: Mapping[str, str]) -> tuple[str | None, int | None] | None:
+  """(JAX's name of what has started the processes, their number) if known; None for one process."""
+  tasks = int(env.get("SLURM_NTASKS") or 1)
+  if tasks > 1 and not env.get("SLURM_STEP_NUM_TASKS"):
+    raise ValueError(
+      f"a Slurm job of {tasks} tasks, of which this process is not one: start it with srun, or ask"
+      " for one task (--ntasks=1) to run in one process"
+    )
+  for name, variable in _LAUNCHERS.items():
+    if int(env.get(variable) or 1) > 1:
+      return name, int(env[variable])
+  if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+    return "k8s", None
+  # The hosts of a TPU slice; JAX asks the machine's metadata.
+  platforms = env.get("JAX_PLATFORMS", "tpu").split(",")
+  has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+  if "tpu" in platforms and has_tpu and importlib.util.find_spec("libtpu"):
+    return None, None
+  return None
+
+
+def lost_process(error: BaseException) -> str:
+  """What to say of an error that comes from the loss of another process; "" of any other."""
+  chain: BaseException | None = error
+  while chain is not None and jax.process_count() > 1:
+    if found := re.search(_LOST, str(chain)):
+      return (
+        f"the connection to another process is lost ({found[0]}); see its output for the reason."
+        " All processes end; start the job again to go on from the latest checkpoint"
+      )
+    chain = chain.__cause__ or chain.__context__
+  return ""
+
+
+def is_first() -> bool:
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """Prints a line, of the first process alone."""
+  if is_first():
+    print(text, flush=True)
+
+
+def gather(value: Any) -> list[Any]:
+  """The JSON values that the processes give, in their order."""
+  if jax.process_count() == 1:
+    return [value]
+  from jax.experimental.multihost_utils import process_allgather
+
+  data_N = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = process_allgather(np.array([len(data_N)], np.int32)).ravel()
+  padded_N = np.pad(data_N, (0, sizes.max() - len(data_N)))
+  rows = process_allgather(padded_N).reshape(len(sizes), -1)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def on_first(function: Callable[[], T]) -> T:
+  """Calls a function in the first process; all return its result, a JSON value.
+
+  Raises:
+    Exception: what the function raises; in the other processes, `OtherProcessError`.
+  """
+  if jax.process_count() == 1:
+    return function()
+  result, problem, error = None, None, None
+  if is_first():
+    try:
+      result = function()
+    except Exception as raised:
+      problem, error = f"{type(raised).__name__}: {raised}", raised
+  result, problem = gather([result, problem])[0]
+  if error is not None:
+    raise error
+  if problem is not None:
+    raise OtherProcessError(f"process 0 has stopped: {problem}")
+  return result  # type: ignore[return-value]
+
+
+class Agreement:
+  """The largest values and sums of small vectors of all processes.
+
+  The reduction runs on the devices, behind what is queued there, and `result` waits for it. Started
+  before a step, it costs the devices no idle time.
+  """
+
+  def __init__(self, mesh: Mesh):
+    self._rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    whole = NamedSharding(mesh, PartitionSpec())
+    self._of_process = len(mesh.local_devices)
+    # The devices of a process hold the same vector, or zeros, so that a sum counts it once.
+    self._reduce = jax.jit(lambda x, y: (x.max(0), y.sum(0)), out_shardings=(whole, whole))
+    self._found: Any = None
+
+  def start(self, largest: Sequence[int], sums: Sequence[float]) -> None:
+    """Starts the reduction of this process's values, int32 and float32."""
+    if jax.process_count() == 1:
+      self._found = largest, sums
+      return
+    highest = np.tile(np.asarray(largest, np.int32), (self._of_process, 1))
+    added = np.zeros((self._of_process, len(sums)), np.float32)
+    added[0] = sums
+    place = functools.partial(jax.make_array_from_process_local_data, self._rows)
+    self._found = self._reduce(place(highest), place(added))
+
+  def result(self) -> tuple[list[int], list[float]]:
+    """The largest values and the sums that the last `start` asked for."""
+    largest, sums = (np.asarray(x).tolist() for x in jax.device_get(self._found))
+    return largest, sums
+
+
+def from_processes(arrays: T, sharding: NamedSharding) -> T:
+  """Puts the rows that each process has on the devices, as arrays of the rows of all processes."""
+  if jax.process_count() == 1:
+    return jax.device_put(arrays, sharding)
+  place = functools.partial(jax.make_array_from_process_local_data, sharding)
+  return jax.tree.map(place, arrays)

@@ -1,0 +1,171 @@
+"""Training in several processes: the run of one process, also where processes come and go."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mooer_jax import checkpoint, hosts, tree
+from tests.run.programs import train
+
+STREAMS = "--config.data.streams=4"
+
+
+@pytest.fixture
+def start(repo_root, as_flags, plain_env, tmp_path):
+  """Starts the processes of a run, which together have four devices."""
+  started = []
+
+  def begin(name, processes, *flags):
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      port = free.getsockname()[1]
+    count = "--xla_force_host_platform_device_count="
+    xla_flags = re.sub(rf"{count}\d+", f"{count}{4 // processes}", os.environ["XLA_FLAGS"])
+    env = {**plain_env, "XLA_FLAGS": xla_flags}
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", *as_flags, STREAMS]
+    command += [f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
+    if processes > 1:
+      command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+    run = [
+      subprocess.Popen(
+        [*command, *flags, *([f"--process_id={n}"] if processes > 1 else [])],
+        cwd=repo_root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      )
+      for n in range(processes)
+    ]  # fmt: skip
+    started.extend(run)
+    return run
+
+  yield begin
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+def ended(run, seconds=300):
+  """Outputs and exit statuses of processes that end by themselves."""
+  deadline = time.monotonic() + seconds
+  outputs = [process.communicate(timeout=deadline - time.monotonic())[0] for process in run]
+  return outputs, [process.returncode for process in run]
+
+
+def wait_for_step(workdir, step, run):
+  deadline = time.monotonic() + 300
+  while (newest := checkpoint.latest(workdir)) is None or checkpoint.step_of(newest) < step:
+    assert time.monotonic() < deadline and all(process.poll() is None for process in run)
+    time.sleep(0.05)
+
+
+def rows(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def losses(workdir):
+  return [(row["step"], row["loss"]) for row in rows(workdir)]
+
+
+def assert_same_run(a, b):
+  assert losses(a) == losses(b)
+  ours, theirs = (tree.flatten(checkpoint.load(checkpoint.latest(x)).params) for x in (a, b))
+  for path, leaf in ours.items():
+    np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+
+
+@pytest.mark.all_devices
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(start, config, tmp_path, monkeypatch):
+  """The second gets SIGTERM. The losses and weights are those of one process with four devices."""
+  one, two = tmp_path / "one", tmp_path / "two"
+  run = start("two", 2, "--config.train.steps=1000")
+  wait_for_step(two, 2, run)
+  run[1].send_signal(signal.SIGTERM)
+  outputs, statuses = ended(run)
+  assert statuses == [0, 0] and "rerun the same command to resume" in outputs[0], outputs
+  assert "saved" not in outputs[1] and "loss" not in outputs[1]
+  stopped = checkpoint.step_of(checkpoint.latest(two))
+  assert [step for step, _ in losses(two)] == list(range(1, stopped + 1))
+  devices = jax.devices()[:4]
+  monkeypatch.setattr(jax, "devices", lambda *_: devices)
+  config.data.streams, config.train.save_every, config.train.steps = 4, 2, stopped + 2
+  for workdir in (one, two):
+    config.workdir = str(workdir)
+    train(config)
+  assert_same_run(one, two)
+  for ours, theirs in zip(rows(one), rows(two), strict=True):
+    assert ours["audio_s"] == pytest.approx(theirs["audio_s"], abs=2e-3)  # float32 sums
+
+
+@pytest.mark.nightly
+def test_a_run_goes_on_in_other_numbers_of_processes(start, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  for name, processes, steps in (
+    ("two", 2, 3), ("two", 4, 5), ("two", 1, 7), ("one", 1, 3), ("one", 4, 7),
+  ):  # fmt: skip
+    outputs, statuses = ended(start(name, processes, f"--config.train.steps={steps}"))
+    assert not any(statuses), outputs
+  assert_same_run(one, two)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_if_one_is_killed_and_the_job_resumes(start, tmp_path, victim):
+  run = start("run", 2, "--config.train.steps=1000")
+  wait_for_step(tmp_path / "run", 2, run)
+  run[victim].kill()
+  killed = time.monotonic()
+  outputs, statuses = ended(run, seconds=60)
+  assert statuses[1 - victim] != 0 and time.monotonic() - killed < 60
+  said = outputs[1 - victim]
+  assert "the connection to another process is lost" in said or "another task died" in said
+  steps = checkpoint.step_of(checkpoint.latest(tmp_path / "run")) + 3
+  for name in ("run", "whole"):
+    assert ended(start(name, 2, f"--config.train.steps={steps}"))[1] == [0, 0]
+  assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.nightly
+def test_data_that_are_bad_for_one_process_stop_all_and_are_recorded(start, tmp_path, data_list):
+  folder = tmp_path / "bad"
+  folder.mkdir()
+  for number, line in enumerate(Path(data_list).read_text().split()):
+    content = (Path(data_list).parent / line).read_bytes()
+    (folder / f"s{number}.tar").write_bytes(content if number != 2 else content[:1024])
+  (folder / "data.list").write_text("".join(f"s{n}.tar\n" for n in range(4)))
+  flags = [f"--config.data.shards={folder}/data.list", "--config.train.steps=4"]
+  outputs, statuses = ended(start("run", 2, *flags), seconds=120)
+  assert all(statuses)
+  assert "another process has stopped" in outputs[0] and "damaged: " in outputs[1], outputs
+  [row] = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
+  assert row["cause"] == "bad shard" and row["shard"].endswith("s2.tar")
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (("localhost:1", 2, None), "--process_id is missing; give --coordinator, --num_processes"),
+    (("localhost:1", 2, 2), "--process_id=2 --num_processes=2: ids are from 0"),
+  ],
+)
+def test_incomplete_flags_are_refused(given, message):
+  with pytest.raises(ValueError, match=message):
+    hosts.initialize(*given)
+
+
+def test_launchers_are_recognised():
+  assert hosts._detect({"JAX_PLATFORMS": "cpu"}) is None
+  step = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
+  assert hosts._detect(step) == ("slurm", 4)
+  assert hosts._detect({"OMPI_COMM_WORLD_SIZE": "2"}) == ("ompi", 2)
+  assert hosts._detect({"PMI_SIZE": "3"}) == ("mpi4py", 3)
+  with pytest.raises(ValueError, match="of which this process is not one: start it with srun"):
+    hosts._detect({"SLURM_NTASKS": "4"})
