@@ -2,8 +2,8 @@
 
 Command:   make demo    (or: python train.py --config=configs/tiny.py)
 Hardware:  2 CPU cores
-Time:      6 minutes of training (349 s measured beside other work)
-Expected:  CER 3.2 % on 300 test strings; their 15 voices are not in training
+Time:      6 to 9 minutes of training (563 s measured beside other work)
+Expected:  CER 3 to 5 % on 300 test strings; their 15 voices are not in training
 """
 
 from mooer_jax.run.config import default_config
