@@ -69,9 +69,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     options |= {"num_processes": num_processes, "process_id": process_id}
     expected = num_processes
   try:
-    jax.distributed.initialize(
-      **options, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=HEARTBEAT_S
-    )
+    jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_S)
   except (RuntimeError, ValueError, KeyError) as error:
     cause = " ".join(str(error).split())[:300]
     raise ValueError(
@@ -106,10 +104,30 @@ def _detect(env: Mapping[str, str]) -> tuple[str | None, int | None] | None:
   return None
 
 
+def are_several() -> bool:
+  """Whether there are several processes; unlike `jax.process_count`, starts no backend."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def check_rows(mesh: Mesh) -> None:
+  """Checks that the rows of a batch on a mesh can come from the processes of the devices.
+
+  Raises:
+    ValueError: if `tensor`, which does not split them, reaches over several processes.
+  """
+  *_, tensor = mesh.devices.shape
+  for devices in mesh.devices.reshape(-1, tensor):
+    if len({device.process_index for device in devices}) > 1:
+      raise ValueError(
+        f"mesh.tensor={tensor} reaches over several hosts, whose batches differ; lower it to at"
+        f" most {len(mesh.local_devices)}, the devices of a host, and raise mesh.fsdp instead"
+      )
+
+
 def lost_process(error: BaseException) -> str:
   """What to say of an error that comes from the loss of another process; "" of any other."""
   chain: BaseException | None = error
-  while chain is not None and jax.process_count() > 1:
+  while chain is not None and are_several():
     if found := re.search(_LOST, str(chain)):
       return (
         f"the connection to another process is lost ({found[0]}); see its output for the reason."

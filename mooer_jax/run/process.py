@@ -57,7 +57,9 @@ def run_program(
       if lost := hosts.lost_process(error):
         _end(f"{program}: {lost}", 1)
       if not isinstance(error, ValueError | OSError | FloatingPointError):
-        raise
+        if not hosts.are_several():
+          raise
+        traceback.print_exc()
       _end(f"{program}: {' '.join(str(error).split())}", 2)
 
   parse = functools.partial(_parse_flags, module=work.__module__)
@@ -85,7 +87,7 @@ def _parse_flags(argv: list[str], *, module: str) -> list[str]:
 def _end(message: str, status: int) -> NoReturn:
   """Exits; of several processes, without waiting for the others, which may wait for this one."""
   print(message, file=sys.stderr, flush=True)
-  if jax.process_count() > 1:
+  if hosts.are_several():
     sys.stdout.flush()
     os._exit(status)
   sys.exit(status)

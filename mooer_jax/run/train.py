@@ -61,6 +61,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
+  hosts.check_rows(mesh)
   with contextlib.ExitStack() as held:
     hosts.on_first(lambda: held.enter_context(lock_folder(run.workdir)))
     return _train(run, evaluators, mesh, trace)

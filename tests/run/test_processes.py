@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -159,6 +160,19 @@ def test_data_that_are_bad_for_one_process_stop_all_and_are_recorded(start, tmp_
 def test_incomplete_flags_are_refused(given, message):
   with pytest.raises(ValueError, match=message):
     hosts.initialize(*given)
+
+
+def test_a_tensor_axis_over_several_hosts_is_refused():
+  of_host = [SimpleNamespace(process_index=host) for host in (0, 0, 1, 1)]
+
+  def mesh(*sizes):
+    devices = np.array(of_host, dtype=object).reshape(sizes)
+    return SimpleNamespace(devices=devices, local_devices=of_host[:2])
+
+  hosts.check_rows(mesh(2, 1, 2))
+  hosts.check_rows(mesh(1, 4, 1))
+  with pytest.raises(ValueError, match="mesh.tensor=4 reaches over several hosts.*at most 2"):
+    hosts.check_rows(mesh(1, 1, 4))
 
 
 def test_launchers_are_recognised():
