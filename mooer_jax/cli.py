@@ -92,7 +92,7 @@ def _pack(args) -> int:
 
 
 def _add_data(commands):
-  parser = commands.add_parser("data", help="what a data set contains")
+  parser = commands.add_parser("data", help="inspect data sets")
   actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
   about = "hours, lengths, languages and unusable utterances of a data set, and buckets that fit"
   stats = actions.add_parser("stats", help=about, description=about)
@@ -140,7 +140,7 @@ def _data_stats(args) -> int:
   print("\n".join(stats.describe(found)))
   if found.utterances:
     print(f"data.buckets = {(*buckets,)}  # {padding:.1%} padding, clips up to {args.max_s:g} s")
-  if args.png:
+  if args.png and found.utterances:
     stats.draw_lengths(found, buckets, args.png, step_s=step_s)
   if args.json:
     write_json(args.json, {**found.to_json(), "buckets": buckets, "padding_share": padding})

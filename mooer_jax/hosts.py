@@ -25,6 +25,9 @@ HEARTBEAT_S = 25
 _LAUNCHERS = {"slurm": "SLURM_STEP_NUM_TASKS", "ompi": "OMPI_COMM_WORLD_SIZE", "mpi4py": "PMI_SIZE"}
 
 
+# Packages that JAX needs for them.
+_PACKAGES = {"k8s": "kubernetes", "mpi4py": "mpi4py"}
+_connected = False
 # Errors of a collective whose other processes are gone.
 _LOST = (
   r"Gloo \w+ failed|[Hh]eartbeat timeout|Connection (closed|reset) by peer|coordination service"
@@ -32,7 +35,7 @@ _LOST = (
 
 
 class OtherProcessError(ValueError):
-  """Another process of the run has stopped."""
+  """Another process of the run failed."""
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -43,12 +46,15 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
   Args:
     coordinator: "HOST:PORT" of process 0, reachable from all processes.
-    num_processes: their number.
+    num_processes: their number; with 1 alone, nothing is connected, whatever has started it.
     process_id: of this one, from 0.
 
   Raises:
     ValueError: if only some of the arguments are given, or the processes cannot reach each other.
   """
+  global _connected
+  if num_processes == 1 and coordinator is None:
+    return
   given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
   if missing := [name for name, value in given.items() if value is None]:
     if len(missing) < len(given):
@@ -56,8 +62,13 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     found = _detect(os.environ)
     if found is None:
       return
-    options: dict[str, Any] = {"cluster_detection_method": found[0]} if found[0] else {}
-    expected = found[1]
+    method, expected = found
+    if (package := _PACKAGES.get(method)) and importlib.util.find_spec(package) is None:
+      raise ValueError(
+        f"the processes of {method} are found with the package {package}: pip install {package},"
+        " or give --coordinator, --num_processes and --process_id; --num_processes=1 runs in one"
+      )
+    options: dict[str, Any] = {"cluster_detection_method": method} if method else {}
   else:
     assert num_processes is not None and process_id is not None
     if num_processes < 1 or not 0 <= process_id < num_processes:
@@ -65,17 +76,20 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         f"--process_id={process_id} --num_processes={num_processes}: ids are from 0 to one less"
         " than the number"
       )
-    options = {"coordinator_address": coordinator}
+    options = {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"}
     options |= {"num_processes": num_processes, "process_id": process_id}
     expected = num_processes
+  # JAX would catch SIGTERM until training begins, which then handles it.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_S)
-  except (RuntimeError, ValueError, KeyError) as error:
+  except Exception as error:  # of each launcher's own package, too
     cause = " ".join(str(error).split())[:300]
     raise ValueError(
       f"the processes of this run cannot connect ({type(error).__name__}: {cause}); check that all"
-      " were started, and that they reach the coordinator"
+      " were started and reach the coordinator, or give --num_processes=1 to run in one process"
     ) from error
+  _connected = True
   if expected and jax.process_count() != expected:
     raise ValueError(
       f"{expected} processes were started, but JAX sees {jax.process_count()}; give --coordinator,"
@@ -83,13 +97,16 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     )
 
 
-def _detect(env: Mapping[str, str]) -> tuple[str | None, int | None] | None:
-  """(JAX's name of what has started the processes, their number) if known; None for one process."""
+def _detect(env: Mapping[str, str]) -> tuple[str, int | None] | None:
+  """(JAX's name of what has started the processes, "" for a TPU slice; their number, if known).
+
+  None for a process that was started alone.
+  """
   tasks = int(env.get("SLURM_NTASKS") or 1)
   if tasks > 1 and not env.get("SLURM_STEP_NUM_TASKS"):
     raise ValueError(
-      f"a Slurm job of {tasks} tasks, of which this process is not one: start it with srun, or ask"
-      " for one task (--ntasks=1) to run in one process"
+      f"a Slurm job of {tasks} tasks, of which this process is not one: start it with srun, or give"
+      " --num_processes=1 to run in one process"
     )
   for name, variable in _LAUNCHERS.items():
     if int(env.get(variable) or 1) > 1:
@@ -97,16 +114,16 @@ def _detect(env: Mapping[str, str]) -> tuple[str | None, int | None] | None:
   if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
     return "k8s", None
   # The hosts of a TPU slice; JAX asks the machine's metadata.
-  platforms = env.get("JAX_PLATFORMS", "tpu").split(",")
+  platforms = (env.get("JAX_PLATFORMS") or "tpu").split(",")
   has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
   if "tpu" in platforms and has_tpu and importlib.util.find_spec("libtpu"):
-    return None, None
+    return "", None
   return None
 
 
 def are_several() -> bool:
   """Whether there are several processes; unlike `jax.process_count`, starts no backend."""
-  return jax.distributed.is_initialized() and jax.process_count() > 1
+  return _connected and jax.process_count() > 1
 
 
 def check_rows(mesh: Mesh) -> None:
@@ -119,8 +136,8 @@ def check_rows(mesh: Mesh) -> None:
   for devices in mesh.devices.reshape(-1, tensor):
     if len({device.process_index for device in devices}) > 1:
       raise ValueError(
-        f"mesh.tensor={tensor} reaches over several hosts, whose batches differ; lower it to at"
-        f" most {len(mesh.local_devices)}, the devices of a host, and raise mesh.fsdp instead"
+        f"mesh.tensor={tensor} reaches over several hosts, whose batches differ; lower it to a"
+        f" divisor of {len(mesh.local_devices)}, the devices of a host, and raise mesh.fsdp instead"
       )
 
 
@@ -131,7 +148,7 @@ def lost_process(error: BaseException) -> str:
     if found := re.search(_LOST, str(chain)):
       return (
         f"the connection to another process is lost ({found[0]}); see its output for the reason."
-        " All processes end; start the job again to go on from the latest checkpoint"
+        " All processes end; rerun the same command to resume from the latest checkpoint"
       )
     chain = chain.__cause__ or chain.__context__
   return ""
@@ -178,7 +195,7 @@ def on_first(function: Callable[[], T]) -> T:
   if error is not None:
     raise error
   if problem is not None:
-    raise OtherProcessError(f"process 0 has stopped: {problem}")
+    raise OtherProcessError(f"process 0 failed: {problem}")
   return result  # type: ignore[return-value]
 
 
@@ -186,7 +203,7 @@ class Agreement:
   """The largest values and sums of small vectors of all processes.
 
   The reduction runs on the devices, behind what is queued there, and `result` waits for it. Started
-  before a step, it costs the devices no idle time.
+  before a step, it does not delay the devices.
   """
 
   def __init__(self, mesh: Mesh):

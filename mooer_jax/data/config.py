@@ -25,8 +25,8 @@ class DataConfig:
     prompt_tokens: length in tokens that the side of a prompt with the question is padded to;
       required for prompts with questions.
     batch_size: utterances per batch, over all processes (hosts).
-    streams: number of streams, each with its own shards and its own rows of a batch. A run goes on
-      exactly with other numbers of processes that divide it. 0: the number of processes.
+    streams: number of streams, each with its own shards and its own rows of a batch. A run resumes
+      exactly with any number of processes that divides it. 0: the number of processes.
     buckets: lengths in encoder input steps (MooER: 60 ms each) that batches are padded to,
       ascending; the longest must fit a clip of max_s.
     answer_buckets: lengths in tokens, including eos, that labels are padded to, ascending.

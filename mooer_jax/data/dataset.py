@@ -260,11 +260,12 @@ class _DescribedIterator(grain.DatasetIterator):
 
   def set_state(self, state: dict[str, Any]):
     try:
-      saved = state["of"]
+      # Early states lack some names.
+      saved = {"data.streams": 1, "data.filter": "", **state["of"]}
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()
-        if saved.get(name, value) != value  # early states lack some names
+        if saved.get(name, value) != value
       ]
       if changed:
         raise ValueError(

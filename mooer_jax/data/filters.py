@@ -70,7 +70,7 @@ class Filter:
     try:
       return entry if self.accepts(entry.about) else None
     except FieldError as error:
-      return entry.skip("no such field", str(error))
+      return entry.skip("no such field", f"data.filter={self.text!r}: {error}")
 
 
 def _check(node: ast.expr, text: str) -> None:
@@ -97,6 +97,8 @@ def _check_value(node: ast.expr, text: str) -> None:
       return
     case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items):
       for item in items:
+        if isinstance(item, ast.Name | ast.List | ast.Tuple | ast.Set):
+          raise _refused(item, text)
         _check_value(item, text)
     case _:
       raise _refused(node, text)

@@ -137,9 +137,7 @@ def data_stats(
   """
   Filter(condition)
   names = shard_names(str(source))
-  sizes = [
-    os.path.getsize(name.partition(".json#")[0]) if os.path.exists(name) else 1 for name in names
-  ]
+  sizes = [os.path.getsize(name) if os.path.exists(name) else 1 for name in names]
   total = Stats()
   jobs = [(name, condition) for name in names]
   for found in run_in_processes(

@@ -273,8 +273,9 @@ class UtteranceStream:
       return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
     weights = self._config.task_weights
     if self._position.left_out:
-      counts = f"data.filter={self._config.filter!r} leaves out {self._position.left_out}, {counts}"
-      return counts.removesuffix(", ")
+      left_out = f"data.filter={self._config.filter!r} leaves out {self._position.left_out}"
+      few = "; if others have some, lower data.streams or data.workers, or name less data"
+      return f"{left_out}, {counts}" if counts else left_out + few
     if weights and not counts:
       return f"they are empty, or data.task_weights={weights} leaves nothing of them"
     return counts or "the shards are empty"

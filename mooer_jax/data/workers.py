@@ -26,7 +26,7 @@ def run_in_processes(
   """Yields the results of a function for each job, in order.
 
   Args:
-    function: importable by name, as are the arguments picklable.
+    function: must be importable by name; its arguments and result must be picklable.
     jobs: the arguments of each call.
     processes: number of processes; default: that of the CPUs. More than one are spawned, not
       forked, since this process may run JAX's threads.

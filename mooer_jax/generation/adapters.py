@@ -62,10 +62,14 @@ def add_adapters(
   Raises:
     FileNotFoundError, CheckpointError: for a folder that is not such a checkpoint.
   """
-  opened = {
-    name: checkpoint.describe(checkpoint.find(folder), base=base.folder)
-    for name, folder in folders.items()
-  }
+  opened = {}
+  for name, folder in folders.items():
+    try:
+      opened[name] = checkpoint.describe(checkpoint.find(folder), base=base.folder)
+    except CheckpointError as error:
+      raise CheckpointError(
+        f"adapter {name!r}: {folder} is not a fine-tune of {base.folder} ({error})"
+      ) from error
   for name, about in opened.items():
     if odd := [path for path in about.trained if "/lora_" not in path]:
       raise CheckpointError(
@@ -78,21 +82,21 @@ def add_adapters(
     for name, about in opened.items()
   }
   found: dict[str | None, dict] = {
-    name: checkpoint.read_leaves(about, about.trained) for name, about in opened.items()
+    name: checkpoint.read_leaves(about, [p for p in tree.flatten(about.params) if "/lora_" in p])
+    for name, about in opened.items()
   }
   if model.decoder.lora_rank:
     configs = {None: model.decoder, **configs}
     found = {None: {p: np.asarray(x) for p, x in leaves.items() if "/lora_" in p}, **found}
   ranks = {name: config.lora_rank for name, config in configs.items()}
   for layer in sorted({path.rsplit("/", 1)[0] for of in found.values() for path in of}):
-    [kernel] = (leaves[p] for p in (f"{layer}/kernel", f"{layer}/kernel_int8") if p in leaves)
-    dtype = jnp.float32 if kernel.dtype == jnp.int8 else kernel.dtype
+    kernel = leaves[f"{layer}/kernel"]
     for part, axis in ("lora_a", 1), ("lora_b", 0):
       blocks = [
         of.get(f"{layer}/{part}", np.zeros(_shape(kernel, ranks[name], axis), np.float32))
         for name, of in found.items()
       ]
-      leaves[f"{layer}/{part}"] = jnp.asarray(np.concatenate(blocks, axis), dtype)
+      leaves[f"{layer}/{part}"] = jnp.asarray(np.concatenate(blocks, axis), kernel.dtype)
   decoder = dataclasses.replace(
     model.decoder,
     lora_rank=sum(ranks.values()),

@@ -57,7 +57,7 @@ def _evaluate(config, given) -> None:
 
 
 def _check_flags(given) -> None:
-  """Raises UsageError for a flag that would have no effect, or one that is missing."""
+  """Raises ValueError for a flag that would have no effect, or one that is missing."""
   if given.suite and given.mode != "score":
     raise ValueError(f"--suite={given.suite} takes no --mode={given.mode}")
   mode = "suite" if given.suite else given.mode

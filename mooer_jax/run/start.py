@@ -140,25 +140,27 @@ def measure_cmvn(run: Run, dataset, cmvn: dict) -> dict:
   for name in cmvn:
     number = encoders.index(name)
     if run.train.cmvn == "estimate":
-      shift, scale = hosts.on_first(functools.partial(_estimated, dataset, number, run.model))
+      shift, scale = hosts.on_first(functools.partial(_estimated, dataset, number, run))
     else:
       shift, scale = read_mvn(run.train.cmvn, width=run.model.frontends[number].width)
     values[name] = {"shift": np.asarray(shift, np.float32), "scale": np.asarray(scale, np.float32)}
   return jax.device_put(values, jax.tree.map(lambda x: x.sharding, cmvn))
 
 
-def _estimated(dataset, number: int, model: SpeechLLMConfig) -> list[list[float]]:
+def _estimated(dataset, number: int, run: Run) -> list[list[float]]:
   """Shift and scale of an encoder's features, as JSON values."""
-  return [np.asarray(x).tolist() for x in estimate(_clips(dataset, number, model))]
+  return [np.asarray(x).tolist() for x in estimate(_clips(dataset, number, run))]
 
 
-def _clips(dataset, number: int, model: SpeechLLMConfig):
+def _clips(dataset, number: int, run: Run):
   """The features of the first batches for an encoder; BadDataError has all skipped utterances."""
   skipped: list[SkippedUtterance] = []
-  from_waveforms = jax.jit(model.frontends[number].features_jax)
+  from_waveforms = jax.jit(run.model.frontends[number].features_jax)
   with contextlib.closing(iter(dataset.parents[0])) as batches:
     try:
-      for host in itertools.islice(batches, CMVN_BATCHES):
+      # A batch of a stream has only a part of the rows.
+      streams = run.data.streams or jax.process_count()
+      for host in itertools.islice(batches, CMVN_BATCHES * streams):
         skipped += host.skipped
         batch = host.batch
         if batch.has_waveforms:

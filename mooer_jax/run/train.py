@@ -244,6 +244,7 @@ class _Feed:
 
   def __init__(self, start: _Start, mesh: jax.sharding.Mesh, stop: threading.Event):
     self._batches, self._stop, self._mesh = start.batches, stop, mesh
+    self._told: set[tuple[str, str, str]] = set()
     self._lengths = len(lengths_of(start.dataset.shapes[0]))
     self._agreement = hosts.Agreement(mesh) if jax.process_count() > 1 else None
     self._next: HostBatch | None = None  # None after an error
@@ -267,14 +268,15 @@ class _Feed:
     of_this = self._next or self._error
     everything: tuple[SkippedUtterance, ...] = ()
     if skipped:
-      gathered = hosts.gather([dataclasses.asdict(one) for one in getattr(of_this, "skipped", ())])
-      everything = tuple(SkippedUtterance(**one) for of in gathered for one in of)
+      rows = hosts.gather([dataclasses.asdict(one) for one in self._new(of_this)])
+      everything = tuple(SkippedUtterance(**one) for of in rows for one in of)
     if failed:
-      error = self._error or BadDataError("another process has stopped; its output says why")
+      error = self._error or BadDataError("another process failed; see its output")
       error.skipped = everything  # type: ignore[attr-defined]
       raise error
     host = self._next
     assert host is not None
+    self._told |= {(one.shard, one.key, one.cause) for one in host.skipped}
     self._state = self._batches.get_state()
     batch = hosts.from_processes(widen(host.batch, lengths), sharding)
     self._pull()
@@ -284,17 +286,25 @@ class _Feed:
     """The position of this process's data behind the batch that was taken last."""
     return self._batches.get_state() if self._agreement is None else self._state
 
+  def _new(self, source: Any) -> list[SkippedUtterance]:
+    """The skipped utterances of a batch or an error that no earlier step has told of.
+
+    An exchange of them waits for the devices; in later epochs, there are none.
+    """
+    skipped = getattr(source, "skipped", ())
+    return [one for one in skipped if (one.shard, one.key, one.cause) not in self._told]
+
   def _pull(self) -> None:
     """Takes the next batch of this process, and starts the exchange about it."""
     assert self._agreement is not None
     try:
       self._next = host = next(self._batches)
       largest = [*lengths_of(host.batch), self._stop.is_set(), False]
-      sums = [host.audio_s, host.num_truncated, len(host.skipped)]
+      sums = [host.audio_s, host.num_truncated, len(self._new(host))]
     except Exception as error:  # the other processes wait for this one, so they are told first
       self._next, self._error = None, error
       largest = [*[0] * self._lengths, True, True]
-      sums = [0.0, 0, len(getattr(error, "skipped", ()))]
+      sums = [0.0, 0, len(self._new(error))]
     self._agreement.start(largest, sums)
 
 

@@ -33,6 +33,7 @@ def test_a_condition_accepts_what_it_says(text, accepted):
     "language =", "language", "True", "dnsmos + 1 > 3", "f(language) == 'zh'", "a.b == 1",
     "__import__('os').system('true') == 0", "language is 'zh'", "x[0] == 1", "(a := 1) == 1",
     "dnsmos > 1 if clean else 2", "not dnsmos", "-dnsmos > 3", "dnsmos > 1j", "a == b\nc == d",
+    "language in (zh, en)", "language in {['zh']}",
     "(" * 500, "language == f'{x}'", "language == None", "\0",
   ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from mooer_jax.data.dataset import eval_batches
 from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
 from mooer_jax.data.readers.shards import read_list, read_shard
 from mooer_jax.data.utterances import BadDataError
+from tests.data.conftest import make_tar
 
 
 def _read(path):
@@ -197,3 +198,17 @@ def test_a_json_member_that_is_nested_too_deep_costs_its_utterance(shards):
     [("a.json", about), ("a.txt", b"A"), ("a.wav", b"1"), ("b.json", about)]
   )
   assert _read(path) == ([], [("bad task", "a"), ("no audio", "b")])
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", '"other"'])
+def test_a_txt_is_the_transcript_whatever_the_json_has(tmp_path, text):
+  about = ("a.json", f'{{"text": {text}, "language": "en"}}'.encode())
+  path = make_tar(tmp_path / "s.tar", [("a.wav", b"audio"), ("a.txt", b"said"), about])
+  [entry] = read_shard(str(path))
+  assert (entry.transcript(), entry.about["language"]) == ("said", "en")
+  path = make_tar(tmp_path / "t.tar", [("a.wav", b"audio"), about])
+  [entry] = read_shard(str(path))
+  if text == '"other"':
+    assert entry.transcript() == "other"
+  else:
+    assert (entry.cause, entry.detail) == ("bad task", "a.json: text must be a string")

@@ -77,6 +77,24 @@ def test_each_row_is_decoded_with_its_own_adapter(folders, batch, quantization):
   assert len(answers) == 3
 
 
+def test_what_an_adapter_has_not_trained_is_that_of_the_base(folders, batch, tmp_path):
+  base = folders["base"]
+  if not load_model(base, ExecutionConfig(), merge_lora=False).model.decoder.lora_rank:
+    return  # a base without LoRA has nothing else
+  config = load_model(base, ExecutionConfig(), merge_lora=False).model
+  leaves = tree.flatten(tiny.init(config, 5))
+  some = tree.unflatten({p: x for p, x in leaves.items() if p.endswith("lora_b")})
+  tuned = save(tmp_path / "some", config, some, base=base)
+  loaded = load_model(base, ExecutionConfig(), adapters={"some": tuned})
+  alone = load_model(tuned, ExecutionConfig(), merge_lora=False)
+  clips = batch([20, 17])
+  found = generate(
+    loaded.params, clips, loaded.model, GREEDY, lora_scale=loaded.adapters.scale(["some"] * 2)
+  )
+  expected = generate(alone.params, clips, alone.model, GREEDY)
+  np.testing.assert_array_equal(found.tokens_BS, expected.tokens_BS)
+
+
 def test_rows_are_split_over_a_mesh(folders, batch):
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
   adapters = {name: folders[name] for name in ("q and v", "all")}
@@ -108,5 +126,5 @@ def test_what_is_no_adapter_is_refused(folders, tmp_path):
   other = save(tmp_path / "other", config, params)
   lora = tree.unflatten({p: x for p, x in tree.flatten(params).items() if "/lora_" in p})
   elsewhere = save(tmp_path / "elsewhere", config, lora, base=other)
-  with pytest.raises(CheckpointError, match="is a fine-tune of weights with hash"):
+  with pytest.raises(CheckpointError, match="adapter 'x': .* is not a fine-tune of .*base .*hash"):
     load(adapters={"x": elsewhere})

@@ -145,7 +145,7 @@ def test_data_that_are_bad_for_one_process_stop_all_and_are_recorded(start, tmp_
   flags = [f"--config.data.shards={folder}/data.list", "--config.train.steps=4"]
   outputs, statuses = ended(start("run", 2, *flags), seconds=120)
   assert all(statuses)
-  assert "another process has stopped" in outputs[0] and "damaged: " in outputs[1], outputs
+  assert "another process failed" in outputs[0] and "damaged: " in outputs[1], outputs
   [row] = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
   assert row["cause"] == "bad shard" and row["shard"].endswith("s2.tar")
 
@@ -171,7 +171,7 @@ def test_a_tensor_axis_over_several_hosts_is_refused():
 
   hosts.check_rows(mesh(2, 1, 2))
   hosts.check_rows(mesh(1, 4, 1))
-  with pytest.raises(ValueError, match="mesh.tensor=4 reaches over several hosts.*at most 2"):
+  with pytest.raises(ValueError, match="mesh.tensor=4 reaches over several hosts.*a divisor of 2"):
     hosts.check_rows(mesh(1, 1, 4))
 
 
@@ -183,3 +183,26 @@ def test_launchers_are_recognised():
   assert hosts._detect({"PMI_SIZE": "3"}) == ("mpi4py", 3)
   with pytest.raises(ValueError, match="of which this process is not one: start it with srun"):
     hosts._detect({"SLURM_NTASKS": "4"})
+  assert hosts._detect({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"})[0] == "k8s"
+
+
+def test_one_process_may_be_asked_for_and_a_missing_package_is_named(monkeypatch):
+  for name, value in (("KUBERNETES_SERVICE_HOST", "x"), ("JOB_COMPLETION_INDEX", "0")):
+    monkeypatch.setenv(name, value)
+  hosts.initialize(None, 1, None)
+  monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="pip install kubernetes.*--num_processes=1 runs in one"):
+    hosts.initialize(None, None, None)
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(repo_root, as_flags, plain_env):
+  program = (
+    "import jax; start = jax.distributed.initialize;"
+    "jax.distributed.initialize = lambda **options: start(**options, initialization_timeout=1);"
+    "from mooer_jax.programs.train import main; main()"
+  )
+  flags = ["--coordinator=localhost:1", "--num_processes=2", "--process_id=1"]
+  command = [sys.executable, "-c", program, "--config=configs/tiny.py", *as_flags, *flags]
+  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  assert done.returncode != 0
+  assert "the processes of this run cannot connect" in done.stderr or "DEADLINE" in done.stderr

@@ -14,7 +14,7 @@ class Reader(NamedTuple):
   """A format.
 
   Attributes:
-    recognises: whether a shard, by its name and what stands beside it, has the format.
+    recognises: whether a shard, by its name and the files beside it, has the format.
     read: yields the utterances of a shard, in order, each either complete or skipped.
   """
 

@@ -97,6 +97,7 @@ def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
       entry["text"].encode(),
       task=entry.get("task", ""),
       question=entry.get("Q", ""),
+      about=entry,
     )
     try:
       audio, *more = (clip.read_bytes() for clip in _clips(path, entry))

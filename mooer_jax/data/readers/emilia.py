@@ -8,12 +8,13 @@ Source: He et al., "Emilia: An Extensive, Multilingual, and Diverse Speech Datas
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
-from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, DamagedShard, read_members
+from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, DamagedShard, read_members
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _ALL_LABELS = "openemilia_all.tar.gz"  # of OpenDataLab: no audio
@@ -26,7 +27,9 @@ def find_shards(folder: str | Path) -> list[str]:
     FileNotFoundError: if there are none.
   """
   folder = Path(folder)
-  files = sorted(path for path in folder.rglob("*") if path.is_file())
+  files = sorted(
+    path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(IGNORED)
+  )
   found = [
     str(path)
     for path in files
@@ -135,7 +138,7 @@ def _lines(file: Path) -> Iterator[bytes]:
   try:
     with opened(file, "rb") as lines:
       yield from (line for line in lines if line.strip())
-  except (OSError, EOFError) as error:
+  except (OSError, EOFError, zlib.error) as error:
     yield f"{type(error).__name__}: {error}".encode()
 
 

@@ -94,8 +94,12 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
 
 def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:
   suffix, audio = parts.get("audio") or parts.get("video") or ("", b"")
-  about, problem = _about(f"{key}.json", parts["json"][1]) if "json" in parts else ({}, "")
-  _, text = parts.get("txt", ("", about.get("text", "").encode("utf-8", "surrogatepass")))
+  about: dict[str, Any] = {}
+  problem = ""
+  if "json" in parts:
+    text_of = () if "txt" in parts else ("text",)
+    about, problem = _about(f"{key}.json", parts["json"][1], ("task", "Q", *text_of))
+  _, text = parts.get("txt", ("", str(about.get("text", "")).encode("utf-8", "surrogatepass")))
   complete = bool(suffix) and ("txt" in parts or "text" in about)
   detail = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())
   if key in seen:
@@ -112,15 +116,15 @@ def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:
   return raw
 
 
-def _about(name: str, content: bytes) -> tuple[dict[str, Any], str]:
-  """The fields of a .json, and what is wrong with it; strings of known fields are kept."""
+def _about(name: str, content: bytes, strings: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+  """The fields of a .json, and what is wrong with it; some fields must be strings."""
   try:
     about = json.loads(content)
     if not isinstance(about, dict):
       raise ValueError(f"{str(about)[:40]!r} is not an object")
   except (ValueError, RecursionError) as error:
     return {}, f"{name}: {error}"
-  if wrong := [x for x in ("task", "Q", "text") if not isinstance(about.get(x, ""), str)]:
+  if wrong := [field for field in strings if not isinstance(about.get(field, ""), str)]:
     return {
       x: v for x, v in about.items() if x not in wrong
     }, f"{name}: {wrong[0]} must be a string"

@@ -55,7 +55,9 @@ def attention(
     raise ValueError(f"first_query={first_query!r}: must be an integer scalar")
   extras = ("bias",) if bias is not None else ()
   call = Call.of("attention", q_BTHC, sizes, extras)
-  reason = "needs a first_query that is a Python int; use attention='auto'"
+  reason = (
+    "is for training: it takes no KV cache (first_query must be an int); use attention='auto'"
+  )
   traced = {} if isinstance(first_query, int) else {"splash": reason}
   implementation = choose(implementation, call, platform=platform, unsupported=traced)
   heads = P(ROWS, None, HEADS)
