@@ -146,8 +146,10 @@ def test_data_that_are_bad_for_one_process_stop_all_and_are_recorded(start, tmp_
   outputs, statuses = ended(start("run", 2, *flags), seconds=120)
   assert all(statuses)
   assert "another process failed" in outputs[0] and "damaged: " in outputs[1], outputs
-  [row] = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
-  assert row["cause"] == "bad shard" and row["shard"].endswith("s2.tar")
+  lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+  skipped = [json.loads(line) for line in lines]
+  assert "bad shard" in {row["cause"] for row in skipped}
+  assert {Path(row["shard"]).name for row in skipped} == {"s2.tar"}
 
 
 @pytest.mark.parametrize(
