@@ -1,7 +1,7 @@
-"""The processes of a run, one for each host: how they find each other, and how they agree.
+"""The processes of a run: how they find each other, and how they exchange values.
 
-Every function is called by all processes, in the same order. With one process, it only calls or
-returns what it is given.
+All processes must call these functions in the same order. With one process, `gather`, `on_first`
+and `from_processes` exchange nothing.
 """
 
 import functools
@@ -10,6 +10,8 @@ import importlib.util
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,14 +23,13 @@ T = TypeVar("T")
 
 # A process that stops answering is noticed after this; the others then end.
 HEARTBEAT_S = 25
+CONNECT_S = 300  # how long a process waits for the coordinator
 # JAX's name of a launcher, and the variable with the number of processes that it has started.
 _LAUNCHERS = {"slurm": "SLURM_STEP_NUM_TASKS", "ompi": "OMPI_COMM_WORLD_SIZE", "mpi4py": "PMI_SIZE"}
-
-
-# Packages that JAX needs for them.
+# Packages that JAX needs to find the processes of a launcher.
 _PACKAGES = {"k8s": "kubernetes", "mpi4py": "mpi4py"}
-_connected = False
-# Errors of a collective whose other processes are gone.
+_connected = False  # whether `initialize` has connected several processes
+# Parts of the errors of a collective whose other processes are gone.
 _LOST = (
   r"Gloo \w+ failed|[Hh]eartbeat timeout|Connection (closed|reset) by peer|coordination service"
 )
@@ -76,6 +77,8 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         f"--process_id={process_id} --num_processes={num_processes}: ids are from 0 to one less"
         " than the number"
       )
+    assert coordinator is not None
+    _reach(coordinator, starts_it=process_id == 0)
     options = {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"}
     options |= {"num_processes": num_processes, "process_id": process_id}
     expected = num_processes
@@ -97,6 +100,25 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     )
 
 
+def _reach(coordinator: str, *, starts_it: bool) -> None:
+  """Waits until process 0 listens; JAX would abort this process instead of raising an error."""
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal():
+    raise ValueError(f"--coordinator={coordinator}: write HOST:PORT")
+  deadline = time.monotonic() + CONNECT_S
+  while not starts_it:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      return
+    except (OSError, OverflowError) as error:
+      if time.monotonic() > deadline:
+        raise ValueError(
+          f"--coordinator={coordinator} cannot be reached within {CONNECT_S} s ({error}); start"
+          " process 0 on that host, and open the port"
+        ) from error
+      time.sleep(0.5)
+
+
 def _detect(env: Mapping[str, str]) -> tuple[str, int | None] | None:
   """(JAX's name of what has started the processes, "" for a TPU slice; their number, if known).
 
@@ -105,8 +127,8 @@ def _detect(env: Mapping[str, str]) -> tuple[str, int | None] | None:
   tasks = int(env.get("SLURM_NTASKS") or 1)
   if tasks > 1 and not env.get("SLURM_STEP_NUM_TASKS"):
     raise ValueError(
-      f"a Slurm job of {tasks} tasks, of which this process is not one: start it with srun, or give"
-      " --num_processes=1 to run in one process"
+      f"the Slurm job has {tasks} tasks, but this process is none of them: start it with srun, or"
+      " give --num_processes=1 to run in one process"
     )
   for name, variable in _LAUNCHERS.items():
     if int(env.get(variable) or 1) > 1:
@@ -155,6 +177,7 @@ def lost_process(error: BaseException) -> str:
 
 
 def is_first() -> bool:
+  """Whether this is the process that writes the records of the run."""
   return jax.process_index() == 0
 
 
@@ -216,9 +239,6 @@ class Agreement:
 
   def start(self, largest: Sequence[int], sums: Sequence[float]) -> None:
     """Starts the reduction of this process's values, int32 and float32."""
-    if jax.process_count() == 1:
-      self._found = largest, sums
-      return
     highest = np.tile(np.asarray(largest, np.int32), (self._of_process, 1))
     added = np.zeros((self._of_process, len(sums)), np.float32)
     added[0] = sums

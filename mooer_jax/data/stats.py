@@ -18,6 +18,7 @@ from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.workers import run_in_processes
 
 _TICKS = 100  # lengths are counted in hundredths of a second
+_SHARES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of the utterances, at which lengths are printed
 
 
 @dataclasses.dataclass
@@ -113,9 +114,6 @@ def _bars(stats: Stats) -> list[str]:
     f" {hours[row] / _TICKS / 3600:,.2f} h"
     for row in range(max(hours) + 1)
   ]
-
-
-_SHARES = (0.0, 0.01, 0.5, 0.99, 1.0)
 
 
 def data_stats(

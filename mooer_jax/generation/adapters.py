@@ -51,8 +51,8 @@ def add_adapters(
   """Adds the LoRA of several fine-tunes to the params of their base.
 
   A rank of one adapter is multiplied by 0 in the rows of the others, which costs little beside the
-  base: ranks are small. An adapter replaces a LoRA that the base has, since training went on from
-  that. A call without `lora_scale` computes the base without any LoRA.
+  base: ranks are small. An adapter replaces a LoRA of the base, since it was trained from that. A
+  call without `lora_scale` computes the base without any LoRA.
 
   Args:
     params, model: the base, per layer, its LoRA not merged.

@@ -227,7 +227,7 @@ def _loop(
   return folder
 
 
-class Fed(NamedTuple):
+class BatchSummary(NamedTuple):
   """What the records need to know of the batch of a step, of all processes together."""
 
   audio_s: float
@@ -252,7 +252,7 @@ class _Feed:
     if self._agreement is not None:
       self._pull()
 
-  def take(self) -> tuple[Fed, Batch, bool]:
+  def take(self) -> tuple[BatchSummary, Batch, bool]:
     """(what to record, the batch, whether its step is the last) of the next step.
 
     Raises:
@@ -262,8 +262,8 @@ class _Feed:
     sharding = batch_sharding(self._mesh)
     if self._agreement is None:
       host = next(self._batches)
-      fed = Fed(host.audio_s, host.num_truncated, host.skipped)
-      return fed, hosts.from_processes(host.batch, sharding), self._stop.is_set()
+      summary = BatchSummary(host.audio_s, host.num_truncated, host.skipped)
+      return summary, hosts.from_processes(host.batch, sharding), self._stop.is_set()
     (*lengths, stopping, failed), (audio_s, truncated, skipped) = self._agreement.result()
     of_this = self._next or self._error
     everything: tuple[SkippedUtterance, ...] = ()
@@ -280,7 +280,7 @@ class _Feed:
     self._state = self._batches.get_state()
     batch = hosts.from_processes(widen(host.batch, lengths), sharding)
     self._pull()
-    return Fed(round(audio_s, 3), round(truncated), everything), batch, bool(stopping)
+    return BatchSummary(round(audio_s, 3), round(truncated), everything), batch, bool(stopping)
 
   def state(self) -> dict[str, Any]:
     """The position of this process's data behind the batch that was taken last."""

@@ -183,7 +183,7 @@ def test_launchers_are_recognised():
   assert hosts._detect(step) == ("slurm", 4)
   assert hosts._detect({"OMPI_COMM_WORLD_SIZE": "2"}) == ("ompi", 2)
   assert hosts._detect({"PMI_SIZE": "3"}) == ("mpi4py", 3)
-  with pytest.raises(ValueError, match="of which this process is not one: start it with srun"):
+  with pytest.raises(ValueError, match="this process is none of them: start it with srun"):
     hosts._detect({"SLURM_NTASKS": "4"})
   assert hosts._detect({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"})[0] == "k8s"
 
@@ -197,14 +197,15 @@ def test_one_process_may_be_asked_for_and_a_missing_package_is_named(monkeypatch
     hosts.initialize(None, None, None)
 
 
-def test_a_coordinator_that_does_not_answer_is_one_line(repo_root, as_flags, plain_env):
-  program = (
-    "import jax; start = jax.distributed.initialize;"
-    "jax.distributed.initialize = lambda **options: start(**options, initialization_timeout=1);"
-    "from mooer_jax.programs.train import main; main()"
-  )
-  flags = ["--coordinator=localhost:1", "--num_processes=2", "--process_id=1"]
-  command = [sys.executable, "-c", program, "--config=configs/tiny.py", *as_flags, *flags]
-  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
-  assert done.returncode != 0
-  assert "the processes of this run cannot connect" in done.stderr or "DEADLINE" in done.stderr
+@pytest.mark.parametrize(
+  ("coordinator", "message"),
+  [
+    ("localhost:1", "--coordinator=localhost:1 cannot be reached within 0 s.*start process 0"),
+    ("localhost", "--coordinator=localhost: write HOST:PORT"),
+    ("localhost:http", "--coordinator=localhost:http: write HOST:PORT"),
+  ],
+)
+def test_a_coordinator_that_does_not_answer_is_named(monkeypatch, coordinator, message):
+  monkeypatch.setattr(hosts, "CONNECT_S", 0)
+  with pytest.raises(ValueError, match=message):
+    hosts.initialize(coordinator, 2, 1)
