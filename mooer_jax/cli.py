@@ -128,6 +128,9 @@ def _data_stats(args) -> int:
     value = getattr(args, name)
     if value is not None and not 0 < value < float("inf"):
       raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+  for name in ("png", "json"):
+    if (path := getattr(args, name)) and path.exists():
+      raise FileExistsError(f"--{name} {path} exists; name another file")
   found = stats.data_stats(
     args.source,
     condition=args.filter,

@@ -64,6 +64,7 @@ def test_the_command_prints_writes_and_draws(mixed, tmp_path, capsys):
     (["{list}", "--filter", "f()"], "data.filter='f()'"),
     (["{list}", "--max-s", "nan"], "--max-s nan: must be above 0"),
     (["{list}", "--buckets", "0"], "--buckets 0: must be above 0"),
+    (["{list}", "--json", "{list}"], "data.list exists; name another file"),
   ],
 )
 def test_bad_arguments_are_one_line(mixed, capsys, arguments, message):
