@@ -100,10 +100,15 @@ def repo_root() -> Path:
 
 @pytest.fixture
 def plain_env() -> dict[str, str]:
-  """Environment for a subprocess that should see what a user's shell has: one CPU device."""
+  """Environment for a subprocess that should see what a user's shell has: one CPU device.
+
+  Unless the user's shell has XLA_FLAGS, programs are compiled without optimisation, as in tests.
+  """
   env = {**_USER_ENV}
   env.setdefault("JAX_PLATFORMS", "cpu")
-  env.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+  for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    env.setdefault(name, os.environ[name])
   env.setdefault("MPLBACKEND", "Agg")
   paths = [str(ROOT), env.get("PYTHONPATH", "")]
   env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

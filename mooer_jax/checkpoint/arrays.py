@@ -22,9 +22,9 @@ def write(folder: Path, arrays: Mapping) -> None:
   """Write a nested dict of arrays or `LazyArray` leaves, from all processes."""
   import orbax.checkpoint as ocp
 
-  from mooer_jax.checkpoint.streaming import streaming_handler
+  from mooer_jax.checkpoint.streaming import device_handler, streaming_handler
 
-  handler = ocp.PyTreeCheckpointHandler()
+  handler = device_handler(CHUNK_BYTES)
   if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
     arrays, handler = jax.tree.map(as_lazy, arrays), streaming_handler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
