@@ -27,11 +27,13 @@ _static = functools.partial(flax.struct.field, pytree_node=False)
 class HostBatch:
   """A batch in NumPy and what it was made from."""
 
-  batch: Batch  # arrays of B rows; rows beyond len(keys) are padding
+  # Arrays of B rows; rows beyond len(keys) are padding. Of `eval_batches`, None without a key.
+  batch: Batch
   keys: tuple[str, ...] = _static()  # of the utterances, row by row
   texts: tuple[str, ...] = _static()  # their transcripts
   tasks: tuple[str, ...] = _static()  # the tasks of their prompts
   seconds: tuple[float, ...] = _static()  # lengths of their audio, after truncation
+  places: tuple[tuple[int, int], ...] = _static()  # of their shards, and in these
   skipped: tuple[SkippedUtterance, ...] = _static()  # since the previous batch, each once
   num_truncated: int = _static(default=0)  # clips longer than max_s, which were truncated
 
@@ -68,7 +70,7 @@ def join(hosts: Sequence[HostBatch]) -> HostBatch:
     return hosts[0]
   longest = [max(sizes) for sizes in zip(*(lengths_of(host.batch) for host in hosts))]
   batches = [widen(host.batch, longest) for host in hosts]
-  names = ("keys", "texts", "tasks", "seconds", "skipped")
+  names = ("keys", "texts", "tasks", "seconds", "places", "skipped")
   return HostBatch(
     batch=jax.tree.map(lambda *parts: np.concatenate(parts), *batches),
     num_truncated=sum(host.num_truncated for host in hosts),
@@ -200,6 +202,7 @@ class Batcher:
       texts=tuple(e.text for e in examples),
       tasks=tuple(e.task for e in examples),
       seconds=tuple(min(e.seconds, max_s) for e in examples),
+      places=tuple(e.place for e in examples),
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
       num_truncated=sum(e.seconds > max_s for e in examples),
     )
@@ -321,6 +324,8 @@ class EvalIterator(grain.DatasetIterator):
     except BadDataError as error:
       error.skipped = (*(s for e in examples for s in e.skipped), *self._stream.left_over())
       raise
+    if not examples:  # a share of a process in which nothing is usable
+      return HostBatch(None, (), (), (), (), (), left_over)  # type: ignore[arg-type]
     return self._batcher(examples, left_over)
 
   def get_state(self) -> dict[str, Any]:

@@ -65,7 +65,13 @@ def eval_batches(
   Each key is either in one batch's keys or in its `skipped`. An utterance whose transcript is
   empty, too long or not in the tokenizer's alphabet is kept; its labels are padding.
 
-  Arguments, result and errors as train_batches; at most one worker, which keeps the order.
+  Args:
+    config, tokenizer, model: as in `train_batches`; there is at most one worker, which keeps the
+      order. Each process has batches of config.batch_size.
+    process: index of this process and their number n; each gets every nth utterance.
+
+  Returns, Raises:
+    As `train_batches`.
   """
   return _pipeline(config, tokenizer, model, endless=False, process=process)
 
@@ -81,7 +87,8 @@ def _pipeline(
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
   shards = _shards(config, sampler)
-  index, count = process
+  # A single pass has one stream, of which each process reads its share.
+  index, count = process if endless else (0, 1)
   workers = config.workers if endless else min(1, config.workers)
   streams = (config.streams if endless else 0) or count
   _check_streams(config, streams, count)
@@ -103,7 +110,13 @@ def _pipeline(
 
   own = {
     stream: _prefetch(
-      _Batches(shards[stream::streams], preprocess, batcher(of_stream), of_stream, endless=endless),
+      _Batches(
+        shards[stream::streams],
+        preprocess,
+        batcher(of_stream),
+        of_stream,
+        share=None if endless else process,
+      ),
       workers,
     )
     for stream in range(index * streams // count, (index + 1) * streams // count)
@@ -174,10 +187,11 @@ class _Batches(grain.IterDataset):
     batcher: Batcher,
     config: DataConfig,
     *,
-    endless: bool,
+    share: tuple[int, int] | None,
   ):
+    """Endless without a `share` of a single pass."""
     super().__init__()
-    self.config, self.shards, self.endless = config, shards, endless
+    self.config, self.shards, self.share = config, shards, share
     self.preprocess, self.batcher = preprocess, batcher
 
   def set_slice(self, sl: slice, sequential_slice: bool = False):
@@ -186,8 +200,8 @@ class _Batches(grain.IterDataset):
     self.shards = self.shards[sl]
 
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
-    stream = UtteranceStream(self.shards, self.preprocess, self.config, endless=self.endless)
-    iterator = TrainIterator if self.endless else EvalIterator
+    stream = UtteranceStream(self.shards, self.preprocess, self.config, share=self.share)
+    iterator = EvalIterator if self.share else TrainIterator
     return iterator(self.config, self.batcher, stream)
 
 

@@ -135,6 +135,7 @@ class Example:
   labels_S: np.ndarray  # int32, tokens of the transcript and eos
   seconds: float  # length of the audio, before truncation
   epoch: int = 0  # in which the stream read it
+  place: tuple[int, int] = (0, 0)  # of its shard in the order of the epoch, and in the shard
   skipped: tuple[SkippedUtterance, ...] = ()  # since the previous example
 
 

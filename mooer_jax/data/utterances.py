@@ -83,12 +83,14 @@ class EpochReader:
   Attributes:
     seed: seed of the order of the shards; None reads them as listed, and each key once.
     task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
+    share: (i, n) of a process: without a seed, it gets every nth entry, from the ith on.
   """
 
   shards: Sequence[str]
   epoch: int
   seed: int | None
   task_weights: Mapping[str, float]
+  share: tuple[int, int] = (0, 1)
 
   @functools.cached_property
   def order(self) -> list[int]:
@@ -102,12 +104,15 @@ class EpochReader:
   def read_from(self, shard: int, entry: int, copy: int) -> Generator[Reading]:
     """Yields the readings from a place on; closing the generator closes the open shard."""
     keys: set[str] = set()
+    index_of_process, processes = self.share
     for place in range(0 if self.seed is None else shard, len(self.order)):
       with contextlib.closing(self._entries(place, keys)) as entries:
         if place < shard:
           collections.deque(entries, maxlen=0)  # only for their keys
           continue
         for number, raw in enumerate(itertools.islice(entries, entry, None), entry):
+          if (place + number) % processes != index_of_process:
+            continue
           copies = 1
           if self.task_weights and isinstance(raw, RawUtterance):
             weights, seed = self.task_weights, self.seed or 0
@@ -146,7 +151,7 @@ class UtteranceStream:
     preprocess: Callable[[RawUtterance, int | str], Example | SkippedUtterance],
     config: DataConfig,
     *,
-    endless: bool,
+    share: tuple[int, int] | None,
   ):
     """Starts at the first utterance.
 
@@ -154,11 +159,12 @@ class UtteranceStream:
       shards: tar paths, or parts of an annotation file.
       preprocess: makes an example of a raw utterance and the identifier of its reading.
       config: seed, weights of the tasks, and limits of unusable data.
-      endless: whether epoch follows epoch in new orders; else see `EpochReader` without a seed.
+      share: that of a process in a single pass, as of `EpochReader`; None: epoch follows epoch in
+        new orders, and these shards are read whole.
     """
     self._shards, self._preprocess, self._config = list(shards), preprocess, config
-    self._seed = config.seed if endless else None
-    self._task_weights = config.task_weights if endless else {}
+    self._seed, self._share_of = (config.seed if share is None else None), share or (0, 1)
+    self._task_weights = config.task_weights if share is None else {}
     self._filter = Filter(config.filter)
     self.seek(Position())
 
@@ -203,7 +209,8 @@ class UtteranceStream:
 
   def _start_reading(self, position: Position) -> None:
     self._position = position
-    self._epoch = EpochReader(self._shards, position.epoch, self._seed, self._task_weights)
+    options = self._seed, self._task_weights, self._share_of
+    self._epoch = EpochReader(self._shards, position.epoch, *options)
     self._readings = self._epoch.read_from(position.shard, position.entry, position.copy)
 
   def _advance(self) -> Example:
@@ -229,7 +236,8 @@ class UtteranceStream:
         made = raw if isinstance(raw, SkippedUtterance) else self._preprocess(raw, identifier)
         if isinstance(made, Example):
           self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
-          return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
+          place = (shard, entry - (not copy))
+          return dataclasses.replace(made, epoch=here.epoch, place=place, skipped=self.left_over())
         self._pending.append(made)
         self._position = here.add_skipped(made.cause, self._epoch.order[shard])
         self._check_share(self._config.tolerance)
@@ -237,7 +245,8 @@ class UtteranceStream:
   def _end_epoch(self) -> None:
     here = self._position
     idle = here.passed and here.read == here.read_before
-    if not here.usable and not idle:
+    # Another process may have usable ones.
+    if not here.usable and not idle and self._share_of == (0, 1):
       raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
     self._check_share(1)
     if self._seed is None:

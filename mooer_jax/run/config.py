@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -278,16 +277,6 @@ class Run:
 
   def check_training(self) -> None:
     """Raises FileNotFoundError or ValueError for a run that cannot be trained on these devices."""
-    single = {
-      "data.cache_features": self.data.cache_features,
-      "perplexity.shards": self.perplexity.shards,
-      "activation.shards": self.activation.shards,
-    }
-    if jax.process_count() > 1 and (given := [name for name, value in single.items() if value]):
-      raise ValueError(
-        f"{given[0]} needs one process, but there are {jax.process_count()}; leave it out, or run"
-        " on one host"
-      )
     attention = self.model.compute.attention
     check_backend(attention)
     dropout: Any = getattr(self.model.connector, "dropout", None)

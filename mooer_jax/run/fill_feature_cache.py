@@ -11,10 +11,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 
-from mooer_jax import speech_llm, tree
+from mooer_jax import hosts, speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig, to_json
 from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
@@ -25,7 +26,7 @@ from mooer_jax.data.readers import annotation, read, shard_names
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
-from mooer_jax.sharding import batch_sharding
+from mooer_jax.sharding import batch_sharding, make_mesh
 from mooer_jax.speech_llm import Batch
 
 # Raise it when the same weights and audio give other frames, so that old caches are not used.
@@ -33,11 +34,12 @@ FRAMES_VERSION = 2
 
 
 def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
-  """Runs the encoders on `mesh` over all clips of the data set that are not in the cache.
+  """Runs the encoders over all clips of the data set that are not in the cache.
 
   A cache belongs to the encoders and their weights; other weights fill another folder. A clip is
   encoded once, for all prompts and keys, and again if its audio changes. An interrupted pass
-  resumes.
+  resumes. With several processes, each encodes its share of the clips on its own devices, and
+  writes a part of the cache.
 
   Raises:
     ValueError: if an encoder is trained, or there is no init_from.
@@ -50,20 +52,27 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
     )
   if run.init_from is None:
     raise ValueError("data.cache_features needs the trained encoders of init_from")
-  params = {part: params.get(part, {}) for part in ("frontend", "encoders")}
+  params = hosts.whole({part: params.get(part, {}) for part in ("frontend", "encoders")})
+  if hosts.are_several():
+    mesh = make_mesh(devices=jax.local_devices())
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
   widths = {encoder.kind: encoder.hidden_size for encoder in run.model.encoders}
   folder, name = Path(run.data.cache_features) / _stamp(run, params), dataset_name(run.data)
-  cache = EncodedCache(folder, widths)
-  if cache.complete(name):
-    return cache
-  with lock_folder(folder):
-    cache = EncodedCache(folder, widths)  # another process may have written since
-    _fill(cache, run, params, mesh=mesh)
-    cache.mark_complete(name)
-  return cache
+  if not hosts.on_first(lambda: EncodedCache(folder, widths).complete(name)):
+    number = jax.process_index()
+    with lock_folder(own := folder / f"process{number}" if number else folder):
+      known = EncodedCache(folder, widths).known
+      skipped = _fill(EncodedCache(own, widths), run, params, mesh=mesh, known=known)
+      causes = sum((Counter(counts) for counts in hosts.gather(skipped)), Counter())
+      if causes:
+        said = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
+        hosts.say(f"not encoded: {said}; training lists them in skipped.jsonl")
+      hosts.on_first(lambda: EncodedCache(folder, widths).mark_complete(name))
+  return EncodedCache(folder, widths)
 
 
-def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
+def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh, known: set[str]) -> Counter[str]:
+  """Adds the share of this process; returns the numbers of skipped clips by cause."""
   model = run.model
 
   @jax.jit
@@ -72,12 +81,13 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
       return speech_llm.encode_each(params, batch, model)
 
   skipped: Counter[str] = Counter()
-  misses = cache_misses(run.data, model, known={*cache.clips}, skipped=skipped)
+  process = jax.process_index(), jax.process_count()
+  misses = cache_misses(run.data, model, known=known, skipped=skipped, process=process)
   started = (
     (digests, seconds, encode(params, jax.device_put(batch, batch_sharding(mesh))))
     for batch, digests, seconds in misses
   )
-  with Progress(console=Console(stderr=True)) as progress:
+  with Progress(console=Console(stderr=True), disable=not hosts.is_first()) as progress:
     bar = progress.add_task("encoding", total=None)
     current = next(started, None)
     while current:
@@ -92,9 +102,7 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
       progress.update(
         bar, completed=len(cache.clips), description=f"encoded {len(cache.clips)} clips"
       )
-  if skipped:
-    causes = ", ".join(f"{cause}: {n}" for cause, n in skipped.most_common())
-    print(f"not encoded: {causes}; training lists them in skipped.jsonl")
+  return skipped
 
 
 def _stamp(run: Run, params: dict) -> str:
@@ -115,7 +123,12 @@ def _stamp(run: Run, params: dict) -> str:
 
 
 def cache_misses(
-  config: DataConfig, model: SpeechLLMConfig, *, known: set[str], skipped: Counter[str]
+  config: DataConfig,
+  model: SpeechLLMConfig,
+  *,
+  known: set[str],
+  skipped: Counter[str],
+  process: tuple[int, int] = (0, 1),
 ) -> Generator[tuple[Batch, tuple[str, ...], tuple[float, ...]]]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
 
@@ -125,6 +138,7 @@ def cache_misses(
     config, model: shards, batch size, buckets and limits of length; the features.
     known: digests of the cached clips; those that are read are added.
     skipped: numbers of skipped clips by cause, which are added to.
+    process: index of this process and their number, which share the clips by their digests.
 
   Yields:
     (batch without prompts and labels, digests and lengths in seconds of the clips in its rows).
@@ -138,8 +152,8 @@ def cache_misses(
       if (raw := wanted.select(entry)) is None:
         continue
       if isinstance(raw, SkippedUtterance):
-        skipped[raw.cause] += 1
-      elif (name := digest(raw)) in known:
+        skipped[raw.cause] += index == 0
+      elif (name := digest(raw)) in known or int(name, 16) % processes != index:
         continue
       elif isinstance(found := load_features(raw, config, model), SkippedUtterance):
         skipped[found.cause] += 1
@@ -147,7 +161,7 @@ def cache_misses(
         known.add(name)
         yield name, *found
 
-  wanted = Filter(config.filter)
+  wanted, (index, processes) = Filter(config.filter), process
   pad, found = input_padding(config, model), misses()
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):

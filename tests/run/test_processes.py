@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, hosts, tree
-from tests.run.programs import train
+from tests.run.programs import evaluate, perplexity, train
 
 STREAMS = "--config.data.streams=4"
 
@@ -26,14 +26,14 @@ def start(repo_root, as_flags, plain_env, tmp_path):
   """Starts the processes of a run, which together have four devices."""
   started = []
 
-  def begin(name, processes, *flags):
+  def begin(name, processes, *flags, program="train.py"):
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
     count = "--xla_force_host_platform_device_count="
     xla_flags = re.sub(rf"{count}\d+", f"{count}{4 // processes}", os.environ["XLA_FLAGS"])
     env = {**plain_env, "XLA_FLAGS": xla_flags}
-    command = [sys.executable, "train.py", "--config=configs/tiny.py", *as_flags, STREAMS]
+    command = [sys.executable, program, "--config=configs/tiny.py", *as_flags, STREAMS]
     command += [f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
     if processes > 1:
       command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
@@ -104,6 +104,87 @@ def test_two_processes_stop_together_and_one_goes_on(start, config, tmp_path, mo
   assert_same_run(one, two)
   for ours, theirs in zip(rows(one), rows(two), strict=True):
     assert ours["audio_s"] == pytest.approx(theirs["audio_s"], abs=2e-3)  # float32 sums
+
+
+@pytest.fixture
+def annotated(clips, tmp_path):
+  """An annotation file of the clips, which name the task."""
+  entries = [{"path": str(clip.path), "text": clip.text, "task": "asr"} for clip in clips]
+  (tmp_path / "clips.json").write_text(json.dumps({"annotation": entries}), "utf-8")
+  return tmp_path / "clips.json"
+
+
+@pytest.fixture
+def trained(config, tmp_path):
+  """A run of one process; its template has text after the speech, which perplexity needs."""
+  config.workdir = str(tmp_path / "trained")
+  config.characters += "USER: AINT\n"
+  config.model.llm.vocab_size = 24
+  config.model.chat_template, config.model.prompts = "vicuna", {"asr": "<SpeechHere>"}
+  train(config)
+  return config
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(start, trained, tmp_path):
+  """They write the same hypotheses and rates."""
+  flags = [f"--checkpoint={trained.workdir}", "--config.eval.batch_size=4"]
+  run = start("two", 2, *flags, f"--config.eval.out={tmp_path / 'two'}", program="eval.py")
+  trained.eval.out = str(tmp_path / "one")
+  evaluate(trained, trained.workdir)
+  outputs, statuses = ended(run)
+  assert statuses == [0, 0], outputs
+  assert "hypotheses and reports in" in outputs[0] and "hypotheses" not in outputs[1]
+  one, two = ((tmp_path / name) for name in ("one", "two"))
+  assert (one / "text").read_text() == (two / "text").read_text()
+  ours, theirs = (json.loads((path / "report.json").read_text()) for path in (one, two))
+  for report in (ours, theirs):
+    del report["details"]["decode_seconds_with_compilation"]
+  assert ours == theirs
+
+
+@pytest.mark.nightly
+def test_several_processes_measure_the_perplexities_of_one(start, trained, tmp_path, annotated):
+  flags = [f"--checkpoint={trained.workdir}", "--mode=perplexity"]
+  flags += [f"--config.eval.shards={annotated}"]
+  run = start("two", 2, *flags, f"--config.eval.out={tmp_path / 'two'}", program="eval.py")
+  outputs, statuses = ended(run)
+  assert statuses == [0, 0], outputs
+  trained.eval.out, trained.eval.shards = str(tmp_path / "one"), str(annotated)
+  expected = perplexity(trained, [trained.workdir])
+  found = json.loads((tmp_path / "two" / "perplexity.json").read_text())
+  assert len(found) == len(expected) > 0
+  for row, one in zip(found, expected):
+    assert row["perplexity"] == pytest.approx(one.perplexity, rel=1e-4)
+    assert row["tokens"] == one.tokens
+
+
+@pytest.mark.nightly
+def test_several_processes_share_the_feature_cache(start, trained, tmp_path, annotated):
+  """Fine-tunes with it have the losses of one process, which reads what they have cached.
+
+  So have their evaluators.
+  """
+  flags = [
+    f"--config.init_from={checkpoint.latest(trained.workdir)}", "--config.train.cmvn=",
+    "--config.trainable=connector/.*", f"--config.data.cache_features={tmp_path / 'cache'}",
+    f"--config.perplexity.shards={annotated}", "--config.perplexity.every=2",
+    "--config.model.chat_template=vicuna", "--config.model.prompts.asr=<SpeechHere>",
+    f"--config.characters={trained.characters}", "--config.model.llm.vocab_size=24",
+    "--config.train.steps=4",
+  ]  # fmt: skip
+  for name, processes in ("two", 2), ("one", 1):
+    outputs, statuses = ended(start(name, processes, *flags))
+    assert not any(statuses), outputs
+    assert ("encoded" in outputs[0]) == (name == "two")
+  assert [*(tmp_path / "cache").glob("*/process1/index.jsonl")]
+  assert_same_run(tmp_path / "one", tmp_path / "two")
+  ours, theirs = (
+    json.loads((tmp_path / name / "perplexity.json").read_text()) for name in ("one", "two")
+  )
+  assert [row["perplexity"] for row in ours] == pytest.approx(
+    [row["perplexity"] for row in theirs], rel=1e-4
+  )
 
 
 @pytest.mark.nightly

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mooer_jax import checkpoint
+from mooer_jax import checkpoint, hosts
 from mooer_jax.config import from_json
 from mooer_jax.data.readers.annotation import entry_key, read_annotation
 from mooer_jax.files import read_json_object, write_json
@@ -40,10 +40,11 @@ def prepare(run: Run) -> Run:
   if run.init_from is None:
     raise ValueError("activation tuning starts from a trained model: set init_from")
   settings, answers = _settings(run, run.init_from), answers_file(run)
-  if not answers.is_file():
+  if not hosts.on_first(answers.is_file):
     annotation = _generate_answers(run, run.init_from)
-    write_json(answers, {"made_with": settings, "annotation": annotation})
-    print(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
+    made = {"made_with": settings, "annotation": annotation}
+    hosts.on_first(lambda: write_json(answers, made))
+    hosts.say(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
   _check_answers(answers, settings, run.workdir)
   of = from_json(checkpoint.describe(run.init_from).config)
   model = run.model.replace(prompts=of.prompts, chat_template=of.chat_template)
@@ -117,7 +118,7 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
     for entry in read_annotation(wanted.shards)[: wanted.clips]
   ]
   clips = run.workdir / "activation_clips.json"
-  write_json(clips, {"annotation": chosen})
+  hosts.on_first(lambda: write_json(clips, {"annotation": chosen}))
   options = dataclasses.replace(run.eval, shards=str(clips), task=wanted.task)
   loaded = load(run, checkpoint.find(init_from), lora_scale=wanted.lora_scale)
   decoded = decode_set(run, options, loaded)
@@ -127,13 +128,13 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
     of = by_key[key]
     kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}
     if key in decoded.unfinished:  # training on it needs an end
-      print(f"{of['path']}: the answer reached generation.max_new_tokens; left out")
+      hosts.say(f"{of['path']}: the answer reached generation.max_new_tokens; left out")
     elif text.strip():
       entries.append({**kept, "text": text.strip(), "task": wanted.task})
     else:
-      print(f"{of['path']}: empty answer; left out")
+      hosts.say(f"{of['path']}: empty answer; left out")
   for skip in decoded.skipped:
-    print(f"{skip.key}: {skip.cause} {skip.detail}; left out")
+    hosts.say(f"{skip.key}: {skip.cause} {skip.detail}; left out")
   if not entries:
     raise ValueError(
       f"no answer at activation.lora_scale={wanted.lora_scale} is complete and not empty;"

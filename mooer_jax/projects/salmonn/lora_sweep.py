@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mooer_jax import checkpoint
+from mooer_jax import checkpoint, hosts
 from mooer_jax.evaluation.answer_matching import score_by_task
 from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table, write
 from mooer_jax.run.config import Run
@@ -36,10 +36,12 @@ def lora_sweep(
     decoded = decode_set(run, options, loaded, lora_scale=scale)
     if not points:
       for s in decoded.skipped:
-        print(f"not decoded: {s.key}: {s.cause} {s.detail}")
+        hosts.say(f"not decoded: {s.key}: {s.cause} {s.detail}")
     scores = score_by_task(decoded.tasks, decoded.transcripts, decoded.hypotheses)
     points += [SweepPoint(scale, task, s) for task, s in scores.items()]
-    write(out / "lora_sweep.json", points)
-  Console().print(sweep_table(points))
-  print(draw_sweep(points, trained, out / "lora_sweep.png"))
+    if hosts.is_first():
+      write(out / "lora_sweep.json", points)
+  if hosts.is_first():
+    Console().print(sweep_table(points))
+    print(draw_sweep(points, trained, out / "lora_sweep.png"))
   return points
