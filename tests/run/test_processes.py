@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,9 +17,21 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, hosts, tree
+from tests.run.conftest import small_overrides
 from tests.run.programs import evaluate, perplexity, train
 
 STREAMS = "--config.data.streams=4"
+# A model with LoRA, and text after the speech, which perplexity needs.
+CHAT = """from configs import tiny
+
+def get_config():
+  config = tiny.get_config()
+  config.characters = "0123456789USER: AINT\\n"
+  config.model.chat_template = "vicuna"
+  config.model.prompts.asr = "<SpeechHere>"
+  config.model.llm.update(vocab_size=24, lora_rank=2, lora_targets=("q",))
+  return config
+"""
 
 
 @pytest.fixture
@@ -26,14 +39,14 @@ def start(repo_root, as_flags, plain_env, tmp_path):
   """Starts the processes of a run, which together have four devices."""
   started = []
 
-  def begin(name, processes, *flags, program="train.py"):
+  def begin(name, processes, *flags, program="train.py", config="configs/tiny.py"):
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
     count = "--xla_force_host_platform_device_count="
     xla_flags = re.sub(rf"{count}\d+", f"{count}{4 // processes}", os.environ["XLA_FLAGS"])
     env = {**plain_env, "XLA_FLAGS": xla_flags}
-    command = [sys.executable, program, "--config=configs/tiny.py", *as_flags, STREAMS]
+    command = [sys.executable, program, f"--config={config}", *as_flags, STREAMS]
     command += [f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
     if processes > 1:
       command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
@@ -115,12 +128,12 @@ def annotated(clips, tmp_path):
 
 
 @pytest.fixture
-def trained(config, tmp_path):
-  """A run of one process; its template has text after the speech, which perplexity needs."""
+def trained(data_list, tmp_path):
+  """The config CHAT in chat.py, and a run with it, of one process."""
+  (tmp_path / "chat.py").write_text(CHAT)
+  config = runpy.run_path(str(tmp_path / "chat.py"))["get_config"]()
+  config.update(small_overrides(data_list))
   config.workdir = str(tmp_path / "trained")
-  config.characters += "USER: AINT\n"
-  config.model.llm.vocab_size = 24
-  config.model.chat_template, config.model.prompts = "vicuna", {"asr": "<SpeechHere>"}
   train(config)
   return config
 
@@ -129,7 +142,14 @@ def trained(config, tmp_path):
 def test_two_processes_evaluate_as_one(start, trained, tmp_path):
   """They write the same hypotheses and rates."""
   flags = [f"--checkpoint={trained.workdir}", "--config.eval.batch_size=4"]
-  run = start("two", 2, *flags, f"--config.eval.out={tmp_path / 'two'}", program="eval.py")
+  run = start(
+    "two",
+    2,
+    *flags,
+    f"--config.eval.out={tmp_path / 'two'}",
+    program="eval.py",
+    config=tmp_path / "chat.py",
+  )
   trained.eval.out = str(tmp_path / "one")
   evaluate(trained, trained.workdir)
   outputs, statuses = ended(run)
@@ -147,7 +167,14 @@ def test_two_processes_evaluate_as_one(start, trained, tmp_path):
 def test_several_processes_measure_the_perplexities_of_one(start, trained, tmp_path, annotated):
   flags = [f"--checkpoint={trained.workdir}", "--mode=perplexity"]
   flags += [f"--config.eval.shards={annotated}"]
-  run = start("two", 2, *flags, f"--config.eval.out={tmp_path / 'two'}", program="eval.py")
+  run = start(
+    "two",
+    2,
+    *flags,
+    f"--config.eval.out={tmp_path / 'two'}",
+    program="eval.py",
+    config=tmp_path / "chat.py",
+  )
   outputs, statuses = ended(run)
   assert statuses == [0, 0], outputs
   trained.eval.out, trained.eval.shards = str(tmp_path / "one"), str(annotated)
@@ -160,6 +187,24 @@ def test_several_processes_measure_the_perplexities_of_one(start, trained, tmp_p
 
 
 @pytest.mark.nightly
+def test_two_processes_generate_the_answers_of_activation_tuning_as_one(
+  start, trained, tmp_path, annotated
+):
+  flags = [
+    f"--config.init_from={checkpoint.latest(trained.workdir)}", "--config.activation.review=True",
+    f"--config.activation.shards={annotated}", "--config.activation.task=asr",
+    "--config.train.cmvn=", "--config.activation.clips=5",
+  ]  # fmt: skip
+  answers = []
+  for name, processes in ("two", 2), ("one", 1):
+    outputs, statuses = ended(start(name, processes, *flags, config=tmp_path / "chat.py"))
+    assert not any(statuses), outputs
+    assert "edit " in outputs[0] and "edit " not in "".join(outputs[1:])
+    answers.append(json.loads((tmp_path / name / "activation.json").read_text())["annotation"])
+  assert answers[0] == answers[1] and answers[0]
+
+
+@pytest.mark.nightly
 def test_several_processes_share_the_feature_cache(start, trained, tmp_path, annotated):
   """Fine-tunes with it have the losses of one process, which reads what they have cached.
 
@@ -169,12 +214,10 @@ def test_several_processes_share_the_feature_cache(start, trained, tmp_path, ann
     f"--config.init_from={checkpoint.latest(trained.workdir)}", "--config.train.cmvn=",
     "--config.trainable=connector/.*", f"--config.data.cache_features={tmp_path / 'cache'}",
     f"--config.perplexity.shards={annotated}", "--config.perplexity.every=2",
-    "--config.model.chat_template=vicuna", "--config.model.prompts.asr=<SpeechHere>",
-    f"--config.characters={trained.characters}", "--config.model.llm.vocab_size=24",
     "--config.train.steps=4",
   ]  # fmt: skip
   for name, processes in ("two", 2), ("one", 1):
-    outputs, statuses = ended(start(name, processes, *flags))
+    outputs, statuses = ended(start(name, processes, *flags, config=tmp_path / "chat.py"))
     assert not any(statuses), outputs
     assert ("encoded" in outputs[0]) == (name == "two")
   assert [*(tmp_path / "cache").glob("*/process1/index.jsonl")]
