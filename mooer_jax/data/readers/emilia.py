@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
-from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, DamagedShard, read_members
+from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, TARS, DamagedShard, read_members
 
-_TARS = (".tar", ".tar.gz", ".tgz")
 _ALL_LABELS = "openemilia_all.tar.gz"  # of OpenDataLab: no audio
 
 
@@ -33,7 +32,7 @@ def find_shards(folder: str | Path) -> list[str]:
   found = [
     str(path)
     for path in files
-    if (path.name.endswith(_TARS) and path.name != _ALL_LABELS) or is_recording(str(path))
+    if (path.name.endswith(TARS) and path.name != _ALL_LABELS) or is_recording(str(path))
   ]
   if not found:
     raise FileNotFoundError(
@@ -125,7 +124,7 @@ def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
 
 
 def _labels_file(name: str) -> Path | None:
-  ending = next((ending for ending in reversed(_TARS) if name.endswith(ending)), None)
+  ending = next((ending for ending in reversed(TARS) if name.endswith(ending)), None)
   if ending is None:
     return None
   beside = (Path(name.removesuffix(ending) + kind) for kind in (".jsonl", ".jsonl.gz"))
