@@ -16,7 +16,7 @@ from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterat
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
-from mooer_jax.data.readers import annotation, shard_names
+from mooer_jax.data.readers import annotation, file_of, shard_names
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
@@ -155,7 +155,7 @@ def _description(
   old = {new: old for old, new in DataConfig.RENAMED.items()}  # states of version 0.1 have these
   settings = {f"data.{old.get(name, name)}": getattr(config, name) for name in names}
   names_of_shards = "\n".join(os.path.basename(shard) for shard in shards)
-  files = {shard.rpartition("#")[0] if annotation.is_piece(shard) else shard for shard in shards}
+  files = {*map(file_of, shards)}
   return {
     **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
     "checksum of the prompts": sampler.checksum,

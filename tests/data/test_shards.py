@@ -218,10 +218,10 @@ def test_the_list_takes_relative_and_absolute_paths(shards, tmp_path):
   ("lines", "error", "words"),
   [
     (None, FileNotFoundError, "no such list"),
-    ("", ValueError, "lists no shard"),
+    ("", ValueError, "lists nothing; write one tar path a line"),
     ("gone.tar", FileNotFoundError, "1 of 1 shards do not exist, first .*gone.tar"),
     ("https://host/a.tar", ValueError, "is a URL"),
-    ('{"key": "a"}', ValueError, "is a JSON line"),
+    ('a.tar\n{"key": "a"}', ValueError, "is JSON, but the first line is a path; write two lists"),
     ("data.list\ndata.list", ValueError, "more than once"),
   ],
 )
