@@ -16,6 +16,7 @@ from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterat
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
+from mooer_jax.data.labels import LabelFile, Labels, check_prompts, describe
 from mooer_jax.data.readers import annotation, file_of, shard_names
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.speech_llm import Batch
@@ -96,7 +97,10 @@ def _pipeline(
     batch_size=config.batch_size // streams,
     shuffle_buffer_size=config.shuffle_buffer_size // streams,
   )
-  preprocess = Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache)
+  preprocess = Preprocessor(
+    config, tokenizer, model, sampler, needs_labels=endless, cache=cache,
+    labels=_labels(config, sampler),
+  )  # fmt: skip
 
   def batcher(config: DataConfig) -> Batcher:
     return Batcher(config, model, sampler.lengths, encoded=cache is not None)
@@ -144,6 +148,14 @@ def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
   return names
 
 
+def _labels(config: DataConfig, sampler: PromptSampler) -> Labels | None:
+  if not config.labels:
+    return None
+  if config.labels_mode == "instruction":
+    check_prompts(sampler.prompts)
+  return Labels(LabelFile(config.labels), config.labels_mode, config.labels_separator)
+
+
 def _description(
   config: DataConfig, sampler: PromptSampler, shards: Sequence[str], *, streams: int
 ) -> dict[str, Any]:
@@ -163,6 +175,7 @@ def _description(
     "checksum of their names": zlib.crc32(names_of_shards.encode()),
     "bytes in the shards": sum(os.path.getsize(file) for file in files if os.path.exists(file)),
     "data.streams": streams,
+    "data.labels": describe(config.labels, config.labels_mode, config.labels_separator),
   }
 
 
@@ -261,7 +274,7 @@ class _DescribedIterator(grain.DatasetIterator):
   def set_state(self, state: dict[str, Any]):
     try:
       # Early states lack some names.
-      saved = {"data.streams": 1, "data.filter": "", **state["of"]}
+      saved = {"data.streams": 1, "data.filter": "", "data.labels": "", **state["of"]}
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()

@@ -97,6 +97,9 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
     run.data,
     shards=options.shards,
     filter="",
+    labels="",  # eval.references has other texts
+    labels_mode=DataConfig.labels_mode,
+    labels_separator=DataConfig.labels_separator,
     batch_size=options.batch_size,
     shuffle_buffer_size=options.batch_size,
     min_s=0.0,  # clips without a speech token are skipped
