@@ -12,10 +12,12 @@ import weakref
 from array import array
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.files import write_errors_name
 
 SEPARATOR = "\n"
 # Of "instruction": the text is the transcript, the label, or both.
@@ -29,6 +31,8 @@ _PARTS = {
   "instruction": ("transcript", "label"),
 }
 MODES = tuple(_PARTS)
+# The options of data that are used with their own texts.
+NO_LABELS: dict[str, Any] = {"labels": "", "labels_mode": MODES[0], "labels_separator": SEPARATOR}
 
 
 def check_options(
@@ -117,8 +121,8 @@ class LabelFile:
   def _open(self, folder: str, index: tuple[np.ndarray, ...] | None) -> None:
     self._folder = folder
     files = [Path(folder) / f"{name}.npy" for name in ("hashes", "lines", "starts")]
-    if index is not None:
-      for file, values in zip(files, index, strict=True):
+    for file, values in zip(files, index or ()):
+      with write_errors_name(file):
         np.save(file, values)
     self._hashes, self._lines, self._starts = (np.load(file, mmap_mode="r") for file in files)
     self._file = open(self.path, "rb", buffering=0)  # closed with the object

@@ -14,6 +14,7 @@ from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
+from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
@@ -97,9 +98,7 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
     run.data,
     shards=options.shards,
     filter="",
-    labels="",  # eval.references has other texts
-    labels_mode=DataConfig.labels_mode,
-    labels_separator=DataConfig.labels_separator,
+    **NO_LABELS,  # eval.references names other texts
     batch_size=options.batch_size,
     shuffle_buffer_size=options.batch_size,
     min_s=0.0,  # clips without a speech token are skipped

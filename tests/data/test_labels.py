@@ -9,6 +9,7 @@ import re
 import string
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mooer_jax.data.dataset import train_batches
 from mooer_jax.data.labels import MODES, LabelFile, Labels
 from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
 from mooer_jax.run import decoding
+from mooer_jax.run.config import EvalConfig
 from mooer_jax.text.tokenizer import Tokenizer
 
 PROMPTS = (("asr", "WRITE"), ("ast", "TRANSLATE"), ("asr_ast_mtl", "WRITE AND TRANSLATE"))
@@ -250,10 +252,6 @@ def test_what_the_filter_leaves_out_needs_no_label(shards, write, letters, wav):
 
 
 def test_evaluation_takes_no_labels_of_the_training(shards, write):
-  from types import SimpleNamespace
-
-  from mooer_jax.run.config import EvalConfig
-
   shards.add(4)
   data = shards.config(labels=write("a X"), labels_mode="concat", labels_separator="|")
   made = decoding.eval_data(SimpleNamespace(data=data), EvalConfig(str(shards.list)), MODEL)
