@@ -191,9 +191,9 @@ def test_a_new_format_is_one_file(tmp_path, monkeypatch, shards, model_side):
   def files(folder):
     return sorted(map(str, Path(folder).glob("*.wav")))
 
-  source = readers.Source(lambda path: path.endswith("clips"), files, files)
+  listing = readers.Listing(lambda path: path.endswith("clips"), files, files)
   reader = readers.Reader(lambda name: name.endswith(".wav"), read_file)
-  monkeypatch.setattr(readers, "SOURCES", (source, *readers.SOURCES))
+  monkeypatch.setattr(readers, "LISTINGS", (listing, *readers.LISTINGS))
   monkeypatch.setattr(readers, "READERS", (reader, *readers.READERS))
   (tmp_path / "clips").mkdir()
   config = shards.config(shards=str(_files(tmp_path / "clips")))

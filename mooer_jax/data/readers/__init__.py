@@ -11,8 +11,8 @@ from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 Entries = Generator[RawUtterance | SkippedUtterance]
 
 
-class Source(NamedTuple):
-  """A kind of `data.shards`.
+class Listing(NamedTuple):
+  """A way to list shards: a kind of `data.shards`.
 
   Attributes:
     recognises: whether a path, by its name and content, is of the kind.
@@ -38,11 +38,11 @@ class Reader(NamedTuple):
 
 
 # Of both tables, the first that recognises a name applies.
-SOURCES = (
-  Source(annotation.is_annotation, annotation.pieces, annotation.audio_files),
-  Source(os.path.isdir, emilia.find_shards, emilia.find_shards),
-  Source(raw_list.is_raw_list, raw_list.parts, raw_list.audio_files),
-  Source(lambda path: True, shards.read_list, shards.read_list),
+LISTINGS = (
+  Listing(annotation.is_annotation, annotation.pieces, annotation.audio_files),
+  Listing(os.path.isdir, emilia.find_shards, emilia.find_shards),
+  Listing(raw_list.is_raw_list, raw_list.parts, raw_list.audio_files),
+  Listing(lambda path: True, shards.read_list, shards.read_list),
 )
 READERS = (
   Reader(annotation.is_piece, annotation.read_piece),
@@ -57,14 +57,14 @@ def shard_names(source: str) -> list[str]:
   """Names of the shards of a data set, or of the parts that are read like shards.
 
   Raises:
-    FileNotFoundError, ValueError: for a file or folder that is of no kind in SOURCES.
+    FileNotFoundError, ValueError: for a file or folder that is of no kind in LISTINGS.
   """
-  return _source(source).shards(source)
+  return _listing(source).shards(source)
 
 
 def audio_files(source: str) -> Sequence[str | Path]:
   """Paths of the files that hold the audio of a data set; errors as of `shard_names`."""
-  return _source(source).files(source)
+  return _listing(source).files(source)
 
 
 def file_of(name: str) -> str:
@@ -79,5 +79,5 @@ def read(name: str) -> Entries:
   return next(reader for reader in READERS if reader.recognises(name)).read(name)
 
 
-def _source(path: str) -> Source:
-  return next(source for source in SOURCES if source.recognises(path))
+def _listing(path: str) -> Listing:
+  return next(listing for listing in LISTINGS if listing.recognises(path))
