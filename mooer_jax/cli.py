@@ -97,9 +97,19 @@ def _add_data(commands):
   about = "hours, lengths, languages and unusable utterances of a data set, and buckets that fit"
   stats = actions.add_parser("stats", help=about, description=about)
   stats.add_argument(
-    "source", help="a data.list, an annotation file or a folder, as data.shards in a config"
+    "source",
+    help="a data.list, a raw list, an annotation file or a folder, as data.shards in a config",
   )
   stats.add_argument("--filter", default="", help="condition, as data.filter in a config")
+  stats.add_argument(
+    "--labels", default="", metavar="FILE", help="`KEY text` lines, as data.labels in a config"
+  )
+  stats.add_argument(
+    "--labels-mode",
+    default="replace",
+    metavar="MODE",
+    help="replace, concat, concat_r or instruction, as data.labels_mode (default: replace)",
+  )
   stats.add_argument(
     "--buckets", type=int, default=5, metavar="N", help="number of buckets to suggest (default: 5)"
   )
@@ -122,6 +132,7 @@ def _data_stats(args) -> int:
   from rich.console import Console
 
   from mooer_jax.data import stats
+  from mooer_jax.data.labels import SEPARATOR, LabelFile, Labels, check_options
   from mooer_jax.files import write_json
 
   for name in ("buckets", "max_s", "step_ms", "processes"):
@@ -131,9 +142,11 @@ def _data_stats(args) -> int:
   for name in ("png", "json"):
     if (path := getattr(args, name)) and path.exists():
       raise FileExistsError(f"--{name} {path} exists; name another file")
+  check_options(args.labels, args.labels_mode, SEPARATOR, task="", task_weights={})
   found = stats.data_stats(
     args.source,
     condition=args.filter,
+    labels=Labels(LabelFile(args.labels), args.labels_mode) if args.labels else None,
     processes=args.processes,
     progress=Console(stderr=True).is_terminal,
   )

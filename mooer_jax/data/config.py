@@ -5,6 +5,7 @@ import itertools
 from typing import ClassVar
 
 from mooer_jax.data.filters import Filter
+from mooer_jax.data.labels import MODES, SEPARATOR, check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,10 +13,16 @@ class DataConfig:
   """Data pipeline configuration.
 
   Attributes:
-    shards: path of a `data.list`, one tar per line, relative to the list; of a SALMONN annotation
-      file (`.json`); or of a folder, whose tars and recordings of Emilia-Pipe are found.
+    shards: path of a `data.list`, one tar per line, relative to the list; of a raw list, one JSON
+      object with "key", "wav" and "txt" per line; of a SALMONN annotation file (`.json`); or of a
+      folder, whose tars and recordings of Emilia-Pipe are found.
     filter: condition on the fields that the data have for each utterance, such as "language == 'zh'
       and dnsmos >= 3.0 and 3 <= duration <= 20"; training reads those that satisfy it. "": all.
+    labels: file of `KEY text` lines, such as translations, that replace or join the transcripts;
+      "": none. Utterances without a line are skipped and counted.
+    labels_mode: "replace", "concat" (transcript, then label), "concat_r" (label, then transcript)
+      or "instruction" (task asr, ast or asr_ast_mtl, sampled for each reading; needs task="").
+    labels_separator: between transcript and label.
     task: task of all utterances; "": each utterance's own task, from the annotation or a `.json` in
       the shard.
     task_weights: with task="", mean number of readings of an utterance in an epoch, by task;
@@ -49,6 +56,9 @@ class DataConfig:
   RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
   shards: str
   filter: str = ""
+  labels: str = ""
+  labels_mode: str = MODES[0]
+  labels_separator: str = SEPARATOR
   task: str = "asr"
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
   prompts: str = ""
@@ -70,6 +80,10 @@ class DataConfig:
 
   def __post_init__(self):
     Filter(self.filter)
+    check_options(
+      self.labels, self.labels_mode, self.labels_separator,
+      task=self.task, task_weights=self.task_weights,
+    )  # fmt: skip
     for name in ("buckets", "answer_buckets"):
       value = getattr(self, name)
       if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):

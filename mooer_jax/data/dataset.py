@@ -16,7 +16,8 @@ from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterat
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
-from mooer_jax.data.readers import annotation, shard_names
+from mooer_jax.data.labels import LabelFile, Labels, check_prompts, describe
+from mooer_jax.data.readers import annotation, file_of, shard_names
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
@@ -103,7 +104,10 @@ def _pipeline(
     batch_size=config.batch_size // streams,
     shuffle_buffer_size=config.shuffle_buffer_size // streams,
   )
-  preprocess = Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache)
+  preprocess = Preprocessor(
+    config, tokenizer, model, sampler, needs_labels=endless, cache=cache,
+    labels=_labels(config, sampler),
+  )  # fmt: skip
 
   def batcher(config: DataConfig) -> Batcher:
     return Batcher(config, model, sampler.lengths, encoded=cache is not None)
@@ -157,6 +161,14 @@ def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
   return names
 
 
+def _labels(config: DataConfig, sampler: PromptSampler) -> Labels | None:
+  if not config.labels:
+    return None
+  if config.labels_mode == "instruction":
+    check_prompts(sampler.prompts)
+  return Labels(LabelFile(config.labels), config.labels_mode, config.labels_separator)
+
+
 def _description(
   config: DataConfig, sampler: PromptSampler, shards: Sequence[str], *, streams: int
 ) -> dict[str, Any]:
@@ -168,7 +180,7 @@ def _description(
   old = {new: old for old, new in DataConfig.RENAMED.items()}  # states of version 0.1 have these
   settings = {f"data.{old.get(name, name)}": getattr(config, name) for name in names}
   names_of_shards = "\n".join(os.path.basename(shard) for shard in shards)
-  files = {shard.rpartition("#")[0] if annotation.is_piece(shard) else shard for shard in shards}
+  files = {*map(file_of, shards)}
   return {
     **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
     "checksum of the prompts": sampler.checksum,
@@ -176,6 +188,7 @@ def _description(
     "checksum of their names": zlib.crc32(names_of_shards.encode()),
     "bytes in the shards": sum(os.path.getsize(file) for file in files if os.path.exists(file)),
     "data.streams": streams,
+    "data.labels": describe(config.labels, config.labels_mode, config.labels_separator),
   }
 
 
@@ -275,7 +288,7 @@ class _DescribedIterator(grain.DatasetIterator):
   def set_state(self, state: dict[str, Any]):
     try:
       # Early states lack some names.
-      saved = {"data.streams": 1, "data.filter": "", **state["of"]}
+      saved = {"data.streams": 1, "data.filter": "", "data.labels": "", **state["of"]}
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()

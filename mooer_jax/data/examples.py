@@ -12,6 +12,7 @@ from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import EncodedCache, digest
+from mooer_jax.data.labels import Labels
 from mooer_jax.data.readers.entries import SPACE, RawUtterance, SkippedUtterance
 from mooer_jax.inputs import extract_features
 from mooer_jax.prompts import (
@@ -32,8 +33,8 @@ _MARK = "\0"  # takes the place of a question where only that place matters
 class PromptSampler:
   """Samples a prompt for each utterance and tokenizes it.
 
-  Attributes: `tasks` in the order of the model's prompts, `lengths` in tokens that prompts are
-  padded to before and after the speech, `checksum` (CRC) of the template and all prompts.
+  Attributes: `tasks` in the order of the model's prompts, their `prompts`, `lengths` in tokens that
+  prompts are padded to before and after the speech, `checksum` (CRC) of the template and prompts.
   """
 
   def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):
@@ -52,10 +53,10 @@ class PromptSampler:
       task_prompt(config.task, own)  # or the error lists the model's tasks
     self.tasks = (config.task,) if config.task else tuple(own)
     self._config, self._tokenizer, self._template = config, tokenizer, model.chat_template
-    self._prompts = {task: sampled.get(task, (own[task],)) for task in self.tasks}
-    said = json.dumps([model.chat_template, self._prompts], sort_keys=True)
+    self.prompts = {task: sampled.get(task, (own[task],)) for task in self.tasks}
+    said = json.dumps([model.chat_template, self.prompts], sort_keys=True)
     self.checksum = zlib.crc32(said.encode())
-    prompts = {prompt for prompts in self._prompts.values() for prompt in prompts}
+    prompts = {prompt for prompts in self.prompts.values() for prompt in prompts}
     sides = [self._measure(prompt) for prompt in prompts]
     self.lengths = max((p for p, _ in sides), default=0), max((s for _, s in sides), default=0)
 
@@ -84,10 +85,10 @@ class PromptSampler:
     `reading` identifies this reading; with the key it determines the sampled prompt.
     """
     task = self._config.task or raw.task
-    if task not in self._prompts:
+    if task not in self.prompts:
       found = repr(task) if task else "no task"
       return raw.skip("unknown task", f"{found}; the model has {', '.join(self.tasks)}")
-    prompts = self._prompts[task]
+    prompts = self.prompts[task]
     uniform = _uniform("prompt", self._config.seed, reading, raw.key)
     prompt = prompts[int(len(prompts) * uniform)]
     if QUESTION not in prompt:
@@ -151,9 +152,15 @@ class Preprocessor:
   # (evaluation, where its text is only a reference).
   needs_labels: bool
   cache: EncodedCache | None = None  # frames of the encoders, which take the place of features
+  labels: Labels | None = None  # texts that replace or join the transcripts
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
     """Returns the example, or why there is none; `reading` is as in `PromptSampler`."""
+    if self.labels is not None:
+      joined = self.labels.join(raw, _uniform("label", self.config.seed, reading, raw.key))
+      if isinstance(joined, SkippedUtterance):
+        return joined
+      raw = joined
     try:
       text = raw.transcript()
     except UnicodeDecodeError as error:

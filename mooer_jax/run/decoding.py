@@ -15,6 +15,7 @@ from mooer_jax import checkpoint, hosts
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
+from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
@@ -118,6 +119,7 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
     run.data,
     shards=options.shards,
     filter="",
+    **NO_LABELS,  # eval.references names other texts
     batch_size=options.batch_size,
     shuffle_buffer_size=options.batch_size,
     min_s=0.0,  # clips without a speech token are skipped

@@ -22,7 +22,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.filters import Filter
-from mooer_jax.data.readers import annotation, read, shard_names
+from mooer_jax.data.readers import audio_files, read, shard_names
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
@@ -172,9 +172,8 @@ def cache_misses(
 
 def dataset_name(config: DataConfig) -> str:
   """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
-  annotated = annotation.is_annotation(config.shards)
   files = []
-  for path in annotation.audio_files(config.shards) if annotated else shard_names(config.shards):
+  for path in audio_files(config.shards):
     try:
       found = os.stat(path)
       files.append(f"{path} {found.st_size} {found.st_mtime_ns}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from mooer_jax import checkpoint, hosts
 from mooer_jax.config import from_json
+from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.annotation import entry_key, read_annotation
 from mooer_jax.files import read_json_object, write_json
 from mooer_jax.prompts import task_prompt
@@ -50,7 +51,7 @@ def prepare(run: Run) -> Run:
   model = run.model.replace(prompts=of.prompts, chat_template=of.chat_template)
   # prompts="": the model's own prompt of the task, and no others
   data = dataclasses.replace(
-    run.data, shards=str(answers), filter="", task=run.activation.task, prompts=""
+    run.data, shards=str(answers), filter="", task=run.activation.task, prompts="", **NO_LABELS
   )
   return dataclasses.replace(run, model=model, data=data)
 
