@@ -200,29 +200,6 @@ def test_too_few_shards_name_the_remedy(shards, model_side):
     train_batches(shards.config(), *model_side, process=(0, 2))
 
 
-@pytest.mark.parametrize("processes", [2, 3, 9])
-def test_processes_share_a_single_pass_in_its_order(shards, model_side, processes):
-  """Each utterance, usable or not, is in one process; the places give the order."""
-  shards.add(5)
-  shards.add_members([("bad.txt", b"N"), ("bad.wav", b"no audio")])
-  shards.add(2)
-  whole = list(eval_batches(shards.config(), *model_side))
-  parts = [
-    [*eval_batches(shards.config(), *model_side, process=(i, processes))] for i in range(processes)
-  ]
-  found = sorted(
-    (place, key) for part in parts for host in part for place, key in zip(host.places, host.keys)
-  )
-  assert [key for _, key in found] == [key for host in whole for key in host.keys]
-
-  def skipped(batches):
-    return sorted((s.key, s.cause) for host in batches for s in host.skipped)
-
-  assert skipped(host for part in parts for host in part) == skipped(whole)
-  most = sum(-(-number // processes) for number in (5, 1, 2))
-  assert max(sum(len(host.keys) for host in part) for part in parts) <= most
-
-
 def test_a_bucket_too_short_for_max_s_is_refused(shards, model_side):
   shards.add(4)
   with pytest.raises(ValueError, match=r"data\.max_s=2\.0 makes 33 frames"):
