@@ -122,7 +122,7 @@ def decode_batches(
   *,
   key: jax.Array,
   prompt_slots: int = 0,
-  lora_scale: float | Callable[[T], jax.Array | np.ndarray] | None = None,
+  lora_scale: float | Callable[[T], jax.Array | np.ndarray | None] | None = None,
   mesh: jax.sharding.Mesh | None = None,
   live: bool = False,
   stop: threading.Event | None = None,
@@ -277,9 +277,7 @@ class _Scheduler:
     padded = pad_rows(batch, row_parts(mesh))
     if mesh is not None:
       padded = jax.device_put(padded, batch_sharding(mesh))
-    self._waiting = _prefill(
-      self._params, padded, key=key, lora_scale=lora_scale, **self._static
-    )
+    self._waiting = _prefill(self._params, padded, key=key, lora_scale=lora_scale, **self._static)
     self.queue.extend((result, int(row)) for row in np.flatnonzero(np.asarray(batch.frames[0])))
 
   def admit(self, *, at_least: int = 0) -> None:
