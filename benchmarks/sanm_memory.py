@@ -1,11 +1,11 @@
-"""Share of the FSMN memory in a SAN-M layer, which a kernel that fuses it with attention could save.
+"""Share of the FSMN memory in a SAN-M layer.
 
     python -m benchmarks.sanm_memory --json benchmarks/results/sanm_memory.json
 
 Compiles one layer at the released size (width 512, kernel 11), with and without the memory, in
 bfloat16 for 8 clips of 30 s on one TPU v5e, without one; the difference of XLA's counts is the
-memory's share. Attention is the Pallas kernel of "auto" for the bytes, and XLA's for the FLOPs:
-XLA does not count those in a kernel.
+memory's share. A kernel that fused it with attention could save at most its bytes. Attention is the
+Pallas kernel for the bytes and XLA's for the FLOPs: XLA does not count those in a kernel.
 """
 
 import argparse
