@@ -117,8 +117,9 @@ def pad_scale(lora_scale, rows: int, multiple: int):
     return lora_scale
   if len(lora_scale) != rows:
     raise ValueError(f"lora_scale has {len(lora_scale)} rows, but the batch has {rows}")
-  padding = [(0, -rows % multiple)] + [(0, 0)] * (jnp.ndim(lora_scale) - 1)
-  return jnp.pad(lora_scale, padding)
+  if not (more := -rows % multiple):
+    return lora_scale
+  return jnp.pad(lora_scale, [(0, more)] + [(0, 0)] * (jnp.ndim(lora_scale) - 1))
 
 
 @in_mesh

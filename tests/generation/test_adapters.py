@@ -145,6 +145,21 @@ def test_a_row_that_takes_the_next_clip_takes_its_adapter(folders, batch, option
   assert len({*(found >= 0).sum(1)}) > 2  # so that rows end at different times
 
 
+@pytest.mark.parametrize("folders", ["plain base"], indirect=True)
+def test_a_scalar_is_the_scale_of_all_rows(folders, batch):
+  loaded = load_model(folders["all"], ExecutionConfig(), merge_lora=False)
+  clips = batch([20, 17])
+  by_scale = {}
+  for scale in (0.5, 2.0):
+    expected = generate(loaded.params, clips, loaded.model, GREEDY, lora_scale=scale).tokens_BS
+    given = dict(key=jax.random.key(0), lora_scale=scale)
+    batches = [(n, clips) for n in range(2)]
+    for _, output in decode_batches(loaded.params, batches, loaded.model, GREEDY, **given):
+      np.testing.assert_array_equal(output.tokens_BS, expected)
+    by_scale[scale] = np.asarray(expected)
+  assert (by_scale[0.5] != by_scale[2.0]).any(1).all()
+
+
 def test_a_scale_of_other_rows_is_refused(folders, batch):
   loaded = load_model(folders["base"], ExecutionConfig(), adapters={"one": folders["all"]})
   scale_BR = loaded.adapters.scale(["one"] * 3)
