@@ -129,6 +129,25 @@ def loss() -> str:
   return _table(header, rows)
 
 
+def sanm_memory() -> str:
+  [r] = _load("sanm_memory.json")
+  rows = [
+    (
+      name,
+      *(
+        f"{found[count]['memory'] / unit:.3g} of {found[count]['layer'] / unit:.3g} {label}"
+        f" ({found[count]['share']:.1%})"
+        for count, unit, label in (("bytes", 1e6, "MB"), ("flops", 1e9, "GFLOP"))
+      ),
+      "yes" if found["fused_with_output_projection"] else "no",
+      _made(r),
+    )
+    for name, found in ((name, r[name]) for name in ("forward", "forward and backward"))
+  ]
+  header = "bytes of the memory", "its operations", "in the fusion of the output projection"
+  return _table((f"{r['rows']} x {r['frames']} frames, {r['chip']}", *header, "made"), rows)
+
+
 def portable() -> str:
   [r] = _load("portable.json")
   rows = [
@@ -146,7 +165,7 @@ def portable() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
   function.__name__: function
-  for function in (aot_train, aot_decode, speed, loss, convert_7b, portable)
+  for function in (aot_train, aot_decode, speed, loss, convert_7b, sanm_memory, portable)
 }
 
 
