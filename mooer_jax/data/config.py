@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import ClassVar
 
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.filters import Filter
 
 
@@ -16,6 +17,7 @@ class DataConfig:
       file (`.json`); or of a folder, whose tars and recordings of Emilia-Pipe are found.
     filter: condition on the fields that the data have for each utterance, such as "language == 'zh'
       and dnsmos >= 3.0 and 3 <= duration <= 20"; training reads those that satisfy it. "": all.
+    augment: augmentation of training data; default: none.
     task: task of all utterances; "": each utterance's own task, from the annotation or a `.json` in
       the shard.
     task_weights: with task="", mean number of readings of an utterance in an epoch, by task;
@@ -49,6 +51,7 @@ class DataConfig:
   RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
   shards: str
   filter: str = ""
+  augment: AugmentConfig = AugmentConfig()
   task: str = "asr"
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
   prompts: str = ""
@@ -103,5 +106,13 @@ class DataConfig:
     for task, weight in self.task_weights.items():
       if not 0 <= weight < float("inf"):
         raise ValueError(f"data.task_weights.{task}={weight}: must be at least 0")
+    if self.cache_features and self.augment != AugmentConfig():
+      on = [f.name for f in dataclasses.fields(AugmentConfig)]
+      on = [name for name in on if getattr(self.augment, name) != getattr(AugmentConfig, name)]
+      raise ValueError(
+        f"data.cache_features={self.cache_features!r} stores the frames of each clip once, but"
+        f" data.augment.{on[0]} changes them in each epoch; set data.cache_features='', or leave"
+        " data.augment out"
+      )
     if not 0 <= self.max_bad_share <= 1:
       raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")

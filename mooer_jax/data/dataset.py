@@ -12,6 +12,7 @@ import grain
 from absl import flags
 
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.augment import Augmentation, AugmentConfig
 from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterator, join
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
@@ -36,7 +37,7 @@ def train_batches(
   Batches of all processes come in the same order of length, so their buckets mostly agree.
 
   Args:
-    config: shards, batches and limits.
+    config: shards, augmentation, batches and limits.
     tokenizer, model: of the speech LLM; the model determines features, template and prompts.
     cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
     process: index of this process (host) and their number; the streams of the data are shared
@@ -47,8 +48,8 @@ def train_batches(
     JSON-able dicts, and close(), which ends its workers or thread.
 
   Raises:
-    FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, or tasks
-      for which the model has no prompt.
+    FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, tasks for
+      which the model has no prompt, or recordings that cannot be mixed into clips.
   """
   return _pipeline(config, tokenizer, model, endless=True, process=process, cache=cache)
 
@@ -63,7 +64,8 @@ def eval_batches(
   """One pass over the utterances in the order of the shards; the last batch has padding rows.
 
   Each key is either in one batch's keys or in its `skipped`. An utterance whose transcript is
-  empty, too long or not in the tokenizer's alphabet is kept; its labels are padding.
+  empty, too long or not in the tokenizer's alphabet is kept; its labels are padding. Nothing is
+  augmented.
 
   Arguments, result and errors as train_batches; at most one worker, which keeps the order.
   """
@@ -96,7 +98,17 @@ def _pipeline(
     batch_size=config.batch_size // streams,
     shuffle_buffer_size=config.shuffle_buffer_size // streams,
   )
-  preprocess = Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache)
+  augment = config.augment if endless else AugmentConfig()
+  augmentation = Augmentation.load(augment, model, seed=config.seed)
+  preprocess = Preprocessor(
+    config,
+    tokenizer,
+    model,
+    sampler,
+    needs_labels=endless,
+    cache=cache,
+    augmentation=augmentation,
+  )
 
   def batcher(config: DataConfig) -> Batcher:
     return Batcher(config, model, sampler.lengths, encoded=cache is not None)
@@ -108,7 +120,10 @@ def _pipeline(
     )
     for stream in range(index * streams // count, (index + 1) * streams // count)
   }
-  description = _description(config, sampler, shards, streams=streams)
+  description = {
+    **_description(config, sampler, shards, streams=streams),
+    "data.augment": augmentation.description(),
+  }
   return Batches(own, description, batcher(config).shapes())
 
 
@@ -261,7 +276,8 @@ class _DescribedIterator(grain.DatasetIterator):
   def set_state(self, state: dict[str, Any]):
     try:
       # Early states lack some names.
-      saved = {"data.streams": 1, "data.filter": "", **state["of"]}
+      unset = Augmentation().description()
+      saved = {"data.streams": 1, "data.filter": "", "data.augment": unset, **state["of"]}
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()

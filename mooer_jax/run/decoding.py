@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from mooer_jax import checkpoint
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.readers.entries import SkippedUtterance
@@ -97,6 +98,7 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
     run.data,
     shards=options.shards,
     filter="",
+    augment=AugmentConfig(),
     batch_size=options.batch_size,
     shuffle_buffer_size=options.batch_size,
     min_s=0.0,  # clips without a speech token are skipped
