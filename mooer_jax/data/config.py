@@ -9,12 +9,30 @@ from mooer_jax.data.filters import Filter
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  """A data set of a mixture.
+
+  Attributes:
+    shards: path, as data.shards.
+    weight: share of the utterances of training, relative to the weights of the other data sets.
+    task: with data.task="", task of all utterances of the data set; "": each utterance's own.
+    filter: condition on the utterances of the data set, as data.filter, which it replaces.
+  """
+
+  shards: str
+  weight: float = 1.0
+  task: str = ""
+  filter: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Data pipeline configuration.
 
   Attributes:
     shards: path of a `data.list`, one tar per line, relative to the list; of a SALMONN annotation
       file (`.json`); or of a folder, whose tars and recordings of Emilia-Pipe are found.
+    mixture: data sets to train on in place of `shards`, by name; each has a weight.
     filter: condition on the fields that the data have for each utterance, such as "language == 'zh'
       and dnsmos >= 3.0 and 3 <= duration <= 20"; training reads those that satisfy it. "": all.
     augment: augmentation of training data; default: none.
@@ -49,7 +67,8 @@ class DataConfig:
   """
 
   RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
-  shards: str
+  shards: str = ""
+  mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
   filter: str = ""
   augment: AugmentConfig = AugmentConfig()
   task: str = "asr"
@@ -73,6 +92,7 @@ class DataConfig:
 
   def __post_init__(self):
     Filter(self.filter)
+    self._check_mixture()
     for name in ("buckets", "answer_buckets"):
       value = getattr(self, name)
       if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):
@@ -116,3 +136,24 @@ class DataConfig:
       )
     if not 0 <= self.max_bad_share <= 1:
       raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
+
+  def _check_mixture(self) -> None:
+    if self.mixture and self.shards:
+      raise ValueError(
+        f"data.shards={self.shards!r} and data.mixture ({', '.join(self.mixture)}) are both set;"
+        " set data.shards='', or leave data.mixture out"
+      )
+    for name, source in self.mixture.items():
+      option = f"data.mixture.{name}"
+      Filter(source.filter, f"{option}.filter")
+      if not source.shards:
+        raise ValueError(f"{option}.shards='': name a data.list, an annotation file or a folder")
+      if not 0 < source.weight < float("inf"):
+        raise ValueError(
+          f"{option}.weight={source.weight}: must be above 0, or remove the data set"
+        )
+      if source.task and self.task:
+        raise ValueError(
+          f"{option}.task={source.task!r} has no effect, since all utterances are of data.task="
+          f"{self.task!r}; set data.task=''"
+        )

@@ -17,7 +17,9 @@ from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterat
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
-from mooer_jax.data.readers import annotation, shard_names
+from mooer_jax.data.mixture import MixedStream
+from mooer_jax.data.readers import annotation
+from mooer_jax.data.sources import Source, find_shards
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
@@ -33,7 +35,8 @@ def train_batches(
 ) -> "Batches":
   """Endless stream of HostBatch, epoch after epoch in new orders; every batch is full.
 
-  An epoch's remainder below a full batch is completed with the next epoch's first utterances.
+  An epoch's remainder below a full batch is completed with the next epoch's first utterances. The
+  data sets of a mixture have epochs of their own.
   Batches of all processes come in the same order of length, so their buckets mostly agree.
 
   Args:
@@ -67,8 +70,14 @@ def eval_batches(
   empty, too long or not in the tokenizer's alphabet is kept; its labels are padding. Nothing is
   augmented.
 
-  Arguments, result and errors as train_batches; at most one worker, which keeps the order.
+  Arguments, result and errors as train_batches; at most one worker, which keeps the order. There
+  must be one data set, not a mixture.
   """
+  if config.mixture:
+    raise ValueError(
+      f"data.mixture ({', '.join(config.mixture)}) is for training; to evaluate one of its data"
+      " sets, name it in data.shards and set data.mixture={}"
+    )
   return _pipeline(config, tokenizer, model, endless=False, process=process)
 
 
@@ -82,17 +91,18 @@ def _pipeline(
   cache: EncodedCache | None = None,
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
-  shards = _shards(config, sampler)
+  shards = find_shards(config, sampler.tasks)
   index, count = process
   workers = config.workers if endless else min(1, config.workers)
   streams = (config.streams if endless else 0) or count
   _check_streams(config, streams, count)
-  if len(shards) < streams * max(1, workers):
-    raise ValueError(
-      f"{config.shards}: {len(shards)} shards for {streams} streams with data.workers={workers},"
-      " but each worker needs a shard of its own; lower data.workers or data.streams, run fewer"
-      " processes, or pack again with fewer utterances a shard (--per-shard)"
-    )
+  for source, names in shards.items():
+    if len(names) < streams * max(1, workers):
+      raise ValueError(
+        f"{source.shards}: {len(names)} shards for {streams} streams with data.workers={workers},"
+        " but each worker needs a shard of its own; lower data.workers or data.streams, run fewer"
+        " processes, or pack again with fewer utterances a shard (--per-shard)"
+      )
   of_stream = dataclasses.replace(
     config,
     batch_size=config.batch_size // streams,
@@ -115,7 +125,13 @@ def _pipeline(
 
   own = {
     stream: _prefetch(
-      _Batches(shards[stream::streams], preprocess, batcher(of_stream), of_stream, endless=endless),
+      _Batches(
+        {source: names[stream::streams] for source, names in shards.items()},
+        preprocess,
+        batcher(of_stream),
+        of_stream,
+        endless=endless,
+      ),
       workers,
     )
     for stream in range(index * streams // count, (index + 1) * streams // count)
@@ -138,31 +154,15 @@ def _check_streams(config: DataConfig, streams: int, processes: int) -> None:
       raise ValueError(f"data.{name}={value} is not divisible by the {streams} streams of the data")
 
 
-def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
-  """Shards, or parts of an annotation file after a check of its tasks."""
-  names = shard_names(config.shards)
-  if not annotation.is_annotation(config.shards):
-    return names
-  named = annotation.tasks(config.shards)
-  if config.task and (other := sorted(named - {config.task})):
-    raise ValueError(
-      f"{config.shards} has the tasks {other}, but data.task={config.task!r} would prompt all"
-      " alike; set data.task='' (eval.task='') for each utterance's own task"
-    )
-  if not config.task and (unknown := sorted(named - set(sampler.tasks))):
-    raise ValueError(
-      f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(sampler.tasks)}. It"
-      " gets its prompts in training, from model.prompts and data.prompts"
-    )
-  if unused := sorted(set(config.task_weights) - named):
-    raise ValueError(f"data.task_weights names {unused}, but {config.shards} has {sorted(named)}")
-  return names
-
-
 def _description(
-  config: DataConfig, sampler: PromptSampler, shards: Sequence[str], *, streams: int
+  config: DataConfig,
+  sampler: PromptSampler,
+  shards_of: Mapping[Source, Sequence[str]],
+  *,
+  streams: int,
 ) -> dict[str, Any]:
   """The settings that must be equal for a saved state to mean the same batches."""
+  shards = [shard for names in shards_of.values() for shard in names]
   names = (
     "batch_size", "shuffle_buffer_size", "seed", "workers", "min_s", "max_s", "truncate", "buckets",
     "answer_buckets", "task", "task_weights", "prompt_tokens", "filter",
@@ -178,13 +178,23 @@ def _description(
     "checksum of their names": zlib.crc32(names_of_shards.encode()),
     "bytes in the shards": sum(os.path.getsize(file) for file in files if os.path.exists(file)),
     "data.streams": streams,
+    "data.mixture": {
+      source.name: {
+        "weight": source.weight,
+        "task": source.task,
+        "filter": source.filter.text,
+        "shards": len(names),
+      }
+      for source, names in shards_of.items()
+      if source.name
+    },
   }
 
 
 class _Batches(grain.IterDataset):
   def __init__(
     self,
-    shards: list[str],
+    shards: Mapping[Source, list[str]],
     preprocess: Preprocessor,
     batcher: Batcher,
     config: DataConfig,
@@ -198,12 +208,18 @@ class _Batches(grain.IterDataset):
   def set_slice(self, sl: slice, sequential_slice: bool = False):
     """Called by mp_prefetch in each worker, which then owns these shards."""
     assert not sequential_slice
-    self.shards = self.shards[sl]
+    self.shards = {source: names[sl] for source, names in self.shards.items()}
 
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
-    stream = UtteranceStream(self.shards, self.preprocess, self.config, endless=self.endless)
-    iterator = TrainIterator if self.endless else EvalIterator
-    return iterator(self.config, self.batcher, stream)
+    streams = [
+      UtteranceStream(names, self.preprocess, self.config, endless=self.endless, source=source)
+      for source, names in self.shards.items()
+    ]
+    if not self.endless:
+      return EvalIterator(self.config, self.batcher, streams[0])
+    mixed = MixedStream(streams, [source.weight for source in self.shards])
+    stream = mixed if self.config.mixture else streams[0]
+    return TrainIterator(self.config, self.batcher, stream)
 
 
 def _prefetch(batches: _Batches, workers: int) -> grain.IterDataset:
@@ -277,7 +293,8 @@ class _DescribedIterator(grain.DatasetIterator):
     try:
       # Early states lack some names.
       unset = Augmentation().description()
-      saved = {"data.streams": 1, "data.filter": "", "data.augment": unset, **state["of"]}
+      added = {"data.streams": 1, "data.filter": "", "data.augment": unset, "data.mixture": {}}
+      saved = {**added, **state["of"]}
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()

@@ -97,6 +97,7 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
   return dataclasses.replace(
     run.data,
     shards=options.shards,
+    mixture={},
     filter="",
     augment=AugmentConfig(),
     batch_size=options.batch_size,

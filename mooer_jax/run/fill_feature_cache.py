@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,9 +20,9 @@ from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.filters import Filter
 from mooer_jax.data.readers import annotation, read, shard_names
 from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.sources import list_sources
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.sharding import batch_sharding
@@ -119,6 +119,8 @@ def cache_misses(
 ) -> Generator[tuple[Batch, tuple[str, ...], tuple[float, ...]]]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
 
+  The data sets of a mixture are read one after another, whatever their weights.
+
   Clips that cannot be decoded are counted only; training skips them again and reports the keys.
 
   Args:
@@ -133,9 +135,14 @@ def cache_misses(
     FileNotFoundError, ValueError: for a bad list, or buckets too short.
   """
 
+  def entries():
+    for source in list_sources(config):
+      for shard in shard_names(source.shards):
+        yield from map(source.filter.select, read(shard))
+
   def misses():
-    for entry in itertools.chain.from_iterable(map(read, shard_names(config.shards))):
-      if (raw := wanted.select(entry)) is None:
+    for raw in entries():
+      if raw is None:
         continue
       if isinstance(raw, SkippedUtterance):
         skipped[raw.cause] += 1
@@ -147,7 +154,6 @@ def cache_misses(
         known.add(name)
         yield name, *found
 
-  wanted = Filter(config.filter)
   pad, found = input_padding(config, model), misses()
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
@@ -158,13 +164,17 @@ def cache_misses(
 
 def dataset_name(config: DataConfig) -> str:
   """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
-  annotated = annotation.is_annotation(config.shards)
-  files = []
-  for path in annotation.audio_files(config.shards) if annotated else shard_names(config.shards):
+  sources, files = list_sources(config), []
+  for path in itertools.chain.from_iterable(_files(source.shards) for source in sources):
     try:
       found = os.stat(path)
       files.append(f"{path} {found.st_size} {found.st_mtime_ns}")
     except FileNotFoundError:
       files.append(f"{path} absent")
   crc = zlib.crc32("\n".join(files).encode())
-  return f"{crc:08x} {config.min_s} {config.max_s} {config.filter}".strip()
+  filters = " | ".join(source.filter.text for source in sources)
+  return f"{crc:08x} {config.min_s} {config.max_s} {filters}".strip()
+
+
+def _files(shards: str) -> Sequence[str | Path]:
+  return annotation.audio_files(shards) if annotation.is_annotation(shards) else shard_names(shards)

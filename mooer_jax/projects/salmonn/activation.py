@@ -49,7 +49,7 @@ def prepare(run: Run) -> Run:
   model = run.model.replace(prompts=of.prompts, chat_template=of.chat_template)
   # prompts="": the model's own prompt of the task, and no others
   data = dataclasses.replace(
-    run.data, shards=str(answers), filter="", task=run.activation.task, prompts=""
+    run.data, shards=str(answers), mixture={}, filter="", task=run.activation.task, prompts=""
   )
   return dataclasses.replace(run, model=model, data=data)
 
