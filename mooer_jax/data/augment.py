@@ -58,6 +58,8 @@ class AugmentConfig:
     freq_mask_bins: largest width of a frequency mask, mel bins of the first encoder.
     time_mask_s: largest width of a time mask, seconds.
     time_mask_share: largest width of a time mask, as a share of the clip.
+
+  The widths are those of SpecAugment's policy LD, which has two masks of each kind.
   """
 
   speed: tuple[float, ...] = ()

@@ -20,7 +20,7 @@ _CHECKED_AT_A_TIME = 8
 class Recordings:
   """Audio files that are mixed into clips.
 
-  They are decoded when they are needed, the first channel only. The latest ones stay in memory, up
+  A file is decoded when it is needed, its first channel only. The last used ones stay in memory, up
   to 256 MiB in each process. Picklable, for data workers.
   """
 

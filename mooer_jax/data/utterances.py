@@ -165,7 +165,9 @@ class UtteranceStream:
     self._shards, self._preprocess, self._config = list(shards), preprocess, config
     self._seed = config.seed if endless else None
     self._task_weights = config.task_weights if endless else {}
-    self._source = source or list_sources(config)[0]
+    if source is None:
+      (source,) = list_sources(config)
+    self._source = source
     self.seek(Position())
 
   def restore(self, saved: Mapping[str, Any]) -> None:

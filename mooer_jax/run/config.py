@@ -389,8 +389,8 @@ def renamed_keys() -> dict[str, str]:
 def default_config() -> ConfigDict:
   """A config for `train.py` and `eval.py` with the defaults of its sections.
 
-  Keys without a default are absent: a config file assigns workdir, trainable, `model` and
-  `data.shards`. `generation` holds only what a file sets, since it overrides the checkpoint's.
+  Keys without a default are absent: a config file assigns workdir, trainable and `model`.
+  `generation` holds only what a file sets, since it overrides the checkpoint's.
   """
   config = ConfigDict()
   config.seed = 0

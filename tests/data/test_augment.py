@@ -124,6 +124,8 @@ def test_one_option_does_not_change_what_another_draws(everything, model_side):
   for reading in range(20):
     one, other = full.of("a", reading), only.of("a", reading)
     assert one.speed == other.speed
+    purposes = ("speed", "room", "noise", "volume", "masks")
+    assert len({one._rng(purpose).uniform() for purpose in purposes}) == 5
     assert one._rng("volume").uniform() == other._rng("volume").uniform()
 
 

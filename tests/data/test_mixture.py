@@ -106,7 +106,10 @@ def test_a_mixture_resumes_exactly_in_any_number_of_processes(config, model_side
   states, hosts = [], []
   for _ in range(16):
     states.append(json.dumps(merge_states([part.get_state() for part in parts])))
-    assert json.loads(states[-1]) == json.loads(json.dumps(whole.get_state()))
+    state = json.loads(states[-1])
+    assert state == json.loads(json.dumps(whole.get_state()))
+    # Three batches of 2 a window, whatever the epochs.
+    assert state["streams"]["0"]["window"] == len(hosts) // 3
     hosts.append(next(whole))
     assert hosts[-1].keys == tuple(key for part in parts for key in next(part).keys)
   assert sum(skip.key == "short" for host in hosts for skip in host.skipped) >= 2
@@ -128,6 +131,7 @@ def test_workers_mix_and_resume(config, model_side, sets):
   for expected in hosts[5:9]:
     _same(next(iterator), expected)
   iterator.close()
+  assert not set(_keys(hosts[::2])) & set(_keys(hosts[1::2]))  # each worker has shards of its own
   # A window of 8 in each worker has 6 of a, and every worker has given three.
   assert sum(key.startswith("a") for key in _keys(hosts)) == 36
 

@@ -116,6 +116,7 @@ def test_only_the_trainable_part_moves_and_is_saved_beside_a_pointer(config, tmp
   assert moved == {path for path in after if path.startswith("connector/")}
 
 
+@pytest.mark.slow
 def test_augmented_mixtures_resume_and_leave_the_cmvn_as_it_is(config, clips, tmp_path):
   (tmp_path / "noise.txt").write_text("".join(f"{clip.path}\n" for clip in clips), "utf-8")
   shards = config.data.shards
