@@ -143,6 +143,11 @@ class DataConfig:
         f"data.shards={self.shards!r} and data.mixture ({', '.join(self.mixture)}) are both set;"
         " set data.shards='', or leave data.mixture out"
       )
+    if self.filter and self.mixture and all(of.filter for of in self.mixture.values()):
+      raise ValueError(
+        f"data.filter={self.filter!r} has no effect, since every data set of data.mixture has a"
+        " filter of its own; remove it"
+      )
     for name, source in self.mixture.items():
       option = f"data.mixture.{name}"
       Filter(source.filter, f"{option}.filter")

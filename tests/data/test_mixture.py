@@ -252,13 +252,14 @@ def test_what_reads_the_data_once_reads_each_data_set_once(config, model_side, s
     ({"weight": 0.0}, "data.mixture.a.weight=0.0: must be above 0, or remove the data set"),
     ({"of": ""}, "data.mixture.a.shards='': name a data.list"),
     ({"task": "ast"}, "data.mixture.a.task='ast' has no effect.*data.task='asr'; set data.task=''"),
+    ({"all": "y == 1", "filter": "x == 1"}, "data.filter='y == 1' has no effect, .*; remove it"),
     ({"filter": "x ="}, "data.mixture.a.filter='x =': "),
     ({"filter": "f(x)"}, r"data.mixture.a.filter='f\(x\)': .* is not a condition"),
   ],
 )
 def test_a_bad_mixture_is_refused_by_name(values, words):
   values = {"of": "data.list", **values}
-  whole = {"shards": values.pop("shards", "")}
+  whole = {"shards": values.pop("shards", ""), "filter": values.pop("all", "")}
   with pytest.raises(ValueError, match=words):
     DataConfig(**whole, mixture={"a": SourceConfig(values.pop("of"), **values)})
 

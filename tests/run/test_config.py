@@ -9,8 +9,10 @@ import pytest
 
 from configs import tiny
 from mooer_jax import checkpoint
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.run.config import SECTIONS, Run, renamed_keys
+from mooer_jax.run.decoding import eval_data
 
 OLD = {
   "train.accumulation": 2,
@@ -54,6 +56,16 @@ def test_generation_options_of_a_run_go_over_deprecated_names_in_a_checkpoint(mo
   config.generation.eos_ids = (12,)
   with pytest.raises(ValueError, match="both 'eos_token_id' and its deprecated name 'eos_ids'"):
     Run.read(config).decoding_defaults()
+
+
+def test_evaluation_takes_neither_the_mixture_nor_the_augmentation_of_training():
+  config = tiny.get_config()
+  config.data.shards, config.data.augment.noise, config.eval.shards = "", "no/such/noise", "a.list"
+  config.data.mixture = {"a": {"shards": "b.list", "weight": 2, "filter": "x == 1"}}
+  run = Run.read(config)
+  assert run.data.mixture["a"].weight == 2.0 and run.data.augment.noise == "no/such/noise"
+  data = eval_data(run, run.eval, run.model)
+  assert data.shards == "a.list" and not data.mixture and data.augment == AugmentConfig()
 
 
 def test_blank_as_space_mark_is_read_as_space():
