@@ -93,9 +93,9 @@ class Recordings:
       return str(error)
 
   def description(self) -> list[int]:
-    """Number of the files and checksum of their names, wherever they are."""
-    names = "\n".join(file.name for file in self.files)
-    return [len(self.files), zlib.crc32(names.encode("utf-8", "surrogateescape"))]
+    """Number of the files, their bytes, and a checksum of their names, wherever they are."""
+    names = "\n".join(file.name for file in self.files).encode("utf-8", "surrogateescape")
+    return [len(self.files), sum(file.stat().st_size for file in self.files), zlib.crc32(names)]
 
 
 def _find(source: str, where: str) -> list[Path]:

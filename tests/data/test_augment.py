@@ -253,17 +253,18 @@ def test_a_position_belongs_to_its_augmentation(shards, model_side, tmp_path, wa
     with pytest.raises(ValueError, match=r"data.augment was .*'speed': \[\].* is .*\[0.9, 1.1\]"):
       iter(train_batches(config, *model_side)).set_state(saved)
 
-  def of_noise(folder, names):
+  def of_noise(folder, names, seconds=0.1):
     (tmp_path / folder).mkdir()
     for name in names:
-      (tmp_path / folder / name).write_bytes(wav(0.1))
+      (tmp_path / folder / name).write_bytes(wav(seconds))
     augment = AugmentConfig(noise=str(tmp_path / folder))
     return iter(train_batches(shards.config(augment=augment), *model_side))
 
   noisy = of_noise("a", ["x.wav"]).get_state()
   of_noise("moved", ["x.wav"]).set_state(json.loads(json.dumps(noisy)))
-  with pytest.raises(ValueError, match="belongs to other settings: data.augment was"):
-    of_noise("more", ["x.wav", "y.wav"]).set_state(noisy)
+  for other in (("more", ["x.wav", "y.wav"]), ("renamed", ["y.wav"]), ("longer", ["x.wav"], 0.2)):
+    with pytest.raises(ValueError, match="belongs to other settings: data.augment was"):
+      of_noise(*other).set_state(noisy)
 
 
 @pytest.mark.parametrize(
