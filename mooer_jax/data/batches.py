@@ -15,6 +15,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
+from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
 from mooer_jax.inputs import encoder_inputs, padded_lengths
@@ -209,9 +210,12 @@ class Batcher:
 
 
 class _Window:
-  """Utterances of one epoch that are sorted together; a multiple of the batch size."""
+  """Utterances that are sorted together, a multiple of the batch size.
 
-  def __init__(self, stream: UtteranceStream, config: DataConfig):
+  They are of one epoch, unless the stream is a mixture.
+  """
+
+  def __init__(self, stream: UtteranceStream | MixedStream, config: DataConfig):
     self.start = stream.position
     self.examples: list[Example] = []
     self._stream, self._full = stream, False
@@ -245,7 +249,7 @@ class _Window:
 class TrainIterator(grain.DatasetIterator):
   """Returns the batches of one window while the next one fills."""
 
-  def __init__(self, config: DataConfig, batcher: Batcher, stream: UtteranceStream):
+  def __init__(self, config: DataConfig, batcher: Batcher, stream: UtteranceStream | MixedStream):
     super().__init__()
     self._config, self._batcher, self._stream = config, batcher, stream
     self._go_to(0, 0)
@@ -275,7 +279,7 @@ class TrainIterator(grain.DatasetIterator):
     return {"window": self._number, "index": self._index, "start": dataclasses.asdict(self._start)}
 
   def set_state(self, state: dict[str, Any]):
-    self._stream.seek(Position.from_json(state["start"]))
+    self._stream.restore(state["start"])
     self._go_to(state["window"], state["index"])
 
   def close(self):

@@ -10,6 +10,7 @@ import numpy as np
 
 from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.augment import Augmentation
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.labels import Labels
@@ -153,6 +154,7 @@ class Preprocessor:
   needs_labels: bool
   cache: EncodedCache | None = None  # frames of the encoders, which take the place of features
   labels: Labels | None = None  # texts that replace or join the transcripts
+  augmentation: Augmentation = Augmentation()
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
     """Returns the example, or why there is none; `reading` is as in `PromptSampler`."""
@@ -172,7 +174,8 @@ class Preprocessor:
     if problem and self.needs_labels:
       return raw.skip(*problem)
     cached = None if self.cache is None else self.cache.get(digest(raw))
-    found = cached or load_features(raw, self.config, self.model)
+    augmentation = self.augmentation.of(raw.key, reading)
+    found = cached or load_features(raw, self.config, self.model, augmentation)
     if isinstance(found, SkippedUtterance):
       return found
     if self.cache is not None and cached is None:
@@ -214,13 +217,16 @@ class Preprocessor:
 
 
 def load_features(
-  raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
+  raw: RawUtterance,
+  config: DataConfig,
+  model: SpeechLLMConfig,
+  augmentation: Augmentation = Augmentation(),
 ) -> tuple[tuple[np.ndarray, ...], float] | SkippedUtterance:
-  """Decodes the clips of an utterance, joins them and extracts the features.
+  """Decodes the clips of an utterance, joins and augments them and extracts the features.
 
   Returns:
     (features, or the waveform, as from `inputs.extract_features`; length of the audio in seconds,
-    before data.truncate), or why there are none.
+    after the change of speed and before data.truncate), or why there are none.
   """
   rate_hz, name = model.sample_rate_hz, f"{raw.key}.{raw.suffix}"
   pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
@@ -230,15 +236,17 @@ def load_features(
       waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=model.channel, name=name)
       parts += [pause, waveform_N] if parts else [waveform_N]
     joined_N = np.concatenate(parts)
-    seconds = len(joined_N) / rate_hz
+    seconds = augmentation.num_samples(len(joined_N)) / rate_hz
     if problem := _exceeded_limit(seconds, config):
       return raw.skip(*problem)
+    joined_N = augmentation.change_speed(joined_N)
     if config.truncate:
       joined_N = joined_N[: round(config.max_s * rate_hz)]
-    joined_N = model.pad_to_min_duration(joined_N)
+    joined_N = model.pad_to_min_duration(augmentation(joined_N))
     if not all(frontend.num_frames(len(joined_N)) for frontend in model.frontends):
       return raw.skip("too short", f"{seconds:.3f} s make no feature")
-    return extract_features(joined_N, model), seconds
+    masks = augmentation.masks(len(joined_N), model.frontends[0])
+    return extract_features(joined_N, model, masks=masks), seconds
   except AudioError as error:
     return raw.skip(error.cause, str(error))
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example, num_copies
-from mooer_jax.data.filters import Filter
 from mooer_jax.data.readers import read
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.data.sources import Source, list_sources
 
 _COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
 
@@ -83,6 +83,7 @@ class EpochReader:
   Attributes:
     seed: seed of the order of the shards; None reads them as listed, and each key once.
     task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
+    task: task of all utterances, in place of their own; "": their own.
     share: (i, n) of a process: without a seed, it gets every nth entry, from the ith on.
   """
 
@@ -90,6 +91,7 @@ class EpochReader:
   epoch: int
   seed: int | None
   task_weights: Mapping[str, float]
+  task: str
   share: tuple[int, int] = (0, 1)
 
   @functools.cached_property
@@ -130,6 +132,8 @@ class EpochReader:
     """The entries of a shard; of a single pass, each key once, and those are added to `keys`."""
     with contextlib.closing(read(self.shards[self.order[place]])) as entries:
       for entry in entries:
+        if self.task:
+          entry = dataclasses.replace(entry, task=self.task)
         if self.seed is None and entry.key:
           problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
           if entry.key in keys and problem not in ("members apart", "bad shard"):
@@ -152,6 +156,7 @@ class UtteranceStream:
     config: DataConfig,
     *,
     share: tuple[int, int] | None,
+    source: Source | None = None,
   ):
     """Starts at the first utterance.
 
@@ -161,12 +166,19 @@ class UtteranceStream:
       config: seed, weights of the tasks, and limits of unusable data.
       share: that of a process in a single pass, as of `EpochReader`; None: epoch follows epoch in
         new orders, and these shards are read whole.
+      source: the data set of a mixture; default: the only one of the config.
     """
     self._shards, self._preprocess, self._config = list(shards), preprocess, config
     self._seed, self._share_of = (config.seed if share is None else None), share or (0, 1)
     self._task_weights = config.task_weights if share is None else {}
-    self._filter = Filter(config.filter)
+    if source is None:
+      (source,) = list_sources(config)
+    self._source = source
     self.seek(Position())
+
+  def restore(self, saved: Mapping[str, Any]) -> None:
+    """Continues from a position in the form of `dataclasses.asdict`."""
+    self.seek(Position.from_json(saved))
 
   def seek(self, position: Position) -> None:
     self._pending: list[SkippedUtterance] = []
@@ -209,7 +221,7 @@ class UtteranceStream:
 
   def _start_reading(self, position: Position) -> None:
     self._position = position
-    options = self._seed, self._task_weights, self._share_of
+    options = self._seed, self._task_weights, self._source.task, self._share_of
     self._epoch = EpochReader(self._shards, position.epoch, *options)
     self._readings = self._epoch.read_from(position.shard, position.entry, position.copy)
 
@@ -228,7 +240,7 @@ class UtteranceStream:
         # Unless its task's weight is 0, another epoch reads it.
         passed = here.passed or self._task_weights[reading.entry.task] > 0
         self._position = dataclasses.replace(here, passed=passed)
-      elif (raw := self._filter.select(reading.entry)) is None:
+      elif (raw := self._source.filter.select(reading.entry)) is None:
         self._position = dataclasses.replace(here, left_out=here.left_out + 1)
       else:
         # One pass takes the same prompts whenever it runs.
@@ -247,7 +259,7 @@ class UtteranceStream:
     idle = here.passed and here.read == here.read_before
     # Another process may have usable ones.
     if not here.usable and not idle and self._share_of == (0, 1):
-      raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
+      raise self._error(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
     self._check_share(1)
     if self._seed is None:
       raise StopIteration
@@ -259,7 +271,7 @@ class UtteranceStream:
     if len(damaged) > share * read and (read >= 2 or read == len(self._shards)):
       more = ", …" if len(damaged) > 5 else ""
       names = ", ".join(self._shards[i] for i in damaged[:5]) + more
-      raise BadDataError(
+      raise self._error(
         f"{len(damaged)} of {read} shards read are truncated or damaged: {names}; copy or pack them"
         f" again, or raise data.max_bad_share={share}"
       )
@@ -269,10 +281,14 @@ class UtteranceStream:
     read, share = self._position.read, self._config.max_bad_share
     bad = sum(self._position.skipped.values())
     if read >= least_read and bad > share * read:
-      raise BadDataError(
+      raise self._error(
         f"{bad} of {read} utterances cannot be used: {self._summary()}; repair the data or raise"
         f" data.max_bad_share={share}"
       )
+
+  def _error(self, message: str) -> BadDataError:
+    name = self._source.name
+    return BadDataError(f"{name}: {message}" if name else message)
 
   def _summary(self) -> str:
     skipped = sorted(self._position.skipped.items(), key=lambda item: -item[1])
@@ -282,7 +298,7 @@ class UtteranceStream:
       return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
     weights = self._config.task_weights
     if self._position.left_out:
-      left_out = f"data.filter={self._config.filter!r} leaves out {self._position.left_out}"
+      left_out = f"{self._source.filter} leaves out {self._position.left_out}"
       few = "; if others have some, lower data.streams or data.workers, or name less data"
       return f"{left_out}, {counts}" if counts else left_out + few
     if weights and not counts:

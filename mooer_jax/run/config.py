@@ -20,6 +20,7 @@ from mooer_jax.config import (
   unknown_key,
   with_new_names,
 )
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.translation import TOKENIZERS, check_tokenizer
@@ -377,8 +378,8 @@ def renamed_keys() -> dict[str, str]:
 def default_config() -> ConfigDict:
   """A config for `train.py` and `eval.py` with the defaults of its sections.
 
-  Keys without a default are absent: a config file assigns workdir, trainable, `model` and
-  `data.shards`. `generation` holds only what a file sets, since it overrides the checkpoint's.
+  Keys without a default are absent: a config file assigns workdir, trainable and `model`.
+  `generation` holds only what a file sets, since it overrides the checkpoint's.
   """
   config = ConfigDict()
   config.seed = 0
@@ -391,6 +392,8 @@ def default_config() -> ConfigDict:
     for field in dataclasses.fields(section_class):
       made = field.default_factory
       default = field.default if made is dataclasses.MISSING else made()
+      if isinstance(default, AugmentConfig):
+        default = ConfigDict(dataclasses.asdict(default))
       if default is None and field.type == float | None:
         default = placeholder(float)  # a flag needs the type
       if default is not dataclasses.MISSING and f"{name}.{field.name}" not in _DERIVED:

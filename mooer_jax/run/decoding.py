@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from mooer_jax import checkpoint, hosts
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.labels import NO_LABELS
@@ -118,7 +119,9 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
   return dataclasses.replace(
     run.data,
     shards=options.shards,
+    mixture={},
     filter="",
+    augment=AugmentConfig(),
     **NO_LABELS,  # eval.references names other texts
     batch_size=options.batch_size,
     shuffle_buffer_size=options.batch_size,

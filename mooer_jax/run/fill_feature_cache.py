@@ -21,9 +21,9 @@ from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.filters import Filter
 from mooer_jax.data.readers import audio_files, read, shard_names
 from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.sources import list_sources
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
 from mooer_jax.sharding import batch_sharding, make_mesh
@@ -132,6 +132,8 @@ def cache_misses(
 ) -> Generator[tuple[Batch, tuple[str, ...], tuple[float, ...]]]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
 
+  The data sets of a mixture are read one after another, whatever their weights.
+
   Clips that cannot be decoded are counted only; training skips them again and reports the keys.
 
   Args:
@@ -147,9 +149,14 @@ def cache_misses(
     FileNotFoundError, ValueError: for a bad list, or buckets too short.
   """
 
+  def entries():
+    for source in list_sources(config):
+      for shard in shard_names(source.shards):
+        yield from map(source.filter.select, read(shard))
+
   def misses():
-    for entry in itertools.chain.from_iterable(map(read, shard_names(config.shards))):
-      if (raw := wanted.select(entry)) is None:
+    for raw in entries():
+      if raw is None:
         continue
       if isinstance(raw, SkippedUtterance):
         skipped[raw.cause] += index == 0
@@ -161,7 +168,7 @@ def cache_misses(
         known.add(name)
         yield name, *found
 
-  wanted, (index, processes) = Filter(config.filter), process
+  index, processes = process
   pad, found = input_padding(config, model), misses()
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
@@ -172,12 +179,13 @@ def cache_misses(
 
 def dataset_name(config: DataConfig) -> str:
   """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
-  files = []
-  for path in audio_files(config.shards):
+  sources, files = list_sources(config), []
+  for path in itertools.chain.from_iterable(audio_files(source.shards) for source in sources):
     try:
       found = os.stat(path)
       files.append(f"{path} {found.st_size} {found.st_mtime_ns}")
     except FileNotFoundError:
       files.append(f"{path} absent")
   crc = zlib.crc32("\n".join(files).encode())
-  return f"{crc:08x} {config.min_s} {config.max_s} {config.filter}".strip()
+  filters = " | ".join(source.filter.text for source in sources)
+  return f"{crc:08x} {config.min_s} {config.max_s} {filters}".strip()

@@ -104,6 +104,26 @@ def test_only_the_trainable_part_moves_and_is_saved_beside_a_pointer(config, tmp
   assert moved == {path for path in after if path.startswith("connector/")}
 
 
+@pytest.mark.slow
+def test_augmented_mixtures_resume_and_leave_the_cmvn_as_it_is(config, clips, tmp_path):
+  (tmp_path / "noise.txt").write_text("".join(f"{clip.path}\n" for clip in clips), "utf-8")
+  shards = config.data.shards
+  config.data.shards = ""
+  config.data.mixture = {"all": {"shards": shards, "weight": 2.0}, "twice": {"shards": shards}}
+  config.train.steps, config.train.save_every = 2, 2
+  plain = checkpoint.load(train(config)).params["frontend"]
+  config.data.augment.update(
+    {"speed": (0.9, 1.1), "noise": str(tmp_path / "noise.txt"), "time_masks": 1, "freq_masks": 1}
+  )
+  for name, stops in (("broken", (2, 4)), ("whole", (4,))):
+    config.workdir = str(tmp_path / name)
+    for config.train.steps in stops:
+      folder = train(config)
+  assert losses(tmp_path / "broken") == losses(tmp_path / "whole") != losses(tmp_path / "run")
+  for path, leaf in tree.flatten(checkpoint.load(folder).params["frontend"]).items():
+    np.testing.assert_array_equal(leaf, tree.flatten(plain)[path])
+
+
 def test_a_run_that_is_done_says_so_and_does_nothing(config, capsys):
   config.train.steps = 4
   folder = train(config)

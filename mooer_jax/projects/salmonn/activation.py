@@ -51,7 +51,13 @@ def prepare(run: Run) -> Run:
   model = run.model.replace(prompts=of.prompts, chat_template=of.chat_template)
   # prompts="": the model's own prompt of the task, and no others
   data = dataclasses.replace(
-    run.data, shards=str(answers), filter="", task=run.activation.task, prompts="", **NO_LABELS
+    run.data,
+    shards=str(answers),
+    mixture={},
+    filter="",
+    task=run.activation.task,
+    prompts="",
+    **NO_LABELS,
   )
   return dataclasses.replace(run, model=model, data=data)
 
