@@ -301,7 +301,7 @@ def test_a_tensor_axis_over_several_hosts_is_refused():
     hosts.check_rows(mesh(1, 1, 4))
 
 
-def test_launchers_are_recognised():
+def test_launchers_are_recognised(monkeypatch):
   assert hosts._detect({"JAX_PLATFORMS": "cpu"}) is None
   step = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
   assert hosts._detect(step) == ("slurm", 4)
@@ -309,7 +309,12 @@ def test_launchers_are_recognised():
   assert hosts._detect({"PMI_SIZE": "3"}) == ("mpi4py", 3)
   with pytest.raises(ValueError, match="this process is none of them: start it with srun"):
     hosts._detect({"SLURM_NTASKS": "4"})
-  assert hosts._detect({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"})[0] == "k8s"
+  job = {"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}
+  assert hosts._detect(job) == ("k8s", None)
+  monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"])
+  monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name)
+  assert hosts._detect(job) == ("", None)  # JAX knows a TPU slice in Kubernetes by itself
+  assert hosts._detect({**job, "JAX_PLATFORMS": "cpu"}) == ("k8s", None)
 
 
 def test_one_process_may_be_asked_for_and_a_missing_package_is_named(monkeypatch):
