@@ -57,6 +57,7 @@ pytest_plugins = ["tests.worker_memory"]
 ALLOWED_SKIPS = (
   r"\.\./shared/data\b.* absent",
   r"no Linux: ",
+  r"no network namespaces: ",
   r"no GPU: ",
   r"no TPU: ",
   r"mooer-jax is not installed in this Python",

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,10 +38,16 @@ def get_config():
 
 @pytest.fixture
 def start(repo_root, as_flags, plain_env, tmp_path):
-  """Starts the processes of a run, which together have four devices."""
+  """Starts the processes of a run, which together have four devices and print to files.
+
+  `places` are beginnings of their commands, such as the namespaces that they run in.
+  """
   started = []
 
-  def begin(name, processes, *flags, program="train.py", config="configs/tiny.py"):
+  def begin(
+    name, processes, *flags,
+    program="train.py", config="configs/tiny.py", address="localhost", places=None,
+  ):  # fmt: skip
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
@@ -49,28 +57,33 @@ def start(repo_root, as_flags, plain_env, tmp_path):
     command = [sys.executable, program, f"--config={config}", *as_flags, STREAMS]
     command += [f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
     if processes > 1:
-      command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-    run = [
-      subprocess.Popen(
-        [*command, *flags, *([f"--process_id={n}"] if processes > 1 else [])],
-        cwd=repo_root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-      )
-      for n in range(processes)
-    ]  # fmt: skip
-    started.extend(run)
+      command += [f"--coordinator={address}:{port}", f"--num_processes={processes}"]
+    run = []
+    for n in range(processes):
+      place = places[n] if places else []
+      own = [f"--process_id={n}"] if processes > 1 else []
+      log = tmp_path / f"log{len(started)}"
+      with log.open("w") as file:
+        process = subprocess.Popen(
+          [*place, *command, *flags, *own],
+          cwd=repo_root, env=env, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+      process.log = log
+      started.append(process)
+      run.append(process)
     return run
 
   yield begin
   for process in started:
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def ended(run, seconds=300):
   """Outputs and exit statuses of processes that end by themselves."""
   deadline = time.monotonic() + seconds
-  outputs = [process.communicate(timeout=deadline - time.monotonic())[0] for process in run]
-  return outputs, [process.returncode for process in run]
+  statuses = [process.wait(timeout=deadline - time.monotonic()) for process in run]
+  return [process.log.read_text() for process in run], statuses
 
 
 def wait_for_step(workdir, step, run):
@@ -241,21 +254,81 @@ def test_a_run_goes_on_in_other_numbers_of_processes(start, tmp_path):
   assert_same_run(one, two)
 
 
+LOST = ("the connection to another process is lost", "another task died", "was killed")
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_end_if_one_is_killed_and_the_job_resumes(start, tmp_path, victim):
-  run = start("run", 2, "--config.train.steps=1000")
-  wait_for_step(tmp_path / "run", 2, run)
-  run[victim].kill()
-  killed = time.monotonic()
-  outputs, statuses = ended(run, seconds=60)
-  assert statuses[1 - victim] != 0 and time.monotonic() - killed < 60
-  said = outputs[1 - victim]
-  assert "the connection to another process is lost" in said or "another task died" in said
-  steps = checkpoint.step_of(checkpoint.latest(tmp_path / "run")) + 3
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_after_kills_at_random_moments_the_job_resumes(start, tmp_path, workers):
+  """Twenty in all, while it restores, trains and saves; the others end with a message."""
+  rng = random.Random(workers)
+  flags = ["--config.train.save_every=1", f"--config.data.workers={workers}"]
+  flags += ["--config.data.streams=2"] * bool(workers)  # a worker needs a shard of its own
+  for _ in range(10):
+    run = start("run", 2, *flags, "--config.train.steps=1000")
+    while not re.search("are trained|resuming from", run[0].log.read_text()):
+      assert all(process.poll() is None for process in run), run[0].log.read_text()
+      time.sleep(0.05)
+    time.sleep(rng.uniform(0, 8))
+    victim = rng.randrange(2)
+    run[victim].kill()
+    killed = time.monotonic()
+    outputs, statuses = ended(run, seconds=60)
+    assert statuses[1 - victim] != 0 and time.monotonic() - killed < 60
+    assert any(said in outputs[1 - victim] for said in LOST), outputs[1 - victim]
+  newest = checkpoint.latest(tmp_path / "run")
+  steps = (checkpoint.step_of(newest) if newest else 0) + 3
   for name in ("run", "whole"):
-    assert ended(start(name, 2, f"--config.train.steps={steps}"))[1] == [0, 0]
+    outputs, statuses = ended(start(name, 2, *flags, f"--config.train.steps={steps}"))
+    assert statuses == [0, 0], outputs
   assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture
+def two_hosts():
+  """(beginnings of commands, address of the first) of two network namespaces, and a link."""
+  if os.geteuid() or not shutil.which("ip"):
+    pytest.skip("no network namespaces: they need root and iproute2")
+  names = [f"mooer-jax-{os.getpid()}-{n}" for n in range(2)]
+
+  def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True)
+
+  try:
+    for name in names:
+      ip("netns", "add", name)
+    ip("link", "add", "v0", "netns", names[0], "type", "veth", "peer", "v1", "netns", names[1])
+    for n, name in enumerate(names):
+      ip("-n", name, "address", "add", f"10.77.0.{n + 1}/24", "dev", f"v{n}")
+      for device in (f"v{n}", "lo"):
+        ip("-n", name, "link", "set", device, "up")
+      hosts_file = Path("/etc/netns") / name / "hosts"  # in the namespace, it is /etc/hosts
+      hosts_file.parent.mkdir(parents=True)
+      hosts_file.write_text(f"127.0.0.1 localhost\n10.77.0.{n + 1} {socket.gethostname()}\n")
+    places = [["ip", "netns", "exec", name] for name in names]
+    yield places, "10.77.0.1", lambda: ip("-n", names[1], "link", "set", "v1", "down")
+  finally:
+    for name in names:
+      subprocess.run(["ip", "netns", "delete", name])
+      shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+@pytest.mark.nightly
+def test_hosts_with_networks_of_their_own_train_as_one_process(start, tmp_path, two_hosts):
+  """Then the link between them is cut: both end with a message, and one process goes on."""
+  places, address, cut = two_hosts
+  run = start("two", 2, "--config.train.steps=1000", address=address, places=places)
+  wait_for_step(tmp_path / "two", 2, run)
+  cut()
+  outputs, statuses = ended(run, seconds=60)
+  assert all(statuses)
+  for output in outputs:
+    assert any(said in output for said in LOST), output
+  steps = checkpoint.step_of(checkpoint.latest(tmp_path / "two")) + 2
+  for name in ("one", "two"):
+    assert ended(start(name, 1, f"--config.train.steps={steps}"))[1] == [0]
+  assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.nightly
