@@ -133,7 +133,7 @@ def _detect(env: Mapping[str, str]) -> tuple[str, int | None] | None:
   for name, variable in _LAUNCHERS.items():
     if int(env.get(variable) or 1) > 1:
       return name, int(env[variable])
-  # The hosts of a TPU slice, also in Kubernetes; JAX asks the environment or the machine's metadata.
+  # The hosts of a TPU slice, also in Kubernetes. JAX reads who they are.
   platforms = (env.get("JAX_PLATFORMS") or "tpu").split(",")
   has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
   if "tpu" in platforms and has_tpu and importlib.util.find_spec("libtpu"):
