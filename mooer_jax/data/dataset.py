@@ -22,6 +22,7 @@ from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers import file_of
 from mooer_jax.data.sources import Source, find_shards
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
+from mooer_jax.data.workers import end_with_parent
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -251,8 +252,12 @@ def _prefetch(batches: _Batches, workers: int) -> grain.IterDataset:
 
 
 def _start_worker(index, count):
-  """Keeps a worker off the GPU or TPU, which the training needs, and off Ctrl-C."""
+  """Keeps a worker off the GPU or TPU, which the training needs, and off Ctrl-C.
+
+  Grain's workers would outlive a training that is killed.
+  """
   del index, count
+  end_with_parent()
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training stops in order and then ends it
   os.environ["JAX_PLATFORMS"] = "cpu"
   if "jax" in sys.modules:  # too late for the variable, early enough for the setting
