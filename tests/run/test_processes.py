@@ -1,5 +1,6 @@
 """Training in several processes: the run of one process, also where processes come and go."""
 
+import contextlib
 import json
 import os
 import random
@@ -53,7 +54,7 @@ def start(repo_root, as_flags, plain_env, tmp_path):
       port = free.getsockname()[1]
     count = "--xla_force_host_platform_device_count="
     xla_flags = re.sub(rf"{count}\d+", f"{count}{4 // processes}", os.environ["XLA_FLAGS"])
-    env = {**plain_env, "XLA_FLAGS": xla_flags}
+    env = {**plain_env, "XLA_FLAGS": xla_flags, "TMPDIR": str(tmp_path)}
     command = [sys.executable, program, f"--config={config}", *as_flags, STREAMS]
     command += [f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
     if processes > 1:
@@ -257,6 +258,16 @@ def test_a_run_goes_on_in_other_numbers_of_processes(start, tmp_path):
 LOST = ("the connection to another process is lost", "another task died", "was killed")
 
 
+def workers_of(folder):
+  """Processes that were started with this folder of temporary files."""
+  found = []
+  for process in Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):
+      if f"TMPDIR={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+        found.append(process.name)
+  return found
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", [0, 1])
@@ -277,6 +288,9 @@ def test_after_kills_at_random_moments_the_job_resumes(start, tmp_path, workers)
     outputs, statuses = ended(run, seconds=60)
     assert statuses[1 - victim] != 0 and time.monotonic() - killed < 60
     assert any(said in outputs[1 - victim] for said in LOST), outputs[1 - victim]
+    while left := workers_of(tmp_path):
+      assert time.monotonic() - killed < 90, left
+      time.sleep(0.1)
   newest = checkpoint.latest(tmp_path / "run")
   steps = (checkpoint.step_of(newest) if newest else 0) + 3
   for name in ("run", "whole"):
