@@ -70,14 +70,14 @@ def host_handler() -> ocp.PyTreeCheckpointHandler:
   return _with_types((np.ndarray, _HostHandler()))
 
 
-def device_handler(chunk_bytes: int) -> ocp.PyTreeCheckpointHandler:
+def device_handler(least_slice_bytes: int) -> ocp.PyTreeCheckpointHandler:
   """The handler that saves arrays of devices, and NumPy arrays.
 
   Orbax splits a replicated array among the devices that hold it, so that each writes a part. An
-  array is only split if each part has at least `chunk_bytes` bytes; by default, eight devices
+  array is only split if each part has at least `least_slice_bytes`; by default, eight devices
   write eight files for every norm.
   """
-  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=chunk_bytes)
+  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=least_slice_bytes)
   return _with_types((jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()))
 
 

@@ -37,6 +37,8 @@ class HostBatch:
   places: tuple[tuple[int, int], ...] = _static()  # of their shards, and in these
   skipped: tuple[SkippedUtterance, ...] = _static()  # since the previous batch, each once
   num_truncated: int = _static(default=0)  # clips longer than max_s, which were truncated
+  # Of a single pass: entries in the shards that were read to their ends, of all processes.
+  entries: int = _static(default=0)
 
   @property
   def audio_s(self) -> float:
@@ -72,10 +74,11 @@ def join(hosts: Sequence[HostBatch]) -> HostBatch:
   longest = [max(sizes) for sizes in zip(*(lengths_of(host.batch) for host in hosts))]
   batches = [widen(host.batch, longest) for host in hosts]
   names = ("keys", "texts", "tasks", "seconds", "places", "skipped")
+  joined: dict[str, Any] = {n: sum((getattr(host, n) for host in hosts), ()) for n in names}
   return HostBatch(
     batch=jax.tree.map(lambda *parts: np.concatenate(parts), *batches),
     num_truncated=sum(host.num_truncated for host in hosts),
-    **{name: sum((getattr(host, name) for host in hosts), ()) for name in names},
+    **joined,
   )
 
 
@@ -328,9 +331,10 @@ class EvalIterator(grain.DatasetIterator):
     except BadDataError as error:
       error.skipped = (*(s for e in examples for s in e.skipped), *self._stream.left_over())
       raise
-    if not examples:  # a share of a process in which nothing is usable
-      return HostBatch(None, (), (), (), (), (), left_over)  # type: ignore[arg-type]
-    return self._batcher(examples, left_over)
+    # Nothing may be usable in the share of a process.
+    nothing = HostBatch(None, (), (), (), (), (), left_over)  # type: ignore[arg-type]
+    host = self._batcher(examples, left_over) if examples else nothing
+    return dataclasses.replace(host, entries=self._stream.entries)
 
   def get_state(self) -> dict[str, Any]:
     return {"position": self._position and dataclasses.asdict(self._position)}

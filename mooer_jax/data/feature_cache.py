@@ -99,8 +99,7 @@ class EncodedCache:
     """Whether all clips of a data set, identified by a string, were processed."""
     done = self.folder / _DONE
     marks = done.read_text(encoding="utf-8").split("\n") if done.is_file() else []
-    whole = self._whole and all(other._whole for other in self._others)
-    return whole and dataset in marks
+    return self._whole and dataset in marks
 
   def mark_complete(self, dataset: str) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)

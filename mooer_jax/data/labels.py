@@ -22,6 +22,7 @@ from mooer_jax.files import write_errors_name
 SEPARATOR = "\n"
 # Of "instruction": the text is the transcript, the label, or both.
 INSTRUCTION_TASKS = ("asr", "ast", "asr_ast_mtl")
+_PREFIX = "mooer-jax-labels-"
 _BOM = b"\xef\xbb\xbf"
 # The texts that are joined, in order.
 _PARTS = {
@@ -107,7 +108,8 @@ class LabelFile:
     if not self.path.is_file():
       raise FileNotFoundError(f"{path}: no such label file; it has `KEY text` lines")
     index = _index(self.path)
-    folder = tempfile.mkdtemp(prefix="mooer-jax-labels-")
+    _remove_leftovers()
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
     weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
     self._open(folder, index)
 
@@ -185,6 +187,18 @@ class Labels:
       task = INSTRUCTION_TASKS[int(len(INSTRUCTION_TASKS) * uniform)]
       texts = {"asr": texts[:1], "ast": texts[1:]}.get(task, texts)
     return dataclasses.replace(raw, text=self.separator.join(texts).encode(), task=task)
+
+
+def _remove_leftovers() -> None:
+  """Removes the folders of processes that were killed."""
+  for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+    try:
+      os.kill(int(pid), 0)
+    except ProcessLookupError:
+      shutil.rmtree(folder, ignore_errors=True)
+    except (PermissionError, ValueError):  # of another user; no folder of ours
+      pass
 
 
 def _split(line: bytes) -> tuple[bytes, bytes]:

@@ -74,6 +74,7 @@ class Reading(NamedTuple):
   entry: RawUtterance | SkippedUtterance | None  # None at the end of a shard
   copy: int | None  # number of this reading in the epoch; None if a task weight leaves it out
   after: tuple[int, int, int]  # shard, entry and copy of the `Position` behind it
+  size: int = 0  # at the end of a shard: the number of its entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +109,13 @@ class EpochReader:
     keys: set[str] = set()
     index_of_process, processes = self.share
     for place in range(0 if self.seed is None else shard, len(self.order)):
+      size = entry
       with contextlib.closing(self._entries(place, keys)) as entries:
         if place < shard:
           collections.deque(entries, maxlen=0)  # only for their keys
           continue
         for number, raw in enumerate(itertools.islice(entries, entry, None), entry):
+          size = number + 1
           if (place + number) % processes != index_of_process:
             continue
           copies = 1
@@ -126,7 +129,7 @@ class EpochReader:
             yield Reading(raw, index, (place, number + last, 0 if last else index + 1))
           copy = 0
       entry = 0
-      yield Reading(None, None, (place + 1, 0, 0))
+      yield Reading(None, None, (place + 1, 0, 0), size)
 
   def _entries(self, place: int, keys: set[str]) -> Generator[RawUtterance | SkippedUtterance]:
     """The entries of a shard; of a single pass, each key once, and those are added to `keys`."""
@@ -183,6 +186,7 @@ class UtteranceStream:
   def seek(self, position: Position) -> None:
     self._pending: list[SkippedUtterance] = []
     self._peeked: tuple[Example, Position] | None = None
+    self.entries = 0  # of all processes, in the shards that were read to their ends
     self._start_reading(position)
 
   @property
@@ -235,6 +239,7 @@ class UtteranceStream:
       here = dataclasses.replace(self._position, shard=shard, entry=entry, copy=copy)
       self._position = here
       if reading.entry is None:
+        self.entries += reading.size
         self._check_shards()
       elif reading.copy is None:
         # Unless its task's weight is 0, another epoch reads it.

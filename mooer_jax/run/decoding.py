@@ -18,6 +18,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.utterances import BadDataError
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
@@ -48,12 +49,17 @@ class DecodingResults:
   num_truncated: int = 0
 
 
+def find_checkpoint(path: str | Path) -> Path:
+  """`checkpoint.find`, with the same result in all processes."""
+  return Path(hosts.on_first(lambda: str(checkpoint.find(path))))
+
+
 def load(
   run: Run,
   folder: Path,
   base: str | None = None,
   *,
-  devices: Sequence[jax.Device] | None = None,
+  mesh: jax.sharding.Mesh | None = None,
   **lora: Any,
 ) -> Loaded:
   """Loads a checkpoint with the sections `compute`, `generation` and `mesh` of a config.
@@ -61,17 +67,16 @@ def load(
   Args:
     run, folder: the config and the checkpoint.
     base: base checkpoint path of a fine-tune, if it has moved.
-    devices: those of the mesh; default: those of this process, which decodes by itself.
+    mesh: default: of config.mesh and the devices of this process, which decodes by itself.
     lora: lora_scale or merge_lora of `load_model`.
 
   Raises:
     ValueError: for a mesh that does not fit the devices or the model; and as `load_model`.
   """
-  devices = devices or jax.local_devices()
   try:
-    mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
+    mesh = mesh or make_mesh(**dataclasses.asdict(run.mesh), devices=jax.local_devices())
   except ValueError as error:
-    if len(devices) == jax.device_count():
+    if jax.process_count() == 1:
       raise
     raise ValueError(f"each process decodes on its own devices: {error}") from error
   return load_model(
@@ -174,9 +179,17 @@ def decode_set(
   Each process decodes its share of the utterances, and all return the results of all.
   `lora_scale` is for a model whose LoRA was not merged; options.lora_scale is not read.
   """
-  share, places = _decode_share(run, options, loaded, lora_scale)
+  share, places, entries = _decode_share(run, options, loaded, lora_scale)
+  if len(numbers := {*hosts.gather(entries)}) > 1:
+    raise ValueError(
+      f"the processes find {min(numbers)} to {max(numbers)} utterances in {options.shards}; make"
+      " the same files readable on all hosts"
+    )
   parts = hosts.gather([dataclasses.asdict(share), places])
   results = _join(parts)
+  if not any(places for _, places in parts):  # a single process raises it while it reads
+    first = results.skipped[0] if results.skipped else "it is empty"
+    raise BadDataError(f"{options.shards}: no usable utterance; the first: {first}")
   if results.num_truncated:
     hosts.say(f"{results.num_truncated} clips were truncated to eval.max_s (eval.truncate)")
   if results.unfinished:
@@ -204,15 +217,17 @@ def _join(parts: Sequence[tuple[dict[str, Any], dict[str, Sequence[int]]]]) -> D
 
 def _decode_share(
   run: Run, options: EvalConfig, loaded: Loaded, lora_scale: float | None
-) -> tuple[DecodingResults, dict[str, tuple[int, int]]]:
-  """The results of this process, and the places of the keys in the order of the shards."""
-  results, places = DecodingResults(), dict[str, tuple[int, int]]()
+) -> tuple[DecodingResults, dict[str, tuple[int, int]], int]:
+  """Results of this process, places of its keys in the order of the shards, and entries read."""
+  results, places, entries = DecodingResults(), dict[str, tuple[int, int]](), 0
   process = jax.process_index(), jax.process_count()
   made = batches_of(run, options, loaded, process=process)
   iterator = iter(made)
   # Without its batch, which would stay in memory as long as the result waits.
   batches = ((dataclasses.replace(host, batch=None), host.batch) for host in iterator)
   key = jax.random.key(run.seed)
+  if process[1] > 1:
+    key = jax.random.fold_in(key, process[0])
   outputs = decode_batches(
     loaded.params,
     batches,
@@ -229,6 +244,7 @@ def _decode_share(
     for host, output in outputs:
       skipped = list(host.skipped)
       places |= dict(zip(host.keys, host.places))
+      entries = host.entries
       results.transcripts |= dict(zip(host.keys, host.texts))
       results.transcripts |= {s.key: s.text for s in skipped if s.text}
       if not options.task:
@@ -247,4 +263,4 @@ def _decode_share(
       results.num_truncated += host.num_truncated
       done = len(results.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
-  return results, places
+  return results, places, entries

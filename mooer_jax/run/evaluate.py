@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mooer_jax import checkpoint, hosts
+from mooer_jax import hosts
 from mooer_jax.data.readers.annotation import is_annotation
 from mooer_jax.evaluation import answer_matching, report
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
@@ -16,7 +16,7 @@ from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.translation import Bleu, bleu_of_task
 from mooer_jax.prompts import split_answer
 from mooer_jax.run.config import EvalConfig, Run
-from mooer_jax.run.decoding import decode_set, load, out_folder
+from mooer_jax.run.decoding import decode_set, find_checkpoint, load, out_folder
 from mooer_jax.run.process import prepare_process
 
 _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
@@ -43,7 +43,7 @@ def evaluate(
   """
   prepare_process()
   options = run.eval
-  folder = checkpoint.find(path)
+  folder = find_checkpoint(path)
   options.require_shards()
   shards = Path(options.shards).absolute()
   folder_name = shards.name if shards.is_dir() else shards.parent.name

@@ -1,5 +1,6 @@
 """Encoder frames of all clips, computed once before training."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -38,7 +39,7 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
 
   A cache belongs to the encoders and their weights; other weights fill another folder. A clip is
   encoded once, for all prompts and keys, and again if its audio changes. An interrupted pass
-  resumes. With several processes, each encodes its share of the clips on its own devices, and
+  resumes. With several processes, each encodes its share of the shards on its own devices, and
   writes a part of the cache.
 
   Raises:
@@ -53,22 +54,33 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
   if run.init_from is None:
     raise ValueError("data.cache_features needs the trained encoders of init_from")
   params = hosts.whole({part: params.get(part, {}) for part in ("frontend", "encoders")})
-  if hosts.are_several():
+  number, processes = jax.process_index(), jax.process_count()
+  rows = run.data.batch_size
+  if processes > 1:
     mesh = make_mesh(devices=jax.local_devices())
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    rows = -(-rows // (processes * mesh.size)) * mesh.size
+  data = dataclasses.replace(run.data, batch_size=rows, shuffle_buffer_size=rows)
   widths = {encoder.kind: encoder.hidden_size for encoder in run.model.encoders}
-  folder, name = Path(run.data.cache_features) / _stamp(run, params), dataset_name(run.data)
+  folder = Path(run.data.cache_features) / _stamp(run, params)
+  name = hosts.on_first(lambda: dataset_name(run.data))
   if not hosts.on_first(lambda: EncodedCache(folder, widths).complete(name)):
-    number = jax.process_index()
     with lock_folder(own := folder / f"process{number}" if number else folder):
       known = EncodedCache(folder, widths).known
-      skipped = _fill(EncodedCache(own, widths), run, params, mesh=mesh, known=known)
+      run_of_process = dataclasses.replace(run, data=data)
+      skipped = _fill(EncodedCache(own, widths), run_of_process, params, mesh=mesh, known=known)
       causes = sum((Counter(counts) for counts in hosts.gather(skipped)), Counter())
       if causes:
         said = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
         hosts.say(f"not encoded: {said}; training lists them in skipped.jsonl")
       hosts.on_first(lambda: EncodedCache(folder, widths).mark_complete(name))
-  return EncodedCache(folder, widths)
+  cache = EncodedCache(folder, widths)
+  if len(numbers := {*hosts.gather(len(cache.known))}) > 1:
+    raise ValueError(
+      f"the processes see {min(numbers)} to {max(numbers)} clips in {folder}; run the command again"
+      " when the file system shows the same files to all hosts"
+    )
+  return cache
 
 
 def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh, known: set[str]) -> Counter[str]:
@@ -140,7 +152,7 @@ def cache_misses(
     config, model: shards, batch size, buckets and limits of length; the features.
     known: digests of the cached clips; those that are read are added.
     skipped: numbers of skipped clips by cause, which are added to.
-    process: index of this process and their number, which share the clips by their digests.
+    process: index of this process and their number, which share the shards.
 
   Yields:
     (batch without prompts and labels, digests and lengths in seconds of the clips in its rows).
@@ -151,7 +163,7 @@ def cache_misses(
 
   def entries():
     for source in list_sources(config):
-      for shard in shard_names(source.shards):
+      for shard in shard_names(source.shards)[index::processes]:
         yield from map(source.filter.select, read(shard))
 
   def misses():
@@ -159,8 +171,8 @@ def cache_misses(
       if raw is None:
         continue
       if isinstance(raw, SkippedUtterance):
-        skipped[raw.cause] += index == 0
-      elif (name := digest(raw)) in known or int(name, 16) % processes != index:
+        skipped[raw.cause] += 1
+      elif (name := digest(raw)) in known:
         continue
       elif isinstance(found := load_features(raw, config, model), SkippedUtterance):
         skipped[found.cause] += 1

@@ -9,11 +9,13 @@ Source: SALMONN (Tang et al., 2023), section 5.4 and figure 4.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,9 +37,9 @@ from mooer_jax.evaluation.perplexity import (
 from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
-from mooer_jax.run.decoding import batches_of, load, out_folder
+from mooer_jax.run.decoding import batches_of, find_checkpoint, load, out_folder
 from mooer_jax.run.process import prepare_process
-from mooer_jax.sharding import batch_sharding, row_parts
+from mooer_jax.sharding import batch_sharding, make_mesh, row_parts
 from mooer_jax.speech_llm import pad_rows
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -64,13 +66,17 @@ def perplexity(
   prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
-  out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
+  out = out_folder(options, find_checkpoint(paths[0]), "perplexity")
   rows: list[Perplexity] = []
-  found = [step for path in paths for step in _steps(path, base)]
-  steps = list({folder.resolve(): (step, folder) for step, folder in reversed(found)}.values())
+  found = hosts.on_first(
+    lambda: [(step, str(folder)) for path in paths for step, folder in _steps(path, base)]
+  )
+  by_folder = {Path(folder).resolve(): (step, Path(folder)) for step, folder in reversed(found)}
+  steps = list(by_folder.values())
   for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
+    mesh = make_mesh(**dataclasses.asdict(run.mesh))
     its_base = base if checkpoint.has_base(folder) else None
-    loaded = load(run, folder, its_base, devices=jax.devices(), merge_lora=False)
+    loaded = load(run, folder, its_base, mesh=mesh, merge_lora=False)
     _check(instructions, loaded.model)
     able = scales if loaded.model.decoder.lora_scale else ()
     measure = functools.partial(_measure, run, options, loaded, folder=folder, step=step)
@@ -100,8 +106,12 @@ class PerplexityEvaluator:
     shards, batch_size = run.perplexity.shards, run.perplexity.batch_size
     self._options = EvalConfig(shards, task="", batch_size=batch_size, truncate=run.data.truncate)
     self._file = run.workdir / "perplexity.json"
-    rows = read_perplexities(self._file) if first and self._file.is_file() else []
-    self._rows = [row for row in rows if row.step <= first]
+
+    def earlier() -> list[dict[str, Any]]:
+      rows = read_perplexities(self._file) if first and self._file.is_file() else []
+      return [dataclasses.asdict(row) for row in rows if row.step <= first]
+
+    self._rows = [Perplexity(**row) for row in hosts.on_first(earlier)]
     measured = {row.instruction for row in self._rows}
     if measured and measured != {NONE, *run.perplexity.instructions}:
       raise ValueError(
@@ -232,7 +242,8 @@ def _alike(batches: Batches) -> Iterator[HostBatch]:
     ValueError: if they differ, as when one of them cannot read a shard.
   """
   for host in itertools.chain(batches, [None]):
-    found = hosts.gather(host and [host.keys, lengths_of(host.batch)])
+    about = repr(host and (host.keys, lengths_of(host.batch)))
+    found = hosts.gather(hashlib.blake2b(about.encode(), digest_size=16).hexdigest())
     if differing := [n for n, of_process in enumerate(found) if of_process != found[0]]:
       raise ValueError(
         f"processes 0 and {differing[0]} read other utterances from the same shards; make the same"

@@ -136,8 +136,10 @@ def _load(
     dataset = train_batches(run.data, tokenizer, run.model, cache=cache, process=process)
   if run.train.cmvn and not resumed:
     try:
-      plain = dataclasses.replace(run.data, augment=AugmentConfig())
-      measured = train_batches(plain, tokenizer, run.model, process=process)
+      measured = dataset
+      if run.data.augment != AugmentConfig():
+        plain = dataclasses.replace(run.data, augment=AugmentConfig())
+        measured = train_batches(plain, tokenizer, run.model, process=process)
       params["frontend"] = measure_cmvn(run, measured, params["frontend"])
     except BadDataError as error:
       SkippedLog(run.workdir, first=0).add(1, error.skipped)

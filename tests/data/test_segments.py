@@ -117,6 +117,13 @@ def test_a_cut_recording_is_read_up_to_the_cut(recording, decoded):
   assert decoded == [path]
 
 
+def test_a_cut_recording_that_libsndfile_cannot_seek_in_is_an_audio_error(recording):
+  path = recording("FLAC", "PCM_16")
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with pytest.raises(AudioError):
+    SegmentReader().read(path, 2.5, 2.9)
+
+
 def test_a_file_that_is_missing_or_no_audio_is_named(tmp_path):
   reader = SegmentReader()
   with pytest.raises(FileNotFoundError, match="gone"):

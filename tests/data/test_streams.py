@@ -88,4 +88,5 @@ def test_processes_share_a_single_pass_in_its_order(shards, model_side, processe
 
   assert skipped(host for part in parts for host in part) == skipped(whole)
   most = sum(-(-number // processes) for number in (5, 1, 2))
+  assert {part[-1].entries for part in parts} == {whole[-1].entries} == {8}
   assert max(sum(len(host.keys) for host in part) for part in parts) <= most

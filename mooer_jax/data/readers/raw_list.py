@@ -16,7 +16,7 @@ from mooer_jax.data.readers.tars import TARS
 # `LIST#FIRST@START-END`: number of the first line, and where the lines are in the file.
 _PART = re.compile(r"(.+)#(\d+)@(\d+)-(\d+)", re.DOTALL)
 _LINES = 64  # of a part, which is shuffled as one shard; more if there would be too many parts
-_MAX_PARTS = 1 << 14  # their names are in the memory of every worker
+_MAX_PARTS = 1 << 17  # their names are in the memory of every worker
 _BOM = b"\xef\xbb\xbf"
 _REMEDY = 'write {"key": …, "wav": …, "txt": …} on one line, in UTF-8'
 

@@ -1,5 +1,6 @@
 """Segments of recordings, read without the rest of the recording where the format allows it."""
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -58,8 +59,10 @@ class SegmentReader:
     if (file := self._file) is not None:
       found = segment_slice(start_s, end_s, samples=file.frames, rate_hz=file.samplerate)
       if found is not None:
-        file.seek(found.start)
-        samples_NC = file.read(found.stop - found.start, dtype="float32", always_2d=True)
+        samples_NC = np.zeros((0, 1), np.float32)
+        with contextlib.suppress(soundfile.SoundFileError):  # damaged, so decoding says how
+          file.seek(found.start)
+          samples_NC = file.read(found.stop - found.start, dtype="float32", always_2d=True)
         if len(samples_NC) == found.stop - found.start:
           return _encode(samples_NC, file.samplerate)
     samples_NC, rate_hz = self._decode(path)

@@ -3,7 +3,8 @@
 At a lower LoRA scale, a model that is over-fitted to its training tasks follows diverse
 instructions again. A few optimizer steps on a few such answers restore this at the full scale.
 
-The few answers are decoded as `eval.py` does it, on the mesh that training uses.
+The few answers are decoded as `eval.py` does it, on the mesh that training uses; with several
+processes, each decodes its share on its own devices.
 
 Source: SALMONN (Tang et al., 2023), sections 3.2 and 5.4.
 """
@@ -13,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mooer_jax import checkpoint, hosts
 from mooer_jax.config import from_json
 from mooer_jax.data.labels import NO_LABELS
@@ -20,8 +23,9 @@ from mooer_jax.data.readers.annotation import entry_key, read_annotation
 from mooer_jax.files import read_json_object, write_json
 from mooer_jax.prompts import task_prompt
 from mooer_jax.run.config import Run
-from mooer_jax.run.decoding import decode_set, load
+from mooer_jax.run.decoding import decode_set, find_checkpoint, load
 from mooer_jax.run.process import prepare_process
+from mooer_jax.sharding import make_mesh
 
 
 def prepare(run: Run) -> Run:
@@ -127,7 +131,11 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
   clips = run.workdir / "activation_clips.json"
   hosts.on_first(lambda: write_json(clips, {"annotation": chosen}))
   options = dataclasses.replace(run.eval, shards=str(clips), task=wanted.task)
-  loaded = load(run, checkpoint.find(init_from), lora_scale=wanted.lora_scale)
+  mesh = None
+  if jax.process_count() > 1:  # config.mesh arranges the devices of all
+    mesh = make_mesh(data=1, fsdp=-1, tensor=run.mesh.tensor, devices=jax.local_devices())
+  folder = find_checkpoint(init_from)
+  loaded = load(run, folder, mesh=mesh, lora_scale=wanted.lora_scale)
   decoded = decode_set(run, options, loaded)
   entries = []
   by_key = {entry_key(number, entry): entry for number, entry in enumerate(chosen)}

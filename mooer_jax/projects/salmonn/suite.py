@@ -21,7 +21,7 @@ from mooer_jax.projects.salmonn.external_scores import judgement_sheet, read_jud
 from mooer_jax.projects.salmonn.scorers import Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
-from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
+from mooer_jax.run.decoding import batches_of, decode_set, find_checkpoint, load, out_folder
 from mooer_jax.run.process import prepare_process
 
 
@@ -90,7 +90,8 @@ def run_suite(
       sheet = judgement_sheet(entries[row], decoded, row.judged)
       write_json(out / "to_judge" / row.file, sheet)
     _report(out, results, unknown=unknown, identity=identity)
-  hosts.say((out / "suite.txt").read_text("utf-8").rstrip("\n"))
+  if hosts.is_first():
+    print((out / "suite.txt").read_text("utf-8"), end="")
   return results
 
 
@@ -174,7 +175,7 @@ def evaluate_suite(
 ) -> dict[str, Scored | str]:
   """Run `eval.py --suite=salmonn`: `run_suite` with arguments and errors of `evaluate.evaluate`."""
   prepare_process()
-  folder = checkpoint.find(path)
+  folder = find_checkpoint(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")
   loaded = load(run, folder, base, lora_scale=options.lora_scale)
