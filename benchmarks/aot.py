@@ -54,6 +54,7 @@ SOURCES_OF = {
     "benchmarks/flops.py",
     "benchmarks/hlo.py",
     "benchmarks/roofline.py",
+    "benchmarks/traffic.py",
     "mooer_jax/training",
   ),
   "decode": (*SOURCES, "benchmarks/aot_decode.py", "mooer_jax/generation"),

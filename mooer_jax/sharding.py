@@ -92,14 +92,20 @@ def make_mesh(
       f"{said}: the product must be the number of devices, {len(devices)}; set one size to -1 for"
       " the remaining devices"
     )
-  slices = _slices(devices)
+  types, slices = (AxisType.Auto,) * 3, _slices(devices)
+  if len(slices) > 1 and devices[0].platform != "tpu":
+    # JAX numbers hosts of GPUs as slices. They are in order; any axis may cross them.
+    return Mesh(np.array(devices, object).reshape(shape), AXES, axis_types=types)
   if shape[0] % len(slices):
     raise ValueError(
       f"{said}: mesh.data ({shape[0]}) must be divisible by the number of TPU slices,"
       f" {len(slices)}, as only mesh.data may cross the slow network between them; raise mesh.data"
       " and lower mesh.fsdp or mesh.tensor"
     )
-  types, inside = (AxisType.Auto,) * 3, (shape[0] // len(slices), *shape[1:])
+  sizes = {len(of) for of in slices}
+  if len(sizes) > 1:
+    raise ValueError(f"the TPU slices have {sorted(sizes)} chips; use slices of one shape")
+  inside = (shape[0] // len(slices), *shape[1:])
   try:
     meshes = [jax.make_mesh(inside, AXES, axis_types=types, devices=of) for of in slices]
   except NotImplementedError as error:  # a TPU torus that the sizes would cut across
@@ -113,17 +119,11 @@ def make_mesh(
 
 
 def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-  """The devices of each TPU slice. Other devices form one, as JAX numbers the hosts of GPUs too."""
+  """The devices of each slice; all of them, if the platform has no slices."""
   slices: dict[int, list[jax.Device]] = {}
   for device in devices:
-    index = getattr(device, "slice_index", None) if device.platform == "tpu" else None
-    slices.setdefault(index or 0, []).append(device)
-  sizes = {index: len(of) for index, of in sorted(slices.items())}
-  if len(set(sizes.values())) > 1:
-    raise ValueError(
-      f"the TPU slices differ in their number of chips, {sizes}; use slices of one shape"
-    )
-  return [slices[index] for index in sizes]
+    slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+  return [slices[index] for index in sorted(slices)]
 
 
 def check_mesh(mesh: Mesh | None) -> None:
