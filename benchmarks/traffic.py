@@ -117,7 +117,7 @@ def _calls(program: Program) -> list[tuple[str, str, Instruction, int]]:
 
 
 def _collective(program: Program, inside: str, instruction: Instruction, times: int) -> Collective:
-  kind, groups = instruction.collective, _groups(instruction.text)
+  kind, groups = instruction.collective, groups_of(instruction.text)
   if kind == "all-reduce" and "all-reduce-scatter" in inside:
     kind = "reduce-scatter"  # a fusion on TPUs
   op_name = re.search(r'op_name="([^"]*)"', instruction.text)
@@ -195,7 +195,7 @@ def _written(program: Program, computation: str, shapes: tuple[Shape, ...]) -> I
       yield shape.bytes
 
 
-def _groups(text: str) -> np.ndarray:
+def groups_of(text: str) -> np.ndarray:
   """The groups of a collective, int [groups, chips], in each of XLA's three notations."""
   if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
     return np.array([row.split(",") for row in re.findall(r"\{([\d,]+)\}", found[1])], int)
