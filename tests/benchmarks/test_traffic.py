@@ -10,7 +10,11 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import roofline, traffic
 from benchmarks.hlo import Program
 from benchmarks.traffic import Collective
-from mooer_jax.sharding import make_mesh
+from mooer_jax import speech_llm
+from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.decoders.llm import LLMConfig
+from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.sharding import batch_sharding, make_mesh
 
 LAYERS, ROWS, WIDTH = 5, 64, 256
 LAYER_BYTES = WIDTH * WIDTH * 4
@@ -63,6 +67,32 @@ def test_memory_traffic_of_a_loop_is_that_of_its_slices():
   # stack of all layers is not read in every iteration.
   of_layer = (bytes_of[8] - bytes_of[4]) / 4
   assert LAYER_BYTES + 2 * x <= of_layer <= 3 * LAYER_BYTES + 8 * x
+
+
+def test_the_loss_gathers_the_output_matrix_once_for_all_blocks():
+  llm = LLMConfig(
+    layers=1,
+    hidden_size=64,
+    heads=1,
+    kv_heads=1,
+    head_dim=64,
+    intermediate_size=64,
+    vocab_size=1024,
+  )
+  config = SpeechLLMConfig(decoder=llm, compute=ExecutionConfig(remat="full"))
+  mesh = make_mesh(data=1, fsdp=8)
+  rows = batch_sharding(mesh)
+
+  def summed(hidden, head):
+    params, targets = {"decoder": {"head": {"kernel": head}}}, jnp.zeros(hidden.shape[:2], int)
+    return speech_llm.token_losses(params, hidden, targets, config, rows=rows)[0].sum()
+
+  program = compiled(
+    jax.grad(summed), (8, 160, 64), (64, 1024), shardings=(rows, NamedSharding(mesh, P("fsdp")))
+  )
+  gathers = [c for c in traffic.collectives(program) if c.kind == "all-gather"]
+  assert {c.whole_bytes for c in gathers} == {64 * 1024 * 4}
+  assert sum(c.calls for c in gathers) <= 2  # forward and backward; there are 5 blocks
 
 
 LOOP = """
