@@ -17,7 +17,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
 from mooer_jax.data.labels import LabelFile, Labels, check_prompts, describe
-from mooer_jax.data.readers import annotation, file_of, shard_names
+from mooer_jax.data.readers import annotation, file_of, shard_names, utterance_names
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
@@ -87,12 +87,15 @@ def _pipeline(
   cache: EncodedCache | None = None,
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
-  shards = _shards(config, sampler)
+  shards: Sequence[str] = _shards(config, sampler)
   # A single pass has one stream, of which each process reads its share.
   index, count = process if endless else (0, 1)
   workers = config.workers if endless else min(1, config.workers)
   streams = (config.streams if endless else 0) or count
   _check_streams(config, streams, count)
+  description = _description(config, sampler, shards, streams=streams)
+  if endless:
+    shards = utterance_names(config.shards) or shards
   if len(shards) < streams * max(1, workers):
     raise ValueError(
       f"{config.shards}: {len(shards)} shards for {streams} streams with data.workers={workers},"
@@ -125,7 +128,6 @@ def _pipeline(
     )
     for stream in range(index * streams // count, (index + 1) * streams // count)
   }
-  description = _description(config, sampler, shards, streams=streams)
   return Batches(own, description, batcher(config).shapes())
 
 
@@ -195,7 +197,7 @@ def _description(
 class _Batches(grain.IterDataset):
   def __init__(
     self,
-    shards: list[str],
+    shards: Sequence[str],
     preprocess: Preprocessor,
     batcher: Batcher,
     config: DataConfig,

@@ -5,9 +5,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from mooer_jax.data.config import DataConfig
@@ -16,7 +17,11 @@ from mooer_jax.data.filters import Filter
 from mooer_jax.data.readers import read
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 
+Entries = Iterator[RawUtterance | SkippedUtterance]
+
 _COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
+# Of random access, whose latency threads hide; the buffer holds encoded audio.
+_READ_AHEAD = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
 
 
 class BadDataError(ValueError):
@@ -81,6 +86,7 @@ class EpochReader:
   """Reads the shards of one epoch.
 
   Attributes:
+    shards: a list of names, or another sequence of names with one entry each (`utterance_names`).
     seed: seed of the order of the shards; None reads them as listed, and each key once.
     task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
     share: (i, n) of a process: without a seed, it gets every nth entry, from the ith on.
@@ -93,20 +99,25 @@ class EpochReader:
   share: tuple[int, int] = (0, 1)
 
   @functools.cached_property
-  def order(self) -> list[int]:
+  def order(self) -> Sequence[int]:
     """Indices of the shards in the order in which this epoch reads them."""
     if self.seed is None:
-      return list(range(len(self.shards)))
+      return range(len(self.shards))
     # 0: a stream apart from the one that shuffles windows with the same seed
     rng = np.random.default_rng([self.seed, 0, self.epoch])
-    return rng.permutation(len(self.shards)).tolist()
+    if isinstance(self.shards, list):
+      return rng.permutation(len(self.shards)).tolist()
+    # Of all utterances: Grain computes a place when it is needed and holds no list.
+    return grain.MapDataset.range(len(self.shards)).shuffle(seed=int(rng.integers(2**32)))
 
   def read_from(self, shard: int, entry: int, copy: int) -> Generator[Reading]:
     """Yields the readings from a place on; closing the generator closes the open shard."""
     keys: set[str] = set()
     index_of_process, processes = self.share
-    for place in range(0 if self.seed is None else shard, len(self.order)):
-      with contextlib.closing(self._entries(place, keys)) as entries:
+    start = 0 if self.seed is None else shard
+    with contextlib.closing(self._open_from(start)) as opened:
+      for place, stored in enumerate(opened, start):
+        entries = self._distinct(stored, keys)
         if place < shard:
           collections.deque(entries, maxlen=0)  # only for their keys
           continue
@@ -123,19 +134,29 @@ class EpochReader:
             last = index + 1 == copies
             yield Reading(raw, index, (place, number + last, 0 if last else index + 1))
           copy = 0
-      entry = 0
-      yield Reading(None, None, (place + 1, 0, 0))
+        entry = 0
+        yield Reading(None, None, (place + 1, 0, 0))
 
-  def _entries(self, place: int, keys: set[str]) -> Generator[RawUtterance | SkippedUtterance]:
+  def _open_from(self, start: int) -> Generator[Entries]:
+    """Yields the entries of each shard from a place on, open until the next one."""
+    if isinstance(self.order, grain.MapDataset):
+      shards = self.order[start:].map(lambda index: [*read(self.shards[index])])
+      with contextlib.closing(iter(shards.to_iter_dataset(_READ_AHEAD))) as ahead:
+        yield from map(iter, ahead)
+    else:
+      for index in self.order[start:]:
+        with contextlib.closing(read(self.shards[index])) as entries:
+          yield entries
+
+  def _distinct(self, entries: Entries, keys: set[str]) -> Entries:
     """The entries of a shard; of a single pass, each key once, and those are added to `keys`."""
-    with contextlib.closing(read(self.shards[self.order[place]])) as entries:
-      for entry in entries:
-        if self.seed is None and entry.key:
-          problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
-          if entry.key in keys and problem not in ("members apart", "bad shard"):
-            entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
-          keys.add(entry.key)
-        yield entry
+    for entry in entries:
+      if self.seed is None and entry.key:
+        problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
+        if entry.key in keys and problem not in ("members apart", "bad shard"):
+          entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
+        keys.add(entry.key)
+      yield entry
 
 
 class UtteranceStream:
@@ -156,13 +177,13 @@ class UtteranceStream:
     """Starts at the first utterance.
 
     Args:
-      shards: tar paths, or parts of an annotation file.
+      shards: names that `readers.read` reads.
       preprocess: makes an example of a raw utterance and the identifier of its reading.
       config: seed, weights of the tasks, and limits of unusable data.
       share: that of a process in a single pass, as of `EpochReader`; None: epoch follows epoch in
         new orders, and these shards are read whole.
     """
-    self._shards, self._preprocess, self._config = list(shards), preprocess, config
+    self._shards, self._preprocess, self._config = shards, preprocess, config
     self._seed, self._share_of = (config.seed if share is None else None), share or (0, 1)
     self._task_weights = config.task_weights if share is None else {}
     self._filter = Filter(config.filter)
