@@ -88,9 +88,9 @@ class Utterances(Sequence[str]):
 
 
 def utterances(path: str) -> Utterances:
-  """The names of all utterances, for reading in any order; errors as of `parts`."""
+  """The names of all utterances, for reading in any order; `parts` checks the files."""
   folder = os.path.normpath(path)
-  return Utterances(folder, range(len(_check(folder))))
+  return Utterances(folder, range(_split(folder).num_examples))
 
 
 def parts(path: str) -> list[str]:
@@ -100,7 +100,7 @@ def parts(path: str) -> list[str]:
     ValueError: if it is another TFDS dataset, or a file is missing or damaged.
   """
   folder = os.path.normpath(path)
-  count = len(_check(folder))
+  count = _count(folder)
   starts = range(0, count, _UTTERANCES)
   return [f"{folder}#{start}-{min(start + _UTTERANCES, count)}" for start in starts]
 
@@ -168,8 +168,8 @@ def _split(folder: str):
   return info.splits[SPLIT]
 
 
-def _check(folder: str) -> range:
-  """The indices of a dataset whose files all have the utterances that its description counts."""
+def _count(folder: str) -> int:
+  """The number of utterances; raises ValueError if the files do not have as many."""
   from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
 
   split = _split(folder)
@@ -183,4 +183,4 @@ def _check(folder: str) -> range:
         f"{path}: must hold {count} utterances, but has {found}; copy the file again, or prepare"
         " the dataset again"
       )
-  return range(split.num_examples)
+  return split.num_examples
