@@ -178,6 +178,7 @@ def _finish(folder: Path, paths: Sequence[str]) -> PrepareReport:
   utterances = sum(report["utterances"] for report in reports)
   left_out = [line for report in reports for line in report["left_out"]]
   if not utterances:
+    shutil.rmtree(folder)
     first = "; ".join(" ".join(line) for line in left_out[:3])
     raise ValueError(f"nothing to prepare; {len(left_out)} utterances left out ({first} …)")
   if left_out:

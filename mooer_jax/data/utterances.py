@@ -16,6 +16,7 @@ from mooer_jax.data.examples import Example, num_copies
 from mooer_jax.data.filters import Filter
 from mooer_jax.data.readers import read
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.prepared import Utterances
 
 Entries = Iterator[RawUtterance | SkippedUtterance]
 
@@ -86,7 +87,7 @@ class EpochReader:
   """Reads the shards of one epoch.
 
   Attributes:
-    shards: a list of names, or another sequence of names with one entry each (`utterance_names`).
+    shards: names that `readers.read` reads; `Utterances` are read ahead.
     seed: seed of the order of the shards; None reads them as listed, and each key once.
     task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
     share: (i, n) of a process: without a seed, it gets every nth entry, from the ith on.
@@ -105,10 +106,9 @@ class EpochReader:
       return range(len(self.shards))
     # 0: a stream apart from the one that shuffles windows with the same seed
     rng = np.random.default_rng([self.seed, 0, self.epoch])
-    if isinstance(self.shards, list):
-      return rng.permutation(len(self.shards)).tolist()
-    # Of all utterances: Grain computes a place when it is needed and holds no list.
-    return grain.MapDataset.range(len(self.shards)).shuffle(seed=int(rng.integers(2**32)))
+    if isinstance(self.shards, Utterances):  # Grain computes a place when it is needed
+      return grain.MapDataset.range(len(self.shards)).shuffle(seed=int(rng.integers(2**32)))
+    return rng.permutation(len(self.shards)).tolist()
 
   def read_from(self, shard: int, entry: int, copy: int) -> Generator[Reading]:
     """Yields the readings from a place on; closing the generator closes the open shard."""

@@ -201,6 +201,8 @@ def test_a_source_without_a_usable_utterance_is_refused(tmp_path, shards):
   shards.add_members([("a.wav", b"")])
   with pytest.raises(ValueError, match="nothing to prepare; 1 utterances left out"):
     run(shards.list, tmp_path / "out")
+  shards.add(1)
+  assert run(shards.list, tmp_path / "out").utterances == 1
 
 
 def test_only_one_process_prepares_a_folder(tmp_path, shards):

@@ -18,13 +18,13 @@ class Listing(NamedTuple):
     recognises: whether a path, by its name and content, is of the kind.
     shards: names of the shards, or of parts that are read like shards.
     files: paths of the files that hold the audio.
-    utterances: names of all utterances, in constant memory, if any of them can be read at once.
+    utterances: the names of all utterances, if any of them can be read at once.
   """
 
   recognises: Callable[[str], bool]
   shards: Callable[[str], list[str]]
   files: Callable[[str], Sequence[str | Path]]
-  utterances: Callable[[str], Sequence[str] | None] = lambda path: None
+  utterances: Callable[[str], prepared.Utterances | None] = lambda path: None
 
 
 class Reader(NamedTuple):
@@ -66,8 +66,8 @@ def shard_names(source: str) -> list[str]:
   return _listing(source).shards(source)
 
 
-def utterance_names(source: str) -> Sequence[str] | None:
-  """Names that are read like shards, one for each utterance; None if they are read in order."""
+def utterance_names(source: str) -> prepared.Utterances | None:
+  """Names of parts of one utterance each, of a format with random access; None of another."""
   return _listing(source).utterances(source)
 
 

@@ -111,16 +111,10 @@ def audio_files(path: str) -> list[str]:
   return [instruction.filename for instruction in instructions]
 
 
-def folder_of_part(name: str) -> str | None:
-  """The dataset that has a part; None if the name is not one of `parts`."""
-  match = _PART.fullmatch(name)
-  return match[1] if match else None
-
-
 def file_of_part(name: str) -> str | None:
   """The description of the dataset that has a part; None if the name is not one of `parts`."""
-  folder = folder_of_part(name)
-  return os.path.join(folder, _INFO) if folder else None
+  match = _PART.fullmatch(name)
+  return os.path.join(match[1], _INFO) if match else None
 
 
 def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
