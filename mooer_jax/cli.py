@@ -139,7 +139,7 @@ def _add_prepare(actions):
   parser.add_argument("source", help=_SOURCE_HELP)
   parser.add_argument("--out", required=True, type=Path, help="folder for the dataset")
   parser.add_argument(
-    "--files", type=int, metavar="N", help="number of files (default: shards, at most 512)"
+    "--files", type=int, metavar="N", help="number of files (default: one a shard, at most 512)"
   )
   parser.add_argument("--processes", type=int, help="number of processes (default: CPU cores)")
   parser.add_argument(

@@ -54,7 +54,8 @@ def prepare(
   Args:
     source: as `data.shards`.
     out: the folder; must not exist, or be empty.
-    files: number of files, each a job; default: that of the shards, at most MAX_FILES.
+    files: number of files, each a job, at most one for each shard; default: one, but at most
+      MAX_FILES.
     processes: jobs at a time; default: the number of CPUs. More than one are spawned, so a script
       that calls this needs its `if __name__ == "__main__":`.
     beam_options: options of an Apache Beam pipeline that runs the jobs, such as
@@ -77,7 +78,9 @@ def prepare(
       f"processes={processes} has no effect on Apache Beam; name the number in its options"
     )
   names = shard_names(source)
-  count = min(files or MAX_FILES, len(names))
+  if files is not None and files > len(names):
+    raise ValueError(f"files={files}: must be at most {len(names)}, the number of shards or blocks")
+  count = files or min(MAX_FILES, len(names))
   beside = out.with_name(f".{out.name}.partial")
   with lock_folder(beside), exit_on_sigterm():
     _check_plan(beside / _PROGRESS / "plan.json", names, count)

@@ -105,10 +105,13 @@ class EpochReader:
     if self.seed is None:
       return range(len(self.shards))
     # 0: a stream apart from the one that shuffles windows with the same seed
-    rng = np.random.default_rng([self.seed, 0, self.epoch])
-    if isinstance(self.shards, Utterances):  # Grain computes a place when it is needed
-      return grain.MapDataset.range(len(self.shards)).shuffle(seed=int(rng.integers(2**32)))
-    return rng.permutation(len(self.shards)).tolist()
+    seeds = [self.seed, 0, self.epoch]
+    if not isinstance(self.shards, Utterances):
+      return np.random.default_rng(seeds).permutation(len(self.shards)).tolist()
+    # Grain computes a place when it is needed. `start` differs between streams and workers: in one
+    # order, all of them would read neighbouring utterances at the same time.
+    rng = np.random.default_rng([*seeds, self.shards.indices.start])
+    return grain.MapDataset.range(len(self.shards)).shuffle(seed=int(rng.integers(2**32)))
 
   def read_from(self, shard: int, entry: int, copy: int) -> Generator[Reading]:
     """Yields the readings from a place on; closing the generator closes the open shard."""

@@ -182,6 +182,7 @@ raise SystemExit(main(["data", "prepare", {str(shards.list)!r}, "--out", {str(tm
   [
     ({"out": "taken"}, FileExistsError, "taken: exists already"),
     ({"files": 0}, ValueError, "files=0: must be at least 1"),
+    ({"files": 2}, ValueError, "files=2: must be at most 1, the number of shards"),
     ({"processes": 0}, ValueError, "processes=0: must be at least 1"),
     ({"beam_options": []}, ValueError, "processes=1 has no effect on Apache Beam"),
     ({"source": "nowhere"}, FileNotFoundError, "nowhere: no such list"),

@@ -73,6 +73,15 @@ def test_the_order_is_that_of_the_whole_dataset(dataset):
   assert np.mean(distances < 4) < 0.05
 
 
+def test_streams_do_not_read_neighbours_at_the_same_time():
+  names = prepared.Utterances("d", range(1200))
+  places = [EpochReader(names[stream::3], 0, 0, {}).order for stream in range(3)]
+  together = [[3 * order[i] + stream for i in range(400)] for stream, order in enumerate(places)]
+  assert sorted(np.ravel(together)) == [*range(1200)]
+  first, second, _ = np.asarray(together)
+  assert abs(np.mean(np.abs(first - second)) - 400) < 50 and np.mean(second - first == 1) < 0.02
+
+
 def test_an_iterator_that_is_left_ends_its_threads(dataset):
   names = utterance_names(str(dataset(200)))
   with contextlib.closing(EpochReader(names, 0, 0, {}).read_from(0, 0, 0)) as readings:

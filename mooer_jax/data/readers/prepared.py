@@ -135,7 +135,7 @@ def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
       yield SkippedUtterance("no audio", key, name, f"{folder}, utterance {index}: {error}")
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _open(folder: str, written_ns: int) -> Sequence[dict[str, Any]]:
   """The data source of a dataset; threads may share it."""
   del written_ns  # opens a dataset again after a change
