@@ -66,6 +66,7 @@ ALLOWED_SKIPS = (
   r"no clone of MooER: ",
   r"no clone of SALMONN: ",
   r"no speechbrain: ",
+  r"no apache_beam: ",
 )
 
 

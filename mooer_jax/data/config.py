@@ -32,8 +32,9 @@ class DataConfig:
 
   Attributes:
     shards: path of a `data.list`, one tar per line, relative to the list; of a raw list, one JSON
-      object with "key", "wav" and "txt" per line; of a SALMONN annotation file (`.json`); or of a
-      folder, whose tars and recordings of Emilia-Pipe are found.
+      object with "key", "wav" and "txt" per line; of a SALMONN annotation file (`.json`); of a
+      folder, whose tars and recordings of Emilia-Pipe are found; or of the output folder of
+      `mooer-jax data prepare`, which training reads in a random order of all utterances.
     mixture: data sets to train on in place of `shards`, by name; each has a weight.
     filter: condition on the fields that the data have for each utterance, such as "language == 'zh'
       and dnsmos >= 3.0 and 3 <= duration <= 20"; training reads those that satisfy it. "": all.
@@ -62,7 +63,7 @@ class DataConfig:
     shuffle_buffer_size: utterances that are shuffled and sorted by length together; a multiple of
       batch_size. Memory for their features, per worker and second of audio: SAN-M 37 kB, Whisper
       32 kB (128 bins: 51), BEATs 51 kB more; with compute.features="device" 64 kB of waveform.
-    seed: seed of the order of shards and batches.
+    seed: seed of the order of shards (of a prepared dataset: of utterances) and batches.
     cache_features: folder for the frames of frozen encoders, computed once before training; "":
       in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more; each clip as
       much as 30 s if Whisper's frames of silence are kept (trim=False).

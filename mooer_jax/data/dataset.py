@@ -19,7 +19,7 @@ from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
 from mooer_jax.data.labels import LabelFile, Labels, check_prompts, describe
 from mooer_jax.data.mixture import MixedStream
-from mooer_jax.data.readers import file_of
+from mooer_jax.data.readers import file_of, utterance_names
 from mooer_jax.data.sources import Source, find_shards
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.data.workers import end_with_parent
@@ -98,12 +98,15 @@ def _pipeline(
   cache: EncodedCache | None = None,
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
-  shards = find_shards(config, sampler.tasks)
+  shards: dict[Source, Sequence[str]] = {**find_shards(config, sampler.tasks)}
   # A single pass has one stream, of which each process reads its share.
   index, count = process if endless else (0, 1)
   workers = config.workers if endless else min(1, config.workers)
   streams = (config.streams if endless else 0) or count
   _check_streams(config, streams, count)
+  description = _description(config, sampler, shards, streams=streams)
+  if endless:
+    shards = {source: utterance_names(source.shards) or of for source, of in shards.items()}
   for source, names in shards.items():
     if len(names) < streams * max(1, workers):
       raise ValueError(
@@ -145,10 +148,7 @@ def _pipeline(
     )
     for stream in range(index * streams // count, (index + 1) * streams // count)
   }
-  description = {
-    **_description(config, sampler, shards, streams=streams),
-    "data.augment": augmentation.description(),
-  }
+  description["data.augment"] = augmentation.description()
   return Batches(own, description, batcher(config).shapes())
 
 
@@ -212,7 +212,7 @@ def _description(
 class _Batches(grain.IterDataset):
   def __init__(
     self,
-    shards: Mapping[Source, list[str]],
+    shards: Mapping[Source, Sequence[str]],
     preprocess: Preprocessor,
     batcher: Batcher,
     config: DataConfig,

@@ -5,18 +5,24 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example, num_copies
 from mooer_jax.data.readers import read
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.prepared import Utterances
 from mooer_jax.data.sources import Source, list_sources
 
+Entries = Iterator[RawUtterance | SkippedUtterance]
+
 _COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
+# Of random access, whose latency threads hide; the buffer holds encoded audio.
+_READ_AHEAD = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
 
 
 class BadDataError(ValueError):
@@ -82,6 +88,7 @@ class EpochReader:
   """Reads the shards of one epoch.
 
   Attributes:
+    shards: names that `readers.read` reads; `Utterances` are read ahead.
     seed: seed of the order of the shards; None reads them as listed, and each key once.
     task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
     task: task of all utterances, in place of their own; "": their own.
@@ -96,21 +103,27 @@ class EpochReader:
   share: tuple[int, int] = (0, 1)
 
   @functools.cached_property
-  def order(self) -> list[int]:
+  def order(self) -> Sequence[int]:
     """Indices of the shards in the order in which this epoch reads them."""
     if self.seed is None:
-      return list(range(len(self.shards)))
+      return range(len(self.shards))
     # 0: a stream apart from the one that shuffles windows with the same seed
-    rng = np.random.default_rng([self.seed, 0, self.epoch])
-    return rng.permutation(len(self.shards)).tolist()
+    seeds = [self.seed, 0, self.epoch]
+    if not isinstance(self.shards, Utterances):
+      return np.random.default_rng(seeds).permutation(len(self.shards)).tolist()
+    # Grain computes a place when it is needed. `start` differs between streams and workers: in one
+    # order, all of them would read neighbouring utterances at the same time.
+    rng = np.random.default_rng([*seeds, self.shards.indices.start])
+    return grain.MapDataset.range(len(self.shards)).shuffle(seed=int(rng.integers(2**32)))
 
   def read_from(self, shard: int, entry: int, copy: int) -> Generator[Reading]:
     """Yields the readings from a place on; closing the generator closes the open shard."""
     keys: set[str] = set()
     index_of_process, processes = self.share
-    for place in range(0 if self.seed is None else shard, len(self.order)):
-      size = entry
-      with contextlib.closing(self._entries(place, keys)) as entries:
+    start = 0 if self.seed is None else shard
+    with contextlib.closing(self._open_from(start)) as opened:
+      for place, stored in enumerate(opened, start):
+        entries, size = self._distinct(stored, keys), entry
         if place < shard:
           collections.deque(entries, maxlen=0)  # only for their keys
           continue
@@ -128,21 +141,31 @@ class EpochReader:
             last = index + 1 == copies
             yield Reading(raw, index, (place, number + last, 0 if last else index + 1))
           copy = 0
-      entry = 0
-      yield Reading(None, None, (place + 1, 0, 0), size)
+        entry = 0
+        yield Reading(None, None, (place + 1, 0, 0), size)
 
-  def _entries(self, place: int, keys: set[str]) -> Generator[RawUtterance | SkippedUtterance]:
+  def _open_from(self, start: int) -> Generator[Entries]:
+    """Yields the entries of each shard from a place on, open until the next one."""
+    if isinstance(self.order, grain.MapDataset):
+      shards = self.order[start:].map(lambda index: [*read(self.shards[index])])
+      with contextlib.closing(iter(shards.to_iter_dataset(_READ_AHEAD))) as ahead:
+        yield from map(iter, ahead)
+    else:
+      for index in self.order[start:]:
+        with contextlib.closing(read(self.shards[index])) as entries:
+          yield entries
+
+  def _distinct(self, entries: Entries, keys: set[str]) -> Entries:
     """The entries of a shard; of a single pass, each key once, and those are added to `keys`."""
-    with contextlib.closing(read(self.shards[self.order[place]])) as entries:
-      for entry in entries:
-        if self.task:
-          entry = dataclasses.replace(entry, task=self.task)
-        if self.seed is None and entry.key:
-          problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
-          if entry.key in keys and problem not in ("members apart", "bad shard"):
-            entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
-          keys.add(entry.key)
-        yield entry
+    for entry in entries:
+      if self.task:
+        entry = dataclasses.replace(entry, task=self.task)
+      if self.seed is None and entry.key:
+        problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
+        if entry.key in keys and problem not in ("members apart", "bad shard"):
+          entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
+        keys.add(entry.key)
+      yield entry
 
 
 class UtteranceStream:
@@ -164,14 +187,14 @@ class UtteranceStream:
     """Starts at the first utterance.
 
     Args:
-      shards: tar paths, or parts of an annotation file.
+      shards: names that `readers.read` reads.
       preprocess: makes an example of a raw utterance and the identifier of its reading.
       config: seed, weights of the tasks, and limits of unusable data.
       share: that of a process in a single pass, as of `EpochReader`; None: epoch follows epoch in
         new orders, and these shards are read whole.
       source: the data set of a mixture; default: the only one of the config.
     """
-    self._shards, self._preprocess, self._config = list(shards), preprocess, config
+    self._shards, self._preprocess, self._config = shards, preprocess, config
     self._seed, self._share_of = (config.seed if share is None else None), share or (0, 1)
     self._task_weights = config.task_weights if share is None else {}
     if source is None:

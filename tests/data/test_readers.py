@@ -14,6 +14,7 @@ import soundfile
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.data import readers
 from mooer_jax.data.dataset import train_batches
+from mooer_jax.data.prepare import prepare
 from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
 from mooer_jax.data.stats import data_stats
 from tests.data.conftest import make_tar, make_wav
@@ -100,6 +101,12 @@ def _emilia_pipe(folder):
   return folder
 
 
+def _prepared(folder):
+  (folder / "source").mkdir()
+  prepare(_shards(folder / "source", ".tar"), folder / "out", processes=1, progress=False)
+  return folder / "out"
+
+
 FORMATS = {
   "list of tars": lambda folder: _list(_shards(folder, ".tar")),
   "list of tar.gz": lambda folder: _list(_shards(folder, ".tar.gz")),
@@ -111,6 +118,7 @@ FORMATS = {
   "annotation": lambda folder: _annotation(_files(folder)),
   "emilia": _emilia,
   "emilia-pipe": _emilia_pipe,
+  "prepared": _prepared,
 }
 
 
