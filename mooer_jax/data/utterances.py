@@ -99,7 +99,7 @@ class EpochReader:
   epoch: int
   seed: int | None
   task_weights: Mapping[str, float]
-  task: str
+  task: str = ""
   share: tuple[int, int] = (0, 1)
 
   @functools.cached_property
