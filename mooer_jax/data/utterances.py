@@ -146,8 +146,10 @@ class EpochReader:
 
   def _open_from(self, start: int) -> Generator[Entries]:
     """Yields the entries of each shard from a place on, open until the next one."""
-    if isinstance(self.order, grain.MapDataset):
-      shards = self.order[start:].map(lambda index: [*read(self.shards[index])])
+    if isinstance(order := self.order, grain.MapDataset):
+      assert isinstance(self.shards, Utterances)
+      self.shards.open()
+      shards = order[start:].map(lambda index: [*read(self.shards[index])])
       with contextlib.closing(iter(shards.to_iter_dataset(_READ_AHEAD))) as ahead:
         yield from map(iter, ahead)
     else:

@@ -4,6 +4,7 @@ Any utterance can be read at once. TFDS reads and writes them without TensorFlow
 would decode the clips with pydub and store samples; a Tensor of bytes keeps the encoded files.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -85,6 +86,14 @@ class Utterances(Sequence[str]):
     if isinstance(at, slice):
       return Utterances(self.folder, self.indices[at])
     return f"{self.folder}#{self.indices[at]}-{self.indices[at] + 1}"
+
+  def open(self) -> None:
+    """Opens the dataset and reads an utterance, if that is possible.
+
+    To be called before threads read: the imports that TFDS puts off until they are needed wait for
+    one another forever if several threads begin them.
+    """
+    collections.deque(read_part(self[0]), maxlen=0)
 
 
 def utterances(path: str) -> Utterances:
