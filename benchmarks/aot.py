@@ -1,6 +1,8 @@
-"""Memory, FLOPs and compile time of a config's programs on TPU chips, computed on a CPU machine.
+"""Memory, FLOPs, collectives and estimated time of a config's programs on TPUs, without TPUs.
 
   python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4 --json out/aot.json
+  python -m benchmarks.aot --config=configs/mooer_7b.py --topology=v5e:4x4 --slices=2 \
+    --config.mesh.data=2 --config.data.batch_size=512
   python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
   python -m benchmarks.aot --program=decode --config=configs/mooer_7b.py --topology=v5e:2x2 \\
     --config.mesh.fsdp=1 --config.mesh.tensor=4 --num_beams=4
@@ -15,12 +17,14 @@ from pathlib import Path
 
 from benchmarks.chips import MEMORY, kernels_of, memory_of, memory_table, topology_devices  # isort: skip  (before jax)
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import aot_decode, flops
+from benchmarks import aot_decode, flops, roofline
+from benchmarks.hlo import Program
 from benchmarks.provenance import MODEL, versions, write_result
 from mooer_jax import tree
 from mooer_jax.config import SpeechLLMConfig
@@ -34,6 +38,7 @@ from mooer_jax.training.program import abstract_state, jitted_step
 _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode"], "train step, or generation")
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "chips and their arrangement")
+_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of this topology; mesh.data splits them")
 _JSON = flags.DEFINE_string("json", None, "file to write")
 _PROMPT = flags.DEFINE_integer(
   "prompt_tokens", None, "text tokens in the prompt; default: an estimate for the longest"
@@ -44,7 +49,14 @@ _NUM_BEAMS = flags.DEFINE_integer(
 
 SOURCES = (*MODEL, "benchmarks/aot.py", "benchmarks/chips.py", "mooer_jax/sharding.py")
 SOURCES_OF = {
-  "train": (*SOURCES, "benchmarks/flops.py", "mooer_jax/training"),
+  "train": (
+    *SOURCES,
+    "benchmarks/flops.py",
+    "benchmarks/hlo.py",
+    "benchmarks/roofline.py",
+    "benchmarks/traffic.py",
+    "mooer_jax/training",
+  ),
   "decode": (*SOURCES, "benchmarks/aot_decode.py", "mooer_jax/generation"),
 }
 
@@ -58,13 +70,13 @@ def prompt_tokens(run: Run) -> int:
   return 8 + run.data.prompt_tokens if run.data.prompt_tokens else 26
 
 
-def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
+def compile_step(run: Run, topology: str, *, prompt: int, slices: int = 1) -> dict:
   """Compile the step that `train.py` would run, for a batch in the longest buckets.
 
   `prompt` is the number of text tokens in the prompt. Returns the content of the JSON file.
   """
   run.check_features()
-  devices = topology_devices(topology)
+  devices = topology_devices(topology, slices)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
   (state, frozen), shardings = abstract_state(
     run.model, run.optimizer, trainable=run.trainable, mesh=mesh
@@ -83,15 +95,18 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
   start = time.perf_counter()
   model = run.model.with_compute(platform="tpu")
   lowered = trace(model).lower()
-  lowered_at = time.perf_counter()
+  lowered_at, cpu_before = time.perf_counter(), time.process_time()
   compiled = lowered.compile()
-  compiled_at = time.perf_counter()
+  compiled_at, cpu_seconds = time.perf_counter(), time.process_time() - cpu_before
   # Counted without kernels: a kernel's body is traced once, whatever its grid.
   counted = flops.traced(trace(model.with_compute(attention="xla")).jaxpr)
   needed = flops.traced(trace(model.with_compute(attention="xla", remat="none")).jaxpr)
   chips, memory, kind = len(devices), memory_of(compiled), devices[0].device_kind
+  params = tree.merge(state.trainable, frozen)
+  of_chip = MEMORY[kind].gib if kind in MEMORY else None
   return {
     "topology": topology,
+    "slices": slices,
     "chip": kind,
     "chips": chips,
     "mesh": dict(mesh.shape),
@@ -112,7 +127,8 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     "kernels": kernels_of(compiled),
     "hbm_gb_per_chip": memory["peak"],
     "gb_means": "2**30 bytes; everything that is in use at once, as XLA planned it",
-    "hbm_of_chip_gb": MEMORY[kind].gib if kind in MEMORY else None,
+    "hbm_of_chip_gb": of_chip,
+    "hbm_spare_share": round(1 - memory["peak"] / of_chip, 3) if of_chip else None,
     "memory_gb_per_chip": memory,
     "flops_per_chip": counted / chips,
     "flops_per_chip_means": (
@@ -122,8 +138,17 @@ def compile_step(run: Run, topology: str, *, prompt: int) -> dict:
     "flops_needed_per_chip": needed / chips,
     "flops_needed_means": "the same without recomputation",
     "xla_flops_per_chip_loops_once": (compiled.cost_analysis() or {}).get("flops"),
+    **roofline.estimate(
+      Program(compiled.as_text()),
+      list(mesh.devices.flat),
+      slices=slices,
+      flops=counted / chips,
+      flops_needed=needed / chips,
+      llm_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["decoder"])),
+    ),
     "trace_and_lower_seconds": round(lowered_at - start, 1),
     "compile_seconds": round(compiled_at - lowered_at, 1),
+    "compile_cpu_seconds": round(cpu_seconds, 1),
   }
 
 
@@ -141,7 +166,9 @@ def table(result: dict) -> Table:
   rows = memory_table("train step", result)
   rows.add_row("FLOPs a step, recomputation included", f"{result['flops_per_chip']:.3e}")
   rows.add_row("FLOPs a step, without recomputation", f"{result['flops_needed_per_chip']:.3e}")
-  rows.add_row("compile time", f"{result['compile_seconds']:.1f} s")
+  roofline.add_rows(rows, result)
+  seconds, of_cpu = result["compile_seconds"], result["compile_cpu_seconds"]
+  rows.add_row("compile time", f"{seconds:.1f} s ({of_cpu:.1f} s of CPU)")
   return rows
 
 
@@ -149,6 +176,8 @@ def main():
   run = Run.read(_CONFIG.value)
   prompt = prompt_tokens(run) if _PROMPT.value is None else _PROMPT.value
   if _PROGRAM.value == "decode":
+    if _SLICES.value > 1:
+      raise app.UsageError("--slices has no effect with --program=decode: each slice decodes alone")
     result = aot_decode.compile_decode(
       run, _TOPOLOGY.value, prompt=prompt, num_beams=_NUM_BEAMS.value
     )
@@ -156,7 +185,7 @@ def main():
   else:
     if _NUM_BEAMS.value is not None:
       raise app.UsageError("--num_beams has no effect without --program=decode")
-    result = compile_step(run, _TOPOLOGY.value, prompt=prompt)
+    result = compile_step(run, _TOPOLOGY.value, prompt=prompt, slices=_SLICES.value)
     rows = table(result)
   result["versions"] = versions("jax", "jaxlib", "libtpu", "flax", "optax")
   Console().print(rows)

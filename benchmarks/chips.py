@@ -25,7 +25,7 @@ class Memory(NamedTuple):
   gb_per_s: int
 
 
-# Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
+# Source: https://docs.cloud.google.com/tpu/docs/v5e, and the same pages of v5p, v4 and v6e
 MEMORY = {
   "TPU v5 lite": Memory(16, 819),
   "TPU v5": Memory(95, 2765),
@@ -34,10 +34,42 @@ MEMORY = {
 }
 
 
-def topology_devices(name: str):
-  """Return the chips of a named topology, such as "v5e:4x4"."""
+class Peaks(NamedTuple):
+  """Published peaks of one chip.
+
+  Attributes:
+    tflop_per_s: bfloat16, 10^12 operations a second.
+    link_gb_per_s: one link to a neighbour (ICI), one direction, GB/s.
+    torus: number of chips from which an axis closes to a ring, with two links a chip.
+    dcn_gb_per_s: a chip's share of the network between slices, GB/s.
+  """
+
+  tflop_per_s: float
+  link_gb_per_s: float
+  torus: int
+  dcn_gb_per_s: float
+
+
+# Sources, read in 2026:
+# - v5e, https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, ICI 400 GB/s in both directions
+#   over 4 ports, 2D torus of 16 x 16 in a pod, DCN 6.4 Tbit/s for a pod of 256 chips.
+# - v5p, https://docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, ICI 1200 GB/s in both directions,
+#   3D torus (6 ports) from 4 x 4 x 4 on, DCN 50 Gbit/s.
+# - v6e, https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, ICI 800 GB/s in both directions
+#   over 4 ports (an earlier version of the page: 3584 Gbit/s in one direction), DCN 25.6 Tbit/s for
+#   a pod of 256 chips.
+PEAKS = {
+  "TPU v5 lite": Peaks(197, 400 / 2 / 4, 16, 6400 / 8 / 256),
+  "TPU v5": Peaks(459, 1200 / 2 / 6, 4, 50 / 8),
+  "TPU v6 lite": Peaks(918, 800 / 2 / 4, 16, 25600 / 8 / 256),
+}
+
+
+def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
+  """Return the chips of a named topology, such as "v5e:4x4", or of several slices of its shape."""
+  several = {"num_slices": slices} if slices > 1 else {}
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
   except jax.errors.JaxRuntimeError as error:
     if "INVALID_ARGUMENT" not in str(error):
       raise

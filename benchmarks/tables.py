@@ -47,31 +47,79 @@ def _config(result: dict[str, Any]) -> str:
   return f"`{named.removeprefix('configs/')}`"
 
 
+def _chips(result: dict[str, Any]) -> str:
+  slices = result.get("slices", 1)
+  of_slice = f"{result['chips'] // slices:,} x {result['chip']}"
+  return of_slice if slices == 1 else f"{slices} slices of {of_slice}"
+
+
 def _plans(header: Iterable[str], columns: Callable[[dict], Iterable], pattern: str) -> str:
-  """A table of plans for TPUs: what all have, and columns of their own before the last one."""
+  """A table of plans for TPUs: what all have, and columns of their own before the last one.
+
+  Plans without the figures of a column, from an earlier version, are left out.
+  """
   plans = [r for r in _load(pattern) if ("decode_step" in r) == ("decode" in pattern)]
-  first = "config", "chips", "mesh: data x fsdp x tensor", "memory per chip", "of"
-  rows = [
-    (
-      _config(r),
-      f"{r['chips']} x {r['chip']}",
-      " x ".join(str(size) for size in r["mesh"].values()),
-      f"{r['hbm_gb_per_chip']:.2f} GiB",
-      f"{r['hbm_of_chip_gb']} GiB",
-      *columns(r),
-      _made(r),
-    )
-    for r in plans
-  ]
+  first = "config", "chips", "mesh: data x fsdp x tensor"
+  rows = []
+  for r in plans:
+    try:
+      own = [*columns(r)]
+    except KeyError:
+      continue
+    mesh = " x ".join(str(size) for size in r["mesh"].values())
+    rows.append((_config(r), _chips(r), mesh, *own, _made(r)))
   return _table((*first, *header, "made"), rows)
+
+
+def _memory(result: dict[str, Any]) -> tuple[str, str]:
+  return f"{result['hbm_gb_per_chip']:.2f} GiB", f"{result['hbm_of_chip_gb']} GiB"
 
 
 def aot_train() -> str:
   def columns(r):
-    kernels = sum(kernel["calls"] for kernel in r["kernels"].values())
-    return f"{r['batch']['rows']:,}", kernels, f"{r['compile_seconds']:.0f} s"
+    batch, memory = r["batch"], r["hbm_gb_per_chip"]
+    rows = f"{batch['rows']:,}"
+    if batch["micro_batches"] > 1:
+      rows += f" in {batch['micro_batches']}"
+    frames = " + ".join(str(size) for name, size in batch.items() if name.endswith("_frames"))
+    tokens = f"{batch['prompt_tokens']} + {batch['answer_tokens']}"
+    spare = f"{1 - memory / r['hbm_of_chip_gb']:.0%}"
+    of_cpu = f" ({r['compile_cpu_seconds']:.0f} s)" if "compile_cpu_seconds" in r else ""
+    return *_memory(r), spare, rows, frames, tokens, f"{r['compile_seconds']:.0f} s{of_cpu}"
 
-  return _plans(("rows of a step", "Pallas kernels", "compile time"), columns, "aot_*.json")
+  header = ("memory per chip", "of", "spare", "rows, micro-batches", "frames",
+            "tokens of prompt + answer", "compile time (of CPU)")  # fmt: skip
+  return _plans(header, columns, "aot_*.json")
+
+
+def aot_estimate() -> str:
+  """Collectives and estimated time of the train steps."""
+  kinds = {"all-gather": "gathers", "all-reduce": "sums", "reduce-scatter": "sums",
+           "all-to-all": "exchanges", "collective-permute": "permutes"}  # fmt: skip
+
+  def columns(r):
+    found, moved = r["estimate"], dict.fromkeys(kinds.values(), 0.0)
+    for kind, row in r["collectives"].items():
+      moved[kinds[kind]] += row["bytes"] / 1e9
+    between = sum(row["bytes"] for row in r["between_slices"].values()) / 1e9
+    largest = r["largest_collective"]
+    seconds = found["seconds"]
+    return (
+      ", ".join(f"{name} {size:.3g}" for name, size in moved.items() if size >= 0.05)
+      or "under 0.1",
+      f"{between:.2g}" if between else "",
+      f"{largest['bytes'] / 1e9:.2g} GB, {largest['share_of_the_llm']:.1%}",
+      f"{r['hbm_bytes_per_chip'] / 1e9:,.0f}",
+      " / ".join(f"{1e3 * seconds[name]:,.0f}" for name in ("compute", "HBM", "ICI", "DCN")),
+      found["slowest"],
+      f"{found['mfu']:.0%}",
+      f"{found['mfu_without_overlap']:.0%}",
+    )
+
+  header = ("received per chip, GB", "between slices, GB", "largest collective, of the LLM",
+            "HBM traffic, GB", "compute / HBM / ICI / DCN, ms", "slowest", "MFU, estimate",
+            "without overlap")  # fmt: skip
+  return _plans(header, columns, "aot_*.json")
 
 
 def aot_decode() -> str:
@@ -79,9 +127,10 @@ def aot_decode() -> str:
     step, batch = r["decode_step"], r["batch"]
     read = step["weights_bytes_per_chip"] + step["cache_bytes_per_chip"]
     least_ms = 1e3 * batch["rows"] / step["tokens_per_s_at_full_bandwidth"]
-    return f"{batch['rows']} x {batch['num_beams']}", f"{read / 1e9:.2f} GB", f"{least_ms:.1f} ms"
+    clips = f"{batch['rows']} x {batch['num_beams']}"
+    return *_memory(r), clips, f"{read / 1e9:.2f} GB", f"{least_ms:.1f} ms"
 
-  header = "clips x beams", "a step reads, per chip", "and takes at least"
+  header = "memory per chip", "of", "clips x beams", "a step reads, per chip", "and takes at least"
   return _plans(header, columns, "aot_decode_*.json")
 
 
@@ -129,6 +178,25 @@ def loss() -> str:
   return _table(header, rows)
 
 
+def sanm_memory() -> str:
+  [r] = _load("sanm_memory.json")
+  rows = [
+    (
+      name,
+      *(
+        f"{found[count]['memory'] / unit:.3g} of {found[count]['layer'] / unit:.3g} {label}"
+        f" ({found[count]['share']:.1%})"
+        for count, unit, label in (("bytes", 1e6, "MB"), ("flops", 1e9, "GFLOP"))
+      ),
+      "yes" if found["fused_with_output_projection"] else "no",
+      _made(r),
+    )
+    for name, found in ((name, r[name]) for name in ("forward", "forward and backward"))
+  ]
+  header = "bytes of the memory", "its operations", "in the fusion of the output projection"
+  return _table((f"{r['rows']} x {r['frames']} frames, {r['chip']}", *header, "made"), rows)
+
+
 def portable() -> str:
   [r] = _load("portable.json")
   rows = [
@@ -146,7 +214,16 @@ def portable() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
   function.__name__: function
-  for function in (aot_train, aot_decode, speed, loss, convert_7b, portable)
+  for function in (
+    aot_train,
+    aot_estimate,
+    aot_decode,
+    speed,
+    loss,
+    convert_7b,
+    sanm_memory,
+    portable,
+  )
 }
 
 

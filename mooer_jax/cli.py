@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from mooer_jax.files import exit_on_sigterm
 from mooer_jax.transcribe import command
+
+_SOURCE_HELP = "a data.list, a raw list, an annotation file or a folder, as data.shards in a config"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,14 +95,25 @@ def _pack(args) -> int:
 
 
 def _add_data(commands):
-  parser = commands.add_parser("data", help="inspect data sets")
+  parser = commands.add_parser("data", help="inspect and prepare data sets")
   actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+  _add_prepare(actions)
   about = "hours, lengths, languages and unusable utterances of a data set, and buckets that fit"
   stats = actions.add_parser("stats", help=about, description=about)
   stats.add_argument(
-    "source", help="a data.list, an annotation file or a folder, as data.shards in a config"
+    "source",
+    help=_SOURCE_HELP,
   )
   stats.add_argument("--filter", default="", help="condition, as data.filter in a config")
+  stats.add_argument(
+    "--labels", default="", metavar="FILE", help="`KEY text` lines, as data.labels in a config"
+  )
+  stats.add_argument(
+    "--labels-mode",
+    default="replace",
+    metavar="MODE",
+    help="replace, concat, concat_r or instruction, as data.labels_mode (default: replace)",
+  )
   stats.add_argument(
     "--buckets", type=int, default=5, metavar="N", help="number of buckets to suggest (default: 5)"
   )
@@ -118,10 +132,42 @@ def _add_data(commands):
   stats.set_defaults(run=_data_stats)
 
 
+def _add_prepare(actions):
+  about = "write a data set as a TensorFlow Datasets (TFDS) dataset, for training in a random order"
+  resume = "After an interruption, the same command resumes."
+  parser = actions.add_parser("prepare", help=about, description=f"{about}. {resume}")
+  parser.add_argument("source", help=_SOURCE_HELP)
+  parser.add_argument("--out", required=True, type=Path, help="folder for the dataset")
+  parser.add_argument(
+    "--files", type=int, metavar="N", help="number of files (default: one a shard, at most 512)"
+  )
+  parser.add_argument("--processes", type=int, help="number of processes (default: CPU cores)")
+  parser.add_argument(
+    "--beam-options",
+    type=shlex.split,
+    metavar="OPTIONS",
+    help="run on Apache Beam with these options, such as '--runner=DirectRunner'",
+  )
+  parser.set_defaults(run=_data_prepare)
+
+
+def _data_prepare(args) -> int:
+  from mooer_jax.data.prepare import LEFT_OUT, prepare
+
+  names = ("files", "processes", "beam_options")
+  report = prepare(args.source, args.out, **{name: getattr(args, name) for name in names})
+  print(f"{report.utterances} utterances in {report.files} files: {args.out}")
+  if report.left_out:
+    counts = ", ".join(f"{cause}: {number}" for cause, number in report.left_out.most_common())
+    print(f"{report.left_out.total()} left out ({counts}); see {args.out / LEFT_OUT}")
+  return 0
+
+
 def _data_stats(args) -> int:
   from rich.console import Console
 
   from mooer_jax.data import stats
+  from mooer_jax.data.labels import SEPARATOR, LabelFile, Labels, check_options
   from mooer_jax.files import write_json
 
   for name in ("buckets", "max_s", "step_ms", "processes"):
@@ -131,9 +177,11 @@ def _data_stats(args) -> int:
   for name in ("png", "json"):
     if (path := getattr(args, name)) and path.exists():
       raise FileExistsError(f"--{name} {path} exists; name another file")
+  check_options(args.labels, args.labels_mode, SEPARATOR, task="", task_weights={})
   found = stats.data_stats(
     args.source,
     condition=args.filter,
+    labels=Labels(LabelFile(args.labels), args.labels_mode) if args.labels else None,
     processes=args.processes,
     progress=Console(stderr=True).is_terminal,
   )

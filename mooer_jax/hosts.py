@@ -1,7 +1,7 @@
 """The processes of a run: how they find each other, and how they exchange values.
 
-All processes must call these functions in the same order. With one process, `gather`, `on_first`
-and `from_processes` exchange nothing.
+All processes must call these functions in the same order. With one process, `gather`, `on_first`,
+`from_all` and `from_processes` exchange nothing.
 """
 
 import functools
@@ -133,13 +133,13 @@ def _detect(env: Mapping[str, str]) -> tuple[str, int | None] | None:
   for name, variable in _LAUNCHERS.items():
     if int(env.get(variable) or 1) > 1:
       return name, int(env[variable])
-  if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-    return "k8s", None
-  # The hosts of a TPU slice; JAX asks the machine's metadata.
+  # The hosts of a TPU slice, also in Kubernetes. JAX reads who they are.
   platforms = (env.get("JAX_PLATFORMS") or "tpu").split(",")
   has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
   if "tpu" in platforms and has_tpu and importlib.util.find_spec("libtpu"):
     return "", None
+  if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+    return "k8s", None
   return None
 
 
@@ -249,6 +249,26 @@ class Agreement:
     """The largest values and the sums that the last `start` asked for."""
     largest, sums = (np.asarray(x).tolist() for x in jax.device_get(self._found))
     return largest, sums
+
+
+def whole(arrays: T) -> T:
+  """NumPy copies of arrays whose parts are in several processes; with one, the arrays."""
+  if jax.process_count() == 1:
+    return arrays
+  from jax.experimental.multihost_utils import process_allgather
+
+  return process_allgather(arrays, tiled=True)
+
+
+def from_all(arrays: T, sharding: NamedSharding) -> T:
+  """Puts arrays that all processes have alike on the devices of all."""
+  if jax.process_count() == 1:
+    return jax.device_put(arrays, sharding)
+
+  def place(x):
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+  return jax.tree.map(place, arrays)
 
 
 def from_processes(arrays: T, sharding: NamedSharding) -> T:

@@ -5,12 +5,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mooer_jax.audio.augment import NO_MASKS, Masks
 from mooer_jax.audio.frontend import Frontend
 from mooer_jax.config import SpeechLLMConfig
 
 
 def extract_features(
-  waveform_N: np.ndarray, config: SpeechLLMConfig, *, name: str = "waveform"
+  waveform_N: np.ndarray,
+  config: SpeechLLMConfig,
+  *,
+  name: str = "waveform",
+  masks: Masks = NO_MASKS,
 ) -> tuple[np.ndarray, ...]:
   """Compute the features of one clip in NumPy, unless the compiled program computes them.
 
@@ -18,6 +23,7 @@ def extract_features(
     waveform_N: float [samples] at the model's sample rate; silence is appended up to min_audio_s.
     config: the model; CMVN follows in its compiled step.
     name: name of the clip in errors.
+    masks: parts of the spectrograms that SpecAugment hides; needs compute.features="host".
 
   Returns:
     Features, float32 [frames, features], for every encoder; with compute.features="device" the
@@ -28,10 +34,11 @@ def extract_features(
   """
   padded_N = config.pad_to_min_duration(waveform_N)
   if config.compute.features == "device":
+    assert masks == NO_MASKS, "the compiled program computes the features"
     for frontend in config.frontends:
       frontend.check(padded_N, name=name)
     return (np.asarray(padded_N, np.float32),)
-  return tuple(frontend.features(padded_N, name=name) for frontend in config.frontends)
+  return tuple(frontend.features(padded_N, name=name, masks=masks) for frontend in config.frontends)
 
 
 def encoder_inputs(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,9 +72,12 @@ def make_mesh(
 ) -> Mesh:
   """Arrange devices (default: those of all processes) in a mesh; for the sizes see `MeshConfig`.
 
+  Several TPU slices (Multislice) split `data`, whose gradient sums are all that then crosses the
+  slow network between them.
+
   Raises:
-    ValueError: if the product of the sizes is not the number of devices, or a size does not fit
-      their torus.
+    ValueError: if the product of the sizes is not the number of devices, a size does not fit their
+      torus, or `data` is not divisible by the number of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
@@ -88,13 +92,38 @@ def make_mesh(
       f"{said}: the product must be the number of devices, {len(devices)}; set one size to -1 for"
       " the remaining devices"
     )
+  types, slices = (AxisType.Auto,) * 3, _slices(devices)
+  if len(slices) > 1 and devices[0].platform != "tpu":
+    # JAX numbers hosts of GPUs as slices. They are in order; any axis may cross them.
+    return Mesh(np.array(devices, object).reshape(shape), AXES, axis_types=types)
+  if shape[0] % len(slices):
+    raise ValueError(
+      f"{said}: mesh.data ({shape[0]}) must be divisible by the number of TPU slices,"
+      f" {len(slices)}, as only mesh.data may cross the slow network between them; raise mesh.data"
+      " and lower mesh.fsdp or mesh.tensor"
+    )
+  chips = {len(of) for of in slices}
+  if len(chips) > 1:
+    raise ValueError(f"the TPU slices have {sorted(chips)} chips; use slices of one shape")
+  inside = (shape[0] // len(slices), *shape[1:])
   try:
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    meshes = [jax.make_mesh(inside, AXES, axis_types=types, devices=of) for of in slices]
   except NotImplementedError as error:  # a TPU torus that the sizes would cut across
     raise ValueError(
-      f"{said} does not fit the torus of the {len(devices)} chips; each size must be a product of"
-      " whole axes (of 8x8x8: 8, 64 or 512)"
+      f"{said} does not fit the torus of the {len(slices[0])} chips of a slice; each size must be a"
+      " product of whole axes (of 8x8x8: 8, 64 or 512)"
     ) from error
+  if len(meshes) == 1:
+    return meshes[0]
+  return Mesh(np.concatenate([mesh.devices for mesh in meshes]), AXES, axis_types=types)
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+  """The devices of each slice; all of them, if the platform has no slices."""
+  slices: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+  return [slices[index] for index in sorted(slices)]
 
 
 def check_mesh(mesh: Mesh | None) -> None:

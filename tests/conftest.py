@@ -57,6 +57,7 @@ pytest_plugins = ["tests.worker_memory"]
 ALLOWED_SKIPS = (
   r"\.\./shared/data\b.* absent",
   r"no Linux: ",
+  r"no network namespaces: ",
   r"no GPU: ",
   r"no TPU: ",
   r"mooer-jax is not installed in this Python",
@@ -65,6 +66,7 @@ ALLOWED_SKIPS = (
   r"no clone of MooER: ",
   r"no clone of SALMONN: ",
   r"no speechbrain: ",
+  r"no apache_beam: ",
 )
 
 
@@ -100,10 +102,15 @@ def repo_root() -> Path:
 
 @pytest.fixture
 def plain_env() -> dict[str, str]:
-  """Environment for a subprocess that should see what a user's shell has: one CPU device."""
+  """Environment for a subprocess that should see what a user's shell has: one CPU device.
+
+  Unless the user's shell has XLA_FLAGS, programs are compiled without optimisation, as in tests.
+  """
   env = {**_USER_ENV}
   env.setdefault("JAX_PLATFORMS", "cpu")
-  env.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  env.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+  for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    env.setdefault(name, os.environ[name])
   env.setdefault("MPLBACKEND", "Agg")
   paths = [str(ROOT), env.get("PYTHONPATH", "")]
   env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

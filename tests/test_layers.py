@@ -25,7 +25,7 @@ TORCH_FOLDERS = ("convert", "tests", "benchmarks")
 # Packages built on torch count as torch: importing one imports it.
 TORCH = ("torch", "torchaudio", "peft", "funasr", "transformers")
 # What a checkout holds beside the project's own sources.
-NOT_OURS = (".venv", "out", "build", "dist", ".git")
+NOT_OURS = (".venv", ".venv-beam", "out", "build", "dist", ".git")
 
 
 def python_files(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from packaging.utils import canonicalize_name
 # everybody installs. A file belongs to the longest entry that contains it.
 FOLDERS = {
   "mooer_jax": ("",),
+  "mooer_jax/data/prepare.py": ("beam", ""),
   "configs": ("",),
   "convert": ("convert", ""),
   "convert/verify": ("verify", "convert", ""),
@@ -36,10 +38,9 @@ NOT_IMPORTED = {
   "pytest-xdist": "plugin of pytest",
   "ruff": "run by the Makefile",
   "setuptools": "builds the package",
-  "tensorflow-datasets": "for a data reader that does not exist yet",
 }
 # Packages of modules that need not be installed where the tests run.
-PROVIDED_BY = {"hibari": "hibari-tts"}
+PROVIDED_BY = {"hibari": "hibari-tts", "apache_beam": "apache-beam"}
 # Modules of the originals' clones (MOOER_SRC).
 CLONES = {"mooer"}
 # Their releases often break APIs, so each has an upper bound.
@@ -75,8 +76,12 @@ def test_requirements_are_those_of_the_package(repo_root, project):
   assert _lines(repo_root / "requirements.txt") == project["dependencies"]
 
 
-def test_constraints_pin_every_requirement_within_its_range(repo_root, project):
-  pins = [Requirement(line) for line in _lines(repo_root / "constraints.txt")]
+@pytest.mark.parametrize(
+  "name, extras", [("constraints.txt", None), ("constraints-beam.txt", ("", "beam"))]
+)
+def test_constraints_pin_every_requirement_within_its_range(repo_root, project, name, extras):
+  """Apache Beam has an environment of its own; the other extras share one."""
+  pins = [Requirement(line) for line in _lines(repo_root / name)]
   versions = {}
   for pin in pins:
     [exact] = pin.specifier
@@ -84,7 +89,8 @@ def test_constraints_pin_every_requirement_within_its_range(repo_root, project):
     assert exact.operator == "==" and "+" not in exact.version and not pin.url, pin
     versions[_name(pin)] = exact.version
   not_pinned = {"mooer-jax", "gradio"}  # of `serve`, which no test installs
-  for requirement in _every(project):
+  declared = _extras(project)
+  for requirement in itertools.chain(*(declared[x] for x in extras or {*declared} - {"beam"})):
     if _name(requirement) not in not_pinned:
       assert requirement.specifier.contains(versions[_name(requirement)]), requirement
 
@@ -230,6 +236,7 @@ def installed_wheel(wheel):
     (["convert", "inspect", "nowhere"], 2, "nowhere: no such file or folder"),
     (["checkpoint", "verify", "nowhere"], 2, "nowhere"),
     (["pack", "--wav-scp=a", "--text=b", "--out=c"], 2, "a: "),
+    (["data", "prepare", "nowhere", "--out=c"], 2, "nowhere: no such list"),
   ],
   ids=lambda value: value[0] if isinstance(value, list) else None,
 )

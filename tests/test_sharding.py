@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,3 +260,66 @@ def test_arrays_take_their_shardings_and_the_batch_is_split_by_rows(mesh):
   assert kernel.addressable_shards[0].data.shape == (256, 512)
   rows = jax.device_put(np.zeros((8, 3)), batch_sharding(mesh))
   assert rows.addressable_shards[0].data.shape == (2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A TPU that is not there; slices number their chips alike, as on the device."""
+
+  slice_index: int
+  coords: tuple[int, int, int]
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+  core_on_chip: int = 0
+
+  @property
+  def id(self):
+    return self.slice_index * 100_000 + 4 * self.coords[1] + self.coords[0]
+
+  @property
+  def process_index(self):
+    return self.slice_index
+
+
+def chips(slices, *, width=2, height=2, **options):
+  return [
+    Chip(number, (x, y, 0), **options)
+    for y in range(height)
+    for x in range(width)
+    for number in range(slices)
+  ]
+
+
+def slice_indices(mesh):
+  return np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+
+
+def test_slices_split_data():
+  mesh = make_mesh(data=-1, fsdp=2, devices=chips(2))
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+  assert (slice_indices(mesh) == np.array([0, 0, 1, 1])[:, None, None]).all()
+  mesh = make_mesh(data=3, fsdp=-1, tensor=2, devices=chips(3, width=4))
+  assert (slice_indices(mesh) == np.arange(3)[:, None, None]).all()
+  # Inside of a slice, the chips are arranged as without others.
+  alone = make_mesh(data=1, fsdp=4, tensor=2, devices=chips(1, width=4))
+  for of_slice in mesh.devices:
+    places = np.vectorize(lambda chip: str(chip.coords))
+    assert (places(of_slice) == places(alone.devices[0])).all()
+
+
+def test_one_slice_is_as_before_and_any_axis_may_cross_hosts_of_gpus():
+  assert (slice_indices(make_mesh(fsdp=4, devices=chips(1))) == 0).all()
+  gpus = chips(2, platform="gpu", device_kind="GPU")
+  assert make_mesh(data=1, fsdp=8, devices=gpus).devices.ravel().tolist() == gpus
+
+
+def test_sizes_that_do_not_fit_slices_are_refused_by_name():
+  expected = (
+    r"mesh.data=1, .*mesh.data \(1\) must be divisible by the number of TPU slices, 2.*raise"
+  )
+  with pytest.raises(ValueError, match=expected):
+    make_mesh(data=1, fsdp=-1, devices=chips(2))
+  with pytest.raises(ValueError, match=r"mesh.data \(2\) .* TPU slices, 4"):
+    make_mesh(data=2, fsdp=8, devices=chips(4))
+  with pytest.raises(ValueError, match=r"slices have \[3, 5\] chips"):
+    make_mesh(data=2, fsdp=-1, devices=chips(2)[:-1] + chips(1)[:1])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mooer_jax.audio.augment import NO_MASKS, Masks, mask_spectrogram
 from mooer_jax.audio.decode import AudioError
 from mooer_jax.audio.fbank import FbankConfig, as_waveform, fbank, fbank_jax, num_fbank_frames
 from mooer_jax.audio.logmel import LogMelConfig
@@ -105,18 +106,25 @@ class Frontend(Protocol):
   def width(self) -> int:
     """Number of values in a frame."""
 
+  @property
+  def bins(self) -> int:
+    """Number of mel bins of the spectrogram, which frames consist of."""
+
   def num_frames(self, samples: int) -> int:
     """Number of frames that `features` returns; 0 for a clip that is too short."""
 
   def check(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
     """The clip as an array, if `features` accepts it; arguments and errors as there."""
 
-  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+  def features(
+    self, waveform_N: np.ndarray, *, name: str = "waveform", masks: Masks = NO_MASKS
+  ) -> np.ndarray:
     """Features of one clip in NumPy, before normalisation: float32 [num_frames(N), width].
 
     Args:
       waveform_N: float [N], full scale = 1, at the config's sample rate.
       name: name of the clip in errors.
+      masks: parts of the spectrogram that SpecAugment hides.
 
     Raises:
       AudioError: if the clip is too short for one frame ("too short", "empty audio").
@@ -162,7 +170,11 @@ class FrontendConfig:
 
   @property
   def width(self) -> int:
-    return self.fbank.bins * self.lfr_window
+    return self.bins * self.lfr_window
+
+  @property
+  def bins(self) -> int:
+    return self.fbank.bins
 
   def num_frames(self, samples: int) -> int:
     return num_stacks(num_fbank_frames(samples, self.fbank), self.lfr_stride)
@@ -177,8 +189,11 @@ class FrontendConfig:
       )
     return waveform_N
 
-  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+  def features(
+    self, waveform_N: np.ndarray, *, name: str = "waveform", masks: Masks = NO_MASKS
+  ) -> np.ndarray:
     fbank_TF = fbank(self.check(waveform_N, name=name), self.fbank)
+    fbank_TF = mask_spectrogram(fbank_TF, masks, hop_length=self.fbank.hop_length)
     return stack_frames(fbank_TF, window=self.lfr_window, stride=self.lfr_stride)
 
   def features_jax(

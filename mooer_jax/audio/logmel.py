@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mooer_jax.audio.augment import NO_MASKS, Masks, mask_spectrogram
 from mooer_jax.audio.decode import AudioError
 from mooer_jax.audio.fbank import as_waveform, check_frames, cut_frames, matmul, rows_at_a_time
 
@@ -97,7 +98,9 @@ class LogMelConfig:
       )
     return waveform_N
 
-  def features(self, waveform_N: np.ndarray, *, name: str = "waveform") -> np.ndarray:
+  def features(
+    self, waveform_N: np.ndarray, *, name: str = "waveform", masks: Masks = NO_MASKS
+  ) -> np.ndarray:
     # Equal to transformers' WhisperFeatureExtractor.
     import scipy.fft  # several times as fast as numpy.fft
 
@@ -116,7 +119,8 @@ class LogMelConfig:
       spectrum_TK = scipy.fft.rfft(framed_TL[start : start + rows] * window_L)
       power_TK = spectrum_TK.real**2 + spectrum_TK.imag**2
       log_TF[start : start + rows] = np.log10(np.maximum(power_TK @ mel_KF, FLOOR))
-    return (np.maximum(log_TF, log_TF.max() - np.float32(RANGE)) + 4) / 4
+    logmel_TF = (np.maximum(log_TF, log_TF.max() - np.float32(RANGE)) + 4) / 4
+    return mask_spectrogram(logmel_TF, masks, hop_length=hop)
 
   def features_jax(
     self, waveform_BN: jax.Array, samples_B: jax.Array

@@ -15,6 +15,7 @@ from mooer_jax import tree
 from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, as_lazy
 
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
+LEAST_SLICE_BYTES = 2**18  # of an array that several devices hold and write together
 _save_failed = False  # in this process
 
 
@@ -22,9 +23,9 @@ def write(folder: Path, arrays: Mapping) -> None:
   """Write a nested dict of arrays or `LazyArray` leaves, from all processes."""
   import orbax.checkpoint as ocp
 
-  from mooer_jax.checkpoint.streaming import streaming_handler
+  from mooer_jax.checkpoint.streaming import device_handler, streaming_handler
 
-  handler = ocp.PyTreeCheckpointHandler()
+  handler = device_handler(LEAST_SLICE_BYTES)
   if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
     arrays, handler = jax.tree.map(as_lazy, arrays), streaming_handler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)

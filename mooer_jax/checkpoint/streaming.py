@@ -1,9 +1,10 @@
-"""Orbax handlers that write `LazyArray` leaves one by one, and read leaves to the host."""
+"""Orbax handlers: write arrays of devices or `LazyArray` leaves, and read leaves to the host."""
 
 import copy
 import gc
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -67,6 +68,17 @@ class _HostHandler(ocp.type_handlers.NumpyHandler):
 def host_handler() -> ocp.PyTreeCheckpointHandler:
   """The handler that restores leaves as NumPy arrays."""
   return _with_types((np.ndarray, _HostHandler()))
+
+
+def device_handler(least_slice_bytes: int) -> ocp.PyTreeCheckpointHandler:
+  """The handler that saves arrays of devices, and NumPy arrays.
+
+  Orbax splits a replicated array among the devices that hold it, so that each writes a part. An
+  array is only split if each part has at least `least_slice_bytes`; by default, eight devices
+  write eight files for every norm.
+  """
+  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=least_slice_bytes)
+  return _with_types((jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()))
 
 
 def _with_types(*types, **options) -> ocp.PyTreeCheckpointHandler:

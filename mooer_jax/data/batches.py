@@ -15,6 +15,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
+from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
 from mooer_jax.inputs import encoder_inputs, padded_lengths
@@ -27,13 +28,17 @@ _static = functools.partial(flax.struct.field, pytree_node=False)
 class HostBatch:
   """A batch in NumPy and what it was made from."""
 
-  batch: Batch  # arrays of B rows; rows beyond len(keys) are padding
+  # Arrays of B rows; rows beyond len(keys) are padding. Of `eval_batches`, None without a key.
+  batch: Batch
   keys: tuple[str, ...] = _static()  # of the utterances, row by row
   texts: tuple[str, ...] = _static()  # their transcripts
   tasks: tuple[str, ...] = _static()  # the tasks of their prompts
   seconds: tuple[float, ...] = _static()  # lengths of their audio, after truncation
+  places: tuple[tuple[int, int], ...] = _static()  # of their shards, and in these
   skipped: tuple[SkippedUtterance, ...] = _static()  # since the previous batch, each once
   num_truncated: int = _static(default=0)  # clips longer than max_s, which were truncated
+  # Of a single pass: entries in the shards that were read to their ends, of all processes.
+  entries: int = _static(default=0)
 
   @property
   def audio_s(self) -> float:
@@ -68,11 +73,12 @@ def join(hosts: Sequence[HostBatch]) -> HostBatch:
     return hosts[0]
   longest = [max(sizes) for sizes in zip(*(lengths_of(host.batch) for host in hosts))]
   batches = [widen(host.batch, longest) for host in hosts]
-  names = ("keys", "texts", "tasks", "seconds", "skipped")
+  names = ("keys", "texts", "tasks", "seconds", "places", "skipped")
+  joined: dict[str, Any] = {n: sum((getattr(host, n) for host in hosts), ()) for n in names}
   return HostBatch(
     batch=jax.tree.map(lambda *parts: np.concatenate(parts), *batches),
     num_truncated=sum(host.num_truncated for host in hosts),
-    **{name: sum((getattr(host, name) for host in hosts), ()) for name in names},
+    **joined,
   )
 
 
@@ -200,15 +206,19 @@ class Batcher:
       texts=tuple(e.text for e in examples),
       tasks=tuple(e.task for e in examples),
       seconds=tuple(min(e.seconds, max_s) for e in examples),
+      places=tuple(e.place for e in examples),
       skipped=(*(s for e in examples for s in e.skipped), *left_over),
       num_truncated=sum(e.seconds > max_s for e in examples),
     )
 
 
 class _Window:
-  """Utterances of one epoch that are sorted together; a multiple of the batch size."""
+  """Utterances that are sorted together, a multiple of the batch size.
 
-  def __init__(self, stream: UtteranceStream, config: DataConfig):
+  They are of one epoch, unless the stream is a mixture.
+  """
+
+  def __init__(self, stream: UtteranceStream | MixedStream, config: DataConfig):
     self.start = stream.position
     self.examples: list[Example] = []
     self._stream, self._full = stream, False
@@ -242,7 +252,7 @@ class _Window:
 class TrainIterator(grain.DatasetIterator):
   """Returns the batches of one window while the next one fills."""
 
-  def __init__(self, config: DataConfig, batcher: Batcher, stream: UtteranceStream):
+  def __init__(self, config: DataConfig, batcher: Batcher, stream: UtteranceStream | MixedStream):
     super().__init__()
     self._config, self._batcher, self._stream = config, batcher, stream
     self._go_to(0, 0)
@@ -272,7 +282,7 @@ class TrainIterator(grain.DatasetIterator):
     return {"window": self._number, "index": self._index, "start": dataclasses.asdict(self._start)}
 
   def set_state(self, state: dict[str, Any]):
-    self._stream.seek(Position.from_json(state["start"]))
+    self._stream.restore(state["start"])
     self._go_to(state["window"], state["index"])
 
   def close(self):
@@ -321,7 +331,10 @@ class EvalIterator(grain.DatasetIterator):
     except BadDataError as error:
       error.skipped = (*(s for e in examples for s in e.skipped), *self._stream.left_over())
       raise
-    return self._batcher(examples, left_over)
+    # Nothing may be usable in the share of a process.
+    nothing = HostBatch(None, (), (), (), (), (), left_over)  # type: ignore[arg-type]
+    host = self._batcher(examples, left_over) if examples else nothing
+    return dataclasses.replace(host, entries=self._stream.entries)
 
   def get_state(self) -> dict[str, Any]:
     return {"position": self._position and dataclasses.asdict(self._position)}

@@ -4,7 +4,26 @@ import dataclasses
 import itertools
 from typing import ClassVar
 
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.filters import Filter
+from mooer_jax.data.labels import MODES, SEPARATOR, check_options
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  """A data set of a mixture.
+
+  Attributes:
+    shards: path, as data.shards.
+    weight: share of the utterances of training, relative to the weights of the other data sets.
+    task: with data.task="", task of all utterances of the data set; "": each utterance's own.
+    filter: condition on the utterances of the data set, as data.filter, which it replaces.
+  """
+
+  shards: str
+  weight: float = 1.0
+  task: str = ""
+  filter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,10 +31,19 @@ class DataConfig:
   """Data pipeline configuration.
 
   Attributes:
-    shards: path of a `data.list`, one tar per line, relative to the list; of a SALMONN annotation
-      file (`.json`); or of a folder, whose tars and recordings of Emilia-Pipe are found.
+    shards: path of a `data.list`, one tar per line, relative to the list; of a raw list, one JSON
+      object with "key", "wav" and "txt" per line; of a SALMONN annotation file (`.json`); of a
+      folder, whose tars and recordings of Emilia-Pipe are found; or of the output folder of
+      `mooer-jax data prepare`, which training reads in a random order of all utterances.
+    mixture: data sets to train on in place of `shards`, by name; each has a weight.
     filter: condition on the fields that the data have for each utterance, such as "language == 'zh'
       and dnsmos >= 3.0 and 3 <= duration <= 20"; training reads those that satisfy it. "": all.
+    augment: augmentation of training data; default: none.
+    labels: file of `KEY text` lines, such as translations, that replace or join the transcripts;
+      "": none. Utterances without a line are skipped and counted.
+    labels_mode: "replace", "concat" (transcript, then label), "concat_r" (label, then transcript)
+      or "instruction" (task asr, ast or asr_ast_mtl, sampled for each reading; needs task="").
+    labels_separator: between transcript and label.
     task: task of all utterances; "": each utterance's own task, from the annotation or a `.json` in
       the shard.
     task_weights: with task="", mean number of readings of an utterance in an epoch, by task;
@@ -35,7 +63,7 @@ class DataConfig:
     shuffle_buffer_size: utterances that are shuffled and sorted by length together; a multiple of
       batch_size. Memory for their features, per worker and second of audio: SAN-M 37 kB, Whisper
       32 kB (128 bins: 51), BEATs 51 kB more; with compute.features="device" 64 kB of waveform.
-    seed: seed of the order of shards and batches.
+    seed: seed of the order of shards (of a prepared dataset: of utterances) and batches.
     cache_features: folder for the frames of frozen encoders, computed once before training; "":
       in every step. A second of audio takes 20 to 130 kB (float16), BEATs 77 more; each clip as
       much as 30 s if Whisper's frames of silence are kept (trim=False).
@@ -47,8 +75,13 @@ class DataConfig:
   """
 
   RENAMED: ClassVar = {"window": "shuffle_buffer_size", "cut_longer": "truncate"}
-  shards: str
+  shards: str = ""
+  mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
   filter: str = ""
+  augment: AugmentConfig = AugmentConfig()
+  labels: str = ""
+  labels_mode: str = MODES[0]
+  labels_separator: str = SEPARATOR
   task: str = "asr"
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
   prompts: str = ""
@@ -70,6 +103,11 @@ class DataConfig:
 
   def __post_init__(self):
     Filter(self.filter)
+    check_options(
+      self.labels, self.labels_mode, self.labels_separator,
+      task=self.task, task_weights=self.task_weights,
+    )  # fmt: skip
+    self._check_mixture()
     for name in ("buckets", "answer_buckets"):
       value = getattr(self, name)
       if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):
@@ -103,5 +141,44 @@ class DataConfig:
     for task, weight in self.task_weights.items():
       if not 0 <= weight < float("inf"):
         raise ValueError(f"data.task_weights.{task}={weight}: must be at least 0")
+    if self.cache_features and self.augment != AugmentConfig():
+      on = [f.name for f in dataclasses.fields(AugmentConfig)]
+      on = [name for name in on if getattr(self.augment, name) != getattr(AugmentConfig, name)]
+      raise ValueError(
+        f"data.cache_features={self.cache_features!r} stores the frames of each clip once, but"
+        f" data.augment.{on[0]} changes them in each epoch; set data.cache_features='', or leave"
+        " data.augment out"
+      )
     if not 0 <= self.max_bad_share <= 1:
       raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
+
+  def _check_mixture(self) -> None:
+    if self.mixture and self.shards:
+      raise ValueError(
+        f"data.shards={self.shards!r} and data.mixture ({', '.join(self.mixture)}) are both set;"
+        " set data.shards='', or leave data.mixture out"
+      )
+    if self.filter and self.mixture and all(of.filter for of in self.mixture.values()):
+      raise ValueError(
+        f"data.filter={self.filter!r} has no effect, since every data set of data.mixture has a"
+        " filter of its own; remove it"
+      )
+    if self.labels and self.mixture:
+      raise ValueError(
+        f"data.labels={self.labels!r} is for one data set, not for data.mixture; write the texts"
+        " into its shards or its raw list, or train on it alone"
+      )
+    for name, source in self.mixture.items():
+      option = f"data.mixture.{name}"
+      Filter(source.filter, f"{option}.filter")
+      if not source.shards:
+        raise ValueError(f"{option}.shards='': name a data.list, an annotation file or a folder")
+      if not 0 < source.weight < float("inf"):
+        raise ValueError(
+          f"{option}.weight={source.weight}: must be above 0, or remove the data set"
+        )
+      if source.task and self.task:
+        raise ValueError(
+          f"{option}.task={source.task!r} has no effect, since all utterances are of data.task="
+          f"{self.task!r}; set data.task=''"
+        )

@@ -12,12 +12,17 @@ import grain
 from absl import flags
 
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.augment import Augmentation, AugmentConfig
 from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterator, join
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
-from mooer_jax.data.readers import annotation, shard_names
+from mooer_jax.data.labels import LabelFile, Labels, check_prompts, describe
+from mooer_jax.data.mixture import MixedStream
+from mooer_jax.data.readers import file_of, utterance_names
+from mooer_jax.data.sources import Source, find_shards
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
+from mooer_jax.data.workers import end_with_parent
 from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -32,11 +37,12 @@ def train_batches(
 ) -> "Batches":
   """Endless stream of HostBatch, epoch after epoch in new orders; every batch is full.
 
-  An epoch's remainder below a full batch is completed with the next epoch's first utterances.
+  An epoch's remainder below a full batch is completed with the next epoch's first utterances. The
+  data sets of a mixture have epochs of their own.
   Batches of all processes come in the same order of length, so their buckets mostly agree.
 
   Args:
-    config: shards, batches and limits.
+    config: shards, augmentation, batches and limits.
     tokenizer, model: of the speech LLM; the model determines features, template and prompts.
     cache: frames of the encoders for all clips, see `run.fill_feature_cache`.
     process: index of this process (host) and their number; the streams of the data are shared
@@ -47,8 +53,8 @@ def train_batches(
     JSON-able dicts, and close(), which ends its workers or thread.
 
   Raises:
-    FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, or tasks
-      for which the model has no prompt.
+    FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, tasks for
+      which the model has no prompt, or recordings that cannot be mixed into clips.
   """
   return _pipeline(config, tokenizer, model, endless=True, process=process, cache=cache)
 
@@ -63,10 +69,22 @@ def eval_batches(
   """One pass over the utterances in the order of the shards; the last batch has padding rows.
 
   Each key is either in one batch's keys or in its `skipped`. An utterance whose transcript is
-  empty, too long or not in the tokenizer's alphabet is kept; its labels are padding.
+  empty, too long or not in the tokenizer's alphabet is kept; its labels are padding. Nothing is
+  augmented.
 
-  Arguments, result and errors as train_batches; at most one worker, which keeps the order.
+  Args:
+    config, tokenizer, model: as in `train_batches`, but for a mixture; there is at most one worker,
+      which keeps the order. Each process has batches of config.batch_size.
+    process: index of this process and their number n; each gets every nth utterance.
+
+  Returns, Raises:
+    As `train_batches`.
   """
+  if config.mixture:
+    raise ValueError(
+      f"data.mixture ({', '.join(config.mixture)}) is for training; to evaluate one of its data"
+      " sets, name it in data.shards and set data.mixture={}"
+    )
   return _pipeline(config, tokenizer, model, endless=False, process=process)
 
 
@@ -80,35 +98,57 @@ def _pipeline(
   cache: EncodedCache | None = None,
 ) -> "Batches":
   sampler = PromptSampler(config, tokenizer, model)
-  shards = _shards(config, sampler)
-  index, count = process
+  shards: dict[Source, Sequence[str]] = {**find_shards(config, sampler.tasks)}
+  # A single pass has one stream, of which each process reads its share.
+  index, count = process if endless else (0, 1)
   workers = config.workers if endless else min(1, config.workers)
   streams = (config.streams if endless else 0) or count
   _check_streams(config, streams, count)
-  if len(shards) < streams * max(1, workers):
-    raise ValueError(
-      f"{config.shards}: {len(shards)} shards for {streams} streams with data.workers={workers},"
-      " but each worker needs a shard of its own; lower data.workers or data.streams, run fewer"
-      " processes, or pack again with fewer utterances a shard (--per-shard)"
-    )
+  description = _description(config, sampler, shards, streams=streams)
+  if endless:
+    shards = {source: utterance_names(source.shards) or of for source, of in shards.items()}
+  for source, names in shards.items():
+    if len(names) < streams * max(1, workers):
+      raise ValueError(
+        f"{source.shards}: {len(names)} shards for {streams} streams with data.workers={workers},"
+        " but each worker needs a shard of its own; lower data.workers or data.streams, run fewer"
+        " processes, or pack again with fewer utterances a shard (--per-shard)"
+      )
   of_stream = dataclasses.replace(
     config,
     batch_size=config.batch_size // streams,
     shuffle_buffer_size=config.shuffle_buffer_size // streams,
   )
-  preprocess = Preprocessor(config, tokenizer, model, sampler, needs_labels=endless, cache=cache)
+  augment = config.augment if endless else AugmentConfig()
+  augmentation = Augmentation.load(augment, model, seed=config.seed)
+  preprocess = Preprocessor(
+    config,
+    tokenizer,
+    model,
+    sampler,
+    needs_labels=endless,
+    cache=cache,
+    labels=_labels(config, sampler),
+    augmentation=augmentation,
+  )
 
   def batcher(config: DataConfig) -> Batcher:
     return Batcher(config, model, sampler.lengths, encoded=cache is not None)
 
   own = {
     stream: _prefetch(
-      _Batches(shards[stream::streams], preprocess, batcher(of_stream), of_stream, endless=endless),
+      _Batches(
+        {source: names[stream::streams] for source, names in shards.items()},
+        preprocess,
+        batcher(of_stream),
+        of_stream,
+        share=None if endless else process,
+      ),
       workers,
     )
     for stream in range(index * streams // count, (index + 1) * streams // count)
   }
-  description = _description(config, sampler, shards, streams=streams)
+  description["data.augment"] = augmentation.description()
   return Batches(own, description, batcher(config).shapes())
 
 
@@ -123,31 +163,23 @@ def _check_streams(config: DataConfig, streams: int, processes: int) -> None:
       raise ValueError(f"data.{name}={value} is not divisible by the {streams} streams of the data")
 
 
-def _shards(config: DataConfig, sampler: PromptSampler) -> list[str]:
-  """Shards, or parts of an annotation file after a check of its tasks."""
-  names = shard_names(config.shards)
-  if not annotation.is_annotation(config.shards):
-    return names
-  named = annotation.tasks(config.shards)
-  if config.task and (other := sorted(named - {config.task})):
-    raise ValueError(
-      f"{config.shards} has the tasks {other}, but data.task={config.task!r} would prompt all"
-      " alike; set data.task='' (eval.task='') for each utterance's own task"
-    )
-  if not config.task and (unknown := sorted(named - set(sampler.tasks))):
-    raise ValueError(
-      f"{config.shards}: tasks {unknown} have no prompt; the model has {sorted(sampler.tasks)}. It"
-      " gets its prompts in training, from model.prompts and data.prompts"
-    )
-  if unused := sorted(set(config.task_weights) - named):
-    raise ValueError(f"data.task_weights names {unused}, but {config.shards} has {sorted(named)}")
-  return names
+def _labels(config: DataConfig, sampler: PromptSampler) -> Labels | None:
+  if not config.labels:
+    return None
+  if config.labels_mode == "instruction":
+    check_prompts(sampler.prompts)
+  return Labels(LabelFile(config.labels), config.labels_mode, config.labels_separator)
 
 
 def _description(
-  config: DataConfig, sampler: PromptSampler, shards: Sequence[str], *, streams: int
+  config: DataConfig,
+  sampler: PromptSampler,
+  shards_of: Mapping[Source, Sequence[str]],
+  *,
+  streams: int,
 ) -> dict[str, Any]:
   """The settings that must be equal for a saved state to mean the same batches."""
+  shards = [shard for names in shards_of.values() for shard in names]
   names = (
     "batch_size", "shuffle_buffer_size", "seed", "workers", "min_s", "max_s", "truncate", "buckets",
     "answer_buckets", "task", "task_weights", "prompt_tokens", "filter",
@@ -155,7 +187,7 @@ def _description(
   old = {new: old for old, new in DataConfig.RENAMED.items()}  # states of version 0.1 have these
   settings = {f"data.{old.get(name, name)}": getattr(config, name) for name in names}
   names_of_shards = "\n".join(os.path.basename(shard) for shard in shards)
-  files = {shard.rpartition("#")[0] if annotation.is_piece(shard) else shard for shard in shards}
+  files = {*map(file_of, shards)}
   return {
     **{name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
     "checksum of the prompts": sampler.checksum,
@@ -163,32 +195,50 @@ def _description(
     "checksum of their names": zlib.crc32(names_of_shards.encode()),
     "bytes in the shards": sum(os.path.getsize(file) for file in files if os.path.exists(file)),
     "data.streams": streams,
+    "data.labels": describe(config.labels, config.labels_mode, config.labels_separator),
+    "data.mixture": {
+      source.name: {
+        "weight": source.weight,
+        "task": source.task,
+        "filter": source.filter.text,
+        "shards": len(names),
+      }
+      for source, names in shards_of.items()
+      if source.name
+    },
   }
 
 
 class _Batches(grain.IterDataset):
   def __init__(
     self,
-    shards: list[str],
+    shards: Mapping[Source, Sequence[str]],
     preprocess: Preprocessor,
     batcher: Batcher,
     config: DataConfig,
     *,
-    endless: bool,
+    share: tuple[int, int] | None,
   ):
+    """Endless without a `share` of a single pass."""
     super().__init__()
-    self.config, self.shards, self.endless = config, shards, endless
+    self.config, self.shards, self.share = config, shards, share
     self.preprocess, self.batcher = preprocess, batcher
 
   def set_slice(self, sl: slice, sequential_slice: bool = False):
     """Called by mp_prefetch in each worker, which then owns these shards."""
     assert not sequential_slice
-    self.shards = self.shards[sl]
+    self.shards = {source: names[sl] for source, names in self.shards.items()}
 
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
-    stream = UtteranceStream(self.shards, self.preprocess, self.config, endless=self.endless)
-    iterator = TrainIterator if self.endless else EvalIterator
-    return iterator(self.config, self.batcher, stream)
+    streams = [
+      UtteranceStream(names, self.preprocess, self.config, share=self.share, source=source)
+      for source, names in self.shards.items()
+    ]
+    if self.share:
+      return EvalIterator(self.config, self.batcher, streams[0])
+    mixed = MixedStream(streams, [source.weight for source in self.shards])
+    stream = mixed if self.config.mixture else streams[0]
+    return TrainIterator(self.config, self.batcher, stream)
 
 
 def _prefetch(batches: _Batches, workers: int) -> grain.IterDataset:
@@ -202,8 +252,12 @@ def _prefetch(batches: _Batches, workers: int) -> grain.IterDataset:
 
 
 def _start_worker(index, count):
-  """Keeps a worker off the GPU or TPU, which the training needs, and off Ctrl-C."""
+  """Keeps a worker off the GPU or TPU, which the training needs, and off Ctrl-C.
+
+  Grain's workers would outlive a training that is killed.
+  """
   del index, count
+  end_with_parent()
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training stops in order and then ends it
   os.environ["JAX_PLATFORMS"] = "cpu"
   if "jax" in sys.modules:  # too late for the variable, early enough for the setting
@@ -261,7 +315,9 @@ class _DescribedIterator(grain.DatasetIterator):
   def set_state(self, state: dict[str, Any]):
     try:
       # Early states lack some names.
-      saved = {"data.streams": 1, "data.filter": "", **state["of"]}
+      unset = Augmentation().description()
+      added = {"data.streams": 1, "data.filter": "", "data.labels": "", "data.mixture": {}}
+      saved = {**added, "data.augment": unset, **state["of"]}
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in self._description.items()

@@ -10,8 +10,10 @@ import numpy as np
 
 from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.augment import Augmentation
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import EncodedCache, digest
+from mooer_jax.data.labels import Labels
 from mooer_jax.data.readers.entries import SPACE, RawUtterance, SkippedUtterance
 from mooer_jax.inputs import extract_features
 from mooer_jax.prompts import (
@@ -32,8 +34,8 @@ _MARK = "\0"  # takes the place of a question where only that place matters
 class PromptSampler:
   """Samples a prompt for each utterance and tokenizes it.
 
-  Attributes: `tasks` in the order of the model's prompts, `lengths` in tokens that prompts are
-  padded to before and after the speech, `checksum` (CRC) of the template and all prompts.
+  Attributes: `tasks` in the order of the model's prompts, their `prompts`, `lengths` in tokens that
+  prompts are padded to before and after the speech, `checksum` (CRC) of the template and prompts.
   """
 
   def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):
@@ -52,10 +54,10 @@ class PromptSampler:
       task_prompt(config.task, own)  # or the error lists the model's tasks
     self.tasks = (config.task,) if config.task else tuple(own)
     self._config, self._tokenizer, self._template = config, tokenizer, model.chat_template
-    self._prompts = {task: sampled.get(task, (own[task],)) for task in self.tasks}
-    said = json.dumps([model.chat_template, self._prompts], sort_keys=True)
+    self.prompts = {task: sampled.get(task, (own[task],)) for task in self.tasks}
+    said = json.dumps([model.chat_template, self.prompts], sort_keys=True)
     self.checksum = zlib.crc32(said.encode())
-    prompts = {prompt for prompts in self._prompts.values() for prompt in prompts}
+    prompts = {prompt for prompts in self.prompts.values() for prompt in prompts}
     sides = [self._measure(prompt) for prompt in prompts]
     self.lengths = max((p for p, _ in sides), default=0), max((s for _, s in sides), default=0)
 
@@ -84,10 +86,10 @@ class PromptSampler:
     `reading` identifies this reading; with the key it determines the sampled prompt.
     """
     task = self._config.task or raw.task
-    if task not in self._prompts:
+    if task not in self.prompts:
       found = repr(task) if task else "no task"
       return raw.skip("unknown task", f"{found}; the model has {', '.join(self.tasks)}")
-    prompts = self._prompts[task]
+    prompts = self.prompts[task]
     uniform = _uniform("prompt", self._config.seed, reading, raw.key)
     prompt = prompts[int(len(prompts) * uniform)]
     if QUESTION not in prompt:
@@ -135,6 +137,7 @@ class Example:
   labels_S: np.ndarray  # int32, tokens of the transcript and eos
   seconds: float  # length of the audio, before truncation
   epoch: int = 0  # in which the stream read it
+  place: tuple[int, int] = (0, 0)  # of its shard in the order of the epoch, and in the shard
   skipped: tuple[SkippedUtterance, ...] = ()  # since the previous example
 
 
@@ -150,9 +153,16 @@ class Preprocessor:
   # (evaluation, where its text is only a reference).
   needs_labels: bool
   cache: EncodedCache | None = None  # frames of the encoders, which take the place of features
+  labels: Labels | None = None  # texts that replace or join the transcripts
+  augmentation: Augmentation = Augmentation()
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
     """Returns the example, or why there is none; `reading` is as in `PromptSampler`."""
+    if self.labels is not None:
+      joined = self.labels.join(raw, _uniform("label", self.config.seed, reading, raw.key))
+      if isinstance(joined, SkippedUtterance):
+        return joined
+      raw = joined
     try:
       text = raw.transcript()
     except UnicodeDecodeError as error:
@@ -164,7 +174,8 @@ class Preprocessor:
     if problem and self.needs_labels:
       return raw.skip(*problem)
     cached = None if self.cache is None else self.cache.get(digest(raw))
-    found = cached or load_features(raw, self.config, self.model)
+    augmentation = self.augmentation.of(raw.key, reading)
+    found = cached or load_features(raw, self.config, self.model, augmentation)
     if isinstance(found, SkippedUtterance):
       return found
     if self.cache is not None and cached is None:
@@ -206,13 +217,16 @@ class Preprocessor:
 
 
 def load_features(
-  raw: RawUtterance, config: DataConfig, model: SpeechLLMConfig
+  raw: RawUtterance,
+  config: DataConfig,
+  model: SpeechLLMConfig,
+  augmentation: Augmentation = Augmentation(),
 ) -> tuple[tuple[np.ndarray, ...], float] | SkippedUtterance:
-  """Decodes the clips of an utterance, joins them and extracts the features.
+  """Decodes the clips of an utterance, joins and augments them and extracts the features.
 
   Returns:
     (features, or the waveform, as from `inputs.extract_features`; length of the audio in seconds,
-    before data.truncate), or why there are none.
+    after the change of speed and before data.truncate), or why there are none.
   """
   rate_hz, name = model.sample_rate_hz, f"{raw.key}.{raw.suffix}"
   pause = np.zeros(round(PAUSE_S * rate_hz), np.float32)
@@ -222,15 +236,17 @@ def load_features(
       waveform_N = load_audio(clip, sample_rate_hz=rate_hz, channel=model.channel, name=name)
       parts += [pause, waveform_N] if parts else [waveform_N]
     joined_N = np.concatenate(parts)
-    seconds = len(joined_N) / rate_hz
+    seconds = augmentation.num_samples(len(joined_N)) / rate_hz
     if problem := _exceeded_limit(seconds, config):
       return raw.skip(*problem)
+    joined_N = augmentation.change_speed(joined_N)
     if config.truncate:
       joined_N = joined_N[: round(config.max_s * rate_hz)]
-    joined_N = model.pad_to_min_duration(joined_N)
+    joined_N = model.pad_to_min_duration(augmentation(joined_N))
     if not all(frontend.num_frames(len(joined_N)) for frontend in model.frontends):
       return raw.skip("too short", f"{seconds:.3f} s make no feature")
-    return extract_features(joined_N, model), seconds
+    masks = augmentation.masks(len(joined_N), model.frontends[0])
+    return extract_features(joined_N, model, masks=masks), seconds
   except AudioError as error:
     return raw.skip(error.cause, str(error))
 

@@ -26,9 +26,10 @@ def digest(raw: RawUtterance) -> str:
 class EncodedCache:
   """A folder with a file of frames for each encoder, and an index of clips.
 
-  Writing appends, so an interrupted run resumes; an incomplete end is ignored, and removed by the
-  next write. Readers see what was complete when they opened the folder. Picklable, for data
-  workers.
+  Its subfolders `process1`, ... are the caches that other processes have written, which `get` and
+  `known` include. Writing appends, so an interrupted run resumes; an incomplete end is ignored, and
+  removed by the next write. Readers see what was complete when they opened the folder. Picklable,
+  for data workers.
   """
 
   def __init__(self, folder: str | Path, widths: Mapping[str, int]):
@@ -43,6 +44,7 @@ class EncodedCache:
     self._index_end = 0
     self._frames: list[np.ndarray] | None = None
     self._whole = self._read_index()
+    self._others = [EncodedCache(part, widths) for part in sorted(self.folder.glob("process*"))]
 
   def __reduce__(self):
     return EncodedCache, (self.folder, self.widths)
@@ -50,7 +52,8 @@ class EncodedCache:
   def get(self, name: str) -> tuple[tuple[np.ndarray, ...], float] | None:
     """Frames float16 [T, D] of a clip for each encoder, and its length in seconds, by digest."""
     if name not in self.clips:
-      return None
+      found = (other.get(name) for other in self._others)
+      return next((clip for clip in found if clip is not None), None)
     if self._frames is None:
       self._frames = [
         np.memmap(self._file(encoder), DTYPE, "r", shape=(end, width))
@@ -61,6 +64,11 @@ class EncodedCache:
     starts, lengths, seconds = self.clips[name]
     parts = zip(self._frames, starts, lengths, strict=True)
     return tuple(frames_TD[start : start + n] for frames_TD, start, n in parts), seconds
+
+  @property
+  def known(self) -> set[str]:
+    """The digests of all clips."""
+    return {*self.clips}.union(*(other.clips for other in self._others))
 
   def write(self, clips: Sequence[tuple[str, Sequence[np.ndarray], float]]) -> None:
     """Appends (digest, frames [T, D] of each encoder, seconds) of clips that are not cached.

@@ -34,24 +34,28 @@ class Filter:
   """A condition on the fields of an utterance; "" accepts all.
 
   The text has the syntax of Python, of which comparisons, `and`, `or`, `not` and lists are allowed.
-  It is parsed, never evaluated.
+  It is parsed, never evaluated; `option` is its name in errors.
 
   Raises:
     ValueError: for another syntax, with the place.
   """
 
   text: str
+  option: str = "data.filter"
 
   def __post_init__(self):
     if self.text.strip():
-      _check(self._tree, self.text)
+      _check(self._tree, self)
 
   @functools.cached_property
   def _tree(self) -> ast.expr:
     try:
       return ast.parse(self.text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-      raise ValueError(f"data.filter={self.text!r}: {error}; write {_ALLOWED}") from error
+      raise ValueError(f"{self}: {error}; write {_ALLOWED}") from error
+
+  def __str__(self) -> str:
+    return f"{self.option}={self.text!r}"
 
   def accepts(self, fields: Mapping[str, Any]) -> bool:
     """Whether an utterance passes.
@@ -70,10 +74,10 @@ class Filter:
     try:
       return entry if self.accepts(entry.about) else None
     except FieldError as error:
-      return entry.skip("no such field", f"data.filter={self.text!r}: {error}")
+      return entry.skip("no such field", f"{self}: {error}")
 
 
-def _check(node: ast.expr, text: str) -> None:
+def _check(node: ast.expr, condition: Filter) -> None:
   match node:
     case ast.BoolOp(values=values):
       parts = values
@@ -81,15 +85,15 @@ def _check(node: ast.expr, text: str) -> None:
       parts = [operand]
     case ast.Compare() if all(type(op) in _COMPARISONS for op in node.ops):
       for value in (node.left, *node.comparators):
-        _check_value(value, text)
+        _check_value(value, condition)
       parts = []
     case _:
-      raise _refused(node, text)
+      raise _refused(node, condition)
   for part in parts:
-    _check(part, text)
+    _check(part, condition)
 
 
-def _check_value(node: ast.expr, text: str) -> None:
+def _check_value(node: ast.expr, condition: Filter) -> None:
   match node:
     case ast.Name() | ast.Constant(value=str() | int() | float()):
       return
@@ -98,15 +102,15 @@ def _check_value(node: ast.expr, text: str) -> None:
     case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items):
       for item in items:
         if isinstance(item, ast.Name | ast.List | ast.Tuple | ast.Set):
-          raise _refused(item, text)
-        _check_value(item, text)
+          raise _refused(item, condition)
+        _check_value(item, condition)
     case _:
-      raise _refused(node, text)
+      raise _refused(node, condition)
 
 
-def _refused(node: ast.expr, text: str) -> ValueError:
+def _refused(node: ast.expr, condition: Filter) -> ValueError:
   part = ast.unparse(node)
-  return ValueError(f"data.filter={text!r}: {part!r} is not a condition; write {_ALLOWED}")
+  return ValueError(f"{condition}: {part!r} is not a condition; write {_ALLOWED}")
 
 
 def _holds(node: ast.expr, fields: Mapping[str, Any]) -> bool:

@@ -16,12 +16,12 @@ import regex
 
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.readers.entries import SPACE
+from mooer_jax.data.readers.segments import segment_slice
 from mooer_jax.data.readers.shards import read_lines
 from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, VIDEO_SUFFIXES
 from mooer_jax.data.workers import run_in_processes
 from mooer_jax.files import LOCK_FILE, exit_on_sigterm, lock_folder, write_errors_name
 
-OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments
 _LATIN_LETTER = regex.compile(r"\p{Latin}")
 _BETWEEN_LATIN = regex.compile(r"(?<=\p{Latin}\p{M}*) (?=\p{Latin})")
 # Words of scripts that are written with spaces.
@@ -343,12 +343,12 @@ def _read_recording(path) -> bytes:
 def _segment_audio(clip, samples_NC, rate_hz) -> bytes | Unpacked:
   import soundfile
 
-  length_s = len(samples_NC) / rate_hz
-  end_s = length_s if clip.end_s == -1 else clip.end_s
-  if not 0 <= clip.start_s < min(end_s, length_s) or end_s > length_s + OVERSHOOT_S:
+  part = segment_slice(clip.start_s, clip.end_s, samples=len(samples_NC), rate_hz=rate_hz)
+  if part is None:
+    length_s = len(samples_NC) / rate_hz
     detail = f"{clip.start_s} to {clip.end_s} s of {clip.path}, which has {length_s:.3f} s"
     return Unpacked("bad segment", clip.key, detail)
-  part_NC = samples_NC[round(clip.start_s * rate_hz) : round(end_s * rate_hz)]
+  part_NC = samples_NC[part]
   # Not soundfile's own rounding, which scales by 32767 and so changes every 16-bit recording.
   part_NC = np.clip(np.rint(part_NC * 32768.0), -32768, 32767).astype(np.int16)
   file = io.BytesIO()

@@ -13,6 +13,7 @@ import soundfile
 
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.filters import Filter
+from mooer_jax.data.labels import Labels
 from mooer_jax.data.readers import read, shard_names
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.workers import run_in_processes
@@ -117,7 +118,12 @@ def _bars(stats: Stats) -> list[str]:
 
 
 def data_stats(
-  source: str | Path, *, condition: str = "", processes: int | None = None, progress: bool = False
+  source: str | Path,
+  *,
+  condition: str = "",
+  labels: Labels | None = None,
+  processes: int | None = None,
+  progress: bool = False,
 ) -> Stats:
   """Reads all utterances of a data set and counts them.
 
@@ -127,6 +133,7 @@ def data_stats(
   Args:
     source: as `data.shards`.
     condition: as `data.filter`.
+    labels: as `data.labels`; utterances without a usable label are counted as such.
     processes: shards read at a time; default: the number of CPUs.
     progress: whether to show a bar.
 
@@ -137,7 +144,7 @@ def data_stats(
   names = shard_names(str(source))
   sizes = [os.path.getsize(name) if os.path.exists(name) else 1 for name in names]
   total = Stats()
-  jobs = [(name, condition) for name in names]
+  jobs = [(name, condition, labels) for name in names]
   for found in run_in_processes(
     shard_stats, jobs, processes=processes, progress="reading" if progress else "", sizes=sizes
   ):
@@ -145,7 +152,7 @@ def data_stats(
   return total
 
 
-def shard_stats(name: str, condition: str) -> Stats:
+def shard_stats(name: str, condition: str, labels: Labels | None = None) -> Stats:
   """The counts of one shard."""
   stats, wanted = Stats(shards=1), Filter(condition)
   for entry in read(name):
@@ -153,7 +160,10 @@ def shard_stats(name: str, condition: str) -> Stats:
     if selected is None:
       stats.left_out += 1
       continue
-    seconds = _seconds(selected) if isinstance(selected, RawUtterance) else selected
+    joined = selected
+    if labels is not None and isinstance(selected, RawUtterance):
+      joined = labels.join(selected, 0.0)
+    seconds = _seconds(joined) if isinstance(joined, RawUtterance) else joined
     if isinstance(seconds, SkippedUtterance):
       stats.skipped[seconds.cause] += 1
       continue

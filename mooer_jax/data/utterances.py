@@ -5,18 +5,24 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Example, num_copies
-from mooer_jax.data.filters import Filter
 from mooer_jax.data.readers import read
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.prepared import Utterances
+from mooer_jax.data.sources import Source, list_sources
+
+Entries = Iterator[RawUtterance | SkippedUtterance]
 
 _COPIES_PER_EPOCH = 1000  # for which version 0.1 numbered readings
+# Of random access, whose latency threads hide; the buffer holds encoded audio.
+_READ_AHEAD = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
 
 
 class BadDataError(ValueError):
@@ -74,6 +80,7 @@ class Reading(NamedTuple):
   entry: RawUtterance | SkippedUtterance | None  # None at the end of a shard
   copy: int | None  # number of this reading in the epoch; None if a task weight leaves it out
   after: tuple[int, int, int]  # shard, entry and copy of the `Position` behind it
+  size: int = 0  # at the end of a shard: the number of its entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,33 +88,49 @@ class EpochReader:
   """Reads the shards of one epoch.
 
   Attributes:
+    shards: names that `readers.read` reads; `Utterances` are read ahead.
     seed: seed of the order of the shards; None reads them as listed, and each key once.
     task_weights: mean number of readings of an utterance in an epoch, by task; default: 1.
+    task: task of all utterances, in place of their own; "": their own.
+    share: (i, n) of a process: without a seed, it gets every nth entry, from the ith on.
   """
 
   shards: Sequence[str]
   epoch: int
   seed: int | None
   task_weights: Mapping[str, float]
+  task: str = ""
+  share: tuple[int, int] = (0, 1)
 
   @functools.cached_property
-  def order(self) -> list[int]:
+  def order(self) -> Sequence[int]:
     """Indices of the shards in the order in which this epoch reads them."""
     if self.seed is None:
-      return list(range(len(self.shards)))
+      return range(len(self.shards))
     # 0: a stream apart from the one that shuffles windows with the same seed
-    rng = np.random.default_rng([self.seed, 0, self.epoch])
-    return rng.permutation(len(self.shards)).tolist()
+    seeds = [self.seed, 0, self.epoch]
+    if not isinstance(self.shards, Utterances):
+      return np.random.default_rng(seeds).permutation(len(self.shards)).tolist()
+    # Grain computes a place when it is needed. `start` differs between streams and workers: in one
+    # order, all of them would read neighbouring utterances at the same time.
+    rng = np.random.default_rng([*seeds, self.shards.indices.start])
+    return grain.MapDataset.range(len(self.shards)).shuffle(seed=int(rng.integers(2**32)))
 
   def read_from(self, shard: int, entry: int, copy: int) -> Generator[Reading]:
     """Yields the readings from a place on; closing the generator closes the open shard."""
     keys: set[str] = set()
-    for place in range(0 if self.seed is None else shard, len(self.order)):
-      with contextlib.closing(self._entries(place, keys)) as entries:
+    index_of_process, processes = self.share
+    start = 0 if self.seed is None else shard
+    with contextlib.closing(self._open_from(start)) as opened:
+      for place, stored in enumerate(opened, start):
+        entries, size = self._distinct(stored, keys), entry
         if place < shard:
           collections.deque(entries, maxlen=0)  # only for their keys
           continue
         for number, raw in enumerate(itertools.islice(entries, entry, None), entry):
+          size = number + 1
+          if (place + number) % processes != index_of_process:
+            continue
           copies = 1
           if self.task_weights and isinstance(raw, RawUtterance):
             weights, seed = self.task_weights, self.seed or 0
@@ -118,19 +141,33 @@ class EpochReader:
             last = index + 1 == copies
             yield Reading(raw, index, (place, number + last, 0 if last else index + 1))
           copy = 0
-      entry = 0
-      yield Reading(None, None, (place + 1, 0, 0))
+        entry = 0
+        yield Reading(None, None, (place + 1, 0, 0), size)
 
-  def _entries(self, place: int, keys: set[str]) -> Generator[RawUtterance | SkippedUtterance]:
+  def _open_from(self, start: int) -> Generator[Entries]:
+    """Yields the entries of each shard from a place on, open until the next one."""
+    if isinstance(order := self.order, grain.MapDataset):
+      assert isinstance(self.shards, Utterances)
+      self.shards.open()
+      shards = order[start:].map(lambda index: [*read(self.shards[index])])
+      with contextlib.closing(iter(shards.to_iter_dataset(_READ_AHEAD))) as ahead:
+        yield from map(iter, ahead)
+    else:
+      for index in self.order[start:]:
+        with contextlib.closing(read(self.shards[index])) as entries:
+          yield entries
+
+  def _distinct(self, entries: Entries, keys: set[str]) -> Entries:
     """The entries of a shard; of a single pass, each key once, and those are added to `keys`."""
-    with contextlib.closing(read(self.shards[self.order[place]])) as entries:
-      for entry in entries:
-        if self.seed is None and entry.key:
-          problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
-          if entry.key in keys and problem not in ("members apart", "bad shard"):
-            entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
-          keys.add(entry.key)
-        yield entry
+    for entry in entries:
+      if self.task:
+        entry = dataclasses.replace(entry, task=self.task)
+      if self.seed is None and entry.key:
+        problem = entry.cause if isinstance(entry, SkippedUtterance) else ""
+        if entry.key in keys and problem not in ("members apart", "bad shard"):
+          entry = SkippedUtterance("duplicate key", entry.key, entry.shard)
+        keys.add(entry.key)
+      yield entry
 
 
 class UtteranceStream:
@@ -146,25 +183,35 @@ class UtteranceStream:
     preprocess: Callable[[RawUtterance, int | str], Example | SkippedUtterance],
     config: DataConfig,
     *,
-    endless: bool,
+    share: tuple[int, int] | None,
+    source: Source | None = None,
   ):
     """Starts at the first utterance.
 
     Args:
-      shards: tar paths, or parts of an annotation file.
+      shards: names that `readers.read` reads.
       preprocess: makes an example of a raw utterance and the identifier of its reading.
       config: seed, weights of the tasks, and limits of unusable data.
-      endless: whether epoch follows epoch in new orders; else see `EpochReader` without a seed.
+      share: that of a process in a single pass, as of `EpochReader`; None: epoch follows epoch in
+        new orders, and these shards are read whole.
+      source: the data set of a mixture; default: the only one of the config.
     """
-    self._shards, self._preprocess, self._config = list(shards), preprocess, config
-    self._seed = config.seed if endless else None
-    self._task_weights = config.task_weights if endless else {}
-    self._filter = Filter(config.filter)
+    self._shards, self._preprocess, self._config = shards, preprocess, config
+    self._seed, self._share_of = (config.seed if share is None else None), share or (0, 1)
+    self._task_weights = config.task_weights if share is None else {}
+    if source is None:
+      (source,) = list_sources(config)
+    self._source = source
     self.seek(Position())
+
+  def restore(self, saved: Mapping[str, Any]) -> None:
+    """Continues from a position in the form of `dataclasses.asdict`."""
+    self.seek(Position.from_json(saved))
 
   def seek(self, position: Position) -> None:
     self._pending: list[SkippedUtterance] = []
     self._peeked: tuple[Example, Position] | None = None
+    self.entries = 0  # of all processes, in the shards that were read to their ends
     self._start_reading(position)
 
   @property
@@ -203,7 +250,8 @@ class UtteranceStream:
 
   def _start_reading(self, position: Position) -> None:
     self._position = position
-    self._epoch = EpochReader(self._shards, position.epoch, self._seed, self._task_weights)
+    options = self._seed, self._task_weights, self._source.task, self._share_of
+    self._epoch = EpochReader(self._shards, position.epoch, *options)
     self._readings = self._epoch.read_from(position.shard, position.entry, position.copy)
 
   def _advance(self) -> Example:
@@ -216,12 +264,13 @@ class UtteranceStream:
       here = dataclasses.replace(self._position, shard=shard, entry=entry, copy=copy)
       self._position = here
       if reading.entry is None:
+        self.entries += reading.size
         self._check_shards()
       elif reading.copy is None:
         # Unless its task's weight is 0, another epoch reads it.
         passed = here.passed or self._task_weights[reading.entry.task] > 0
         self._position = dataclasses.replace(here, passed=passed)
-      elif (raw := self._filter.select(reading.entry)) is None:
+      elif (raw := self._source.filter.select(reading.entry)) is None:
         self._position = dataclasses.replace(here, left_out=here.left_out + 1)
       else:
         # One pass takes the same prompts whenever it runs.
@@ -229,7 +278,8 @@ class UtteranceStream:
         made = raw if isinstance(raw, SkippedUtterance) else self._preprocess(raw, identifier)
         if isinstance(made, Example):
           self._position = dataclasses.replace(here, read=here.read + 1, usable=here.usable + 1)
-          return dataclasses.replace(made, epoch=here.epoch, skipped=self.left_over())
+          place = (shard, entry - (not copy))
+          return dataclasses.replace(made, epoch=here.epoch, place=place, skipped=self.left_over())
         self._pending.append(made)
         self._position = here.add_skipped(made.cause, self._epoch.order[shard])
         self._check_share(self._config.tolerance)
@@ -237,8 +287,9 @@ class UtteranceStream:
   def _end_epoch(self) -> None:
     here = self._position
     idle = here.passed and here.read == here.read_before
-    if not here.usable and not idle:
-      raise BadDataError(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
+    # Another process may have usable ones.
+    if not here.usable and not idle and self._share_of == (0, 1):
+      raise self._error(f"no usable utterance in {len(self._shards)} shards: {self._summary()}")
     self._check_share(1)
     if self._seed is None:
       raise StopIteration
@@ -250,7 +301,7 @@ class UtteranceStream:
     if len(damaged) > share * read and (read >= 2 or read == len(self._shards)):
       more = ", …" if len(damaged) > 5 else ""
       names = ", ".join(self._shards[i] for i in damaged[:5]) + more
-      raise BadDataError(
+      raise self._error(
         f"{len(damaged)} of {read} shards read are truncated or damaged: {names}; copy or pack them"
         f" again, or raise data.max_bad_share={share}"
       )
@@ -260,10 +311,14 @@ class UtteranceStream:
     read, share = self._position.read, self._config.max_bad_share
     bad = sum(self._position.skipped.values())
     if read >= least_read and bad > share * read:
-      raise BadDataError(
+      raise self._error(
         f"{bad} of {read} utterances cannot be used: {self._summary()}; repair the data or raise"
         f" data.max_bad_share={share}"
       )
+
+  def _error(self, message: str) -> BadDataError:
+    name = self._source.name
+    return BadDataError(f"{name}: {message}" if name else message)
 
   def _summary(self) -> str:
     skipped = sorted(self._position.skipped.items(), key=lambda item: -item[1])
@@ -273,7 +328,7 @@ class UtteranceStream:
       return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
     weights = self._config.task_weights
     if self._position.left_out:
-      left_out = f"data.filter={self._config.filter!r} leaves out {self._position.left_out}"
+      left_out = f"{self._source.filter} leaves out {self._position.left_out}"
       few = "; if others have some, lower data.streams or data.workers, or name less data"
       return f"{left_out}, {counts}" if counts else left_out + few
     if weights and not counts:

@@ -55,9 +55,14 @@ def run_in_processes(
 def _start_worker():
   # Only the parent handles Ctrl-C; it then waits for the jobs that are running.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  end_with_parent()
 
 
-def _end_with_parent():
-  multiprocessing.parent_process().join()
-  os._exit(1)  # the parent was killed; nobody reads the result
+def end_with_parent() -> None:
+  """Makes this process end when its parent does, even if that is killed."""
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # nobody reads the results
+
+  threading.Thread(target=wait, daemon=True).start()

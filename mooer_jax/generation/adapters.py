@@ -60,8 +60,10 @@ def add_adapters(
     folders: {name: folder of a checkpoint or run whose trained parameters are all LoRA}.
 
   Raises:
-    FileNotFoundError, CheckpointError: for a folder that is not such a checkpoint.
+    FileNotFoundError, CheckpointError: for a folder that is not such a checkpoint; for a base that
+      was saved in int8.
   """
+  base.check_not_quantized()
   opened = {}
   for name, folder in folders.items():
     try:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.generation import search
-from mooer_jax.generation.generate import GenerateOutput, output_of
+from mooer_jax.generation.generate import GenerateOutput, output_of, pad_scale
 from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.steps import Rows, Steps, row_keys
 from mooer_jax.sharding import batch_sharding, constrain_rows, in_mesh, row_parts
@@ -40,17 +40,23 @@ def _prefill(params, batch: Batch, config, options, *, key, lora_scale, mesh) ->
   """Rows of a batch with their first token."""
   batch = constrain_rows(batch, mesh)
   inputs_BSD, valid_BS = speech_llm.prompt(params, batch, config)
-  steps = Steps(params, config, options, lora_scale, mesh)
-  keys_B = row_keys(key, valid_BS.shape[0])
-  padding_B = batch.frames[0] == 0
-  return steps.prefill(inputs_BSD, valid_BS, keys_B=keys_B, padding_B=padding_B)[0]
+  rows = valid_BS.shape[0]
+  if lora_scale is not None and not jnp.ndim(lora_scale):
+    lora_scale = jnp.full(rows, lora_scale, jnp.float32)  # an entry of each row moves with it
+  return Steps(params, config, options, mesh).prefill(
+    inputs_BSD,
+    valid_BS,
+    keys_B=row_keys(key, rows),
+    lora_scale=lora_scale,
+    padding_B=batch.frames[0] == 0,
+  )[0]
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "prompt_slots", *_STATIC))
 @in_mesh
 def _empty(prefilled: Rows, config, options, *, rows: int, prompt_slots: int, mesh) -> Rows:
   """Rows that have all ended, with an empty cache, on the devices of `prefilled`."""
-  steps = Steps({}, config, options, mesh=mesh)
+  steps = Steps({}, config, options, mesh)
   nothing_B = jnp.zeros(rows, jnp.int32)
   return steps.place(
     Rows(
@@ -62,6 +68,7 @@ def _empty(prefilled: Rows, config, options, *, rows: int, prompt_slots: int, me
       keys_B=jnp.broadcast_to(prefilled.keys_B[:1], (rows,)),
       begin_B=nothing_B,
       clock=prefilled.clock,
+      lora_scale=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:])), prefilled.lora_scale),
     )
   )
 
@@ -70,7 +77,7 @@ def _empty(prefilled: Rows, config, options, *, rows: int, prompt_slots: int, me
 @in_mesh
 def _admit(rows: Rows, prefilled: Rows, source_B, config, options, *, mesh) -> Rows:
   """Replaces row b by row source_B[b] of `prefilled`, where source_B[b] is not negative."""
-  steps = Steps({}, config, options, mesh=mesh)
+  steps = Steps({}, config, options, mesh)
 
   def replaced(old, new):
     new = new[jnp.maximum(source_B, 0)]
@@ -91,15 +98,16 @@ def _admit(rows: Rows, prefilled: Rows, source_B, config, options, *, mesh) -> R
       keys_B=replaced(rows.keys_B, prefilled.keys_B),
       begin_B=jnp.where(source_B >= 0, rows.clock % steps.ring, rows.begin_B),
       clock=rows.clock,
+      lora_scale=jax.tree.map(replaced, rows.lora_scale, prefilled.lora_scale),
     )
   )
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="rows")
 @in_mesh
-def _run(params, rows: Rows, most_open, config, options, *, lora_scale, mesh):
+def _run(params, rows: Rows, most_open, config, options, *, mesh):
   """Decodes until at most `most_open` rows have not ended: (rows, which have ended, output)."""
-  steps = Steps(params, config, options, lora_scale, mesh)
+  steps = Steps(params, config, options, mesh)
   rows = jax.lax.while_loop(
     lambda rows: (~rows.state.done_B).sum() > most_open, lambda rows: steps.step(rows)[0], rows
   )
@@ -114,7 +122,7 @@ def decode_batches(
   *,
   key: jax.Array,
   prompt_slots: int = 0,
-  lora_scale: float | None = None,
+  lora_scale: float | Callable[[T], jax.Array | np.ndarray | None] | None = None,
   mesh: jax.sharding.Mesh | None = None,
   live: bool = False,
   stop: threading.Event | None = None,
@@ -128,12 +136,14 @@ def decode_batches(
   Close the generator to stop early: it waits for the batch that is being made, and makes no other.
 
   Args:
-    params, config, options, lora_scale, mesh: as in `generate`; lora_scale is a scalar.
+    params, config, options, mesh: as in `generate`.
     batches: (value that is passed on, batch) pairs; iterated in a thread. Its exceptions are raised
       here, after the results of the batches before. If a batch is None, so is its output.
     key: PRNG key; batch n uses fold_in(key, n).
     prompt_slots: slots for the longest prompt. For a longer one, as for a batch of more rows, all
       rows end first, and the loop is compiled anew.
+    lora_scale: scalar for all batches; or a function that returns the scale of each row of a batch,
+      [B] or [B, rank] (`Adapters.scale`), given the value that comes with the batch.
     live: decode the rows that there are while the next batch is not ready. Results come sooner;
       which rows are decoded together then depends on timing, and with it the rounding of sums.
     stop: set when the generator ends, before it waits for its thread.
@@ -148,7 +158,7 @@ def decode_batches(
   if options.return_hidden:
     raise ValueError("generation.return_hidden=True is only for mooer_jax.generate")
   Steps(params, config, options).check(key=key)
-  scheduler = _Scheduler(params, config, options, prompt_slots, lora_scale=lora_scale, mesh=mesh)
+  scheduler = _Scheduler(params, config, options, prompt_slots, mesh=mesh)
   results: collections.deque[_Result] = collections.deque()
   failure: Exception | None = None
   thread = concurrent.futures.ThreadPoolExecutor(1, "next batch")
@@ -168,7 +178,9 @@ def decode_batches(
         if item is not None:
           results.append(_Result.empty(item[0], item[1], options))
           if item[1] is not None:
-            scheduler.add(results[-1], item[1], jax.random.fold_in(key, next(numbers)))
+            scale = lora_scale(item[0]) if callable(lora_scale) else lora_scale
+            of_batch = jax.random.fold_in(key, next(numbers))
+            scheduler.add(results[-1], item[1], key=of_batch, lora_scale=scale)
             scheduler.admit()
         del item
       if scheduler.queue or waits or coming is None or len(results) >= _MOST_RESULTS:
@@ -189,6 +201,7 @@ def compile_batch(
   *,
   rows: Iterable[int],
   prompt_slots: int = 0,
+  lora_scale: jax.Array | np.ndarray | float | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> None:
   """Compiles the programs that `decode_batches` runs for batches of this shape.
@@ -200,10 +213,12 @@ def compile_batch(
     rows: numbers of rows that are decoded at a time.
     params, batch, config, options, prompt_slots, mesh: as in `decode_batches`; each row of the
       batch must have audio.
+    lora_scale: scalar, or the scale of each row of the batch.
   """
   for number in sorted({*rows}):
-    scheduler = _Scheduler(params, config, options, prompt_slots, lora_scale=None, mesh=mesh)
-    scheduler.add(_Result.empty(None, batch, options), batch, jax.random.key(0))
+    scheduler = _Scheduler(params, config, options, prompt_slots, mesh=mesh)
+    result = _Result.empty(None, batch, options)
+    scheduler.add(result, batch, key=jax.random.key(0), lora_scale=lora_scale)
     scheduler.admit(at_least=number)
     scheduler.run(to_the_end=False, steps=False)
 
@@ -241,8 +256,8 @@ class _Scheduler:
   `queue` has those that wait, each the result that it belongs to and its place there.
   """
 
-  def __init__(self, params, config, options, prompt_slots, *, lora_scale, mesh):
-    self._model = dict(params=params, lora_scale=lora_scale)
+  def __init__(self, params, config, options, prompt_slots, *, mesh):
+    self._params = params
     self._static = dict(config=config, options=options, mesh=mesh)
     self._prompt_slots = prompt_slots
     self.queue: collections.deque[tuple[_Result, int]] = collections.deque()
@@ -255,13 +270,14 @@ class _Scheduler:
     """Whether there are rows to decode."""
     return any(owner is not None for owner in self._owners)
 
-  def add(self, result: _Result, batch: Batch, key: jax.Array) -> None:
+  def add(self, result: _Result, batch: Batch, *, key: jax.Array, lora_scale) -> None:
     """Prefills a batch; none may wait."""
     mesh = self._static["mesh"]
+    lora_scale = pad_scale(lora_scale, batch.frames[0].shape[0], row_parts(mesh))
     padded = pad_rows(batch, row_parts(mesh))
     if mesh is not None:
       padded = jax.device_put(padded, batch_sharding(mesh))
-    self._waiting = _prefill(batch=padded, key=key, **self._model, **self._static)
+    self._waiting = _prefill(self._params, padded, key=key, lora_scale=lora_scale, **self._static)
     self.queue.extend((result, int(row)) for row in np.flatnonzero(np.asarray(batch.frames[0])))
 
   def admit(self, *, at_least: int = 0) -> None:
@@ -303,7 +319,7 @@ class _Scheduler:
     if not steps:
       most_open = len(self._owners)
     self._rows, done_B, output = _run(
-      rows=self._rows, most_open=np.int32(most_open), **self._model, **self._static
+      params=self._params, rows=self._rows, most_open=np.int32(most_open), **self._static
     )
     done_B, output = jax.device_get((done_B, output))
     for row, owner in enumerate(self._owners):

@@ -85,15 +85,13 @@ def generate(
       `fsdp`; the batch is padded internally to a multiple of their sizes.
 
   Raises:
-    ValueError: if params are stacked, or sampling has no key; for a mesh with other axes.
+    ValueError: if params are stacked, or sampling has no key; for a lora_scale of another number
+      of rows; for a mesh with other axes.
   """
   Steps(params, config, options).check(key=key)
   rows = batch.frames[0].shape[0]
+  lora_scale = pad_scale(lora_scale, rows, row_parts(mesh))
   batch = constrain_rows(pad_rows(batch, row_parts(mesh)), mesh)
-  if lora_scale is not None and jnp.ndim(lora_scale):
-    more = batch.frames[0].shape[0] - rows
-    padding = [(0, more)] + [(0, 0)] * (jnp.ndim(lora_scale) - 1)
-    lora_scale = jnp.pad(lora_scale, padding, mode="edge")
   inputs_BSD, valid_BS = speech_llm.prompt(params, batch, config)
   output = generate_from(
     params,
@@ -107,6 +105,21 @@ def generate(
     mesh=mesh,
   )
   return jax.tree.map(lambda x: x[:rows], output)
+
+
+def pad_scale(lora_scale, rows: int, multiple: int):
+  """The `lora_scale` of a batch after `pad_rows`; None and scalars remain as they are.
+
+  Raises:
+    ValueError: if it has another number of rows than the batch.
+  """
+  if lora_scale is None or not jnp.ndim(lora_scale):
+    return lora_scale
+  if len(lora_scale) != rows:
+    raise ValueError(f"lora_scale has {len(lora_scale)} rows, but the batch has {rows}")
+  if not (more := -rows % multiple):
+    return lora_scale
+  return jnp.pad(lora_scale, [(0, more)] + [(0, 0)] * (jnp.ndim(lora_scale) - 1))
 
 
 @in_mesh
@@ -134,10 +147,14 @@ def generate_from(
   rows = valid_BS.shape[0]
   if rows % row_parts(mesh):
     raise ValueError(f"{rows} rows are not divisible by mesh.data x mesh.fsdp={row_parts(mesh)}")
-  steps = Steps(params, config, options, lora_scale, mesh)
+  steps = Steps(params, config, options, mesh)
   steps.check(key=key)
   prefilled, hidden_BSD = steps.prefill(
-    inputs_BSD, valid_BS, keys_B=row_keys(key, rows), padding_B=padding_B
+    inputs_BSD,
+    valid_BS,
+    keys_B=row_keys(key, rows),
+    lora_scale=lora_scale,
+    padding_B=padding_B,
   )
   prefilled = steps.place(prefilled.replace(cache=prefilled.cache.grow(steps.ring_slots)))
   read_BYD = None

@@ -104,6 +104,8 @@ def load_model(
     if lora_scale is not None or not merge_lora:
       raise ValueError("lora_scale and merge_lora=False have no effect beside adapters")
     params, model, side_by_side = add_adapters(params, model, loaded, adapters)
+    if mesh is not None:
+      params = jax.device_put(params, param_shardings(mesh, params))
   elif merge_lora:
     params, model = weights.merge_lora(params, model, lora_scale)
   elif lora_scale is not None:

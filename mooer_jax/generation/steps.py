@@ -12,7 +12,6 @@ utterance can begin at any step, and its own slots are overwritten only after it
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.struct
 import jax
@@ -39,6 +38,7 @@ class Rows:
     begin_B: int32, place in the ring of the first generated token.
     clock: int32 scalar, number of steps so far; from the second round of the ring on, minus those
       of whole rounds.
+    lora_scale: float32 scalar, [B] or [B, rank]; None is the scale of training.
   """
 
   state: search.State
@@ -47,6 +47,7 @@ class Rows:
   keys_B: jax.Array
   begin_B: jax.Array
   clock: jax.Array
+  lora_scale: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,6 @@ class Steps:
   params: dict
   config: SpeechLLMConfig
   options: GenerationConfig
-  lora_scale: Any = None
   mesh: jax.sharding.Mesh | None = None
 
   @property
@@ -76,7 +76,7 @@ class Steps:
     rest = constrain_rows(rows.replace(cache=None), self.mesh)  # type: ignore[attr-defined]
     return rest.replace(cache=cache)
 
-  def prefill(self, inputs_BSD, valid_BS, *, keys_B, padding_B=None):
+  def prefill(self, inputs_BSD, valid_BS, *, keys_B, lora_scale=None, padding_B=None):
     """(Rows with their first token, hidden states [B, S, D]), from the embeddings of prompts."""
     rows, slots = valid_BS.shape
     cache = self.config.decoder.empty_cache(
@@ -84,7 +84,11 @@ class Steps:
     )
     inputs_BSD, valid_BS = constrain_rows((inputs_BSD, valid_BS), self.mesh)
     cache = constrain_cache(cache, self.config.decoder.kv_heads, self.mesh)
-    hidden_BSD, cache = self._decode(inputs_BSD, valid_BS, cache=cache)
+    if lora_scale is not None:
+      lora_scale = constrain_rows(jnp.asarray(lora_scale, jnp.float32), self.mesh)
+    hidden_BSD, cache = speech_llm.decode(
+      self.params, inputs_BSD, valid_BS, self.config, cache=cache, lora_scale=lora_scale
+    )
     prefilled = Rows(
       state=search.start(rows, self.options, padding_B),
       cache=cache,
@@ -92,6 +96,7 @@ class Steps:
       keys_B=keys_B,
       begin_B=jnp.zeros(rows, jnp.int32),
       clock=jnp.zeros((), jnp.int32),
+      lora_scale=lora_scale,
     )
     return self.choose(prefilled, hidden_BSD[:, -1:]), hidden_BSD
 
@@ -151,12 +156,8 @@ class Steps:
     cache = rows.cache.replace(filled=prompt_slots + clock % self.ring * R)  # type: ignore[attr-defined]
     inputs_BRD = constrain_rows(speech_llm.embed(self.params, tokens_BR, self.config), self.mesh)
     valid_BR = jnp.ones(tokens_BR.shape, bool)
-    return self._decode(inputs_BRD, valid_BR, cache=cache, placement=placement)
-
-  def _decode(self, inputs_BSD, valid_BS, **more):
-    return speech_llm.decode(
-      self.params, inputs_BSD, valid_BS, self.config, lora_scale=self.lora_scale, **more
-    )
+    options = dict(cache=cache, placement=placement, lora_scale=rows.lora_scale)
+    return speech_llm.decode(self.params, inputs_BRD, valid_BR, self.config, **options)
 
   def check(self, *, key: jax.Array | None) -> None:
     """Raises ValueError if the params are stacked, or sampling has no key."""

@@ -19,19 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Parses flags, trains, and exits; errors of the user are one line on stderr and status 2."""
   config = config_flags.DEFINE_config_file("config", lock_config=True)
   flags.DEFINE_string("trace", None, "folder for a profile of three steps, for XProf or Perfetto")
-  flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, if a launcher does not connect the processes"
-  )
-  flags.DEFINE_integer("num_processes", None, "number of processes, with --coordinator")
-  flags.DEFINE_integer("process_id", None, "id of this process from 0, with --coordinator")
-
-  def work():
-    given = flags.FLAGS
-    hosts.initialize(given.coordinator, given.num_processes, given.process_id)
-    train_from_config(config.value, trace=given.trace)
-
   run_program(
-    work,
+    lambda: train_from_config(config.value, trace=flags.FLAGS.trace),
     argv,
     needs=["config"],
     doc=__doc__,
@@ -49,6 +38,6 @@ def train_from_config(config: Mapping[str, Any], *, trace: str | None = None) ->
   run = activation.prepare(run)
   if run.activation.shards and run.activation.review:
     answers = activation.answers_file(run)
-    print(f"edit {answers}, then run the same command with --config.activation.review=False")
+    hosts.say(f"edit {answers}, then run the same command with --config.activation.review=False")
     return run.workdir
   return train(run, [PerplexityEvaluator] if run.perplexity.shards else [], trace=trace)

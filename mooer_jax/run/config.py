@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -21,6 +20,7 @@ from mooer_jax.config import (
   unknown_key,
   with_new_names,
 )
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.translation import TOKENIZERS, check_tokenizer
@@ -278,16 +278,6 @@ class Run:
 
   def check_training(self) -> None:
     """Raises FileNotFoundError or ValueError for a run that cannot be trained on these devices."""
-    single = {
-      "data.cache_features": self.data.cache_features,
-      "perplexity.shards": self.perplexity.shards,
-      "activation.shards": self.activation.shards,
-    }
-    if jax.process_count() > 1 and (given := [name for name, value in single.items() if value]):
-      raise ValueError(
-        f"{given[0]} needs one process, but there are {jax.process_count()}; leave it out, or run"
-        " on one host"
-      )
     attention = self.model.compute.attention
     check_backend(attention)
     dropout: Any = getattr(self.model.connector, "dropout", None)
@@ -388,8 +378,8 @@ def renamed_keys() -> dict[str, str]:
 def default_config() -> ConfigDict:
   """A config for `train.py` and `eval.py` with the defaults of its sections.
 
-  Keys without a default are absent: a config file assigns workdir, trainable, `model` and
-  `data.shards`. `generation` holds only what a file sets, since it overrides the checkpoint's.
+  Keys without a default are absent: a config file assigns workdir, trainable and `model`.
+  `generation` holds only what a file sets, since it overrides the checkpoint's.
   """
   config = ConfigDict()
   config.seed = 0
@@ -402,6 +392,8 @@ def default_config() -> ConfigDict:
     for field in dataclasses.fields(section_class):
       made = field.default_factory
       default = field.default if made is dataclasses.MISSING else made()
+      if isinstance(default, AugmentConfig):
+        default = ConfigDict(dataclasses.asdict(default))
       if default is None and field.type == float | None:
         default = placeholder(float)  # a flag needs the type
       if default is not dataclasses.MISSING and f"{name}.{field.name}" not in _DERIVED:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from mooer_jax import checkpoint
+from mooer_jax import checkpoint, hosts
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
+from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.utterances import BadDataError
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
@@ -33,6 +37,7 @@ class DecodingResults:
     skipped: utterances that could not be decoded.
     audio_s: length of the decoded audio, seconds.
     unfinished: keys of the hypotheses that were truncated at max_new_tokens.
+    num_truncated: number of clips that were truncated to eval.max_s.
   """
 
   hypotheses: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -41,22 +46,39 @@ class DecodingResults:
   skipped: list[SkippedUtterance] = dataclasses.field(default_factory=list)
   audio_s: float = 0.0
   unfinished: list[str] = dataclasses.field(default_factory=list)
+  num_truncated: int = 0
 
 
-def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded:
+def find_checkpoint(path: str | Path) -> Path:
+  """`checkpoint.find`, with the same result in all processes."""
+  return Path(hosts.on_first(lambda: str(checkpoint.find(path))))
+
+
+def load(
+  run: Run,
+  folder: Path,
+  base: str | None = None,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  **lora: Any,
+) -> Loaded:
   """Loads a checkpoint with the sections `compute`, `generation` and `mesh` of a config.
 
-  `lora` contains lora_scale or merge_lora of `load_model`.
+  Args:
+    run, folder: the config and the checkpoint.
+    base: base checkpoint path of a fine-tune, if it has moved.
+    mesh: default: of config.mesh and the devices of this process, which decodes by itself.
+    lora: lora_scale or merge_lora of `load_model`.
 
   Raises:
-    ValueError: for a mesh that does not fit the devices or the model; in one of several processes;
-      and as `load_model`.
+    ValueError: for a mesh that does not fit the devices or the model; and as `load_model`.
   """
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"{jax.process_count()} processes: this version decodes in one process, on all its devices"
-    )
-  mesh = make_mesh(**dataclasses.asdict(run.mesh))
+  try:
+    mesh = mesh or make_mesh(**dataclasses.asdict(run.mesh), devices=jax.local_devices())
+  except ValueError as error:
+    if jax.process_count() == 1:
+      raise
+    raise ValueError(f"each process decodes on its own devices: {error}") from error
   return load_model(
     folder,
     run.compute,
@@ -67,8 +89,13 @@ def load(run: Run, folder: Path, base: str | None = None, **lora: Any) -> Loaded
   )
 
 
-def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
+def batches_of(
+  run: Run, options: EvalConfig, loaded: Loaded, *, process: tuple[int, int] = (0, 1)
+) -> Batches:
   """The batches of a test set, in order, after a check of everything but the clips.
+
+  With several processes, `process` is the index of this one and their number, and selects its
+  share; by default, each has all batches.
 
   Raises:
     FileNotFoundError, ValueError: for a bad list or annotation, limits that exceed the model's, or
@@ -76,7 +103,8 @@ def batches_of(run: Run, options: EvalConfig, loaded: Loaded) -> Batches:
   """
   options.require_shards()
   model = loaded.model
-  return eval_batches(eval_data(run, options, model), loaded.tokenizer, model)
+  data = eval_data(run, options, model)
+  return eval_batches(data, loaded.tokenizer, model, process=process)
 
 
 def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConfig:
@@ -96,7 +124,10 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
   return dataclasses.replace(
     run.data,
     shards=options.shards,
+    mixture={},
     filter="",
+    augment=AugmentConfig(),
+    **NO_LABELS,  # eval.references names other texts
     batch_size=options.batch_size,
     shuffle_buffer_size=options.batch_size,
     min_s=0.0,  # clips without a speech token are skipped
@@ -114,10 +145,16 @@ def eval_data(run: Run, options: EvalConfig, model: SpeechLLMConfig) -> DataConf
 def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   """Creates and returns the folder of results: eval.out, or eval/NAME in the run's folder.
 
+  All processes must call it.
+
   Raises:
     ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run, or
       if eval.out holds packed data or a `text` that no evaluation wrote.
   """
+  return Path(hosts.on_first(lambda: str(_out_folder(options, folder, name))))
+
+
+def _out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   out = Path(options.out) if options.out else folder.parent / "eval" / name
   if not options.out and checkpoint.latest(folder.parent) is None:
     raise ValueError(
@@ -139,15 +176,58 @@ def decode_set(
 ) -> DecodingResults:
   """Decodes a test set in the order of its shards; prints the numbers of truncations.
 
+  Each process decodes its share of the utterances, and all return the results of all.
   `lora_scale` is for a model whose LoRA was not merged; options.lora_scale is not read.
   """
-  results = DecodingResults()
-  num_truncated = 0
-  made = batches_of(run, options, loaded)
-  hosts = iter(made)
+  share, places, entries = _decode_share(run, options, loaded, lora_scale)
+  if len(numbers := {*hosts.gather(entries)}) > 1:
+    raise ValueError(
+      f"the processes find {min(numbers)} to {max(numbers)} utterances in {options.shards}; make"
+      " the same files readable on all hosts"
+    )
+  parts = hosts.gather([dataclasses.asdict(share), places])
+  results = _join(parts)
+  if not any(places for _, places in parts):  # a single process raises it while it reads
+    first = results.skipped[0] if results.skipped else "it is empty"
+    raise BadDataError(f"{options.shards}: no usable utterance; the first: {first}")
+  if results.num_truncated:
+    hosts.say(f"{results.num_truncated} clips were truncated to eval.max_s (eval.truncate)")
+  if results.unfinished:
+    hosts.say(f"{len(results.unfinished)} texts were truncated at generation.max_new_tokens")
+  return results
+
+
+def _join(parts: Sequence[tuple[dict[str, Any], dict[str, Sequence[int]]]]) -> DecodingResults:
+  """The results of all processes, each with the places of its keys, in the order of the shards."""
+  places = {key: tuple(place) for _, of in parts for key, place in of.items()}
+
+  def in_order(name: str) -> dict[str, str]:
+    joined = {key: value for results, _ in parts for key, value in results[name].items()}
+    # The sort is stable: what was skipped comes last.
+    return dict(sorted(joined.items(), key=lambda item: places.get(item[0], (math.inf,))))
+
+  return DecodingResults(
+    **{name: in_order(name) for name in ("hypotheses", "transcripts", "tasks")},
+    skipped=[SkippedUtterance(**s) for results, _ in parts for s in results["skipped"]],
+    audio_s=sum(results["audio_s"] for results, _ in parts),
+    unfinished=sorted((k for r, _ in parts for k in r["unfinished"]), key=places.__getitem__),
+    num_truncated=sum(results["num_truncated"] for results, _ in parts),
+  )
+
+
+def _decode_share(
+  run: Run, options: EvalConfig, loaded: Loaded, lora_scale: float | None
+) -> tuple[DecodingResults, dict[str, tuple[int, int]], int]:
+  """Results of this process, places of its keys in the order of the shards, and entries read."""
+  results, places, entries = DecodingResults(), dict[str, tuple[int, int]](), 0
+  process = jax.process_index(), jax.process_count()
+  made = batches_of(run, options, loaded, process=process)
+  iterator = iter(made)
   # Without its batch, which would stay in memory as long as the result waits.
-  batches = ((dataclasses.replace(host, batch=None), host.batch) for host in hosts)
+  batches = ((dataclasses.replace(host, batch=None), host.batch) for host in iterator)
   key = jax.random.key(run.seed)
+  if process[1] > 1:
+    key = jax.random.fold_in(key, process[0])
   outputs = decode_batches(
     loaded.params,
     batches,
@@ -158,11 +238,13 @@ def decode_set(
     lora_scale=lora_scale,
     mesh=loaded.mesh,
   )
-  progress = Progress(console=Console(stderr=True))
-  with contextlib.closing(hosts), contextlib.closing(outputs), progress:
+  progress = Progress(console=Console(stderr=True), disable=not hosts.is_first())
+  with contextlib.closing(iterator), contextlib.closing(outputs), progress:
     bar = progress.add_task("decoding", total=None)
     for host, output in outputs:
       skipped = list(host.skipped)
+      places |= dict(zip(host.keys, host.places))
+      entries = host.entries
       results.transcripts |= dict(zip(host.keys, host.texts))
       results.transcripts |= {s.key: s.text for s in skipped if s.text}
       if not options.task:
@@ -178,11 +260,7 @@ def decode_set(
           results.unfinished.append(key)
       results.skipped += skipped
       results.audio_s += host.audio_s
-      num_truncated += host.num_truncated
+      results.num_truncated += host.num_truncated
       done = len(results.hypotheses)
       progress.update(bar, completed=done, description=f"decoded {done} utterances")
-  if num_truncated:
-    print(f"{num_truncated} clips were truncated to eval.max_s (eval.truncate)")
-  if results.unfinished:
-    print(f"{len(results.unfinished)} texts were truncated at generation.max_new_tokens")
-  return results
+  return results, places, entries

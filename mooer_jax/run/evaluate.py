@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mooer_jax import checkpoint
+from mooer_jax import hosts
 from mooer_jax.data.readers.annotation import is_annotation
 from mooer_jax.evaluation import answer_matching, report
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
@@ -16,7 +16,7 @@ from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.evaluation.translation import Bleu, bleu_of_task
 from mooer_jax.prompts import split_answer
 from mooer_jax.run.config import EvalConfig, Run
-from mooer_jax.run.decoding import decode_set, load, out_folder
+from mooer_jax.run.decoding import decode_set, find_checkpoint, load, out_folder
 from mooer_jax.run.process import prepare_process
 
 _SHORT = {"mixed": "MooER", "character": "CER", "word": "WER"}
@@ -26,6 +26,8 @@ def evaluate(
   run: Run, path: str, *, base: str | None = None
 ) -> tuple[dict[str, Score], Bleu | None]:
   """Runs `eval.py`: writes `text`, report.json, report.txt.
+
+  Each process decodes its share of the test set, and the first one writes.
 
   Args:
     run: the config; its `generation` overrides the options of the checkpoint.
@@ -41,7 +43,7 @@ def evaluate(
   """
   prepare_process()
   options = run.eval
-  folder = checkpoint.find(path)
+  folder = find_checkpoint(path)
   options.require_shards()
   shards = Path(options.shards).absolute()
   folder_name = shards.name if shards.is_dir() else shards.parent.name
@@ -57,7 +59,8 @@ def evaluate(
       f"none of {len(decoded.skipped)} utterances could be decoded; the first,"
       f" {first.key}: {first.cause} {first.detail}"
     )
-  write_text(out / "text", decoded.hypotheses)
+  if hosts.is_first():
+    write_text(out / "text", decoded.hypotheses)
 
   hypotheses = decoded.hypotheses
   references = decoded.transcripts if references is None else references
@@ -78,6 +81,8 @@ def evaluate(
     "not_decoded": [f"{s.key}: {s.cause}" for s in decoded.skipped],
     **({"bleu": dataclasses.asdict(translated)} if translated else {}),
   }
+  if not hosts.is_first():
+    return scores, translated
   report.write_report(out, scores[options.metric], name=options.shards, details=details)
   console = Console()
   (out / "tasks.json").unlink(missing_ok=True)  # of an earlier evaluation
@@ -117,5 +122,5 @@ def _given_references(options: EvalConfig, out: Path) -> dict[str, str] | None:
       f"{given} holds the references and would be overwritten by the hypotheses: set eval.out to"
       " another folder"
     )
-  print(f"references: {given}")
+  hosts.say(f"references: {given}")
   return read_text(given)

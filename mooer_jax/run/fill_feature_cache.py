@@ -1,5 +1,6 @@
 """Encoder frames of all clips, computed once before training."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,21 +12,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 
-from mooer_jax import speech_llm, tree
+from mooer_jax import hosts, speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig, to_json
 from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
-from mooer_jax.data.filters import Filter
-from mooer_jax.data.readers import annotation, read, shard_names
+from mooer_jax.data.readers import audio_files, read, shard_names
 from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.sources import list_sources
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
-from mooer_jax.sharding import batch_sharding
+from mooer_jax.sharding import batch_sharding, make_mesh
 from mooer_jax.speech_llm import Batch
 
 # Raise it when the same weights and audio give other frames, so that old caches are not used.
@@ -33,11 +35,12 @@ FRAMES_VERSION = 2
 
 
 def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
-  """Runs the encoders on `mesh` over all clips of the data set that are not in the cache.
+  """Runs the encoders over all clips of the data set that are not in the cache.
 
   A cache belongs to the encoders and their weights; other weights fill another folder. A clip is
   encoded once, for all prompts and keys, and again if its audio changes. An interrupted pass
-  resumes.
+  resumes. With several processes, each encodes its share of the shards on its own devices, and
+  writes a part of the cache.
 
   Raises:
     ValueError: if an encoder is trained, or there is no init_from.
@@ -50,20 +53,38 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
     )
   if run.init_from is None:
     raise ValueError("data.cache_features needs the trained encoders of init_from")
-  params = {part: params.get(part, {}) for part in ("frontend", "encoders")}
+  params = hosts.whole({part: params.get(part, {}) for part in ("frontend", "encoders")})
+  number, processes = jax.process_index(), jax.process_count()
+  rows = run.data.batch_size
+  if processes > 1:
+    mesh = make_mesh(devices=jax.local_devices())
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    rows = -(-rows // (processes * mesh.size)) * mesh.size
+  data = dataclasses.replace(run.data, batch_size=rows, shuffle_buffer_size=rows)
   widths = {encoder.kind: encoder.hidden_size for encoder in run.model.encoders}
-  folder, name = Path(run.data.cache_features) / _stamp(run, params), dataset_name(run.data)
+  folder = Path(run.data.cache_features) / _stamp(run, params)
+  name = hosts.on_first(lambda: dataset_name(run.data))
+  if not hosts.on_first(lambda: EncodedCache(folder, widths).complete(name)):
+    with lock_folder(own := folder / f"process{number}" if number else folder):
+      known = EncodedCache(folder, widths).known
+      run_of_process = dataclasses.replace(run, data=data)
+      skipped = _fill(EncodedCache(own, widths), run_of_process, params, mesh=mesh, known=known)
+      causes = sum((Counter(counts) for counts in hosts.gather(skipped)), Counter())
+      if causes:
+        said = ", ".join(f"{cause}: {n}" for cause, n in causes.most_common())
+        hosts.say(f"not encoded: {said}; training lists them in skipped.jsonl")
+      hosts.on_first(lambda: EncodedCache(folder, widths).mark_complete(name))
   cache = EncodedCache(folder, widths)
-  if cache.complete(name):
-    return cache
-  with lock_folder(folder):
-    cache = EncodedCache(folder, widths)  # another process may have written since
-    _fill(cache, run, params, mesh=mesh)
-    cache.mark_complete(name)
+  if len(numbers := {*hosts.gather(len(cache.known))}) > 1:
+    raise ValueError(
+      f"the processes see {min(numbers)} to {max(numbers)} clips in {folder}; run the command again"
+      " when the file system shows the same files to all hosts"
+    )
   return cache
 
 
-def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
+def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh, known: set[str]) -> Counter[str]:
+  """Adds the share of this process; returns the numbers of skipped clips by cause."""
   model = run.model
 
   @jax.jit
@@ -72,12 +93,13 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
       return speech_llm.encode_each(params, batch, model)
 
   skipped: Counter[str] = Counter()
-  misses = cache_misses(run.data, model, known={*cache.clips}, skipped=skipped)
+  process = jax.process_index(), jax.process_count()
+  misses = cache_misses(run.data, model, known=known, skipped=skipped, process=process)
   started = (
     (digests, seconds, encode(params, jax.device_put(batch, batch_sharding(mesh))))
     for batch, digests, seconds in misses
   )
-  with Progress(console=Console(stderr=True)) as progress:
+  with Progress(console=Console(stderr=True), disable=not hosts.is_first()) as progress:
     bar = progress.add_task("encoding", total=None)
     current = next(started, None)
     while current:
@@ -92,9 +114,7 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh) -> None:
       progress.update(
         bar, completed=len(cache.clips), description=f"encoded {len(cache.clips)} clips"
       )
-  if skipped:
-    causes = ", ".join(f"{cause}: {n}" for cause, n in skipped.most_common())
-    print(f"not encoded: {causes}; training lists them in skipped.jsonl")
+  return skipped
 
 
 def _stamp(run: Run, params: dict) -> str:
@@ -115,9 +135,16 @@ def _stamp(run: Run, params: dict) -> str:
 
 
 def cache_misses(
-  config: DataConfig, model: SpeechLLMConfig, *, known: set[str], skipped: Counter[str]
+  config: DataConfig,
+  model: SpeechLLMConfig,
+  *,
+  known: set[str],
+  skipped: Counter[str],
+  process: tuple[int, int] = (0, 1),
 ) -> Generator[tuple[Batch, tuple[str, ...], tuple[float, ...]]]:
   """One pass over the clips within the limits of length that a cache lacks, each of them once.
+
+  The data sets of a mixture are read one after another, whatever their weights.
 
   Clips that cannot be decoded are counted only; training skips them again and reports the keys.
 
@@ -125,6 +152,7 @@ def cache_misses(
     config, model: shards, batch size, buckets and limits of length; the features.
     known: digests of the cached clips; those that are read are added.
     skipped: numbers of skipped clips by cause, which are added to.
+    process: index of this process and their number, which share the shards.
 
   Yields:
     (batch without prompts and labels, digests and lengths in seconds of the clips in its rows).
@@ -133,9 +161,14 @@ def cache_misses(
     FileNotFoundError, ValueError: for a bad list, or buckets too short.
   """
 
+  def entries():
+    for source in list_sources(config):
+      for shard in shard_names(source.shards)[index::processes]:
+        yield from map(source.filter.select, read(shard))
+
   def misses():
-    for entry in itertools.chain.from_iterable(map(read, shard_names(config.shards))):
-      if (raw := wanted.select(entry)) is None:
+    for raw in entries():
+      if raw is None:
         continue
       if isinstance(raw, SkippedUtterance):
         skipped[raw.cause] += 1
@@ -147,7 +180,7 @@ def cache_misses(
         known.add(name)
         yield name, *found
 
-  wanted = Filter(config.filter)
+  index, processes = process
   pad, found = input_padding(config, model), misses()
   none_BS = np.zeros((config.batch_size, 0), np.int32)
   while some := list(itertools.islice(found, config.batch_size)):
@@ -158,13 +191,13 @@ def cache_misses(
 
 def dataset_name(config: DataConfig) -> str:
   """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
-  annotated = annotation.is_annotation(config.shards)
-  files = []
-  for path in annotation.audio_files(config.shards) if annotated else shard_names(config.shards):
+  sources, files = list_sources(config), []
+  for path in itertools.chain.from_iterable(audio_files(source.shards) for source in sources):
     try:
       found = os.stat(path)
       files.append(f"{path} {found.st_size} {found.st_mtime_ns}")
     except FileNotFoundError:
       files.append(f"{path} absent")
   crc = zlib.crc32("\n".join(files).encode())
-  return f"{crc:08x} {config.min_s} {config.max_s} {config.filter}".strip()
+  filters = " | ".join(source.filter.text for source in sources)
+  return f"{crc:08x} {config.min_s} {config.max_s} {filters}".strip()

@@ -9,18 +9,23 @@ Source: SALMONN (Tang et al., 2023), section 5.4 and figure 4.
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mooer_jax import checkpoint, speech_llm
+from mooer_jax import checkpoint, hosts, speech_llm
 from mooer_jax.config import SpeechLLMConfig
+from mooer_jax.data.batches import HostBatch, lengths_of
+from mooer_jax.data.dataset import Batches
 from mooer_jax.evaluation.perplexity import (
   NONE,
   Perplexity,
@@ -32,9 +37,9 @@ from mooer_jax.evaluation.perplexity import (
 from mooer_jax.generation.loading import Loaded
 from mooer_jax.prompts import SPEECH, TEMPLATES, fill_template, task_prompt
 from mooer_jax.run.config import EvalConfig, Run
-from mooer_jax.run.decoding import batches_of, load, out_folder
+from mooer_jax.run.decoding import batches_of, find_checkpoint, load, out_folder
 from mooer_jax.run.process import prepare_process
-from mooer_jax.sharding import batch_sharding, row_parts
+from mooer_jax.sharding import batch_sharding, make_mesh, row_parts
 from mooer_jax.speech_llm import pad_rows
 from mooer_jax.text.tokenizer import Tokenizer
 
@@ -61,22 +66,29 @@ def perplexity(
   prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
-  out = out_folder(options, checkpoint.find(paths[0]), "perplexity")
+  out = out_folder(options, find_checkpoint(paths[0]), "perplexity")
   rows: list[Perplexity] = []
-  found = [step for path in paths for step in _steps(path, base)]
-  steps = list({folder.resolve(): (step, folder) for step, folder in reversed(found)}.values())
+  found = hosts.on_first(
+    lambda: [(step, str(folder)) for path in paths for step, folder in _steps(path, base)]
+  )
+  by_folder = {Path(folder).resolve(): (step, Path(folder)) for step, folder in reversed(found)}
+  steps = list(by_folder.values())
   for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
-    loaded = load(run, folder, base if checkpoint.has_base(folder) else None, merge_lora=False)
+    mesh = make_mesh(**dataclasses.asdict(run.mesh))
+    its_base = base if checkpoint.has_base(folder) else None
+    loaded = load(run, folder, its_base, mesh=mesh, merge_lora=False)
     _check(instructions, loaded.model)
     able = scales if loaded.model.decoder.lora_scale else ()
     measure = functools.partial(_measure, run, options, loaded, folder=folder, step=step)
     for instruction in (NONE, *instructions):
       new, left_out = measure(instruction=instruction, scales=able)
       rows += new
-      print(left_out, end="")
-      write(out / "perplexity.json", rows)
-  Console().print(perplexity_table(rows))
-  print(draw_perplexities(rows, out / "perplexity.png"))
+      if hosts.is_first():
+        print(left_out, end="")
+        write(out / "perplexity.json", rows)
+  if hosts.is_first():
+    Console().print(perplexity_table(rows))
+    print(draw_perplexities(rows, out / "perplexity.png"))
   return rows
 
 
@@ -94,8 +106,12 @@ class PerplexityEvaluator:
     shards, batch_size = run.perplexity.shards, run.perplexity.batch_size
     self._options = EvalConfig(shards, task="", batch_size=batch_size, truncate=run.data.truncate)
     self._file = run.workdir / "perplexity.json"
-    rows = read_perplexities(self._file) if first and self._file.is_file() else []
-    self._rows = [row for row in rows if row.step <= first]
+
+    def earlier() -> list[dict[str, Any]]:
+      rows = read_perplexities(self._file) if first and self._file.is_file() else []
+      return [dataclasses.asdict(row) for row in rows if row.step <= first]
+
+    self._rows = [Perplexity(**row) for row in hosts.on_first(earlier)]
     measured = {row.instruction for row in self._rows}
     if measured and measured != {NONE, *run.perplexity.instructions}:
       raise ValueError(
@@ -118,12 +134,13 @@ class PerplexityEvaluator:
     for instruction in (NONE, *self._run.perplexity.instructions):
       new, left_out = measure(instruction=instruction, step=step)
       rows += new
-      if not self._reported:
+      if not self._reported and hosts.is_first():
         print(left_out, end="")
     self._reported = True
     self._rows += rows
-    write(self._file, self._rows)
-    draw_perplexities(self._rows, self._file.with_suffix(".png"))
+    if hosts.is_first():
+      write(self._file, self._rows)
+      draw_perplexities(self._rows, self._file.with_suffix(".png"))
     scalars = {f"perplexity/{r.instruction.strip('()')}/{r.task}": r.perplexity for r in rows}
     values: dict[str, list[str]] = {}
     for row in rows:
@@ -191,13 +208,13 @@ def _measure(
   sharding = batch_sharding(loaded.mesh)
   left_out: Counter[str] = Counter()
   num_truncated = 0
-  for host in batches_of(run, options, loaded._replace(model=model)):
+  for host in _alike(batches_of(run, options, loaded._replace(model=model))):
     left_out.update(skip.cause for skip in host.skipped)
     num_truncated += host.num_truncated
     for row_S, text in zip(host.batch.labels_BS, host.texts, strict=False):  # the rest is padding
       if row_S[0] < 0:
         left_out["no answer that fits data.answer_buckets" if text else "empty text"] += 1
-    batch = jax.device_put(pad_rows(host.batch, row_parts(loaded.mesh)), sharding)
+    batch = hosts.from_all(pad_rows(host.batch, row_parts(loaded.mesh)), sharding)
     for scale in scales:
       sums = _task_sums(loaded.params, batch, scale, model=program, sharding=sharding)
       totals[scale] += jax.device_get(sums)
@@ -218,9 +235,29 @@ def _measure(
   return rows, f"instruction {instruction}: {', '.join(notes)}\n" if notes else ""
 
 
+def _alike(batches: Batches) -> Iterator[HostBatch]:
+  """The batches, which all processes must read alike, as they compute together.
+
+  Raises:
+    ValueError: if they differ, as when one of them cannot read a shard.
+  """
+  for host in itertools.chain(batches, [None]):
+    about = repr(host and (host.keys, lengths_of(host.batch)))
+    found = hosts.gather(hashlib.blake2b(about.encode(), digest_size=16).hexdigest())
+    if differing := [n for n, of_process in enumerate(found) if of_process != found[0]]:
+      raise ValueError(
+        f"processes 0 and {differing[0]} read other utterances from the same shards; make the same"
+        " files readable on all hosts"
+      )
+    if host is not None:
+      yield host
+
+
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
 def _task_sums(params, batch, scale, *, model: SpeechLLMConfig, sharding):
-  return speech_llm.loss(params, batch, model, lora_scale=scale, rows=sharding)[1]["task_sums"]
+  sums = speech_llm.loss(params, batch, model, lora_scale=scale, rows=sharding)[1]["task_sums"]
+  everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.lax.with_sharding_constraint(sums, everywhere)
 
 
 def bare_prompt(model: SpeechLLMConfig) -> str:

@@ -27,7 +27,7 @@ def run_program(
   needs: Sequence[str] = (),
   doc: str | None = None,
 ) -> None:
-  """Parses absl flags, runs a program and exits.
+  """Parses absl flags, connects the processes, runs a program and exits.
 
   Errors of the user or the system are one line on stderr and status 2 (130 on Ctrl-C); other
   exceptions keep their traceback.
@@ -41,6 +41,11 @@ def run_program(
   if doc:
     sys.modules["__main__"].__doc__ = doc
   flags.mark_flags_as_required(needs)
+  flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, if a launcher does not connect the processes"
+  )
+  flags.DEFINE_integer("num_processes", None, "number of processes, with --coordinator")
+  flags.DEFINE_integer("process_id", None, "id of this process from 0, with --coordinator")
 
   def main(arguments):
     program, *unexpected = arguments
@@ -49,7 +54,9 @@ def run_program(
         f"{program}: unexpected argument {unexpected[0]!r}; config keys are set with"
         " --config.key=value, and values with spaces need quotes"
       )
+    given = flags.FLAGS
     try:
+      hosts.initialize(given.coordinator, given.num_processes, given.process_id)
       work()
     except KeyboardInterrupt:
       _end(f"{program}: interrupted", 130)
@@ -70,6 +77,7 @@ def _parse_flags(argv: list[str], *, module: str) -> list[str]:
   """Parses as absl does, but errors are one line; --help shows the flags that `module` defines."""
   if {"--help", "-h"} & {*argv}:  # absl's lists no flag of a program that a function defines
     print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.module_help(module)}\n")
+    print(f"{flags.FLAGS.module_help(__name__)}\n")
     print("--helpfull lists the flags of other packages too; docs/training.md has the config keys")
     sys.exit()
   argv = [_with_new_name(_with_config_file(text, argv[0])) for text in argv]

@@ -13,6 +13,7 @@ import jax
 
 from mooer_jax import checkpoint, hosts, tree
 from mooer_jax.config import to_json
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.batches import HostBatch, lengths_of, widen
 from mooer_jax.data.dataset import Batches, merge_states, train_batches
 from mooer_jax.data.readers.entries import SkippedUtterance
@@ -135,7 +136,11 @@ def _load(
     dataset = train_batches(run.data, tokenizer, run.model, cache=cache, process=process)
   if run.train.cmvn and not resumed:
     try:
-      params["frontend"] = measure_cmvn(run, dataset, params["frontend"])
+      measured = dataset
+      if run.data.augment != AugmentConfig():
+        plain = dataclasses.replace(run.data, augment=AugmentConfig())
+        measured = train_batches(plain, tokenizer, run.model, process=process)
+      params["frontend"] = measure_cmvn(run, measured, params["frontend"])
     except BadDataError as error:
       SkippedLog(run.workdir, first=0).add(1, error.skipped)
       raise

@@ -28,6 +28,7 @@ class Clip:
 
   Attributes:
     name, path: its name in errors; its path, None for an array or bytes.
+    adapter: name of the LoRA that it is decoded with; None is the checkpoint's own weights.
     parts: result of each chunk; an empty text until `fill`.
     chunks: float32 [samples] of each chunk, None once taken.
     loud: the chunks that are not silent; the others keep their empty text.
@@ -38,6 +39,7 @@ class Clip:
   name: str
   path: str | None
   task: str
+  adapter: str | None = None
   parts: list[Transcript] = dataclasses.field(default_factory=list)
   chunks: list[Any] = dataclasses.field(default_factory=list)
   loud: list[int] = dataclasses.field(default_factory=list)
@@ -64,7 +66,7 @@ class Clip:
 
 
 def read_windows(
-  audio: Iterable[str | os.PathLike | bytes | np.ndarray],
+  audio: Iterable[tuple[str | os.PathLike | bytes | np.ndarray, str | None]],
   config: SpeechLLMConfig,
   *,
   size: int,
@@ -75,7 +77,8 @@ def read_windows(
   """Reads clips, `size` at a time, and splits long ones.
 
   Args:
-    audio: paths, bytes of audio files, or float arrays [samples] in [-1, 1] at the model's rate.
+    audio: (clip, name of its adapter) pairs; clips are paths, bytes of audio files, or float arrays
+      [samples] in [-1, 1] at the model's rate.
     config: the model, whose limits the clips must fit.
     task: task of the transcripts.
     chunk_length_s: longest chunk, in seconds; longer clips are split at pauses. None: they are
@@ -90,7 +93,7 @@ def read_windows(
   sources, failure = iter(audio), None
   for index in itertools.count():
     try:
-      source = next(sources)
+      source, adapter = next(sources)
     except StopIteration:
       break
     except Exception as error:  # raised after the clips before it
@@ -98,7 +101,8 @@ def read_windows(
       break
     if stop is not None and stop.is_set():
       return
-    window.append(_clip(source, index, config, task, lengths))
+    clip = _clip(source, index, config, task, lengths)
+    window.append(dataclasses.replace(clip, adapter=adapter))
     if len(window) == size:
       yield window
       window = []
@@ -122,7 +126,7 @@ def _clip(source: Any, index: int, config: SpeechLLMConfig, task: str, lengths) 
     dataclasses.replace(empty, seconds=len(chunk_N) / config.sample_rate_hz) for chunk_N in chunks
   ]
   loud = [n for n, chunk_N in enumerate(chunks) if np.abs(chunk_N).max() >= SILENCE]
-  return Clip(name, path, task, parts, chunks, loud, missing=len(loud))
+  return Clip(name, path, task, parts=parts, chunks=chunks, loud=loud, missing=len(loud))
 
 
 def chunk_lengths(chunk_length_s: float | None, config: SpeechLLMConfig) -> tuple[int, int] | None:

@@ -3,43 +3,44 @@
 import collections
 import contextlib
 import dataclasses
-import io
 import numbers
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from mooer_jax.config import SpeechLLMConfig, build
+from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.generation import GenerationConfig, compile_batch, decode_batches
+from mooer_jax.generation.adapters import Adapters
 from mooer_jax.generation.loading import load_model
 from mooer_jax.inputs import encoder_inputs, extract_features, padded_lengths
 from mooer_jax.nn.compute import ExecutionConfig, Features
-from mooer_jax.prompts import (
-  check_prompt_suffix,
-  check_question,
-  encode_prompt,
-  fill_template,
-  split_answer,
-  task_prompt,
-)
+from mooer_jax.prompts import split_answer
 from mooer_jax.sharding import mesh_of
 from mooer_jax.speech_llm import Batch, prompt_slots, shortest_s
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.transcribe.clips import Clip, chunk_lengths, raise_first, read_windows
+from mooer_jax.transcribe.clips import Clip, raise_first, read_windows
+from mooer_jax.transcribe.settings import (
+  Settings,
+  check_audio,
+  check_batch_size,
+  check_types,
+  decoding_options,
+  make_settings,
+  prompt_sides,
+  with_adapters,
+)
 from mooer_jax.transcribe.transcript import Transcript
 
 # Each length is compiled once; padding wastes at most 41 % of the encoder's work.
 _BUCKET_GROWTH = 2**0.5
 _SMALLEST_BUCKET = 32
-_WINDOW = 8  # batches whose clips are read and sorted by length together
-FREE = "prompt"  # the task in results for which only a prompt is given
 
 
 class Transcriber:
@@ -56,9 +57,11 @@ class Transcriber:
     config: SpeechLLMConfig,
     tokenizer: Tokenizer,
     options: GenerationConfig = GenerationConfig(),
+    adapters: Adapters | None = None,
   ):
     """Takes per-layer params, on one device or a mesh; most users call `from_checkpoint`."""
     self.params = params
+    self.adapters = adapters
     self.mesh = mesh_of(params)
     self.config = config.with_compute(scan=False)
     self.tokenizer = tokenizer
@@ -80,6 +83,7 @@ class Transcriber:
     base_checkpoint: str | Path | None = None,
     quantization: Literal["none", "int8"] = "none",
     features: Features = "host",
+    adapters: Mapping[str, str | Path] | None = None,
     mesh: jax.sharding.Mesh | None = None,
   ) -> "Transcriber":
     """Loads a checkpoint folder, or the newest checkpoint of a training workdir.
@@ -89,13 +93,20 @@ class Transcriber:
       dtype: "float32" or "bfloat16"; default: float32 on CPU, bfloat16 on accelerators.
       quantization: "int8" rounds the matrices of the LLM to 8 bits: half the memory of bfloat16.
       features: where features are computed: "host" (NumPy) or "device" (the compiled program).
+      adapters: {name: folder} of fine-tunes of this checkpoint that trained a LoRA alone; `adapter`
+        of `transcribe` chooses among them. To use one alone, pass its folder as `path`: merged, it
+        decodes faster.
       mesh: devices that share the model and the clips of a batch, from
         `mooer_jax.make_mesh(data=1, tensor=4)`; default: one device.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = ExecutionConfig(dtype=dtype, quantization=quantization, features=features)
-    loaded = load_model(path, compute, base_checkpoint=base_checkpoint, mesh=mesh)
-    return cls(loaded.params, loaded.model, loaded.tokenizer, loaded.generation)
+    loaded = load_model(
+      path, compute, base_checkpoint=base_checkpoint, adapters=adapters, mesh=mesh
+    )
+    return cls(
+      loaded.params, loaded.model, loaded.tokenizer, loaded.generation, adapters=loaded.adapters
+    )
 
   def transcribe(
     self,
@@ -105,6 +116,7 @@ class Transcriber:
     prompt: str | None = None,
     question: str | None = None,
     chat_template: str | None = None,
+    adapter: str | Iterable[str | None] | None = None,
     chunk_length_s: float | None = None,
     batch_size: int = 8,
     seed: int | None = None,
@@ -122,6 +134,8 @@ class Transcriber:
         is split into transcript and translation.
       question: text that replaces `{}` in the prompt; required if the prompt has it, and only then.
       chat_template: a name in prompts.TEMPLATES instead of the model's.
+      adapter: a name in `adapters` of `from_checkpoint` for all clips, or a list of one per clip;
+        None is the checkpoint without an adapter.
       chunk_length_s: split longer clips at pauses into chunks of at most this many seconds; each
         chunk gets the same prompt, and the texts are joined. Silent chunks are skipped. Default: a
         clip longer than the model's limit is an error.
@@ -137,12 +151,13 @@ class Transcriber:
       ValueError: for a clip that cannot be used, by name, or for which the model's scores are not
         finite; for an unknown task or template; for a prompt that does not have exactly one place
         for the speech, or ends with it; for a question that is missing, empty or not asked for; for
-        an argument of a wrong type, out of range or without effect.
+        an unknown adapter, or another number of them than clips; for an argument of a wrong type,
+        out of range or without effect.
     """
-    _check_audio(audio)
+    check_audio(audio)
     if errors not in ("raise", "return"):
       raise ValueError(f"errors={errors!r}: must be 'raise' or 'return'")
-    audio = list(audio)
+    clips = list(with_adapters(audio, adapter, self.adapters))
     settings = self._settings(
       task=task,
       prompt=prompt,
@@ -154,7 +169,7 @@ class Transcriber:
       **generation,
     )
     stop = threading.Event()
-    windows: Iterable = read_windows(audio, self.config, stop=stop, **settings.reading_options)
+    windows: Iterable = read_windows(clips, self.config, stop=stop, **settings.reading_options)
     if errors == "raise":
       windows = [*windows]
       raise_first([clip.failure for window in windows for clip in window])
@@ -172,6 +187,7 @@ class Transcriber:
     self,
     audio: Iterable[str | os.PathLike | bytes | np.ndarray],
     *,
+    adapter: str | Iterable[str | None] | None = None,
     on_chunk: Callable[[Transcript], object] = lambda chunk: None,
     **options: Any,
   ) -> Generator[Transcript]:
@@ -183,21 +199,24 @@ class Transcriber:
 
     Args:
       audio: as in `transcribe`; may be endless. Its exceptions are raised after the clips before.
+      adapter: as in `transcribe`; names for endless audio come from an iterator of their own.
       on_chunk: called with the result of each chunk, in the order in which they are decoded.
       options: the other arguments of `transcribe`, but for `errors` and `progress`.
 
     Raises:
-      ValueError: for arguments as in `transcribe`, before anything is read.
+      ValueError: for arguments as in `transcribe`, before anything is read; for names of adapters
+        that do not come from a list, after the clips before.
     """
-    _check_audio(audio)
+    check_audio(audio)
     for name in {"errors", "progress"} & options.keys():
       raise TypeError(
         f"stream() has no argument {name!r}: failed clips give results with an error, and on_chunk"
         " reports progress"
       )
     settings = self._settings(**options)
+    clips = with_adapters(audio, adapter, self.adapters)
     stop = threading.Event()
-    windows = read_windows(audio, self.config, stop=stop, **settings.reading_options)
+    windows = read_windows(clips, self.config, stop=stop, **settings.reading_options)
     return self._stream(windows, settings, stop=stop, on_chunk=on_chunk, live=True)
 
   def warmup(
@@ -227,10 +246,11 @@ class Transcriber:
     Raises:
       ValueError: for arguments as in `transcribe`; for a max_audio_s out of range.
     """
-    _check_types(numbers.Real, "a number", max_audio_s=max_audio_s)
-    _check_batch_size(batch_size)
-    _, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
-    options = self._options(generation)
+    check_types(numbers.Real, "a number", max_audio_s=max_audio_s)
+    check_batch_size(batch_size)
+    texts = dict(task=task, prompt=prompt, question=question, chat_template=chat_template)
+    _, sides = prompt_sides(self.config, self.tokenizer, **texts)
+    options = decoding_options(self.options, generation)
     options.check_effect(generation)
     shortest, longest = shortest_s(self.config), self.config.max_audio_s
     seconds = longest if max_audio_s is None else max_audio_s
@@ -262,68 +282,21 @@ class Transcriber:
         options,
         rows=(len(clips), batch_size),  # alone, or as the last of several batches
         prompt_slots=self._prompt_slots(sides),
+        lora_scale=self._lora_scale([None] * batch.frames[0].shape[0]),
         mesh=self.mesh,
       )
 
-  def _options(self, generation: Mapping[str, Any]) -> GenerationConfig:
-    """The checkpoint's options, overridden; raises ValueError for those that have no effect."""
-    options = build(
-      GenerationConfig, {**dataclasses.asdict(self.options), **generation}, "generation"
-    )
-    if options.num_return_sequences > 1:
-      raise ValueError(
-        f"generation.num_return_sequences={options.num_return_sequences}: transcribe returns"
-        " one result per clip; call mooer_jax.generate for more"
-      )
-    if generation.get("return_hidden"):
-      raise ValueError("return_hidden=True has no effect on transcribe; call mooer_jax.generate")
-    return options
+  def _settings(self, **arguments: Any) -> Settings:
+    return make_settings(self.config, self.tokenizer, self.options, **arguments)
 
-  def _encode_prompt(
-    self, task: str | None, prompt: str | None, *, question: str | None, template: str | None
-  ) -> tuple[str, tuple[list[int], list[int]]]:
-    """(task, tokens before and after the speech); arguments as in `transcribe`."""
-    texts = dict(task=task, prompt=prompt, question=question, chat_template=template)
-    _check_types(str, "a str", **texts)
-    prompts = dict(self.config.prompts)
-    if task is None:
-      own = next(iter(prompts)) if len(prompts) == 1 else "asr"
-      task = own if prompt is None else FREE
-    prompt = task_prompt(task, prompts) if prompt is None else prompt
-    check_question(prompt, question, task)
-    template = self.config.chat_template if template is None else template
-    sides = encode_prompt(self.tokenizer, fill_template(template, prompt, question or ""))
-    check_prompt_suffix(len(sides[1]), prompt, template)
-    return task, sides
-
-  def _settings(
-    self,
-    *,
-    task: str | None = None,
-    prompt: str | None = None,
-    question: str | None = None,
-    chat_template: str | None = None,
-    chunk_length_s: float | None = None,
-    batch_size: int = 8,
-    seed: int | None = None,
-    **generation: Any,
-  ) -> "_Settings":
-    """The arguments of `transcribe`, checked."""
-    _check_types(numbers.Real, "a number", chunk_length_s=chunk_length_s)
-    _check_types(numbers.Integral, "an int", seed=seed)
-    _check_batch_size(batch_size)
-    task, sides = self._encode_prompt(task, prompt, question=question, template=chat_template)
-    options = self._options(generation)
-    if seed is not None and not 0 <= seed < 2**32:
-      raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
-    options.check_effect([*generation, *([] if seed is None else ["seed"])])
-    chunk_lengths(chunk_length_s, self.config)
-    return _Settings(task, sides, options, batch_size, chunk_length_s, seed or 0)
+  def _lora_scale(self, names: Sequence[str | None]) -> np.ndarray | None:
+    """The scale of the adapter of each row."""
+    return None if self.adapters is None else self.adapters.scale(names)
 
   def _stream(
     self,
     windows: Iterable[list[Clip]],
-    settings: "_Settings",
+    settings: Settings,
     *,
     stop: threading.Event,
     on_chunk: Callable[[Transcript], object],
@@ -344,6 +317,11 @@ class Transcriber:
           features = [extract_features(clip.take(n), self.config) for clip, n in group]
           yield group, self._batch(features, settings.sides, settings.batch_size)
 
+    def lora_scale(group):
+      rows = _padded_rows(len(group), settings.batch_size)
+      names = [clip.adapter for clip, _ in group]
+      return self._lora_scale([*names, *[None] * (rows - len(names))])
+
     outputs = decode_batches(
       self.params,
       batches(),
@@ -351,6 +329,7 @@ class Transcriber:
       settings.options,
       key=jax.random.key(settings.seed),
       prompt_slots=self._prompt_slots(settings.sides),
+      lora_scale=lora_scale,
       mesh=self.mesh,
       live=live,
       stop=stop,
@@ -387,30 +366,6 @@ class Transcriber:
     return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
 
 
-class _Settings(NamedTuple):
-  """Arguments of `transcribe`: `sides` are the tokens of the prompt before and after the speech."""
-
-  task: str
-  sides: tuple[list[int], list[int]]
-  options: GenerationConfig
-  batch_size: int
-  chunk_length_s: float | None
-  seed: int
-
-  @property
-  def reading_options(self) -> dict[str, Any]:
-    """Arguments of `read_windows`."""
-    # Of long recordings, a window is only a batch.
-    size = self.batch_size * (_WINDOW if self.chunk_length_s is None else 1)
-    return {"size": size, "task": self.task, "chunk_length_s": self.chunk_length_s}
-
-
-def _check_audio(audio: Any) -> None:
-  single = str, os.PathLike, bytes, np.ndarray, jax.Array, io.IOBase
-  if isinstance(audio, single) or not isinstance(audio, Iterable):
-    raise ValueError(f"audio: {type(audio).__name__}; give a list of clips, as in [clip]")
-
-
 @contextlib.contextmanager
 def progress_bar(enabled: bool) -> Iterator[Callable[[Transcript], None]]:
   """Shows on stderr how much audio was transcribed; yields what to call with each chunk."""
@@ -434,15 +389,3 @@ def _padded_rows(clips: int, batch_size: int) -> int:
   """Rows for a number of clips: 1, 2, 3, 4, 6, 8, 12, … are few shapes and little padding."""
   power = 1 << (clips - 1).bit_length()
   return min(batch_size, power * 3 // 4 if clips <= power * 3 // 4 and power > 2 else power)
-
-
-def _check_batch_size(batch_size: int) -> None:
-  _check_types(numbers.Integral, "an int", batch_size=batch_size)
-  if batch_size is None or batch_size < 1:
-    raise ValueError(f"batch_size={batch_size}: must be at least 1")
-
-
-def _check_types(kind: type, name: str, **values: Any) -> None:
-  for argument, value in values.items():
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-      raise ValueError(f"{argument}={value!r} ({type(value).__name__}): must be {name}")

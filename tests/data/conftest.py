@@ -37,8 +37,8 @@ def make_tar(path, members):
 class Shards:
   """A folder with a data.list that grows shard by shard."""
 
-  def __init__(self, folder):
-    self.folder = folder
+  def __init__(self, folder, prefix="utt"):
+    self.folder, self.prefix = folder, prefix
     self.list = folder / "data.list"
     self.keys = []
 
@@ -54,7 +54,7 @@ class Shards:
     rng = np.random.default_rng(len(self.keys))
     members = []
     for _ in range(count):
-      key = f"utt{len(self.keys):04d}"
+      key = f"{self.prefix}{len(self.keys):04d}"
       wav = make_wav(rng.uniform(*seconds), seed=len(self.keys))
       members += [(f"{key}.txt", f"N{len(self.keys)}".encode()), (f"{key}.wav", wav)]
       self.keys.append(key)

@@ -197,7 +197,7 @@ def test_too_few_shards_name_the_remedy(shards, model_side):
   with pytest.raises(ValueError, match="1 shards for 1 streams.*lower data.workers.*pack again"):
     train_batches(shards.config(workers=2), *model_side)
   with pytest.raises(ValueError, match="1 shards for 2 streams.*--per-shard"):
-    eval_batches(shards.config(), *model_side, process=(0, 2))
+    train_batches(shards.config(), *model_side, process=(0, 2))
 
 
 def test_a_bucket_too_short_for_max_s_is_refused(shards, model_side):

@@ -1,8 +1,12 @@
 """Reading tars: good utterances come whole, bad ones are named, nothing is lost or raised."""
 
+import bz2
 import gzip
+import lzma
 import tarfile
+import zlib
 
+import numpy as np
 import pytest
 
 from mooer_jax.data.dataset import eval_batches
@@ -89,14 +93,50 @@ def test_a_damaged_header_between_members_is_not_the_end(shards, member):
   assert bad[-1][0] == "bad shard"
 
 
-def test_compressed_tars_are_read_and_a_cut_one_is_reported(shards):
-  path = shards.add_members([("a.txt", b"A"), ("a.wav", bytes(range(256)) * 100)])
-  packed = gzip.compress(path.read_bytes())
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_cut_anywhere_is_reported_and_what_was_whole_is_read(shards, compress):
+  rng = np.random.default_rng(0)
+  path = shards.add_members([(f"{k}.{s}", rng.bytes(3000)) for k in "abcd" for s in ("txt", "wav")])
+  packed = compress(path.read_bytes())
   path.write_bytes(packed)
-  assert _read(path) == (["a"], [])
-  path.write_bytes(packed[: len(packed) // 2])
-  good, bad = _read(path)
-  assert good == [] and bad[-1][0] == "bad shard"
+  assert _read(path) == (list("abcd"), [])
+  counts = []
+  for cut in range(1, len(packed), len(packed) // 40):
+    path.write_bytes(packed[:cut])
+    good, bad = _read(path)
+    assert bad[-1][0] == "bad shard" and good == list("abcd")[: len(good)], cut
+    counts.append(len(good))
+  assert counts == sorted(counts)
+  assert counts[-1] >= 3 or compress is bz2.compress  # all of it is one block
+
+
+def test_a_cut_gzip_yields_every_utterance_before_the_cut(shards):
+  path = shards.add_members([(f"{k}.{s}", b"1" * 9000) for k in "abcd" for s in ("txt", "wav")])
+  content = path.read_bytes()
+  for count in range(4):  # the tar ends in the header of an utterance
+    compressor = zlib.compressobj(wbits=31)
+    path.write_bytes(
+      compressor.compress(content[: count * 2 * (512 + 9216) + 100])
+      + compressor.flush(zlib.Z_SYNC_FLUSH)
+    )
+    good, bad = _read(path)
+    assert good in (list("abcd")[:count], list("abcd")[: max(0, count - 1)])
+    assert [cause for cause, _ in bad] == ["bad shard"]
+
+
+def test_changed_bytes_in_a_gzip_are_detected_by_its_checksum(shards):
+  path = shards.add_members([("a.txt", b"A"), ("a.wav", bytes(5000))])
+  packed = bytearray(gzip.compress(path.read_bytes(), compresslevel=0))
+  packed[5000] ^= 1  # a stored block: decompression succeeds
+  path.write_bytes(packed)
+  [entry, skip] = read_shard(str(path))
+  assert entry.key == "a" and skip.cause == "bad shard" and "CRC" in skip.detail
+
+
+def test_a_name_that_begins_like_a_compressed_file_is_not_one(shards):
+  path = shards.add_members([("BZ1.txt", b"A"), ("BZ1.wav", b"1")])
+  path.write_bytes(path.read_bytes()[:2048])  # without the mark of its end
+  assert _read(path) == (["BZ1"], [("bad shard", "")])
 
 
 def test_files_that_macos_adds_are_passed_over(shards):
@@ -178,10 +218,10 @@ def test_the_list_takes_relative_and_absolute_paths(shards, tmp_path):
   ("lines", "error", "words"),
   [
     (None, FileNotFoundError, "no such list"),
-    ("", ValueError, "lists no shard"),
+    ("", ValueError, "lists nothing; write one tar path a line"),
     ("gone.tar", FileNotFoundError, "1 of 1 shards do not exist, first .*gone.tar"),
     ("https://host/a.tar", ValueError, "is a URL"),
-    ('{"key": "a"}', ValueError, "is a JSON line"),
+    ('a.tar\n{"key": "a"}', ValueError, "is JSON, but the first line is a path; write two lists"),
     ("data.list\ndata.list", ValueError, "more than once"),
   ],
 )

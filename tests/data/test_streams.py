@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mooer_jax.data.batches import lengths_of, widen
-from mooer_jax.data.dataset import merge_states, train_batches
+from mooer_jax.data.dataset import eval_batches, merge_states, train_batches
 
 
 def test_the_streams_of_all_processes_make_the_batches_of_one(shards, model_side):
@@ -66,3 +66,27 @@ def test_a_position_of_an_earlier_version_is_of_one_stream_without_a_filter(shar
   ):
     with pytest.raises(ValueError, match=message):
       iter(train_batches(shards.config(**changes), *model_side)).set_state(early)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 9])
+def test_processes_share_a_single_pass_in_its_order(shards, model_side, processes):
+  """Each utterance, usable or not, is in one process; the places give the order."""
+  shards.add(5)
+  shards.add_members([("bad.txt", b"N"), ("bad.wav", b"no audio")])
+  shards.add(2)
+  whole = list(eval_batches(shards.config(), *model_side))
+  parts = [
+    [*eval_batches(shards.config(), *model_side, process=(i, processes))] for i in range(processes)
+  ]
+  found = sorted(
+    (place, key) for part in parts for host in part for place, key in zip(host.places, host.keys)
+  )
+  assert [key for _, key in found] == [key for host in whole for key in host.keys]
+
+  def skipped(batches):
+    return sorted((s.key, s.cause) for host in batches for s in host.skipped)
+
+  assert skipped(host for part in parts for host in part) == skipped(whole)
+  most = sum(-(-number // processes) for number in (5, 1, 2))
+  assert {part[-1].entries for part in parts} == {whole[-1].entries} == {8}
+  assert max(sum(len(host.keys) for host in part) for part in parts) <= most

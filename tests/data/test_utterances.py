@@ -38,7 +38,7 @@ def test_a_stream_continues_from_every_position(shards, wav, endless):
   def stream():
     config = shards.config(task="", task_weights={"": 1.6}, max_bad_share=1.0)
     paths = sorted(map(str, shards.folder.glob("*.tar")))
-    return UtteranceStream(paths, make, config, endless=endless)
+    return UtteranceStream(paths, make, config, share=None if endless else (0, 1))
 
   original, found = stream(), []
   with contextlib.suppress(StopIteration):

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from convert.quantizing import quantize
 from mooer_jax import checkpoint, tree
 from mooer_jax.checkpoint import CheckpointError
 from mooer_jax.config import to_json
-from mooer_jax.generation import GenerationConfig, generate
+from mooer_jax.generation import GenerationConfig, decode_batches, generate
 from mooer_jax.generation.loading import load_model
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.sharding import make_mesh
@@ -106,6 +107,74 @@ def test_rows_are_split_over_a_mesh(folders, batch):
     )
     tokens.append(np.asarray(output.tokens_BS))
   np.testing.assert_array_equal(*tokens)
+
+
+@pytest.mark.parametrize("folders", ["plain base"], indirect=True)
+@pytest.mark.parametrize(
+  ("options", "sizes"),
+  [(GREEDY, {}), (BEAMS, {}), (GREEDY, dict(data=2, fsdp=2, tensor=2))],
+  ids=["greedy", "beams", "mesh"],
+)
+def test_a_row_that_takes_the_next_clip_takes_its_adapter(folders, batch, options, sizes):
+  options = dataclasses.replace(options, max_new_tokens=8, eos_token_id=(8, 12, 28, 33))
+  names = [["all", None, "q and v"], [None, "q and v", "all"], ["q and v", "all", "all"]] * 2
+  batches = [(of, batch([20 - n, 17 - n, 9 + n])) for n, of in enumerate(names)]
+  place = {"mesh": make_mesh(**sizes)} if sizes else {}
+
+  def decode(loaded, **more):
+    found = decode_batches(
+      loaded.params, batches, loaded.model, options, key=jax.random.key(0), **place, **more
+    )
+    return np.concatenate([output.tokens_BS for _, output in found])
+
+  adapters = {name: folders[name] for name in ("q and v", "all")}
+  loaded = load_model(folders["base"], ExecutionConfig(), adapters=adapters, **place)
+  if place:
+    lora_a = loaded.params["decoder"]["layers_0"]["mlp"]["down"]["lora_a"]
+    assert len(lora_a.devices()) == 8 and lora_a.addressable_shards[0].data.shape == (24, 5)
+  found = decode(loaded, lora_scale=loaded.adapters.scale)
+  flat = np.array(names, object).ravel()
+  merged = {
+    name: decode(load_model(folders[name or "base"], ExecutionConfig(), **place))
+    for name in {*flat}
+  }
+  for name, expected in merged.items():
+    np.testing.assert_array_equal(found[flat == name], expected[flat == name])
+    for other in merged.keys() - {name}:
+      assert (merged[other] != expected)[flat == name].any()
+  assert len({*(found >= 0).sum(1)}) > 2  # so that rows end at different times
+
+
+@pytest.mark.parametrize("folders", ["plain base"], indirect=True)
+def test_a_scalar_is_the_scale_of_all_rows(folders, batch):
+  loaded = load_model(folders["all"], ExecutionConfig(), merge_lora=False)
+  clips = batch([20, 17])
+  by_scale = {}
+  for scale in (0.5, 2.0):
+    expected = generate(loaded.params, clips, loaded.model, GREEDY, lora_scale=scale).tokens_BS
+    given = dict(key=jax.random.key(0), lora_scale=scale)
+    batches = [(n, clips) for n in range(2)]
+    for _, output in decode_batches(loaded.params, batches, loaded.model, GREEDY, **given):
+      np.testing.assert_array_equal(output.tokens_BS, expected)
+    by_scale[scale] = np.asarray(expected)
+  assert (by_scale[0.5] != by_scale[2.0]).any(1).all()
+
+
+def test_a_scale_of_other_rows_is_refused(folders, batch):
+  loaded = load_model(folders["base"], ExecutionConfig(), adapters={"one": folders["all"]})
+  scale_BR = loaded.adapters.scale(["one"] * 3)
+  with pytest.raises(ValueError, match="lora_scale has 3 rows, but the batch has 2"):
+    generate(loaded.params, batch([20, 17]), loaded.model, GREEDY, lora_scale=scale_BR)
+  batches = [("a", batch([20, 17]))]
+  given = dict(key=jax.random.key(0), lora_scale=lambda name: scale_BR)
+  with pytest.raises(ValueError, match="lora_scale has 3 rows, but the batch has 2"):
+    next(decode_batches(loaded.params, batches, loaded.model, GREEDY, **given))
+
+
+def test_a_base_in_int8_is_refused(folders, tmp_path):
+  quantize(folders["base"], tmp_path / "int8")
+  with pytest.raises(CheckpointError, match="int8 was rounded to int8.* use the checkpoint that"):
+    load_model(tmp_path / "int8", ExecutionConfig(), adapters={"one": folders["all"]})
 
 
 def test_what_is_no_adapter_is_refused(folders, tmp_path):

@@ -9,8 +9,10 @@ import pytest
 
 from configs import tiny
 from mooer_jax import checkpoint
+from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.run.config import SECTIONS, Run, renamed_keys
+from mooer_jax.run.decoding import eval_data
 
 OLD = {
   "train.accumulation": 2,
@@ -56,6 +58,16 @@ def test_generation_options_of_a_run_go_over_deprecated_names_in_a_checkpoint(mo
     Run.read(config).decoding_defaults()
 
 
+def test_evaluation_takes_neither_the_mixture_nor_the_augmentation_of_training():
+  config = tiny.get_config()
+  config.data.shards, config.data.augment.noise, config.eval.shards = "", "no/such/noise", "a.list"
+  config.data.mixture = {"a": {"shards": "b.list", "weight": 2, "filter": "x == 1"}}
+  run = Run.read(config)
+  assert run.data.mixture["a"].weight == 2.0 and run.data.augment.noise == "no/such/noise"
+  data = eval_data(run, run.eval, run.model)
+  assert data.shards == "a.list" and not data.mixture and data.augment == AugmentConfig()
+
+
 def test_blank_as_space_mark_is_read_as_space():
   config = tiny.get_config()
   config.eval.space_mark = "blank"
@@ -67,6 +79,7 @@ def test_blank_as_space_mark_is_read_as_space():
   [
     ("config.train.steps=2", "unexpected argument 'config.train.steps=2'"),
     ("--config.train.keep=0", "train.max_to_keep=0: must be at least 1"),
+    ("--config.data.augment.speed=(0.9, 3.0)", "data.augment.speed=(0.9, 3.0): must be between"),
     ("--config.model.template=x", "model.chat_template='x': choose one of"),
     ("--config.model.llm.mlp_width=0", "llm.intermediate_size=0 must be positive"),
   ],

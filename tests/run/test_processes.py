@@ -1,8 +1,12 @@
 """Training in several processes: the run of one process, also where processes come and go."""
 
+import contextlib
 import json
 import os
+import random
 import re
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,48 +20,71 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, hosts, tree
-from tests.run.programs import train
+from tests.run.conftest import small_overrides
+from tests.run.programs import evaluate, perplexity, train
 
 STREAMS = "--config.data.streams=4"
+# A model with LoRA, and text after the speech, which perplexity needs.
+CHAT = """from configs import tiny
+
+def get_config():
+  config = tiny.get_config()
+  config.characters = "0123456789USER: AINT\\n"
+  config.model.chat_template = "vicuna"
+  config.model.prompts.asr = "<SpeechHere>"
+  config.model.llm.update(vocab_size=24, lora_rank=2, lora_targets=("q",))
+  return config
+"""
 
 
 @pytest.fixture
 def start(repo_root, as_flags, plain_env, tmp_path):
-  """Starts the processes of a run, which together have four devices."""
+  """Starts the processes of a run, which together have four devices and print to files.
+
+  `places` are beginnings of their commands, such as the namespaces that they run in.
+  """
   started = []
 
-  def begin(name, processes, *flags):
+  def begin(
+    name, processes, *flags,
+    program="train.py", config="configs/tiny.py", address="localhost", places=None,
+  ):  # fmt: skip
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
     count = "--xla_force_host_platform_device_count="
     xla_flags = re.sub(rf"{count}\d+", f"{count}{4 // processes}", os.environ["XLA_FLAGS"])
-    env = {**plain_env, "XLA_FLAGS": xla_flags}
-    command = [sys.executable, "train.py", "--config=configs/tiny.py", *as_flags, STREAMS]
+    env = {**plain_env, "XLA_FLAGS": xla_flags, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, program, f"--config={config}", *as_flags, STREAMS]
     command += [f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
     if processes > 1:
-      command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-    run = [
-      subprocess.Popen(
-        [*command, *flags, *([f"--process_id={n}"] if processes > 1 else [])],
-        cwd=repo_root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-      )
-      for n in range(processes)
-    ]  # fmt: skip
-    started.extend(run)
+      command += [f"--coordinator={address}:{port}", f"--num_processes={processes}"]
+    run = []
+    for n in range(processes):
+      place = places[n] if places else []
+      own = [f"--process_id={n}"] if processes > 1 else []
+      log = tmp_path / f"log{len(started)}"
+      with log.open("w") as file:
+        process = subprocess.Popen(
+          [*place, *command, *flags, *own],
+          cwd=repo_root, env=env, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+      process.log = log
+      started.append(process)
+      run.append(process)
     return run
 
   yield begin
   for process in started:
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def ended(run, seconds=300):
   """Outputs and exit statuses of processes that end by themselves."""
   deadline = time.monotonic() + seconds
-  outputs = [process.communicate(timeout=deadline - time.monotonic())[0] for process in run]
-  return outputs, [process.returncode for process in run]
+  statuses = [process.wait(timeout=deadline - time.monotonic()) for process in run]
+  return [process.log.read_text() for process in run], statuses
 
 
 def wait_for_step(workdir, step, run):
@@ -106,6 +133,117 @@ def test_two_processes_stop_together_and_one_goes_on(start, config, tmp_path, mo
     assert ours["audio_s"] == pytest.approx(theirs["audio_s"], abs=2e-3)  # float32 sums
 
 
+@pytest.fixture
+def annotated(clips, tmp_path):
+  """An annotation file of the clips, which name the task."""
+  entries = [{"path": str(clip.path), "text": clip.text, "task": "asr"} for clip in clips]
+  (tmp_path / "clips.json").write_text(json.dumps({"annotation": entries}), "utf-8")
+  return tmp_path / "clips.json"
+
+
+@pytest.fixture
+def trained(data_list, tmp_path):
+  """The config CHAT in chat.py, and a run with it, of one process."""
+  (tmp_path / "chat.py").write_text(CHAT)
+  config = runpy.run_path(str(tmp_path / "chat.py"))["get_config"]()
+  config.update(small_overrides(data_list))
+  config.workdir = str(tmp_path / "trained")
+  train(config)
+  return config
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(start, trained, tmp_path):
+  """They write the same hypotheses and rates."""
+  flags = [f"--checkpoint={trained.workdir}", "--config.eval.batch_size=4"]
+  run = start(
+    "two",
+    2,
+    *flags,
+    f"--config.eval.out={tmp_path / 'two'}",
+    program="eval.py",
+    config=tmp_path / "chat.py",
+  )
+  trained.eval.out = str(tmp_path / "one")
+  evaluate(trained, trained.workdir)
+  outputs, statuses = ended(run)
+  assert statuses == [0, 0], outputs
+  assert "hypotheses and reports in" in outputs[0] and "hypotheses" not in outputs[1]
+  one, two = ((tmp_path / name) for name in ("one", "two"))
+  assert (one / "text").read_text() == (two / "text").read_text()
+  ours, theirs = (json.loads((path / "report.json").read_text()) for path in (one, two))
+  for report in (ours, theirs):
+    del report["details"]["decode_seconds_with_compilation"]
+  assert ours == theirs
+
+
+@pytest.mark.nightly
+def test_several_processes_measure_the_perplexities_of_one(start, trained, tmp_path, annotated):
+  flags = [f"--checkpoint={trained.workdir}", "--mode=perplexity"]
+  flags += [f"--config.eval.shards={annotated}"]
+  run = start(
+    "two",
+    2,
+    *flags,
+    f"--config.eval.out={tmp_path / 'two'}",
+    program="eval.py",
+    config=tmp_path / "chat.py",
+  )
+  outputs, statuses = ended(run)
+  assert statuses == [0, 0], outputs
+  trained.eval.out, trained.eval.shards = str(tmp_path / "one"), str(annotated)
+  expected = perplexity(trained, [trained.workdir])
+  found = json.loads((tmp_path / "two" / "perplexity.json").read_text())
+  assert len(found) == len(expected) > 0
+  for row, one in zip(found, expected):
+    assert row["perplexity"] == pytest.approx(one.perplexity, rel=1e-4)
+    assert row["tokens"] == one.tokens
+
+
+@pytest.mark.nightly
+def test_two_processes_generate_the_answers_of_activation_tuning_as_one(
+  start, trained, tmp_path, annotated
+):
+  flags = [
+    f"--config.init_from={checkpoint.latest(trained.workdir)}", "--config.activation.review=True",
+    f"--config.activation.shards={annotated}", "--config.activation.task=asr",
+    "--config.train.cmvn=", "--config.activation.clips=5",
+  ]  # fmt: skip
+  answers = []
+  for name, processes in ("two", 2), ("one", 1):
+    outputs, statuses = ended(start(name, processes, *flags, config=tmp_path / "chat.py"))
+    assert not any(statuses), outputs
+    assert "edit " in outputs[0] and "edit " not in "".join(outputs[1:])
+    answers.append(json.loads((tmp_path / name / "activation.json").read_text())["annotation"])
+  assert answers[0] == answers[1] and answers[0]
+
+
+@pytest.mark.nightly
+def test_several_processes_share_the_feature_cache(start, trained, tmp_path, annotated):
+  """Fine-tunes with it have the losses of one process, which reads what they have cached.
+
+  So have their evaluators.
+  """
+  flags = [
+    f"--config.init_from={checkpoint.latest(trained.workdir)}", "--config.train.cmvn=",
+    "--config.trainable=connector/.*", f"--config.data.cache_features={tmp_path / 'cache'}",
+    f"--config.perplexity.shards={annotated}", "--config.perplexity.every=2",
+    "--config.train.steps=4",
+  ]  # fmt: skip
+  for name, processes in ("two", 2), ("one", 1):
+    outputs, statuses = ended(start(name, processes, *flags, config=tmp_path / "chat.py"))
+    assert not any(statuses), outputs
+    assert ("encoded" in outputs[0]) == (name == "two")
+  assert [*(tmp_path / "cache").glob("*/process1/index.jsonl")]
+  assert_same_run(tmp_path / "one", tmp_path / "two")
+  ours, theirs = (
+    json.loads((tmp_path / name / "perplexity.json").read_text()) for name in ("one", "two")
+  )
+  assert [row["perplexity"] for row in ours] == pytest.approx(
+    [row["perplexity"] for row in theirs], rel=1e-4
+  )
+
+
 @pytest.mark.nightly
 def test_a_run_goes_on_in_other_numbers_of_processes(start, tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
@@ -117,21 +255,94 @@ def test_a_run_goes_on_in_other_numbers_of_processes(start, tmp_path):
   assert_same_run(one, two)
 
 
+LOST = ("the connection to another process is lost", "another task died", "was killed")
+
+
+def workers_of(folder):
+  """Processes that were started with this folder of temporary files."""
+  found = []
+  for process in Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):
+      if f"TMPDIR={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+        found.append(process.name)
+  return found
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_end_if_one_is_killed_and_the_job_resumes(start, tmp_path, victim):
-  run = start("run", 2, "--config.train.steps=1000")
-  wait_for_step(tmp_path / "run", 2, run)
-  run[victim].kill()
-  killed = time.monotonic()
-  outputs, statuses = ended(run, seconds=60)
-  assert statuses[1 - victim] != 0 and time.monotonic() - killed < 60
-  said = outputs[1 - victim]
-  assert "the connection to another process is lost" in said or "another task died" in said
-  steps = checkpoint.step_of(checkpoint.latest(tmp_path / "run")) + 3
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_after_kills_at_random_moments_the_job_resumes(start, tmp_path, workers):
+  """Twenty in all, while it restores, trains and saves; the others end with a message."""
+  rng = random.Random(workers)
+  flags = ["--config.train.save_every=1", f"--config.data.workers={workers}"]
+  flags += ["--config.data.streams=2"] * bool(workers)  # a worker needs a shard of its own
+  for _ in range(10):
+    run = start("run", 2, *flags, "--config.train.steps=1000")
+    while not re.search("are trained|resuming from", run[0].log.read_text()):
+      assert all(process.poll() is None for process in run), run[0].log.read_text()
+      time.sleep(0.05)
+    time.sleep(rng.uniform(0, 8))
+    victim = rng.randrange(2)
+    run[victim].kill()
+    killed = time.monotonic()
+    outputs, statuses = ended(run, seconds=60)
+    assert statuses[1 - victim] != 0 and time.monotonic() - killed < 60
+    assert any(said in outputs[1 - victim] for said in LOST), outputs[1 - victim]
+    while left := workers_of(tmp_path):
+      assert time.monotonic() - killed < 90, left
+      time.sleep(0.1)
+  newest = checkpoint.latest(tmp_path / "run")
+  steps = (checkpoint.step_of(newest) if newest else 0) + 3
   for name in ("run", "whole"):
-    assert ended(start(name, 2, f"--config.train.steps={steps}"))[1] == [0, 0]
+    outputs, statuses = ended(start(name, 2, *flags, f"--config.train.steps={steps}"))
+    assert statuses == [0, 0], outputs
   assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture
+def two_hosts():
+  """(beginnings of commands, address of the first) of two network namespaces, and a link."""
+  if os.geteuid() or not shutil.which("ip"):
+    pytest.skip("no network namespaces: they need root and iproute2")
+  names = [f"mooer-jax-{os.getpid()}-{n}" for n in range(2)]
+
+  def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True)
+
+  try:
+    for name in names:
+      ip("netns", "add", name)
+    ip("link", "add", "v0", "netns", names[0], "type", "veth", "peer", "v1", "netns", names[1])
+    for n, name in enumerate(names):
+      ip("-n", name, "address", "add", f"10.77.0.{n + 1}/24", "dev", f"v{n}")
+      for device in (f"v{n}", "lo"):
+        ip("-n", name, "link", "set", device, "up")
+      hosts_file = Path("/etc/netns") / name / "hosts"  # in the namespace, it is /etc/hosts
+      hosts_file.parent.mkdir(parents=True)
+      hosts_file.write_text(f"127.0.0.1 localhost\n10.77.0.{n + 1} {socket.gethostname()}\n")
+    places = [["ip", "netns", "exec", name] for name in names]
+    yield places, "10.77.0.1", lambda: ip("-n", names[1], "link", "set", "v1", "down")
+  finally:
+    for name in names:
+      subprocess.run(["ip", "netns", "delete", name])
+      shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+@pytest.mark.nightly
+def test_hosts_with_networks_of_their_own_train_as_one_process(start, tmp_path, two_hosts):
+  """Then the link between them is cut: both end with a message, and one process goes on."""
+  places, address, cut = two_hosts
+  run = start("two", 2, "--config.train.steps=1000", address=address, places=places)
+  wait_for_step(tmp_path / "two", 2, run)
+  cut()
+  outputs, statuses = ended(run, seconds=60)
+  assert all(statuses)
+  for output in outputs:
+    assert any(said in output for said in LOST), output
+  steps = checkpoint.step_of(checkpoint.latest(tmp_path / "two")) + 2
+  for name in ("one", "two"):
+    assert ended(start(name, 1, f"--config.train.steps={steps}"))[1] == [0]
+  assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.nightly
@@ -177,7 +388,7 @@ def test_a_tensor_axis_over_several_hosts_is_refused():
     hosts.check_rows(mesh(1, 1, 4))
 
 
-def test_launchers_are_recognised():
+def test_launchers_are_recognised(monkeypatch):
   assert hosts._detect({"JAX_PLATFORMS": "cpu"}) is None
   step = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
   assert hosts._detect(step) == ("slurm", 4)
@@ -185,7 +396,12 @@ def test_launchers_are_recognised():
   assert hosts._detect({"PMI_SIZE": "3"}) == ("mpi4py", 3)
   with pytest.raises(ValueError, match="this process is none of them: start it with srun"):
     hosts._detect({"SLURM_NTASKS": "4"})
-  assert hosts._detect({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"})[0] == "k8s"
+  job = {"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}
+  assert hosts._detect(job) == ("k8s", None)
+  monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"])
+  monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name)
+  assert hosts._detect(job) == ("", None)  # JAX knows a TPU slice in Kubernetes by itself
+  assert hosts._detect({**job, "JAX_PLATFORMS": "cpu"}) == ("k8s", None)
 
 
 def test_one_process_may_be_asked_for_and_a_missing_package_is_named(monkeypatch):

@@ -32,27 +32,16 @@ def command(repo_root, workdir, as_flags, *more):
   ]  # fmt: skip
 
 
-@pytest.fixture
-def quick_env(plain_env):
-  """Environment of a run in another process, whose programs are compiled without optimization."""
-  return {**plain_env, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(repo_root, as_flags, quick_env, tmp_path):
-  """Killed, and later stopped by SIGTERM, it ends as a run does that nothing has stopped."""
-
-  def run(name, *more):
-    flags = command(repo_root, tmp_path / name, as_flags, *more)
-    subprocess.run(flags, check=True, env=quick_env, capture_output=True)
-
+def test_a_killed_run_goes_on_bit_for_bit(repo_root, as_flags, plain_env, tmp_path):
+  """Killed, resumed and stopped by SIGTERM, it is where a run is that nothing has stopped."""
   broken = tmp_path / "broken"
   saved = 0
   for how in (signal.SIGKILL, signal.SIGTERM):
     # Long enough that the signal finds it at work.
     process = subprocess.Popen(
       command(repo_root, broken, as_flags, "--config.train.steps=100000"),
-      env=quick_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      env=plain_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 300
     while checkpoint.latest(broken) is None or _step(broken) < saved + 4:
@@ -66,11 +55,10 @@ def test_a_killed_run_goes_on_bit_for_bit(repo_root, as_flags, quick_env, tmp_pa
       assert process.returncode == 0 and "rerun the same command to resume" in output
     else:
       assert process.returncode == -signal.SIGKILL
-  steps = saved + 4
-  run("broken", f"--config.train.steps={steps}")
-  run("whole", f"--config.train.steps={steps}")
+  flags = command(repo_root, tmp_path / "whole", as_flags, f"--config.train.steps={saved}")
+  subprocess.run(flags, check=True, env=plain_env, capture_output=True)
   assert losses(broken) == losses(tmp_path / "whole")
-  assert [step for step, _ in losses(broken)] == list(range(1, steps + 1))
+  assert [step for step, _ in losses(broken)] == list(range(1, saved + 1))
   ours, theirs = (
     tree.flatten(checkpoint.load(checkpoint.latest(tmp_path / name)).params)
     for name in ("broken", "whole")
@@ -114,6 +102,26 @@ def test_only_the_trainable_part_moves_and_is_saved_beside_a_pointer(config, tmp
   before, after = (tree.flatten(checkpoint.load(f).params) for f in (base, folder))
   moved = {path for path in after if not np.array_equal(before[path], after[path])}
   assert moved == {path for path in after if path.startswith("connector/")}
+
+
+@pytest.mark.slow
+def test_augmented_mixtures_resume_and_leave_the_cmvn_as_it_is(config, clips, tmp_path):
+  (tmp_path / "noise.txt").write_text("".join(f"{clip.path}\n" for clip in clips), "utf-8")
+  shards = config.data.shards
+  config.data.shards = ""
+  config.data.mixture = {"all": {"shards": shards, "weight": 2.0}, "twice": {"shards": shards}}
+  config.train.steps, config.train.save_every = 2, 2
+  plain = checkpoint.load(train(config)).params["frontend"]
+  config.data.augment.update(
+    {"speed": (0.9, 1.1), "noise": str(tmp_path / "noise.txt"), "time_masks": 1, "freq_masks": 1}
+  )
+  for name, stops in (("broken", (2, 4)), ("whole", (4,))):
+    config.workdir = str(tmp_path / name)
+    for config.train.steps in stops:
+      folder = train(config)
+  assert losses(tmp_path / "broken") == losses(tmp_path / "whole") != losses(tmp_path / "run")
+  for path, leaf in tree.flatten(checkpoint.load(folder).params["frontend"]).items():
+    np.testing.assert_array_equal(leaf, tree.flatten(plain)[path])
 
 
 def test_a_run_that_is_done_says_so_and_does_nothing(config, capsys):

@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_says_what_is_missing(folder, tmp_path, missing):
 @pytest.mark.parametrize("task", ["asr", "asr_ast_mtl"])
 def test_a_long_clip_is_heard_as_its_pieces(transcriber, clips, long_clip, task):
   given = dict(size=1, task="asr", chunk_length_s=4.0)
-  [[clip]] = read_windows([long_clip], transcriber.config, **given)
+  [[clip]] = read_windows([(long_clip, None)], transcriber.config, **given)
   pieces = clip.chunks
   np.testing.assert_array_equal(np.concatenate(pieces), long_clip)
   assert all(16000 <= len(piece) <= 4 * 16000 for piece in pieces)
@@ -226,7 +226,7 @@ def test_without_a_template_the_prompt_stands_as_it_is(transcriber, clips):
 
 def test_an_empty_clip_is_refused_by_name_where_short_ones_are_filled_up(transcriber):
   filled = transcriber.config.replace(min_audio_s=1.0)
-  [[clip]] = read_windows([np.zeros(0, np.float32)], filled, size=1, task="asr")
+  [[clip]] = read_windows([(np.zeros(0, np.float32), None)], filled, size=1, task="asr")
   error = clip.failure
   assert str(error).startswith("audio[0]: empty")
 

@@ -1,13 +1,30 @@
-"""Readers of stored utterances: one file for each format, and the table of them."""
+"""Readers of stored utterances: one file for each format, and the tables of them."""
 
-from collections.abc import Callable, Generator
+import os
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mooer_jax.data.readers import annotation, emilia, shards
+from mooer_jax.data.readers import annotation, emilia, prepared, raw_list, shards
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 
 Entries = Generator[RawUtterance | SkippedUtterance]
+
+
+class Listing(NamedTuple):
+  """A way to list shards: a kind of `data.shards`.
+
+  Attributes:
+    recognises: whether a path, by its name and content, is of the kind.
+    shards: names of the shards, or of parts that are read like shards.
+    files: paths of the files that hold the audio.
+    utterances: the names of all utterances, if any of them can be read at once.
+  """
+
+  recognises: Callable[[str], bool]
+  shards: Callable[[str], list[str]]
+  files: Callable[[str], Sequence[str | Path]]
+  utterances: Callable[[str], prepared.Utterances | None] = lambda path: None
 
 
 class Reader(NamedTuple):
@@ -22,9 +39,18 @@ class Reader(NamedTuple):
   read: Callable[[str], Entries]
 
 
-# The first that recognises a shard reads it.
+# Of both tables, the first that recognises a name applies.
+LISTINGS = (
+  Listing(annotation.is_annotation, annotation.pieces, annotation.audio_files),
+  Listing(prepared.is_prepared, prepared.parts, prepared.audio_files, prepared.utterances),
+  Listing(os.path.isdir, emilia.find_shards, emilia.find_shards),
+  Listing(raw_list.is_raw_list, raw_list.parts, raw_list.audio_files),
+  Listing(lambda path: True, shards.read_list, shards.read_list),
+)
 READERS = (
+  Reader(lambda name: prepared.file_of_part(name) is not None, prepared.read_part),
   Reader(annotation.is_piece, annotation.read_piece),
+  Reader(lambda name: raw_list.list_of_part(name) is not None, raw_list.read_part),
   Reader(emilia.is_recording, emilia.read_recording),
   Reader(emilia.is_batch, emilia.read_batch),
   Reader(lambda name: True, shards.read_shard),
@@ -32,16 +58,35 @@ READERS = (
 
 
 def shard_names(source: str) -> list[str]:
-  """The parts of an annotation file, the tars below a folder, or the shards of a `data.list`.
+  """Names of the shards of a data set, or of the parts that are read like shards.
 
   Raises:
-    FileNotFoundError, ValueError: for a file or folder that is none of these.
+    FileNotFoundError, ValueError: for a file or folder that is of no kind in LISTINGS.
   """
-  if annotation.is_annotation(source):
-    return annotation.pieces(source)
-  return emilia.find_shards(source) if Path(source).is_dir() else shards.read_list(source)
+  return _listing(source).shards(source)
+
+
+def utterance_names(source: str) -> prepared.Utterances | None:
+  """Names of parts of one utterance each, of a format with random access; None of another."""
+  return _listing(source).utterances(source)
+
+
+def audio_files(source: str) -> Sequence[str | Path]:
+  """Paths of the files that hold the audio of a data set; errors as of `shard_names`."""
+  return _listing(source).files(source)
+
+
+def file_of(name: str) -> str:
+  """The file that has a shard or a part."""
+  if annotation.is_piece(name):
+    return name.rpartition("#")[0]
+  return prepared.file_of_part(name) or raw_list.list_of_part(name) or name
 
 
 def read(name: str) -> Entries:
   """The utterances of a shard, in order, each either complete or skipped."""
   return next(reader for reader in READERS if reader.recognises(name)).read(name)
+
+
+def _listing(path: str) -> Listing:
+  return next(listing for listing in LISTINGS if listing.recognises(path))

@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, is_text
 from mooer_jax.files import read_json_object
 
 _TEXT = "a string without NUL and lone surrogates"
@@ -42,17 +42,12 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
     if not isinstance(entry, dict):
       raise ValueError(f"{where} is {entry!r}, not an object")
     for name, default in (("path", None), ("text", None), ("task", ""), ("Q", "")):
-      if not _is_text(value := entry.get(name, default)):
+      if not is_text(value := entry.get(name, default)):
         raise ValueError(f"{where} has {name}={value!r}; it must be {_TEXT}")
     more = entry.get("expand_wav", [])
-    if not isinstance(more, list) or not all(map(_is_text, more)):
+    if not isinstance(more, list) or not all(map(is_text, more)):
       raise ValueError(f"{where} has expand_wav={more!r}; it must be a list of paths")
   return entries
-
-
-def _is_text(value: object) -> bool:
-  """Whether it is a string that can be written: JSON may have NUL and lone surrogates."""
-  return isinstance(value, str) and not re.search(r"[\0\ud800-\udfff]", value)
 
 
 def entry_key(number: int, entry: Mapping[str, Any]) -> str:

@@ -11,12 +11,10 @@ import re
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
-from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
-from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, DamagedShard, read_members
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, parse_line
+from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, TARS, DamagedShard, read_members
 
-_TARS = (".tar", ".tar.gz", ".tgz")
 _ALL_LABELS = "openemilia_all.tar.gz"  # of OpenDataLab: no audio
 
 
@@ -33,7 +31,7 @@ def find_shards(folder: str | Path) -> list[str]:
   found = [
     str(path)
     for path in files
-    if (path.name.endswith(_TARS) and path.name != _ALL_LABELS) or is_recording(str(path))
+    if (path.name.endswith(TARS) and path.name != _ALL_LABELS) or is_recording(str(path))
   ]
   if not found:
     raise FileNotFoundError(
@@ -59,7 +57,7 @@ def read_batch(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   file = _labels_file(name)
   assert file is not None
   for number, line in enumerate(_lines(file), 1):
-    about, problem = _fields(line)
+    about, problem = parse_line(line, ("id", "text"))
     if problem:
       yield SkippedUtterance("bad label", f"{file.name}:{number}", name, problem)
     elif about["id"] in labels:
@@ -77,7 +75,7 @@ def read_batch(name: str) -> Generator[RawUtterance | SkippedUtterance]:
       elif key not in labels:
         yield SkippedUtterance("no transcript", key, name, f"no line with this id in {file}")
       else:
-        yield _utterance(key, name, suffix, audio, _fields(labels.pop(key))[0])
+        yield _utterance(key, name, suffix, audio, json.loads(labels.pop(key)))
       seen.add(key)
   except damaged as error:
     yield SkippedUtterance("bad shard", "", name, str(error))
@@ -125,7 +123,7 @@ def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
 
 
 def _labels_file(name: str) -> Path | None:
-  ending = next((ending for ending in reversed(_TARS) if name.endswith(ending)), None)
+  ending = next((ending for ending in reversed(TARS) if name.endswith(ending)), None)
   if ending is None:
     return None
   beside = (Path(name.removesuffix(ending) + kind) for kind in (".jsonl", ".jsonl.gz"))
@@ -140,20 +138,6 @@ def _lines(file: Path) -> Iterator[bytes]:
       yield from (line for line in lines if line.strip())
   except (OSError, EOFError, zlib.error) as error:
     yield f"{type(error).__name__}: {error}".encode()
-
-
-def _fields(line: bytes) -> tuple[dict[str, Any], str]:
-  """The fields of a line, and what is wrong with it."""
-  try:
-    about = json.loads(line)
-  except (ValueError, RecursionError) as error:
-    return {}, f"{error}: {line[:60]!r}"
-  if not isinstance(about, dict):
-    return {}, f"not an object: {line[:60]!r}"
-  for name in ("id", "text"):
-    if not isinstance(about.get(name), str):
-      return {}, f"no string {name!r}: {line[:60]!r}"
-  return about, ""
 
 
 def _utterance(key, shard, suffix, audio, about) -> RawUtterance:

@@ -1,6 +1,8 @@
 """What readers yield: utterances as they are stored, or why one is skipped."""
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +18,9 @@ CAUSES = (
   "transcript not UTF-8",
   "empty transcript",
   "bad task",  # the .json beside the audio cannot be read
-  "bad label",  # a line of a file of labels, such as Emilia's, cannot be read
+  "bad label",  # a line of a list or of a file of labels cannot be read
+  "bad segment",  # empty, or not inside of its recording
+  "no label",  # data.labels has no line of it, or several
   "no such field",  # which data.filter needs
   "unknown task",  # the model has no prompt for it
   "no question",
@@ -68,3 +72,26 @@ class RawUtterance:
   def transcript(self) -> str:
     """The reference text; raises UnicodeDecodeError if it is not UTF-8."""
     return self.text.decode("utf-8-sig").strip()
+
+
+def is_text(value: object) -> bool:
+  """Whether it is a string that can be written: JSON may have NUL and lone surrogates."""
+  return isinstance(value, str) and not re.search(r"[\0\ud800-\udfff]", value)
+
+
+def parse_line(line: bytes, strings: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+  """The fields of a line of JSON, and what is wrong with it.
+
+  Args:
+    strings: names of the fields that it must have, as strings.
+  """
+  try:
+    about = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    return {}, f"{error}: {line[:60]!r}"
+  if not isinstance(about, dict):
+    return {}, f"not an object: {line[:60]!r}"
+  for name in strings:
+    if not isinstance(about.get(name), str):
+      return {}, f"no string {name!r}: {line[:60]!r}"
+  return about, ""

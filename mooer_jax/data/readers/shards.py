@@ -27,18 +27,22 @@ def read_list(path: str | Path) -> list[str]:
 
   Raises:
     FileNotFoundError: if the list or a shard that it names does not exist.
-    ValueError: if it is empty, names a shard twice, or contains URLs or JSON lines.
+    ValueError: if it is empty, names a shard twice, or contains URLs or lines of JSON.
   """
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such list of shards; `mooer-jax pack` writes one")
   lines = [line for line in map(str.strip, read_lines(path)) if line]
   if not lines:
-    raise ValueError(f"{path}: lists no shard; write one tar path a line")
+    raise ValueError(f"{path}: lists nothing; write one tar path a line, or one JSON object")
   for line in lines:
-    if line.startswith("{") or "://" in line:
-      kind = "a JSON line" if line.startswith("{") else "a URL"
-      raise ValueError(f"{path}: {line[:80]!r} is {kind}; only paths of tar files are read here")
+    if line.startswith("{"):
+      raise ValueError(
+        f"{path}: {line[:80]!r} is JSON, but the first line is a path; write two lists, and name"
+        " the one to read"
+      )
+    if "://" in line:
+      raise ValueError(f"{path}: {line[:80]!r} is a URL; only paths of tar files are read here")
   shards = [str(path.parent / line) for line in lines]
   if (most := collections.Counter(shards).most_common(1)[0])[1] > 1:
     raise ValueError(f"{path}: lists {most[0]} more than once; each utterance would repeat")

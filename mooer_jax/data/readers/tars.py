@@ -1,6 +1,8 @@
 """Tar archives, read as streams."""
 
+import bz2
 import gzip
+import lzma
 import tarfile
 import zlib
 from collections.abc import Generator
@@ -13,6 +15,16 @@ AUDIO_SUFFIXES = (
 )
 VIDEO_SUFFIXES = ("mp4", "mkv", "mov", "avi", "3gp")  # used if no member is audio
 IGNORED = ("._", ".DS_Store")  # names of files that macOS adds start with these
+TARS = (".tar", ".tar.gz", ".tgz")  # names of tars in folders end with these
+# First bytes of compressed files. Unlike tarfile's own streams, these decoders verify checksums.
+_DECODERS = (
+  (b"\x1f\x8b\x08", gzip.open),
+  (b"BZh", bz2.open),
+  (b"\xfd7zXZ\0", lzma.open),
+  (b"\x5d\0\0\x80", lzma.open),
+)
+# The ways in which a damaged file fails.
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
 class DamagedShard(Exception):
@@ -52,41 +64,69 @@ def read_members(path: str, suffixes: tuple[str, ...]) -> Generator[Member]:
   Raises:
     DamagedShard: with the name of the file and the error.
   """
-  # Local names, since a reader that is left open at exit outlives the module's globals.
-  damage = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError)
+  damage = _DAMAGE  # a local name, since a reader left open at exit outlives the module's globals
   at_end = False
   try:
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-      while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # or it would remember every header
-        if not member.isfile():
-          continue
-        # Escapes what is not UTF-8, since keys are written to text files.
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        name = name.removeprefix("./")
-        if name.rpartition("/")[2].startswith(IGNORED):
-          continue
-        stem, dot, suffix = name.rpartition(".")
-        suffix = suffix.lower() if dot and "/" not in suffix else ""
-        content = b""
-        if suffix in suffixes:
-          content = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
-          if (size := len(content)) < member.size:
-            raise tarfile.ReadError(f"{member.name} ends after {size} of {member.size} bytes")
-        yield Member(stem if suffix else name, suffix, content)
-      at_end = True
-      _check_end(file, tar.offset)
+    with open(path, "rb") as stored:
+      first = stored.peek(8)
+      decoder = next((decode for magic, decode in _DECODERS if first.startswith(magic)), None)
+      stream = _Stream(decoder(stored) if decoder else stored)
+      with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
+        while (member := tar.next()) is not None:
+          tar.members = []  # or it would remember every header
+          if not member.isfile():
+            continue
+          # Escapes what is not UTF-8, since keys are written to text files.
+          name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+          name = name.removeprefix("./")
+          if name.rpartition("/")[2].startswith(IGNORED):
+            continue
+          stem, dot, suffix = name.rpartition(".")
+          suffix = suffix.lower() if dot and "/" not in suffix else ""
+          content = b""
+          if suffix in suffixes:
+            content = tar.extractfile(member).read()
+            if (size := len(content)) < member.size:
+              raise tarfile.ReadError(f"{member.name} ends after {size} of {member.size} bytes")
+          yield Member(stem if suffix else name, suffix, content)
+        at_end = True
+        _check_end(stream.read_again(tar.offset, tarfile.BLOCKSIZE), tar.offset)
+        while decoder and stream.read(1 << 20):  # to the checksum behind the tar
+          pass
   except damage as error:
     raise DamagedShard(f"{type(error).__name__}: {error}", at_end=at_end) from error
 
 
-def _check_end(file, offset):
+class _Stream:
+  """A file that delivers all bytes before its damage, and remembers the last two reads."""
+
+  def __init__(self, file):
+    self._file, self._damage = file, None
+    self._last, self._end = (b"", b""), 0
+
+  def read(self, size: int) -> bytes:
+    content = b""
+    while len(content) < size and not self._damage:
+      try:
+        if not (more := self._file.read1(size - len(content))):
+          break
+        content += more
+      except _DAMAGE as error:  # raised by the next read
+        self._damage = error
+    if self._damage and not content:
+      raise self._damage
+    self._last, self._end = (self._last[1], content), self._end + len(content)
+    return content
+
+  def read_again(self, start: int, size: int) -> bytes:
+    """Bytes of the last two reads."""
+    kept = b"".join(self._last)
+    at = start - self._end + len(kept)
+    return kept[at : at + size]
+
+
+def _check_end(block: bytes, offset: int) -> None:
   """Detects damaged headers, which tarfile takes for the end of the tar; a real end is zeros."""
-  file.seek(0)
-  if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
-    return  # compressed: the codec has its own checksum
-  file.seek(offset)
-  block = file.read(tarfile.BLOCKSIZE)
   if len(block) < tarfile.BLOCKSIZE:
     raise tarfile.ReadError(f"ends at byte {offset + len(block)} without the end-of-tar mark")
   if block.strip(b"\0"):

@@ -3,7 +3,8 @@
 At a lower LoRA scale, a model that is over-fitted to its training tasks follows diverse
 instructions again. A few optimizer steps on a few such answers restore this at the full scale.
 
-The few answers are decoded as `eval.py` does it, on the mesh that training uses.
+The few answers are decoded as `eval.py` does it, on the mesh that training uses; with several
+processes, each decodes its share on its own devices.
 
 Source: SALMONN (Tang et al., 2023), sections 3.2 and 5.4.
 """
@@ -13,14 +14,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mooer_jax import checkpoint
+import jax
+
+from mooer_jax import checkpoint, hosts
 from mooer_jax.config import from_json
+from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.annotation import entry_key, read_annotation
 from mooer_jax.files import read_json_object, write_json
 from mooer_jax.prompts import task_prompt
 from mooer_jax.run.config import Run
-from mooer_jax.run.decoding import decode_set, load
+from mooer_jax.run.decoding import decode_set, find_checkpoint, load
 from mooer_jax.run.process import prepare_process
+from mooer_jax.sharding import make_mesh
 
 
 def prepare(run: Run) -> Run:
@@ -40,16 +45,23 @@ def prepare(run: Run) -> Run:
   if run.init_from is None:
     raise ValueError("activation tuning starts from a trained model: set init_from")
   settings, answers = _settings(run, run.init_from), answers_file(run)
-  if not answers.is_file():
+  if not hosts.on_first(answers.is_file):
     annotation = _generate_answers(run, run.init_from)
-    write_json(answers, {"made_with": settings, "annotation": annotation})
-    print(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
+    made = {"made_with": settings, "annotation": annotation}
+    hosts.on_first(lambda: write_json(answers, made))
+    hosts.say(f"answers at LoRA scale {run.activation.lora_scale:g}: {answers}")
   _check_answers(answers, settings, run.workdir)
   of = from_json(checkpoint.describe(run.init_from).config)
   model = run.model.replace(prompts=of.prompts, chat_template=of.chat_template)
   # prompts="": the model's own prompt of the task, and no others
   data = dataclasses.replace(
-    run.data, shards=str(answers), filter="", task=run.activation.task, prompts=""
+    run.data,
+    shards=str(answers),
+    mixture={},
+    filter="",
+    task=run.activation.task,
+    prompts="",
+    **NO_LABELS,
   )
   return dataclasses.replace(run, model=model, data=data)
 
@@ -117,9 +129,13 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
     for entry in read_annotation(wanted.shards)[: wanted.clips]
   ]
   clips = run.workdir / "activation_clips.json"
-  write_json(clips, {"annotation": chosen})
+  hosts.on_first(lambda: write_json(clips, {"annotation": chosen}))
   options = dataclasses.replace(run.eval, shards=str(clips), task=wanted.task)
-  loaded = load(run, checkpoint.find(init_from), lora_scale=wanted.lora_scale)
+  mesh = None
+  if jax.process_count() > 1:  # config.mesh arranges the devices of all
+    mesh = make_mesh(data=1, fsdp=-1, tensor=run.mesh.tensor, devices=jax.local_devices())
+  folder = find_checkpoint(init_from)
+  loaded = load(run, folder, mesh=mesh, lora_scale=wanted.lora_scale)
   decoded = decode_set(run, options, loaded)
   entries = []
   by_key = {entry_key(number, entry): entry for number, entry in enumerate(chosen)}
@@ -127,13 +143,13 @@ def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
     of = by_key[key]
     kept = {name: of[name] for name in ("path", "expand_wav", "Q") if of.get(name)}
     if key in decoded.unfinished:  # training on it needs an end
-      print(f"{of['path']}: the answer reached generation.max_new_tokens; left out")
+      hosts.say(f"{of['path']}: the answer reached generation.max_new_tokens; left out")
     elif text.strip():
       entries.append({**kept, "text": text.strip(), "task": wanted.task})
     else:
-      print(f"{of['path']}: empty answer; left out")
+      hosts.say(f"{of['path']}: empty answer; left out")
   for skip in decoded.skipped:
-    print(f"{skip.key}: {skip.cause} {skip.detail}; left out")
+    hosts.say(f"{skip.key}: {skip.cause} {skip.detail}; left out")
   if not entries:
     raise ValueError(
       f"no answer at activation.lora_scale={wanted.lora_scale} is complete and not empty;"

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mooer_jax import checkpoint
+from mooer_jax import hosts
 from mooer_jax.evaluation.answer_matching import score_by_task
 from mooer_jax.evaluation.perplexity import SweepPoint, draw_sweep, sweep_table, write
 from mooer_jax.run.config import Run
-from mooer_jax.run.decoding import decode_set, load, out_folder
+from mooer_jax.run.decoding import decode_set, find_checkpoint, load, out_folder
 from mooer_jax.run.perplexity import check_scales
 from mooer_jax.run.process import prepare_process
 
@@ -25,7 +25,7 @@ def lora_sweep(
   prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
-  folder = checkpoint.find(path)
+  folder = find_checkpoint(path)
   out = out_folder(options, folder, "lora_sweep")
   loaded = load(run, folder, base, merge_lora=False)
   trained = loaded.model.decoder.lora_scale
@@ -36,10 +36,12 @@ def lora_sweep(
     decoded = decode_set(run, options, loaded, lora_scale=scale)
     if not points:
       for s in decoded.skipped:
-        print(f"not decoded: {s.key}: {s.cause} {s.detail}")
+        hosts.say(f"not decoded: {s.key}: {s.cause} {s.detail}")
     scores = score_by_task(decoded.tasks, decoded.transcripts, decoded.hypotheses)
     points += [SweepPoint(scale, task, s) for task, s in scores.items()]
-    write(out / "lora_sweep.json", points)
-  Console().print(sweep_table(points))
-  print(draw_sweep(points, trained, out / "lora_sweep.png"))
+    if hosts.is_first():
+      write(out / "lora_sweep.json", points)
+  if hosts.is_first():
+    Console().print(sweep_table(points))
+    print(draw_sweep(points, trained, out / "lora_sweep.png"))
   return points

@@ -1,6 +1,7 @@
 """Evaluation on SALMONN's 15 tasks: decode, score and print one table."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mooer_jax import checkpoint
+from mooer_jax import checkpoint, hosts
 from mooer_jax.config import to_json
 from mooer_jax.data.readers.annotation import entry_key, read_annotation
 from mooer_jax.evaluation.text_files import read_text, write_text
@@ -20,7 +21,7 @@ from mooer_jax.projects.salmonn.external_scores import judgement_sheet, read_jud
 from mooer_jax.projects.salmonn.scorers import Row, Scored
 from mooer_jax.projects.salmonn.tasks import ROWS, score_task
 from mooer_jax.run.config import EvalConfig, Run
-from mooer_jax.run.decoding import batches_of, decode_set, load, out_folder
+from mooer_jax.run.decoding import batches_of, decode_set, find_checkpoint, load, out_folder
 from mooer_jax.run.process import prepare_process
 
 
@@ -77,16 +78,20 @@ def run_suite(
     row.stem: "not run yet" if row in there else f"no {row.file}" for row in ROWS
   }
   for row in there:
-    decoded = _hypotheses(out, row, sources[row])
+    decoded = hosts.on_first(functools.partial(_hypotheses, out, row, sources[row]))
     if decoded is None:
       answers = decode(annotations / row.file)
-      decoded = _keep(out, row, sources[row], entries=entries[row], answers=answers)
+      new = {"entries": entries[row], "answers": answers}
+      decoded = hosts.on_first(functools.partial(_keep, out, row, sources[row], **new))
+    results[row.stem] = score_task(row, entries[row], decoded, **_external(out, row))
+    if not hosts.is_first():
+      continue
     if row.judged:
       sheet = judgement_sheet(entries[row], decoded, row.judged)
       write_json(out / "to_judge" / row.file, sheet)
-    results[row.stem] = score_task(row, entries[row], decoded, **_external(out, row))
     _report(out, results, unknown=unknown, identity=identity)
-  print((out / "suite.txt").read_text("utf-8"), end="")
+  if hosts.is_first():
+    print((out / "suite.txt").read_text("utf-8"), end="")
   return results
 
 
@@ -170,7 +175,7 @@ def evaluate_suite(
 ) -> dict[str, Scored | str]:
   """Run `eval.py --suite=salmonn`: `run_suite` with arguments and errors of `evaluate.evaluate`."""
   prepare_process()
-  folder = checkpoint.find(path)
+  folder = find_checkpoint(path)
   options = run.eval
   out = out_folder(options, folder, "salmonn")
   loaded = load(run, folder, base, lora_scale=options.lora_scale)
@@ -189,7 +194,7 @@ def evaluate_suite(
   def decode(file: Path) -> dict[str, str]:
     decoded = decode_set(run, of_file(file), loaded)
     for s in decoded.skipped:
-      print(f"{file.name}: not decoded: {s.key}: {s.cause} {s.detail}")
+      hosts.say(f"{file.name}: not decoded: {s.key}: {s.cause} {s.detail}")
     return decoded.hypotheses
 
   model_json = json.dumps(to_json(loaded.model), sort_keys=True, ensure_ascii=False)

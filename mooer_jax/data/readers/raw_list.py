@@ -1,0 +1,164 @@
+"""Raw lists of WeNet: a JSON object with "key", "wav" and "txt" on each line."""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from mooer_jax.audio.decode import AudioError
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, is_text, parse_line
+from mooer_jax.data.readers.segments import SegmentError, SegmentReader
+from mooer_jax.data.readers.tars import TARS
+
+# `LIST#FIRST@START-END`: number of the first line, and where the lines are in the file.
+_PART = re.compile(r"(.+)#(\d+)@(\d+)-(\d+)", re.DOTALL)
+_LINES = 64  # of a part, which is shuffled as one shard; more if there would be too many parts
+_MAX_PARTS = 1 << 17  # their names are in the memory of every worker
+_BOM = b"\xef\xbb\xbf"
+_REMEDY = 'write {"key": …, "wav": …, "txt": …} on one line, in UTF-8'
+
+
+def is_raw_list(path: str | Path) -> bool:
+  """Whether the first line of a file that is not blank begins a JSON object."""
+  if not os.path.isfile(path):
+    return False
+  with open(path, "rb") as file:
+    while line := file.readline(1 << 16):
+      if line := line.removeprefix(_BOM).strip():
+        return line.startswith(b"{")
+  return False
+
+
+def parts(path: str) -> list[str]:
+  """Names of blocks of lines, which are read like shards.
+
+  Raises:
+    ValueError: if a line is the path of a tar.
+  """
+  starts, end = [], 0
+  with open(path, "rb") as file:
+    for number, line in enumerate(file):
+      if number % _LINES == 0:
+        starts.append(end)
+      end += len(line)
+      if not line.startswith(b"{") and line.strip().endswith(tuple(map(str.encode, TARS))):
+        raise ValueError(
+          f"{path}:{number + 1}: {line.strip()[:80].decode(errors='replace')!r} is the path of a"
+          " tar, but the first line is JSON; write two lists, and name the one to read"
+        )
+  step = math.ceil(len(starts) / _MAX_PARTS)
+  return [
+    f"{path}#{first * _LINES + 1}@{starts[first]}-"
+    f"{starts[first + step] if first + step < len(starts) else end}"
+    for first in range(0, len(starts), step)
+  ]
+
+
+def list_of_part(name: str) -> str | None:
+  """The list that has a part; None if the name is not one of `parts`."""
+  match = _PART.fullmatch(name)
+  return match[1] if match else None
+
+
+def audio_files(path: str) -> list[Path]:
+  """The list, which has the segments, and the recordings that its lines name, in order."""
+  with open(path, "rb") as file:
+    fields = (parse_line(line, ("wav",)) for line in file)
+    clips = {about["wav"]: None for about, problem in fields if not problem}
+  return [Path(path), *(Path(path).parent / clip for clip in clips if is_text(clip))]
+
+
+def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
+  """Yields the utterances of a part, in order, each either complete or skipped.
+
+  Besides "key", "wav" (relative to the folder of the list) and "txt", a line may have "start" and
+  "end" in seconds (default: of the recording), "task", "Q", and other fields for data.filter.
+  """
+  match = _PART.fullmatch(name)
+  assert match is not None
+  path, (first, start, end) = Path(match[1]), map(int, match.groups()[1:])
+  try:
+    with open(path, "rb") as file:
+      file.seek(start)
+      block = file.read(end - start)
+    if len(block) < end - start:
+      raise OSError(f"{path}: shorter than when it was opened; start again")
+  except OSError as error:
+    yield SkippedUtterance("bad shard", "", name, str(error))
+    return
+  seen: set[str] = set()
+  with contextlib.closing(SegmentReader()) as segments:
+    for number, line in enumerate(block.split(b"\n"), first):
+      if not line.removeprefix(_BOM).strip():
+        continue
+      about, problem = _fields(line)
+      if problem:
+        detail = f"{path}:{number}: {problem}; {_REMEDY}"
+        yield SkippedUtterance("bad label", f"{path.name}:{number}", name, detail)
+      elif about["key"] in seen:
+        yield SkippedUtterance("duplicate key", about["key"], name, f"{path}:{number}")
+      else:
+        yield _utterance(about, name, path, number, segments)
+        seen.add(about["key"])
+
+
+def _fields(line: bytes) -> tuple[dict[str, Any], str]:
+  """The fields of a line, and what is wrong with them; of a segment also its "duration"."""
+  about, problem = parse_line(line, ("key", "wav", "txt"))
+  if problem:
+    return about, problem
+  wrong = next(_wrong(about), None)
+  if wrong:
+    return about, f"{wrong}={about[wrong]!r}"
+  start_s, end_s = _segment(about)
+  if end_s != -1:
+    about["duration"] = end_s - start_s
+  return about, ""
+
+
+def _segment(about: dict[str, Any]) -> tuple[float, float]:
+  """Start and end in seconds; (0, -1) is the whole recording."""
+  start_s, end_s = about.get("start"), about.get("end")
+  return (0.0 if start_s is None else start_s), (-1 if end_s is None else end_s)
+
+
+def _wrong(about: dict[str, Any]) -> Iterator[str]:
+  for name in ("key", "wav"):
+    if not is_text(about[name]) or not about[name].strip():
+      yield name
+  if re.search(r"\s", about["key"]):  # keys are written to files of `KEY text` lines
+    yield "key"
+  for name in ("task", "Q"):
+    if not is_text(about.get(name, "")):
+      yield name
+  for name in ("start", "end"):
+    value = about.get(name)
+    if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+      yield name
+
+
+def _utterance(
+  about: dict[str, Any], shard: str, path: Path, number: int, segments: SegmentReader
+) -> RawUtterance | SkippedUtterance:
+  clip = path.parent / about["wav"]
+  text = about["txt"].encode("utf-8", "surrogatepass")
+  task, question = about.get("task", ""), about.get("Q", "")
+  suffix = clip.suffix[1:].lower()
+
+  def utterance(audio: bytes) -> RawUtterance:
+    return RawUtterance(about["key"], shard, suffix, audio, text, task, question, about=about)
+
+  try:
+    if (segment := _segment(about)) == (0, -1):
+      return utterance(clip.read_bytes())
+    return utterance(segments.read(clip, *segment))
+  except OSError as error:
+    cause, detail = "no audio", f"{clip}: {error.strerror or error}"
+  except AudioError as error:
+    cause, detail = error.cause, str(error)
+  except SegmentError as error:
+    cause, detail = "bad segment", str(error)
+  return utterance(b"").skip(cause, f"{path}:{number}: {detail}")
