@@ -102,9 +102,9 @@ def make_mesh(
       f" {len(slices)}, as only mesh.data may cross the slow network between them; raise mesh.data"
       " and lower mesh.fsdp or mesh.tensor"
     )
-  sizes = {len(of) for of in slices}
-  if len(sizes) > 1:
-    raise ValueError(f"the TPU slices have {sorted(sizes)} chips; use slices of one shape")
+  chips = {len(of) for of in slices}
+  if len(chips) > 1:
+    raise ValueError(f"the TPU slices have {sorted(chips)} chips; use slices of one shape")
   inside = (shape[0] // len(slices), *shape[1:])
   try:
     meshes = [jax.make_mesh(inside, AXES, axis_types=types, devices=of) for of in slices]
