@@ -41,7 +41,7 @@ def estimate(
     slices: number of slices, which the first axis of the mesh splits.
     flops: matrix products of a chip, with recomputation.
     flops_needed: the same without recomputation.
-    llm_bytes: all weights of the LLM, for the share of the largest collective.
+    llm_bytes: all weights of the LLM, for the share of the largest gather.
   """
   kind = devices[0].device_kind
   places = np.array([device.coords for device in devices[: len(devices) // slices]])
@@ -64,10 +64,9 @@ def estimate(
       for name, of in _grouped(transfers, lambda t: f"{t.kind} {t.reduction}".strip()).items()
     },
   }
-  if collectives:
-    largest = max(collectives, key=lambda c: c.whole_bytes)
-    found["largest_collective"] = {
-      "kind": largest.kind,
+  if gathers := [c for c in collectives if c.kind == "all-gather"]:
+    largest = max(gathers, key=lambda c: c.whole_bytes)
+    found["largest_gather"] = {
       "moves": _place(largest),
       "bytes": largest.whole_bytes,
       "share_of_the_llm": round(largest.whole_bytes / llm_bytes, 4),
@@ -140,9 +139,9 @@ def add_rows(rows: Table, result: Mapping[str, Any]) -> None:
     rows.add_row(f"{kind}, {row['calls']:,} calls", f"{row['bytes'] / 1e9:.3g} GB")
   for kind, row in result["between_slices"].items():
     rows.add_row(f"between slices: {kind}, {row['calls']:,} calls", f"{row['bytes'] / 1e9:.3g} GB")
-  if largest := result.get("largest_collective"):
+  if largest := result.get("largest_gather"):
     share = f"{largest['share_of_the_llm']:.1%} of the LLM"
-    rows.add_row(f"largest: {largest['kind']}", f"{largest['bytes'] / 1e9:.3g} GB, {share}")
+    rows.add_row("largest gather", f"{largest['bytes'] / 1e9:.3g} GB, {share}")
   rows.add_row("HBM traffic", f"{result['hbm_bytes_per_chip'] / 1e9:.3g} GB")
   if "estimate" in result:
     found = result["estimate"]

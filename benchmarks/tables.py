@@ -102,7 +102,7 @@ def aot_estimate() -> str:
     for kind, row in r["collectives"].items():
       moved[kinds[kind]] += row["bytes"] / 1e9
     between = sum(row["bytes"] for row in r["between_slices"].values()) / 1e9
-    largest = r["largest_collective"]
+    largest = r.get("largest_gather", {"bytes": 0, "share_of_the_llm": 0})
     seconds = found["seconds"]
     return (
       ", ".join(f"{name} {size:.3g}" for name, size in moved.items() if size >= 0.05)
@@ -116,7 +116,7 @@ def aot_estimate() -> str:
       f"{found['mfu_without_overlap']:.0%}",
     )
 
-  header = ("received per chip, GB", "between slices, GB", "largest collective, of the LLM",
+  header = ("received per chip, GB", "between slices, GB", "largest gather, of the LLM",
             "HBM traffic, GB", "compute / HBM / ICI / DCN, ms", "slowest", "MFU, estimate",
             "without overlap")  # fmt: skip
   return _plans(header, columns, "aot_*.json")

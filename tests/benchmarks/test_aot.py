@@ -278,7 +278,7 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   assert 1.1 < result["flops_per_chip"] / result["flops_needed_per_chip"] < 1.5
   assert result["compile_seconds"] > 0
   # Layers are gathered one by one. The largest is the head; a stack of three matrices is larger.
-  assert 0 < result["largest_collective"]["share_of_the_llm"] < 0.1
+  assert 0 < result["largest_gather"]["share_of_the_llm"] < 0.1
   assert result["collectives"]["all-gather"]["calls"] > 2 * 3 * 7  # of 7 matrices in 3 layers
   assert result["between_slices"] == {}
   found = result["estimate"]
@@ -392,7 +392,7 @@ def test_the_7b_configs_fit_sixteen_chips(aot, tmp_path, config):
   result = result_of(process, out)
   assert result["chips"] == 16
   assert result["hbm_spare_share"] > 0.1
-  assert result["largest_collective"]["share_of_the_llm"] < 0.1
+  assert result["largest_gather"]["share_of_the_llm"] < 0.1
   assert result["estimate"]["mfu"] > 0.55
 
 
