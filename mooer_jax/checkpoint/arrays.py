@@ -25,6 +25,7 @@ def write(folder: Path, arrays: Mapping) -> None:
 
   from mooer_jax.checkpoint.streaming import device_handler, streaming_handler
 
+  arrays = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, np.generic) else x, arrays)
   handler = device_handler(LEAST_SLICE_BYTES)
   if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
     arrays, handler = jax.tree.map(as_lazy, arrays), streaming_handler()

@@ -34,9 +34,9 @@ class HostBatch:
   texts: tuple[str, ...] = _static()  # their transcripts
   tasks: tuple[str, ...] = _static()  # the tasks of their prompts
   seconds: tuple[float, ...] = _static()  # lengths of their audio, after truncation
-  places: tuple[tuple[int, int], ...] = _static()  # of their shards, and in these
   skipped: tuple[SkippedUtterance, ...] = _static()  # since the previous batch, each once
   num_truncated: int = _static(default=0)  # clips longer than max_s, which were truncated
+  places: tuple[tuple[int, int], ...] = _static(default=())  # of their shards, and in these
   # Of a single pass: entries in the shards that were read to their ends, of all processes.
   entries: int = _static(default=0)
 
@@ -332,7 +332,7 @@ class EvalIterator(grain.DatasetIterator):
       error.skipped = (*(s for e in examples for s in e.skipped), *self._stream.left_over())
       raise
     # Nothing may be usable in the share of a process.
-    nothing = HostBatch(None, (), (), (), (), (), left_over)  # type: ignore[arg-type]
+    nothing = HostBatch(None, (), (), (), (), left_over)  # type: ignore[arg-type]
     host = self._batcher(examples, left_over) if examples else nothing
     return dataclasses.replace(host, entries=self._stream.entries)
 
