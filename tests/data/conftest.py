@@ -1,6 +1,8 @@
 """Small shards made on the spot."""
 
+import contextlib
 import io
+import json
 import string
 import tarfile
 
@@ -10,6 +12,7 @@ import soundfile
 
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.config import DataConfig
+from mooer_jax.data.dataset import train_batches
 from mooer_jax.text.tokenizer import Tokenizer
 
 
@@ -98,3 +101,30 @@ def tokenizer():
 def model_side(tokenizer):
   """What the pipeline needs to know of the model."""
   return tokenizer, SpeechLLMConfig(chat_template="bare", prompts=(("asr", "ASK <|im_end|>"),))
+
+
+def take_batches(config, model_side, count, **options):
+  """The first training batches."""
+  with contextlib.closing(iter(train_batches(config, *model_side, **options))) as batches:
+    return [next(batches) for _ in range(count)]
+
+
+def take_with_states(dataset, count):
+  """The states before the first batches, as JSON, and the batches."""
+  with contextlib.closing(iter(dataset)) as batches:
+    states, hosts = [], []
+    for _ in range(count):
+      states.append(json.dumps(batches.get_state()))
+      hosts.append(next(batches))
+  return states, hosts
+
+
+def assert_resumes(dataset, states, hosts, *, at, count):
+  """An iterator that is set to a state goes on with the batches after it."""
+  with contextlib.closing(iter(dataset)) as again:
+    for place in at:
+      again.set_state(json.loads(states[place]))
+      for host in hosts[place : place + count]:
+        found = next(again)
+        assert (found.keys, found.skipped) == (host.keys, host.skipped)
+        np.testing.assert_array_equal(found.batch.features[0], host.batch.features[0])

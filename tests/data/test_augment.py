@@ -13,6 +13,7 @@ from mooer_jax.audio.frontend import FrontendConfig
 from mooer_jax.data.augment import Augmentation, AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import eval_batches, merge_states, train_batches
+from tests.data.conftest import take_batches
 
 FRONTEND = FrontendConfig()
 SPEEDS = (0.8, 1.0, 1.25)
@@ -54,14 +55,6 @@ def _rows(hosts):
   return rows
 
 
-def _take(config, model_side, count, **options):
-  iterator = iter(train_batches(config, *model_side, **options))
-  try:
-    return [next(iterator) for _ in range(count)]
-  finally:
-    iterator.close()
-
-
 def test_readings_differ_and_repeat_exactly_wherever_they_are_made(shards, model_side, everything):
   """In a resumed run, in other processes, and in another order of batches."""
   for _ in range(4):
@@ -87,11 +80,13 @@ def test_readings_differ_and_repeat_exactly_wherever_they_are_made(shards, model
   for of_key in rows.values():
     assert len(of_key) == 2  # epochs
     assert of_key[0].shape != of_key[1].shape or (of_key[0] != of_key[1]).any()
-  one_stream = _rows(_take(shards.config(augment=everything, max_s=2.4), model_side, 10))
+  one_stream = _rows(take_batches(shards.config(augment=everything, max_s=2.4), model_side, 10))
   for key, of_key in rows.items():
     for x_TF, y_TF in zip(of_key, one_stream[key], strict=True):
       np.testing.assert_array_equal(x_TF, y_TF)
-  other_seed = _rows(_take(shards.config(augment=everything, max_s=2.4, seed=1), model_side, 5))
+  other_seed = _rows(
+    take_batches(shards.config(augment=everything, max_s=2.4, seed=1), model_side, 5)
+  )
   key = shards.keys[0]
   assert not any(np.array_equal(other_seed[key][0], x_TF) for x_TF in rows[key])
 
@@ -100,8 +95,8 @@ def test_workers_make_the_readings_of_a_thread(shards, model_side, everything):
   for _ in range(2):
     shards.add(6)
   config = shards.config(augment=everything, batch_size=2, shuffle_buffer_size=6, max_s=2.4)
-  rows = _rows(_take(config, model_side, 6))
-  of_workers = _rows(_take(dataclasses.replace(config, workers=2), model_side, 6))
+  rows = _rows(take_batches(config, model_side, 6))
+  of_workers = _rows(take_batches(dataclasses.replace(config, workers=2), model_side, 6))
   assert set(of_workers) == set(rows) == set(shards.keys)
   for key in rows:
     np.testing.assert_array_equal(of_workers[key][0], rows[key][0])
@@ -111,7 +106,7 @@ def test_the_copies_of_an_epoch_differ(shards, model_side, wav):
   shards.add_members([("a.txt", b"A"), ("a.wav", wav(0.5)), ("a.json", b'{"task": "asr"}')])
   volume = AugmentConfig(volume_db=(-9.0, 9.0))
   config = shards.config(augment=volume, task="", task_weights={"asr": 4.0})
-  (rows,) = _rows(_take(config, model_side, 2)).values()
+  (rows,) = _rows(take_batches(config, model_side, 2)).values()
   assert len({x_TF.tobytes() for x_TF in rows}) == len(rows) == 8  # in two epochs
 
 
@@ -165,12 +160,12 @@ def test_limits_apply_to_the_changed_speed(shards, model_side, wav):
   config = shards.config(
     augment=faster, min_s=0.4, max_s=0.5, batch_size=1, shuffle_buffer_size=1, max_bad_share=1.0
   )
-  hosts = _take(config, model_side, 3)
+  hosts = take_batches(config, model_side, 3)
   assert {host.keys for host in hosts} == {("b",)}
   assert {host.seconds for host in hosts} == {(0.495,)}
   skipped = {skip.key: skip.detail for host in hosts for skip in host.skipped}
   assert skipped == {"a": "0.250 s < data.min_s=0.4", "c": "0.5 s > data.max_s=0.5"}
-  truncated = _take(dataclasses.replace(config, truncate=True, min_s=0), model_side, 9)
+  truncated = take_batches(dataclasses.replace(config, truncate=True, min_s=0), model_side, 9)
   assert {host.keys: host.seconds[0] for host in truncated} == {
     ("a",): 0.25, ("b",): 0.495, ("c",): 0.5,
   }  # fmt: skip
@@ -204,7 +199,7 @@ def test_features_are_those_of_the_augmented_waveform_with_masks(shards, model_s
   from mooer_jax.data.readers.shards import read_shard
 
   raw = {entry.key: entry for entry in read_shard(str(path))}
-  (host,) = _take(shards.config(augment=everything, max_s=2.4), model_side, 1)
+  (host,) = take_batches(shards.config(augment=everything, max_s=2.4), model_side, 1)
   augmentation = Augmentation.load(everything, model_side[1], seed=0)
   for row, key in enumerate(host.keys):
     of_this = augmentation.of(key, 0)
@@ -220,7 +215,7 @@ def test_waveforms_for_the_device_are_augmented_alike(shards, model_side, everyt
   waves = dataclasses.replace(everything, freq_masks=0, time_masks=0, time_mask_s=1.0)
   config = shards.config(augment=waves, max_s=2.4)
   on_host, on_device = (
-    _take(config, (tokenizer, model.with_compute(features=place)), 2)
+    take_batches(config, (tokenizer, model.with_compute(features=place)), 2)
     for place in ("host", "device")
   )
   for one, other in zip(on_host, on_device):

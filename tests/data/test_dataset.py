@@ -16,6 +16,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import eval_batches, train_batches
 from mooer_jax.data.pack import pack
 from mooer_jax.data.utterances import BadDataError
+from tests.data.conftest import take_batches
 
 
 @pytest.fixture
@@ -23,11 +24,7 @@ def take(model_side):
   """The first batches of a new training iterator, which is closed."""
 
   def take(config, count, **processes):
-    iterator = iter(train_batches(config, *model_side, **processes))
-    try:
-      return [next(iterator) for _ in range(count)]
-    finally:
-      iterator.close()
+    return take_batches(config, model_side, count, **processes)
 
   return take
 

@@ -18,6 +18,7 @@ from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers.shards import read_shard
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run.fill_feature_cache import cache_misses, dataset_name
+from tests.data.conftest import take_batches
 
 
 @pytest.fixture
@@ -50,14 +51,6 @@ def config(shards, sets):
   return config
 
 
-def _take(config, model_side, count, **options):
-  iterator = iter(train_batches(config, *model_side, **options))
-  try:
-    return [next(iterator) for _ in range(count)]
-  finally:
-    iterator.close()
-
-
 def _keys(hosts):
   return [key for host in hosts for key in host.keys]
 
@@ -77,7 +70,7 @@ def test_shares_are_those_of_the_weights_at_any_time(weights):
 
 
 def test_batches_have_the_shares_and_each_data_set_its_own_epochs(config, model_side, sets):
-  hosts = _take(config(), model_side, 30)  # ten windows of 12 utterances
+  hosts = take_batches(config(), model_side, 30)  # ten windows of 12 utterances
   counts = collections.Counter(_keys(hosts))
   of = {name: [counts[key] for key in sets[name].keys] for name in sets}
   assert (sum(of["a"]), sum(of["b"])) == (90, 30)
@@ -87,7 +80,7 @@ def test_batches_have_the_shares_and_each_data_set_its_own_epochs(config, model_
     a = sum(key.startswith("a") for key in _keys(hosts[:n]))
     assert abs(a - 0.75 * 4 * n) < 1
   # Equal weights are another mixture.
-  even = _keys(_take(config(mixture=_mixture(sets, (1, 1))), model_side, 15))
+  even = _keys(take_batches(config(mixture=_mixture(sets, (1, 1))), model_side, 15))
   assert sum(key.startswith("a") for key in even) == 30
 
 
@@ -166,7 +159,7 @@ def test_each_data_set_has_its_task_and_filter(shards, sets, tokenizer, wav):
     "b": SourceConfig(str(sets["b"].list), 1.0, task="ast"),
   }
   config = shards.config(shards="", mixture=mixture, task="", max_bad_share=1.0)
-  hosts = _take(config, (tokenizer, model), 9)
+  hosts = take_batches(config, (tokenizer, model), 9)
   tasks = {key: task for host in hosts for key, task in zip(host.keys, host.tasks)}
   of_b = dict.fromkeys(sets["b"].keys, "ast")
   assert tasks == {"own0": "ast", "own1": "ast", "more0": "asr", "more1": "asr"} | of_b
@@ -185,7 +178,7 @@ def test_each_data_set_has_its_task_and_filter(shards, sets, tokenizer, wav):
   with pytest.raises(
     BadDataError, match="data.mixture.b: no usable utterance in 2 .*no such field"
   ):
-    _take(both, (tokenizer, model), 9)
+    take_batches(both, (tokenizer, model), 9)
 
 
 def test_the_task_of_a_data_set_is_that_of_its_weight(shards, sets, tokenizer):
@@ -195,14 +188,14 @@ def test_the_task_of_a_data_set_is_that_of_its_weight(shards, sets, tokenizer):
     for name, task in (("a", "asr"), ("b", "ast"))
   }
   config = shards.config(shards="", mixture=mixture, task="", task_weights={"asr": 0.5, "ast": 3.0})
-  keys = _keys(_take(config, (tokenizer, model), 6))
+  keys = _keys(take_batches(config, (tokenizer, model), 6))
   assert all(keys.count(key) == 3 for key in sets["b"].keys)  # an epoch has three readings of each
   with pytest.raises(ValueError, match=r"data.task_weights names \['qa'\], but .*, .* has"):
-    _take(shards.config(shards="", mixture=mixture, task="", task_weights={"qa": 1.0}),
+    take_batches(shards.config(shards="", mixture=mixture, task="", task_weights={"qa": 1.0}),
           (tokenizer, model), 1)  # fmt: skip
   other = {"a": SourceConfig(str(sets["a"].list), task="qa")}
   with pytest.raises(ValueError, match=r"tasks \['qa'\] have no prompt; the model has"):
-    _take(shards.config(shards="", mixture=other, task=""), (tokenizer, model), 1)
+    take_batches(shards.config(shards="", mixture=other, task=""), (tokenizer, model), 1)
 
 
 def test_limits_of_bad_data_count_for_each_data_set(config, model_side, sets, wav):
@@ -211,20 +204,20 @@ def test_limits_of_bad_data_count_for_each_data_set(config, model_side, sets, wa
   for number in range(2):
     sets["b"].add_members([(f"short{number}.wav", wav(0.1)), (f"short{number}.txt", b"A")])
   with pytest.raises(BadDataError, match="^data.mixture.b: no usable utterance .*too short 2"):
-    _take(config(max_bad_share=1.0), model_side, 9)
+    take_batches(config(max_bad_share=1.0), model_side, 9)
   cut = sets["a"].folder / "shards_000000001.tar"
   cut.write_bytes(cut.read_bytes()[:3000])
   only_a = {"a": _mixture(sets)["a"]}
   with pytest.raises(
     BadDataError, match="^data.mixture.a: 1 of [23] shards read are .*damaged: .*1"
   ):
-    _take(config(mixture=only_a, max_bad_share=0.3), model_side, 9)
+    take_batches(config(mixture=only_a, max_bad_share=0.3), model_side, 9)
 
 
 def test_a_mixture_of_one_is_its_data_set(config, model_side, shards, sets):
-  one = _take(config(mixture={"a": _mixture(sets)["a"]}, batch_size=1, shuffle_buffer_size=1),
+  one = take_batches(config(mixture={"a": _mixture(sets)["a"]}, batch_size=1, shuffle_buffer_size=1),
               model_side, 22)  # fmt: skip
-  plain = _take(
+  plain = take_batches(
     shards.config(shards=str(sets["a"].list), batch_size=1, shuffle_buffer_size=1), model_side, 22
   )
   for host, other in zip(one, plain):

@@ -15,6 +15,7 @@ from mooer_jax.data.readers import prepared, read, shard_names, utterance_names
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.stats import data_stats
 from mooer_jax.data.utterances import EpochReader
+from tests.data.conftest import assert_resumes, take_with_states
 
 
 @pytest.fixture
@@ -98,21 +99,11 @@ def test_training_resumes_exactly_at_an_index(dataset, shards, model_side, wav, 
   folder = str(dataset(9, 12, 14))
   config = shards.config(shards=folder, batch_size=4, shuffle_buffer_size=8, **changes)
   batches = train_batches(config, *model_side)
-  with contextlib.closing(iter(batches)) as iterator:
-    states, hosts = [], []
-    for _ in range(22):
-      states.append(json.dumps(iterator.get_state()))
-      hosts.append(next(iterator))
+  states, hosts = take_with_states(batches, 22)
   seen = [key for host in hosts for key in host.keys]
   assert {*seen[:44]} >= {*shards.keys} and max(map(seen.count, seen)) <= 3
   assert {s.key for host in hosts for s in host.skipped} == {"bad", "no"}
-  with contextlib.closing(iter(batches)) as again:
-    for at in (13, 5):
-      again.set_state(json.loads(states[at]))
-      for host in hosts[at : at + 5]:
-        found = next(again)
-        assert (found.keys, found.skipped) == (host.keys, host.skipped)
-        np.testing.assert_array_equal(found.batch.features[0], host.batch.features[0])
+  assert_resumes(batches, states, hosts, at=(13, 5), count=5)
 
 
 def test_one_part_is_enough_for_several_streams(dataset, shards, model_side):

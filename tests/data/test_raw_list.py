@@ -17,6 +17,7 @@ from mooer_jax.data.readers import audio_files, file_of, raw_list, read, shard_n
 from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
 from mooer_jax.data.stats import data_stats
 from mooer_jax.run.fill_feature_cache import dataset_name
+from tests.data.conftest import assert_resumes, take_with_states
 
 
 @pytest.fixture
@@ -171,19 +172,9 @@ def test_streams_and_workers_share_the_lines_and_a_run_resumes_exactly(write, sh
     answer_buckets=(8,),
   )  # fmt: skip
   dataset = train_batches(config, *model_side)
-  with contextlib.closing(iter(dataset)) as batches:
-    states, hosts = [], []
-    for _ in range(70):
-      states.append(json.dumps(batches.get_state()))
-      hosts.append(next(batches))
+  states, hosts = take_with_states(dataset, 70)
   assert {key for host in hosts for key in host.keys} == {f"u{n}" for n in range(250)}
-  for at in (0, 5, 33, 64):
-    with contextlib.closing(iter(dataset)) as again:
-      again.set_state(json.loads(states[at]))
-      for host in hosts[at : at + 3]:
-        found = next(again)
-        assert found.keys == host.keys
-        np.testing.assert_array_equal(found.batch.features[0], host.batch.features[0])
+  assert_resumes(dataset, states, hosts, at=(0, 5, 33, 64), count=3)
   write(*lines[:-1], line(250))
   with pytest.raises(ValueError, match="bytes in the shards was"):
     iter(train_batches(config, *model_side)).set_state(json.loads(states[3]))

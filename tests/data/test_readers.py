@@ -17,7 +17,7 @@ from mooer_jax.data.dataset import train_batches
 from mooer_jax.data.prepare import prepare
 from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
 from mooer_jax.data.stats import data_stats
-from tests.data.conftest import make_tar, make_wav
+from tests.data.conftest import assert_resumes, make_tar, make_wav, take_with_states
 
 COUNT = 8
 SECONDS = [0.3 + number / 10 for number in range(COUNT)]
@@ -169,19 +169,9 @@ def test_files_that_have_gone_are_counted(source):
 def test_training_resumes_exactly(source, shards, model_side):
   config = shards.config(shards=source, batch_size=3, shuffle_buffer_size=6)
   dataset = train_batches(config, *model_side)
-  with contextlib.closing(iter(dataset)) as batches:
-    states, hosts = [], []
-    for _ in range(9):
-      states.append(json.dumps(batches.get_state()))
-      hosts.append(next(batches))
+  states, hosts = take_with_states(dataset, 9)
   assert {text for host in hosts for text in host.texts} == {f"N{n}" for n in range(COUNT)}
-  for at in (1, 4):
-    with contextlib.closing(iter(dataset)) as again:
-      again.set_state(json.loads(states[at]))
-      for host in hosts[at : at + 3]:
-        found = next(again)
-        assert found.keys == host.keys
-        np.testing.assert_array_equal(found.batch.features[0], host.batch.features[0])
+  assert_resumes(dataset, states, hosts, at=(1, 4), count=3)
 
 
 def test_stats_count_the_same_lengths(source):
