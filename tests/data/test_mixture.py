@@ -215,8 +215,9 @@ def test_limits_of_bad_data_count_for_each_data_set(config, model_side, sets, wa
 
 
 def test_a_mixture_of_one_is_its_data_set(config, model_side, shards, sets):
-  one = take_batches(config(mixture={"a": _mixture(sets)["a"]}, batch_size=1, shuffle_buffer_size=1),
-              model_side, 22)  # fmt: skip
+  only_a = {"a": _mixture(sets)["a"]}
+  mixed = config(mixture=only_a, batch_size=1, shuffle_buffer_size=1)
+  one = take_batches(mixed, model_side, 22)
   plain = take_batches(
     shards.config(shards=str(sets["a"].list), batch_size=1, shuffle_buffer_size=1), model_side, 22
   )
