@@ -78,18 +78,15 @@ def compile_step(run: Run, topology: str, *, prompt: int, slices: int = 1) -> di
   run.check_features()
   devices = topology_devices(topology, slices)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
-  (state, frozen), shardings = abstract_state(
-    run.model, run.optimizer, trainable=run.trainable, mesh=mesh
-  )
+  options = {"trainable": run.trainable, "mesh": mesh}
+  (state, frozen), _ = abstract_state(run.model, run.optimizer, **options)
   # The prompt costs the same on either side of the speech.
   batcher = Batcher(run.data, run.model, (0, prompt), encoded=bool(run.data.cache_features))
   batch = batcher.shapes()[0]
   micro_batches = run.train.gradient_accumulation_steps
 
   def trace(model):
-    step = jitted_step(
-      model, run.optimizer, accumulation=micro_batches, mesh=mesh, shardings=shardings
-    )
+    step = jitted_step(model, run.optimizer, accumulation=micro_batches, **options)
     return step.trace(state, frozen, batch)
 
   start = time.perf_counter()

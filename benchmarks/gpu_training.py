@@ -61,7 +61,7 @@ def run(dry_run: bool) -> dict[str, Any]:
   params = jax.jit(lambda: speech_llm.init(jax.random.key(0), model))()
   trainable, frozen = tree.partition(params, TRAINED)
   state = create(trainable, make_optimizer(optimizer), jax.random.key(1))
-  step = jitted_step(model, optimizer, accumulation=1, mesh=mesh, shardings=shardings)
+  step = jitted_step(model, optimizer, trainable=TRAINED, accumulation=1, mesh=mesh)
   state, frozen = jax.device_put((state, frozen), shardings)
   rng = np.random.default_rng(0)
   prototypes_WF = rng.normal(size=(WORDS, model.encoders[0].input_width))

@@ -113,6 +113,7 @@ def shortest_s(config: SpeechLLMConfig) -> float:
   return bisect.bisect_left(samples, 1, key=lambda n: num_speech_tokens(n, config)) / rate_hz
 
 
+@functools.partial(jax.jit, static_argnums=1)  # traced once; what init computes besides is left out
 def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
   """Initial float32 parameters, CMVN as the identity; layers are stacked if config.compute.scan."""
   key_encoders, key_connector, key_decoder = jax.random.split(key, 3)

@@ -174,13 +174,13 @@ def _clips(dataset, number: int, run: Run):
 
 
 def initial_state(run: Run, params: dict, *, tx, mesh):
-  """Returns (TrainState, frozen params, (state shardings, frozen shardings))."""
+  """Returns (TrainState, frozen params) on the mesh."""
   trainable, frozen = tree.partition(params, run.trainable)
   key = jax.random.fold_in(jax.random.key(run.seed), 1)
   abstract = jax.eval_shape(lambda t: create(t, tx, key), trainable)
   shardings = state_shardings(abstract, tx, param_shardings(mesh, trainable))
   state = jax.jit(lambda t: create(t, tx, key), out_shardings=shardings)(trainable)
-  return state, frozen, (shardings, param_shardings(mesh, frozen))
+  return state, frozen
 
 
 def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:

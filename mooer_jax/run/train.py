@@ -144,7 +144,7 @@ def _load(
     except BadDataError as error:
       SkippedLog(run.workdir, first=0).add(1, error.skipped)
       raise
-  state, frozen, shardings = initial_state(run, params, tx=make_optimizer(run.optimizer), mesh=mesh)
+  state, frozen = initial_state(run, params, tx=make_optimizer(run.optimizer), mesh=mesh)
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
     base = None  # only its CMVN is left, so checkpoints hold all parameters
@@ -159,9 +159,12 @@ def _load(
       batches.set_state(merge_states(data_states))
     except ValueError as error:
       raise ValueError(f"{resumed}/train_state: {error}") from error
-  accumulation = run.train.gradient_accumulation_steps
   step = jitted_step(
-    run.model, run.optimizer, accumulation=accumulation, mesh=mesh, shardings=shardings
+    run.model,
+    run.optimizer,
+    trainable=run.trainable,
+    accumulation=run.train.gradient_accumulation_steps,
+    mesh=mesh,
   )
   return _Start(tokenizer, dataset, batches, state, frozen, step, base)
 

@@ -1,6 +1,7 @@
 """The compiled program of a training run; `benchmarks.aot` compiles it without devices."""
 
 import concurrent.futures
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -16,17 +17,24 @@ from mooer_jax.training.step import create, jit_train_step, make_train_step, sta
 COMPILERS = 4  # compilations at a time; each of a 7B step takes about 2 GB
 
 
+@functools.lru_cache(maxsize=8)  # a second run of the same model in a process is not traced again
 def jitted_step(
-  model: SpeechLLMConfig, optimizer: OptimizerConfig, *, accumulation: int, mesh, shardings
+  model: SpeechLLMConfig,
+  optimizer: OptimizerConfig,
+  *,
+  trainable: tuple[str, ...],
+  accumulation: int,
+  mesh: jax.sharding.Mesh,
 ):
   """The train step (state, frozen, batch) -> (state, metrics), jitted for a mesh.
 
   Args:
     model: with compute.scan, as training runs it.
+    trainable: patterns of the paths of trained parameters.
     accumulation: micro-batches per batch.
     mesh: its devices may be those of a topology description.
-    shardings: of the TrainState and of the frozen params.
   """
+  _, shardings = abstract_state(model, optimizer, trainable=trainable, mesh=mesh)
 
   def loss_fn(trainable, frozen, batch, key):
     params = tree.merge(trainable, frozen)

@@ -132,8 +132,9 @@ def traced(name, remat, *, fsdp=8, features="host"):
   config = MODELS[name].replace(compute=ExecutionConfig(scan=True, remat=remat, features=features))
   mesh = make_mesh(data=1, fsdp=fsdp, devices=jax.devices()[:fsdp])
   optimizer = OptimizerConfig()
-  (state, frozen), shardings = abstract_state(config, optimizer, trainable=TRAINED[name], mesh=mesh)
-  step = jitted_step(config, optimizer, accumulation=2, mesh=mesh, shardings=shardings)
+  options = {"trainable": TRAINED[name], "mesh": mesh}
+  (state, frozen), _ = abstract_state(config, optimizer, **options)
+  step = jitted_step(config, optimizer, accumulation=2, **options)
   return step.trace(state, frozen, batch_of(config))
 
 

@@ -31,7 +31,10 @@ def with_lora(config, **changes):
   return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **changes))
 
 
-@pytest.fixture(scope="module", params=["plain base", "base with a LoRA"])
+@pytest.fixture(
+  scope="module",
+  params=["plain base", pytest.param("base with a LoRA", marks=pytest.mark.nightly)],
+)
 def folders(request, tmp_path_factory):
   """A base and two fine-tunes of its LLM; of a base without LoRA, of other ranks and targets."""
   parent = tmp_path_factory.mktemp("adapters")

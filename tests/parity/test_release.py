@@ -128,7 +128,10 @@ def test_the_tokens_are_those_of_pytorch(sides, recordings):
   assert len(excused) <= cases // 100, excused
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["lora-apart", "lora-merged"])
+@pytest.mark.parametrize(
+  "merged",
+  [pytest.param(False, id="lora-apart"), pytest.param(True, id="lora-merged", marks=NIGHTLY)],
+)
 def test_there_and_back_and_merged(sides, few, tmp_path, merged):
   paths = [clip.path for clip in few]
   folders = [tmp_path / name for name in ("first", "back", "again")]
@@ -161,14 +164,15 @@ def test_the_command_gives_what_the_class_gives(sides, clips, tmp_path, capsys):
     assert row["seconds"] == pytest.approx(soundfile.info(path).duration, abs=1e-3)
     assert row == result.to_json()  # the same program on the same machine
 
-  assert cli.main([*base, "--json", str(out), *paths]) == 0
-  defaults = json.loads(out.read_text("utf-8"))
-  asked = sides.ours("asr").transcribe(
-    paths, task="asr", num_beams=4, length_penalty=0.8, max_new_tokens=200
-  )
-  greedy = sides.ours("asr").transcribe(paths, task="asr", num_beams=1)
-  assert [row["tokens"] for row in defaults] == [result.tokens for result in asked]
-  assert [row["tokens"] for row in defaults] != [result.tokens for result in greedy]
+  if sides.encoder == FULL:  # more programs to compile
+    assert cli.main([*base, "--json", str(out), *paths]) == 0
+    defaults = json.loads(out.read_text("utf-8"))
+    asked = sides.ours("asr").transcribe(
+      paths, task="asr", num_beams=4, length_penalty=0.8, max_new_tokens=200
+    )
+    greedy = sides.ours("asr").transcribe(paths, task="asr", num_beams=1)
+    assert [row["tokens"] for row in defaults] == [result.tokens for result in asked]
+    assert [row["tokens"] for row in defaults] != [result.tokens for result in greedy]
   # transformers writes lines of its own when it loads the other side.
   told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(tuple(paths))]
   assert all("max_new_tokens=" in line for line in told), told

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from mooer_jax.data.pack import pack
+from mooer_jax.run import monitor, start
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,16 @@ def one_device(request, monkeypatch):
   if "all_devices" not in request.keywords:
     devices = jax.devices
     monkeypatch.setattr(jax, "devices", lambda *backend: devices(*backend)[:1])
+
+
+DRAW_CURVE = monitor.draw_curve
+
+
+@pytest.fixture(autouse=True)
+def little_beside_the_steps(monkeypatch):
+  """Runs measure CMVN on a few batches and draw no curve; a test may set DRAW_CURVE again."""
+  monkeypatch.setattr(start, "CMVN_BATCHES", 2)
+  monkeypatch.setattr(monitor, "draw_curve", lambda rows, path: path)
 
 
 @pytest.fixture(scope="session")

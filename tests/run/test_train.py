@@ -15,8 +15,10 @@ import pytest
 from mooer_jax import checkpoint, sharding, tree
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.data.utterances import BadDataError
+from mooer_jax.run import monitor
 from mooer_jax.training.step import NotFiniteError
 from tests.numerics import assert_within, exceeds_the_bound, rounding
+from tests.run.conftest import DRAW_CURVE
 from tests.run.programs import evaluate, train
 
 
@@ -72,7 +74,8 @@ def _step(workdir) -> int:
 
 
 @pytest.mark.all_devices
-def test_training_learns_and_leaves_what_it_promises(config):
+def test_training_learns_and_leaves_what_it_promises(config, monkeypatch):
+  monkeypatch.setattr(monitor, "draw_curve", DRAW_CURVE)
   config.train.steps = 60
   config.train.save_every = 30
   folder = train(config)
@@ -179,6 +182,7 @@ def test_a_nan_stops_the_run_and_names_the_step(config):
   assert np.isfinite(finite).all() and error.value.step == len(finite) + 1
 
 
+@pytest.mark.nightly  # tests/training/test_composite.py compares steps on a mesh
 @pytest.mark.all_devices
 def test_the_mesh_changes_no_loss(config, monkeypatch):
   """The whole program, data to metrics: 2 x 2 x 2 devices against one, the first 5 losses.

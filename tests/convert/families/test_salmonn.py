@@ -336,23 +336,37 @@ def test_prompts_are_those_of_a_file_and_come_back(module, llm, tmp_path):
       )
 
 
+def set_what_files_cannot_say(config):
+  config.update(min_audio_s=0.5, channel="mean")
+  config["connector"].update(edge="pad", heads=6)
+  config["encoders"][0].update(trim=True)
+
+
 @pytest.mark.parametrize(
-  "change, message",
+  "change, messages",
   [
-    (lambda c: c.update(min_audio_s=0.5), "min_audio_s is 0.5"),
-    (lambda c: c.update(channel="mean"), "channel is 'mean'"),
-    (lambda c: c["connector"].update(edge="pad"), "connector/edge is 'pad'"),
-    (lambda c: c["connector"].update(heads=6), "connector/heads is 6"),
-    (lambda c: c["encoders"][0].update(trim=True), "encoders/0/trim is True"),
-    (lambda c: c.update(encoder_norm=False), "encoder_norm=False"),
-    (lambda c: c.update(chat_template="mooer"), "prompt_template"),
+    (
+      set_what_files_cannot_say,
+      [
+        "5 problems",
+        "min_audio_s is 0.5",
+        "channel is 'mean'",
+        "connector/edge is 'pad'",
+        "connector/heads is 6",
+        "encoders/0/trim is True",
+      ],
+    ),
+    (lambda c: c.update(encoder_norm=False), ["encoder_norm=False"]),
+    (lambda c: c.update(chat_template="mooer"), ["prompt_template"]),
   ],
 )
-def test_export_refuses_what_the_files_cannot_say(imported, tmp_path, change, message):
+def test_export_refuses_what_the_files_cannot_say(imported, tmp_path, change, messages):
   shutil.copytree(imported[0], tmp_path / "ours")
   changed(tmp_path / "ours", change)
-  with pytest.raises(ConversionError, match=message):
+  with pytest.raises(ConversionError) as caught:
     take_back(tmp_path)
+  for message in messages:
+    assert message in str(caught.value)
   assert not (tmp_path / "back").exists()
 
 
