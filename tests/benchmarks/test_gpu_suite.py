@@ -16,7 +16,13 @@ ABSENT_THERE = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", gpu_suite.SECTIONS)
+def test_a_section_passes_at_tiny_sizes(name):
+  section = gpu_suite.run_section(name, dry_run=True)
+  assert section["passed"], section
+
+
+@pytest.mark.nightly
 def test_the_dry_run_passes_every_section(repo_root, tmp_path, plain_env):
   process = subprocess.run(
     ["bash", "benchmarks/gpu_suite.sh", "--dry-run"],
