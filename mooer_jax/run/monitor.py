@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.readers.entries import SkippedUtterance, in_order
 from mooer_jax.files import replace_file
 from mooer_jax.run.config import TrainConfig
 from mooer_jax.run.feed import BatchSummary
@@ -40,8 +40,8 @@ class SkippedLog:
     self.names = {(row["shard"], row["key"], row["cause"]) for row in _keep_until(self.path, first)}
 
   def add(self, step: int, skipped: Sequence[SkippedUtterance]) -> None:
-    """Appends the utterances that are new, in an order that no number of processes changes."""
-    for utterance in sorted(skipped, key=lambda one: (one.shard, one.key, one.cause, one.detail)):
+    """Appends the utterances that are new, in order."""
+    for utterance in in_order(skipped):
       name = (utterance.shard, utterance.key, utterance.cause)
       if name not in self.names:
         self.names.add(name)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mooer_jax.audio.decode import CAUSES as AUDIO_CAUSES
@@ -90,6 +90,11 @@ class RawUtterance:
   def transcript(self) -> str:
     """The reference text; raises UnicodeDecodeError if it is not UTF-8."""
     return self.text.decode("utf-8-sig").strip()
+
+
+def in_order(skipped: Iterable[SkippedUtterance]) -> list[SkippedUtterance]:
+  """By shard and key: the order of a report, however many processes have found them."""
+  return sorted(skipped, key=lambda one: (one.shard, one.key, one.cause, one.detail))
 
 
 def is_text(value: object) -> bool:
