@@ -119,9 +119,9 @@ class Feed:
     lengths, failed = None, isinstance(host, Exception)
     skipped = pulled.skipped
     if self._agreement is not None:
-      (*lengths, stopping, failed, waited_ms), sums = self._agreement.result()
+      (*lengths, stopping, any_failed, waited_ms), sums = self._agreement.result()
       audio_s, truncated, num_new = sums
-      self._stopping = bool(stopping)
+      self._stopping, failed = bool(stopping), bool(any_failed)
       self._wait_s += waited_ms / 1000
       skipped = self._gather(pulled) if num_new else ()
     if failed:

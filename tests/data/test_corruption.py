@@ -85,7 +85,8 @@ def test_a_cut_at_every_percent_delivers_what_is_whole_and_names_what_is_lost(tm
   parts, content = _parts(path), path.read_bytes()
   stored = gzip.compress(content) if compressed else content
   cuts = [len(stored) * percent // 100 for percent in range(1, 100)]
-  for size in [*cuts, parts[9].end, parts[9].header, parts[9].content, len(stored)]:
+  edges = [parts[8].content + 1, parts[9].header, parts[9].content, parts[9].end, len(stored)]
+  for size in [*cuts, *edges]:
     cut = stored[:size]
     readable = zlib.decompressobj(wbits=31).decompress(cut) if compressed else cut
     path.write_bytes(cut)
