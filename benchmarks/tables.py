@@ -212,6 +212,30 @@ def portable() -> str:
   return _table(("setting", "variables", "processor", "tests", "made"), rows)
 
 
+def data_speed() -> str:
+  rows = [
+    (
+      name,
+      f"{case['ratio']:.2f}",
+      f"{case['mooer_jax']['times_real_time_of_cpu'] / case['goal']:.2f}",
+      f"{case['hours']:.2g} h",
+      _made(r),
+    )
+    for r in _load("data.json")
+    for name, case in r["cases"].items()
+  ]
+  return _table(("shards", "speed relative to PyTorch", "to the goal", "audio", "made"), rows)
+
+
+def data_padding() -> str:
+  rows = [
+    (count, f"{share:.1%}", _made(r))
+    for r in _load("data.json")
+    for count, share in r["padding"].items()
+  ]
+  return _table(("buckets", "padding in the frames", "made"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
   function.__name__: function
   for function in (
@@ -223,6 +247,8 @@ TABLES: dict[str, Callable[[], str]] = {
     convert_7b,
     sanm_memory,
     portable,
+    data_speed,
+    data_padding,
   )
 }
 

@@ -18,12 +18,16 @@ class SourceConfig:
     weight: share of the utterances of training, relative to the weights of the other data sets.
     task: with data.task="", task of all utterances of the data set; "": each utterance's own.
     filter: condition on the utterances of the data set, as data.filter, which it replaces.
+    labels, labels_mode, labels_separator: other texts of the data set, as data.labels.
   """
 
   shards: str
   weight: float = 1.0
   task: str = ""
   filter: str = ""
+  labels: str = ""
+  labels_mode: str = MODES[0]
+  labels_separator: str = SEPARATOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +169,21 @@ class DataConfig:
       )
     if self.labels and self.mixture:
       raise ValueError(
-        f"data.labels={self.labels!r} is for one data set, not for data.mixture; write the texts"
-        " into its shards or its raw list, or train on it alone"
+        f"data.labels={self.labels!r} is for one data set, not for data.mixture; set the labels of"
+        f" a data set of the mixture, such as data.mixture.{next(iter(self.mixture))}.labels"
       )
     for name, source in self.mixture.items():
       option = f"data.mixture.{name}"
       Filter(source.filter, f"{option}.filter")
+      check_options(
+        source.labels, source.labels_mode, source.labels_separator,
+        task=source.task, task_weights=self.task_weights, option=option,
+      )  # fmt: skip
+      if source.labels_mode == "instruction" and self.task:
+        raise ValueError(
+          f"data.task={self.task!r} gives all utterances one prompt, but"
+          f" {option}.labels_mode='instruction' samples their tasks; set data.task=''"
+        )
       if not source.shards:
         raise ValueError(f"{option}.shards='': name a data.list, an annotation file or a folder")
       if not 0 < source.weight < float("inf"):

@@ -17,7 +17,7 @@ from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterat
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import Preprocessor, PromptSampler
 from mooer_jax.data.feature_cache import EncodedCache
-from mooer_jax.data.labels import LabelFile, Labels, check_prompts, describe
+from mooer_jax.data.labels import LabelFile, LabelOptions, Labels, check_prompts, describe
 from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers import file_of, utterance_names
 from mooer_jax.data.sources import Source, find_shards
@@ -128,9 +128,9 @@ def _pipeline(
     sampler,
     needs_labels=endless,
     cache=cache,
-    labels=_labels(config, sampler),
     augmentation=augmentation,
   )
+  labels = {source: _labels(source.labels, sampler) for source in shards}
 
   def batcher(config: DataConfig) -> Batcher:
     return Batcher(config, model, sampler.lengths, encoded=cache is not None)
@@ -139,7 +139,7 @@ def _pipeline(
     stream: _prefetch(
       _Batches(
         {source: names[stream::streams] for source, names in shards.items()},
-        preprocess,
+        {source: dataclasses.replace(preprocess, labels=of) for source, of in labels.items()},
         batcher(of_stream),
         of_stream,
         share=None if endless else process,
@@ -163,12 +163,12 @@ def _check_streams(config: DataConfig, streams: int, processes: int) -> None:
       raise ValueError(f"data.{name}={value} is not divisible by the {streams} streams of the data")
 
 
-def _labels(config: DataConfig, sampler: PromptSampler) -> Labels | None:
-  if not config.labels:
+def _labels(options: LabelOptions, sampler: PromptSampler) -> Labels | None:
+  if not options.file:
     return None
-  if config.labels_mode == "instruction":
+  if options.mode == "instruction":
     check_prompts(sampler.prompts)
-  return Labels(LabelFile(config.labels), config.labels_mode, config.labels_separator)
+  return Labels(LabelFile(options.file), options.mode, options.separator)
 
 
 def _description(
@@ -202,6 +202,8 @@ def _description(
         "task": source.task,
         "filter": source.filter.text,
         "shards": len(names),
+        # Early states have none.
+        **({"labels": describe(*source.labels)} if source.labels.file else {}),
       }
       for source, names in shards_of.items()
       if source.name
@@ -213,7 +215,7 @@ class _Batches(grain.IterDataset):
   def __init__(
     self,
     shards: Mapping[Source, Sequence[str]],
-    preprocess: Preprocessor,
+    preprocess: Mapping[Source, Preprocessor],
     batcher: Batcher,
     config: DataConfig,
     *,
@@ -231,7 +233,7 @@ class _Batches(grain.IterDataset):
 
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
     streams = [
-      UtteranceStream(names, self.preprocess, self.config, share=self.share, source=source)
+      UtteranceStream(names, self.preprocess[source], self.config, share=self.share, source=source)
       for source, names in self.shards.items()
     ]
     if self.share:

@@ -173,6 +173,10 @@ class Preprocessor:
     labels_S, problem = self._labels(text)
     if problem and self.needs_labels:
       return raw.skip(*problem)
+    loaded = raw.load()
+    if isinstance(loaded, SkippedUtterance):
+      return loaded
+    raw = loaded
     cached = None if self.cache is None else self.cache.get(digest(raw))
     augmentation = self.augmentation.of(raw.key, reading)
     found = cached or load_features(raw, self.config, self.model, augmentation)

@@ -12,7 +12,7 @@ import weakref
 from array import array
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,29 +36,53 @@ MODES = tuple(_PARTS)
 NO_LABELS: dict[str, Any] = {"labels": "", "labels_mode": MODES[0], "labels_separator": SEPARATOR}
 
 
+class LabelOptions(NamedTuple):
+  """The options `labels`, `labels_mode` and `labels_separator` of a data set."""
+
+  file: str = ""
+  mode: str = MODES[0]
+  separator: str = SEPARATOR
+
+
 def check_options(
-  labels: str, mode: str, separator: str, *, task: str, task_weights: Mapping[str, float]
+  labels: str,
+  mode: str,
+  separator: str,
+  *,
+  task: str,
+  task_weights: Mapping[str, float],
+  option: str = "data",
 ) -> None:
-  """Raises ValueError for an unknown mode, or an option that has no effect beside the others."""
+  """Raises ValueError for an unknown mode, or an option that has no effect beside the others.
+
+  Args:
+    labels, mode, separator: as in `LabelOptions`.
+    task: of all utterances of the data set; "": their own.
+    task_weights: data.task_weights.
+    option: what the options begin with, in errors.
+  """
   if mode not in MODES:
-    raise ValueError(f"data.labels_mode={mode!r}: choose one of {', '.join(MODES)}")
+    raise ValueError(f"{option}.labels_mode={mode!r}: choose one of {', '.join(MODES)}")
   if not labels and (mode, separator) != (MODES[0], SEPARATOR):
     name, value = ("mode", mode) if mode != MODES[0] else ("separator", separator)
-    raise ValueError(f"data.labels_{name}={value!r} has no effect without data.labels; set it")
+    raise ValueError(
+      f"{option}.labels_{name}={value!r} has no effect without {option}.labels; set it"
+    )
   if mode == "replace" and separator != SEPARATOR:
     raise ValueError(
-      f"data.labels_separator={separator!r} has no effect with data.labels_mode='replace'; leave it"
-      " out, or set the mode 'concat' or 'concat_r'"
+      f"{option}.labels_separator={separator!r} has no effect with {option}.labels_mode='replace';"
+      " leave it out, or set the mode 'concat' or 'concat_r'"
     )
   if mode == "instruction" and task:
     raise ValueError(
-      f"data.task={task!r} gives all utterances one prompt, but data.labels_mode='instruction'"
-      f" samples one of the tasks {', '.join(INSTRUCTION_TASKS)}; set data.task=''"
+      f"{option}.task={task!r} gives all utterances one prompt, but"
+      f" {option}.labels_mode='instruction' samples one of the tasks"
+      f" {', '.join(INSTRUCTION_TASKS)}; set {option}.task=''"
     )
   if mode == "instruction" and task_weights:
     raise ValueError(
-      f"data.task_weights={dict(task_weights)} has no effect with data.labels_mode='instruction',"
-      " which samples each task equally often; leave it out"
+      f"data.task_weights={dict(task_weights)} has no effect with"
+      f" {option}.labels_mode='instruction', which samples each task equally often; leave it out"
     )
 
 

@@ -118,7 +118,7 @@ def write_file(path: str, names: Sequence[str]) -> None:
   left_out: list[SkippedUtterance] = []
 
   def examples() -> Iterator[tuple[int, bytes]]:
-    for entry in itertools.chain.from_iterable(map(read, names)):
+    for entry in (e.load() for e in itertools.chain.from_iterable(map(read, names))):
       if isinstance(entry, SkippedUtterance):
         left_out.append(entry)
         continue

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.filters import Filter
+from mooer_jax.data.labels import LabelOptions
 from mooer_jax.data.readers import annotation, shard_names
 
 
@@ -16,6 +17,7 @@ class Source(NamedTuple):
   filter: Filter
   task: str = ""  # of all utterances, in place of their own
   weight: float = 1.0
+  labels: LabelOptions = LabelOptions()
 
 
 def list_sources(config: DataConfig) -> list[Source]:
@@ -30,14 +32,16 @@ def list_sources(config: DataConfig) -> list[Source]:
     for name, of in sorted(config.mixture.items()):
       name = f"data.mixture.{name}"
       wanted = Filter(of.filter, f"{name}.filter") if of.filter else own
-      found.append(Source(name, of.shards, wanted, of.task, of.weight))
+      labels = LabelOptions(of.labels, of.labels_mode, of.labels_separator)
+      found.append(Source(name, of.shards, wanted, of.task, of.weight, labels))
     return found
   if not config.shards:
     raise ValueError(
       "data.shards is missing: name a data.list, an annotation file or a folder, or several data"
       " sets in data.mixture"
     )
-  return [Source("", config.shards, own)]
+  labels = LabelOptions(config.labels, config.labels_mode, config.labels_separator)
+  return [Source("", config.shards, own, labels=labels)]
 
 
 def find_shards(config: DataConfig, tasks: Collection[str]) -> dict[Source, list[str]]:

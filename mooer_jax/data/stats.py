@@ -127,8 +127,9 @@ def data_stats(
 ) -> Stats:
   """Reads all utterances of a data set and counts them.
 
-  A length is the field "duration" of an utterance, if it has one; else its audio is decoded, unless
-  libsndfile can tell its length.
+  A length is the field "duration" of an utterance, if it has one, or the length of its segment,
+  and then audio in files of its own is not opened. Else the audio is decoded, unless libsndfile can
+  tell its length.
 
   Args:
     source: as `data.shards`.
@@ -185,8 +186,11 @@ def _seconds(raw: RawUtterance) -> float | SkippedUtterance:
   announced = raw.about.get("duration")
   if isinstance(announced, int | float) and math.isfinite(announced) and announced > 0:
     return float(announced)
+  loaded = raw.load()
+  if isinstance(loaded, SkippedUtterance):
+    return loaded
   seconds = 0.0
-  for audio in (raw.audio, *raw.more):
+  for audio in (loaded.audio, *loaded.more):
     try:
       seconds += soundfile.info(io.BytesIO(audio)).duration
     except (RuntimeError, OSError):

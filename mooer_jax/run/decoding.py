@@ -17,7 +17,7 @@ from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.data.dataset import Batches, eval_batches
 from mooer_jax.data.labels import NO_LABELS
-from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.readers.entries import SkippedUtterance, in_order
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.generation import NOT_FINITE, decode_batches
 from mooer_jax.generation.loading import Loaded, load_model
@@ -201,14 +201,14 @@ def _join(parts: Sequence[tuple[dict[str, Any], dict[str, Sequence[int]]]]) -> D
   """The results of all processes, each with the places of its keys, in the order of the shards."""
   places = {key: tuple(place) for _, of in parts for key, place in of.items()}
 
-  def in_order(name: str) -> dict[str, str]:
-    joined = {key: value for results, _ in parts for key, value in results[name].items()}
-    # The sort is stable: what was skipped comes last.
-    return dict(sorted(joined.items(), key=lambda item: places.get(item[0], (math.inf,))))
+  def joined(name: str) -> dict[str, str]:
+    found = {key: value for results, _ in parts for key, value in results[name].items()}
+    # What was skipped comes last, by its key.
+    return dict(sorted(found.items(), key=lambda item: places.get(item[0], (math.inf, item[0]))))
 
   return DecodingResults(
-    **{name: in_order(name) for name in ("hypotheses", "transcripts", "tasks")},
-    skipped=[SkippedUtterance(**s) for results, _ in parts for s in results["skipped"]],
+    **{name: joined(name) for name in ("hypotheses", "transcripts", "tasks")},
+    skipped=in_order(SkippedUtterance(**s) for results, _ in parts for s in results["skipped"]),
     audio_s=sum(results["audio_s"] for results, _ in parts),
     unfinished=sorted((k for r, _ in parts for k in r["unfinished"]), key=places.__getitem__),
     num_truncated=sum(results["num_truncated"] for results, _ in parts),

@@ -167,9 +167,10 @@ def cache_misses(
         yield from map(source.filter.select, read(shard))
 
   def misses():
-    for raw in entries():
-      if raw is None:
+    for entry in entries():
+      if entry is None:
         continue
+      raw = entry.load()
       if isinstance(raw, SkippedUtterance):
         skipped[raw.cause] += 1
       elif (name := digest(raw)) in known:

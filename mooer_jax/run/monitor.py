@@ -13,9 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.readers.entries import SkippedUtterance, in_order
 from mooer_jax.files import replace_file
 from mooer_jax.run.config import TrainConfig
+from mooer_jax.run.feed import BatchSummary
 
 
 class Evaluator(Protocol):
@@ -39,8 +40,8 @@ class SkippedLog:
     self.names = {(row["shard"], row["key"], row["cause"]) for row in _keep_until(self.path, first)}
 
   def add(self, step: int, skipped: Sequence[SkippedUtterance]) -> None:
-    """Appends the utterances that are new."""
-    for utterance in skipped:
+    """Appends the utterances that are new, in order."""
+    for utterance in in_order(skipped):
       name = (utterance.shard, utterance.key, utterance.cause)
       if name not in self.names:
         self.names.add(name)
@@ -75,6 +76,7 @@ class Monitor:
     # Since the last line:
     self._start, self._logged = time.perf_counter(), len(self._rows)
     self._task_sums = np.zeros((len(self._tasks), 3))
+    self._waited_s = 0.0
 
   def __enter__(self) -> "Monitor":
     from tensorboardX import SummaryWriter
@@ -86,7 +88,7 @@ class Monitor:
     self._progress.start()
     return self
 
-  def record(self, metrics: dict[str, jax.Array], host_batch):
+  def record(self, metrics: dict[str, jax.Array], batch: BatchSummary):
     """Records the metrics of a step and its batch."""
     values = jax.device_get(metrics)
     sums = values.pop("task_sums", None)
@@ -94,12 +96,13 @@ class Monitor:
     if sums is not None:
       self._task_sums += sums
       row["tasks"] = self._by_task(sums)
-    row["audio_s"] = host_batch.audio_s
-    if host_batch.num_truncated:
-      row["truncated"] = host_batch.num_truncated
+    row["audio_s"] = batch.audio_s
+    if batch.num_truncated:
+      row["truncated"] = batch.num_truncated
+    self._waited_s += batch.waited_s
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
-    self.skipped.add(row["step"], host_batch.skipped)
+    self.skipped.add(row["step"], batch.skipped)
     if row["step"] % self._config.log_every == 0 or row["step"] == self._config.steps:
       self._log(row)
 
@@ -115,9 +118,10 @@ class Monitor:
     step, recent = row["step"], self._rows[self._logged :]
     elapsed, audio_s = time.perf_counter() - self._start, sum(row["audio_s"] for row in recent)
     rates = {"steps_per_s": len(recent) / elapsed, "audio_s_per_s": audio_s / elapsed}
+    rates["data_wait_share"] = self._waited_s / elapsed
     tasks = self._by_task(self._task_sums)
     self._start, self._logged = time.perf_counter(), len(self._rows)
-    self._task_sums[:] = 0
+    self._task_sums[:], self._waited_s = 0, 0.0
     by_task = {f"{name}/{task}": of[name] for task, of in tasks.items() for name in of}
     for name, value in {**row, **rates, **by_task}.items():
       if name not in ("step", "finite", "tasks"):
@@ -125,6 +129,7 @@ class Monitor:
     line = (
       f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}"
       f"  {rates['steps_per_s']:.2f} steps/s  {rates['audio_s_per_s']:.0f} audio-s/s"
+      f"  data wait {rates['data_wait_share']:.0%}"
     )
     if self.skipped.names:
       line += f"  skipped {len(self.skipped.names)}"
@@ -180,7 +185,7 @@ class NoMonitor:
 
   def add(self, step: int, skipped: Sequence[SkippedUtterance]) -> None: ...
 
-  def record(self, metrics: dict[str, jax.Array], host_batch) -> None: ...
+  def record(self, metrics: dict[str, jax.Array], batch: BatchSummary) -> None: ...
 
   def evaluate(self, evaluator: Evaluator, step: int, params: dict) -> None:
     evaluator(step, params)

@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import grain
 import jax
@@ -14,18 +13,16 @@ import jax
 from mooer_jax import checkpoint, hosts, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.augment import AugmentConfig
-from mooer_jax.data.batches import HostBatch, lengths_of, widen
 from mooer_jax.data.dataset import Batches, merge_states, train_batches
-from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
+from mooer_jax.run.feed import Feed
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, NoMonitor, SkippedLog
 from mooer_jax.run.process import check_profile, prepare_process, profile, stop_request
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
-from mooer_jax.sharding import batch_sharding, make_mesh
-from mooer_jax.speech_llm import Batch
+from mooer_jax.sharding import make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
 from mooer_jax.training.program import compile_step, jitted_step
@@ -197,26 +194,28 @@ def _loop(
     for evaluator in evaluators:
       if evaluator.lacks(first):
         monitor.evaluate(evaluator, first, tree.merge(state.trainable, frozen))
-    feed = _Feed(start, mesh, stop)
+    feed = Feed(start.dataset, batches, mesh, stop)
     for step in itertools.count(first + 1):
       if step - first == TRACED[0]:
         profiled.enter_context(profile(trace))
       try:
-        host_batch, batch, stopping = feed.take()
+        summary, batch, stopping = feed.take()
       except BadDataError as error:
         if pending:
           monitor.record(*pending)
         monitor.skipped.add(step, error.skipped)
         raise
       state, metrics = train_step(state, frozen, batch)
+      last = step == run.train.steps or stopping
+      if not last:
+        feed.refill()
       if trace is not None and step - first == TRACED[-1]:
         jax.block_until_ready(metrics)
         profiled.close()
       if pending:  # read one step late, so that the device never waits for the host
         check_finite(pending[0])
         monitor.record(*pending)
-      pending = (metrics, host_batch)
-      last = step == run.train.steps or stopping
+      pending = (metrics, summary)
       saves = last or step % run.train.save_every == 0
       due = [e for e in evaluators if (last or step % e.every == 0) and not stopping]
       if saves or due:
@@ -233,87 +232,6 @@ def _loop(
   if stopping:
     hosts.say(f"stopped at step {step}; rerun the same command to resume")
   return folder
-
-
-class BatchSummary(NamedTuple):
-  """What the records need to know of the batch of a step, of all processes together."""
-
-  audio_s: float
-  num_truncated: int
-  skipped: tuple[SkippedUtterance, ...]
-
-
-class _Feed:
-  """The batches on the devices, in equal shapes on all processes, which stop together.
-
-  With several processes, it is one batch ahead: their lengths, and whether one of them stops or has
-  failed, are exchanged before the step of the batch before.
-  """
-
-  def __init__(self, start: _Start, mesh: jax.sharding.Mesh, stop: threading.Event):
-    self._batches, self._stop, self._mesh = start.batches, stop, mesh
-    self._told: set[tuple[str, str, str]] = set()
-    self._lengths = len(lengths_of(start.dataset.shapes[0]))
-    self._agreement = hosts.Agreement(mesh) if jax.process_count() > 1 else None
-    self._next: HostBatch | None = None  # None after an error
-    self._error: Exception | None = None
-    if self._agreement is not None:
-      self._pull()
-
-  def take(self) -> tuple[BatchSummary, Batch, bool]:
-    """(what to record, the batch, whether its step is the last) of the next step.
-
-    Raises:
-      BadDataError: if too much of the data cannot be used, or another process has failed; with all
-        that was skipped, of all processes.
-    """
-    sharding = batch_sharding(self._mesh)
-    if self._agreement is None:
-      host = next(self._batches)
-      summary = BatchSummary(host.audio_s, host.num_truncated, host.skipped)
-      return summary, hosts.from_processes(host.batch, sharding), self._stop.is_set()
-    (*lengths, stopping, failed), (audio_s, truncated, skipped) = self._agreement.result()
-    of_this = self._next or self._error
-    everything: tuple[SkippedUtterance, ...] = ()
-    if skipped:
-      rows = hosts.gather([dataclasses.asdict(one) for one in self._new(of_this)])
-      everything = tuple(SkippedUtterance(**one) for of in rows for one in of)
-    if failed:
-      error = self._error or BadDataError("another process failed; see its output")
-      error.skipped = everything  # type: ignore[attr-defined]
-      raise error
-    host = self._next
-    assert host is not None
-    self._told |= {(one.shard, one.key, one.cause) for one in host.skipped}
-    self._state = self._batches.get_state()
-    batch = hosts.from_processes(widen(host.batch, lengths), sharding)
-    self._pull()
-    return BatchSummary(round(audio_s, 3), round(truncated), everything), batch, bool(stopping)
-
-  def state(self) -> dict[str, Any]:
-    """The position of this process's data behind the batch that was taken last."""
-    return self._batches.get_state() if self._agreement is None else self._state
-
-  def _new(self, source: Any) -> list[SkippedUtterance]:
-    """The skipped utterances of a batch or an error that no earlier step has told of.
-
-    An exchange of them waits for the devices; in later epochs, there are none.
-    """
-    skipped = getattr(source, "skipped", ())
-    return [one for one in skipped if (one.shard, one.key, one.cause) not in self._told]
-
-  def _pull(self) -> None:
-    """Takes the next batch of this process, and starts the exchange about it."""
-    assert self._agreement is not None
-    try:
-      self._next = host = next(self._batches)
-      largest = [*lengths_of(host.batch), self._stop.is_set(), False]
-      sums = [host.audio_s, host.num_truncated, len(self._new(host))]
-    except Exception as error:  # the other processes wait for this one, so they are told first
-      self._next, self._error = None, error
-      largest = [*[0] * self._lengths, True, True]
-      sums = [0.0, 0, len(self._new(error))]
-    self._agreement.start(largest, sums)
 
 
 def _save(run: Run, start: _Start, state: TrainState, *, data_state) -> Path:

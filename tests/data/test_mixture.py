@@ -18,7 +18,7 @@ from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers.shards import read_shard
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run.fill_feature_cache import cache_misses, dataset_name
-from tests.data.conftest import take_batches
+from tests.data.conftest import assert_resumes, take_batches, take_with_states
 
 
 @pytest.fixture
@@ -247,7 +247,18 @@ def test_what_reads_the_data_once_reads_each_data_set_once(config, model_side, s
     ({"of": ""}, "data.mixture.a.shards='': name a data.list"),
     ({"task": "ast"}, "data.mixture.a.task='ast' has no effect.*data.task='asr'; set data.task=''"),
     ({"all": "y == 1", "filter": "x == 1"}, "data.filter='y == 1' has no effect, .*; remove it"),
-    ({"labels": "ast"}, "data.labels='ast' is for one data set, not for data.mixture"),
+    (
+      {"labels": "ast"},
+      "data.labels='ast' is for one data set, not for data.mix.*mixture.a.",
+    ),
+    (
+      {"labels_mode": "concat"},
+      "data.mixture.a.labels_mode='concat' has no effect without",
+    ),
+    (
+      {"own_labels": "ast", "labels_mode": "instruction"},
+      "data.task='asr' gives all .*data.mixture.a.labels_mode='instruction' samples",
+    ),
     ({"filter": "x ="}, "data.mixture.a.filter='x =': "),
     ({"filter": "f(x)"}, r"data.mixture.a.filter='f\(x\)': .* is not a condition"),
   ],
@@ -256,8 +267,26 @@ def test_a_bad_mixture_is_refused_by_name(values, words):
   values = {"of": "data.list", **values}
   whole = {"shards": values.pop("shards", ""), "filter": values.pop("all", "")}
   whole["labels"] = values.pop("labels", "")
+  values = {name.removeprefix("own_"): value for name, value in values.items()}
   with pytest.raises(ValueError, match=words):
     DataConfig(**whole, mixture={"a": SourceConfig(values.pop("of"), **values)})
+
+
+def test_a_data_set_has_labels_of_its_own(config, model_side, sets, tmp_path):
+  (tmp_path / "labels").write_text("".join(f"{key} L{key[1:]}\n" for key in sets["b"].keys[1:]))
+  mixture = _mixture(sets, labels=str(tmp_path / "labels"), labels_mode="concat",
+                     labels_separator=" ")  # fmt: skip
+  of_b = config(mixture=mixture, answer_buckets=(16,))
+  dataset = train_batches(of_b, *model_side)
+  states, hosts = take_with_states(dataset, 12)
+  texts = {pair for host in hosts for pair in zip(host.keys, host.texts, strict=True)}
+  b, lost = sets["b"].keys[1:], sets["b"].keys[0]
+  expected = {(key, f"N{number} L{key[1:]}") for number, key in enumerate(b, 1)}
+  assert texts == expected | {(key, f"N{number}") for number, key in enumerate(sets["a"].keys)}
+  assert {(s.cause, s.key) for host in hosts for s in host.skipped} == {("no label", lost)}
+  assert_resumes(dataset, states, hosts, at=(1, 7), count=3)
+  with pytest.raises(ValueError, match=r"data.mixture was .*labels \(.*, concat, ' '"):
+    iter(train_batches(config(answer_buckets=(16,)), *model_side)).set_state(json.loads(states[3]))
 
 
 def test_errors_before_training_name_the_data_set(config, model_side, sets):

@@ -20,7 +20,7 @@ from tests.data.test_readers import FORMATS
 
 def entries(source):
   """The utterances of a source, without the names of their shards."""
-  found = [entry for name in shard_names(str(source)) for entry in read(name)]
+  found = [entry.load() for name in shard_names(str(source)) for entry in read(name)]
   return [{**vars(entry), "shard": ""} for entry in found]
 
 

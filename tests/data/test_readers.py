@@ -13,9 +13,10 @@ import soundfile
 
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.data import readers
-from mooer_jax.data.dataset import train_batches
+from mooer_jax.data.dataset import eval_batches, train_batches
 from mooer_jax.data.prepare import prepare
 from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.segments import SegmentReader
 from mooer_jax.data.stats import data_stats
 from tests.data.conftest import assert_resumes, make_tar, make_wav, take_with_states
 
@@ -129,7 +130,8 @@ def source(request, tmp_path):
 
 
 def read_all(source):
-  return [entry for name in readers.shard_names(source) for entry in readers.read(name)]
+  names = readers.shard_names(source)
+  return [entry.load() for name in names for entry in readers.read(name)]
 
 
 def test_every_utterance_is_complete_and_comes_once_in_a_fixed_order(source):
@@ -161,7 +163,7 @@ def test_files_that_have_gone_are_counted(source):
   for path in [*Path(source).parent.rglob("*"), *Path(source).rglob("*")]:
     if path.is_file() and str(path) != kept:
       path.unlink()
-  entries = [entry for name in names for entry in readers.read(name)]
+  entries = [entry.load() for name in names for entry in readers.read(name)]
   assert entries and all(isinstance(entry, SkippedUtterance) for entry in entries)
   assert {entry.cause for entry in entries} <= {"bad shard", "no audio"} <= {*CAUSES}
 
@@ -172,6 +174,44 @@ def test_training_resumes_exactly(source, shards, model_side):
   states, hosts = take_with_states(dataset, 9)
   assert {text for host in hosts for text in host.texts} == {f"N{n}" for n in range(COUNT)}
   assert_resumes(dataset, states, hosts, at=(1, 4), count=3)
+
+
+@pytest.mark.parametrize(
+  ("kind", "condition"),
+  [
+    ("raw list", "txt != 'N3'"),
+    ("raw list of segments", "txt != 'N3'"),
+    ("annotation", "text != 'N3'"),
+    ("emilia-pipe", "text != ' N3'"),
+  ],
+)
+def test_audio_of_utterances_that_are_left_out_is_never_read(
+  kind, condition, tmp_path, shards, model_side, monkeypatch
+):
+  """By the filter (N3), the label file (N4) or the share of the process (half of the others)."""
+  (tmp_path / "data").mkdir()
+  source = str(FORMATS[kind](tmp_path / "data"))
+  entries = read_all(source)
+  labels = [f"{entry.key} A\n" for entry in entries if entry.transcript() != "N4"]
+  (tmp_path / "labels").write_text("".join(labels))
+  opened = []
+  read_bytes, read_segment = Path.read_bytes, SegmentReader.read
+  monkeypatch.setattr(Path, "read_bytes", lambda file: (opened.append(file), read_bytes(file))[1])
+  monkeypatch.setattr(
+    SegmentReader,
+    "read",
+    lambda reader, file, *times: (opened.append(file), read_segment(reader, file, *times))[1],
+  )
+  config = shards.config(shards=source, filter=condition, labels=str(tmp_path / "labels"))
+  used = []
+  for process in range(2):
+    opened.clear()
+    found = [
+      key for host in eval_batches(config, *model_side, process=(process, 2)) for key in host.keys
+    ]
+    assert len([file for file in opened if file.suffix != ".json"]) == len(found) > 0
+    used += found
+  assert {*used} == {e.key for e in entries if e.transcript() not in ("N3", "N4")}
 
 
 def test_stats_count_the_same_lengths(source):

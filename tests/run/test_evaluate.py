@@ -1,5 +1,6 @@
 """eval.py's work on a small trained model: every utterance decoded, scored and written."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import sacrebleu
 
 import mooer_jax.run.decoding
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.readers.shards import read_list
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.run.config import EvalConfig
-from mooer_jax.run.decoding import out_folder
+from mooer_jax.run.decoding import DecodingResults, out_folder
 from mooer_jax.text.tokenizer import Tokenizer
 from tests.run.programs import evaluate, train
 
@@ -238,3 +240,27 @@ def test_the_mesh_changes_no_hypothesis(config, tmp_path):
 
 def test_the_list_is_what_pack_wrote(data_list):
   assert [Path(p).name for p in read_list(data_list)] == [f"shards_{i:09d}.tar" for i in range(4)]
+
+
+def test_results_are_in_the_same_order_for_any_number_of_processes():
+  """Entry n of 8 is read by process n % count; every third cannot be decoded."""
+
+  def joined(count):
+    parts = []
+    for process in range(count):
+      results, places = DecodingResults(), {}
+      for number in range(process, 8, count):
+        key = f"u{(5 * number) % 8}"  # keys are not in the order of the shards
+        results.transcripts[key] = str(number)
+        if number % 3:
+          results.hypotheses[key], places[key] = str(number), (0, number)
+        else:
+          results.skipped.append(SkippedUtterance("no audio", key, "a.tar"))
+      parts.append((dataclasses.asdict(results), places))
+    return mooer_jax.run.decoding._join(parts)
+
+  one = joined(1)
+  assert [skip.key for skip in one.skipped] == ["u0", "u6", "u7"]
+  for count in (2, 3, 8):
+    assert joined(count) == one
+    assert [*joined(count).transcripts] == [*one.transcripts]

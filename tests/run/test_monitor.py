@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from mooer_jax.data.batches import HostBatch
 from mooer_jax.run.config import TrainConfig
+from mooer_jax.run.feed import BatchSummary
 from mooer_jax.run.monitor import Monitor
 
 
 def _run(workdir, truncated, first=0):
   with Monitor(workdir, TrainConfig(steps=first + 1, log_every=1), first=first) as monitor:
     metrics = dict(step=first + 1, loss=1.0, accuracy=0.5, lr=1e-3)
-    batch = HostBatch(None, ("a",), (), (), (30.0,), (), truncated)  # type: ignore[arg-type]
+    batch = BatchSummary(30.0, truncated, ())
     monitor.record({name: np.asarray(value) for name, value in metrics.items()}, batch)
 
 

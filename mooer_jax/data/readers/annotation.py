@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,12 @@ def is_piece(name: str) -> bool:
   return ".json#" in name
 
 
-def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
-  """Yields the utterances of a part, in order, each either complete or skipped."""
+def read_piece(name: str) -> Generator[RawUtterance]:
+  """Yields the utterances of a part, in order, each with a loader of its audio."""
   path, _, start = name.rpartition("#")
   first = int(start)
   for number, entry in enumerate(read_annotation(path)[first : first + _AT_A_TIME], first):
-    raw = RawUtterance(
+    yield RawUtterance(
       entry_key(number, entry),
       name,
       Path(entry["path"]).suffix[1:].lower(),
@@ -93,10 +93,13 @@ def read_piece(name: str) -> Generator[RawUtterance | SkippedUtterance]:
       task=entry.get("task", ""),
       question=entry.get("Q", ""),
       about=entry,
+      loader=functools.partial(_load, clips=_clips(path, entry)),
     )
-    try:
-      audio, *more = (clip.read_bytes() for clip in _clips(path, entry))
-    except OSError as error:
-      yield raw.skip("no audio", f"{error.filename}: {error.strerror or error}")
-    else:
-      yield dataclasses.replace(raw, audio=audio, more=tuple(more))
+
+
+def _load(raw: RawUtterance, *, clips: Sequence[Path]) -> RawUtterance | SkippedUtterance:
+  try:
+    audio, *more = (clip.read_bytes() for clip in clips)
+  except OSError as error:
+    return raw.skip("no audio", f"{error.filename}: {error.strerror or error}")
+  return dataclasses.replace(raw, audio=audio, more=tuple(more))

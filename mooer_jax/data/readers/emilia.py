@@ -5,6 +5,8 @@ Its other published layout, WebDataset, is that of `shards.read_shard`.
 Source: He et al., "Emilia: An Extensive, Multilingual, and Diverse Speech Dataset" (2024).
 """
 
+import dataclasses
+import functools
 import gzip
 import json
 import re
@@ -91,7 +93,10 @@ def is_recording(name: str) -> bool:
 
 
 def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
-  """Yields the segments of a recording: a list of objects with "text", and NAME_INDEX.mp3."""
+  """Yields the segments of a recording: a list of objects with "text", and NAME_INDEX.mp3.
+
+  Each has a loader of its audio, or is skipped.
+  """
   path = Path(name)
   try:
     segments = json.loads(path.read_bytes())
@@ -114,12 +119,15 @@ def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
       start, end = about.get("start"), about.get("end")
       if isinstance(start, int | float) and isinstance(end, int | float):
         about = {"duration": end - start, **about}
-      try:
-        audio = files[index].read_bytes()
-      except OSError as error:
-        yield SkippedUtterance("no audio", key, name, str(error))
-      else:
-        yield _utterance(key, name, files[index].suffix[1:].lower(), audio, about)
+      raw = _utterance(key, name, files[index].suffix[1:].lower(), b"", about)
+      yield dataclasses.replace(raw, loader=functools.partial(_load, clip=files[index]))
+
+
+def _load(raw: RawUtterance, *, clip: Path) -> RawUtterance | SkippedUtterance:
+  try:
+    return dataclasses.replace(raw, audio=clip.read_bytes())
+  except OSError as error:
+    return raw.skip("no audio", str(error))
 
 
 def _labels_file(name: str) -> Path | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mooer_jax.audio.decode import CAUSES as AUDIO_CAUSES
@@ -46,21 +46,39 @@ class SkippedUtterance:
   text: str = ""  # the transcript, if known; evaluation scores it as not decoded
   task: str = ""  # the utterance's own task, if known
 
+  def load(self) -> "SkippedUtterance":
+    """Itself: there is no audio to load."""
+    return self
+
 
 @dataclasses.dataclass(frozen=True)
 class RawUtterance:
-  """An utterance of a shard."""
+  """An utterance of a shard.
+
+  Audio in files of its own is read by `load`, so that a filter or a label file that leaves an
+  utterance out costs no reading and no decoding.
+  """
 
   key: str
   shard: str
   suffix: str  # of the audio file, such as "wav"
-  audio: bytes  # content of the audio file
+  audio: bytes  # content of the audio file; empty before `load`
   text: bytes  # reference text in UTF-8, such as the transcript
   task: str = ""  # the utterance's own task, if the shard has it
   question: str = ""  # replaces `{}` in prompts that take a question
   more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
   # What the data say about it, such as language, speaker, duration; for data.filter.
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # Returns an utterance with its audio, or why there is none. None: the audio is there.
+  loader: "Callable[[RawUtterance], RawUtterance | SkippedUtterance] | None" = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
+
+  def load(self) -> "RawUtterance | SkippedUtterance":
+    """The utterance with its audio, or why there is none."""
+    if self.loader is None:
+      return self
+    return self.loader(dataclasses.replace(self, loader=None))
 
   def skip(self, cause: str, detail: str = "") -> SkippedUtterance:
     try:
@@ -72,6 +90,11 @@ class RawUtterance:
   def transcript(self) -> str:
     """The reference text; raises UnicodeDecodeError if it is not UTF-8."""
     return self.text.decode("utf-8-sig").strip()
+
+
+def in_order(skipped: Iterable[SkippedUtterance]) -> list[SkippedUtterance]:
+  """By shard and key: the order of a report, however many processes have found them."""
+  return sorted(skipped, key=lambda one: (one.shard, one.key, one.cause, one.detail))
 
 
 def is_text(value: object) -> bool:

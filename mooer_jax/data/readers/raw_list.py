@@ -1,10 +1,12 @@
 """Raw lists of WeNet: a JSON object with "key", "wav" and "txt" on each line."""
 
 import contextlib
+import dataclasses
+import functools
 import math
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def audio_files(path: str) -> list[Path]:
 
 
 def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
-  """Yields the utterances of a part, in order, each either complete or skipped.
+  """Yields the utterances of a part, in order, each with a loader of its audio, or skipped.
 
   Besides "key", "wav" (relative to the folder of the list) and "txt", a line may have "start" and
   "end" in seconds (default: of the recording), "task", "Q", and other fields for data.filter.
@@ -119,7 +121,7 @@ def _fields(line: bytes) -> tuple[dict[str, Any], str]:
   return about, ""
 
 
-def _segment(about: dict[str, Any]) -> tuple[float, float]:
+def _segment(about: Mapping[str, Any]) -> tuple[float, float]:
   """Start and end in seconds; (0, -1) is the whole recording."""
   start_s, end_s = about.get("start"), about.get("end")
   return (0.0 if start_s is None else start_s), (-1 if end_s is None else end_s)
@@ -142,23 +144,32 @@ def _wrong(about: dict[str, Any]) -> Iterator[str]:
 
 def _utterance(
   about: dict[str, Any], shard: str, path: Path, number: int, segments: SegmentReader
+) -> RawUtterance:
+  return RawUtterance(
+    about["key"],
+    shard,
+    Path(about["wav"]).suffix[1:].lower(),
+    b"",
+    about["txt"].encode("utf-8", "surrogatepass"),
+    about.get("task", ""),
+    about.get("Q", ""),
+    about=about,
+    loader=functools.partial(_load, list_file=path, line=number, segments=segments),
+  )
+
+
+def _load(
+  raw: RawUtterance, *, list_file: Path, line: int, segments: SegmentReader
 ) -> RawUtterance | SkippedUtterance:
-  clip = path.parent / about["wav"]
-  text = about["txt"].encode("utf-8", "surrogatepass")
-  task, question = about.get("task", ""), about.get("Q", "")
-  suffix = clip.suffix[1:].lower()
-
-  def utterance(audio: bytes) -> RawUtterance:
-    return RawUtterance(about["key"], shard, suffix, audio, text, task, question, about=about)
-
+  clip, segment = list_file.parent / raw.about["wav"], _segment(raw.about)
   try:
-    if (segment := _segment(about)) == (0, -1):
-      return utterance(clip.read_bytes())
-    return utterance(segments.read(clip, *segment))
+    audio = clip.read_bytes() if segment == (0, -1) else segments.read(clip, *segment)
   except OSError as error:
     cause, detail = "no audio", f"{clip}: {error.strerror or error}"
   except AudioError as error:
     cause, detail = error.cause, str(error)
   except SegmentError as error:
     cause, detail = "bad segment", str(error)
-  return utterance(b"").skip(cause, f"{path}:{number}: {detail}")
+  else:
+    return dataclasses.replace(raw, audio=audio)
+  return raw.skip(cause, f"{list_file}:{line}: {detail}")

@@ -90,10 +90,10 @@ def read_shard(path: str) -> Generator[RawUtterance | SkippedUtterance]:
     if parts:
       yield _utterance(key, parts, path, seen=seen)
   except damaged as error:
-    if error.at_end and parts:
+    if error.stem != key and parts.keys() & {"audio", "video"} and parts.keys() & {"txt", "json"}:
       yield _utterance(key, parts, path, seen=seen)
       key = ""
-    yield SkippedUtterance("bad shard", key, path, str(error))
+    yield SkippedUtterance("bad shard", error.stem or key, path, str(error))
 
 
 def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:

@@ -31,13 +31,13 @@ class DamagedShard(Exception):
   """A tar is truncated or damaged; the rest of it is lost.
 
   Attributes:
-    at_end: whether the members before it are whole, and only the end of the tar is not as it
-      should be.
+    stem: name, without suffix, of the member whose content is damaged; "" if the damage is between
+      the contents of two members, or at the end.
   """
 
-  def __init__(self, message: str, *, at_end: bool):
+  def __init__(self, message: str, *, stem: str):
     super().__init__(message)
-    self.at_end = at_end
+    self.stem = stem
 
 
 class Member(NamedTuple):
@@ -65,7 +65,7 @@ def read_members(path: str, suffixes: tuple[str, ...]) -> Generator[Member]:
     DamagedShard: with the name of the file and the error.
   """
   damage = _DAMAGE  # a local name, since a reader left open at exit outlives the module's globals
-  at_end = False
+  reading = ""
   try:
     with open(path, "rb") as stored:
       first = stored.peek(8)
@@ -84,17 +84,19 @@ def read_members(path: str, suffixes: tuple[str, ...]) -> Generator[Member]:
           stem, dot, suffix = name.rpartition(".")
           suffix = suffix.lower() if dot and "/" not in suffix else ""
           content = b""
+          stem = stem if suffix else name
           if suffix in suffixes:
+            reading = stem
             content = tar.extractfile(member).read()
             if (size := len(content)) < member.size:
               raise tarfile.ReadError(f"{member.name} ends after {size} of {member.size} bytes")
-          yield Member(stem if suffix else name, suffix, content)
-        at_end = True
+          reading = ""
+          yield Member(stem, suffix, content)
         _check_end(stream.read_again(tar.offset, tarfile.BLOCKSIZE), tar.offset)
         while decoder and stream.read(1 << 20):  # to the checksum behind the tar
           pass
   except damage as error:
-    raise DamagedShard(f"{type(error).__name__}: {error}", at_end=at_end) from error
+    raise DamagedShard(f"{type(error).__name__}: {error}", stem=reading) from error
 
 
 class _Stream:
