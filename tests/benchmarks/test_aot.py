@@ -271,7 +271,7 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   attention = {f"flash_attention_{name}" for name in ("forward", "dq", "dkv")}
   assert result["kernels"].keys() == attention
   if name == "salmonn":
-    assert (result["batch"]["whisper_frames"], result["batch"]["beats_frames"]) == (380, 377)
+    assert (result["batch"]["whisper_frames"], result["batch"]["beats_frames"]) == (380, 378)
   memory = result["memory_gb_per_chip"]
   assert result["hbm_gb_per_chip"] == memory["peak"]
   # The state is given up to the step, so all of it is aliased, and nothing else is.
