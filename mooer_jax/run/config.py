@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mooer_jax import checkpoint
+from mooer_jax import checkpoint, storage
 from mooer_jax.config import (
   SpeechLLMConfig,
   build,
@@ -256,6 +256,12 @@ class Run:
         values[name] = convert(hints[name], value, name)
     if not values["workdir"]:
       raise ValueError("workdir='': name the folder of the run")
+    for name in ("workdir", "init_from", "tokenizer"):
+      if storage.is_url(values.get(name) or ""):
+        raise ValueError(
+          f"{name}={values[name]}: is a URL; name a local folder, to which an object store may be"
+          " mounted or copied. train.mirror copies checkpoints to a URL, and data.shards may be one"
+        )
     seed = values.get("seed", 0)
     if not 0 <= seed < 2**32:
       raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
@@ -334,7 +340,7 @@ class Run:
       raise ValueError(
         f"data.max_s={self.data.max_s} is longer than model.max_audio_s={self.model.max_audio_s}"
       )
-    if self.perplexity.shards and not Path(self.perplexity.shards).is_file():
+    if self.perplexity.shards and not storage.is_file(self.perplexity.shards):
       raise FileNotFoundError(f"perplexity.shards={self.perplexity.shards}: no such file")
     for instruction in self.perplexity.instructions:
       task_prompt(instruction, dict(self.model.prompts))
