@@ -33,10 +33,10 @@ from mooer_jax.sharding import MeshConfig, make_mesh
 from mooer_jax.training.optimizer import OptimizerConfig
 
 
-def _check_counts(config: Any, section: str) -> None:
+def _check_counts(config: Any, section: str, *, but: str = "") -> None:
   """Raises ValueError for an integer below 1; all integers of these sections are counts."""
   for field in dataclasses.fields(config):
-    if field.type is int and (value := getattr(config, field.name)) < 1:
+    if field.type is int and field.name != but and (value := getattr(config, field.name)) < 1:
       raise ValueError(f"{section}.{field.name}={value}: must be at least 1")
 
 
@@ -51,6 +51,11 @@ class TrainConfig:
     save_every: steps between two checkpoints; the last step always saves.
     max_to_keep: number of checkpoints to keep, the newest ones.
     cmvn: "estimate" from the first batches, path of an `am.mvn`, or "": the initial checkpoint's.
+    max_bad_steps: number of bad steps in a row that are skipped, which leaves the parameters and
+      the optimizer as they were; one more stops the run. A step is bad if its loss or gradient norm
+      is not finite. 0: the first bad step stops the run.
+    max_loss_ratio: a step is also bad if its loss exceeds this multiple of the running mean of the
+      losses of about the last 100 good steps; 0: no limit.
   """
 
   RENAMED: ClassVar = {"accumulation": "gradient_accumulation_steps", "keep": "max_to_keep"}
@@ -60,9 +65,17 @@ class TrainConfig:
   save_every: int = 1000
   max_to_keep: int = 3
   cmvn: str = ""
+  max_bad_steps: int = 0
+  max_loss_ratio: float = 0.0
 
   def __post_init__(self):
-    _check_counts(self, "train")
+    _check_counts(self, "train", but="max_bad_steps")
+    if self.max_bad_steps < 0:
+      raise ValueError(f"train.max_bad_steps={self.max_bad_steps}: must be at least 0")
+    if self.max_loss_ratio and not 1 < self.max_loss_ratio < math.inf:
+      raise ValueError(
+        f"train.max_loss_ratio={self.max_loss_ratio:g}: must be above 1, or 0 for no limit"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mooer_jax.speech_llm import Batch
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
 from mooer_jax.training.program import compile_step, jitted_step
-from mooer_jax.training.step import TrainState, check_finite
+from mooer_jax.training.step import TrainState, check_step
 
 
 class MakeEvaluator(Protocol):
@@ -57,7 +57,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint; if another
       process trains in the workdir; or for a trace of a run that has fewer steps left.
-    NotFiniteError: when the loss or a gradient is NaN, with the step number.
+    BadStepError: when train.max_bad_steps are exceeded, as by a NaN, with the step number.
   """
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
@@ -153,15 +153,19 @@ def _load(
   batches = iter(dataset)
   if resumed:
     target = dataclasses.replace(state, trainable=None)  # these came with the weights
-    rest, data_states = checkpoint.load_train_state(resumed, target)
+    rest, data_states = checkpoint.load_train_state(resumed, target, optional="bad/")
     state = dataclasses.replace(rest, trainable=state.trainable)
     try:
       batches.set_state(merge_states(data_states))
     except ValueError as error:
       raise ValueError(f"{resumed}/train_state: {error}") from error
-  accumulation = run.train.gradient_accumulation_steps
   step = jitted_step(
-    run.model, run.optimizer, accumulation=accumulation, mesh=mesh, shardings=shardings
+    run.model,
+    run.optimizer,
+    accumulation=run.train.gradient_accumulation_steps,
+    mesh=mesh,
+    shardings=shardings,
+    max_loss_ratio=run.train.max_loss_ratio,
   )
   return _Start(tokenizer, dataset, batches, state, frozen, step, base)
 
@@ -210,14 +214,14 @@ def _loop(
         jax.block_until_ready(metrics)
         profiled.close()
       if pending:  # read one step late, so that the device never waits for the host
-        check_finite(pending[0])
+        check_step(pending[0], run.train.max_bad_steps)
         monitor.record(*pending)
       pending = (metrics, host_batch)
       last = step == run.train.steps or stopping
       saves = last or step % run.train.save_every == 0
       due = [e for e in evaluators if (last or step % e.every == 0) and not stopping]
       if saves or due:
-        check_finite(metrics)
+        check_step(metrics, run.train.max_bad_steps)
         monitor.record(*pending)
         pending = None
       if saves:

@@ -17,7 +17,13 @@ COMPILERS = 4  # compilations at a time; each of a 7B step takes about 2 GB
 
 
 def jitted_step(
-  model: SpeechLLMConfig, optimizer: OptimizerConfig, *, accumulation: int, mesh, shardings
+  model: SpeechLLMConfig,
+  optimizer: OptimizerConfig,
+  *,
+  accumulation: int,
+  mesh,
+  shardings,
+  max_loss_ratio: float = 0.0,
 ):
   """The train step (state, frozen, batch) -> (state, metrics), jitted for a mesh.
 
@@ -26,6 +32,7 @@ def jitted_step(
     accumulation: micro-batches per batch.
     mesh: its devices may be those of a topology description.
     shardings: of the TrainState and of the frozen params.
+    max_loss_ratio: as for `make_train_step`.
   """
 
   def loss_fn(trainable, frozen, batch, key):
@@ -37,6 +44,7 @@ def jitted_step(
     make_optimizer(optimizer),
     schedule=learning_rate(optimizer),
     accumulation=accumulation,
+    max_loss_ratio=max_loss_ratio,
   )
   return jit_train_step(step, mesh, shardings)
 

@@ -15,7 +15,7 @@ import pytest
 from mooer_jax import checkpoint, sharding, tree
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.data.utterances import BadDataError
-from mooer_jax.training.step import NotFiniteError
+from mooer_jax.training.step import BadStepError
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 from tests.run.programs import evaluate, train
 
@@ -169,14 +169,45 @@ def test_a_run_that_stops_for_bad_data_records_the_utterances(config, clips, tmp
   assert {row["cause"] for row in rows} == {"unknown character"}
 
 
-def test_a_nan_stops_the_run_and_names_the_step(config):
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_a_nan_stops_the_run_and_names_the_step(config, skipped, capsys):
+  config.train.max_bad_steps = skipped
   config.optimizer.peak_lr = 1e30
   config.optimizer.warmup_steps = 0
   config.optimizer.max_grad_norm = 0.0
-  with pytest.raises(NotFiniteError, match=r"peak_lr") as error:
+  with pytest.raises(BadStepError, match=r"peak_lr") as error:
     train(config)
-  finite = [loss for _, loss in losses(config.workdir)]
-  assert np.isfinite(finite).all() and error.value.step == len(finite) + 1
+  finite = np.isfinite([loss for _, loss in losses(config.workdir)])
+  assert error.value.step == len(finite) + 1
+  assert finite[: len(finite) - skipped].all() and not finite[len(finite) - skipped :].any()
+  assert capsys.readouterr().err.count(" skipped: loss") == skipped
+
+
+def test_a_run_that_skips_steps_resumes_bit_for_bit(config, tmp_path):
+  """Every loss above the running mean is skipped, so what follows depends on the mean."""
+  config.train.update({"max_bad_steps": 8, "max_loss_ratio": 1.0001})
+  runs = []
+  for stops in ((8,), (4, 8)):
+    config.workdir = str(tmp_path / str(stops))
+    for config.train.steps in stops:
+      train(config)
+    lines = (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()
+    runs.append([json.loads(line) for line in lines])
+  assert runs[0] == runs[1]
+  assert any("bad_steps" in row for row in runs[0][4:]) and "mean_loss" in runs[0][0]
+
+
+@pytest.mark.parametrize(
+  "option, value, message",
+  [
+    ("max_bad_steps", -1, "train.max_bad_steps=-1: must be at least 0"),
+    ("max_loss_ratio", 1.0, "train.max_loss_ratio=1: must be above 1"),
+  ],
+)
+def test_limits_of_bad_steps_that_make_no_sense_are_refused(config, option, value, message):
+  config.train[option] = value
+  with pytest.raises(ValueError, match=message):
+    train(config)
 
 
 @pytest.mark.all_devices
