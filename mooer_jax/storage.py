@@ -6,6 +6,7 @@ for the command-line tools of the store.
 
 import collections
 import contextlib
+import functools
 import io
 import os
 import posixpath
@@ -121,9 +122,12 @@ def download(url: str, file: Path) -> None:
 
 
 def delete(url: str) -> None:
-  """Deletes a file or a folder, if it exists."""
-  with contextlib.suppress(FileNotFoundError):
-    _call(url, lambda fs, at: fs.rm(at, recursive=True))
+  """Deletes a file or the files of a folder, if it exists."""
+  # Not `rm`, which takes characters such as [ for a pattern.
+  fs, path = _open_file_system(url)
+  for file in _attempt(url, lambda: fs.find(path)):
+    with contextlib.suppress(FileNotFoundError):
+      _attempt(url, functools.partial(fs.rm_file, file))
 
 
 class _RemoteFile(io.RawIOBase):

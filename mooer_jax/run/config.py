@@ -54,6 +54,8 @@ class TrainConfig:
     max_bad_steps: number of bad steps in a row that are skipped, which leaves the parameters and
       the optimizer as they were; one more stops the run. A step is bad if its loss or gradient norm
       is not finite. 0: the first bad step stops the run.
+    mirror: URL of a folder in an object store, to which each checkpoint is copied while training
+      goes on; a workdir without checkpoints is restored from it. "": none.
     max_loss_ratio: a step is also bad if its loss exceeds this multiple of the running mean of the
       losses of about the last 100 good steps; 0: no limit.
   """
@@ -65,11 +67,14 @@ class TrainConfig:
   save_every: int = 1000
   max_to_keep: int = 3
   cmvn: str = ""
+  mirror: str = ""
   max_bad_steps: int = 0
   max_loss_ratio: float = 0.0
 
   def __post_init__(self):
     _check_counts(self, "train", but="max_bad_steps")
+    if self.mirror and not storage.is_url(self.mirror):
+      raise ValueError(f"train.mirror={self.mirror}: must be a URL, such as s3://bucket/runs/mooer")
     if self.max_bad_steps < 0:
       raise ValueError(f"train.max_bad_steps={self.max_bad_steps}: must be at least 0")
     if self.max_loss_ratio and not 1 < self.max_loss_ratio < math.inf:

@@ -71,7 +71,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
 def _train(
   run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh, trace: str | None
 ) -> Path:
-  newest = hosts.on_first(lambda: str(checkpoint.latest(run.workdir) or ""))
+  newest = hosts.on_first(lambda: str(_newest_checkpoint(run) or ""))
   resumed = Path(newest) if newest else None
   start_from = resumed or run.init_from
   normalised = any(frontend.normalised for frontend in run.model.frontends)
@@ -102,6 +102,13 @@ def _train(
   made = [make(run, tokenizer, first=first) for make in evaluators]
   start = _load(run, mesh, tokenizer, resumed=resumed)
   return _loop(run, start, made, first=first, mesh=mesh, trace=trace)
+
+
+def _newest_checkpoint(run: Run) -> Path | None:
+  """The checkpoint to resume from; the first process restores it if the workdir has none."""
+  if run.train.mirror and (restored := checkpoint.restore(run.train.mirror, run.workdir)):
+    print(f"restored {restored} from {run.train.mirror}", flush=True)
+  return checkpoint.latest(run.workdir)
 
 
 class _Start(NamedTuple):
@@ -186,8 +193,11 @@ def _loop(
   monitor: Monitor | NoMonitor = NoMonitor()
   if hosts.is_first():
     monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
+  copies: Any = contextlib.nullcontext()
+  if run.train.mirror and hosts.is_first():
+    copies = checkpoint.mirror(run.train.mirror, run.workdir, count=run.train.max_to_keep)
   profiled = contextlib.ExitStack()
-  with contextlib.closing(batches), monitor, profiled, stop_request() as stop:
+  with copies as mirror, contextlib.closing(batches), monitor, profiled, stop_request() as stop:
     sizes = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.trainable, frozen))
     trained, fixed = (f"{size:,}" for size in sizes)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -225,7 +235,7 @@ def _loop(
         monitor.record(*pending)
         pending = None
       if saves:
-        folder = _save(run, start, state, data_state=feed.state())
+        folder = _save(run, start, state, data_state=feed.state(), mirror=mirror)
         monitor.message(f"saved {folder}")
       for evaluator in due:
         monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
@@ -317,8 +327,13 @@ class _Feed:
     self._agreement.start(largest, sums)
 
 
-def _save(run: Run, start: _Start, state: TrainState, *, data_state) -> Path:
-  """Saves a checkpoint; if there is a base, only the trained parameters and a pointer to it."""
+def _save(
+  run: Run, start: _Start, state: TrainState, *, data_state, mirror: checkpoint.Mirror | None
+) -> Path:
+  """Saves a checkpoint; if there is a base, only the trained parameters and a pointer to it.
+
+  Raises what the copy of the checkpoint before has raised.
+  """
   params = state.trainable if start.base else tree.merge(state.trainable, start.frozen)
   folder = checkpoint.save(
     checkpoint.step_folder(run.workdir, int(state.step)),
@@ -330,5 +345,9 @@ def _save(run: Run, start: _Start, state: TrainState, *, data_state) -> Path:
     train_state=dataclasses.replace(state, trainable=None),
     data_state=data_state,
   )
+  if mirror is not None:
+    mirror.wait()  # before `keep_last` deletes the checkpoint that is copied
   checkpoint.keep_last(run.workdir, run.train.max_to_keep)
+  if mirror is not None:
+    mirror.start(folder)
   return folder
