@@ -87,7 +87,7 @@ def sizes(paths: Iterable[str]) -> dict[str, int]:
 def listing(url: str) -> list[dict[str, Any]]:
   """The entries of a folder, with name (without protocol), type and size; [] if it is absent."""
   try:
-    return _call(url, lambda fs, at: fs.ls(at, detail=True, refresh=True))
+    return _call(url, lambda fs, at: fs.ls(at, detail=True))
   except FileNotFoundError:
     return []
 
@@ -177,7 +177,8 @@ def _open_file_system(url: str) -> tuple[Any, str]:
       f"{url}: URLs are read with fsspec, which is not installed: {EXTRA}"
     ) from error
   try:
-    return fsspec.core.url_to_fs(url)
+    # Without its cache of listings, which does not see what other processes write.
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)
   except ImportError as error:
     raise ValueError(f"{url}: {error}, or {EXTRA}") from error
   except ValueError as error:
