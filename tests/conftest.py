@@ -96,6 +96,15 @@ def clips() -> list[Clip]:
 
 
 @pytest.fixture(scope="session")
+def bucket():
+  """The URL of a bucket of an S3 server on loopback."""
+  from tests.object_store import s3_server
+
+  with s3_server() as url:
+    yield url
+
+
+@pytest.fixture(scope="session")
 def repo_root() -> Path:
   return ROOT
 

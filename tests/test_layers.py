@@ -15,7 +15,7 @@ LAYERS = {
   3: ("speech_llm", "sharding", "inputs", "prompts", "config", "checkpoint"),
   2: ("encoders", "connectors", "decoders", "vocoders", "aligners"),
   1: ("nn",),
-  0: ("audio", "kernels", "text", "tree", "files", "hosts"),
+  0: ("audio", "kernels", "text", "tree", "files", "hosts", "storage"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # Packages of these layers never import each other; those of layers 3 and 5 may.

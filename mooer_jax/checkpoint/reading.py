@@ -186,11 +186,16 @@ def read_leaves(about: Checkpoint, paths: Iterable[str]) -> dict[str, np.ndarray
   return _read_leaves(about, {path: leaves[path] for path in paths})
 
 
-def load_train_state(folder: str | Path, target: Any) -> tuple[Any, list[dict]]:
+def load_train_state(
+  folder: str | Path, target: Any, *, optional: str = ""
+) -> tuple[Any, list[dict]]:
   """Load the train_state, as (state like `target`, the data_state of each process that saved it).
 
-  `target` is a pytree of arrays or `ShapeDtypeStruct`s with shardings; default sharding of a leaf:
-  the first local device.
+  Args:
+    target: pytree of arrays or `ShapeDtypeStruct`s with shardings; default sharding of a leaf: the
+      first local device.
+    optional: start of the paths of leaves that checkpoints of earlier versions lack; if one does,
+      those of `target` are returned.
 
   Raises:
     CheckpointError: if there is no train state, or a leaf's path, shape or dtype differs.
@@ -204,6 +209,9 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, list[dict]]:
     raise _damaged(folder, "train_state/ lacks the data state of a process")
   nested = arrays.by_path(target)
   wanted = arrays.shapes(nested)
+  lacks = {path for path in wanted.keys() - saved.keys() if optional and path.startswith(optional)}
+  for path in lacks:
+    del wanted[path]
   for path in sorted(p for p in saved.keys() | wanted.keys() if saved.get(p) != wanted.get(p)):
     if path in saved and path in wanted:
       difference = f"is {saved[path]} in the checkpoint, but {wanted[path]} in this run"
@@ -215,12 +223,13 @@ def load_train_state(folder: str | Path, target: Any) -> tuple[Any, list[dict]]:
       x.shape, x.dtype, sharding=getattr(x, "sharding", None) or _first_device()
     )
     for path, x in tree.flatten(nested).items()
+    if path not in lacks
   }
   if (recorded := about.get("files")) is not None:
     sums.check(folder, recorded, [n for n in recorded if n.startswith("train_state/")])
   with _with_remedy(folder):
     flat = arrays.read(folder / "train_state/arrays", saved, targets)
-  state = jax.tree.map_with_path(lambda keys, _: flat[arrays.path_of(keys)], target)
+  state = jax.tree.map_with_path(lambda keys, x: flat.get(arrays.path_of(keys), x), target)
   return state, [_read_json(file) for file in data]
 
 

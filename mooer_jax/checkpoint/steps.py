@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 KEPT_BY = "kept_by"  # folder in a checkpoint, with a file for each run that is based on it
-_STEP = re.compile(r"step_\d{8,}")
+STEP = re.compile(r"step_\d{8,}")
 
 
 def step_folder(workdir: str | Path, step: int) -> Path:
@@ -33,7 +33,7 @@ def all_steps(workdir: str | Path) -> list[Path]:
     folders = list(Path(workdir).iterdir())  # glob would hide a PermissionError
   except (FileNotFoundError, NotADirectoryError):
     return []
-  return sorted((f for f in folders if _STEP.fullmatch(f.name) and _is_checkpoint(f)), key=step_of)
+  return sorted((f for f in folders if STEP.fullmatch(f.name) and _is_checkpoint(f)), key=step_of)
 
 
 def find(path: str | Path) -> Path:
@@ -65,7 +65,7 @@ def keep_for(base: Path, dependent: Path) -> None:
   if jax.process_index() != 0:
     return
   dependent = dependent.absolute()
-  if _STEP.fullmatch(dependent.name):
+  if STEP.fullmatch(dependent.name):
     dependent = dependent.parent
   name = hashlib.sha256(str(dependent).encode()).hexdigest()[:16]
   mark = base / KEPT_BY / f"{name}.txt"
@@ -76,7 +76,7 @@ def keep_for(base: Path, dependent: Path) -> None:
   except FileNotFoundError:
     raise FileNotFoundError(f"{base}, the base of {dependent}, was deleted meanwhile") from None
   except OSError as error:
-    if _STEP.fullmatch(base.name):
+    if STEP.fullmatch(base.name):
       warnings.warn(
         f"{base} cannot be marked as the base of {dependent} ({error.strerror}); its run may delete"
         " it: copy it elsewhere",
@@ -123,7 +123,7 @@ def keep_last(workdir: str | Path, count: int) -> None:
 def remedy(folder: Path) -> str:
   """Advice that ends a message about a damaged checkpoint."""
   advice = "restore the checkpoint from a copy, or convert or train it again"
-  if _STEP.fullmatch(folder.name) and not is_kept(folder):
+  if STEP.fullmatch(folder.name) and not is_kept(folder):
     if earlier := [s for s in all_steps(folder.parent) if step_of(s) < step_of(folder)]:
       advice += f"; if you remove {folder.name}, training resumes from {earlier[-1].name}"
   return advice

@@ -11,6 +11,7 @@ from typing import Any
 import grain
 from absl import flags
 
+from mooer_jax import storage
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.augment import Augmentation, AugmentConfig
 from mooer_jax.data.batches import Batcher, EvalIterator, HostBatch, TrainIterator, join
@@ -193,7 +194,7 @@ def _description(
     "checksum of the prompts": sampler.checksum,
     "shards in the list": len(shards),
     "checksum of their names": zlib.crc32(names_of_shards.encode()),
-    "bytes in the shards": sum(os.path.getsize(file) for file in files if os.path.exists(file)),
+    "bytes in the shards": sum(storage.sizes(files).values()),
     "data.streams": streams,
     "data.labels": describe(config.labels, config.labels_mode, config.labels_separator),
     "data.mixture": {

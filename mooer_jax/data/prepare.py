@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mooer_jax import storage
 from mooer_jax.data.readers import file_of, prepared, read, shard_names
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.workers import run_in_processes
@@ -67,6 +68,10 @@ def prepare(
     FileNotFoundError, ValueError: for a source without data, options that exclude each other,
       another source than that of the interrupted run, or if another process prepares `out`.
   """
+  if storage.is_url(source):
+    raise ValueError(
+      f"{source}: is a URL, which training reads, but `data prepare` does not; copy or mount it"
+    )
   source, out = os.path.abspath(source), Path(os.path.abspath(out))
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out}: exists already; remove it or choose another --out")

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import math
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from mooer_jax import storage
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.filters import Filter
 from mooer_jax.data.labels import Labels
@@ -143,7 +143,8 @@ def data_stats(
   """
   Filter(condition)
   names = shard_names(str(source))
-  sizes = [os.path.getsize(name) if os.path.exists(name) else 1 for name in names]
+  known = storage.sizes(names)
+  sizes = [known.get(name, 1) for name in names]
   total = Stats()
   jobs = [(name, condition, labels) for name in names]
   for found in run_in_processes(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from mooer_jax import storage
 from mooer_jax.files import replace_file
 
 _BREAKS_KEY = re.compile(r"[ \t\r\n]")
@@ -21,9 +22,8 @@ def read_text(path: str | Path) -> dict[str, str]:
     FileNotFoundError: if there is no such file.
     ValueError: if it is not UTF-8, a line has no key, or a key comes twice.
   """
-  path = Path(path)
   try:
-    content = path.read_bytes().decode("utf-8-sig")
+    content = storage.read_bytes(path).decode("utf-8-sig")
   except UnicodeDecodeError as error:
     number = error.object.count(b"\n", 0, error.start) + 1
     raise ValueError(f"{path}:{number}: not UTF-8; convert the file to UTF-8") from error

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mooer_jax import checkpoint
+from mooer_jax import checkpoint, storage
 from mooer_jax.config import (
   SpeechLLMConfig,
   build,
@@ -33,10 +33,10 @@ from mooer_jax.sharding import MeshConfig, make_mesh
 from mooer_jax.training.optimizer import OptimizerConfig
 
 
-def _check_counts(config: Any, section: str) -> None:
+def _check_counts(config: Any, section: str, *, but: str = "") -> None:
   """Raises ValueError for an integer below 1; all integers of these sections are counts."""
   for field in dataclasses.fields(config):
-    if field.type is int and (value := getattr(config, field.name)) < 1:
+    if field.type is int and field.name != but and (value := getattr(config, field.name)) < 1:
       raise ValueError(f"{section}.{field.name}={value}: must be at least 1")
 
 
@@ -51,6 +51,13 @@ class TrainConfig:
     save_every: steps between two checkpoints; the last step always saves.
     max_to_keep: number of checkpoints to keep, the newest ones.
     cmvn: "estimate" from the first batches, path of an `am.mvn`, or "": the initial checkpoint's.
+    max_bad_steps: number of bad steps in a row that are skipped, which leaves the parameters and
+      the optimizer as they were; one more stops the run. A step is bad if its loss or gradient norm
+      is not finite. 0: the first bad step stops the run.
+    mirror: URL of a folder in an object store, to which each checkpoint is copied while training
+      goes on; a workdir without checkpoints is restored from it. "": none.
+    max_loss_ratio: a step is also bad if its loss exceeds this multiple of the running mean of the
+      losses of about the last 100 good steps; 0: no limit.
   """
 
   RENAMED: ClassVar = {"accumulation": "gradient_accumulation_steps", "keep": "max_to_keep"}
@@ -60,9 +67,20 @@ class TrainConfig:
   save_every: int = 1000
   max_to_keep: int = 3
   cmvn: str = ""
+  mirror: str = ""
+  max_bad_steps: int = 0
+  max_loss_ratio: float = 0.0
 
   def __post_init__(self):
-    _check_counts(self, "train")
+    _check_counts(self, "train", but="max_bad_steps")
+    if self.mirror and not storage.is_url(self.mirror):
+      raise ValueError(f"train.mirror={self.mirror}: must be a URL, such as s3://bucket/runs/mooer")
+    if self.max_bad_steps < 0:
+      raise ValueError(f"train.max_bad_steps={self.max_bad_steps}: must be at least 0")
+    if self.max_loss_ratio and not 1 < self.max_loss_ratio < math.inf:
+      raise ValueError(
+        f"train.max_loss_ratio={self.max_loss_ratio:g}: must be above 1, or 0 for no limit"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +274,12 @@ class Run:
         values[name] = convert(hints[name], value, name)
     if not values["workdir"]:
       raise ValueError("workdir='': name the folder of the run")
+    for name in ("workdir", "init_from", "tokenizer"):
+      if storage.is_url(values.get(name) or ""):
+        raise ValueError(
+          f"{name}={values[name]}: is a URL; name a local folder, to which an object store may be"
+          " mounted or copied. train.mirror copies checkpoints to a URL, and data.shards may be one"
+        )
     seed = values.get("seed", 0)
     if not 0 <= seed < 2**32:
       raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
@@ -334,7 +358,7 @@ class Run:
       raise ValueError(
         f"data.max_s={self.data.max_s} is longer than model.max_audio_s={self.model.max_audio_s}"
       )
-    if self.perplexity.shards and not Path(self.perplexity.shards).is_file():
+    if self.perplexity.shards and not storage.is_file(self.perplexity.shards):
       raise FileNotFoundError(f"perplexity.shards={self.perplexity.shards}: no such file")
     for instruction in self.perplexity.instructions:
       task_prompt(instruction, dict(self.model.prompts))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mooer_jax import hosts
+from mooer_jax import hosts, storage
 from mooer_jax.data.readers.annotation import is_annotation
 from mooer_jax.evaluation import answer_matching, report
 from mooer_jax.evaluation.error_rate import METRICS, Score, ScoreConfig, score
@@ -108,16 +108,16 @@ def _to_score(task: str, texts: Mapping[str, str]) -> dict[str, str]:
 
 def _given_references(options: EvalConfig, out: Path) -> dict[str, str] | None:
   """References from a file; None if those in the shards apply."""
-  beside = Path(options.shards).with_name("text")
+  beside = storage.join(storage.parent(options.shards), "text")
   if options.references:
-    given = Path(options.references)
-    if not given.is_file():
+    given = options.references
+    if not storage.is_file(given):
       raise FileNotFoundError(f"eval.references={given}: no such file")
-  elif beside.is_file() and not is_annotation(options.shards):
+  elif storage.is_file(beside) and not is_annotation(options.shards):
     given = beside
   else:
     return None
-  if given.resolve() == (out / "text").resolve():
+  if Path(given).resolve() == (out / "text").resolve():
     raise ValueError(
       f"{given} holds the references and would be overwritten by the hypotheses: set eval.out to"
       " another folder"

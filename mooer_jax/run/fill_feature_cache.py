@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 
-from mooer_jax import hosts, speech_llm, tree
+from mooer_jax import hosts, speech_llm, storage, tree
 from mooer_jax.config import SpeechLLMConfig, to_json
 from mooer_jax.data.batches import input_padding
 from mooer_jax.data.config import DataConfig
@@ -193,7 +193,12 @@ def cache_misses(
 def dataset_name(config: DataConfig) -> str:
   """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
   sources, files = list_sources(config), []
-  for path in itertools.chain.from_iterable(audio_files(source.shards) for source in sources):
+  paths = [*itertools.chain.from_iterable(audio_files(source.shards) for source in sources)]
+  remote = storage.sizes(str(path) for path in paths if storage.is_url(path))
+  for path in paths:
+    if storage.is_url(path):
+      files.append(f"{path} {remote[str(path)]}")
+      continue
     try:
       found = os.stat(path)
       files.append(f"{path} {found.st_size} {found.st_mtime_ns}")

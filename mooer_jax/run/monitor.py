@@ -17,6 +17,7 @@ from mooer_jax.data.readers.entries import SkippedUtterance, in_order
 from mooer_jax.files import replace_file
 from mooer_jax.run.config import TrainConfig
 from mooer_jax.run.feed import BatchSummary
+from mooer_jax.training.step import describe_bad_step
 
 
 class Evaluator(Protocol):
@@ -93,7 +94,14 @@ class Monitor:
     values = jax.device_get(metrics)
     sums = values.pop("task_sums", None)
     row = {name: value.item() for name, value in values.items()}
-    if sums is not None:
+    if not row["bad_steps"]:
+      del row["bad_steps"]
+    else:
+      self.message(
+        f"step {row['step']} skipped: {describe_bad_step(row)} (bad steps in a row:"
+        f" {row['bad_steps']})"
+      )
+    if sums is not None and "bad_steps" not in row:
       self._task_sums += sums
       row["tasks"] = self._by_task(sums)
     row["audio_s"] = batch.audio_s
@@ -224,14 +232,16 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
   left = figure.add_subplot()
   right = left.twinx()
   steps, window = [row["step"] for row in rows], max(1, len(rows) // 50)
+  good = np.array(["bad_steps" not in row for row in rows])
   for axes, name, color, label in (
     (left, "loss", "tab:blue", "loss (nats per answer token)"),
     (right, "accuracy", "tab:orange", "token accuracy"),
   ):
     values = np.array([row[name] for row in rows])
-    means = np.convolve(values, np.ones(window) / window, mode="valid")
     axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.35)
-    axes.plot(steps[window - 1 :], means, color=color, linewidth=1.5)
+    if good.sum() >= window:
+      means = np.convolve(values[good], np.ones(window) / window, mode="valid")
+      axes.plot(np.array(steps)[good][window - 1 :], means, color=color, linewidth=1.5)
     axes.set_ylabel(label, color=color)
   left.set(xlabel="step", yscale="log")
   left.set_title(f"{len(rows)} steps, last loss {rows[-1]['loss']:.4f}")

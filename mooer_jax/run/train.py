@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
@@ -26,7 +26,7 @@ from mooer_jax.sharding import make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
 from mooer_jax.training.program import compile_step, jitted_step
-from mooer_jax.training.step import TrainState, check_finite
+from mooer_jax.training.step import TrainState, check_step
 
 
 class MakeEvaluator(Protocol):
@@ -54,7 +54,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
   Raises:
     ValueError, FileNotFoundError: for a bad config, data set or initial checkpoint; if another
       process trains in the workdir; or for a trace of a run that has fewer steps left.
-    NotFiniteError: when the loss or a gradient is NaN, with the step number.
+    BadStepError: when train.max_bad_steps are exceeded, as by a NaN, with the step number.
   """
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
@@ -68,7 +68,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
 def _train(
   run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh, trace: str | None
 ) -> Path:
-  newest = hosts.on_first(lambda: str(checkpoint.latest(run.workdir) or ""))
+  newest = hosts.on_first(lambda: str(_newest_checkpoint(run) or ""))
   resumed = Path(newest) if newest else None
   start_from = resumed or run.init_from
   normalised = any(frontend.normalised for frontend in run.model.frontends)
@@ -99,6 +99,13 @@ def _train(
   made = [make(run, tokenizer, first=first) for make in evaluators]
   start = _load(run, mesh, tokenizer, resumed=resumed)
   return _loop(run, start, made, first=first, mesh=mesh, trace=trace)
+
+
+def _newest_checkpoint(run: Run) -> Path | None:
+  """The checkpoint to resume from; the first process restores it if the workdir has none."""
+  if run.train.mirror and (restored := checkpoint.restore(run.train.mirror, run.workdir)):
+    print(f"restored {restored} from {run.train.mirror}", flush=True)
+  return checkpoint.latest(run.workdir)
 
 
 class _Start(NamedTuple):
@@ -150,7 +157,7 @@ def _load(
   batches = iter(dataset)
   if resumed:
     target = dataclasses.replace(state, trainable=None)  # these came with the weights
-    rest, data_states = checkpoint.load_train_state(resumed, target)
+    rest, data_states = checkpoint.load_train_state(resumed, target, optional="bad/")
     state = dataclasses.replace(rest, trainable=state.trainable)
     try:
       batches.set_state(merge_states(data_states))
@@ -162,6 +169,7 @@ def _load(
     trainable=run.trainable,
     accumulation=run.train.gradient_accumulation_steps,
     mesh=mesh,
+    max_loss_ratio=run.train.max_loss_ratio,
   )
   return _Start(tokenizer, dataset, batches, state, frozen, step, base)
 
@@ -182,8 +190,11 @@ def _loop(
   monitor: Monitor | NoMonitor = NoMonitor()
   if hosts.is_first():
     monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
+  copies: Any = contextlib.nullcontext()
+  if run.train.mirror and hosts.is_first():
+    copies = checkpoint.mirror(run.train.mirror, run.workdir, count=run.train.max_to_keep)
   profiled = contextlib.ExitStack()
-  with contextlib.closing(batches), monitor, profiled, stop_request() as stop:
+  with copies as mirror, contextlib.closing(batches), monitor, profiled, stop_request() as stop:
     sizes = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.trainable, frozen))
     trained, fixed = (f"{size:,}" for size in sizes)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -213,17 +224,17 @@ def _loop(
         jax.block_until_ready(metrics)
         profiled.close()
       if pending:  # read one step late, so that the device never waits for the host
-        check_finite(pending[0])
+        check_step(pending[0], run.train.max_bad_steps)
         monitor.record(*pending)
       pending = (metrics, summary)
       saves = last or step % run.train.save_every == 0
       due = [e for e in evaluators if (last or step % e.every == 0) and not stopping]
       if saves or due:
-        check_finite(metrics)
+        check_step(metrics, run.train.max_bad_steps)
         monitor.record(*pending)
         pending = None
       if saves:
-        folder = _save(run, start, state, data_state=feed.state())
+        folder = _save(run, start, state, data_state=feed.state(), mirror=mirror)
         monitor.message(f"saved {folder}")
       for evaluator in due:
         monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
@@ -234,8 +245,13 @@ def _loop(
   return folder
 
 
-def _save(run: Run, start: _Start, state: TrainState, *, data_state) -> Path:
-  """Saves a checkpoint; if there is a base, only the trained parameters and a pointer to it."""
+def _save(
+  run: Run, start: _Start, state: TrainState, *, data_state, mirror: checkpoint.Mirror | None
+) -> Path:
+  """Saves a checkpoint; if there is a base, only the trained parameters and a pointer to it.
+
+  Raises what the copy of the checkpoint before has raised.
+  """
   params = state.trainable if start.base else tree.merge(state.trainable, start.frozen)
   folder = checkpoint.save(
     checkpoint.step_folder(run.workdir, int(state.step)),
@@ -247,5 +263,9 @@ def _save(run: Run, start: _Start, state: TrainState, *, data_state) -> Path:
     train_state=dataclasses.replace(state, trainable=None),
     data_state=data_state,
   )
+  if mirror is not None:
+    mirror.wait()  # before `keep_last` deletes the checkpoint that is copied
   checkpoint.keep_last(run.workdir, run.train.max_to_keep)
+  if mirror is not None:
+    mirror.start(folder)
   return folder

@@ -25,6 +25,7 @@ def jitted_step(
   trainable: tuple[str, ...],
   accumulation: int,
   mesh: jax.sharding.Mesh,
+  max_loss_ratio: float = 0.0,
 ):
   """The train step (state, frozen, batch) -> (state, metrics), jitted for a mesh.
 
@@ -33,6 +34,7 @@ def jitted_step(
     trainable: patterns of the paths of trained parameters.
     accumulation: micro-batches per batch.
     mesh: its devices may be those of a topology description.
+    max_loss_ratio: as for `make_train_step`.
   """
   _, shardings = abstract_state(model, optimizer, trainable=trainable, mesh=mesh)
 
@@ -45,6 +47,7 @@ def jitted_step(
     make_optimizer(optimizer),
     schedule=learning_rate(optimizer),
     accumulation=accumulation,
+    max_loss_ratio=max_loss_ratio,
   )
   return jit_train_step(step, mesh, shardings)
 

@@ -13,15 +13,27 @@ from jax.sharding import PartitionSpec as P
 
 from mooer_jax.sharding import batch_sharding
 
+MEAN_LOSS_DECAY = 0.99  # of the running mean of the loss: about the last 100 good steps
+
+
+@flax.struct.dataclass
+class BadSteps:
+  """The steps that were skipped, since their loss or gradient was bad."""
+
+  in_a_row: Any  # int32 [], up to the last step; 0 after a good one
+  total: Any  # int32 []
+  mean_loss: Any  # float32 [], running mean of the good losses, 0 before the first
+
 
 @flax.struct.dataclass
 class TrainState:
   """State that a step changes; frozen weights are separate."""
 
-  step: Any  # int32 [], completed steps
+  step: Any  # int32 [], completed steps, with the skipped ones
   trainable: Any  # nested dict of float32 params
   opt_state: Any  # of the optax transformation
   rng: Any  # uint32, data of the run's key, which is constant; each step folds in its number
+  bad: BadSteps
 
 
 def create(trainable, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -31,6 +43,7 @@ def create(trainable, tx: optax.GradientTransformation, key: jax.Array) -> Train
     trainable=trainable,
     opt_state=tx.init(trainable),
     rng=jax.random.key_data(key),
+    bad=BadSteps(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)),
   )
 
 
@@ -49,19 +62,36 @@ def state_shardings(
     trainable_shardings,
     transform_non_params=lambda _: whole,
   )
-  return TrainState(step=whole, trainable=trainable_shardings, opt_state=opt_state, rng=whole)
+  return TrainState(
+    step=whole,
+    trainable=trainable_shardings,
+    opt_state=opt_state,
+    rng=whole,
+    bad=BadSteps(whole, whole, whole),
+  )
 
 
-class NotFiniteError(FloatingPointError):
-  """The loss or a gradient is NaN or infinite; `.step` is the number of the step."""
+class BadStepError(FloatingPointError):
+  """More steps in a row are bad than may be skipped; `.step` is the number of the last."""
 
-  def __init__(self, step: int, loss: float, grad_norm: float):
-    self.step = step
+  def __init__(self, metrics, max_bad_steps: int):
+    self.step, in_a_row = int(metrics["step"]), int(metrics["bad_steps"])
+    row = f", {in_a_row} bad steps in a row with train.max_bad_steps={max_bad_steps}"
+    hint = "" if max_bad_steps else "; train.max_bad_steps skips such steps"
     super().__init__(
-      f"step {step}: loss {loss} and gradient norm {grad_norm} are not both finite; the state was"
+      f"step {self.step}: {describe_bad_step(metrics)}{row if in_a_row > 1 else ''}; the state was"
       " not saved. Lower optimizer.peak_lr, set optimizer.max_grad_norm or check the data, and"
-      " resume from the newest checkpoint"
+      f" resume from the newest checkpoint{hint}"
     )
+
+
+def describe_bad_step(metrics) -> str:
+  """Why a step is bad, from its metrics."""
+  loss = float(metrics["loss"])
+  if metrics["finite"]:
+    mean = float(metrics["mean_loss"])
+    return f"loss {loss:.4f} exceeds train.max_loss_ratio times its running mean of {mean:.4f}"
+  return f"loss {loss} and gradient norm {float(metrics['grad_norm'])} are not both finite"
 
 
 def make_train_step(
@@ -70,11 +100,16 @@ def make_train_step(
   *,
   schedule: optax.Schedule,
   accumulation: int = 1,
+  max_loss_ratio: float = 0.0,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
   """Make the pure function `train_step(state, frozen, batch) -> (state, metrics)`.
 
   The gradient is that of the loss summed over all rows, divided by the number of their tokens, so
   it does not depend on the accumulation.
+
+  A step is bad if its loss or gradient norm is not finite, or if its loss exceeds the limit. It
+  counts as a step, but the params and the optimizer state, with its learning rate schedule, stay
+  as they were. Whether to go on is for `check_step` to decide.
 
   Args:
     loss_fn: (trainable, frozen, batch, key) -> (loss, metrics); the loss is ignored, metrics are
@@ -82,11 +117,14 @@ def make_train_step(
     schedule: learning rate of tx, for the metrics.
     accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
       a + accumulation, …, so that each device keeps its rows.
+    max_loss_ratio: a loss above this multiple of the running mean of the good losses is bad; 0: no
+      limit.
 
   Returns:
     The function. Its metrics are scalars: loss (per token), accuracy (of tokens), tokens,
-    grad_norm (before clipping), lr, finite (False: the state is unchanged), step (from 1), and the
-    further sums.
+    grad_norm (before clipping), lr, finite (of loss and grad_norm), bad_steps (in a row, with this
+    one; 0: it is good), step (from 1), the further sums, and with a limit mean_loss, the running
+    mean before the step.
   """
   if accumulation < 1:
     raise ValueError(f"accumulation={accumulation} must be at least 1")
@@ -122,26 +160,48 @@ def make_train_step(
     loss = sums.pop("loss_sum").astype(jnp.float32) / tokens
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    bad = _judge(state.bad, state.step, loss, finite, max_loss_ratio)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    new_state = dataclasses.replace(
-      state,
-      step=state.step + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
-      opt_state=opt_state,
+    new = optax.apply_updates(state.trainable, updates), opt_state
+    trainable, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(bad.in_a_row > 0, old, new),
+      new,
+      (state.trainable, state.opt_state),
     )
     metrics = {
       "loss": loss,
       "accuracy": sums.pop("correct").astype(jnp.float32) / tokens,
       "grad_norm": grad_norm,
-      "lr": jnp.asarray(schedule(state.step), jnp.float32),
+      "lr": jnp.asarray(schedule(state.step - state.bad.total), jnp.float32),
       "finite": finite,
+      "bad_steps": bad.in_a_row,
       "step": state.step + 1,
       **sums,
     }
-    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    if max_loss_ratio:
+      metrics["mean_loss"] = state.bad.mean_loss
+    new_state = dataclasses.replace(
+      state, step=state.step + 1, trainable=trainable, opt_state=opt_state, bad=bad
+    )
     return new_state, metrics
 
   return train_step
+
+
+def _judge(bad: BadSteps, step, loss, finite, max_loss_ratio: float) -> BadSteps:
+  """The record after a step of this loss; `step` is the number of completed ones."""
+  started = step > bad.total  # a good step has set the mean
+  is_bad = ~finite
+  if max_loss_ratio:
+    is_bad |= started & (loss > max_loss_ratio * bad.mean_loss)
+  mean = jnp.where(
+    started, optax.incremental_update(loss, bad.mean_loss, 1 - MEAN_LOSS_DECAY), loss
+  )
+  return BadSteps(
+    in_a_row=jnp.where(is_bad, bad.in_a_row + 1, 0),
+    total=bad.total + is_bad,
+    mean_loss=jnp.where(is_bad, bad.mean_loss, mean),
+  )
 
 
 def jit_train_step(train_step, mesh: jax.sharding.Mesh, shardings: tuple[TrainState, dict]):
@@ -158,10 +218,10 @@ def jit_train_step(train_step, mesh: jax.sharding.Mesh, shardings: tuple[TrainSt
   )
 
 
-def check_finite(metrics) -> None:
-  """Raise NotFiniteError if the loss or a gradient is NaN or infinite; waits for the device."""
-  if not metrics["finite"]:
-    raise NotFiniteError(int(metrics["step"]), float(metrics["loss"]), float(metrics["grad_norm"]))
+def check_step(metrics, max_bad_steps: int) -> None:
+  """Raise BadStepError if more than `max_bad_steps` in a row are bad; waits for the device."""
+  if metrics["bad_steps"] > max_bad_steps:
+    raise BadStepError(metrics, max_bad_steps)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

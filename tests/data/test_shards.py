@@ -220,7 +220,7 @@ def test_the_list_takes_relative_and_absolute_paths(shards, tmp_path):
     (None, FileNotFoundError, "no such list"),
     ("", ValueError, "lists nothing; write one tar path a line"),
     ("gone.tar", FileNotFoundError, "1 of 1 shards do not exist, first .*gone.tar"),
-    ("https://host/a.tar", ValueError, "is a URL"),
+    ("https://host/a.tar", ValueError, "is a URL of the web"),
     ('a.tar\n{"key": "a"}', ValueError, "is JSON, but the first line is a path; write two lists"),
     ("data.list\ndata.list", ValueError, "more than once"),
   ],

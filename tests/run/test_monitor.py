@@ -12,7 +12,7 @@ from mooer_jax.run.monitor import Monitor
 
 def _run(workdir, truncated, first=0):
   with Monitor(workdir, TrainConfig(steps=first + 1, log_every=1), first=first) as monitor:
-    metrics = dict(step=first + 1, loss=1.0, accuracy=0.5, lr=1e-3)
+    metrics = dict(step=first + 1, loss=1.0, accuracy=0.5, lr=1e-3, bad_steps=0)
     batch = BatchSummary(30.0, truncated, ())
     monitor.record({name: np.asarray(value) for name, value in metrics.items()}, batch)
 

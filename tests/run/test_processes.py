@@ -55,6 +55,7 @@ def start(repo_root, as_flags, plain_env, tmp_path):
     count = "--xla_force_host_platform_device_count="
     xla_flags = re.sub(rf"{count}\d+", f"{count}{4 // processes}", os.environ["XLA_FLAGS"])
     env = {**plain_env, "XLA_FLAGS": xla_flags, "TMPDIR": str(tmp_path)}
+    env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     command = [sys.executable, program, f"--config={config}", *as_flags, STREAMS]
     command += [f"--config.workdir={tmp_path / name}", "--config.train.save_every=2"]
     if processes > 1:
@@ -111,11 +112,20 @@ def assert_same_run(a, b):
 
 @pytest.mark.all_devices
 @pytest.mark.slow
-def test_two_processes_stop_together_and_one_goes_on(start, config, tmp_path, monkeypatch):
-  """The second gets SIGTERM. The losses and weights are those of one process with four devices."""
+def test_two_processes_stop_together_and_one_goes_on(start, config, bucket, tmp_path, monkeypatch):
+  """The second gets SIGTERM. The losses and weights are those of one process with four devices.
+
+  Steps above the mean loss are skipped, and the workdir is restored from its mirror.
+  """
   one, two = tmp_path / "one", tmp_path / "two"
-  run = start("two", 2, "--config.train.steps=1000")
-  wait_for_step(two, 2, run)
+  limits = {"max_bad_steps": 1000, "max_loss_ratio": 1.0001}
+  mirror = f"{bucket}/runs/two"
+  flags = [
+    f"--config.train.{name}={value}" for name, value in (limits | {"mirror": mirror}).items()
+  ]
+  # The losses vary as the batches do, so some of the first six are above their mean.
+  run = start("two", 2, "--config.train.steps=1000", "--config.optimizer.peak_lr=1e-6", *flags)
+  wait_for_step(two, 6, run)
   run[1].send_signal(signal.SIGTERM)
   outputs, statuses = ended(run)
   assert statuses == [0, 0] and "rerun the same command to resume" in outputs[0], outputs
@@ -124,11 +134,15 @@ def test_two_processes_stop_together_and_one_goes_on(start, config, tmp_path, mo
   assert [step for step, _ in losses(two)] == list(range(1, stopped + 1))
   devices = jax.devices()[:4]
   monkeypatch.setattr(jax, "devices", lambda *_: devices)
+  shutil.rmtree(two)
+  config.train.update(limits)
+  config.optimizer.peak_lr = 1e-6
   config.data.streams, config.train.save_every, config.train.steps = 4, 2, stopped + 2
-  for workdir in (one, two):
+  for workdir, config.train.mirror in ((one, ""), (two, mirror)):
     config.workdir = str(workdir)
     train(config)
   assert_same_run(one, two)
+  assert any("bad_steps" in row for row in rows(two)[:6])
   for ours, theirs in zip(rows(one), rows(two), strict=True):
     assert ours["audio_s"] == pytest.approx(theirs["audio_s"], abs=2e-3)  # float32 sums
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from mooer_jax import checkpoint, sharding, tree
+from mooer_jax import checkpoint, sharding, storage, tree
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run import monitor
-from mooer_jax.training.step import NotFiniteError
+from mooer_jax.training.step import BadStepError
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 from tests.run.conftest import DRAW_CURVE
 from tests.run.programs import evaluate, train
@@ -172,14 +173,53 @@ def test_a_run_that_stops_for_bad_data_records_the_utterances(config, clips, tmp
   assert {row["cause"] for row in rows} == {"unknown character"}
 
 
-def test_a_nan_stops_the_run_and_names_the_step(config):
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_a_nan_stops_the_run_and_names_the_step(config, skipped, capsys):
+  config.train.max_bad_steps = skipped
   config.optimizer.peak_lr = 1e30
   config.optimizer.warmup_steps = 0
   config.optimizer.max_grad_norm = 0.0
-  with pytest.raises(NotFiniteError, match=r"peak_lr") as error:
+  with pytest.raises(BadStepError, match=r"peak_lr") as error:
     train(config)
-  finite = [loss for _, loss in losses(config.workdir)]
-  assert np.isfinite(finite).all() and error.value.step == len(finite) + 1
+  finite = np.isfinite([loss for _, loss in losses(config.workdir)])
+  assert error.value.step == len(finite) + 1
+  assert finite[: len(finite) - skipped].all() and not finite[len(finite) - skipped :].any()
+  assert capsys.readouterr().err.count(" skipped: loss") == skipped
+
+
+def test_a_run_that_skips_steps_resumes_bit_for_bit_from_its_mirror(config, bucket, tmp_path):
+  """Its workdir is lost. A loss above the running mean is skipped, so all follows from the mean."""
+  config.train.update({"max_bad_steps": 8, "max_loss_ratio": 1.0001})
+  config.optimizer.peak_lr = 1e-6  # the losses vary as the batches do
+  config.train.mirror = f"{bucket}/runs/mirrored"
+  folders, records = [], []
+  for stops, name in (((8,), "whole"), ((4, 8), "lost")):
+    config.workdir = str(tmp_path / name)
+    for config.train.steps in stops:
+      shutil.rmtree(config.workdir, ignore_errors=True)
+      folders.append(train(config))
+    records.append((Path(config.workdir) / "metrics.jsonl").read_text())
+    storage.delete(config.train.mirror)
+  assert records[0] == records[1]
+  rows = [json.loads(line) for line in records[0].splitlines()]
+  assert [row["step"] for row in rows] == [*range(1, 9)] and "mean_loss" in rows[0]
+  assert any("bad_steps" in row for row in rows[4:])
+  one, *_, other = (checkpoint.load(folder).params for folder in folders)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize(
+  "option, value, message",
+  [
+    ("mirror", "runs/mirrored", "train.mirror=runs/mirrored: must be a URL"),
+    ("max_bad_steps", -1, "train.max_bad_steps=-1: must be at least 0"),
+    ("max_loss_ratio", 1.0, "train.max_loss_ratio=1: must be above 1"),
+  ],
+)
+def test_a_value_that_makes_no_sense_is_refused(config, option, value, message):
+  config.train[option] = value
+  with pytest.raises(ValueError, match=message):
+    train(config)
 
 
 @pytest.mark.nightly  # tests/training/test_composite.py compares steps on a mesh

@@ -12,8 +12,8 @@ from mooer_jax.sharding import batch_sharding, make_mesh, param_shardings
 from mooer_jax.training import step as state_lib
 from mooer_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from mooer_jax.training.step import (
-  NotFiniteError,
-  check_finite,
+  BadStepError,
+  check_step,
   jit_train_step,
   make_train_step,
 )
@@ -63,11 +63,12 @@ def toy_loss(trainable, frozen, batch, key, dropout=0.0):
   }
 
 
-def build(accumulation=1, loss_fn=toy_loss, patterns=("connector/.*",)):
+def build(accumulation=1, loss_fn=toy_loss, patterns=("connector/.*",), **options):
   tx = make_optimizer(CONFIG)
   trainable, frozen = tree.partition(toy_params(), patterns)
   state = state_lib.create(jax.tree.map(jnp.asarray, trainable), tx, jax.random.key(0))
-  step = make_train_step(loss_fn, tx, schedule=learning_rate(CONFIG), accumulation=accumulation)
+  schedule = learning_rate(CONFIG)
+  step = make_train_step(loss_fn, tx, schedule=schedule, accumulation=accumulation, **options)
   return state, frozen, step, tx
 
 
@@ -222,14 +223,71 @@ def test_dropout_differs_by_step_and_micro_batch_and_repeats_on_resume():
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_spares_the_state(bad):
   state, frozen, step, _ = build()
   good, metrics = run(step, state, frozen, [toy_batch(0)] * 4)
-  check_finite(metrics[-1])
+  check_step(metrics[-1], 0)
   broken = toy_batch(1)
   broken["x_BD"][0, 0] = bad
   after, metrics = run(step, good, frozen, [broken])
-  with pytest.raises(NotFiniteError, match="step 5: loss .* gradient norm nan") as error:
-    check_finite(metrics[0])
+  with pytest.raises(BadStepError, match="step 5: loss .* gradient norm nan") as error:
+    check_step(metrics[0], 0)
   assert error.value.step == 5
-  jax.tree.map(np.testing.assert_array_equal, after, good)
+  assert_same_weights(after, good)
+
+
+def assert_same_weights(one, other):
+  for name in ("trainable", "opt_state"):
+    jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
+
+
+def nan_batch(seed):
+  return toy_batch(seed) | {"x_BD": np.full((ROWS, D), np.nan, np.float32)}
+
+
+def test_a_skipped_step_counts_but_changes_neither_params_nor_optimizer_nor_learning_rate():
+  state, frozen, step, _ = build()
+  good = [toy_batch(seed) for seed in range(4)]
+  without, _ = run(step, state, frozen, good)
+  after, metrics = run(step, state, frozen, [*good[:2], nan_batch(7), nan_batch(8), *good[2:]])
+  assert_same_weights(after, without)
+  assert [int(m["step"]) for m in metrics] == [1, 2, 3, 4, 5, 6]
+  assert [int(m["bad_steps"]) for m in metrics] == [0, 0, 1, 2, 0, 0]
+  assert int(after.step) == 6 and int(after.bad.total) == 2
+  rates = [m["lr"] for m in metrics]
+  assert rates == [learning_rate(CONFIG)(step) for step in (0, 1, 2, 2, 2, 3)]
+  check_step(metrics[3], 2)
+  with pytest.raises(BadStepError, match="step 4: .*, 2 bad steps in a row with train.max_bad_ste"):
+    check_step(metrics[3], 1)
+
+
+def scaled_loss(trainable, frozen, batch, key):
+  """The toy loss, times a factor of the batch."""
+  mean, sums = toy_loss(trainable, frozen, batch, key)
+  return mean, {**sums, "loss_sum": sums["loss_sum"] * batch["factor_B"][0]}
+
+
+@pytest.mark.parametrize("ratio, is_bad", [(2.0, True), (8.0, False), (0.0, False)])
+def test_a_loss_above_the_limit_is_skipped(ratio, is_bad):
+  """The toy loss changes little in four steps, so a factor of 4 is above 2 and below 8."""
+  state, frozen, step, _ = build(loss_fn=scaled_loss, max_loss_ratio=ratio)
+  factors = np.ones((4, ROWS), np.float32)
+  factors[2] = 4
+  batches = [toy_batch(seed) | {"factor_B": row} for seed, row in enumerate(factors)]
+  after, metrics = run(step, state, frozen, batches)
+  assert [int(m["bad_steps"]) for m in metrics] == [0, 0, int(is_bad), 0]
+  losses = [m["loss"] for m, row in zip(metrics, factors) if row[0] == 1 or not is_bad]
+  mean = losses[0]
+  for loss in losses[1:]:
+    mean = mean + (loss - mean) * np.float32(0.01)
+  # The mean is a sum of few terms of one sign, in another order than XLA's.
+  np.testing.assert_allclose(after.bad.mean_loss, mean, rtol=16 * np.finfo(np.float32).eps)
+  if is_bad:
+    with pytest.raises(BadStepError, match="step 3: loss .* exceeds train.max_loss_ratio times"):
+      check_step(metrics[2], 0)
+
+
+def test_the_first_loss_has_no_limit():
+  state, frozen, step, _ = build(max_loss_ratio=1.5)
+  _, metrics = run(step, state, frozen, [nan_batch(0), toy_batch(1)])
+  assert [int(m["bad_steps"]) for m in metrics] == [1, 0]
 
 
 def test_rows_that_do_not_divide_are_refused():

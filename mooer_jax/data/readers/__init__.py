@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mooer_jax import storage
 from mooer_jax.data.readers import annotation, emilia, prepared, raw_list, shards
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 
@@ -41,6 +42,7 @@ class Reader(NamedTuple):
 
 # Of both tables, the first that recognises a name applies.
 LISTINGS = (
+  Listing(storage.is_url, shards.read_list, shards.read_list),
   Listing(annotation.is_annotation, annotation.pieces, annotation.audio_files),
   Listing(prepared.is_prepared, prepared.parts, prepared.audio_files, prepared.utterances),
   Listing(os.path.isdir, emilia.find_shards, emilia.find_shards),
@@ -61,7 +63,7 @@ def shard_names(source: str) -> list[str]:
   """Names of the shards of a data set, or of the parts that are read like shards.
 
   Raises:
-    FileNotFoundError, ValueError: for a file or folder that is of no kind in LISTINGS.
+    FileNotFoundError, ValueError: for a file, folder or URL that is of no kind in LISTINGS.
   """
   return _listing(source).shards(source)
 

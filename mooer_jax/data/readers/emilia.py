@@ -5,15 +5,18 @@ Its other published layout, WebDataset, is that of `shards.read_shard`.
 Source: He et al., "Emilia: An Extensive, Multilingual, and Diverse Speech Dataset" (2024).
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from mooer_jax import storage
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, parse_line
 from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, TARS, DamagedShard, read_members
 
@@ -61,9 +64,11 @@ def read_batch(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   for number, line in enumerate(_lines(file), 1):
     about, problem = parse_line(line, ("id", "text"))
     if problem:
-      yield SkippedUtterance("bad label", f"{file.name}:{number}", name, problem)
+      yield SkippedUtterance("bad label", f"{os.path.basename(file)}:{number}", name, problem)
     elif about["id"] in labels:
-      yield SkippedUtterance("duplicate key", about["id"], name, f"{file.name}:{number}")
+      yield SkippedUtterance(
+        "duplicate key", about["id"], name, f"{os.path.basename(file)}:{number}"
+      )
     else:
       labels[about["id"]] = line
   seen: set[str] = set()
@@ -130,19 +135,19 @@ def _load(raw: RawUtterance, *, clip: Path) -> RawUtterance | SkippedUtterance:
     return raw.skip("no audio", str(error))
 
 
-def _labels_file(name: str) -> Path | None:
+def _labels_file(name: str) -> str | None:
   ending = next((ending for ending in reversed(TARS) if name.endswith(ending)), None)
   if ending is None:
     return None
-  beside = (Path(name.removesuffix(ending) + kind) for kind in (".jsonl", ".jsonl.gz"))
-  return next((path for path in beside if path.is_file()), None)
+  beside = (name.removesuffix(ending) + kind for kind in (".jsonl", ".jsonl.gz"))
+  return next((path for path in beside if storage.is_file(path)), None)
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def _lines(file: str) -> Iterator[bytes]:
   """The lines that are not blank; the rest of a damaged file is one line, which cannot be read."""
-  opened = gzip.open if file.suffix == ".gz" else open
   try:
-    with opened(file, "rb") as lines:
+    with storage.open_binary(file) as stored, contextlib.ExitStack() as unpacked:
+      lines = unpacked.enter_context(gzip.open(stored)) if file.endswith(".gz") else stored
       yield from (line for line in lines if line.strip())
   except (OSError, EOFError, zlib.error) as error:
     yield f"{type(error).__name__}: {error}".encode()

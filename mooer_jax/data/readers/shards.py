@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from mooer_jax import storage
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.readers.tars import (
   AUDIO_SUFFIXES,
@@ -23,39 +24,49 @@ _TOGETHER = (
 
 
 def read_list(path: str | Path) -> list[str]:
-  """Returns the tar paths of a `data.list`; relative paths start at the list's folder.
+  """Returns the paths and URLs of the tars of a `data.list`, itself a path or URL.
+
+  Relative paths start at the list's folder.
 
   Raises:
     FileNotFoundError: if the list or a shard that it names does not exist.
-    ValueError: if it is empty, names a shard twice, or contains URLs or lines of JSON.
+    ValueError: if it is empty, names a shard twice, or contains lines of JSON.
+    RemoteError: if a URL cannot be read.
   """
-  path = Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such list of shards; `mooer-jax pack` writes one")
+  path = str(path)
+  if not storage.is_file(path):
+    advice = "`mooer-jax pack` writes one"
+    if storage.is_url(path):
+      advice = "a URL must be that of a data.list, which may name the tars of a folder"
+    raise FileNotFoundError(f"{path}: no such list of shards; {advice}")
   lines = [line for line in map(str.strip, read_lines(path)) if line]
   if not lines:
     raise ValueError(f"{path}: lists nothing; write one tar path a line, or one JSON object")
   for line in lines:
+    if line.startswith("{") and storage.is_url(path):
+      raise ValueError(
+        f"{path}: {line[:80]!r} is JSON; a URL must be that of a list of tars. Copy or mount a raw"
+        " list or an annotation file, or pack it with `mooer-jax pack`"
+      )
     if line.startswith("{"):
       raise ValueError(
         f"{path}: {line[:80]!r} is JSON, but the first line is a path; write two lists, and name"
         " the one to read"
       )
-    if "://" in line:
-      raise ValueError(f"{path}: {line[:80]!r} is a URL; only paths of tar files are read here")
-  shards = [str(path.parent / line) for line in lines]
+  shards = [storage.join(storage.parent(path), line) for line in lines]
   if (most := collections.Counter(shards).most_common(1)[0])[1] > 1:
     raise ValueError(f"{path}: lists {most[0]} more than once; each utterance would repeat")
-  if missing := [shard for shard in shards if not Path(shard).is_file()]:
+  found = storage.sizes(shards)
+  if missing := [shard for shard in shards if shard not in found]:
     raise FileNotFoundError(
       f"{path}: {len(missing)} of {len(shards)} shards do not exist, first {missing[0]}"
     )
   return shards
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: str | Path) -> list[str]:
   """Lines of a UTF-8 file; raises ValueError with a line that is not UTF-8 or holds a CR."""
-  content = path.read_bytes()
+  content = storage.read_bytes(path)
   try:
     lines = content.decode("utf-8-sig").split("\n")
   except UnicodeDecodeError as error:

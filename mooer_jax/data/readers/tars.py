@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Generator
 from typing import NamedTuple
 
+from mooer_jax import storage
+
 # Suffixes of audio members; the content determines the decoder.
 AUDIO_SUFFIXES = (
   *("wav", "flac", "mp3", "m4a", "ogg", "opus", "wma", "webm", "aac"),
@@ -63,11 +65,12 @@ def read_members(path: str, suffixes: tuple[str, ...]) -> Generator[Member]:
 
   Raises:
     DamagedShard: with the name of the file and the error.
+    RemoteError: if `path` is a URL and the connection is lost.
   """
   damage = _DAMAGE  # a local name, since a reader left open at exit outlives the module's globals
   reading = ""
   try:
-    with open(path, "rb") as stored:
+    with storage.open_binary(path) as stored:
       first = stored.peek(8)
       decoder = next((decode for magic, decode in _DECODERS if first.startswith(magic)), None)
       stream = _Stream(decoder(stored) if decoder else stored)

@@ -1,0 +1,137 @@
+"""Copies of the checkpoints of a run in an object store, from which an empty folder is restored.
+
+URL/step_00001000/…      the files of a checkpoint; checkpoint.json comes last, and a copy
+                         without it is not complete
+URL/metrics.jsonl, …     records of the run, as of the last copy
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import posixpath
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mooer_jax import storage
+from mooer_jax.checkpoint.reading import open_folder
+from mooer_jax.checkpoint.steps import STEP, all_steps, latest, step_of
+from mooer_jax.checkpoint.sums import check_sizes
+from mooer_jax.checkpoint.writing import put_in_place
+
+RECORDS = ("metrics.jsonl", "skipped.jsonl")  # of a run, in its folder
+_LAST = "checkpoint.json"
+_TRANSFERS = 8  # at a time
+
+
+class Mirror:
+  """Copies the checkpoints of a run to a URL, in a thread."""
+
+  def __init__(self, url: str, workdir: Path, *, count: int, threads):
+    """`count` of the newest copies are kept, and those of all steps in the workdir."""
+    self._url, self._workdir, self._count, self._threads = url, workdir, count, threads
+    self._copying: concurrent.futures.Future | None = None
+
+  def start(self, folder: Path) -> None:
+    """Starts to copy a checkpoint, which must stay in place until `wait` returns."""
+    self._copying = self._threads.submit(self._copy, folder)
+
+  def wait(self) -> None:
+    """Waits for the copy, if any; raises its error."""
+    if self._copying is not None:
+      copying, self._copying = self._copying, None
+      copying.result()
+
+  def _copy(self, folder: Path) -> None:
+    names = [name for name in open_folder(folder)[1]["files"] if name != _LAST]
+    target = storage.join(self._url, folder.name)
+    with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
+      copied = pool.map(lambda name: storage.upload(folder / name, f"{target}/{name}"), names)
+      for _ in copied:
+        pass
+    for name in RECORDS:
+      if (self._workdir / name).exists():
+        storage.upload(self._workdir / name, f"{self._url}/{name}")
+    storage.upload(folder / _LAST, f"{target}/{_LAST}")
+    complete = copies(self._url)
+    keep = {*complete[-self._count :], folder.name, *(f.name for f in all_steps(self._workdir))}
+    for name in _step_names(self._url):
+      if name not in keep or (name not in complete and name != folder.name):
+        storage.delete(f"{self._url}/{name}/{_LAST}")  # first, as it makes a copy complete
+        storage.delete(f"{self._url}/{name}")
+
+
+@contextlib.contextmanager
+def mirror(url: str, workdir: Path, *, count: int) -> Iterator[Mirror]:
+  """Yields a mirror, which has first to copy the newest checkpoint if it lacks it.
+
+  The block ends when the last copy is complete, or has failed; if the block has failed too, the
+  error of the copy is only printed.
+  """
+  url = url.rstrip("/")
+  with concurrent.futures.ThreadPoolExecutor(1) as threads:
+    opened = Mirror(url, workdir, count=count, threads=threads)
+    if (newest := latest(workdir)) is not None and newest.name not in copies(url):
+      opened.start(newest)
+    try:
+      yield opened
+    except Exception:
+      try:
+        opened.wait()
+      except Exception as error:
+        print(f"{url}: the last checkpoint was not copied: {error}", file=sys.stderr)
+      raise
+    opened.wait()
+
+
+def restore(url: str, workdir: Path) -> Path | None:
+  """Copies the newest checkpoint and the records to a folder of a run that has no checkpoint.
+
+  Returns:
+    The checkpoint; None if the folder has one, or there is no copy.
+
+  Raises:
+    ValueError: if the newest copy is of a later step than the folder's, or of another run.
+    RemoteError: if the URL cannot be read.
+  """
+  url = url.rstrip("/")
+  found = copies(url)
+  newest = latest(workdir)
+  if not found:
+    return None
+  source = f"{url}/{found[-1]}"
+  about = json.loads(storage.read_bytes(f"{source}/{_LAST}"))
+  if newest is not None:
+    here = workdir / found[-1]
+    same = not here.is_dir() or open_folder(here)[1]["hash"] == about["hash"]
+    if not same or step_of(here) > step_of(newest):
+      raise ValueError(
+        f"train.mirror: {source} is {'later than' if same else 'of another run than'}"
+        f" {newest if same else here}; choose another train.mirror, or delete that copy"
+      )
+    return None
+  folder = workdir / found[-1]
+  part = folder.with_name(f".tmp-{folder.name}")
+  shutil.rmtree(part, ignore_errors=True)
+  with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
+    names = [*about["files"], _LAST]
+    for _ in pool.map(lambda name: storage.download(f"{source}/{name}", part / name), names):
+      pass
+  check_sizes(part, about["files"])
+  for name in RECORDS:
+    if storage.is_file(f"{url}/{name}"):
+      storage.download(f"{url}/{name}", workdir / name)
+  put_in_place(part, folder)
+  return folder
+
+
+def copies(url: str) -> list[str]:
+  """Names of the steps with a complete copy, oldest first."""
+  return [name for name in _step_names(url) if storage.is_file(f"{url}/{name}/{_LAST}")]
+
+
+def _step_names(url: str) -> list[str]:
+  names = (posixpath.basename(entry["name"].rstrip("/")) for entry in storage.listing(url))
+  return sorted(filter(STEP.fullmatch, names), key=lambda name: int(re.sub(r"\D", "", name)))

@@ -1,0 +1,214 @@
+"""Files at local paths and at URLs of object stores (`s3://`, `gs://`), which fsspec opens.
+
+A broken connection is retried. Credentials, endpoints and regions are those of the environment, as
+for the command-line tools of the store.
+"""
+
+import collections
+import contextlib
+import functools
+import io
+import os
+import posixpath
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+EXTRA = "pip install 'mooer-jax[remote]'"
+WAITS_S = (1, 2, 4, 8, 16)  # before each further attempt
+BLOCK_BYTES = 8 * 2**20  # of one request; a file is read ahead by as much
+_BUFFER_BYTES = 2**18
+# Errors that another attempt does not change; those of back ends by name, which may not be
+# installed.
+_PERMANENT = (PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "FileExpired")
+
+
+class RemoteError(ValueError):
+  """A URL could not be read or written.
+
+  It is not an OSError, which readers of data take for a damaged file that may be skipped.
+  """
+
+
+def is_url(path: str | Path) -> bool:
+  """Whether this is a URL rather than a local path."""
+  return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
+
+
+def join(folder: str, name: str) -> str:
+  """The path of a file in a folder; `name` itself if it is a URL or absolute."""
+  if is_url(name):
+    return name
+  protocol, mark, place = folder.partition("://")
+  if not is_url(folder) or os.path.isabs(name):
+    return str(Path(folder) / name)
+  return protocol + mark + posixpath.normpath(posixpath.join(place, name))
+
+
+def parent(path: str) -> str:
+  """The folder of a file."""
+  return posixpath.dirname(path) if is_url(path) else str(Path(path).parent)
+
+
+def is_file(path: str | Path) -> bool:
+  """Whether there is a file at a path or a URL."""
+  if not is_url(path):
+    return os.path.isfile(path)
+  try:
+    return _call(str(path), lambda fs, at: fs.info(at))["type"] == "file"
+  except FileNotFoundError:
+    return False
+
+
+def sizes(paths: Iterable[str]) -> dict[str, int]:
+  """Bytes of the files that exist; URLs take one listing for each folder."""
+  found: dict[str, int] = {}
+  folders: dict[str, list[str]] = collections.defaultdict(list)
+  for path in paths:
+    if is_url(path):
+      folders[parent(path)].append(path)
+    elif os.path.isfile(path):
+      found[path] = os.path.getsize(path)
+  for folder, urls in folders.items():
+    listed = {entry["name"]: entry for entry in listing(folder)}
+    for url in urls:
+      entry = listed.get(_strip(url))
+      if entry is not None and entry["type"] == "file":
+        found[url] = entry["size"]
+  return found
+
+
+def listing(url: str) -> list[dict[str, Any]]:
+  """The entries of a folder, with name (without protocol), type and size; [] if it is absent."""
+  try:
+    return _call(url, lambda fs, at: fs.ls(at, detail=True))
+  except FileNotFoundError:
+    return []
+
+
+def open_binary(path: str | Path) -> io.BufferedReader:
+  """Opens a file for reading; that of a URL is read in blocks, and resumes a broken connection.
+
+  Raises:
+    FileNotFoundError: if there is none.
+    RemoteError: if a URL cannot be read, also by each read.
+  """
+  if not is_url(path):
+    return open(path, "rb")
+  return io.BufferedReader(_RemoteFile(str(path)), _BUFFER_BYTES)
+
+
+def read_bytes(path: str | Path) -> bytes:
+  """The content of a file; errors as of `open_binary`."""
+  with open_binary(path) as file:
+    return file.read()
+
+
+def upload(file: Path, url: str) -> None:
+  """Copies a local file to a URL, which then has all of it or is unchanged."""
+  _call(url, lambda fs, at: fs.put_file(str(file), at))
+
+
+def download(url: str, file: Path) -> None:
+  """Copies the file of a URL to a local path."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  _call(url, lambda fs, at: fs.get_file(at, str(file)))
+
+
+def delete(url: str) -> None:
+  """Deletes a file or the files of a folder, if it exists."""
+  # Not `rm`, which takes characters such as [ for a pattern.
+  fs, path = _open_file_system(url)
+  for file in _attempt(url, lambda: fs.find(path)):
+    with contextlib.suppress(FileNotFoundError):
+      _attempt(url, functools.partial(fs.rm_file, file))
+
+
+class _RemoteFile(io.RawIOBase):
+  """A file of a URL; each read is attempted again, from the same position, when it fails."""
+
+  def __init__(self, url: str):
+    super().__init__()
+    self._url = url
+    options = {"block_size": BLOCK_BYTES, "cache_type": "readahead"}
+    self._file = _call(url, lambda fs, at: fs.open(at, "rb", **options))
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    content = _attempt(self._url, lambda: self._read(len(buffer)))
+    buffer[: len(content)] = content
+    return len(content)
+
+  def _read(self, size: int) -> bytes:
+    content, length = self._file.read(size), getattr(self._file, "size", None)
+    if size and not content and length is not None and self._file.tell() < length:
+      raise ConnectionError(f"ends at byte {self._file.tell()} of {length}")
+    return content
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+    super().close()
+
+
+def _call(url: str, function: Callable[[Any, str], T]) -> T:
+  """Calls a function with the file system and the path of a URL."""
+  fs, path = _open_file_system(url)
+  return _attempt(url, lambda: function(fs, path))
+
+
+def _open_file_system(url: str) -> tuple[Any, str]:
+  if url.lower().startswith(("http://", "https://")):
+    raise ValueError(
+      f"{url}: is a URL of the web, whose folders cannot be listed; use s3:// or gs://, or copy it"
+    )
+  try:
+    import fsspec
+  except ImportError as error:
+    raise ValueError(
+      f"{url}: URLs are read with fsspec, which is not installed: {EXTRA}"
+    ) from error
+  try:
+    # Without its cache of listings, which does not see what other processes write.
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)
+  except ImportError as error:
+    raise ValueError(f"{url}: {error}, or {EXTRA}") from error
+  except ValueError as error:
+    raise ValueError(f"{url}: {error}; use s3:// or gs://") from error
+
+
+def _strip(url: str) -> str:
+  """A URL as listings name it."""
+  return _open_file_system(url)[1]
+
+
+def _attempt(url: str, function: Callable[[], T]) -> T:
+  """Calls a function, again if the connection breaks; errors name the URL."""
+  for wait_s in (*WAITS_S, None):
+    try:
+      return function()
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f"{url}: no such file, folder or bucket") from error
+    except Exception as error:  # back ends raise many types
+      cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+      if isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES:
+        raise RemoteError(
+          f"{url}: access failed ({cause}); check the address, and the credentials of the"
+          " environment"
+        ) from error
+      if wait_s is None:
+        raise RemoteError(
+          f"{url}: no connection after {len(WAITS_S) + 1} attempts ({cause}); check the network and"
+          " the address, and rerun the command"
+        ) from error
+      print(f"{url}: {cause}; next attempt in {wait_s} s", file=sys.stderr, flush=True)
+      time.sleep(wait_s)
+  raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,104 @@
+"""Files of object stores: an S3 server on loopback, and connections that break."""
+
+import sys
+
+import pytest
+
+from mooer_jax import storage
+from tests.object_store import BreakingFileSystem
+
+CONTENT = bytes(range(256)) * 400  # several requests
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+  """The URL of an object whose requests raise the next of `BreakingFileSystem.errors`."""
+  monkeypatch.setattr(storage, "WAITS_S", (0, 0))
+  monkeypatch.setattr(BreakingFileSystem, "store", {"store/a.bin": CONTENT})
+  monkeypatch.setattr(BreakingFileSystem, "errors", [])
+  return "breaking://store/a.bin"
+
+
+def test_files_of_s3(bucket, tmp_path):
+  file, url = tmp_path / "a.bin", f"{bucket}/folder/a[1]*.bin"
+  file.write_bytes(CONTENT)
+  storage.upload(file, url)
+  assert storage.is_file(url) and not storage.is_file(f"{bucket}/folder/b.bin")
+  assert not storage.is_file(f"{bucket}/folder")
+  assert storage.read_bytes(url) == CONTENT
+  absent = f"{bucket}/nowhere/c.bin"
+  assert storage.sizes([url, absent, str(file)]) == {url: len(CONTENT), str(file): len(CONTENT)}
+  storage.download(url, tmp_path / "new" / "copy.bin")
+  assert (tmp_path / "new" / "copy.bin").read_bytes() == CONTENT
+  storage.delete(f"{bucket}/folder")
+  storage.delete(f"{bucket}/folder")
+  assert not storage.is_file(url) and storage.listing(f"{bucket}/folder") == []
+  with pytest.raises(FileNotFoundError, match=r"folder/a.*bin: no such file"):
+    storage.read_bytes(url)
+
+
+def test_a_broken_connection_resumes_where_it_broke(breaking, capsys):
+  reset = ConnectionResetError("reset by peer")
+  BreakingFileSystem.errors[:] = [None, None, reset, None, reset, TimeoutError("slow")]
+  assert storage.read_bytes(breaking) == CONTENT
+  assert BreakingFileSystem.errors == []
+  assert capsys.readouterr().err.count("reset by peer; next attempt in 0 s") == 2
+
+
+def test_a_connection_that_stays_broken_is_an_error_that_names_the_url(breaking):
+  BreakingFileSystem.errors[:] = [None, *[ConnectionError("down")] * 3]
+  with pytest.raises(storage.RemoteError, match="a.bin: no connection after 3 attempts.*down"):
+    storage.read_bytes(breaking)
+
+
+def test_what_another_attempt_does_not_change_is_not_attempted_again(breaking):
+  BreakingFileSystem.errors[:] = [PermissionError("no"), None]
+  with pytest.raises(storage.RemoteError, match="access failed .*credentials"):
+    storage.is_file(breaking)
+  assert BreakingFileSystem.errors == [None]
+
+
+def test_a_file_that_ends_early_is_a_broken_connection(breaking, monkeypatch):
+  """Else a tar would look truncated, and the rest of it would be skipped."""
+  size = BreakingFileSystem.info
+
+  def longer(self, path, **options):
+    return size(self, path) | {"size": len(CONTENT) + 1}
+
+  monkeypatch.setattr(BreakingFileSystem, "info", longer)
+  with pytest.raises(storage.RemoteError, match="ends at byte 102400 of 102401"):
+    storage.read_bytes(breaking)
+
+
+@pytest.mark.parametrize(
+  "folder, name, joined",
+  [
+    ("s3://b/x", "./a.tar", "s3://b/x/a.tar"),
+    ("s3://b/x", "../a.tar", "s3://b/a.tar"),
+    ("s3://b/x", "gs://c/a.tar", "gs://c/a.tar"),
+    ("s3://b/x", "/a.tar", "/a.tar"),
+    ("x", "./a.tar", "x/a.tar"),
+    ("x", "s3://b/a.tar", "s3://b/a.tar"),
+  ],
+)
+def test_join(folder, name, joined):
+  assert storage.join(folder, name) == joined
+
+
+@pytest.mark.parametrize(
+  "url, message",
+  [
+    ("https://host/data.list", "https://host/data.list: is a URL of the web"),
+    ("nosuch://b/data.list", "nosuch://b/data.list: .*use s3:// or gs://"),
+  ],
+)
+def test_a_url_of_another_protocol_is_refused(url, message):
+  with pytest.raises(ValueError, match=message):
+    storage.read_bytes(url)
+
+
+@pytest.mark.parametrize("package", ["gcsfs", "fsspec"])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, package):
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(ValueError, match=r"pip install 'mooer-jax\[remote\]'"):
+    storage.read_bytes("gs://b/a")
