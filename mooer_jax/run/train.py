@@ -86,7 +86,8 @@ def _train(
       )
       if evaluators:
         hosts.say("to measure a finished run: eval.py --mode=perplexity")
-      return resumed
+      with _mirror(run):
+        return resumed
   tokenizer = read_tokenizer(run, start_from)
   first = checkpoint.step_of(resumed) if resumed else 0
   check_profile(trace)
@@ -106,6 +107,13 @@ def _newest_checkpoint(run: Run) -> Path | None:
   if run.train.mirror and (restored := checkpoint.restore(run.train.mirror, run.workdir)):
     print(f"restored {restored} from {run.train.mirror}", flush=True)
   return checkpoint.latest(run.workdir)
+
+
+def _mirror(run: Run) -> contextlib.AbstractContextManager[checkpoint.Mirror | None]:
+  """The mirror of the first process, which completes an interrupted copy; else None."""
+  if run.train.mirror and hosts.is_first():
+    return checkpoint.mirror(run.train.mirror, run.workdir, count=run.train.max_to_keep)
+  return contextlib.nullcontext()
 
 
 class _Start(NamedTuple):
@@ -190,11 +198,14 @@ def _loop(
   monitor: Monitor | NoMonitor = NoMonitor()
   if hosts.is_first():
     monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
-  copies: Any = contextlib.nullcontext()
-  if run.train.mirror and hosts.is_first():
-    copies = checkpoint.mirror(run.train.mirror, run.workdir, count=run.train.max_to_keep)
   profiled = contextlib.ExitStack()
-  with copies as mirror, contextlib.closing(batches), monitor, profiled, stop_request() as stop:
+  with (
+    _mirror(run) as mirror,
+    contextlib.closing(batches),
+    monitor,
+    profiled,
+    stop_request() as stop,
+  ):
     sizes = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.trainable, frozen))
     trained, fixed = (f"{size:,}" for size in sizes)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"

@@ -204,6 +204,8 @@ def test_a_run_that_skips_steps_resumes_bit_for_bit_from_its_mirror(config, buck
   rows = [json.loads(line) for line in records[0].splitlines()]
   assert [row["step"] for row in rows] == [*range(1, 9)] and "mean_loss" in rows[0]
   assert any("bad_steps" in row for row in rows[4:])
+  train(config)  # it is complete, but its last copy is not
+  assert storage.is_file(f"{config.train.mirror}/{folders[-1].name}/checkpoint.json")
   one, *_, other = (checkpoint.load(folder).params for folder in folders)
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
