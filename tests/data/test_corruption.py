@@ -6,7 +6,6 @@ Each test has a model of its own of what must come out. The `nightly` ones do th
 import collections
 import contextlib
 import gzip
-import io
 import json
 import random
 import tarfile
@@ -167,7 +166,7 @@ def test_flipped_bits_cost_what_they_hit(shards, model_side):
 
 @pytest.mark.nightly
 def test_many_flipped_bits_cost_what_they_hit(shards, model_side):
-  kinds = _check_flips(shards, model_side, 1500)
+  kinds = _check_flips(shards, model_side, 500)
   assert {"bad shard", "undecodable", "transcript not UTF-8"} <= kinds
 
 
@@ -361,12 +360,13 @@ def test_a_clip_of_two_hours_costs_itself_or_is_truncated(shards, model_side):
 
 def _check_many_members(path, count):
   """Tiny members are read in the memory of their keys, which are kept to find duplicates."""
-  with tarfile.open(path, "w") as tar:
+  with open(path, "wb") as file:
     for number in range(count):
       for suffix in ("txt", "wav"):
         info = tarfile.TarInfo(f"{number:09d}.{suffix}")
         info.size = 1000
-        tar.addfile(info, io.BytesIO(bytes(1000)))
+        file.write(info.tobuf() + bytes(1024))
+    file.write(bytes(1024))
   tracemalloc.start()
   try:
     found = sum(isinstance(entry, RawUtterance) for entry in read_shard(str(path)))
