@@ -57,16 +57,19 @@ def read_clips(number: int) -> list[np.ndarray]:
   return [np.roll(everything_N, -16000 * i)[:n] for i, n in enumerate(lengths)]
 
 
-def make_release(folder: Path) -> tuple[Path, Path]:
-  """(the release, our checkpoint of it), made unless they are there."""
+def make_release(folder: Path, **sizes: Any) -> tuple[Path, Path]:
+  """(the release, our checkpoint of it), made unless they are there.
+
+  `sizes` are `encoder` and `sizes` of `full_release.write_release`; default: the full ones.
+  """
   from convert.main import main as convert
   from tests.parity import full_release, torch_mooer
 
   release, ours = folder / "release", folder / "ours"
   if not (ours / "config.json").is_file():
     features = [torch_mooer.stacked(clip_N) for clip_N in read_clips(4)]
-    sizes = full_release.QWEN2_0_5B
-    full_release.write_release(release, features, tasks=(TASK,), sizes=sizes)
+    sizes = {"sizes": full_release.QWEN2_0_5B, **sizes}
+    full_release.write_release(release, features, tasks=(TASK,), **sizes)
     if convert(["import", "mooer", str(release), str(ours), "--task", TASK]):
       raise RuntimeError("the import failed")
   return release, ours

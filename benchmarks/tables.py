@@ -152,6 +152,39 @@ def speed() -> str:
   return _table(header, rows)
 
 
+def cpu_products() -> str:
+  header = "cores", "rows", "weights", "speed, PyTorch float32 = 1", "largest error, in std", "made"
+  rows = [
+    (r["cores"], number, name, f"{row['speed']:.2f}", f"{row['relative_error']:.1e}", _made(r))
+    for r in _load("cpu_products*.json")
+    for number, found in r["rows"].items()
+    for name, row in found.items()
+  ]
+  return _table(header, rows)
+
+
+def train_speed() -> str:
+  stages = "forward", "forward and backward", "whole step", "memory"
+  rows = [
+    (r["case"]["clips"], *(f"{r['ratios'][stage]:.2f}" for stage in stages), _made(r))
+    for r in _load("train_speed*.json")
+  ]
+  return _table(("clips", *stages, "made"), rows)
+
+
+def accuracy_text() -> str:
+  header = ("", "perplexity", "mean KL, nats", "same tokens, given the text",
+            "same tokens, generated", "word error rate", "made")  # fmt: skip
+  rows = [
+    (row["name"], f"{row['perplexity']:.3f}", f"{row['mean_kl']:.1e}", f"{row['agreement']:.1%}",
+     f"{row['generated']['same_tokens']:.1%}", f"{row['generated']['word_error_rate']:.1%}",
+     _made(r))
+    for r in _load("accuracy_text.json")
+    for row in r["cases"]
+  ]  # fmt: skip
+  return _table(header, rows)
+
+
 def convert_7b() -> str:
   [r] = _load("convert_7b.json")
   rows = [
@@ -243,6 +276,9 @@ TABLES: dict[str, Callable[[], str]] = {
     aot_estimate,
     aot_decode,
     speed,
+    train_speed,
+    cpu_products,
+    accuracy_text,
     loss,
     convert_7b,
     sanm_memory,

@@ -154,7 +154,7 @@ def param_shapes(config: SpeechLLMConfig) -> dict:
   """`ShapeDtypeStruct`s of the parameters, layer by layer; nothing is computed."""
   config = config.with_compute(scan=True)  # traces one layer for all
   key = jax.random.key(0)
-  return jax.eval_shape(lambda: tree.unstack_layers(init(key, config)))
+  return tree.unstack_layers(jax.eval_shape(lambda: init(key, config)))
 
 
 def encode(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: dict | None = None):

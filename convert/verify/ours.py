@@ -13,7 +13,7 @@ import numpy as np
 from mooer_jax import speech_llm, tree
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.generation import GenerationConfig
+from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.generation.generate import generate, generate_from
 from mooer_jax.inputs import encoder_inputs, extract_features
 from mooer_jax.nn.compute import ExecutionConfig
@@ -22,10 +22,11 @@ from ..core.kind import Original, Request
 from .bounds import with_bounds
 from .report import Report, accuracy, same_tokens, stage_errors
 
-# Dtypes of the last table: (name, of the weights, of the computation).
+# Rows of the last table: (name, dtype of the weights, dtype of the computation).
 DTYPES = (
   ("bfloat16 weights", "bfloat16", "float32"),
   ("bfloat16 compute", "bfloat16", "bfloat16"),
+  ("int8 weights", "int8", "float32"),
 )
 
 
@@ -56,14 +57,27 @@ def compare(request: Request, original: Original) -> Report:
   same = same_tokens(tokens, [clip["tokens"].tolist() for clip in original.clips])
   costs = []
   for name, stored, computed in DTYPES:
-    rounded = tree.unflatten({  # as `checkpoint.load` rounds them
-      path: leaf if leaf.ndim < 2 else leaf.astype(stored)
-      for path, leaf in tree.flatten(params).items()
-    })  # fmt: skip
-    other = config.replace(compute=ExecutionConfig(dtype=computed))
+    rounded, model = rounded_to(stored, params, config)
+    other = model.replace(compute=ExecutionConfig(dtype=computed))
     logits_AV = _logits(rounded, clips, config=other, original=original)
     costs.append(accuracy(name, ours["logits"], logits_AV))
   return Report(errors, same, costs, notes)
+
+
+def rounded_to(dtype: str, params: dict, config: SpeechLLMConfig) -> tuple[dict, SpeechLLMConfig]:
+  """The model with rounded weights, as loading with that dtype or quantization rounds them.
+
+  Args:
+    dtype: "bfloat16", of all matrices; or "int8", of those of the LLM after its LoRA is merged.
+    params: float32; they stay as they are.
+  """
+  if dtype == "int8":
+    decoder = jax.tree.map(jnp.copy, params["decoder"])  # `weights` deletes what it replaces
+    merged, config = weights.merge_lora({**params, "decoder": decoder}, config)
+    return weights.quantize(merged), config
+  leaves = tree.flatten(params)
+  rounded = {path: x if x.ndim < 2 else x.astype(dtype) for path, x in leaves.items()}
+  return tree.unflatten(rounded), config
 
 
 def _stages(params, clips, *, config: SpeechLLMConfig, original: Original) -> dict[str, np.ndarray]:

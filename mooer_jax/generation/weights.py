@@ -100,17 +100,17 @@ def lay_out(params: dict, config: SpeechLLMConfig) -> dict:
   """The same parameters in the layout that decodes fastest on the backend of JAX.
 
   Layers of encoders are stacked: a scan over them compiles much faster than a list of 50. On CPUs,
-  the kernels [in, out] of the LLM become weights [out, in] (see `nn.layers.Dense`), and tied
-  embeddings are its head without a copy.
+  the kernels [in, out] of the LLM, int8 too, become weights [out, in] (see `nn.layers.Dense`), and
+  tied embeddings are its head without a copy.
   """
   stacked = _replaced(tree.stack_layers, params["encoders"])
   params = {**params, "encoders": stacked}
   if jax.default_backend() != "cpu":
     return params
   leaves = tree.flatten(params["decoder"])
-  for path in [path for path in leaves if path.endswith("/kernel")]:
+  for path in [path for path in leaves if path.endswith(("/kernel", "/kernel_int8"))]:
     weight = _replaced(jnp.transpose, leaves.pop(path))
-    leaves[path.removesuffix("kernel") + "weight"] = weight
+    leaves["/weight".join(path.rsplit("/kernel", 1))] = weight
   if config.decoder.tie_word_embeddings:
     leaves["head/weight"] = leaves["embed/embedding"]
   return {**params, "decoder": tree.unflatten(leaves)}

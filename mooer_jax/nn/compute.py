@@ -1,6 +1,7 @@
 """Execution of a model: dtypes, scanned layers, rematerialization, attention, place of features."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -32,7 +33,7 @@ class ExecutionConfig:
       `kernels.choice`), "xla", "cudnn" (GPU, bfloat16), "splash" (TPU, bfloat16; training only),
       "mosaic" (TPU) or "triton" (NVIDIA GPU).
     quantization: "int8": the LLM's matrices are rounded to 8 bits when a model is loaded for
-      decoding, with a scale for each output.
+      decoding, with a scale for each output. On CPUs, their inputs are rounded to 16 bits.
     features: where features are computed: "host" (NumPy, by the data workers or a thread) or
       "device" (the compiled program, whose batches then hold waveforms).
     platform: "cpu", "gpu" or "tpu", if a program is compiled for another backend than that of JAX.
@@ -96,8 +97,18 @@ def run_layers(layers: Any, x: jax.Array, context: Any, *, caches: tuple | None 
       raise ValueError("a KV cache needs per-layer params: set compute.scan=False, unstack_layers")
     x, _ = layers(x, context, None)
     return x, None
+  if caches is None:
+    for layer in layers:
+      x, _ = layer(x, context, None)
+    return x, None
   new = []
-  for index, layer in enumerate(layers):
-    x, cache = layer(x, context, None if caches is None else caches[index])
+  for layer, cache in zip(layers, caches, strict=True):
+    x, cache = _run_layer(layer.clone(parent=None, name=None), layer.variables, x, context, cache)
     new.append(cache)
-  return x, (None if caches is None else tuple(new))
+  return x, tuple(new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(layer: nn.Module, variables: Any, x: jax.Array, context: Any, cache: tuple):
+  """A layer apart from its parent, so that equal layers are traced and lowered once."""
+  return layer.apply(variables, x, context, cache)

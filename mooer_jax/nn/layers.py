@@ -38,7 +38,8 @@ class Dense(nn.Module):
   several. Dropout is applied to A's input if there is a "dropout" RNG. B starts with zeros.
 
   W is the param `kernel`. Params for decoding (`generation.weights`) may have it in another form:
-  `weight` [out, in], or `kernel_int8` [in, out] and `kernel_scale` [out], whose product is W.
+  `weight` [out, in]; or `kernel_int8` [in, out], or `weight_int8` [out, in], and `kernel_scale`
+  [out], whose product is W. With `weight_int8`, x is rounded to 16 bits (`times_int8`).
 
   y has `output_dtype`, by default `dtype`.
 
@@ -93,6 +94,10 @@ class Dense(nn.Module):
       kernel = self.get_variable("params", "kernel_int8")
       y = self._matmul(x, kernel, jnp.float32) * self.get_variable("params", "kernel_scale")
       return y.astype(self.output_dtype or self.dtype)
+    if self.has_variable("params", "weight_int8"):
+      y = times_int8(x.reshape(-1, x.shape[-1]), self.get_variable("params", "weight_int8"))
+      y = y.reshape(*x.shape[:-1], self.features) * self.get_variable("params", "kernel_scale")
+      return y.astype(self.output_dtype or self.dtype)
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     return self._matmul(x, kernel, self.output_dtype)
 
@@ -107,6 +112,35 @@ class Dense(nn.Module):
       preferred_element_type=output_dtype,
     )
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def times_int8(x_RI: jax.Array, weight_OI: jax.Array) -> jax.Array:
+  """x W^T with int8 products, for CPUs.
+
+  XLA on CPU first writes int8 weights as float32 if they are multiplied by floats, but has fast
+  products of int8 by int8. So each row of x is rounded to multiples of its largest magnitude over
+  32512, and these 16-bit integers are split into two of 8 bits, 256 * high + low.
+
+  Args:
+    x_RI: activations; not more than 2**17 a row, so that the sums fit into int32.
+    weight_OI: int8.
+
+  Returns:
+    float32 [R, O]; apart from the rounding of x, and once of each sum, it is exact. NaN or infinite
+    where the row of x has a value that is not finite.
+  """
+  x_RI = x_RI.astype(jnp.float32)
+  unit_R1 = jnp.abs(x_RI).max(axis=1, keepdims=True) / 32512
+  whole_RI = jnp.round(x_RI / jnp.where(unit_R1 == 0, 1, unit_R1)).astype(jnp.int32)
+  high_RI = (whole_RI + 128) >> 8
+  halves_2RI = jnp.concatenate([high_RI, whole_RI - 256 * high_RI]).astype(jnp.int8)
+  sums_O2R = jax.lax.dot_general(
+    weight_OI, halves_2RI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+  )
+  # The barrier is that of `Dense._times_kernel`.
+  sums_O2R = jax.lax.optimization_barrier(sums_O2R).astype(jnp.float32)
+  high_OR, low_OR = jnp.split(sums_O2R, 2, axis=1)
+  return (256 * high_OR + low_OR).T * unit_R1
 
 
 class FeedForward(nn.Module):

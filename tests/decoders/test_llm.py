@@ -187,6 +187,14 @@ def test_cached_decoding_equals_the_full_pass(cuts, bound):
   assert not cache.valid_BS[:, S:].any()
 
 
+def test_cached_decoding_traces_and_lowers_one_layer_for_all():
+  model, params, inputs = make(dataclasses.replace(tiny.LLM_CONFIG, layers=3))
+  cache = create_cache(model.config, S)
+  program = apply.lower(model, params, inputs, VALID_BS, cache).as_text()
+  assert program.count("func.func private @_run_layer(") == 1
+  assert program.count("call @_run_layer(") == 3
+
+
 @pytest.mark.parametrize("fault", ["a hole less", "one slot more"])
 def test_a_fault_of_the_cache_exceeds_the_bound(fault, bound):
   model, params, inputs = make()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mooer_jax import speech_llm, tree
-from mooer_jax.decoders.llm import LLM
+from mooer_jax.decoders.llm import LLM, MLP
 from mooer_jax.generation import GenerationConfig, generate, weights
+from mooer_jax.nn.layers import times_int8
 from tests import tiny
 from tests.numerics import assert_within, condition, exceeds_the_bound, rounding
 
@@ -150,6 +151,47 @@ def test_int8_rounds_each_kernel_to_the_nearest_of_255_values():
   assert leaves["head/kernel_scale"][3] == 0
 
 
+def test_int8_products_are_exact_but_for_16_bits_of_the_inputs():
+  rng = np.random.default_rng(0)
+  I, O = 4864, 5
+  x_RI = rng.normal(size=(3, I)).astype(np.float32) * np.float32([[1], [1e-30], [0]])
+  x_RI[0, 7] = 100  # an outlier makes the steps of its row wide
+  weight_OI = rng.integers(-127, 128, (O, I), dtype=np.int8)
+  weight_OI[0] = 127  # the largest sum
+  exact_RO = np.float64(x_RI) @ weight_OI.T.astype(np.float64)
+  step_R1 = np.abs(x_RI).max(axis=1, keepdims=True).astype(np.float64) / 32512
+  magnitude_O = np.abs(np.int64(weight_OI)).sum(axis=1)
+  # Half a step for each input; the roundings of the quotient, both sums and their total.
+  bound_RO = (step_R1 / 2 + rounding(1, np.abs(x_RI).max(axis=1, keepdims=True))) * magnitude_O
+  assert_within(times_int8(x_RI, weight_OI), exact_RO, bound_RO)
+  high_alone = times_int8(np.round(x_RI / (256 * step_R1 + 1e-99)), weight_OI) * 256 * step_R1
+  with exceeds_the_bound():
+    assert_within(high_alone, exact_RO, bound_RO)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_products_keep_values_that_are_not_finite(bad):
+  x_RI = np.ones((2, 8), np.float32)
+  x_RI[1, 3] = bad
+  y_RO = np.asarray(times_int8(x_RI, np.ones((4, 8), np.int8)))
+  assert np.isfinite(y_RO[0]).all() and not np.isfinite(y_RO[1]).any()
+
+
+def test_the_int8_product_on_cpus_reads_the_weights_as_int8(config, params):
+  """A product of int8 by floats would write the weights as float32 first."""
+  laid_out = weights.lay_out(weights.quantize(copied(params)), config)["decoder"]
+  hidden_BSD = np.zeros((1, 3, config.decoder.hidden_size), np.float32)
+  mlp = MLP(config.decoder, config.compute)
+
+  def up(params, hidden_BSD):
+    return mlp.apply({"params": params}, hidden_BSD, 1.0)
+
+  program = jax.jit(up).lower(laid_out["layers_0"]["mlp"], hidden_BSD).as_text("hlo")
+  products = [line for line in program.splitlines() if " dot(" in line]
+  products = [line for line in products if "s32[" in line]
+  assert len(products) == 3 and all(",6]" in line for line in products)
+
+
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "lora-apart"])
 def test_int8_gives_the_logits_of_the_rounded_kernels(merged):
   config = tiny.model_config()
@@ -165,6 +207,17 @@ def test_int8_gives_the_logits_of_the_rounded_kernels(merged):
   rounded = tree.unflatten(rounded)
   bound = rounding(TERMS, condition(of_rounded, rounded, batch, of_rows=True))
   expected = of_rounded(rounded, batch)
-  assert_within(logits(weights.lay_out(quantized, config), batch, config), expected, bound)
+  assert_within(logits(quantized, batch, config), expected, bound)
   with exceeds_the_bound():
     assert_within(logits(params, batch, config), expected, bound)
+
+
+def test_the_layout_of_int8_gives_the_same_tokens(config, params, batch):
+  quantized = weights.quantize(copied(params))
+  options, clips = GenerationConfig(max_new_tokens=8), batch([20, 13, 7])
+  expected = generate(quantized, clips, config, options).tokens_BS
+  laid_out = weights.lay_out(copied(quantized), config)
+  leaves = tree.flatten(laid_out["decoder"])
+  assert not [path for path in leaves if "kernel_int8" in path]
+  assert [path for path in leaves if path.endswith("/weight_int8")]
+  np.testing.assert_array_equal(generate(laid_out, clips, config, options).tokens_BS, expected)

@@ -70,6 +70,13 @@ def write_release(
   return folder
 
 
+def encoder_of(release: Path) -> SANMConfig:
+  """The encoder of a release, whose depth is that of its weights."""
+  state = torch.load(release / "paraformer_encoder" / "paraformer-encoder.pth", mmap=True)
+  layers = {name.split(".")[1] for name in state if name.startswith("encoders.")}
+  return SANMConfig(layers=len(layers) + 1)
+
+
 def language_model(sizes: Mapping):
   """Qwen2 whose logits spread by about 3, and more for eos and the line break, so they occur."""
   from transformers import Qwen2Config, Qwen2ForCausalLM

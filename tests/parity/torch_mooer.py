@@ -91,12 +91,19 @@ class TorchMooer:
 
   @torch.no_grad()
   def hear(self, waveforms: Sequence[np.ndarray]) -> Heard:
+    features_BTF, frames = self.padded_features(waveforms)
+    return self.prompts(self.encoder(features_BTF, frames)[0], frames)
+
+  def padded_features(self, waveforms: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features [B, T, 560] after CMVN, frames [B])."""
     from funasr.frontends.wav_frontend import apply_cmvn
 
     features = [apply_cmvn(stacked(waveform_N), self.cmvn) for waveform_N in waveforms]
     frames = torch.tensor([len(x_TF) for x_TF in features])
-    padded_BTF = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
-    heard_BTD = self.encoder(padded_BTF, frames)[0]
+    return torch.nn.utils.rnn.pad_sequence(features, batch_first=True), frames
+
+  def prompts(self, heard_BTD: torch.Tensor, frames: torch.Tensor) -> Heard:
+    """The embedded prompts around the encoder's frames."""
     words_SD = self.llm.get_input_embeddings()(torch.tensor(self.prompt_S))
     rows = [
       torch.cat([self.adapt(x_TD[: n // 2 * 2]), words_SD])

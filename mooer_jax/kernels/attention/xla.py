@@ -17,10 +17,11 @@ def masked(
   if implementation == "cudnn":
     return _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
   K, C = k_BSKC.shape[2:]
-  q_BTKGC = rearrange(q_BTHC * C**-0.5, "B T (K G) C -> B T K G C", K=K)
+  # In the order of the products' axes: XLA on CPU transposes copies of the results of others.
+  q_BKGTC = rearrange(q_BTHC * C**-0.5, "B T (K G) C -> B K G T C", K=K)
   scores_BKGTS = jnp.einsum(
-    "BTKGC,BSKC->BKGTS",
-    q_BTKGC,
+    "BKGTC,BSKC->BKGTS",
+    q_BKGTC,
     k_BSKC,
     precision=precision(q_BTHC.dtype),
     preferred_element_type=jnp.float32,
@@ -32,13 +33,13 @@ def masked(
   weights_BKGTS = jnp.where(mask_B11TS, jax.nn.softmax(scores_BKGTS, axis=-1), 0.0)
   if weight_scale_BHTS is not None:
     weights_BKGTS *= rearrange(weight_scale_BHTS, "B (K G) T S -> B K G T S", K=K)
-  out_BTKGC = jnp.einsum(
-    "BKGTS,BSKC->BTKGC",
+  out_BKGTC = jnp.einsum(
+    "BKGTS,BSKC->BKGTC",
     weights_BKGTS.astype(v_BSKC.dtype),
     v_BSKC,
     precision=precision(q_BTHC.dtype),
   )
-  return rearrange(out_BTKGC, "B T K G C -> B T (K G) C").astype(q_BTHC.dtype)
+  return rearrange(out_BKGTC, "B K G T C -> B T (K G) C").astype(q_BTHC.dtype)
 
 
 def _cudnn(q_BTHC, k_BSKC, v_BSKC, mask_BTS):

@@ -88,6 +88,7 @@ def test_a_release_and_its_checkpoint_agree_on_clips(sides, clips):
   report = verify("mooer", *sides, audio=audio, max_new_tokens=4)
   assert [row.stage for row in report.errors] == STAGES
   assert report.failed == [] and report.agreement == (8, 8)
+  assert [row.name for row in report.accuracy] == [name for name, *_ in ours.DTYPES]
   assert all(0 < row.mean_kl <= row.largest_kl < 0.1 for row in report.accuracy)
 
 
