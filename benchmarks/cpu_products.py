@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.provenance import versions, write_result
@@ -149,7 +150,7 @@ def main():
   for rows, found in result.items():
     for name, row in found.items():
       figures = row["speed"], row["gb_per_second"], row["relative_error"]
-      table.add_row(rows, name, *(f"{x:.2g}" for x in figures))
+      table.add_row(rows, escape(name), *(f"{x:.2g}" for x in figures))
   Console().print(table)
   about = {"sizes": sizes._asdict(), "cores": cores(), "rows": result}
   write_result(args.json, {**about, "versions": versions("jax", "jaxlib", "torch")}, SOURCES)

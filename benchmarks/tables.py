@@ -153,13 +153,16 @@ def speed() -> str:
 
 
 def cpu_products() -> str:
-  header = "cores", "rows", "weights", "speed, PyTorch float32 = 1", "largest error, in std", "made"
+  header = ("cores", "rows", "weights", "speed, PyTorch float32 = 1",
+            "matrices converted to float32", "largest error, in std", "made")  # fmt: skip
   rows = [
-    (r["cores"], number, name, f"{row['speed']:.2f}", f"{row['relative_error']:.1e}", _made(r))
+    (r["cores"], number, name, f"{row['speed']:.2f}",
+     f"{row['matrices_converted']} of {r['sizes']['matrices']}", f"{row['relative_error']:.1e}",
+     _made(r))
     for r in _load("cpu_products*.json")
     for number, found in r["rows"].items()
     for name, row in found.items()
-  ]
+  ]  # fmt: skip
   return _table(header, rows)
 
 
