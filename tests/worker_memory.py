@@ -19,10 +19,10 @@ import pytest
 LIMIT_GB = 3.5
 # Caches are cleared after a module that leaves the process larger than this. The imports alone
 # (torch, transformers, jax) take about 0.8 GB.
-CLEAR_ABOVE_GB = 1.5
+CLEAR_ABOVE_GB = 1.2
 # Within a module, caches are cleared above this size, if the process has grown by a quarter since
 # the last time: the rest may be fixtures.
-CLEAR_WITHIN_ABOVE_GB = 2.0
+CLEAR_WITHIN_ABOVE_GB = 1.8
 
 
 class Peak(NamedTuple):

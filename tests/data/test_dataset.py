@@ -409,6 +409,7 @@ def test_workers_keep_off_accelerators_and_leave_ctrl_c_to_the_training(monkeypa
   from mooer_jax.data import dataset
 
   monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setattr(dataset, "end_with_parent", lambda: None)  # this process has no parent
   before = signal.getsignal(signal.SIGINT)
   try:
     dataset._start_worker(0, 1)

@@ -20,12 +20,12 @@ def one_device(request, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *backend: devices(*backend)[:1])
 
 
-DRAW_CURVE = monitor.draw_curve
+CMVN_BATCHES, DRAW_CURVE = start.CMVN_BATCHES, monitor.draw_curve
 
 
 @pytest.fixture(autouse=True)
 def little_beside_the_steps(monkeypatch):
-  """Runs measure CMVN on a few batches and draw no curve; a test may set DRAW_CURVE again."""
+  """Runs measure CMVN on two batches and draw no curve; a test may set what was before."""
   monkeypatch.setattr(start, "CMVN_BATCHES", 2)
   monkeypatch.setattr(monitor, "draw_curve", lambda rows, path: path)
 

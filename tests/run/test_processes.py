@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from mooer_jax import checkpoint, hosts, tree
-from tests.run.conftest import small_overrides
+from mooer_jax.run import start as start_of_runs
+from tests.run.conftest import CMVN_BATCHES, small_overrides
 from tests.run.programs import evaluate, perplexity, train
 
 STREAMS = "--config.data.streams=4"
@@ -35,6 +36,12 @@ def get_config():
   config.model.llm.update(vocab_size=24, lora_rank=2, lora_targets=("q",))
   return config
 """
+
+
+@pytest.fixture(autouse=True)
+def the_cmvn_of_the_processes(little_beside_the_steps, monkeypatch):
+  """The run of this process, which they are compared with, measures it as they do."""
+  monkeypatch.setattr(start_of_runs, "CMVN_BATCHES", CMVN_BATCHES)
 
 
 @pytest.fixture
