@@ -40,7 +40,7 @@ def test_the_highest_setting_is_what_the_machine_has():
   assert highest(XEON)["OPENBLAS_CORETYPE"] == "SapphireRapids"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_parity_test_passes_under_the_lowest_setting():
   *_, lowest, _ = portable.settings_for(portable.this_machine())
   assert lowest.name == "lowest"

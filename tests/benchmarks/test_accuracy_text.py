@@ -11,6 +11,7 @@ from mooer_jax.text.tokenizer import Tokenizer
 from tests import tiny
 
 
+@pytest.mark.nightly
 def test_each_rounding_is_compared_with_float32():
   tokenizer = Tokenizer.from_characters("0123456789 ", ("<|end|>",), eos="<|end|>")
   config = tiny.model_config()

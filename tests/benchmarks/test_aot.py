@@ -289,7 +289,7 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   assert "memory: temporaries" in process.stdout and "estimated MFU" in process.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_sums_of_gradients_cross_slices(aot, repo_root, tmp_path):
   config, out = tmp_path / "small.py", tmp_path / "aot.json"
   full, more = repo_root / "configs" / "mooer_7b.py", SMALLER["mooer_7b"].strip()

@@ -38,7 +38,10 @@ def save(folder, params, **options):
   )
 
 
-@pytest.fixture(params=[streaming.GROUP_BYTES, 1000, 1], ids=["one-group", "groups", "one-by-one"])
+@pytest.fixture(
+  params=[streaming.GROUP_BYTES, 1000, pytest.param(1, marks=pytest.mark.nightly)],
+  ids=["one-group", "groups", "one-by-one"],
+)
 def group_bytes(request, monkeypatch):
   monkeypatch.setattr(streaming, "GROUP_BYTES", request.param)
   return request.param

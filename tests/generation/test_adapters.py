@@ -56,7 +56,7 @@ def folders(request, tmp_path_factory):
   return found
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=pytest.mark.nightly)])
 def test_each_row_is_decoded_with_its_own_adapter(folders, batch, quantization):
   compute = ExecutionConfig(quantization=quantization)
   names = ["all", None, "q and v", "all", "q and v"]

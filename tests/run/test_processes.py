@@ -173,7 +173,7 @@ def trained(data_list, tmp_path):
   return config
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # tests/run/test_evaluate.py has the shares of several processes
 def test_two_processes_evaluate_as_one(start, trained, tmp_path):
   """They write the same hypotheses and rates."""
   flags = [f"--checkpoint={trained.workdir}", "--config.eval.batch_size=4"]

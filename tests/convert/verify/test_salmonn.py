@@ -115,6 +115,7 @@ def test_an_altered_tensor_of_each_file_is_found(sides, run, tmp_path, llm):
   assert status == 1 and failed == ["adapter", "prompt", "logits"]
 
 
+@pytest.mark.nightly
 def test_whisper_alone_with_what_was_trained_along_and_merged(run, tmp_path, llm):
   wrapped = "llama_model.base_model.model.model.layers.1"
   torch.manual_seed(1)
@@ -136,6 +137,7 @@ def test_whisper_alone_with_what_was_trained_along_and_merged(run, tmp_path, llm
     assert status == 1 and failed[:1] == [first]
 
 
+@pytest.mark.nightly
 def test_the_lora_is_scaled_as_in_training(sides, run, tmp_path, llm):
   told = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "lora_dropout": 0.0}
   (tmp_path / "adapter_config.json").write_text(json.dumps(told))
