@@ -84,7 +84,7 @@ def load_ours(release: Path, ours: Path, case: Case) -> dict[str, Losses]:
   state = create(trainable, make_optimizer(optimizer), jax.random.key(0))
   state, frozen = jax.device_put((state, frozen), shardings)
   batch = jax.device_put(batch, batch_sharding(mesh))
-  step = jitted_step(model, optimizer, accumulation=1, mesh=mesh, shardings=shardings)
+  step = jitted_step(model, optimizer, trainable=TRAINABLE, accumulation=1, mesh=mesh)
 
   def loss(trainable, frozen, batch):
     return speech_llm.loss(tree.merge(trainable, frozen), batch, model)[0]

@@ -279,7 +279,8 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   assert 1.1 < result["flops_per_chip"] / result["flops_needed_per_chip"] < 1.5
   assert result["compile_seconds"] > 0
   # Layers are gathered one by one. The largest is the head; a stack of three matrices is larger.
-  assert 0 < result["largest_gather"]["share_of_the_llm"] < 0.1
+  # The embeddings are a tenth of so small an LLM.
+  assert 0 < result["largest_gather"]["share_of_the_llm"] < 0.15
   assert result["collectives"]["all-gather"]["calls"] > 2 * 3 * 7  # of 7 matrices in 3 layers
   assert result["between_slices"] == {}
   found = result["estimate"]
