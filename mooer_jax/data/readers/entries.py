@@ -8,6 +8,7 @@ from typing import Any
 
 from mooer_jax.audio.decode import CAUSES as AUDIO_CAUSES
 
+TEXT = "a string without NUL and lone surrogates"  # see `is_text`
 SPACE = "▁"  # marks the space between two words in Latin letters in transcripts
 CAUSES = (
   "bad shard",  # truncated or damaged tar; the rest of it is lost
@@ -95,6 +96,11 @@ class RawUtterance:
 def in_order(skipped: Iterable[SkippedUtterance]) -> list[SkippedUtterance]:
   """By shard and key: the order of a report, however many processes have found them."""
   return sorted(skipped, key=lambda one: (one.shard, one.key, one.cause, one.detail))
+
+
+def as_key(name: str) -> str:
+  """A name as a key: a word in UTF-8, since keys are written to files of `KEY text` lines."""
+  return re.sub(r"[\s\ufeff]+", "_", name).encode("utf-8", "backslashreplace").decode()
 
 
 def is_text(value: object) -> bool:
