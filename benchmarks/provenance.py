@@ -110,7 +110,7 @@ def _is_text(node) -> bool:
 
 
 def changed_sources(provenance: Mapping[str, Any], root: Path = ROOT) -> list[str]:
-  """What has changed among the source files that a result describes."""
+  """The changed ones of the source files that a result describes."""
   changed = []
   for source, before in provenance["sources"].items():
     if not (root / source).exists():

@@ -171,7 +171,7 @@ class LabelFile:
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-  """What is done with the lines of a label file.
+  """Replaces or joins transcripts by the lines of a label file.
 
   Attributes:
     mode: "replace": the label is the text. "concat": transcript, separator, label. "concat_r":

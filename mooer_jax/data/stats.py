@@ -1,4 +1,4 @@
-"""What a data set contains: hours, lengths, languages, and buckets that fit."""
+"""Statistics of a data set: hours, lengths, languages, and buckets that fit."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""What readers yield: utterances as they are stored, or why one is skipped."""
+"""Entries of readers: utterances as they are stored, and skipped ones with the cause."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ class RawUtterance:
   task: str = ""  # the utterance's own task, if the shard has it
   question: str = ""  # replaces `{}` in prompts that take a question
   more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
-  # What the data say about it, such as language, speaker, duration; for data.filter.
+  # Fields of the data, such as language, speaker, duration; for data.filter.
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Returns an utterance with its audio, or why there is none. None: the audio is there.
   loader: "Callable[[RawUtterance], RawUtterance | SkippedUtterance] | None" = dataclasses.field(
