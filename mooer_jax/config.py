@@ -385,7 +385,7 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   elif origin is dict and hasattr(value, "items"):
     return {key: convert(args[1], item, f"{name}.{key}") for key, item in value.items()}
   elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # JSON has integers of any size
       raise ValueError(f"{name}={value!r}: must be a finite number")
     return float(value)
   elif isinstance(hint, type) and isinstance(value, hint):

@@ -65,6 +65,12 @@ def write_errors_name(path: str | Path, *, instead_of: Path | None = None) -> It
     raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def discard_stdout() -> int:
+  """Exit status after a BrokenPipeError of stdout, as of `| head`; the flush at exit is silent."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 128 + signal.SIGPIPE
+
+
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
   """Turn SIGTERM into SystemExit with status 143, so that `finally` blocks run as on Ctrl-C.
@@ -110,6 +116,12 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
   return value
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+  """Whether a file is a Git LFS pointer instead of its content, as after a clone without LFS."""
+  with open(path, "rb") as file:
+    return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ A broken connection is retried. Credentials, endpoints and regions are those of 
 for the command-line tools of the store.
 """
 
+import argparse
 import collections
 import contextlib
 import functools
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LOCAL_REMEDY = "name a local path, to which an object store may be mounted or copied"
 EXTRA = "pip install 'mooer-jax[remote]'"
 WAITS_S = (1, 2, 4, 8, 16)  # before each further attempt
 BLOCK_BYTES = 8 * 2**20  # of one request; a file is read ahead by as much
@@ -39,6 +41,16 @@ class RemoteError(ValueError):
 def is_url(path: str | Path) -> bool:
   """Whether this is a URL rather than a local path."""
   return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
+
+
+def local_path(text: str) -> Path:
+  """The path in an argument of a command, as a `type` of argparse; URLs are refused.
+
+  `Path` would make a relative path of a URL, so results would be written to a folder `s3:`.
+  """
+  if is_url(text):
+    raise argparse.ArgumentTypeError(f"{text}: is a URL; {LOCAL_REMEDY}")
+  return Path(text)
 
 
 def join(folder: str, name: str) -> str:

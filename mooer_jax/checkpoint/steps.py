@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from mooer_jax import storage
+
 KEPT_BY = "kept_by"  # folder in a checkpoint, with a file for each run that is based on it
 STEP = re.compile(r"step_\d{8,}")
 
@@ -39,9 +41,13 @@ def all_steps(workdir: str | Path) -> list[Path]:
 def find(path: str | Path) -> Path:
   """The checkpoint at a path: the folder itself, or the newest one in the folder of a run.
 
-  Raises FileNotFoundError if the path does not exist, or is neither.
+  Raises FileNotFoundError if the path does not exist, or is neither, and ValueError for a URL.
   """
+  if storage.is_url(path):
+    raise ValueError(f"{path}: is a URL; {storage.LOCAL_REMEDY}")
   folder = Path(path)
+  if folder.is_file():
+    raise FileNotFoundError(f"{path}: is a file; name the folder of a checkpoint or of a run")
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
   if _is_checkpoint(folder):

@@ -327,10 +327,11 @@ def _attempt(clip, read):
   """The result of `read` for the path of a clip, or why the clip cannot be packed."""
   try:
     return read(clip.path)
-  except OSError as error:
-    return Unpacked("no audio", clip.key, f"{clip.path}: {error.strerror or error}")
   except AudioError as error:
     return Unpacked(error.cause, clip.key, str(error))
+  except (OSError, ValueError) as error:  # ValueError: a path with NUL
+    reason = getattr(error, "strerror", None) or error
+    return Unpacked("no audio", clip.key, f"{clip.path!r}: {reason}")
 
 
 def _read_recording(path) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from mooer_jax import hosts
+from mooer_jax import hosts, storage
 from mooer_jax.run.config import renamed_keys
 
 
@@ -26,6 +26,7 @@ def run_program(
   *,
   needs: Sequence[str] = (),
   doc: str | None = None,
+  remedy: str = "",
 ) -> None:
   """Parses absl flags, connects the processes, runs a program and exits.
 
@@ -36,6 +37,7 @@ def run_program(
     work: the program.
     argv: program name and arguments; default: sys.argv.
     needs, doc: names of required flags, and the text above the list of flags in --help.
+    remedy: what to do if the memory is exceeded.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax logs every file; --verbosity=0 shows that again
   if doc:
@@ -57,7 +59,8 @@ def run_program(
     given = flags.FLAGS
     try:
       hosts.initialize(given.coordinator, given.num_processes, given.process_id)
-      work()
+      with out_of_memory_as_error(remedy):
+        work()
     except KeyboardInterrupt:
       _end(f"{program}: interrupted", 130)
     except Exception as error:
@@ -177,6 +180,18 @@ def _check_overrides(argv: Sequence[str]) -> None:
         )
 
 
+@contextlib.contextmanager
+def out_of_memory_as_error(remedy: str) -> Iterator[None]:
+  """Raises a ValueError with a remedy if the block exceeds the memory of the host or a device."""
+  try:
+    yield
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    detail = "".join(str(error).splitlines()[:1]) or "of the host"
+    raise ValueError(f"out of memory ({detail[:200]}); {remedy}") from error
+
+
 def prepare_process():
   """Enables the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -185,9 +200,11 @@ def prepare_process():
 
 
 def check_profile(folder: str | os.PathLike | None) -> None:
-  """Creates the folder of --trace; raises OSError that names it if that fails."""
+  """Creates the folder of --trace; raises OSError (ValueError for a URL) if it cannot be."""
   if folder is None:
     return
+  if storage.is_url(folder):
+    raise ValueError(f"--trace {os.fspath(folder)}: is a URL; {storage.LOCAL_REMEDY}")
   try:
     Path(folder).mkdir(parents=True, exist_ok=True)
   except OSError as error:

@@ -14,11 +14,16 @@ from typing import Any
 
 from mooer_jax.files import replace_file, write_errors_name
 from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
+from mooer_jax.storage import local_path
 
 STDIN = "-"
 _WARMUP = """Compile what `mooer-jax transcribe` needs, so that its first calls do not wait. Give
 the options that transcribe will get. The programs are kept in ~/.cache/mooer_jax/xla, or in
 $JAX_COMPILATION_CACHE_DIR."""
+_MEMORY_REMEDY = (
+  "lower --batch-size, --num-beams or --max-new-tokens, use --quantization int8, or more devices"
+  " (--mesh)"
+)
 _DEPRECATED: dict[str, dict[str, Any]] = {
   "--base": {"dest": "base_checkpoint"},
   "--beams": {"dest": "num_beams", "type": int},
@@ -54,7 +59,7 @@ def add_parser(commands) -> None:
     help="split longer audio at pauses into chunks of at most SECONDS and join the transcripts;"
     " default: audio longer than the model's limit is an error",
   )
-  parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+  parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the results to FILE")
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   parser.add_argument(
     "--trace", metavar="DIR", help="write a profile of the transcription, for XProf or Perfetto"
@@ -147,10 +152,17 @@ def run(args: argparse.Namespace) -> int:
     _check_json_target(args.json, args.audio)
   if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
     raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
-  from mooer_jax.run.process import check_profile, profile
-  from mooer_jax.transcribe.transcriber import progress_bar
+  from mooer_jax.run.process import check_profile, out_of_memory_as_error
 
   check_profile(args.trace)
+  with out_of_memory_as_error(_MEMORY_REMEDY):
+    return _transcribe(args)
+
+
+def _transcribe(args: argparse.Namespace) -> int:
+  from mooer_jax.run.process import profile
+  from mooer_jax.transcribe.transcriber import progress_bar
+
   transcriber = _load(args)
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
@@ -185,8 +197,11 @@ def run(args: argparse.Namespace) -> int:
 
 def warmup(args: argparse.Namespace) -> int:
   """Compiles the programs of `run`; raises ValueError or OSError for a bad checkpoint or option."""
-  transcriber = _load(args)
-  number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
+  from mooer_jax.run.process import out_of_memory_as_error
+
+  with out_of_memory_as_error(_MEMORY_REMEDY):
+    transcriber = _load(args)
+    number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
   print(f"batch shapes compiled: {number}")
   return 0
 

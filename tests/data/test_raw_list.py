@@ -96,6 +96,8 @@ def test_segments_are_the_samples_between_start_and_end(write, tmp_path):
     (line(9, start="0"), "bad label", ":2: start='0'"),
     (line(9, end=float("nan")), "bad label", ":2: end=nan"),
     (line(9, end=True), "bad label", ":2: end=True"),
+    (line(9, start=10**400), "bad label", ":2: start=1000"),
+    (line(9, start=1e300), "bad segment", "1e\\+300 to -1 s"),
     (line(0), "duplicate key", r"data\.list:2$"),
     (line(9, wav="gone.wav"), "no audio", r"data\.list:2: .*gone\.wav: No such file"),
     (line(9, wav="gone.wav", start=1), "no audio", r"data\.list:2: .*gone\.wav"),

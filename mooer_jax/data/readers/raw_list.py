@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def _wrong(about: dict[str, Any]) -> Iterator[str]:
       yield name
   for name in ("start", "end"):
     value = about.get(name)
-    if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if value is not None and not is_number:
       yield name
 
 
