@@ -378,6 +378,7 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   elif origin is Literal:
     if value in args:
       return value
+    raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, args))}")
   elif origin is tuple and isinstance(value, (list, tuple)):
     items = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
     if len(items) == len(value):

@@ -134,11 +134,14 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
   block runs without one.
 
   Raises:
-    ValueError: if another process holds the lock; names its host, process id and start time.
+    ValueError: if another process holds the lock; names its host, process id and start time. If
+      there is a file in place of the folder.
   """
   import fcntl  # not on Windows; this module is imported by everything
 
   folder = Path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder}: is not a folder; choose another one")
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / LOCK_FILE
   with open(path, "a+", encoding="utf-8") as file:

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-LOCAL_REMEDY = "name a local path, to which an object store may be mounted or copied"
 EXTRA = "pip install 'mooer-jax[remote]'"
 WAITS_S = (1, 2, 4, 8, 16)  # before each further attempt
 BLOCK_BYTES = 8 * 2**20  # of one request; a file is read ahead by as much
@@ -43,13 +42,24 @@ def is_url(path: str | Path) -> bool:
   return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
 
 
-def local_path(text: str) -> Path:
-  """The path in an argument of a command, as a `type` of argparse; URLs are refused.
+def path_fault(path: str | os.PathLike) -> str:
+  """Why a path is none in the local file system; "" if it may be.
 
-  `Path` would make a relative path of a URL, so results would be written to a folder `s3:`.
+  `Path` would make a relative path of a URL or of a `~`, so results would be written to a folder
+  of that name in the current one.
   """
+  text = os.fspath(path)
   if is_url(text):
-    raise argparse.ArgumentTypeError(f"{text}: is a URL; {LOCAL_REMEDY}")
+    return "is a URL; name a local path, to which an object store may be mounted or copied"
+  if text == "~" or text.startswith("~/"):
+    return "starts with ~, which the shell has not expanded; write $HOME instead"
+  return ""
+
+
+def local_path(text: str) -> Path:
+  """The path in an argument of a command, as a `type` of argparse."""
+  if fault := path_fault(text):
+    raise argparse.ArgumentTypeError(f"{text}: {fault}")
   return Path(text)
 
 

@@ -147,6 +147,10 @@ def test_an_installation_without_the_converters_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+  ("path", "fault"),
+  [("s3://bucket/x", "is a URL; name a local path"), ("~/x", "starts with ~, which the shell has")],
+)
+@pytest.mark.parametrize(
   "command",
   [
     "transcribe --checkpoint c --json URL a.wav",
@@ -157,9 +161,11 @@ def test_an_installation_without_the_converters_says_so(monkeypatch, capsys):
     "checkpoint verify URL",
   ],
 )
-def test_a_url_where_a_path_is_needed_is_refused(command, tmp_path, monkeypatch, capsys):
+def test_a_url_where_a_path_is_needed_is_refused(
+  command, path, fault, tmp_path, monkeypatch, capsys
+):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit, match="2"):
-    cli.main(command.replace("URL", "s3://bucket/x").split())
-  assert "s3://bucket/x: is a URL; name a local path" in capsys.readouterr().err
+    cli.main(command.replace("URL", path).split())
+  assert f"{path}: {fault}" in capsys.readouterr().err
   assert not list(tmp_path.iterdir())  # such as a folder "s3:"

@@ -43,8 +43,8 @@ def find(path: str | Path) -> Path:
 
   Raises FileNotFoundError if the path does not exist, or is neither, and ValueError for a URL.
   """
-  if storage.is_url(path):
-    raise ValueError(f"{path}: is a URL; {storage.LOCAL_REMEDY}")
+  if fault := storage.path_fault(path):
+    raise ValueError(f"{path}: {fault}")
   folder = Path(path)
   if folder.is_file():
     raise FileNotFoundError(f"{path}: is a file; name the folder of a checkpoint or of a run")
@@ -58,6 +58,13 @@ def find(path: str | Path) -> Path:
       f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
     )
   return newest
+
+
+def enclosing(path: str | Path) -> Path | None:
+  """The checkpoint that a path is, or is in; None if there is none."""
+  path = Path(path).resolve()
+  folders = (folder for folder in (path, *path.parents) if (folder / "checkpoint.json").is_file())
+  return next(folders, None)
 
 
 def keep_for(base: Path, dependent: Path) -> None:

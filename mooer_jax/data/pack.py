@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from mooer_jax.audio.decode import AudioError, decode
+from mooer_jax.audio.decode import AudioError, decode, read_file
 from mooer_jax.data.readers.entries import SPACE
 from mooer_jax.data.readers.segments import segment_slice
 from mooer_jax.data.readers.shards import read_lines
@@ -336,7 +336,7 @@ def _attempt(clip, read):
 
 def _read_recording(path) -> bytes:
   """Content of a recording that can be decoded."""
-  audio = Path(path).read_bytes()
+  audio = read_file(path)
   decode(audio, name=path)
   return audio
 

@@ -1,6 +1,7 @@
 """Work of several processes, shown in a progress bar."""
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import multiprocessing
 import os
@@ -32,6 +33,9 @@ def run_in_processes(
       forked, since this process may run JAX's threads.
     progress: text beside the progress bar; "" shows none.
     sizes: of the jobs, for the bar; default: 1 each.
+
+  Raises:
+    OSError: if a process was killed, and the errors of the function.
   """
   processes = min(processes or os.cpu_count() or 1, len(jobs))
   sizes = sizes or [1] * len(jobs)
@@ -47,7 +51,13 @@ def run_in_processes(
       )
       stack.callback(pool.shutdown, cancel_futures=True)
       results = pool.map(function, *zip(*jobs))
-    for size, result in zip(sizes, results, strict=True):
+    for size in sizes:
+      try:
+        result = next(results)
+      except concurrent.futures.process.BrokenProcessPool as error:
+        raise OSError(
+          "a worker process was killed, as the system does when memory runs out; lower --processes"
+        ) from error
       yield result
       bar.advance(task, size)
 

@@ -275,12 +275,17 @@ class Run:
     if not values["workdir"]:
       raise ValueError("workdir='': name the folder of the run")
     folders = {name: values.get(name) or "" for name in ("workdir", "init_from", "tokenizer")}
-    folders |= {"eval.out": values["eval"].out, "data.cache_features": values["data"].cache_features}
+    folders |= {
+      "eval.out": values["eval"].out,
+      "data.cache_features": values["data"].cache_features,
+    }
     for name, folder in folders.items():
-      if storage.is_url(folder):
+      if fault := storage.path_fault(folder):
         raise ValueError(
-          f"{name}={folder}: is a URL; {storage.LOCAL_REMEDY}. train.mirror copies checkpoints to a"
-          " URL, and data.shards may be one"
+          f"{name}={folder}: {fault}. train.mirror copies checkpoints to a URL, and data.shards may"
+          " be one"
+          if storage.is_url(folder)
+          else f"{name}={folder}: {fault}"
         )
     seed = values.get("seed", 0)
     if not 0 <= seed < 2**32:

@@ -120,6 +120,8 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
   trace = "".join(traceback.format_exception(error))
   lines = re.findall(rf'File ".*{re.escape(Path(path).name)}", line (\d+)', trace) if path else []
   where = f"{path}:{lines[-1]}: " if lines else ""
+  if missing := re.search(r"Flag (--\w+) must have a value other than None", str(error)):
+    return f"{missing[1]} is missing"
   if isinstance(error, flags.Error):
     return where + (str(error).splitlines()[-1] if lines else " ".join(str(error).split()))
   # ml_collections: the text names the key and its neighbour.
@@ -200,11 +202,11 @@ def prepare_process():
 
 
 def check_profile(folder: str | os.PathLike | None) -> None:
-  """Creates the folder of --trace; raises OSError (ValueError for a URL) if it cannot be."""
+  """Creates the folder of --trace; raises OSError (ValueError for a URL or ~) if it cannot be."""
   if folder is None:
     return
-  if storage.is_url(folder):
-    raise ValueError(f"--trace {os.fspath(folder)}: is a URL; {storage.LOCAL_REMEDY}")
+  if fault := storage.path_fault(folder):
+    raise ValueError(f"--trace {os.fspath(folder)}: {fault}")
   try:
     Path(folder).mkdir(parents=True, exist_ok=True)
   except OSError as error:

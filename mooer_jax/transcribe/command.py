@@ -59,7 +59,9 @@ def add_parser(commands) -> None:
     help="split longer audio at pauses into chunks of at most SECONDS and join the transcripts;"
     " default: audio longer than the model's limit is an error",
   )
-  parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the results to FILE")
+  parser.add_argument(
+    "--json", type=local_path, metavar="FILE", help="also write the results to FILE"
+  )
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   parser.add_argument(
     "--trace", metavar="DIR", help="write a profile of the transcription, for XProf or Perfetto"
@@ -167,7 +169,7 @@ def _transcribe(args: argparse.Namespace) -> int:
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
-  audio = [sys.stdin.buffer.read() if name == STDIN else name for name in args.audio]
+  audio = [_read_stdin() if name == STDIN else name for name in args.audio]
   several = len(args.audio) > 1
   # On a terminal, the results of several files show the progress themselves.
   shows = sys.stderr.isatty() and (
@@ -185,7 +187,7 @@ def _transcribe(args: argparse.Namespace) -> int:
     for name, result in zip(args.audio, results, strict=True):
       write({**result.to_json(), "path": name})
       if result.error:
-        failed.append(result.error)
+        failed.append(f"- (stdin): {result.error}" if name == STDIN else result.error)
         continue
       print(f"{_shown(name)}\t{result.text}" if several else result.text, flush=True)
       for warning in result.warnings():
@@ -193,6 +195,11 @@ def _transcribe(args: argparse.Namespace) -> int:
   for error in failed:
     print(f"not transcribed: {' '.join(error.split())}", file=sys.stderr)
   return 1 if failed else 0
+
+
+def _read_stdin() -> bytes:
+  with write_errors_name("- (stdin)"):
+    return sys.stdin.buffer.read()
 
 
 def warmup(args: argparse.Namespace) -> int:
@@ -241,11 +248,14 @@ def _shown(name: str) -> str:
 
 def _check_json_target(path: Path, audio: list[str]) -> None:
   """Raises OSError or ValueError for a file that cannot or must not be written."""
+  from mooer_jax.checkpoint import enclosing
+
+  if str(path) == STDIN:
+    raise ValueError("--json -: name a file, such as /dev/stdout")
   if path.is_dir():
     raise IsADirectoryError(f"--json {path}: a folder; name a file")
-  for folder in path.resolve().parents:
-    if (folder / "checkpoint.json").is_file():
-      raise ValueError(f"--json {path} is in the checkpoint {folder}; name another folder")
+  if inside := enclosing(path):
+    raise ValueError(f"--json {path} is in the checkpoint {inside}; name another folder")
   if path.exists():
     if any(os.path.exists(name) and os.path.samefile(name, path) for name in audio):
       raise ValueError(f"--json {path} is one of the audio files; name another file")

@@ -102,7 +102,9 @@ def test_a_manifest_that_is_damaged_is_named_and_nothing_is_downloaded(tmp_path,
     about["files"] = None if content == "no files" else {**about["files"], content: [0, ""]}
     content = json.dumps(about).encode()
   (folder / "checkpoint.json").write_bytes(content)
-  with pytest.raises(ValueError, match="train.mirror: file:.*/step_00000001/checkpoint.json .*dele"):
+  with pytest.raises(
+    ValueError, match="train.mirror: file:.*/step_00000001/checkpoint.json .*dele"
+  ):
     checkpoint.restore(f"file://{tmp_path}/copies", tmp_path / "new")
   assert not (tmp_path / "new").exists()
 

@@ -101,6 +101,7 @@ def test_segments_are_the_samples_between_start_and_end(write, tmp_path):
     (line(0), "duplicate key", r"data\.list:2$"),
     (line(9, wav="gone.wav"), "no audio", r"data\.list:2: .*gone\.wav: No such file"),
     (line(9, wav="gone.wav", start=1), "no audio", r"data\.list:2: .*gone\.wav"),
+    (line(9, wav="/dev/zero"), "no audio", "/dev/zero: is a device or a socket"),
     (line(9, wav="clips"), "no audio", r"data\.list:2: .*clips: Is a directory"),
     (line(9, wav="data.list", end=1), "undecodable", r"data\.list:2: .*data\.list"),
     (line(9, start=0.3, end=0.3), "bad segment", r"data\.list:2: 0\.3 to 0\.3 s of .*0\.500 s"),

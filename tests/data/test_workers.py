@@ -1,8 +1,10 @@
 """Worker processes end with the process that started them."""
 
+import concurrent.futures
 import multiprocessing
 import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -25,6 +27,26 @@ def _jobs(folder, config, model_side):
 def _job(folder):
   (folder / str(os.getpid())).touch()
   time.sleep(600)
+
+
+def test_a_worker_that_is_killed_is_an_error_with_a_remedy(monkeypatch):
+  class Pool(concurrent.futures.ThreadPoolExecutor):
+    """Its second job fails as if the system had killed the process."""
+
+    def __init__(self, processes, **options):
+      del options
+      super().__init__(processes)
+
+  def work(number):
+    if number:
+      raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+    return number
+
+  monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+  results = run_in_processes(work, [(0,), (1,)], processes=2)
+  assert next(results) == 0
+  with pytest.raises(OSError, match="worker process was killed, .*; lower --processes"):
+    next(results)
 
 
 def _is_running(pid):
