@@ -10,7 +10,8 @@ from typing import Any
 
 from absl import logging
 
-from mooer_jax.files import exit_on_sigterm
+from mooer_jax.files import discard_stdout, exit_on_sigterm
+from mooer_jax.storage import local_path
 
 from .core.options import DESCRIPTIONS, Options, flag
 from .kinds import KINDS, USES
@@ -18,10 +19,10 @@ from .kinds import KINDS, USES
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 # Packages of the extras `convert` and `verify`.
 _EXTRAS = {"funasr", "gguf", "peft", "safetensors", "torch", "transformers", "yaml"}
-_SRC = {"type": Path, "metavar": "SRC"}
-_CKPT = {"type": Path, "metavar": "CKPT", "help": "checkpoint or run folder"}
-_OUT = {"type": Path, "metavar": "OUT"}
-_BASE = {"type": Path, "metavar": "CKPT", "help": "base of a fine-tune, if it has moved"}
+_SRC = {"type": local_path, "metavar": "SRC"}
+_CKPT = {"type": local_path, "metavar": "CKPT", "help": "checkpoint or run folder"}
+_OUT = {"type": local_path, "metavar": "OUT"}
+_BASE = {"type": local_path, "metavar": "CKPT", "help": "base of a fine-tune, if it has moved"}
 _VERIFIED = ("llm", "whisper", "beats", "lora_config")
 
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
     install = "pip install 'mooer-jax[convert,verify]'"
     print(f"{prog}: {error}; install it with: {install}", file=sys.stderr)
     return 2
+  except BrokenPipeError:
+    return discard_stdout()
   except (ValueError, OSError) as error:
     print(f"{prog} {args.command}: {error}", file=sys.stderr)
     return 2
@@ -83,7 +86,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   _add_kind(verifying, {k: (src, how) for k, (src, _, how) in USES.items() if how is not None})
   verifying.add_argument("src", **_SRC, help="the imported source")
   verifying.add_argument("checkpoint", **_CKPT)
-  verifying.add_argument("--audio", type=Path, nargs="+", default=(), help="audio files")
+  verifying.add_argument("--audio", type=local_path, nargs="+", default=(), help="audio files")
   _add_options(verifying, _VERIFIED)
   verifying.add_argument("--base-checkpoint", **_BASE)
   verifying.add_argument(
@@ -93,7 +96,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
   joining = _add_command(commands, "join", "encoders and an LLM to one checkpoint, to train on")
   joining.add_argument("out", **_OUT, help="checkpoint folder to make")
-  joining.add_argument("parts", type=Path, nargs="+", metavar="PART", help="imported parts")
+  joining.add_argument("parts", type=local_path, nargs="+", metavar="PART", help="imported parts")
   joining.add_argument("--overwrite", action="store_true", help="replace a checkpoint")
   joining.set_defaults(run=_join)
 
@@ -116,7 +119,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
   inspecting = _add_command(commands, "inspect", "list the content of a file or folder")
   inspecting.add_argument(
-    "path", type=Path, metavar="PATH", help="weights, checkpoint or run folder"
+    "path", type=local_path, metavar="PATH", help="weights, checkpoint or run folder"
   )
   inspecting.add_argument("--short", action="store_true", help="totals only")
   inspecting.add_argument("--base-checkpoint", **_BASE)
@@ -148,7 +151,7 @@ def _add_options(parser, names: Iterable[str]) -> None:
     if isinstance(default, bool):
       how = {"action": "store_false" if default else "store_true"}
     else:
-      how = {"type": str} if name == "task" else {"type": Path, "metavar": "PATH"}
+      how = {"type": str} if name == "task" else {"type": local_path, "metavar": "PATH"}
     parser.add_argument(flag(name), dest=name, help=DESCRIPTIONS[name], **how)
 
 

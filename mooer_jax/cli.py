@@ -2,15 +2,14 @@
 
 import argparse
 import importlib
-import os
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
-from mooer_jax.files import exit_on_sigterm
+from mooer_jax.files import discard_stdout, exit_on_sigterm
+from mooer_jax.storage import local_path
 from mooer_jax.transcribe import command
 
 _SOURCE_HELP = "a data.list, a raw list, an annotation file or a folder, as data.shards in a config"
@@ -44,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     with exit_on_sigterm():
       return args.run(args)
-  except BrokenPipeError:  # as of `| head`: the rest is not wanted
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    return 141  # 128 + SIGPIPE
+  except BrokenPipeError:
+    return discard_stdout()
   except (ValueError, OSError) as error:
     print(f"mooer-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
@@ -57,14 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_pack(commands):
   parser = commands.add_parser("pack", help="pack audio and transcripts into tar shards")
-  parser.add_argument("--wav-scp", required=True, type=Path, help="list with `KEY path` per line")
   parser.add_argument(
-    "--text", required=True, type=Path, help="list with `KEY transcript` per line"
+    "--wav-scp", required=True, type=local_path, help="list with `KEY path` per line"
   )
   parser.add_argument(
-    "--segments", type=Path, help="list with `KEY RECORDING start_s end_s` per line"
+    "--text", required=True, type=local_path, help="list with `KEY transcript` per line"
   )
-  parser.add_argument("--out", required=True, type=Path, help="folder for the shards and data.list")
+  parser.add_argument(
+    "--segments", type=local_path, help="list with `KEY RECORDING start_s end_s` per line"
+  )
+  parser.add_argument(
+    "--out", required=True, type=local_path, help="folder for the shards and data.list"
+  )
   parser.add_argument(
     "--per-shard", type=int, default=1000, help="utterances per shard (default: 1000)"
   )
@@ -127,8 +129,12 @@ def _add_data(commands):
     help="length of an encoder input step, ms (default: 60, MooER's)",
   )
   stats.add_argument("--processes", type=int, help="number of processes (default: CPU cores)")
-  stats.add_argument("--png", type=Path, metavar="FILE", help="also draw the lengths into FILE")
-  stats.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to FILE")
+  stats.add_argument(
+    "--png", type=local_path, metavar="FILE", help="also draw the lengths into FILE"
+  )
+  stats.add_argument(
+    "--json", type=local_path, metavar="FILE", help="also write the counts to FILE"
+  )
   stats.set_defaults(run=_data_stats)
 
 
@@ -137,7 +143,7 @@ def _add_prepare(actions):
   resume = "After an interruption, the same command resumes."
   parser = actions.add_parser("prepare", help=about, description=f"{about}. {resume}")
   parser.add_argument("source", help=_SOURCE_HELP)
-  parser.add_argument("--out", required=True, type=Path, help="folder for the dataset")
+  parser.add_argument("--out", required=True, type=local_path, help="folder for the dataset")
   parser.add_argument(
     "--files", type=int, metavar="N", help="number of files (default: one a shard, at most 512)"
   )
@@ -146,7 +152,7 @@ def _add_prepare(actions):
     "--beam-options",
     type=shlex.split,
     metavar="OPTIONS",
-    help="run on Apache Beam with these options, such as '--runner=DirectRunner'",
+    help="run on Apache Beam with these options: --beam-options='--runner=DirectRunner'",
   )
   parser.set_defaults(run=_data_prepare)
 
@@ -203,7 +209,9 @@ def _add_checkpoint(commands):
   actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
   about = "compare all files of a checkpoint with the SHA-256 sums of when it was saved"
   verify = actions.add_parser("verify", help=about, description=about)
-  verify.add_argument("path", type=Path, help="checkpoint folder, or training workdir (all steps)")
+  verify.add_argument(
+    "path", type=local_path, help="checkpoint folder, or training workdir (all steps)"
+  )
   verify.add_argument("--base-checkpoint", help="base of a fine-tune, if it has moved")
   verify.set_defaults(run=_verify)
 

@@ -378,6 +378,7 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   elif origin is Literal:
     if value in args:
       return value
+    raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, args))}")
   elif origin is tuple and isinstance(value, (list, tuple)):
     items = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
     if len(items) == len(value):
@@ -385,7 +386,7 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
   elif origin is dict and hasattr(value, "items"):
     return {key: convert(args[1], item, f"{name}.{key}") for key, item in value.items()}
   elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # JSON has integers of any size
       raise ValueError(f"{name}={value!r}: must be a finite number")
     return float(value)
   elif isinstance(hint, type) and isinstance(value, hint):

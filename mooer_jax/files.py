@@ -65,6 +65,12 @@ def write_errors_name(path: str | Path, *, instead_of: Path | None = None) -> It
     raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def discard_stdout() -> int:
+  """Exit status after a BrokenPipeError of stdout, as of `| head`; the flush at exit is silent."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 128 + signal.SIGPIPE
+
+
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
   """Turn SIGTERM into SystemExit with status 143, so that `finally` blocks run as on Ctrl-C.
@@ -112,6 +118,12 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
   return value
 
 
+def is_lfs_pointer(path: str | Path) -> bool:
+  """Whether a file is a Git LFS pointer instead of its content, as after a clone without LFS."""
+  with open(path, "rb") as file:
+    return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 @contextlib.contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
   """Hold the lock of a folder, which is created if needed, so that no second process writes to it.
@@ -122,11 +134,14 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
   block runs without one.
 
   Raises:
-    ValueError: if another process holds the lock; names its host, process id and start time.
+    ValueError: if another process holds the lock; names its host, process id and start time. If
+      there is a file in place of the folder.
   """
   import fcntl  # not on Windows; this module is imported by everything
 
   folder = Path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder}: is not a folder; choose another one")
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / LOCK_FILE
   with open(path, "a+", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ A broken connection is retried. Credentials, endpoints and regions are those of 
 for the command-line tools of the store.
 """
 
+import argparse
 import collections
 import contextlib
 import functools
@@ -39,6 +40,27 @@ class RemoteError(ValueError):
 def is_url(path: str | Path) -> bool:
   """Whether this is a URL rather than a local path."""
   return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
+
+
+def path_fault(path: str | os.PathLike) -> str:
+  """Why a path is none in the local file system; "" if it may be.
+
+  `Path` would make a relative path of a URL or of a `~`, so results would be written to a folder
+  of that name in the current one.
+  """
+  text = os.fspath(path)
+  if is_url(text):
+    return "is a URL; name a local path, to which an object store may be mounted or copied"
+  if text == "~" or text.startswith("~/"):
+    return "starts with ~, which the shell has not expanded; write $HOME instead"
+  return ""
+
+
+def local_path(text: str) -> Path:
+  """The path in an argument of a command, as a `type` of argparse."""
+  if fault := path_fault(text):
+    raise argparse.ArgumentTypeError(f"{text}: {fault}")
+  return Path(text)
 
 
 def join(folder: str, name: str) -> str:

@@ -144,3 +144,28 @@ def test_an_installation_without_the_converters_says_so(monkeypatch, capsys):
   monkeypatch.setattr(cli.importlib, "import_module", absent)
   assert cli.main(["convert", "inspect", "x"]) == 2
   assert "python -m convert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("path", "fault"),
+  [("s3://bucket/x", "is a URL; name a local path"), ("~/x", "starts with ~, which the shell has")],
+)
+@pytest.mark.parametrize(
+  "command",
+  [
+    "transcribe --checkpoint c --json URL a.wav",
+    "pack --wav-scp URL --text text --out out",
+    "pack --wav-scp wav.scp --text text --out URL",
+    "data prepare data.list --out URL",
+    "data stats data.list --json URL",
+    "checkpoint verify URL",
+  ],
+)
+def test_a_url_where_a_path_is_needed_is_refused(
+  command, path, fault, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit, match="2"):
+    cli.main(command.replace("URL", path).split())
+  assert f"{path}: {fault}" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())  # such as a folder "s3:"

@@ -261,6 +261,12 @@ def test_a_kind_is_a_name(kind):
     from_json(fields)
 
 
+def test_an_integer_that_no_float_holds_is_refused():
+  fields = {**to_json(SpeechLLMConfig()), "max_audio_s": 10**400}
+  with pytest.raises(ValueError, match="max_audio_s=1000.*: must be a finite number"):
+    from_json(fields)
+
+
 @pytest.mark.parametrize("part", list(part_kinds().values()), ids=lambda c: c.__name__)
 def test_floats_of_a_part_have_ranges(part):
   for field in dataclasses.fields(part):

@@ -14,6 +14,15 @@ import pytest
 from mooer_jax import files
 
 
+def test_a_file_cannot_be_locked_as_a_folder(tmp_path):
+  (tmp_path / "file").touch()
+  with (
+    pytest.raises(ValueError, match="file: is not a folder"),
+    files.lock_folder(tmp_path / "file"),
+  ):
+    pass
+
+
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
   path = tmp_path / "new" / "a.json"
   for content in ("first", "second"):

@@ -1,10 +1,12 @@
 """Decoding of audio files in any common format to float32 samples."""
 
 import contextlib
+import errno
 import io
 import itertools
 import os
 import pathlib
+import stat
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -113,6 +115,14 @@ def decode(source: str | os.PathLike | bytes, *, name: str | None = None) -> tup
     samples_NC, rate_hz = _concatenate(parts)
     check_samples(samples_NC, name)
   return samples_NC, rate_hz
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+  """Content of a file; raises OSError, also for a device, whose content may have no end."""
+  mode = os.stat(path).st_mode
+  if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+    raise OSError(errno.EINVAL, "is a device or a socket; give an audio file", os.fspath(path))
+  return pathlib.Path(path).read_bytes()
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:

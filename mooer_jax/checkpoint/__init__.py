@@ -30,6 +30,7 @@ from mooer_jax.checkpoint.reading import (
 )
 from mooer_jax.checkpoint.steps import (
   all_steps,
+  enclosing,
   find,
   keep_for,
   keep_last,

@@ -14,9 +14,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mooer_jax import storage
-from mooer_jax.checkpoint.reading import open_folder
+from mooer_jax.checkpoint.reading import manifest_fault, open_folder
 from mooer_jax.checkpoint.steps import STEP, all_steps, latest, step_of
 from mooer_jax.checkpoint.sums import check_sizes
 from mooer_jax.checkpoint.writing import put_in_place
@@ -102,7 +103,7 @@ def restore(url: str, workdir: Path) -> Path | None:
   if not found:
     return None
   source = f"{url}/{found[-1]}"
-  about = json.loads(storage.read_bytes(f"{source}/{_LAST}"))
+  about = _read_manifest(f"{source}/{_LAST}")
   if newest is not None:
     here = workdir / found[-1]
     same = not here.is_dir() or open_folder(here)[1]["hash"] == about["hash"]
@@ -125,6 +126,20 @@ def restore(url: str, workdir: Path) -> Path | None:
       storage.download(f"{url}/{name}", workdir / name)
   put_in_place(part, folder)
   return folder
+
+
+def _read_manifest(url: str) -> dict[str, Any]:
+  """The checkpoint.json of a copy, which names the files to download."""
+  try:
+    about = json.loads(storage.read_bytes(url))
+    fault = manifest_fault(about) if isinstance(about, dict) else "holds no object"
+  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    about, fault = {}, f"is not JSON ({error})"
+  if fault is None and about.get("files") is None:
+    fault = "lacks files"
+  if fault:
+    raise ValueError(f"train.mirror: {url} {fault}; delete {posixpath.dirname(url)}")
+  return about
 
 
 def copies(url: str) -> list[str]:

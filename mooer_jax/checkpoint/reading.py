@@ -307,29 +307,38 @@ def open_folder(folder) -> tuple[Path, dict]:
   if missing:
     raise _damaged(folder, f"the checkpoint is not complete, it has no {', '.join(missing)}")
   about = _read_json(folder / "checkpoint.json")
-  if about.get("format") != FORMAT:
+  if isinstance(saved := about.get("format"), int) and saved > FORMAT:
     raise CheckpointError(
-      f"{folder} has format {about.get('format')!r}, this mooer_jax reads format {FORMAT}"
+      f"{folder} has format {saved}, this mooer_jax reads format {FORMAT}; install a newer version"
     )
-  if missing := sorted(_TYPES.keys() - {"files"} - about.keys()):
-    raise _damaged(folder, f"checkpoint.json lacks {', '.join(missing)}")
-  for name, kind in _TYPES.items():
-    if not isinstance(value := about.get(name), kind):
-      raise _damaged(folder, f"checkpoint.json has {name}={value!r:.80}")
-  if (base := about["base"]) is not None and not {"path", "hash"} <= base.keys():
-    raise _damaged(folder, f"checkpoint.json has base={base}, without path and hash")
-  recorded = about.get("files")
-  if recorded is not None and (lost := sorted(set(sums.EDITABLE) - recorded.keys())):
-    raise _damaged(folder, f"checkpoint.json has no size and sum of {', '.join(lost)}")
-  for name, entry in (recorded or {}).items():
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-      raise _damaged(folder, f"checkpoint.json has a sum of {name}, which is not in the checkpoint")
-    if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
-      raise _damaged(folder, f"checkpoint.json has no size and sum of {name}: {entry!r}")
+  if fault := manifest_fault(about):
+    raise _damaged(folder, f"checkpoint.json {fault}")
   name = _weights_name(about["base"])
   if not (folder / name).is_dir():
     raise _damaged(folder, f"the checkpoint is not complete, it has no {name}")
   return folder, about
+
+
+def manifest_fault(about: dict) -> str | None:
+  """What is wrong with the content of a checkpoint.json; None if it is valid."""
+  if about.get("format") != FORMAT:
+    return f"has format={about.get('format')!r:.80}"
+  if missing := sorted(_TYPES.keys() - {"files"} - about.keys()):
+    return f"lacks {', '.join(missing)}"
+  for name, kind in _TYPES.items():
+    if not isinstance(value := about.get(name), kind):
+      return f"has {name}={value!r:.80}"
+  if (base := about["base"]) is not None and not {"path", "hash"} <= base.keys():
+    return f"has base={base}, without path and hash"
+  recorded = about.get("files")
+  if recorded is not None and (lost := sorted(set(sums.EDITABLE) - recorded.keys())):
+    return f"has no size and sum of {', '.join(lost)}"
+  for name, entry in (recorded or {}).items():
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+      return f"has a sum of {name}, which is not in the checkpoint"
+    if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+      return f"has no size and sum of {name}: {entry!r}"
+  return None
 
 
 def _read_leaves(about: Checkpoint, targets: dict) -> dict:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from mooer_jax import storage
+
 KEPT_BY = "kept_by"  # folder in a checkpoint, with a file for each run that is based on it
 STEP = re.compile(r"step_\d{8,}")
 
@@ -39,9 +41,13 @@ def all_steps(workdir: str | Path) -> list[Path]:
 def find(path: str | Path) -> Path:
   """The checkpoint at a path: the folder itself, or the newest one in the folder of a run.
 
-  Raises FileNotFoundError if the path does not exist, or is neither.
+  Raises FileNotFoundError if the path does not exist, or is neither, and ValueError for a URL.
   """
+  if fault := storage.path_fault(path):
+    raise ValueError(f"{path}: {fault}")
   folder = Path(path)
+  if folder.is_file():
+    raise FileNotFoundError(f"{path}: is a file; name the folder of a checkpoint or of a run")
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
   if _is_checkpoint(folder):
@@ -52,6 +58,13 @@ def find(path: str | Path) -> Path:
       f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
     )
   return newest
+
+
+def enclosing(path: str | Path) -> Path | None:
+  """The checkpoint that a path is, or is in; None if there is none."""
+  path = Path(path).resolve()
+  folders = (folder for folder in (path, *path.parents) if (folder / "checkpoint.json").is_file())
+  return next(folders, None)
 
 
 def keep_for(base: Path, dependent: Path) -> None:

@@ -12,6 +12,7 @@ import jax
 
 from mooer_jax.checkpoint.leaves import CheckpointError
 from mooer_jax.checkpoint.steps import remedy
+from mooer_jax.files import LFS_REMEDY, is_lfs_pointer
 
 Sums = Mapping[str, tuple[int, str]]  # path below the checkpoint's folder -> bytes, SHA-256 (hex)
 
@@ -104,7 +105,7 @@ def damages(
 
 def _raise_first(folder: Path, found: Iterable[str | None]) -> None:
   if damage := next(filter(None, found), None):
-    raise CheckpointError(f"{damage}; {remedy(folder)}")
+    raise CheckpointError(damage if LFS_REMEDY in damage else f"{damage}; {remedy(folder)}")
 
 
 def _damage(
@@ -113,6 +114,8 @@ def _damage(
   """How a file differs from its record; only its size is compared if there is no `read`."""
   try:
     if (now := path.stat().st_size) != size:
+      if path.is_file() and is_lfs_pointer(path):
+        return f"{path}: {LFS_REMEDY}"
       return f"{path} has {now:,} bytes, but {size:,} were saved"
     if read and read(path) != saved:
       return f"{path} has changed since it was saved (its SHA-256 differs)"

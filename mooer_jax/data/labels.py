@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
-from mooer_jax.files import write_errors_name
+from mooer_jax.files import LFS_REMEDY, is_lfs_pointer, write_errors_name
 
 SEPARATOR = "\n"
 # Of "instruction": the text is the transcript, the label, or both.
@@ -108,6 +108,8 @@ def describe(labels: str, mode: str, separator: str) -> str:
   """The label file as it is now, and what is done with it; "" without one."""
   if not labels:
     return ""
+  if not os.path.isfile(labels):
+    return mode  # `LabelFile` refuses it
   name = f"{os.path.basename(labels)} ({os.path.getsize(labels)} bytes), {mode}"
   return name if mode == "replace" else f"{name}, {separator!r}"
 
@@ -125,13 +127,15 @@ class LabelFile:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is a folder, empty, compressed, or has lines of JSON.
+      ValueError: if it is a folder, empty, compressed, a Git LFS pointer, or has lines of JSON.
     """
     self.path = Path(path)
     if self.path.is_dir():
       raise ValueError(f"{path}: is a folder; name a file of `KEY text` lines")
     if not self.path.is_file():
       raise FileNotFoundError(f"{path}: no such label file; it has `KEY text` lines")
+    if is_lfs_pointer(self.path):
+      raise ValueError(f"{path}: {LFS_REMEDY}")
     index = _index(self.path)
     _remove_leftovers()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}@{socket.gethostname()}@")

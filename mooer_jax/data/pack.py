@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from mooer_jax.audio.decode import AudioError, decode
+from mooer_jax.audio.decode import AudioError, decode, read_file
 from mooer_jax.data.readers.entries import SPACE
 from mooer_jax.data.readers.segments import segment_slice
 from mooer_jax.data.readers.shards import read_lines
@@ -327,15 +327,16 @@ def _attempt(clip, read):
   """The result of `read` for the path of a clip, or why the clip cannot be packed."""
   try:
     return read(clip.path)
-  except OSError as error:
-    return Unpacked("no audio", clip.key, f"{clip.path}: {error.strerror or error}")
   except AudioError as error:
     return Unpacked(error.cause, clip.key, str(error))
+  except (OSError, ValueError) as error:  # ValueError: a path with NUL
+    reason = getattr(error, "strerror", None) or error
+    return Unpacked("no audio", clip.key, f"{clip.path!r}: {reason}")
 
 
 def _read_recording(path) -> bytes:
   """Content of a recording that can be decoded."""
-  audio = Path(path).read_bytes()
+  audio = read_file(path)
   decode(audio, name=path)
   return audio
 

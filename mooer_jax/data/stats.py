@@ -191,7 +191,7 @@ def _seconds(raw: RawUtterance) -> float | SkippedUtterance:
   if not raw.text.strip():
     return raw.skip("empty transcript")
   announced = raw.about.get("duration")
-  if isinstance(announced, int | float) and math.isfinite(announced) and announced > 0:
+  if isinstance(announced, int | float) and 0 < announced < 1e9:  # else it is measured
     return float(announced)
   loaded = raw.load()
   if isinstance(loaded, SkippedUtterance):

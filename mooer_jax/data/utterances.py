@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from mooer_jax.data.readers import read
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.readers.prepared import Utterances
 from mooer_jax.data.sources import Source, list_sources
+from mooer_jax.files import LFS_REMEDY, is_lfs_pointer
 
 Entries = Iterator[RawUtterance | SkippedUtterance]
 
@@ -300,10 +302,13 @@ class UtteranceStream:
     damaged, read, share = self._position.damaged, self._position.shard, self._config.max_bad_share
     if len(damaged) > share * read and (read >= 2 or read == len(self._shards)):
       more = ", …" if len(damaged) > 5 else ""
-      names = ", ".join(self._shards[i] for i in damaged[:5]) + more
+      paths = [self._shards[i] for i in damaged[:5]]
+      remedy = f"copy or pack them again, or raise data.max_bad_share={share}"
+      if any(os.path.isfile(path) and is_lfs_pointer(path) for path in paths):
+        remedy = f"there is {LFS_REMEDY}"
       raise self._error(
-        f"{len(damaged)} of {read} shards read are truncated or damaged: {names}; copy or pack them"
-        f" again, or raise data.max_bad_share={share}"
+        f"{len(damaged)} of {read} shards read are truncated or damaged: {', '.join(paths)}{more};"
+        f" {remedy}"
       )
 
   def _check_share(self, least_read: int) -> None:

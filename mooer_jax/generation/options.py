@@ -80,7 +80,10 @@ class GenerationConfig:
     require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
     is_valid = 0 < self.repetition_penalty < math.inf
     require("repetition_penalty", is_valid, "a number above 0; 1 is no penalty")
-    require("length_penalty", math.isfinite(self.length_penalty), "a finite number")
+    # Scores are divided by length ** length_penalty in float32.
+    limit = math.log(1e30) / math.log(max(2, self.max_new_tokens))
+    is_valid = abs(self.length_penalty) <= limit
+    require("length_penalty", is_valid, f"from {-limit:.3g} to {limit:.3g} (1 is the default)")
     require("early_stopping", self.early_stopping in (True, False, "never"), "a bool or 'never'")
     require("eos_token_id", min(self.eos_token_id, default=0) >= 0, "ids of at least 0")
     biases = dict(self.sequence_bias)

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags.DEFINE_string("annotations", None, "folder of the suite's annotation files")
   flags.DEFINE_string("trace", None, "folder for a profile of the program, for XProf or Perfetto")
   run_program(
-    lambda: _evaluate(config.value, flags.FLAGS), argv, needs=["config", "checkpoint"], doc=__doc__
+    lambda: _evaluate(config.value, flags.FLAGS),
+    argv,
+    needs=["config", "checkpoint"],
+    doc=__doc__,
+    remedy="lower eval.batch_size (perplexity.batch_size), generation.num_beams or"
+    " generation.max_new_tokens, or use more devices (mesh)",
   )
 
 

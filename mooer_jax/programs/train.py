@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv,
     needs=["config"],
     doc=__doc__,
+    remedy="lower data.batch_size or data.buckets, raise train.gradient_accumulation_steps, or use"
+    " more devices (mesh)",
   )
 
 

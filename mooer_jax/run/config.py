@@ -274,11 +274,18 @@ class Run:
         values[name] = convert(hints[name], value, name)
     if not values["workdir"]:
       raise ValueError("workdir='': name the folder of the run")
-    for name in ("workdir", "init_from", "tokenizer"):
-      if storage.is_url(values.get(name) or ""):
+    folders = {name: values.get(name) or "" for name in ("workdir", "init_from", "tokenizer")}
+    folders |= {
+      "eval.out": values["eval"].out,
+      "data.cache_features": values["data"].cache_features,
+    }
+    for name, folder in folders.items():
+      if fault := storage.path_fault(folder):
         raise ValueError(
-          f"{name}={values[name]}: is a URL; name a local folder, to which an object store may be"
-          " mounted or copied. train.mirror copies checkpoints to a URL, and data.shards may be one"
+          f"{name}={folder}: {fault}. train.mirror copies checkpoints to a URL, and data.shards may"
+          " be one"
+          if storage.is_url(folder)
+          else f"{name}={folder}: {fault}"
         )
     seed = values.get("seed", 0)
     if not 0 <= seed < 2**32:

@@ -149,7 +149,8 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
 
   Raises:
     ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run, or
-      if eval.out holds packed data or a `text` that no evaluation wrote.
+      if eval.out is a file or in a checkpoint, or holds packed data or a `text` that no evaluation
+      wrote.
   """
   return Path(hosts.on_first(lambda: str(_out_folder(options, folder, name))))
 
@@ -167,6 +168,10 @@ def _out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
       " hypotheses: set eval.out to another folder (or, if the `text` is from an evaluation that"
       " failed, remove it)"
     )
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"eval.out={options.out}: is not a folder; choose another one")
+  if inside := checkpoint.enclosing(out):
+    raise ValueError(f"eval.out={options.out} is in the checkpoint {inside}; set another folder")
   out.mkdir(parents=True, exist_ok=True)
   return out
 

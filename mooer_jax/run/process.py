@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from mooer_jax import hosts
+from mooer_jax import hosts, storage
 from mooer_jax.run.config import renamed_keys
 from mooer_jax.storage import RemoteError
 
@@ -27,6 +27,7 @@ def run_program(
   *,
   needs: Sequence[str] = (),
   doc: str | None = None,
+  remedy: str = "",
 ) -> None:
   """Parses absl flags, connects the processes, runs a program and exits.
 
@@ -37,6 +38,7 @@ def run_program(
     work: the program.
     argv: program name and arguments; default: sys.argv.
     needs, doc: names of required flags, and the text above the list of flags in --help.
+    remedy: what to do if the memory is exceeded.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax logs every file; --verbosity=0 shows that again
   if doc:
@@ -58,7 +60,8 @@ def run_program(
     given = flags.FLAGS
     try:
       hosts.initialize(given.coordinator, given.num_processes, given.process_id)
-      work()
+      with out_of_memory_as_error(remedy):
+        work()
     except KeyboardInterrupt:
       _end(f"{program}: interrupted", 130)
     except Exception as error:
@@ -119,6 +122,8 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
   trace = "".join(traceback.format_exception(error))
   lines = re.findall(rf'File ".*{re.escape(Path(path).name)}", line (\d+)', trace) if path else []
   where = f"{path}:{lines[-1]}: " if lines else ""
+  if missing := re.search(r"Flag (--\w+) must have a value other than None", str(error)):
+    return f"{missing[1]} is missing"
   if isinstance(error, flags.Error):
     return where + (str(error).splitlines()[-1] if lines else " ".join(str(error).split()))
   # ml_collections: the text names the key and its neighbour.
@@ -179,6 +184,18 @@ def _check_overrides(argv: Sequence[str]) -> None:
         )
 
 
+@contextlib.contextmanager
+def out_of_memory_as_error(remedy: str) -> Iterator[None]:
+  """Raises a ValueError with a remedy if the block exceeds the memory of the host or a device."""
+  try:
+    yield
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    detail = "".join(str(error).splitlines()[:1]) or "of the host"
+    raise ValueError(f"out of memory ({detail[:200]}); {remedy}") from error
+
+
 def prepare_process():
   """Enables the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -187,9 +204,11 @@ def prepare_process():
 
 
 def check_profile(folder: str | os.PathLike | None) -> None:
-  """Creates the folder of --trace; raises OSError that names it if that fails."""
+  """Creates the folder of --trace; raises OSError (ValueError for a URL or ~) if it cannot be."""
   if folder is None:
     return
+  if fault := storage.path_fault(folder):
+    raise ValueError(f"--trace {os.fspath(folder)}: {fault}")
   try:
     Path(folder).mkdir(parents=True, exist_ok=True)
   except OSError as error:

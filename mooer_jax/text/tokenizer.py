@@ -14,6 +14,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _ADDED_FILE = "added_tokens.json"
 _CONFIG_FILE = "tokenizer_config.json"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Tokenizer:
@@ -62,8 +63,13 @@ class Tokenizer:
     import tokenizers
 
     folder = Path(path)
+    if folder.is_file():
+      raise ValueError(f"{folder}: is a file; name the folder of the tokenizer")
     if not folder.is_dir():
       raise FileNotFoundError(f"{folder}: no such tokenizer folder")
+    for name in (_TOKENIZER_FILE, _SENTENCEPIECE_FILE, _ADDED_FILE, _CONFIG_FILE):
+      if (folder / name).is_file() and (folder / name).read_bytes().startswith(_LFS_POINTER):
+        raise ValueError(f"{folder / name}: a Git LFS pointer: run git lfs pull")
     config_file, file = folder / _CONFIG_FILE, folder / _TOKENIZER_FILE
     if file.is_file():
       config = _read_config(config_file, needed=eos is None)

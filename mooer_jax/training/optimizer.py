@@ -5,6 +5,7 @@ import math
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mooer_jax import tree
@@ -46,8 +47,10 @@ class OptimizerConfig:
     if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
       raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
     for name in ("eps", "weight_decay", "max_grad_norm", "warmup_steps", "peak_lr"):
-      if not 0 <= getattr(self, name) < math.inf:
-        raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be finite, not negative")
+      if not 0 <= getattr(self, name) <= np.finfo(np.float32).max:
+        raise ValueError(
+          f"optimizer.{name}={getattr(self, name)}: must be finite in float32, not negative"
+        )
     kinds = ("linear", "cosine", "cosine_from_start", "constant")
     for name, allowed in (("warmup", ("log", "linear")), ("decay", kinds)):
       if getattr(self, name) not in allowed:

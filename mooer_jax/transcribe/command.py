@@ -14,11 +14,16 @@ from typing import Any
 
 from mooer_jax.files import replace_file, write_errors_name
 from mooer_jax.prompts import QUESTION, SPEECH, TEMPLATES
+from mooer_jax.storage import local_path
 
 STDIN = "-"
 _WARMUP = """Compile what `mooer-jax transcribe` needs, so that its first calls do not wait. Give
 the options that transcribe will get. The programs are kept in ~/.cache/mooer_jax/xla, or in
 $JAX_COMPILATION_CACHE_DIR."""
+_MEMORY_REMEDY = (
+  "lower --batch-size, --num-beams or --max-new-tokens, use --quantization int8, or more devices"
+  " (--mesh)"
+)
 _DEPRECATED: dict[str, dict[str, Any]] = {
   "--base": {"dest": "base_checkpoint"},
   "--beams": {"dest": "num_beams", "type": int},
@@ -54,7 +59,9 @@ def add_parser(commands) -> None:
     help="split longer audio at pauses into chunks of at most SECONDS and join the transcripts;"
     " default: audio longer than the model's limit is an error",
   )
-  parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+  parser.add_argument(
+    "--json", type=local_path, metavar="FILE", help="also write the results to FILE"
+  )
   parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
   parser.add_argument(
     "--trace", metavar="DIR", help="write a profile of the transcription, for XProf or Perfetto"
@@ -147,15 +154,22 @@ def run(args: argparse.Namespace) -> int:
     _check_json_target(args.json, args.audio)
   if len(args.audio) == 1 and args.audio[0] != STDIN and not os.path.exists(args.audio[0]):
     raise FileNotFoundError(f"no such audio file: {args.audio[0]}")  # before the model loads
-  from mooer_jax.run.process import check_profile, profile
-  from mooer_jax.transcribe.transcriber import progress_bar
+  from mooer_jax.run.process import check_profile, out_of_memory_as_error
 
   check_profile(args.trace)
+  with out_of_memory_as_error(_MEMORY_REMEDY):
+    return _transcribe(args)
+
+
+def _transcribe(args: argparse.Namespace) -> int:
+  from mooer_jax.run.process import profile
+  from mooer_jax.transcribe.transcriber import progress_bar
+
   transcriber = _load(args)
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
-  audio = [sys.stdin.buffer.read() if name == STDIN else name for name in args.audio]
+  audio = [_read_stdin() if name == STDIN else name for name in args.audio]
   several = len(args.audio) > 1
   # On a terminal, the results of several files show the progress themselves.
   shows = sys.stderr.isatty() and (
@@ -173,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     for name, result in zip(args.audio, results, strict=True):
       write({**result.to_json(), "path": name})
       if result.error:
-        failed.append(result.error)
+        failed.append(f"- (stdin): {result.error}" if name == STDIN else result.error)
         continue
       print(f"{_shown(name)}\t{result.text}" if several else result.text, flush=True)
       for warning in result.warnings():
@@ -183,10 +197,18 @@ def run(args: argparse.Namespace) -> int:
   return 1 if failed else 0
 
 
+def _read_stdin() -> bytes:
+  with write_errors_name("- (stdin)"):
+    return sys.stdin.buffer.read()
+
+
 def warmup(args: argparse.Namespace) -> int:
   """Compiles the programs of `run`; raises ValueError or OSError for a bad checkpoint or option."""
-  transcriber = _load(args)
-  number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
+  from mooer_jax.run.process import out_of_memory_as_error
+
+  with out_of_memory_as_error(_MEMORY_REMEDY):
+    transcriber = _load(args)
+    number = transcriber.warmup(progress=sys.stderr.isatty(), **_given(args, "max_audio_s"))
   print(f"batch shapes compiled: {number}")
   return 0
 
@@ -226,11 +248,14 @@ def _shown(name: str) -> str:
 
 def _check_json_target(path: Path, audio: list[str]) -> None:
   """Raises OSError or ValueError for a file that cannot or must not be written."""
+  from mooer_jax.checkpoint import enclosing
+
+  if str(path) == STDIN:
+    raise ValueError("--json -: name a file, such as /dev/stdout")
   if path.is_dir():
     raise IsADirectoryError(f"--json {path}: a folder; name a file")
-  for folder in path.resolve().parents:
-    if (folder / "checkpoint.json").is_file():
-      raise ValueError(f"--json {path} is in the checkpoint {folder}; name another folder")
+  if inside := enclosing(path):
+    raise ValueError(f"--json {path} is in the checkpoint {inside}; name another folder")
   if path.exists():
     if any(os.path.exists(name) and os.path.samefile(name, path) for name in audio):
       raise ValueError(f"--json {path} is one of the audio files; name another file")

@@ -1,5 +1,6 @@
 """Copies of checkpoints in an object store."""
 
+import json
 import shutil
 
 import numpy as np
@@ -89,6 +90,25 @@ def test_a_copy_that_lost_a_file_leaves_no_checkpoint(url, tmp_path, name):
     with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
       checkpoint.restore(url, tmp_path / "new")
   assert checkpoint.latest(tmp_path / "new") is None
+
+
+@pytest.mark.parametrize(
+  "content",
+  [b"", b"{", b"[1]", b"\xff", b"{}", b'{"format": 1}', "no files", "../../outside"],
+  ids=str,
+)
+def test_a_manifest_that_is_damaged_is_named_and_nothing_is_downloaded(tmp_path, content):
+  folder = step(tmp_path / "copies", 1)
+  if isinstance(content, str):
+    about = json.loads((folder / "checkpoint.json").read_text())
+    about["files"] = None if content == "no files" else {**about["files"], content: [0, ""]}
+    content = json.dumps(about).encode()
+  (folder / "checkpoint.json").write_bytes(content)
+  with pytest.raises(
+    ValueError, match="train.mirror: file:.*/step_00000001/checkpoint.json .*dele"
+  ):
+    checkpoint.restore(f"file://{tmp_path}/copies", tmp_path / "new")
+  assert not (tmp_path / "new").exists()
 
 
 def test_the_error_of_a_copy_is_raised_by_the_next_one_or_at_the_end(tmp_path, monkeypatch, capsys):

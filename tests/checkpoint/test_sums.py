@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mooer_jax import checkpoint, cli, tree
+from mooer_jax import checkpoint, cli, files, tree
 from mooer_jax.checkpoint import CheckpointError, sums
 from mooer_jax.checkpoint.leaves import as_lazy
 from tests.checkpoint.checkpoints_of import params, save
@@ -75,6 +75,21 @@ def test_each_damaged_file_is_found(saved, tmp_path, how):
       continue  # the next test
     (line,) = checkpoint.find_damage(folder)
     assert line.startswith(f"{folder / name} ") and "\n" not in line
+
+
+def test_git_lfs_pointers_are_named(saved, tmp_path):
+  for name in files_of(saved):
+    folder = tmp_path / "c"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    (folder / name).write_bytes(files.LFS_POINTER + b"v1\noid sha256:0\n")
+    if name.name != "checkpoint.json":
+      assert f"{folder / name}: {files.LFS_REMEDY}" in checkpoint.find_damage(folder)[0]
+    if name.parts[0] == "train_state":
+      continue
+    with pytest.raises(CheckpointError) as caught:
+      checkpoint.load(folder)
+    assert str(caught.value).startswith(f"{folder / name}: {files.LFS_REMEDY}")
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["sums", "no-sums"])

@@ -92,8 +92,9 @@ def test_what_cannot_be_packed_is_named_and_the_rest_is_packed(lists, tmp_path):
   (tmp_path / "notes.wav").write_text("no audio")
   with open(tmp_path / "wav.scp", "a") as file:
     file.write(f"k0 {tmp_path}/other.wav\nk7 {tmp_path}/notes.wav\nk8 {tmp_path}/clip 4.wav\n")
+    file.write("k10 a\0.wav\nk11 /dev/zero\n")
   with open(tmp_path / "text", "a") as file:
-    file.write("k7 seven\nk9 nine\n")
+    file.write("k7 seven\nk9 nine\nk10 ten\nk11 eleven\n")
   report = lists(per_shard=1)
   assert [key for key, _, _ in _content(report.data_list)] == ["k0", "k4", "k5", "k6"]
   assert {(u.key, u.cause) for u in report.left_out} == {
@@ -104,8 +105,10 @@ def test_what_cannot_be_packed_is_named_and_the_rest_is_packed(lists, tmp_path):
     ("k7", "undecodable"),
     ("k8", "no transcript"),
     ("k9", "no audio"),
+    ("k10", "no audio"),
+    ("k11", "no audio"),
   }
-  assert len((tmp_path / "out" / "left_out.tsv").read_text().splitlines()) == 7
+  assert len((tmp_path / "out" / "left_out.tsv").read_text().splitlines()) == 9
 
 
 def test_segments_cut_exact_samples(tmp_path, wav):

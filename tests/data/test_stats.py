@@ -37,6 +37,14 @@ def mixed(shards):
   return str(shards.list)
 
 
+@pytest.mark.parametrize("announced", [10**400, 1e308, float("nan"), float("inf"), -1])
+def test_an_impossible_duration_is_measured_instead(shards, announced):
+  about = json.dumps({"text": "N1", "duration": announced}).encode()
+  shards.add_members([("a.json", about), ("a.wav", make_wav(1.5))])
+  stats = data_stats(str(shards.list), processes=1)
+  assert (stats.utterances, stats.seconds) == (1, 1.5)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_everything_is_counted_once(mixed, processes):
   stats = data_stats(mixed, processes=processes)

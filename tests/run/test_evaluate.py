@@ -135,6 +135,15 @@ def test_texts_that_no_evaluation_wrote_are_not_overwritten(tmp_path):
   assert out_folder(EvalConfig(out=str(scored)), tmp_path, "name") == scored
 
 
+def test_results_are_written_neither_to_a_file_nor_into_a_checkpoint(tmp_path):
+  (tmp_path / "checkpoint.json").touch()
+  for out in (tmp_path, tmp_path / "new" / "eval"):
+    with pytest.raises(ValueError, match="is in the checkpoint .*; set another folder"):
+      out_folder(EvalConfig(out=str(out)), tmp_path, "name")
+  with pytest.raises(ValueError, match="checkpoint.json: is not a folder; choose another one"):
+    out_folder(EvalConfig(out=str(tmp_path / "checkpoint.json")), tmp_path, "name")
+
+
 def test_utterances_whose_scores_are_not_finite_are_not_decoded(config, monkeypatch):
   config.train.steps = 2
   train(config)

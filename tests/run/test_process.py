@@ -1,4 +1,4 @@
-"""The process of a run: the compilation cache."""
+"""The process of a run: the compilation cache, and memory that is exceeded."""
 
 from types import SimpleNamespace
 
@@ -12,8 +12,29 @@ from mooer_jax.run import process
 from mooer_jax.run.config import Run
 from mooer_jax.run.evaluate import evaluate
 from mooer_jax.run.perplexity import perplexity
+from mooer_jax.run.process import out_of_memory_as_error
 from mooer_jax.run.train import train
 from mooer_jax.storage import RemoteError
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    MemoryError(),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+  ],
+  ids=lambda error: type(error).__name__,
+)
+def test_exceeded_memory_is_an_error_with_a_remedy(error):
+  with pytest.raises(ValueError, match=r"^out of memory \([^\n]+\); lower the batch size$"):
+    with out_of_memory_as_error("lower the batch size"):
+      raise error
+
+
+def test_other_errors_of_the_device_keep_their_traceback():
+  error = jax.errors.JaxRuntimeError("INTERNAL: a defect")
+  with pytest.raises(jax.errors.JaxRuntimeError), out_of_memory_as_error("lower it"):
+    raise error
 
 
 @pytest.mark.parametrize(

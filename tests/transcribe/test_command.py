@@ -157,6 +157,7 @@ def test_audio_is_never_overwritten(folder, clips, tmp_path, capsys):
     (["--temperature", "inf"], "temperature=inf"),
     (["--top-p", "nan"], "top_p=nan"),
     (["--length-penalty", "nan"], "length_penalty=nan"),
+    (["--length-penalty", "1e308", "--num-beams", "2"], "length_penalty=1e+308: must be from -"),
     (["--seed", str(2**64)], f"seed={2**64}"),
     (["--seed", "-1"], "seed=-1"),
     (["--min-new-tokens", "300", "--max-new-tokens", "200"], "must be at most max_new_tokens=200"),

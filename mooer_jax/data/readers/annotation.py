@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mooer_jax.audio.decode import read_file
 from mooer_jax.data.readers.entries import TEXT, RawUtterance, SkippedUtterance, as_key, is_text
 from mooer_jax.files import read_json_object
 
@@ -97,7 +98,7 @@ def read_piece(name: str) -> Generator[RawUtterance]:
 
 def _load(raw: RawUtterance, *, clips: Sequence[Path]) -> RawUtterance | SkippedUtterance:
   try:
-    audio, *more = (clip.read_bytes() for clip in clips)
+    audio, *more = map(read_file, clips)
   except OSError as error:
     return raw.skip("no audio", f"{error.filename}: {error.strerror or error}")
   return dataclasses.replace(raw, audio=audio, more=tuple(more))

@@ -6,11 +6,12 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.audio.decode import AudioError
+from mooer_jax.audio.decode import AudioError, read_file
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, is_text, parse_line
 from mooer_jax.data.readers.segments import SegmentError, SegmentReader
 from mooer_jax.data.readers.tars import TARS
@@ -138,7 +139,8 @@ def _wrong(about: dict[str, Any]) -> Iterator[str]:
       yield name
   for name in ("start", "end"):
     value = about.get(name)
-    if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
+    if value is not None and not abs(number) <= sys.float_info.max:
       yield name
 
 
@@ -163,7 +165,7 @@ def _load(
 ) -> RawUtterance | SkippedUtterance:
   clip, segment = list_file.parent / raw.about["wav"], _segment(raw.about)
   try:
-    audio = clip.read_bytes() if segment == (0, -1) else segments.read(clip, *segment)
+    audio = read_file(clip) if segment == (0, -1) else segments.read(clip, *segment)
   except OSError as error:
     cause, detail = "no audio", f"{clip}: {error.strerror or error}"
   except AudioError as error:

@@ -14,6 +14,7 @@ from mooer_jax.data.readers.tars import (
   DamagedShard,
   read_members,
 )
+from mooer_jax.files import LFS_POINTER, LFS_REMEDY
 
 _SLOTS = dict.fromkeys(AUDIO_SUFFIXES, "audio") | dict.fromkeys(VIDEO_SUFFIXES, "video")
 _READ = ("txt", "json", *_SLOTS)
@@ -65,8 +66,10 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def read_lines(path: str | Path) -> list[str]:
-  """Lines of a UTF-8 file; raises ValueError with a line that is not UTF-8 or holds a CR."""
+  """Lines of a UTF-8 file; raises ValueError for another, a CR in a line, or an LFS pointer."""
   content = storage.read_bytes(path)
+  if content.startswith(LFS_POINTER):
+    raise ValueError(f"{path}: {LFS_REMEDY}")
   try:
     lines = content.decode("utf-8-sig").split("\n")
   except UnicodeDecodeError as error:

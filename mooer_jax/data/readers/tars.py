@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mooer_jax import storage
 from mooer_jax.data.readers.entries import as_key
+from mooer_jax.files import LFS_POINTER, LFS_REMEDY
 
 # Suffixes of audio members; the content determines the decoder.
 AUDIO_SUFFIXES = (
@@ -73,7 +74,9 @@ def read_members(path: str, suffixes: tuple[str, ...]) -> Generator[Member]:
   reading = ""
   try:
     with storage.open_binary(path) as stored:
-      first = stored.peek(8)
+      first = stored.peek(len(LFS_POINTER))
+      if first.startswith(LFS_POINTER):
+        raise tarfile.ReadError(LFS_REMEDY)
       decoder = next((decode for magic, decode in _DECODERS if first.startswith(magic)), None)
       stream = _Stream(decoder(stored) if decoder else stored)
       with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
