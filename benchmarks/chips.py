@@ -1,5 +1,6 @@
 """TPU chips that programs are compiled for on a CPU machine, with the compiler in libtpu."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -67,6 +68,11 @@ PEAKS = {
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
   """Return the chips of a named topology, such as "v5e:4x4", or of several slices of its shape."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "libtpu is not installed, which has the compiler for TPUs; install it with:"
+      " pip install '.[tpu]' (Linux on x86-64)"
+    )
   several = {"num_slices": slices} if slices > 1 else {}
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices

@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
   except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in _EXTRAS:
       raise
-    install = "pip install 'mooer-jax[convert,verify]'"
+    extras = "convert,verify" if args.command == "verify" else "convert"
+    install = f"pip install 'mooer-jax[{extras}]'"
     print(f"{prog}: {error}; install it with: {install}", file=sys.stderr)
     return 2
   except BrokenPipeError:
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+  parser = argparse.ArgumentParser(
+    prog=prog, description="Converts PyTorch checkpoints to checkpoints of mooer_jax and back."
+  )
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
   importing = _add_command(commands, "import", "PyTorch files to a checkpoint")

@@ -52,10 +52,13 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
     raise ValueError(f"the question {question!r} contains {SPEECH}; put it into the prompt")
   around = TEMPLATES[template]
   if around.count(SPEECH) + prompt.count(SPEECH) != 1:
-    where = "" if SPEECH not in around else f", and chat template {template!r} adds it too"
+    if SPEECH in around:
+      where, remedy = f", and chat template {template!r} adds it too", f"; leave {SPEECH} out"
+    else:
+      where, remedy = "", ""
     raise ValueError(
       f"the prompt {prompt!r} contains {SPEECH} {prompt.count(SPEECH)} times{where}; it must occur"
-      " exactly once"
+      f" exactly once{remedy}"
     )
   before, after = around.replace("{prompt}", prompt).split(SPEECH)
   return before.replace(QUESTION, question), after.replace(QUESTION, question)

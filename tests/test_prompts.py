@@ -49,6 +49,11 @@ def test_the_speech_stands_in_exactly_one_place(template, prompt, times):
     fill_template(template, prompt)
 
 
+def test_a_second_place_for_the_speech_comes_with_a_remedy():
+  with pytest.raises(ValueError, match=f"'bare' adds it too;.*; leave {SPEECH} out$"):
+    fill_template("bare", f"Hear {SPEECH}.")
+
+
 def test_a_question_goes_into_the_prompt():
   prompt = f"{SPEECH} {{}}"
   assert fill_template("none", prompt, "Who {speaks}?") == ("", " Who {speaks}?")

@@ -55,7 +55,9 @@ def _open_file(path: Path, part: str | None) -> Source:
   if path.suffix in _TORCH and not ctranslate2:
     return open_torch(path, part)
   if part:
-    raise ReadError(f"{path}: only torch files have parts, got part={part!r}")
+    raise ReadError(
+      f"{path}: must be a PyTorch file ({', '.join(_TORCH)}), whose entry {part!r} has the weights"
+    )
   if ctranslate2:
     return open_ctranslate2(path)
   return open_gguf(path) if path.suffix == ".gguf" else open_safetensors(path)

@@ -212,6 +212,13 @@ def _description(
   }
 
 
+def _by_name(description: Mapping[str, Any]) -> dict[str, Any]:
+  """A description with each setting of data.augment by itself; without any, all are unset."""
+  augment = Augmentation().description() | description.get("data.augment", {})
+  named = {f"data.augment.{name}": value for name, value in augment.items()}
+  return {name: value for name, value in description.items() if name != "data.augment"} | named
+
+
 class _Batches(grain.IterDataset):
   def __init__(
     self,
@@ -318,12 +325,11 @@ class _DescribedIterator(grain.DatasetIterator):
   def set_state(self, state: dict[str, Any]):
     try:
       # Early states lack some names.
-      unset = Augmentation().description()
       added = {"data.streams": 1, "data.filter": "", "data.labels": "", "data.mixture": {}}
-      saved = {**added, "data.augment": unset, **state["of"]}
+      saved = _by_name({**added, **state["of"]})
       changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
-        for name, value in self._description.items()
+        for name, value in _by_name(self._description).items()
         if saved.get(name, value) != value
       ]
       if changed:

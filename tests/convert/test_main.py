@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from convert import kinds
+from convert import main as main_module
 from convert.main import main
 
 PROGRAM = """
@@ -60,3 +61,22 @@ def test_sigterm_leaves_no_partial_folder_and_exits_with_status_143(tmp_path, mo
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
   assert not any(out.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+  "arguments, function, extras",
+  [
+    (["inspect", "a"], "_inspect", "[convert]"),
+    (["import", "llama", "a", "b"], "_import", "[convert]"),
+    (["verify", "llama", "a", "b"], "_verify", "[convert,verify]"),
+  ],
+)
+def test_an_absent_package_is_named_with_the_extras_of_the_command(
+  monkeypatch, capsys, arguments, function, extras
+):
+  def absent(args):
+    raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+  monkeypatch.setattr(main_module, function, absent)
+  assert main(arguments) == 2
+  assert f"'torch'; install it with: pip install 'mooer-jax{extras}'\n" in capsys.readouterr().err
