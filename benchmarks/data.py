@@ -45,7 +45,7 @@ CASES = {"wav, 16 kHz": Case("wav", 16000, 400), "mp3, 24 kHz": Case("mp3", 2400
 
 
 class Totals(NamedTuple):
-  """What a pass over a data set has delivered."""
+  """Counts of a pass over a data set."""
 
   clips: int
   audio_s: float

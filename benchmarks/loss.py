@@ -7,12 +7,10 @@ Qwen2-7B's vocabulary in bfloat16, with its gradient of the hidden states (the h
 with LoRA). The time is that of both at the size of Qwen2-0.5B on this machine, in turns.
 """
 
-import argparse
 import dataclasses
 import functools
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.chips import memory_of, topology_devices  # isort: skip  (before jax)
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.provenance import versions, write_result
+from benchmarks.provenance import run_benchmark, versions
 from mooer_jax import speech_llm, tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.decoders.llm import LLMConfig
@@ -105,14 +103,5 @@ def measure() -> dict[str, Any]:
   return result
 
 
-def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--json", type=Path, help="file to write")
-  args = parser.parse_args()
-  write_result(args.json, measure(), SOURCES)
-
-
 if __name__ == "__main__":
-  main()
+  run_benchmark(__doc__, measure, SOURCES)

@@ -5,6 +5,7 @@
 The check is part of `make lint`. It only warns, because a result stays true of its commit.
 """
 
+import argparse
 import ast
 import datetime
 import hashlib
@@ -15,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def write_result(
   }
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps({**result, "provenance": provenance}, indent=2) + "\n", "utf-8")
+
+
+def run_benchmark(
+  doc: str | None, measure: Callable[[], Mapping[str, Any]], sources: Iterable[str]
+) -> None:
+  """Command line of a benchmark without options of its own; --json FILE writes its result."""
+  parser = argparse.ArgumentParser(
+    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--json", type=Path, help="file to write")
+  args = parser.parse_args()
+  write_result(args.json, measure(), sources)
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -97,7 +110,7 @@ def _is_text(node) -> bool:
 
 
 def changed_sources(provenance: Mapping[str, Any], root: Path = ROOT) -> list[str]:
-  """What has changed among the source files that a result describes."""
+  """The changed ones of the source files that a result describes."""
   changed = []
   for source, before in provenance["sources"].items():
     if not (root / source).exists():

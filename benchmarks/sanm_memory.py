@@ -8,9 +8,7 @@ memory's share. A kernel that fused it with attention could save at most its byt
 Pallas kernel for the bytes and XLA's for the FLOPs: XLA does not count those in a kernel.
 """
 
-import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from benchmarks.chips import topology_devices  # isort: skip  (before jax)
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.provenance import versions, write_result
+from benchmarks.provenance import run_benchmark, versions
 from mooer_jax.encoders.sanm import Memory, SANMConfig, SANMLayer
 from mooer_jax.nn.compute import ExecutionConfig
 
@@ -97,14 +95,5 @@ def measure() -> dict[str, Any]:
   return {**result, "versions": versions("jax", "jaxlib", "libtpu", "flax")}
 
 
-def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--json", type=Path, help="file to write")
-  args = parser.parse_args()
-  write_result(args.json, measure(), SOURCES)
-
-
 if __name__ == "__main__":
-  main()
+  run_benchmark(__doc__, measure, SOURCES)

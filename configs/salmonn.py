@@ -10,9 +10,9 @@ Stages:    1   pre-training: speech recognition and audio captioning
            3   activation tuning: configs/salmonn_activation.py
            Stages 1 and 2 differ only in annotation files and initial checkpoint, because SALMONN
            publishes one schedule.
-Hardware:  16 TPU v5e (4x4). The compiled train step needs 4.7 GiB of a chip's 16 GiB at 7B (stage
-           1) and 6.3 GiB at 13B (stage 2), with 64 clips of 30 s in an optimizer step; it has not
-           run yet: python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
+Hardware:  16 TPU v5e (4x4), with 64 clips of 30 s in an optimizer step; it has not run yet. The
+           memory that it needs is in benchmarks/README.md; to compute it for another mesh:
+           python -m benchmarks.aot --config=configs/salmonn.py:7b,1 --topology=v5e:4x4
 Time:      not measured
 Expected:  the published scores, which `eval.py --suite=salmonn` prints; not reproduced yet
 """

@@ -164,7 +164,7 @@ def check_rows(mesh: Mesh) -> None:
 
 
 def lost_process(error: BaseException) -> str:
-  """What to say of an error that comes from the loss of another process; "" of any other."""
+  """The message for an error that comes from the loss of another process; "" for any other."""
   chain: BaseException | None = error
   while chain is not None and are_several():
     if found := re.search(_LOST, str(chain)):

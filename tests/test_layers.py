@@ -163,6 +163,15 @@ def test_the_checker_reads_the_project(repo_root):
   assert {"nn", "encoders", "decoders", "speech_llm", "training"} <= parts
 
 
+def test_the_readme_shows_every_part_in_its_layer(repo_root):
+  _, _, drawn = (repo_root / "README.md").read_text("utf-8").partition("\nmooer_jax/\n")
+  lines = [line for line in drawn.partition("\nconvert/")[0].split("\n") if line[2] != " "]
+  shown = [{*line.strip().partition("  ")[0].split()} for line in lines]
+  parts = {part_of(path, repo_root) for path in python_files(repo_root)} - {None}
+  layers = [LAYERS[number] for number in sorted(LAYERS, reverse=True)]
+  assert shown == [parts.intersection(layer) for layer in layers if parts.intersection(layer)]
+
+
 @pytest.mark.parametrize(
   "path, source, rule, message",
   [

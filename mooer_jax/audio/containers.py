@@ -41,7 +41,7 @@ _LOGGED_SIZE = re.compile(
 _LOGGED_CUT = "Seems to be a truncated file."  # of VOC
 # A WAV written to a pipe announces a size near 2^31 or 2^32, because its writer did not know it.
 _STREAMED_BYTES = 0x7FFF0000
-_STREAMED_FRAMES = (1 << 63) - 1  # of FLAC, in libsndfile
+STREAMED_FRAMES = (1 << 63) - 1  # of FLAC, in libsndfile
 _NIST_SAMPLES = re.compile(rb"\nsample_count -i (\d+)")
 
 # Formats whose header has a length; for others, FFmpeg estimates it from the bit rate.
@@ -190,7 +190,7 @@ def check_length(announced_s: float, found_s: float) -> None:
 def check_sndfile_length(data: bytes, file: Any, found_s: float) -> None:
   """Check the decoded length of an open `soundfile.SoundFile`; raises as `check_length`."""
   guessed = file.format == "MP3" and not _MP3_HEADER.search(data)
-  if file.frames != _STREAMED_FRAMES and not guessed:
+  if file.frames != STREAMED_FRAMES and not guessed:
     check_length(file.frames / file.samplerate, found_s)
   if file.format == "NIST" and (count := _NIST_SAMPLES.search(data[:1024])):
     check_length(int(count[1]) / file.samplerate, found_s)

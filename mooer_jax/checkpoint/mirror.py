@@ -21,7 +21,7 @@ from mooer_jax.checkpoint.steps import STEP, all_steps, latest, step_of
 from mooer_jax.checkpoint.sums import check_sizes
 from mooer_jax.checkpoint.writing import put_in_place
 
-RECORDS = ("metrics.jsonl", "skipped.jsonl")  # of a run, in its folder
+RECORDS = ("metrics.jsonl", "skipped.jsonl", "perplexity.json")  # of a run, in its folder
 _LAST = "checkpoint.json"
 _TRANSFERS = 8  # at a time
 

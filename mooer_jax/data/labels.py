@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 import weakref
 from array import array
@@ -133,7 +134,7 @@ class LabelFile:
       raise FileNotFoundError(f"{path}: no such label file; it has `KEY text` lines")
     index = _index(self.path)
     _remove_leftovers()
-    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}@{socket.gethostname()}@")
     weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
     self._open(folder, index)
 
@@ -170,7 +171,7 @@ class LabelFile:
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-  """What is done with the lines of a label file.
+  """Replaces or joins transcripts by the lines of a label file.
 
   Attributes:
     mode: "replace": the label is the text. "concat": transcript, separator, label. "concat_r":
@@ -214,9 +215,9 @@ class Labels:
 
 
 def _remove_leftovers() -> None:
-  """Removes the folders of processes that were killed."""
-  for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-    pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+  """Removes the folders of processes of this host that were killed; hosts may share TMPDIR."""
+  for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*@{socket.gethostname()}@*"):
+    pid = folder.name.removeprefix(_PREFIX).partition("@")[0]
     try:
       os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -68,10 +68,7 @@ def prepare(
     FileNotFoundError, ValueError: for a source without data, options that exclude each other,
       another source than that of the interrupted run, or if another process prepares `out`.
   """
-  if storage.is_url(source):
-    raise ValueError(
-      f"{source}: is a URL, which training reads, but `data prepare` does not; copy or mount it"
-    )
+  _check_local(source)
   source, out = os.path.abspath(source), Path(os.path.abspath(out))
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out}: exists already; remove it or choose another --out")
@@ -83,6 +80,8 @@ def prepare(
       f"processes={processes} has no effect on Apache Beam; name the number in its options"
     )
   names = shard_names(source)
+  for name in names:
+    _check_local(name)
   if files is not None and files > len(names):
     raise ValueError(f"files={files}: must be at most {len(names)}, the number of shards or blocks")
   count = files or min(MAX_FILES, len(names))
@@ -109,6 +108,13 @@ def prepare(
     os.replace(beside, out)
     shutil.rmtree(out / _PROGRESS)
   return report
+
+
+def _check_local(path: str | Path) -> None:
+  if storage.is_url(path):
+    raise ValueError(
+      f"{path}: is a URL, which training reads, but `data prepare` does not; copy or mount it"
+    )
 
 
 def write_file(path: str, names: Sequence[str]) -> None:

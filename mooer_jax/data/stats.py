@@ -1,4 +1,4 @@
-"""What a data set contains: hours, lengths, languages, and buckets that fit."""
+"""Statistics of a data set: hours, lengths, languages, and buckets that fit."""
 
 import dataclasses
 import io
@@ -11,6 +11,12 @@ import numpy as np
 import soundfile
 
 from mooer_jax import storage
+from mooer_jax.audio.containers import (
+  STREAMED_FRAMES,
+  Damaged,
+  check_sndfile_length,
+  split_joined,
+)
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.filters import Filter
 from mooer_jax.data.labels import Labels
@@ -128,8 +134,8 @@ def data_stats(
   """Reads all utterances of a data set and counts them.
 
   A length is the field "duration" of an utterance, if it has one, or the length of its segment,
-  and then audio in files of its own is not opened. Else the audio is decoded, unless libsndfile can
-  tell its length.
+  and then audio in files of its own is not opened. Else it is read, and decoded
+  unless its headers announce its length.
 
   Args:
     source: as `data.shards`.
@@ -192,14 +198,28 @@ def _seconds(raw: RawUtterance) -> float | SkippedUtterance:
     return loaded
   seconds = 0.0
   for audio in (loaded.audio, *loaded.more):
-    try:
-      seconds += soundfile.info(io.BytesIO(audio)).duration
-    except (RuntimeError, OSError):
+    if (length_s := _length_in_headers(audio)) is None:
       try:
         samples, rate_hz = decode(audio, name=raw.key)
-        seconds += len(samples) / rate_hz
       except AudioError as error:
         return raw.skip(error.cause, str(error))
+      length_s = len(samples) / rate_hz
+    seconds += length_s
+  return seconds
+
+
+def _length_in_headers(audio: bytes) -> float | None:
+  """Length of a clip, or of concatenated ones, in seconds; None if it must be decoded for that."""
+  seconds = 0.0
+  try:
+    for data in split_joined(audio):
+      with soundfile.SoundFile(io.BytesIO(data)) as file:
+        if file.frames == STREAMED_FRAMES:
+          return None
+        check_sndfile_length(data, file, file.frames / file.samplerate)
+        seconds += file.frames / file.samplerate
+  except (RuntimeError, OSError, Damaged):  # decoding says how it is damaged
+    return None
   return seconds
 
 

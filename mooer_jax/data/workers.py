@@ -1,6 +1,6 @@
 """Work of several processes, shown in a progress bar."""
 
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import multiprocessing
 import os
@@ -32,6 +32,9 @@ def run_in_processes(
       forked, since this process may run JAX's threads.
     progress: text beside the progress bar; "" shows none.
     sizes: of the jobs, for the bar; default: 1 each.
+
+  Raises:
+    OSError: if a process was killed; and what the function raises.
   """
   processes = min(processes or os.cpu_count() or 1, len(jobs))
   sizes = sizes or [1] * len(jobs)
@@ -47,9 +50,15 @@ def run_in_processes(
       )
       stack.callback(pool.shutdown, cancel_futures=True)
       results = pool.map(function, *zip(*jobs))
-    for size, result in zip(sizes, results, strict=True):
-      yield result
-      bar.advance(task, size)
+    try:
+      for size, result in zip(sizes, results, strict=True):
+        yield result
+        bar.advance(task, size)
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise OSError(
+        f"one of {processes} worker processes was killed, as when the memory is full; set a lower"
+        " number of processes (--processes)"
+      ) from error
 
 
 def _start_worker():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,14 @@ class SweepPoint:
   scale: float
   task: str
   score: TaskScore
+
+
+def exp_of(nats: float) -> float:
+  """The perplexity of a loss in nats per token; infinite beyond the range of floats."""
+  try:
+    return math.exp(nats)
+  except OverflowError:
+    return math.inf
 
 
 def write(path: Path, rows: Sequence[Perplexity] | Sequence[SweepPoint]) -> None:

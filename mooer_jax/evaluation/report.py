@@ -39,7 +39,8 @@ def write_report(
   except (TypeError, ValueError) as error:
     raise ValueError(f"details of {name!r} cannot be written as JSON: {error}") from error
   with replace_file(text_path) as beside:
-    beside.write_text(as_text(score, name=name, details=details), encoding="utf-8")
+    text = as_text(score, name=name, details=details)
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
   return json_path, text_path
 
 

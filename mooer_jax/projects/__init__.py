@@ -1,1 +1,1 @@
-"""What single papers train or measure; imported by the entry points only."""
+"""Training and benchmarks of single papers; imported by the entry points only."""

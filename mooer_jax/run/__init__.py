@@ -1,1 +1,1 @@
-"""What people run: training and evaluation, each readable from top to bottom."""
+"""Training and evaluation, each readable from top to bottom."""

@@ -22,7 +22,7 @@ AHEAD = 2  # batches on the devices, besides that of the step that runs
 
 
 class BatchSummary(NamedTuple):
-  """What the records need to know of the batch of a step, of all processes together."""
+  """Values of the batch of a step for the records of a run, of all processes together."""
 
   audio_s: float
   num_truncated: int

@@ -206,4 +206,5 @@ def dataset_name(config: DataConfig) -> str:
       files.append(f"{path} absent")
   crc = zlib.crc32("\n".join(files).encode())
   filters = " | ".join(source.filter.text for source in sources)
-  return f"{crc:08x} {config.min_s} {config.max_s} {filters}".strip()
+  # One line of a file; a filter may have several.
+  return " ".join(f"{crc:08x} {config.min_s} {config.max_s} {filters}".split())

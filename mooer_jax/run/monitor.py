@@ -19,6 +19,8 @@ from mooer_jax.run.config import TrainConfig
 from mooer_jax.run.feed import BatchSummary
 from mooer_jax.training.step import describe_bad_step
 
+_ESCAPED = "backslashreplace"  # of lone surrogates, which file names may have, the escape of JSON
+
 
 class Evaluator(Protocol):
   """Measures a model every `every` optimizer steps, and the first and the last model."""
@@ -47,7 +49,7 @@ class SkippedLog:
       if name not in self.names:
         self.names.add(name)
         line = {"step": step, **dataclasses.asdict(utterance)}
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors=_ESCAPED) as file:
           file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -205,9 +207,8 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
   """Drops the lines of later steps, which a resumed run repeats; returns the others."""
   if not path.exists():
     return []
-  lines = path.read_text("utf-8").splitlines(keepends=True)
-  if lines and not lines[-1].endswith("\n"):
-    lines.pop()  # torn when the run was killed; it was after the last checkpoint
+  # The last line is empty, or torn when the run was killed; that was after the last checkpoint.
+  *lines, _ = path.read_text("utf-8").split("\n")  # `splitlines` splits at U+2028 too
   rows = []
   for number, line in enumerate(lines, 1):
     try:
@@ -220,7 +221,7 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
       ) from error
   with replace_file(path) as beside:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", errors=_ESCAPED)
   return rows
 
 

@@ -30,6 +30,7 @@ from mooer_jax.evaluation.perplexity import (
   NONE,
   Perplexity,
   draw_perplexities,
+  exp_of,
   perplexity_table,
   read_perplexities,
   write,
@@ -220,7 +221,7 @@ def _measure(
       totals[scale] += jax.device_get(sums)
   causes = ", ".join(f"{cause}: {n}" for cause, n in left_out.items() if n)
   rows = [
-    Perplexity(str(folder), step, scale, instruction, task, math.exp(nats / tokens), int(tokens))
+    Perplexity(str(folder), step, scale, instruction, task, exp_of(nats / tokens), int(tokens))
     for scale, sums in totals.items()
     for task, (nats, tokens, _) in zip(tasks, sums, strict=True)
     if tokens

@@ -18,6 +18,7 @@ from absl import app, flags, logging
 
 from mooer_jax import hosts
 from mooer_jax.run.config import renamed_keys
+from mooer_jax.storage import RemoteError
 
 
 def run_program(
@@ -61,7 +62,8 @@ def run_program(
     except KeyboardInterrupt:
       _end(f"{program}: interrupted", 130)
     except Exception as error:
-      if lost := hosts.lost_process(error):
+      # A store's connection is not that of a process.
+      if not isinstance(error, RemoteError) and (lost := hosts.lost_process(error)):
         _end(f"{program}: {lost}", 1)
       if not isinstance(error, ValueError | OSError | FloatingPointError):
         if not hosts.are_several():

@@ -36,7 +36,9 @@ def mirrored(url, workdir, *numbers, count=2):
 def test_an_empty_workdir_is_restored_from_the_newest_copy(url, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
-  (workdir / "metrics.jsonl").write_text('{"step": 1}\n')
+  records = {name: f"of {name}\n" for name in ("metrics.jsonl", "skipped.jsonl", "perplexity.json")}
+  for name, text in records.items():
+    (workdir / name).write_text(text)
   mirrored(url, workdir, 1, 2, 3)
   assert copies(url) == ["step_00000002", "step_00000003"]
   assert checkpoint.restore(url, workdir) is None
@@ -44,7 +46,7 @@ def test_an_empty_workdir_is_restored_from_the_newest_copy(url, tmp_path):
   folder = checkpoint.restore(url + "/", workdir)
   assert folder == checkpoint.step_folder(workdir, 3) and checkpoint.find_damage(folder) == []
   assert_same(checkpoint.load(folder).params, params(3))
-  assert (workdir / "metrics.jsonl").read_text() == '{"step": 1}\n'
+  assert {name: (workdir / name).read_text() for name in records} == records
   # It goes on; older copies stay until there are enough newer ones.
   mirrored(url, workdir, 4)
   assert copies(url) == ["step_00000003", "step_00000004"]

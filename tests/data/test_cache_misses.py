@@ -148,3 +148,11 @@ def test_a_cached_clip_is_left_out_where_the_connector_makes_no_token_of_it(
     hosts = [next(iterator) for _ in range(3)]
     iterator.close()
     assert {f"{s.key}: {s.cause}" for host in hosts for s in host.skipped} == causes
+
+
+def test_a_pass_with_a_filter_of_several_lines_is_not_repeated(shards, tmp_path):
+  shards.add(1)
+  name = dataset_name(shards.config(filter="(language == 'en'\n and duration < 3)"))
+  cache = EncodedCache(tmp_path / "cache", {"sanm": 8})
+  cache.mark_complete(name)
+  assert cache.complete(name) and not cache.complete(dataset_name(shards.config()))

@@ -224,18 +224,18 @@ def test_a_saved_position_of_other_shards_with_the_same_names_is_refused(shards,
 def _bad_members(wav, encode_wav):
   nan = np.full((4000, 1), np.nan, np.float32)
   return {
-    "zero bytes": ("empty audio", b"", b"A"),
-    "no samples": ("empty audio", encode_wav(np.zeros((0, 1), np.float32)), b"A"),
-    "one sample": ("too short", encode_wav(np.zeros((1, 1), np.float32)), b"A"),
+    "zero_bytes": ("empty audio", b"", b"A"),
+    "no_samples": ("empty audio", encode_wav(np.zeros((0, 1), np.float32)), b"A"),
+    "one_sample": ("too short", encode_wav(np.zeros((1, 1), np.float32)), b"A"),
     "nan": ("not finite", encode_wav(nan, subtype="FLOAT"), b"A"),
     "noise": ("undecodable", bytes(range(256)) * 20, b"A"),
     "cut": ("undecodable", wav(1.0)[:9000], b"A"),
-    "ten minutes": ("too long", encode_wav(np.zeros((600 * 8000, 1), np.float32), 8000), b"A"),
+    "ten_minutes": ("too long", encode_wav(np.zeros((600 * 8000, 1), np.float32), 8000), b"A"),
     "short": ("too short", wav(0.19), b"A"),
-    "empty text": ("empty transcript", wav(0.5), b" \n"),
+    "empty_text": ("empty transcript", wav(0.5), b" \n"),
     "latin1": ("transcript not UTF-8", wav(0.5), b"\xe9t\xe9"),
     "foreign": ("unknown character", wav(0.5), "漢".encode()),
-    "long text": ("answer too long", wav(0.5), b"12345678"),
+    "long_text": ("answer too long", wav(0.5), b"12345678"),
   }
 
 
@@ -247,14 +247,14 @@ def _members(utterances):
 def test_each_kind_of_bad_utterance_is_counted_by_its_cause(shards, wav, encode_wav, take):
   bad = _bad_members(wav, encode_wav)
   shards.add_members(_members(bad))
-  cut = shards.add_members([("cut tar.txt", b"A"), ("cut tar.wav", wav(0.5))])
+  cut = shards.add_members([("cut_tar.txt", b"A"), ("cut_tar.wav", wav(0.5))])
   cut.write_bytes(cut.read_bytes()[:5000])
   path = shards.add(16)
   skipped = {s.key: s for b in take(shards.config(max_bad_share=1.0), 8) for s in b.skipped}
-  expected = {key: cause for key, (cause, _, _) in bad.items()} | {"cut tar": "bad shard"}
+  expected = {key: cause for key, (cause, _, _) in bad.items()} | {"cut_tar": "bad shard"}
   assert {key: s.cause for key, s in skipped.items()} == expected
   assert all(s.shard.endswith(".tar") and s.shard != str(path) for s in skipped.values())
-  assert "600.0 s > data.max_s=2.0" in skipped["ten minutes"].detail
+  assert "600.0 s > data.max_s=2.0" in skipped["ten_minutes"].detail
 
 
 def test_eight_channels_are_averaged(shards, wav, model_side):
@@ -356,7 +356,7 @@ def test_evaluation_sees_each_key_once_and_in_order(shards, wav, encode_wav, mod
   dataset = eval_batches(shards.config(max_bad_share=0.9, workers=workers), *model_side)
   hosts = list(dataset)
   # What is wrong only with the reference does not keep an utterance from being recognised.
-  kept = ["empty text", "foreign", "long text"]
+  kept = ["empty_text", "foreign", "long_text"]
   assert _keys(hosts) == shards.keys[:6] + kept + shards.keys[6:]
   skipped = [s.key for host in hosts for s in host.skipped]
   assert skipped == [key for key in bad if key not in kept] + ["utt0001", "last", "behind"]

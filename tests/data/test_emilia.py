@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 
@@ -150,9 +151,9 @@ def test_the_output_of_emilia_pipe(tmp_path, mp3):
     (folder / name).write_bytes(mp3)
   [name] = shard_names(str(tmp_path))
   good, skipped = outcome(read(name))
-  assert [(e.key, e.transcript()) for e in good] == [("a talk_0", "N1"), ("a talk_1", "N2")]
+  assert [(e.key, e.transcript()) for e in good] == [("a_talk_0", "N1"), ("a_talk_1", "N2")]
   assert good[0].about["duration"] == pytest.approx(0.8)
-  assert skipped == [("bad label", "a talk_2"), ("no audio", "a talk_3")]
+  assert skipped == [("bad label", "a_talk_2"), ("no audio", "a_talk_3")]
   (folder / "a talk.json").write_text("{}")
   assert outcome(read(name)) == ([], [("bad shard", "")])
 
@@ -213,3 +214,21 @@ def test_a_filter_that_accepts_nothing_or_names_no_field_stops(tmp_path, mp3, sh
     config = shards.config(shards=str(tmp_path / "E"), filter=text)
     with pytest.raises(BadDataError, match=message):
       next(iter(train_batches(config, *model_side)))
+
+
+def test_names_with_spaces_and_odd_characters_become_keys(tmp_path):
+  """Emilia-Pipe names its output after the recording, whatever that is called."""
+  name = os.fsdecode(b"Episode 1 \xff")
+  (tmp_path / name).mkdir()
+  (tmp_path / name / f"{name}.json").write_text('[{"text": "A"}, {"text": "B"}]')
+  (tmp_path / name / f"{name}_0.mp3").write_bytes(b"1")
+  [part] = shard_names(str(tmp_path))
+  good, bad = outcome(entry.load() for entry in read(part))
+  key = r"Episode_1_\udcff"
+  assert [(raw.key, raw.audio) for raw in good] == [(f"{key}_0", b"1")]
+  assert bad == [("no audio", f"{key}_1")]
+  labels = [label(0, id="a b"), label(1, id="a b"), label(2, id="c\ud800")]
+  path = write_batch(tmp_path / "batch", labels, [("x/a b.mp3", b"2")])
+  good, bad = outcome(read(str(path)))
+  assert [raw.key for raw in good] == ["a_b"]
+  assert bad == [("duplicate key", "a_b"), ("no audio", r"c\ud800")]

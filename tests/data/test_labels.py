@@ -4,9 +4,12 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import pickle
 import re
+import socket
 import string
+import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,3 +272,23 @@ def test_data_stats_count_utterances_without_a_label(shards, write, capsys):
   assert "no effect without data.labels" in capsys.readouterr().err
   assert cli.main([*arguments, "--labels", "gone"]) == 2
   assert "gone: no such label file" in capsys.readouterr().err
+
+
+def test_remains_of_killed_processes_are_removed_on_their_own_host_only(
+  tmp_path, write, monkeypatch
+):
+  """Hosts of a cluster may share TMPDIR, but not their process ids."""
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  here = socket.gethostname()
+  folders = [
+    tmp_path / f"mooer-jax-labels-{pid}@{host}@x"
+    for pid in (ended.pid, os.getpid())
+    for host in (here, f"{here}-2")
+  ]
+  for folder in folders:
+    folder.mkdir()
+  labels = LabelFile(write("a B\n"))
+  assert [folder.exists() for folder in folders] == [False, True, True, True]
+  assert Path(labels._folder).name.startswith(f"mooer-jax-labels-{os.getpid()}@{here}@")

@@ -113,6 +113,10 @@ def test_a_bad_list_is_refused(breaking, content, error, message):
     shard_names(breaking)
 
 
-def test_prepare_refuses_urls(tmp_path):
+def test_prepare_refuses_urls(breaking, tmp_path):
   with pytest.raises(ValueError, match="is a URL"):
     prepare("s3://b/data.list", tmp_path / "out")
+  url = next(name for name in BreakingFileSystem.store if name.endswith(".tar"))
+  (tmp_path / "data.list").write_text(f"breaking://{url}\n")
+  with pytest.raises(ValueError, match=f"breaking://{url}: is a URL"):
+    prepare(tmp_path / "data.list", tmp_path / "out")

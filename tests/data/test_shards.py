@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import tarfile
 import zlib
@@ -13,6 +14,7 @@ from mooer_jax.data.dataset import eval_batches
 from mooer_jax.data.readers.entries import CAUSES, RawUtterance, SkippedUtterance
 from mooer_jax.data.readers.shards import read_list, read_shard
 from mooer_jax.data.utterances import BadDataError
+from mooer_jax.evaluation.text_files import read_text, write_text
 from tests.data.conftest import make_tar
 
 
@@ -252,3 +254,30 @@ def test_a_txt_is_the_transcript_whatever_the_json_has(tmp_path, text):
     assert entry.transcript() == "other"
   else:
     assert (entry.cause, entry.detail) == ("bad task", "a.json: text must be a string")
+
+
+def test_every_key_can_be_written_to_a_text_file(shards, tmp_path):
+  path = shards.add_members(
+    [
+      ("my dir/a\u3000b  c.txt", b"A"),
+      ("my dir/a\u3000b  c.wav", b"1"),
+      (".wav", b"2"),
+      (".txt", b"B"),
+    ]
+  )
+  good, bad = _read(path)
+  assert good == ["my_dir/a_b_c"]
+  assert bad == [("no audio", ".wav"), ("no audio", ".txt")]
+  texts = dict.fromkeys([*good, *(key for _, key in bad)], "TEXT")
+  write_text(tmp_path / "text", texts)
+  assert read_text(tmp_path / "text") == texts
+
+
+@pytest.mark.parametrize("field", ["task", "Q"])
+def test_a_field_that_cannot_be_written_is_named(shards, field):
+  about = json.dumps({field: "a\ud800"}).encode()
+  [skipped] = read_shard(
+    str(shards.add_members([("a.wav", b"1"), ("a.txt", b"A"), ("a.json", about)]))
+  )
+  assert skipped.cause == "bad task" and not skipped.task
+  assert skipped.detail == f"a.json: {field} must be a string without NUL and lone surrogates"

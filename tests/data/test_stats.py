@@ -1,10 +1,12 @@
 """`mooer-jax data stats`: counts of a data set, and the buckets that it suggests."""
 
+import io
 import itertools
 import json
 
 import numpy as np
 import pytest
+import soundfile
 
 from mooer_jax import cli
 from mooer_jax.data.stats import Stats, data_stats, padding_share, suggest_buckets
@@ -42,6 +44,25 @@ def test_everything_is_counted_once(mixed, processes):
   assert stats.lengths_by == {"language": {"en": 300, "zh": 7000}}
   assert stats.skipped == {"no transcript": 2, "undecodable": 2} and stats.speakers == {"en", "zh"}
   assert [stats.length_at(share) for share in (0, 0.5, 1)] == [1, 2, 40]
+
+
+def test_lengths_are_those_of_decoding_where_headers_mislead(shards):
+  samples, files = np.full(16000, 0.1, np.float32), {}
+  for kind in ("OGG", "FLAC"):
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, format=kind)
+    files[kind] = file.getvalue()
+  streamed = bytearray(files["FLAC"])
+  streamed[21] &= 0xF0  # no number of samples, as if written to a pipe
+  streamed[22:26] = bytes(4)
+  clips = [2 * files["OGG"], 2 * files["FLAC"], bytes(streamed), make_wav(1.0)[:20000]]
+  shards.add_members([
+    member
+    for number, clip in enumerate(clips)
+    for member in ((f"{number}.txt", b"N1"), (f"{number}.audio", clip))
+  ])  # fmt: skip
+  stats = data_stats(str(shards.list), processes=1)
+  assert stats.lengths == {200: 2, 100: 1} and stats.skipped == {"undecodable": 1}
 
 
 def test_the_command_prints_writes_and_draws(mixed, tmp_path, capsys):

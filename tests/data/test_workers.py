@@ -35,6 +35,11 @@ def _is_running(pid):
   return True
 
 
+def test_a_killed_worker_is_an_error_of_the_system():
+  with pytest.raises(OSError, match=r"one of 2 worker processes was killed.*--processes"):
+    [*run_in_processes(os._exit, [(1,)] * 3, processes=2)]
+
+
 @pytest.mark.parametrize("work", [_training, _jobs])
 def test_workers_end_when_their_parent_is_killed(shards, model_side, work, tmp_path):
   shards.add(8)

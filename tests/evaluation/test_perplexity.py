@@ -1,4 +1,6 @@
-"""Figures of the probe: which perplexities stand in which panel."""
+"""Figures of perplexity evaluation: the panel of each perplexity."""
+
+import math
 
 import pytest
 from matplotlib.figure import Figure
@@ -10,7 +12,11 @@ from mooer_jax.evaluation.perplexity import (
   SweepPoint,
   draw_perplexities,
   draw_sweep,
+  exp_of,
+  perplexity_table,
+  read_perplexities,
   sweep_table,
+  write,
 )
 
 
@@ -85,3 +91,14 @@ def test_a_task_that_translates_is_swept_by_bleu(monkeypatch, tmp_path, translat
     assert list(drawn[0].axes[2].get_lines()[0].get_ydata()) == pytest.approx([100, 100])
   cells = list(sweep_table(points).columns[1].cells)
   assert cells == ["BLEU 100.0" if translates else "100.0 (0.0)"] * 2
+
+
+def test_losses_beyond_the_range_of_perplexities_are_recorded_and_drawn(tmp_path):
+  """As at an extreme LoRA scale, or after training has diverged."""
+  values = [exp_of(nats) for nats in (math.log(2), 710.0, math.inf, math.nan)]
+  assert values[:3] == [pytest.approx(2), math.inf, math.inf] and math.isnan(values[3])
+  rows = [Perplexity("run", step, 1.0, NONE, "asr", value, 1) for step, value in enumerate(values)]
+  write(tmp_path / "a.json", rows)
+  assert str(read_perplexities(tmp_path / "a.json")) == str(rows)
+  assert perplexity_table(rows).row_count == 4
+  assert draw_perplexities(rows[1:], tmp_path / "a.png").stat().st_size

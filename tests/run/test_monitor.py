@@ -1,13 +1,15 @@
 """Truncated clips are reported."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.run.config import TrainConfig
 from mooer_jax.run.feed import BatchSummary
-from mooer_jax.run.monitor import Monitor
+from mooer_jax.run.monitor import Monitor, SkippedLog
 
 
 def _run(workdir, truncated, first=0):
@@ -39,3 +41,15 @@ def test_a_damaged_line_of_an_earlier_part_is_named(tmp_path, name, line):
   (tmp_path / name).write_text(f"{line}\n")
   with pytest.raises(ValueError, match=f"{name}:1: damaged .*restore the file, or move it away"):
     _run(tmp_path, truncated=0, first=1)
+
+
+def test_any_text_of_a_skipped_utterance_is_recorded_and_read_again(tmp_path):
+  """Line separators of Unicode, and lone surrogates as of a file name that is not UTF-8."""
+  skipped = SkippedUtterance("too long", "k", "s\udcff.tar", "d\ud800", "a\u2028b\x85c\u2029d", "t")
+  SkippedLog(tmp_path, first=0).add(1, [skipped])
+  path = tmp_path / "skipped.jsonl"
+  before = path.read_bytes()
+  resumed = SkippedLog(tmp_path, first=1)
+  assert resumed.names == {("s\udcff.tar", "k", "too long")} and path.read_bytes() == before
+  row = {"step": 1, **dataclasses.asdict(skipped)}
+  assert [json.loads(line) for line in before.decode().split("\n")[:-1]] == [row]

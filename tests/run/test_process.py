@@ -1,15 +1,19 @@
 """The process of a run: the compilation cache."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
 from mooer_jax.projects.salmonn import activation
 from mooer_jax.projects.salmonn.lora_sweep import lora_sweep
 from mooer_jax.projects.salmonn.suite import evaluate_suite
+from mooer_jax.run import process
 from mooer_jax.run.config import Run
 from mooer_jax.run.evaluate import evaluate
 from mooer_jax.run.perplexity import perplexity
 from mooer_jax.run.train import train
+from mooer_jax.storage import RemoteError
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,28 @@ def test_callers_in_python_have_the_compilation_cache(config, tmp_path, monkeypa
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mooer_jax" / "xla")
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+  ("error", "said"),
+  [
+    (RuntimeError("Gloo AllReduce failed: Connection reset by peer"), "another process is lost"),
+    (RemoteError("s3://b/a.tar: no connection (Connection reset by peer)"), "s3://b/a.tar: no"),
+  ],
+)
+def test_a_lost_store_is_not_taken_for_a_lost_process(monkeypatch, error, said):
+  def work():
+    raise error
+
+  def end(message, status):
+    raise SystemExit(message)
+
+  options = SimpleNamespace(coordinator=None, num_processes=1, process_id=None)
+  names = ("mark_flags_as_required", "DEFINE_string", "DEFINE_integer")
+  ignored = dict.fromkeys(names, lambda *arguments: None)
+  monkeypatch.setattr(process, "flags", SimpleNamespace(FLAGS=options, **ignored))
+  monkeypatch.setattr(process.app, "run", lambda main, argv, flags_parser: main(["train.py"]))
+  monkeypatch.setattr(process, "_end", end)
+  monkeypatch.setattr(process.hosts, "are_several", lambda: True)
+  with pytest.raises(SystemExit, match=said):
+    process.run_program(work)

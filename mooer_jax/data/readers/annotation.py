@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, is_text
+from mooer_jax.data.readers.entries import TEXT, RawUtterance, SkippedUtterance, as_key, is_text
 from mooer_jax.files import read_json_object
 
-_TEXT = "a string without NUL and lone surrogates"
 _AT_A_TIME = 64  # entries that are shuffled as one shard
 
 
@@ -43,7 +41,7 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
       raise ValueError(f"{where} is {entry!r}, not an object")
     for name, default in (("path", None), ("text", None), ("task", ""), ("Q", "")):
       if not is_text(value := entry.get(name, default)):
-        raise ValueError(f"{where} has {name}={value!r}; it must be {_TEXT}")
+        raise ValueError(f"{where} has {name}={value!r}; it must be {TEXT}")
     more = entry.get("expand_wav", [])
     if not isinstance(more, list) or not all(map(is_text, more)):
       raise ValueError(f"{where} has expand_wav={more!r}; it must be a list of paths")
@@ -52,7 +50,7 @@ def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
 
 def entry_key(number: int, entry: Mapping[str, Any]) -> str:
   """The key of an entry's utterance: its number in the file and its clip's name."""
-  return f"{number:07d}-" + re.sub(r"\s+", "_", Path(entry["path"]).stem)
+  return f"{number:07d}-{as_key(Path(entry['path']).stem)}"
 
 
 def tasks(path: str) -> set[str]:

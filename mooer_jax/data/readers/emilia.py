@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from mooer_jax import storage
-from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, parse_line
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, as_key, parse_line
 from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, TARS, DamagedShard, read_members
 
 _ALL_LABELS = "openemilia_all.tar.gz"  # of OpenDataLab: no audio
@@ -63,14 +63,13 @@ def read_batch(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   assert file is not None
   for number, line in enumerate(_lines(file), 1):
     about, problem = parse_line(line, ("id", "text"))
+    place = f"{os.path.basename(file)}:{number}"
     if problem:
-      yield SkippedUtterance("bad label", f"{os.path.basename(file)}:{number}", name, problem)
-    elif about["id"] in labels:
-      yield SkippedUtterance(
-        "duplicate key", about["id"], name, f"{os.path.basename(file)}:{number}"
-      )
+      yield SkippedUtterance("bad label", place, name, problem)
+    elif (key := as_key(about["id"])) in labels:
+      yield SkippedUtterance("duplicate key", key, name, place)
     else:
-      labels[about["id"]] = line
+      labels[key] = line
   seen: set[str] = set()
   try:
     for stem, suffix, audio in read_members(name, AUDIO_SUFFIXES):
@@ -115,11 +114,11 @@ def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   )
   files = {int(m[1]): file for file in path.parent.iterdir() if (m := pattern.fullmatch(file.name))}
   for index, about in enumerate(segments):
-    key = f"{path.stem}_{index}"
+    key = f"{as_key(path.stem)}_{index}"
     if not isinstance(about, dict) or not isinstance(about.get("text"), str):
       yield SkippedUtterance("bad label", key, name, f"segment {index} has no text")
     elif index not in files:
-      yield SkippedUtterance("no audio", key, name, f"no {key}.mp3 beside it")
+      yield SkippedUtterance("no audio", key, name, f"no {path.stem}_{index}.mp3 beside it")
     else:
       start, end = about.get("start"), about.get("end")
       if isinstance(start, int | float) and isinstance(end, int | float):

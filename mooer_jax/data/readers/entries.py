@@ -1,4 +1,4 @@
-"""What readers yield: utterances as they are stored, or why one is skipped."""
+"""Entries of readers: utterances as they are stored, and skipped ones with the cause."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 from mooer_jax.audio.decode import CAUSES as AUDIO_CAUSES
 
+TEXT = "a string without NUL and lone surrogates"  # see `is_text`
 SPACE = "▁"  # marks the space between two words in Latin letters in transcripts
 CAUSES = (
   "bad shard",  # truncated or damaged tar; the rest of it is lost
@@ -67,7 +68,7 @@ class RawUtterance:
   task: str = ""  # the utterance's own task, if the shard has it
   question: str = ""  # replaces `{}` in prompts that take a question
   more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
-  # What the data say about it, such as language, speaker, duration; for data.filter.
+  # Fields of the data, such as language, speaker, duration; for data.filter.
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Returns an utterance with its audio, or why there is none. None: the audio is there.
   loader: "Callable[[RawUtterance], RawUtterance | SkippedUtterance] | None" = dataclasses.field(
@@ -95,6 +96,11 @@ class RawUtterance:
 def in_order(skipped: Iterable[SkippedUtterance]) -> list[SkippedUtterance]:
   """By shard and key: the order of a report, however many processes have found them."""
   return sorted(skipped, key=lambda one: (one.shard, one.key, one.cause, one.detail))
+
+
+def as_key(name: str) -> str:
+  """A name as a key: a word in UTF-8, since keys are written to files of `KEY text` lines."""
+  return re.sub(r"[\s\ufeff]+", "_", name).encode("utf-8", "backslashreplace").decode()
 
 
 def is_text(value: object) -> bool:

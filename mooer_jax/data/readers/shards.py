@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mooer_jax import storage
-from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
+from mooer_jax.data.readers.entries import TEXT, RawUtterance, SkippedUtterance, is_text
 from mooer_jax.data.readers.tars import (
   AUDIO_SUFFIXES,
   VIDEO_SUFFIXES,
@@ -112,8 +112,7 @@ def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:
   about: dict[str, Any] = {}
   problem = ""
   if "json" in parts:
-    text_of = () if "txt" in parts else ("text",)
-    about, problem = _about(f"{key}.json", parts["json"][1], ("task", "Q", *text_of))
+    about, problem = _about(f"{key}.json", parts["json"][1], with_text="txt" not in parts)
   _, text = parts.get("txt", ("", str(about.get("text", "")).encode("utf-8", "surrogatepass")))
   complete = bool(suffix) and ("txt" in parts or "text" in about)
   detail = "only " + ", ".join(f".{s}" if s else "no suffix" for s, _ in parts.values())
@@ -131,16 +130,16 @@ def _utterance(key, parts, shard, *, seen) -> RawUtterance | SkippedUtterance:
   return raw
 
 
-def _about(name: str, content: bytes, strings: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-  """The fields of a .json, and what is wrong with it; some fields must be strings."""
+def _about(name: str, content: bytes, *, with_text: bool) -> tuple[dict[str, Any], str]:
+  """The fields of a .json, without those of a wrong type, and what is wrong with it."""
   try:
     about = json.loads(content)
     if not isinstance(about, dict):
       raise ValueError(f"{str(about)[:40]!r} is not an object")
   except (ValueError, RecursionError) as error:
     return {}, f"{name}: {error}"
-  if wrong := [field for field in strings if not isinstance(about.get(field, ""), str)]:
-    return {
-      x: v for x, v in about.items() if x not in wrong
-    }, f"{name}: {wrong[0]} must be a string"
-  return about, ""
+  wrong = {field: TEXT for field in ("task", "Q") if not is_text(about.get(field, ""))}
+  if with_text and not isinstance(about.get("text", ""), str):
+    wrong["text"] = "a string"
+  problem = next((f"{name}: {field} must be {kind}" for field, kind in wrong.items()), "")
+  return {field: value for field, value in about.items() if field not in wrong}, problem

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import NamedTuple
 
 from mooer_jax import storage
+from mooer_jax.data.readers.entries import as_key
 
 # Suffixes of audio members; the content determines the decoder.
 AUDIO_SUFFIXES = (
@@ -46,7 +47,8 @@ class Member(NamedTuple):
   """A file of a tar.
 
   Attributes:
-    stem, suffix: its name without the last dot and lowercase suffix; all of it without a suffix.
+    stem, suffix: its name, as a key, without the last dot and lowercase suffix; all of it without a
+      suffix.
     content: empty if its suffix is not read.
   """
 
@@ -79,13 +81,12 @@ def read_members(path: str, suffixes: tuple[str, ...]) -> Generator[Member]:
           tar.members = []  # or it would remember every header
           if not member.isfile():
             continue
-          # Escapes what is not UTF-8, since keys are written to text files.
           name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-          name = name.removeprefix("./")
+          name = as_key(name.removeprefix("./"))
           if name.rpartition("/")[2].startswith(IGNORED):
             continue
-          stem, dot, suffix = name.rpartition(".")
-          suffix = suffix.lower() if dot and "/" not in suffix else ""
+          stem, _, suffix = name.rpartition(".")
+          suffix = suffix.lower() if stem and "/" not in suffix else ""
           content = b""
           stem = stem if suffix else name
           if suffix in suffixes:
