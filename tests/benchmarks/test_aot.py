@@ -30,6 +30,7 @@ from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.sharding import make_mesh
 from mooer_jax.training.optimizer import OptimizerConfig
 from mooer_jax.training.program import abstract_state, jitted_step
+from tests import forked
 from tests.benchmarks import flops_by_hand
 
 ROWS, FRAMES, PROMPT, ANSWER = 48, 50, 7, 9
@@ -379,8 +380,11 @@ def test_int8_weights_are_half_as_large_as_bfloat16(llm):
     (["--num_beams=4"], ["--num_beams has no effect without --program=decode"]),
   ],
 )  # fmt: skip
-def test_chips_and_options_that_cannot_be_are_refused_by_name(aot, options, said):
-  process = aot("--config=configs/mooer_7b.py", *options)
+def test_chips_and_options_that_cannot_be_are_refused_by_name(
+  repo_root, plain_env, tmp_path, options, said
+):
+  arguments = ["benchmarks/aot.py", "--config=configs/mooer_7b.py", *options]
+  process = forked.run(arguments, cwd=repo_root, env=plain_env, out=tmp_path)
   assert process.returncode != 0
   for message in said:
     assert message in process.stderr

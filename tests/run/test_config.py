@@ -1,8 +1,6 @@
 """Deprecated names of config keys still work, each with a message; bad flags are refused."""
 
 import math
-import subprocess
-import sys
 import types
 
 import pytest
@@ -13,6 +11,7 @@ from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.run.config import SECTIONS, Run, renamed_keys
 from mooer_jax.run.decoding import eval_data
+from tests import forked
 
 OLD = {
   "train.accumulation": 2,
@@ -84,9 +83,9 @@ def test_blank_as_space_mark_is_read_as_space():
     ("--config.model.llm.mlp_width=0", "llm.intermediate_size=0 must be positive"),
   ],
 )
-def test_what_a_flag_sets_is_checked(repo_root, plain_env, flag, message):
-  command = [sys.executable, "train.py", "--config=configs/tiny.py", flag]
-  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+def test_what_a_flag_sets_is_checked(repo_root, plain_env, tmp_path, flag, message):
+  command = ["train.py", "--config=configs/tiny.py", flag]
+  done = forked.run(command, cwd=repo_root, env=plain_env, out=tmp_path)
   assert done.returncode == 2
   assert message in done.stderr and "Traceback" not in done.stderr
 
@@ -98,8 +97,8 @@ def test_a_flag_is_not_overridden_by_an_old_name_in_the_file(repo_root, plain_en
     "from configs import tiny\n\ndef get_config():\n  config = tiny.get_config()\n"
     "  with config.unlocked():\n    config.train.keep = 3\n  return config\n"
   )
-  command = [sys.executable, "train.py", f"--config={old}", f"--config.train.{name}=5"]
-  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  command = ["train.py", f"--config={old}", f"--config.train.{name}=5"]
+  done = forked.run(command, cwd=repo_root, env=plain_env, out=tmp_path)
   assert done.returncode == 2
   assert "sets train.keep, the deprecated name of train.max_to_keep" in done.stderr
 
@@ -119,9 +118,9 @@ def test_eval_refuses_what_would_have_no_effect(repo_root, plain_env, tmp_path, 
   folder = tmp_path / "run" / "step_00000001"
   folder.mkdir(parents=True)
   (folder / "config.json").write_text("{}")
-  command = [sys.executable, "eval.py", "--config=configs/tiny.py", f"--checkpoint={folder}"]
+  command = ["eval.py", "--config=configs/tiny.py", f"--checkpoint={folder}"]
   command += [f"--config.eval.out={tmp_path}", *flags]
-  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  done = forked.run(command, cwd=repo_root, env=plain_env, out=tmp_path)
   assert done.returncode == 2
   assert message in done.stderr + done.stdout
 
@@ -174,7 +173,7 @@ def test_an_error_in_a_config_file_is_one_line_with_the_place(
   body, _, after = line.partition("\n")
   content = f"{head}  c = default_config()\n  {body}\n  return c\n{after}\n"
   (tmp_path / "c.py").write_text(content)
-  command = [sys.executable, "train.py", f"--config={tmp_path}/c.py"]
-  done = subprocess.run(command, cwd=repo_root, env=plain_env, capture_output=True, text=True)
+  command = ["train.py", f"--config={tmp_path}/c.py"]
+  done = forked.run(command, cwd=repo_root, env=plain_env, out=tmp_path)
   (text,) = done.stderr.splitlines()
   assert done.returncode == 2 and message in text and "c.py" in text

@@ -79,7 +79,9 @@ def _expected(run, params, path):
     suffix_BS=none_BS,
     labels_BS=none_BS,
   )
-  streams = speech_llm.encode_each(params, batch, run.model)
+  streams = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, run.model))(
+    params, batch
+  )
   return [np.asarray(x_BTD[0][valid_BT[0]]) for x_BTD, valid_BT in streams.values()]
 
 

@@ -2,10 +2,9 @@
 
 import gzip
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run import monitor
 from mooer_jax.training.step import BadStepError
+from tests import forked
 from tests.numerics import assert_within, exceeds_the_bound, rounding
 from tests.run.conftest import DRAW_CURVE
 from tests.run.programs import evaluate, train
@@ -30,7 +30,7 @@ def losses(workdir) -> list[tuple[int, float]]:
 
 def command(repo_root, workdir, as_flags, *more):
   return [
-    sys.executable, str(repo_root / "train.py"), "--config=" + str(repo_root / "configs/tiny.py"),
+    str(repo_root / "train.py"), "--config=" + str(repo_root / "configs/tiny.py"),
     f"--config.workdir={workdir}", *as_flags, *more,
   ]  # fmt: skip
 
@@ -38,28 +38,28 @@ def command(repo_root, workdir, as_flags, *more):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(repo_root, as_flags, plain_env, tmp_path):
   """Killed, resumed and stopped by SIGTERM, it is where a run is that nothing has stopped."""
+  where = dict(cwd=repo_root, env=plain_env, out=tmp_path)
   broken = tmp_path / "broken"
   saved = 0
   for how in (signal.SIGKILL, signal.SIGTERM):
     # Long enough that the signal finds it at work.
-    process = subprocess.Popen(
-      command(repo_root, broken, as_flags, "--config.train.steps=100000"),
-      env=plain_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    program = forked.Program(
+      command(repo_root, broken, as_flags, "--config.train.steps=100000"), **where
+    )
     deadline = time.monotonic() + 300
     while checkpoint.latest(broken) is None or _step(broken) < saved + 4:
-      assert process.poll() is None, process.communicate()[0]
+      assert program.process.is_alive(), program.wait().stderr
       assert time.monotonic() < deadline
       time.sleep(0.02)
-    process.send_signal(how)
-    output, _ = process.communicate(timeout=120)
+    os.kill(program.process.pid, how)
+    done = program.wait()
     saved = _step(broken)
     if how == signal.SIGTERM:
-      assert process.returncode == 0 and "rerun the same command to resume" in output
+      assert done.returncode == 0 and "rerun the same command to resume" in done.stdout
     else:
-      assert process.returncode == -signal.SIGKILL
+      assert done.returncode == -signal.SIGKILL
   flags = command(repo_root, tmp_path / "whole", as_flags, f"--config.train.steps={saved}")
-  subprocess.run(flags, check=True, env=plain_env, capture_output=True)
+  assert forked.run(flags, **where).returncode == 0
   assert losses(broken) == losses(tmp_path / "whole")
   assert [step for step, _ in losses(broken)] == list(range(1, saved + 1))
   ours, theirs = (
@@ -301,20 +301,16 @@ def test_there_is_one_seed(config):
 
 
 def test_a_flag_for_a_key_that_does_not_exist_is_one_line(repo_root, plain_env, tmp_path):
-  process = subprocess.run(
-    command(repo_root, tmp_path / "run", ["--config.data.wrkers=2"]),
-    env=plain_env, capture_output=True, text=True,
-  )  # fmt: skip
+  flags = command(repo_root, tmp_path / "run", ["--config.data.wrkers=2"])
+  process = forked.run(flags, cwd=repo_root, env=plain_env, out=tmp_path)
   assert process.returncode == 2
   (line,) = process.stderr.splitlines()
   assert "no config key 'wrkers' for --config.data.wrkers=2; did you mean 'workers'?" in line
 
 
 def test_a_flag_sets_what_the_file_leaves_at_its_default(repo_root, plain_env, as_flags, tmp_path):
-  process = subprocess.run(
-    command(repo_root, tmp_path / "run", as_flags, "--config.optimizer.weight_decay=-1.0"),
-    env=plain_env, capture_output=True, text=True,
-  )  # fmt: skip
+  flags = command(repo_root, tmp_path / "run", as_flags, "--config.optimizer.weight_decay=-1.0")
+  process = forked.run(flags, cwd=repo_root, env=plain_env, out=tmp_path)
   assert "optimizer.weight_decay=-1.0: must be finite, not negative" in process.stderr
 
 
