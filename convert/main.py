@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import logging
 
-from mooer_jax.files import discard_stdout, exit_on_sigterm
+from mooer_jax.files import ArgumentParser, discard_stdout, exit_on_sigterm
 from mooer_jax.storage import local_path
 
 from .core.options import DESCRIPTIONS, Options, flag
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert") -> 
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = ArgumentParser(
     prog=prog, description="Converts PyTorch checkpoints to checkpoints of mooer_jax and back."
   )
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

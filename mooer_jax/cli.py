@@ -1,6 +1,5 @@
 """The command `mooer-jax`: transcribe, warmup, train, eval, pack, checkpoint, convert."""
 
-import argparse
 import importlib
 import shlex
 import sys
@@ -8,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 
-from mooer_jax.files import discard_stdout, exit_on_sigterm
+from mooer_jax.files import ArgumentParser, discard_stdout, exit_on_sigterm
 from mooer_jax.storage import local_path
 from mooer_jax.transcribe import command
 
@@ -23,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   train has handling of its own.
   """
   about = "Speech LLMs (MooER, SALMONN) in JAX: convert, train, evaluate, transcribe."
-  parser = argparse.ArgumentParser(prog="mooer-jax", description=about)
+  parser = ArgumentParser(prog="mooer-jax", description=about)
   parser.add_argument("--version", action="version", version=metadata.version("mooer-jax"))
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   command.add_parser(commands)
@@ -228,7 +227,10 @@ def _verify(args) -> int:
 
   jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, and nothing needs it
   steps = [] if (args.path / "checkpoint.json").is_file() else checkpoint.all_steps(args.path)
-  todo = [(step, args.base_checkpoint) for step in steps or [checkpoint.find(args.path)]]
+  steps = steps or [checkpoint.find(args.path)]
+  if args.base_checkpoint and not any(map(checkpoint.has_base, steps)):
+    raise ValueError(f"{args.path} has no base checkpoint; leave out --base-checkpoint")
+  todo = [(step, args.base_checkpoint) for step in steps]
   console = Console(stderr=True)
   columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
   damaged = []

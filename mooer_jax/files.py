@@ -1,8 +1,11 @@
-"""Files that are replaced as a whole, JSON files, the lock of a folder, and cleanup on SIGTERM."""
+"""Files that are replaced as a whole, JSON files, locks of folders; what all commands share."""
 
+import argparse
 import contextlib
+import difflib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -65,6 +68,20 @@ def write_errors_name(path: str | Path, *, instead_of: Path | None = None) -> It
     raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+class ArgumentParser(argparse.ArgumentParser):
+  """Reports an unknown flag with the usage of its subcommand and the flag of a similar name."""
+
+  def parse_known_args(self, args=None, namespace=None):
+    namespace, unknown = super().parse_known_args(args, namespace)
+    if unknown:
+      flags = re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", self.format_help())
+      given = unknown[0].partition("=")[0].replace("_", "-")
+      similar = difflib.get_close_matches(given, flags, n=1)
+      hint = f"; did you mean {similar[0]}?" if similar else ""
+      self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return namespace, unknown
+
+
 def discard_stdout() -> int:
   """Exit status after a BrokenPipeError of stdout, as of `| head`; the flush at exit is silent."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,10 +119,11 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is a folder, a Git LFS pointer, not UTF-8, not JSON or not an object.
+    ValueError: if it is a folder, a pipe, a Git LFS pointer, not UTF-8, not JSON or not an object.
   """
-  if Path(path).is_dir():
-    raise ValueError(f"{path}: is a folder; must be a JSON file")
+  if Path(path).exists() and not Path(path).is_file():
+    kind = "folder" if Path(path).is_dir() else "pipe or device"
+    raise ValueError(f"{path}: is a {kind}; must be a JSON file")
   content = Path(path).read_bytes()
   if content.startswith(LFS_POINTER):
     raise ValueError(f"{path}: {LFS_REMEDY}")

@@ -136,6 +136,12 @@ def pytest_configure(config):
   settings.load_profile("mooer_jax")
 
 
+def pytest_collection_finish():
+  """Keeps the garbage collector away from the modules: orbax and others run it often."""
+  gc.collect()
+  gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
   """Skips tests marked `gpu` or `tpu` where JAX runs on something else."""
   kinds = ("gpu", "tpu")

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import mooer_jax.transcribe.transcriber
-from mooer_jax import cli
+from mooer_jax import checkpoint, cli
 
 ROWS = '[{"text": "earlier", "tokens": [1], "path": "a.wav"}]'
 
@@ -169,3 +169,31 @@ def test_a_url_where_a_path_is_needed_is_refused(
     cli.main(command.replace("URL", path).split())
   assert f"{path}: {fault}" in capsys.readouterr().err
   assert not list(tmp_path.iterdir())  # such as a folder "s3:"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["transcribe", "--checkpoint=x", "--num_beams", "3", "a"], "did you mean --num-beams?"),
+    (
+      ["data", "stats", "x", "--jsn=y"],
+      "mooer-jax data stats: error: unrecognized arguments",
+    ),
+    (["convert", "inspect", "x", "--shrt"], "--shrt; did you mean --short?"),
+  ],
+)
+def test_an_unknown_flag_is_refused_with_the_name_of_a_similar_one(capsys, arguments, message):
+  from convert.main import main as convert
+
+  with pytest.raises(SystemExit) as exit_:
+    convert(arguments[1:]) if arguments[0] == "convert" else cli.main(arguments)
+  assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_base_of_a_checkpoint_without_one_is_refused(tmp_path, capsys):
+  folder = checkpoint.save(
+    tmp_path / "step_00000001", params={"a": np.zeros(3)}, config_json={}, generation={},
+    tokenizer=lambda out: None,
+  )  # fmt: skip
+  assert cli.main(["checkpoint", "verify", str(folder), "--base-checkpoint", "b"]) == 2
+  assert "has no base checkpoint; leave out --base-checkpoint" in capsys.readouterr().err

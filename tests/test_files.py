@@ -100,6 +100,9 @@ def test_what_is_not_a_json_object_is_one_line_with_the_path(tmp_path, content, 
 def test_a_folder_in_place_of_a_json_file(tmp_path):
   with pytest.raises(ValueError, match="is a folder; must be a JSON file"):
     files.read_json_object(tmp_path)
+  os.mkfifo(tmp_path / "pipe.json")
+  with pytest.raises(ValueError, match="is a pipe or device; must be a JSON file"):
+    files.read_json_object(tmp_path / "pipe.json")
 
 
 HOLD = textwrap.dedent("""

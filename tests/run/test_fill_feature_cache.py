@@ -79,10 +79,10 @@ def _expected(run, params, path):
     suffix_BS=none_BS,
     labels_BS=none_BS,
   )
-  streams = jax.jit(lambda params, batch: speech_llm.encode_each(params, batch, run.model))(
-    params, batch
+  encode = jax.jit(  # a list, because jit would sort a dict
+    lambda params, batch: [*speech_llm.encode_each(params, batch, run.model).values()]
   )
-  return [np.asarray(x_BTD[0][valid_BT[0]]) for x_BTD, valid_BT in streams.values()]
+  return [np.asarray(x_BTD[0][valid_BT[0]]) for x_BTD, valid_BT in encode(params, batch)]
 
 
 def _digest(path):

@@ -311,7 +311,7 @@ def test_a_flag_for_a_key_that_does_not_exist_is_one_line(repo_root, plain_env, 
 def test_a_flag_sets_what_the_file_leaves_at_its_default(repo_root, plain_env, as_flags, tmp_path):
   flags = command(repo_root, tmp_path / "run", as_flags, "--config.optimizer.weight_decay=-1.0")
   process = forked.run(flags, cwd=repo_root, env=plain_env, out=tmp_path)
-  assert "optimizer.weight_decay=-1.0: must be finite, not negative" in process.stderr
+  assert "optimizer.weight_decay=-1.0: must be finite in float32, not negative" in process.stderr
 
 
 def test_a_fine_tune_starts_from_a_checkpoint_not_from_a_run(config, tmp_path):
