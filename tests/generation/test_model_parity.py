@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
@@ -38,34 +37,13 @@ LLM = LLMConfig(
 pytestmark = pytest.mark.filterwarnings("ignore:Passing")  # that penalties skip the prompt: meant
 
 
-def llama(config: LLMConfig, seed=0):
-  torch.manual_seed(seed)
-  module = LlamaForCausalLM(
-    LlamaConfig(
-      vocab_size=config.vocab_size,
-      hidden_size=config.hidden_size,
-      intermediate_size=config.intermediate_size,
-      num_hidden_layers=config.layers,
-      num_attention_heads=config.heads,
-      num_key_value_heads=config.kv_heads,
-      rms_norm_eps=config.norm_eps,
-      rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-      tie_word_embeddings=config.tie_word_embeddings,
-      attn_implementation="eager",
-    )
-  )
-  return torch_models.vary_vectors(module, seed)
-
-
 @functools.cache
 def model(kind):
   """(transformers' model, our params, our config); weights large enough for varied answers."""
-  if kind == "qwen2":
-    config = LLM
-    module = torch_models.qwen2(config)
-  else:
+  config = LLM
+  if kind == "llama":
     config = dataclasses.replace(LLM, qkv_bias=False, tie_word_embeddings=False)
-    module = llama(config)
+  module = torch_models.llm(config)
   with torch.no_grad():
     for name, parameter in module.named_parameters():
       if parameter.ndim > 1:

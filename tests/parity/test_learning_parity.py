@@ -43,7 +43,7 @@ class TorchSpeechLLM(torch.nn.Module):
       torch.nn.ReLU(),
       torch.nn.Linear(linear.hidden_size, LLM.hidden_size),
     )
-    self.llm = torch_models.with_lora(torch_models.qwen2(LLM), LLM, zero_b=zero_b)
+    self.llm = torch_models.with_lora(torch_models.llm(LLM), LLM, zero_b=zero_b)
 
   def row_loss(self, features, before, after, answer, dtype):
     """Summed cross-entropy of one row's answer."""

@@ -73,14 +73,14 @@ def check(theirs, params, config, *, scan=False, lora_scale=None):
 )
 def test_equals_transformers_at_real_widths(name, scan, changes):
   config = small(name, **changes)
-  theirs = torch_models.qwen2(config)
+  theirs = torch_models.llm(config)
   check(theirs, torch_models.qwen2_params(theirs, config), config, scan=scan)
 
 
 @pytest.mark.parametrize("targets, scan", [(LLMConfig().lora_targets, True), (("q", "v"), False)])
 def test_lora_equals_peft(targets, scan):
   config = small("qwen2_0.5b", lora_rank=64, lora_targets=targets)
-  theirs = torch_models.with_lora(torch_models.qwen2(config), config)
+  theirs = torch_models.with_lora(torch_models.llm(config), config)
   params = torch_models.qwen2_params(theirs, config)
   assert sum(path.endswith("lora_a") for path in tree.flatten(params)) == LAYERS * len(targets)
   check(theirs, params, config, scan=scan)
@@ -90,7 +90,7 @@ def test_lora_equals_peft(targets, scan):
 
 def test_merged_lora_equals_runtime_lora():
   config = small("qwen2_0.5b", lora_rank=8)
-  theirs = torch_models.with_lora(torch_models.qwen2(config), config)
+  theirs = torch_models.with_lora(torch_models.llm(config), config)
   params = torch_models.qwen2_params(theirs, config)
   check(theirs.merge_and_unload(), params, config)
 
@@ -100,7 +100,7 @@ def test_merged_lora_equals_runtime_lora():
 )
 def test_a_fault_exceeds_the_bound(fault):
   config = small("qwen2_0.5b")
-  theirs = torch_models.qwen2(config)
+  theirs = torch_models.llm(config)
   params = torch_models.qwen2_params(theirs, config)
   with exceeds_the_bound():
     check(theirs, params, dataclasses.replace(config, **fault))

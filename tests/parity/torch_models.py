@@ -71,14 +71,15 @@ def sanm(config: SANMConfig, seed=0):
   return vary_vectors(module, seed)
 
 
-def qwen2(config: LLMConfig, seed=0):
-  """transformers' Qwen2ForCausalLM of the same sizes."""
-  from transformers import Qwen2Config, Qwen2ForCausalLM
+def llm(config: LLMConfig, seed=0):
+  """transformers' Qwen2, or LLaMA if there are no biases, of the same sizes."""
+  import transformers
 
   torch.manual_seed(seed)
-  assert config.head_dim * config.heads == config.hidden_size and config.qkv_bias
-  module = Qwen2ForCausalLM(
-    Qwen2Config(
+  assert config.head_dim * config.heads == config.hidden_size
+  name = "Qwen2" if config.qkv_bias else "Llama"
+  module = getattr(transformers, f"{name}ForCausalLM")(
+    getattr(transformers, f"{name}Config")(
       vocab_size=config.vocab_size,
       hidden_size=config.hidden_size,
       intermediate_size=config.intermediate_size,
