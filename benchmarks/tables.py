@@ -191,11 +191,11 @@ def accuracy_text() -> str:
 def convert_7b() -> str:
   [r] = _load("convert_7b.json")
   rows = [
-    (name, f"{r[key]['seconds']:.1f}", f"{r[key]['seconds'] / r['cp']['seconds']:.2f}",
+    (name, f"{r[key]['seconds'] / r['cp']['seconds']:.2f}",
      f"{r[key]['peak_gb']:.2f}" if key != "cp" else "", _made(r))
     for key, name in (("cp", "`cp` of the same files"), ("import", "import"), ("export", "export"))
   ]  # fmt: skip
-  return _table(("", "seconds", "relative to `cp`", "peak, GB", "made"), rows)
+  return _table(("", "time relative to `cp`", "peak, GB", "made"), rows)
 
 
 def loss() -> str:
