@@ -33,6 +33,11 @@ class Peak(NamedTuple):
   limited: bool  # nightly tests hold models of full size, and are exempt
 
 
+# glibc serves blocks above this size from mappings of their own, which are returned when they are
+# freed. By itself it raises the size to 32 MB, and a long run of tests fragments the heap.
+MMAP_ABOVE_BYTES = 2**20
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
 PEAKS = pytest.StashKey[dict[str, Peak]]()
 RAN_NIGHTLY = pytest.StashKey[bool]()
 CLEARED_GB = pytest.StashKey[float]()  # size after caches were last cleared
@@ -68,6 +73,8 @@ def _peak(config) -> Peak:
 
 def pytest_configure(config):
   config.stash[PEAKS] = {}
+  if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc.mallopt(_M_MMAP_THRESHOLD, MMAP_ABOVE_BYTES)
   config.stash[RAN_NIGHTLY] = False
   config.stash[CLEARED_GB] = 0.0
 
