@@ -3,6 +3,7 @@
 import collections
 import gc
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-_USER_ENV = dict(os.environ)
+# xdist's workers inherit what the first process sets below, so it hands them what it was before.
+_USER_ENV = json.loads(os.environ.setdefault("USER_ENV_OF_TESTS", json.dumps(dict(os.environ))))
 
 
 def _cache_dir() -> Path:
