@@ -56,8 +56,8 @@ def run_in_processes(
         bar.advance(task, size)
     except concurrent.futures.process.BrokenProcessPool as error:
       raise OSError(
-        f"one of {processes} worker processes was killed, as when the memory is full; set a lower"
-        " number of processes (--processes)"
+        f"one of {processes} worker processes was killed, probably because memory ran out; lower"
+        " the number of processes (--processes)"
       ) from error
 
 

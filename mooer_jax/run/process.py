@@ -125,7 +125,9 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
   if missing := re.search(r"Flag (--\w+) must have a value other than None", str(error)):
     return f"{missing[1]} is missing"
   if isinstance(error, flags.Error):
-    return where + (str(error).splitlines()[-1] if lines else " ".join(str(error).split()))
+    text = str(error).splitlines()[-1] if lines else " ".join(str(error).split())
+    text = re.sub(r"invalid literal for int\(\) with base \d+: .*", "must be a whole number", text)
+    return where + re.sub(r"could not convert string to float: .*", "must be a number", text)
   # ml_collections: the text names the key and its neighbour.
   key = (re.findall(r'(?<=Key ")\w+', str(error)) or re.findall(r"\w+", str(error)) or ["?"])[0]
   found = re.search(r'Did you mean "(\w+)"', str(error))

@@ -78,6 +78,8 @@ def test_blank_as_space_mark_is_read_as_space():
   [
     ("config.train.steps=2", "unexpected argument 'config.train.steps=2'"),
     ("--config.train.keep=0", "train.max_to_keep=0: must be at least 1"),
+    ("--config.mesh.fsdp=nan", "--config.mesh.fsdp=nan: must be a whole number"),
+    ("--config.optimizer.peak_lr=x", "--config.optimizer.peak_lr=x: must be a number"),
     ("--config.data.augment.speed=(0.9, 3.0)", "data.augment.speed=(0.9, 3.0): must be between"),
     ("--config.model.template=x", "model.chat_template='x': choose one of"),
     ("--config.model.llm.mlp_width=0", "llm.intermediate_size=0 must be positive"),
