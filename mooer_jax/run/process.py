@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import logging as stdlib_logging
 import os
 import re
 import signal
@@ -41,6 +42,8 @@ def run_program(
     remedy: what to do if the memory is exceeded.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax logs every file; --verbosity=0 shows that again
+  # A figure needs none of the fonts that it misses.
+  stdlib_logging.getLogger("matplotlib.font_manager").setLevel("ERROR")
   if doc:
     sys.modules["__main__"].__doc__ = doc
   flags.mark_flags_as_required(needs)
