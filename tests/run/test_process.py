@@ -87,3 +87,19 @@ def test_a_lost_store_is_not_taken_for_a_lost_process(monkeypatch, error, said):
   monkeypatch.setattr(process.hosts, "are_several", lambda: True)
   with pytest.raises(SystemExit, match=said):
     process.run_program(work)
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_small_programs_are_kept_in_the_compilation_cache(monkeypatch, given):
+  name = "jax_persistent_cache_min_compile_time_secs"
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+  monkeypatch.delenv(name.upper(), raising=False)
+  if given:
+    monkeypatch.setenv(name.upper(), given)
+  before = getattr(jax.config, name)
+  jax.config.update(name, 3.0)
+  try:
+    process.prepare_process()
+    assert getattr(jax.config, name) == (3.0 if given else 0)
+  finally:
+    jax.config.update(name, before)
