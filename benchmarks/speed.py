@@ -2,12 +2,14 @@
 
   python -m benchmarks.speed --dir /fast/disk --json out/speed.json
   python -m benchmarks.speed --dir /fast/disk --cases 3x1 4x4 --against none
+  python -m benchmarks.speed --dir /fast/disk --quantization int8 --json out/speed_int8.json
 
 Both sides run the same release with random weights: SAN-M of 50 layers and Qwen2-0.5B with LoRA,
 float32. PyTorch's side is funasr's encoder and transformers' `generate` with the LoRA merged. Each
 side has a process of its own, and they take turns, so that the ratios hold on a busy machine, too.
-A case CLIPSxBEAMS decodes that many clips in one batch. The release needs 6 GB of disk; it is kept
-in --dir and used again.
+A case CLIPSxBEAMS decodes that many clips in one batch. With --quantization int8, our side rounds
+the LLM to 8 bits, and its tokens differ; PyTorch's remains float32. The release needs 6 GB of disk;
+it is kept in --dir and used again.
 """
 
 import argparse
@@ -75,12 +77,12 @@ def make_release(folder: Path, **sizes: Any) -> tuple[Path, Path]:
   return release, ours
 
 
-def load_ours(release: Path, ours: Path) -> tuple[Callable, Answer]:
+def load_ours(release: Path, ours: Path, quantization: str) -> tuple[Callable, Answer]:
   from mooer_jax import Transcriber
   from mooer_jax.inputs import extract_features
 
   # Without a persistent compilation cache, so that the first call compiles.
-  transcriber = Transcriber.from_checkpoint(ours, dtype="float32")
+  transcriber = Transcriber.from_checkpoint(ours, dtype="float32", quantization=quantization)
 
   def answer(clips, beams, tokens):
     options = dict(num_beams=beams, max_new_tokens=tokens, min_new_tokens=tokens)
@@ -90,7 +92,7 @@ def load_ours(release: Path, ours: Path) -> tuple[Callable, Answer]:
   return lambda clips: [extract_features(x_N, transcriber.config) for x_N in clips], answer
 
 
-def load_theirs(release: Path, ours: Path) -> tuple[Callable, Answer]:
+def load_theirs(release: Path, ours: Path, quantization: str) -> tuple[Callable, Answer]:
   from tests.parity import full_release, torch_mooer
 
   model = torch_mooer.TorchMooer(release, full_release.LLM, TASK)
@@ -108,9 +110,9 @@ def load_theirs(release: Path, ours: Path) -> tuple[Callable, Answer]:
 SIDES = {"mooer_jax": load_ours, "pytorch": load_theirs}
 
 
-def serve(side: str, release: Path, ours: Path, connection) -> None:
+def serve(side: str, release: Path, ours: Path, quantization: str, connection) -> None:
   """The process of a side: loads it, then answers (case, stage) with seconds, tokens, memory."""
-  features, answer = SIDES[side](release, ours)
+  features, answer = SIDES[side](release, ours, quantization)
   connection.send("loaded")
   while (asked := connection.recv()) is not None:
     case, stage = asked
@@ -160,7 +162,7 @@ def measure(case: Case, sides: dict[str, Any], repeats: int) -> dict[str, Any]:
   return result
 
 
-def first_transcript(ours: Path, *, cached: bool) -> float:
+def first_transcript(ours: Path, quantization: str, *, cached: bool) -> float:
   """Seconds of `mooer-jax transcribe` for one clip, with a compilation cache or an empty one."""
   import soundfile
 
@@ -170,6 +172,8 @@ def first_transcript(ours: Path, *, cached: bool) -> float:
     run = "import sys; from mooer_jax.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", run, "transcribe", "--checkpoint", str(ours)]
     options = ["--num-beams", "1", "--max-new-tokens", str(NEW_TOKENS), str(wav)]
+    if quantization != "none":
+      options += ["--quantization", quantization]
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": folder}
     for _ in range(2 if cached else 1):
       start = time.perf_counter()
@@ -194,6 +198,7 @@ def main():
   parser.add_argument("--dir", type=Path, required=True, help="folder for the release")
   parser.add_argument("--cases", nargs="+", default=["3x1", "4x4", "16x1"], metavar="CLIPSxBEAMS")
   parser.add_argument("--against", choices=("pytorch", "none"), default="pytorch")
+  parser.add_argument("--quantization", choices=("none", "int8"), default="none")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--json", type=Path, help="file to write")
   args = parser.parse_args()
@@ -205,11 +210,12 @@ def main():
     "new_tokens": NEW_TOKENS,
     "clip_s": CLIP_S,
     "dtype": "float32",
+    "quantization": args.quantization,
     "cases": {},
     "first_transcript_s": {
       "meaning": "the command `mooer-jax transcribe` for one clip: import, load, compile, decode",
-      "empty compilation cache": first_transcript(ours, cached=False),
-      "warm compilation cache": first_transcript(ours, cached=True),
+      "empty compilation cache": first_transcript(ours, args.quantization, cached=False),
+      "warm compilation cache": first_transcript(ours, args.quantization, cached=True),
     },
     "versions": versions("jax", "jaxlib", "flax", "torch", "transformers", "funasr"),
   }
@@ -217,7 +223,8 @@ def main():
   sides = {}
   for side in SIDES if args.against == "pytorch" else ["mooer_jax"]:
     sides[side], other = context.Pipe()
-    context.Process(target=serve, args=(side, release, ours, other), daemon=True).start()
+    arguments = (side, release, ours, args.quantization, other)
+    context.Process(target=serve, args=arguments, daemon=True).start()
   for connection in sides.values():
     connection.recv()
   for case in cases:

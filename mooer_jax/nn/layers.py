@@ -134,13 +134,14 @@ def times_int8(x_RI: jax.Array, weight_OI: jax.Array) -> jax.Array:
   whole_RI = jnp.round(x_RI / jnp.where(unit_R1 == 0, 1, unit_R1)).astype(jnp.int32)
   high_RI = (whole_RI + 128) >> 8
   halves_2RI = jnp.concatenate([high_RI, whole_RI - 256 * high_RI]).astype(jnp.int8)
-  sums_O2R = jax.lax.dot_general(
-    weight_OI, halves_2RI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-  )
-  # The barrier is that of `Dense._times_kernel`.
-  sums_O2R = jax.lax.optimization_barrier(sums_O2R).astype(jnp.float32)
-  high_OR, low_OR = jnp.split(sums_O2R, 2, axis=1)
-  return (256 * high_OR + low_OR).T * unit_R1
+  products = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.int32)
+  last = (((1,), (1,)), ((), ()))
+  if len(x_RI) > _FEW_ROWS:
+    sums_2RO = products(halves_2RI, weight_OI, last)
+  else:  # as in `Dense._times_kernel`
+    sums_2RO = jax.lax.optimization_barrier(products(weight_OI, halves_2RI, last)).T
+  high_RO, low_RO = jnp.split(sums_2RO.astype(jnp.float32), 2)
+  return (256 * high_RO + low_RO) * unit_R1
 
 
 class FeedForward(nn.Module):
