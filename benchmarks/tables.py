@@ -135,8 +135,8 @@ def aot_decode() -> str:
 
 
 def speed() -> str:
-  header = ("clips x beams", "our LLM", "whole pipeline", "to the first token", "memory, ours and PyTorch",
-            "first call less a later one, ours", "made")  # fmt: skip
+  header = ("clips x beams", "our LLM", "whole pipeline", "to the first token",
+            "memory, ours and PyTorch", "first call less a later one, ours", "made")  # fmt: skip
   rows = [
     (
       case,
