@@ -18,6 +18,7 @@ import jax
 from absl import app, flags, logging
 
 from mooer_jax import hosts, storage
+from mooer_jax.files import cache_folder
 from mooer_jax.run.config import renamed_keys
 from mooer_jax.storage import RemoteError
 
@@ -204,8 +205,7 @@ def out_of_memory_as_error(remedy: str) -> Iterator[None]:
 def prepare_process():
   """Enables the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mooer_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
 
 
 def check_profile(folder: str | os.PathLike | None) -> None:
