@@ -65,6 +65,7 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
   name = hosts.on_first(lambda: dataset_name(run.data))
   if not hosts.on_first(lambda: EncodedCache(folder, widths).complete(name)):
     with lock_folder(own := folder / f"process{number}" if number else folder):
+      hosts.on_first(lambda: EncodedCache(folder, widths).repair())
       known = EncodedCache(folder, widths).known
       run_of_process = dataclasses.replace(run, data=data)
       skipped = _fill(EncodedCache(own, widths), run_of_process, params, mesh=mesh, known=known)
