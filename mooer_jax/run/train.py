@@ -249,8 +249,9 @@ def _loop(
       if saves:
         folder = _save(run, start, state, data_state=feed.state(), mirror=mirror)
         monitor.message(f"saved {folder}")
-      for evaluator in due:
-        monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
+      with feed.paused():
+        for evaluator in due:
+          monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
       if last:
         break
   if stopping:
