@@ -119,12 +119,20 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is a folder, a pipe, a Git LFS pointer, not UTF-8, not JSON or not an object.
+    ValueError: if it is a folder or a pipe; and as `parse_json_object`.
   """
   if Path(path).exists() and not Path(path).is_file():
     kind = "folder" if Path(path).is_dir() else "pipe or device"
     raise ValueError(f"{path}: is a {kind}; must be a JSON file")
-  content = Path(path).read_bytes()
+  return parse_json_object(Path(path).read_bytes(), path)
+
+
+def parse_json_object(content: bytes, path: str | Path) -> dict[str, Any]:
+  """The object in the content of a JSON file; `path` is its name in errors.
+
+  Raises:
+    ValueError: if it is a Git LFS pointer, not UTF-8, not JSON or not an object.
+  """
   if content.startswith(LFS_POINTER):
     raise ValueError(f"{path}: {LFS_REMEDY}")
   try:
@@ -142,14 +150,24 @@ def is_lfs_pointer(path: str | Path) -> bool:
     return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
+def cache_folder(name: str) -> Path:
+  """A folder of this user's cache: $XDG_CACHE_HOME/mooer_jax/NAME, by default in ~/.cache."""
+  caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  return Path(caches) / "mooer_jax" / name
+
+
 @contextlib.contextmanager
-def lock_folder(folder: str | Path) -> Iterator[None]:
+def lock_folder(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
   """Hold the lock of a folder, which is created if needed, so that no second process writes to it.
 
   The lock is an `flock` on the file `.lock`, which also works on NFS. The kernel releases it when
   the process ends, for whatever reason, so a lock is never left behind. A line is printed if the
   last process was killed while it held the lock, or if the file system has no locks, so that the
   block runs without one.
+
+  Args:
+    folder: to lock.
+    wait: wait for another process that holds the lock.
 
   Raises:
     ValueError: if another process holds the lock; names its host, process id and start time. If
@@ -164,7 +182,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
   path = folder / LOCK_FILE
   with open(path, "a+", encoding="utf-8") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise ValueError(
         f"{folder} is in use by {_holder(file)[0]}; wait until it ends, stop it, or choose another"

@@ -12,11 +12,12 @@ import io
 import os
 import posixpath
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -28,6 +29,15 @@ _BUFFER_BYTES = 2**18
 # installed.
 _PERMANENT = (PermissionError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "FileExpired")
+# What object stores call the version of a file; the first that a listing has.
+_VERSIONS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime", "created")
+
+
+class Stat(NamedTuple):
+  """Size of a file in bytes, and a value that changes with its content: mtime in ns, or ETag."""
+
+  size: int
+  version: int | str
 
 
 class RemoteError(ValueError):
@@ -63,6 +73,11 @@ def local_path(text: str) -> Path:
   return Path(text)
 
 
+def absolute(path: str | Path) -> str:
+  """An absolute path; a URL is one."""
+  return str(path) if is_url(path) else os.path.abspath(path)
+
+
 def join(folder: str, name: str) -> str:
   """The path of a file in a folder; `name` itself if it is a URL or absolute."""
   if is_url(name):
@@ -88,22 +103,70 @@ def is_file(path: str | Path) -> bool:
     return False
 
 
+def is_folder(path: str | Path) -> bool:
+  """Whether there is a folder at a path, or files below a URL."""
+  if not is_url(path):
+    return os.path.isdir(path)
+  try:
+    return _call(str(path), lambda fs, at: fs.info(at))["type"] == "directory"
+  except FileNotFoundError:
+    return False
+
+
 def sizes(paths: Iterable[str]) -> dict[str, int]:
   """Bytes of the files that exist; URLs take one listing for each folder."""
-  found: dict[str, int] = {}
+  return {path: found.size for path, found in stats(paths).items()}
+
+
+def stats(paths: Iterable[str]) -> dict[str, Stat]:
+  """Sizes and versions of the files that exist; URLs take one listing for each folder."""
+  found: dict[str, Stat] = {}
   folders: dict[str, list[str]] = collections.defaultdict(list)
   for path in paths:
     if is_url(path):
       folders[parent(path)].append(path)
     elif os.path.isfile(path):
-      found[path] = os.path.getsize(path)
+      found[path] = stat_file(path)
   for folder, urls in folders.items():
     listed = {entry["name"]: entry for entry in listing(folder)}
     for url in urls:
       entry = listed.get(_strip(url))
       if entry is not None and entry["type"] == "file":
-        found[url] = entry["size"]
+        found[url] = _stat(entry)
   return found
+
+
+def stat_file(path: str) -> Stat:
+  """Size and version of a file; raises as `open_binary`."""
+  if is_url(path):
+    return _stat(_call(path, lambda fs, at: fs.info(at)))
+  found = os.stat(path)
+  _check_regular(path, found.st_mode)
+  return Stat(found.st_size, found.st_mtime_ns)
+
+
+def walk(folder: str | Path) -> dict[str, Stat]:
+  """The files below a folder, at any depth, in the order of their paths; {} if it is absent."""
+  if not is_url(folder):
+    found = {str(path): stat_file(str(path)) for path in Path(folder).rglob("*") if path.is_file()}
+  else:
+    url = str(folder).rstrip("/")
+    below = len(_strip(url))
+    try:
+      entries = _call(url, lambda fs, at: fs.find(at, detail=True))
+    except FileNotFoundError:
+      entries = {}
+    # Stores have empty files for folders, with names that end with a slash.
+    entries = {name[below:]: of for name, of in entries.items() if not name.endswith("/")}
+    found = {f"{url}{name}": _stat(of) for name, of in entries.items() if name}
+  return {path: found[path] for path in sorted(found, key=lambda path: path.split("/"))}
+
+
+def file_names(folder: str) -> list[str]:
+  """Names of the files and folders in a folder."""
+  if not is_url(folder):
+    return os.listdir(folder)
+  return [posixpath.basename(entry["name"].rstrip("/")) for entry in listing(folder)]
 
 
 def listing(url: str) -> list[dict[str, Any]]:
@@ -119,9 +182,11 @@ def open_binary(path: str | Path) -> io.BufferedReader:
 
   Raises:
     FileNotFoundError: if there is none.
+    OSError: if it is a folder, a device or a pipe, which would block until something writes to it.
     RemoteError: if a URL cannot be read, also by each read.
   """
   if not is_url(path):
+    _check_regular(path, os.stat(path).st_mode)
     return open(path, "rb")
   return io.BufferedReader(_RemoteFile(str(path)), _BUFFER_BYTES)
 
@@ -130,6 +195,15 @@ def read_bytes(path: str | Path) -> bytes:
   """The content of a file; errors as of `open_binary`."""
   with open_binary(path) as file:
     return file.read()
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+  """The bytes of a part of a file, fewer if it ends before; errors as of `open_binary`."""
+  if is_url(path):
+    return _call(path, lambda fs, at: fs.cat_file(at, start=start, end=end))
+  with open_binary(path) as file:
+    file.seek(start)
+    return file.read(end - start)
 
 
 def upload(file: Path, url: str) -> None:
@@ -179,6 +253,18 @@ class _RemoteFile(io.RawIOBase):
     if not self.closed:
       self._file.close()
     super().close()
+
+
+def _check_regular(path: str | Path, mode: int) -> None:
+  if not stat.S_ISREG(mode):
+    pipe = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+    kind = "a folder" if stat.S_ISDIR(mode) else pipe
+    raise OSError(f"{path}: is not a regular file, but {kind}")
+
+
+def _stat(entry: dict[str, Any]) -> Stat:
+  version = next((str(entry[name]) for name in _VERSIONS if entry.get(name)), "")
+  return Stat(entry["size"], version)
 
 
 def _call(url: str, function: Callable[[Any, str], T]) -> T:

@@ -1,5 +1,6 @@
 """Files of object stores: an S3 server on loopback, and connections that break."""
 
+import os
 import sys
 
 import pytest
@@ -95,6 +96,36 @@ def test_join(folder, name, joined):
 def test_a_url_of_another_protocol_is_refused(url, message):
   with pytest.raises(ValueError, match=message):
     storage.read_bytes(url)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+@pytest.mark.parametrize(
+  "read", [storage.read_bytes, storage.stat_file, lambda path: storage.read_range(path, 0, 1)]
+)
+def test_only_regular_files_are_read(tmp_path, kind, read):
+  """A pipe would block until something writes to it."""
+  path = {"pipe": tmp_path / "pipe", "folder": tmp_path, "device": "/dev/zero"}[kind]
+  os.mkfifo(tmp_path / "pipe")
+  with pytest.raises(OSError, match=f"{path}: is not a regular file, but a {kind}"):
+    read(str(path))
+
+
+def test_the_files_below_a_folder(bucket, tmp_path):
+  for name in ("b/c/d.txt", "b/a.txt", "a[1].txt", "b-c.txt"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+    storage.upload(tmp_path / name, f"{bucket}/walked/{name}")
+  os.mkfifo(tmp_path / "pipe")
+  found = storage.walk(f"{bucket}/walked/")
+  here = storage.walk(tmp_path)
+  assert [*here] == [f"{tmp_path}/{n}" for n in ("a[1].txt", "b/a.txt", "b/c/d.txt", "b-c.txt")]
+  assert [name.replace(f"{bucket}/walked", str(tmp_path)) for name in found] == [*here]
+  assert [of.size for of in found.values()] == [of.size for of in here.values()]
+  assert storage.stats(found) == found and all(of.version for of in found.values())
+  assert storage.walk(f"{bucket}/nowhere") == storage.walk(tmp_path / "nowhere") == {}
+  assert {*storage.file_names(f"{bucket}/walked/b")} == {"c", "a.txt"}
+  assert storage.is_folder(f"{bucket}/walked") and not storage.is_folder(f"{bucket}/walk")
+  assert storage.read_range(f"{bucket}/walked/b/a.txt", 2, 4) == b"a."
 
 
 @pytest.mark.parametrize("package", ["gcsfs", "fsspec"])

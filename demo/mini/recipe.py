@@ -157,7 +157,7 @@ def _train(stages: Stages, recipe: Recipe, stage: str):
   settings = [*recipe.settings(stage), f"--config.init_from={before}"]
   files = [*ROOT.glob("configs/prompts/mini*.json"), shards]
   if stage == "real":  # all other clips come from the step "speech"
-    files += audio_files(str(shards))
+    files += map(Path, audio_files(str(shards)))
   config = json.loads(config_of(stage).to_json())
   if not tuning:  # tuning decodes with the settings of `eval`
     del config["eval"]

@@ -29,7 +29,7 @@ def read_mvn(path: str | os.PathLike, *, width: int | None = None) -> tuple[np.n
   if not path.exists():
     raise FileNotFoundError(f"{path}: no such file; MooER ships it as am.mvn beside its encoder")
   if not path.is_file():
-    raise ValueError(f"{path}: is not a file; a Kaldi Nnet text file (am.mvn) is expected")
+    raise ValueError(f"{path}: is not a regular file; a Kaldi Nnet text file (am.mvn) is expected")
   if path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
     raise ValueError(f"{path}: a Git LFS pointer: run git lfs pull")
   try:

@@ -12,7 +12,7 @@
                       all other files
 
 A folder is written as `.tmp-NAME` and renamed when it is complete. With several processes, all of
-them call `save` and `load` on a shared file system.
+them call `save` and `load` on a shared file system. A checkpoint at a URL is copied to each host.
 """
 
 # ruff: noqa: F401  (the names are the interface of the package)
@@ -28,10 +28,10 @@ from mooer_jax.checkpoint.reading import (
   load_train_state,
   read_leaves,
 )
+from mooer_jax.checkpoint.remote import find, local_folder, locate, url_of
 from mooer_jax.checkpoint.steps import (
   all_steps,
   enclosing,
-  find,
   keep_for,
   keep_last,
   latest,

@@ -7,9 +7,7 @@ URL/metrics.jsonl, …     records of the run, as of the last copy
 
 import concurrent.futures
 import contextlib
-import json
 import posixpath
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mooer_jax import storage
-from mooer_jax.checkpoint.reading import manifest_fault, open_folder
-from mooer_jax.checkpoint.steps import STEP, all_steps, latest, step_of
+from mooer_jax.checkpoint.manifest import MANIFEST, read_remote
+from mooer_jax.checkpoint.reading import open_folder
+from mooer_jax.checkpoint.remote import copies, step_names
+from mooer_jax.checkpoint.steps import all_steps, latest, step_of
 from mooer_jax.checkpoint.sums import check_sizes
 from mooer_jax.checkpoint.writing import put_in_place
 
 RECORDS = ("metrics.jsonl", "skipped.jsonl", "perplexity.json")  # of a run, in its folder
-_LAST = "checkpoint.json"
 _TRANSFERS = 8  # at a time
 
 
@@ -46,7 +45,7 @@ class Mirror:
       copying.result()
 
   def _copy(self, folder: Path) -> None:
-    names = [name for name in open_folder(folder)[1]["files"] if name != _LAST]
+    names = [name for name in open_folder(folder)[1]["files"] if name != MANIFEST]
     target = storage.join(self._url, folder.name)
     with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
       copied = pool.map(lambda name: storage.upload(folder / name, f"{target}/{name}"), names)
@@ -55,12 +54,12 @@ class Mirror:
     for name in RECORDS:
       if (self._workdir / name).exists():
         storage.upload(self._workdir / name, f"{self._url}/{name}")
-    storage.upload(folder / _LAST, f"{target}/{_LAST}")
+    storage.upload(folder / MANIFEST, f"{target}/{MANIFEST}")
     complete = copies(self._url)
     keep = {*complete[-self._count :], folder.name, *(f.name for f in all_steps(self._workdir))}
-    for name in _step_names(self._url):
+    for name in step_names(self._url):
       if name not in keep or (name not in complete and name != folder.name):
-        storage.delete(f"{self._url}/{name}/{_LAST}")  # first, as it makes a copy complete
+        storage.delete(f"{self._url}/{name}/{MANIFEST}")  # first, as it makes a copy complete
         storage.delete(f"{self._url}/{name}")
 
 
@@ -103,7 +102,7 @@ def restore(url: str, workdir: Path) -> Path | None:
   if not found:
     return None
   source = f"{url}/{found[-1]}"
-  about = _read_manifest(f"{source}/{_LAST}")
+  about = _read_manifest(f"{source}/{MANIFEST}")
   if newest is not None:
     here = workdir / found[-1]
     same = not here.is_dir() or open_folder(here)[1]["hash"] == about["hash"]
@@ -117,7 +116,7 @@ def restore(url: str, workdir: Path) -> Path | None:
   part = folder.with_name(f".tmp-{folder.name}")
   shutil.rmtree(part, ignore_errors=True)
   with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
-    names = [*about["files"], _LAST]
+    names = [*about["files"], MANIFEST]
     for _ in pool.map(lambda name: storage.download(f"{source}/{name}", part / name), names):
       pass
   check_sizes(part, about["files"])
@@ -131,22 +130,11 @@ def restore(url: str, workdir: Path) -> Path | None:
 def _read_manifest(url: str) -> dict[str, Any]:
   """The checkpoint.json of a copy, which names the files to download."""
   try:
-    about = json.loads(storage.read_bytes(url))
-    fault = manifest_fault(about) if isinstance(about, dict) else "holds no object"
-  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-    about, fault = {}, f"is not JSON ({error})"
-  if fault is None and about.get("files") is None:
-    fault = "lacks files"
-  if fault:
-    raise ValueError(f"train.mirror: {url} {fault}; delete {posixpath.dirname(url)}")
+    about = read_remote(url)
+    if about.get("files") is None:
+      raise ValueError(f"{url} lacks files")
+  except ValueError as error:
+    if isinstance(error, storage.RemoteError):
+      raise
+    raise ValueError(f"train.mirror: {error}; delete {posixpath.dirname(url)}") from error
   return about
-
-
-def copies(url: str) -> list[str]:
-  """Names of the steps with a complete copy, oldest first."""
-  return [name for name in _step_names(url) if storage.is_file(f"{url}/{name}/{_LAST}")]
-
-
-def _step_names(url: str) -> list[str]:
-  names = (posixpath.basename(entry["name"].rstrip("/")) for entry in storage.listing(url))
-  return sorted(filter(STEP.fullmatch, names), key=lambda name: int(re.sub(r"\D", "", name)))

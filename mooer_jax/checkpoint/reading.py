@@ -13,18 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax import files, tree
+from mooer_jax import files, storage, tree
 from mooer_jax.checkpoint import arrays, sums
 from mooer_jax.checkpoint.leaves import CheckpointError
+from mooer_jax.checkpoint.manifest import FORMAT, MANIFEST, manifest_fault
+from mooer_jax.checkpoint.remote import local_folder, url_of
 from mooer_jax.checkpoint.steps import latest, remedy
 
-FORMAT = 1
 _SECTIONS: dict[str, tuple[type, str]] = {  # of config.json
   **dict.fromkeys(("connector", "decoder", "prompts"), (dict, "an object")),
   **dict.fromkeys(("encoders", "frontends"), (list, "a list of objects")),
 }
-_TYPES: dict[str, Any] = {"hash": str, "leaves": dict}  # of the values in checkpoint.json
-_TYPES |= dict.fromkeys(("base", "train_state", "files"), (dict, type(None)))
 _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
 
 
@@ -88,17 +87,22 @@ def has_base(folder: str | Path) -> bool:
 def describe(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
   """Opens a checkpoint without reading its weights; params are `ShapeDtypeStruct`s.
 
-  Raises the errors of `load`.
+  Raises the errors of `load`. The folder and the base may be URLs, of which a copy is opened; see
+  `local_folder`.
   """
   folder, about = open_folder(folder)
   pointer, origin, leaves = about["base"], None, about["leaves"]
   if pointer is None and base is not None:
     raise CheckpointError(f"{folder} has no base checkpoint; leave out base_checkpoint={base}")
   if pointer is not None:
-    place = _base(folder, pointer) if base is None else Path(base)
-    if not place.is_dir():
+    named = _base(folder, pointer) if base is None else base
+    try:
+      place = local_folder(named)
+    except FileNotFoundError:
+      place = None
+    if place is None or not place.is_dir():
       raise FileNotFoundError(
-        f"{folder} is a fine-tune of {place}, which does not exist. If the base has moved, pass"
+        f"{folder} is a fine-tune of {named}, which does not exist. If the base has moved, pass"
         " its path: --base-checkpoint PATH (Python: base_checkpoint=PATH; training:"
         " --config.init_from=PATH)"
       )
@@ -292,7 +296,7 @@ def _first_device() -> jax.sharding.Sharding:
 
 
 def open_folder(folder) -> tuple[Path, dict]:
-  folder = Path(folder).absolute()
+  folder = local_folder(folder).absolute()
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such checkpoint folder")
   parts = ("config.json", "generation.json", "checkpoint.json", "tokenizer")
@@ -317,28 +321,6 @@ def open_folder(folder) -> tuple[Path, dict]:
   if not (folder / name).is_dir():
     raise _damaged(folder, f"the checkpoint is not complete, it has no {name}")
   return folder, about
-
-
-def manifest_fault(about: dict) -> str | None:
-  """What is wrong with the content of a checkpoint.json; None if it is valid."""
-  if about.get("format") != FORMAT:
-    return f"has format={about.get('format')!r:.80}"
-  if missing := sorted(_TYPES.keys() - {"files"} - about.keys()):
-    return f"lacks {', '.join(missing)}"
-  for name, kind in _TYPES.items():
-    if not isinstance(value := about.get(name), kind):
-      return f"has {name}={value!r:.80}"
-  if (base := about["base"]) is not None and not {"path", "hash"} <= base.keys():
-    return f"has base={base}, without path and hash"
-  recorded = about.get("files")
-  if recorded is not None and (lost := sorted(set(sums.EDITABLE) - recorded.keys())):
-    return f"has no size and sum of {', '.join(lost)}"
-  for name, entry in (recorded or {}).items():
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-      return f"has a sum of {name}, which is not in the checkpoint"
-    if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
-      return f"has no size and sum of {name}: {entry!r}"
-  return None
 
 
 def _read_leaves(about: Checkpoint, targets: dict) -> dict:
@@ -402,10 +384,15 @@ def _weights_name(base) -> str:
   return _WEIGHTS[base is not None]
 
 
-def _base(folder: Path, pointer: dict) -> Path:
-  """The base relative to the fine-tune, if they moved together, else its original path."""
-  beside = Path(os.path.normpath(folder / pointer.get("relative", pointer["path"])))
-  return beside if beside.is_dir() else Path(pointer["path"])
+def _base(folder: Path, pointer: dict) -> str | Path:
+  """The base relative to the fine-tune, if they moved together, else its original path or URL."""
+  relative = pointer.get("relative", pointer["path"])
+  beside = Path(os.path.normpath(folder / relative))
+  if beside.is_dir():
+    return beside
+  if (url := url_of(folder)) and storage.is_file(f"{storage.join(url, relative)}/{MANIFEST}"):
+    return storage.join(url, relative)
+  return pointer["path"]
 
 
 def _cast(leaf, wanted):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import jax
 
-from mooer_jax import storage
-
 KEPT_BY = "kept_by"  # folder in a checkpoint, with a file for each run that is based on it
 STEP = re.compile(r"step_\d{8,}")
 
@@ -35,29 +33,7 @@ def all_steps(workdir: str | Path) -> list[Path]:
     folders = list(Path(workdir).iterdir())  # glob would hide a PermissionError
   except (FileNotFoundError, NotADirectoryError):
     return []
-  return sorted((f for f in folders if STEP.fullmatch(f.name) and _is_checkpoint(f)), key=step_of)
-
-
-def find(path: str | Path) -> Path:
-  """The checkpoint at a path: the folder itself, or the newest one in the folder of a run.
-
-  Raises FileNotFoundError if the path does not exist, or is neither, and ValueError for a URL.
-  """
-  if fault := storage.path_fault(path):
-    raise ValueError(f"{path}: {fault}")
-  folder = Path(path)
-  if folder.is_file():
-    raise FileNotFoundError(f"{path}: is a file; name the folder of a checkpoint or of a run")
-  if not folder.is_dir():
-    raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-  if _is_checkpoint(folder):
-    return folder
-  newest = latest(folder)
-  if newest is None:
-    raise FileNotFoundError(
-      f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
-    )
-  return newest
+  return sorted((f for f in folders if STEP.fullmatch(f.name) and is_checkpoint(f)), key=step_of)
 
 
 def enclosing(path: str | Path) -> Path | None:
@@ -142,6 +118,6 @@ def remedy(folder: Path) -> str:
   return advice
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
   """Whether a folder is a checkpoint, possibly with missing files, which opening it reports."""
   return any((folder / name).is_file() for name in ("config.json", "checkpoint.json"))

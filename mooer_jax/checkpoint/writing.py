@@ -12,7 +12,9 @@ import jax
 from mooer_jax import files, tree
 from mooer_jax.checkpoint import arrays
 from mooer_jax.checkpoint.leaves import SaveError
-from mooer_jax.checkpoint.reading import FORMAT, data_file, open_folder
+from mooer_jax.checkpoint.manifest import FORMAT
+from mooer_jax.checkpoint.reading import data_file, open_folder
+from mooer_jax.checkpoint.remote import local_folder, url_of
 from mooer_jax.checkpoint.steps import KEPT_BY, keep_for
 from mooer_jax.checkpoint.sums import record, weights_hash
 
@@ -38,7 +40,7 @@ def save(
       (`tree.unstack_layers`); with `base` only the trained ones.
     config_json, generation: the model's config and decoding defaults as JSON values.
     tokenizer: folder to copy, or a function that writes the files into a folder.
-    base: folder of the checkpoint with the other leaves.
+    base: folder or URL of the checkpoint with the other leaves.
     train_state: pytree of arrays to resume from, any structure.
     data_state: JSON values of this process's data iterator, saved with `train_state`.
     source: writes other contents of converted files into a folder, for an export.
@@ -55,7 +57,8 @@ def save(
   leaves = tree.flatten(params)
   if stacked := [path for path in leaves if tree.STACK in path.split("/")]:
     raise ValueError(f"{stacked[0]} is stacked; a checkpoint is per layer (tree.unstack_layers)")
-  if base is not None and Path(base).resolve().is_relative_to(folder.resolve()):
+  base = None if base is None else local_folder(base)
+  if base is not None and base.resolve().is_relative_to(folder.resolve()):
     raise ValueError(f"{folder} would replace its own base {base}; choose another folder")
   params = tree.unflatten(leaves)  # without empty parts, which cannot be read back
   pointer = None
@@ -63,14 +66,16 @@ def save(
     place = Path(base).absolute()
     base_hash = open_folder(place)[1]["hash"]
     pointer = {"path": str(place), "relative": os.path.relpath(place, folder), "hash": base_hash}
+    if url := url_of(place):
+      pointer = {"path": url, "hash": base_hash}
   first = jax.process_index() == 0
   part = folder.with_name(f".tmp-{folder.name}")
   try:
     if first:
       shutil.rmtree(part, ignore_errors=True)
       part.mkdir(parents=True)
-    if base is not None:
-      keep_for(Path(base), folder)
+    if base is not None and not url_of(base):
+      keep_for(base, folder)
     _barrier("begin", folder)
     weights = "weights" if base is None else "trainable"
     arrays.write(part / weights, params)

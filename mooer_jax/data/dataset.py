@@ -240,8 +240,16 @@ class _Batches(grain.IterDataset):
     self.shards = {source: names[sl] for source, names in self.shards.items()}
 
   def __iter__(self) -> grain.DatasetIterator[HostBatch]:
+    weights = sum(source.weight for source in self.shards)
     streams = [
-      UtteranceStream(names, self.preprocess[source], self.config, share=self.share, source=source)
+      UtteranceStream(
+        names,
+        self.preprocess[source],
+        self.config,
+        share=self.share,
+        source=source,
+        rows=self.config.batch_size * source.weight / weights,
+      )
       for source, names in self.shards.items()
     ]
     if self.share:

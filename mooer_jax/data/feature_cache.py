@@ -28,8 +28,8 @@ class EncodedCache:
 
   Its subfolders `process1`, ... are the caches that other processes have written, which `get` and
   `known` include. Writing appends, so an interrupted run resumes; an incomplete end is ignored, and
-  removed by the next write. Readers see what was complete when they opened the folder. Picklable,
-  for data workers.
+  removed by `repair` or the next write. Readers see what was complete when they opened the folder.
+  Picklable, for data workers.
   """
 
   def __init__(self, folder: str | Path, widths: Mapping[str, int]):
@@ -95,11 +95,25 @@ class EncodedCache:
       self._index_end = index.tell()
     self._frames = None
 
+  @property
+  def whole(self) -> bool:
+    """Whether no file of the folder or of its subfolders has an incomplete end."""
+    return self._whole and all(other.whole for other in self._others)
+
+  def repair(self) -> None:
+    """Removes incomplete ends, after which no data set is complete; nothing may be writing."""
+    if not self.whole:
+      (self.folder / _DONE).unlink(missing_ok=True)
+    for part in (self, *self._others):
+      if not part._whole:
+        part._cut_torn_ends()
+        part._whole = True
+
   def complete(self, dataset: str) -> bool:
-    """Whether all clips of a data set, identified by a string, were processed."""
+    """Whether all clips of a data set, identified by a string, were processed and are there."""
     done = self.folder / _DONE
     marks = done.read_text(encoding="utf-8").split("\n") if done.is_file() else []
-    return self._whole and dataset in marks
+    return self.whole and dataset in marks
 
   def mark_complete(self, dataset: str) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,22 +124,22 @@ class EncodedCache:
     return self.folder / f"{encoder}.float16"
 
   def _read_index(self) -> bool:
-    """Adds the clips whose frames are complete; returns whether these are all."""
+    """Adds the clips whose frames are complete; returns whether the files have nothing else."""
     index = self.folder / _INDEX
-    if not index.is_file():
-      return True
-    lines = index.read_bytes().splitlines(keepends=True)
+    lines = index.read_bytes().splitlines(keepends=True) if index.is_file() else []
     files = [(self._file(encoder), width * _BYTES) for encoder, width in self.widths.items()]
-    there = [file.stat().st_size // of_frame if file.is_file() else 0 for file, of_frame in files]
+    sizes = [(file.stat().st_size if file.is_file() else 0, of_frame) for file, of_frame in files]
     for line in lines:
       if not line.endswith(b"\n"):
         return False
       name, starts, lengths, seconds = json.loads(line)
-      if any(a + n > end for a, n, end in zip(starts, lengths, there, strict=True)):
+      ends = [start + n for start, n in zip(starts, lengths, strict=True)]
+      if any(end * of_frame > size for end, (size, of_frame) in zip(ends, sizes, strict=True)):
         return False
       self._add(name, (starts, lengths, seconds))
       self._index_end += len(line)
-    return True
+    # More frames than the index knows are those of an index that was truncated, or not yet written.
+    return all(end * frame == size for end, (size, frame) in zip(self._ends, sizes, strict=True))
 
   def _add(self, name: str, clip: tuple[Sequence[int], Sequence[int], float]):
     self.clips[name] = clip

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mooer_jax import storage
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.files import LFS_REMEDY, is_lfs_pointer, write_errors_name
 
@@ -108,9 +109,9 @@ def describe(labels: str, mode: str, separator: str) -> str:
   """The label file as it is now, and what is done with it; "" without one."""
   if not labels:
     return ""
-  if not os.path.isfile(labels):
+  if (size := storage.sizes([labels]).get(labels)) is None:
     return mode  # `LabelFile` refuses it
-  name = f"{os.path.basename(labels)} ({os.path.getsize(labels)} bytes), {mode}"
+  name = f"{os.path.basename(labels)} ({size} bytes), {mode}"
   return name if mode == "replace" else f"{name}, {separator!r}"
 
 
@@ -119,33 +120,36 @@ class LabelFile:
 
   The index has 20 bytes for each line, in a temporary folder that is removed with the object. It
   is mapped, so the workers of a process share it: pickling passes its path. Keys are found by a
-  hash and then compared.
+  hash and then compared. The file of a URL is copied to that folder, once by each process.
   """
 
   def __init__(self, path: str | Path):
     """Reads the file once.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is a folder, empty, compressed, a Git LFS pointer, or has lines of JSON.
+      FileNotFoundError, OSError: if there is no such file, or it is not a regular one.
+      ValueError: if it is empty, compressed, a Git LFS pointer, or has lines of JSON.
+      RemoteError: if a URL cannot be read.
     """
-    self.path = Path(path)
-    if self.path.is_dir():
-      raise ValueError(f"{path}: is a folder; name a file of `KEY text` lines")
-    if not self.path.is_file():
-      raise FileNotFoundError(f"{path}: no such label file; it has `KEY text` lines")
-    if is_lfs_pointer(self.path):
-      raise ValueError(f"{path}: {LFS_REMEDY}")
-    index = _index(self.path)
+    self.path = str(path)
     _remove_leftovers()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}@{socket.gethostname()}@")
     weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-    self._open(folder, index)
+    try:
+      storage.stat_file(self.path)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f"{path}: no such label file; it has `KEY text` lines") from error
+    if storage.is_url(self.path):
+      storage.download(self.path, _copy_in(folder))
+    here = self._file_in(folder)
+    if is_lfs_pointer(here):
+      raise ValueError(f"{path}: {LFS_REMEDY}")
+    self._open(folder, _index(here, self.path))
 
-  def __getstate__(self) -> tuple[Path, str]:
+  def __getstate__(self) -> tuple[str, str]:
     return self.path, self._folder
 
-  def __setstate__(self, state: tuple[Path, str]) -> None:
+  def __setstate__(self, state: tuple[str, str]) -> None:
     self.path, folder = state
     self._open(folder, None)
 
@@ -156,7 +160,11 @@ class LabelFile:
       with write_errors_name(file):
         np.save(file, values)
     self._hashes, self._lines, self._starts = (np.load(file, mmap_mode="r") for file in files)
-    self._file = open(self.path, "rb", buffering=0)  # closed with the object
+    self._file = open(self._file_in(folder), "rb", buffering=0)  # closed with the object
+
+  def _file_in(self, folder: str) -> Path:
+    """The file on this machine."""
+    return _copy_in(folder) if storage.is_url(self.path) else Path(self.path)
 
   def find(self, key: str) -> list[tuple[int, bytes]]:
     """(line number, text) of the lines that have a key."""
@@ -241,11 +249,19 @@ def _hash(key: bytes) -> int:
   return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def _index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Ascending hashes of the keys, the lines (from 0) that have them, starts of all lines."""
+def _copy_in(folder: str) -> Path:
+  """The copy of a URL in the folder of the index."""
+  return Path(folder) / "labels"
+
+
+def _index(file: Path, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Ascending hashes of the keys, the lines (from 0) that have them, starts of all lines.
+
+  Errors name the file `path`.
+  """
   hashes, starts = array("Q"), array("Q", [0])
-  with open(path, "rb") as file:
-    for line in file:
+  with open(file, "rb") as stored:
+    for line in stored:
       key, _ = _split(line)
       if len(starts) == 1 and key.startswith((b"{", b"\x1f\x8b", b"\xfd7zXZ")):
         kind = "JSON" if key.startswith(b"{") else "compressed"

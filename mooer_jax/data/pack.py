@@ -17,7 +17,7 @@ import regex
 from mooer_jax.audio.decode import AudioError, decode, read_file
 from mooer_jax.data.readers.entries import SPACE
 from mooer_jax.data.readers.segments import segment_slice
-from mooer_jax.data.readers.shards import read_lines
+from mooer_jax.data.readers.shards import split_lines
 from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, VIDEO_SUFFIXES
 from mooer_jax.data.workers import run_in_processes
 from mooer_jax.files import LOCK_FILE, exit_on_sigterm, lock_folder, write_errors_name
@@ -225,7 +225,7 @@ def _read_table(path, left_out) -> dict[str, str]:
   if not Path(path).exists():  # it may be a pipe
     raise FileNotFoundError(f"{path}: no such list")
   table: dict[str, str] = {}
-  for line in read_lines(Path(path)):
+  for line in split_lines(Path(path).read_bytes(), path):
     if line.strip():
       key, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
       key = key.removeprefix("./") or key

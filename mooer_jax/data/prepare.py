@@ -53,8 +53,8 @@ def prepare(
   interruption, the same call resumes: complete files are kept in `.NAME.partial` beside `out`.
 
   Args:
-    source: as `data.shards`.
-    out: the folder; must not exist, or be empty.
+    source: as `data.shards`, which may be a URL.
+    out: the folder, which is local; must not exist, or be empty.
     files: number of files, each a job, at most one for each shard; default: one, but at most
       MAX_FILES.
     processes: jobs at a time; default: the number of CPUs. More than one are spawned, so a script
@@ -68,8 +68,7 @@ def prepare(
     FileNotFoundError, ValueError: for a source without data, options that exclude each other,
       another source than that of the interrupted run, or if another process prepares `out`.
   """
-  _check_local(source)
-  source, out = os.path.abspath(source), Path(os.path.abspath(out))
+  source, out = storage.absolute(source), Path(os.path.abspath(out))
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out}: exists already; remove it or choose another --out")
   for name, value in (("files", files), ("processes", processes)):
@@ -80,8 +79,6 @@ def prepare(
       f"processes={processes} has no effect on Apache Beam; name the number in its options"
     )
   names = shard_names(source)
-  for name in names:
-    _check_local(name)
   if files is not None and files > len(names):
     raise ValueError(f"files={files}: must be at most {len(names)}, the number of shards or blocks")
   count = files or min(MAX_FILES, len(names))
@@ -97,7 +94,8 @@ def prepare(
     if beam_options is not None:
       _run_on_beam(todo, beam_options)
     else:
-      sizes = [sum(map(os.path.getsize, {*map(file_of, of)})) for _, of in todo]
+      known = storage.sizes({*map(file_of, names)})
+      sizes = [sum(known[name] for name in {*map(file_of, of)}) for _, of in todo]
       written = run_in_processes(
         write_file, todo, processes=processes, progress="preparing" if progress else "", sizes=sizes
       )
@@ -108,13 +106,6 @@ def prepare(
     os.replace(beside, out)
     shutil.rmtree(out / _PROGRESS)
   return report
-
-
-def _check_local(path: str | Path) -> None:
-  if storage.is_url(path):
-    raise ValueError(
-      f"{path}: is a URL, which training reads, but `data prepare` does not; copy or mount it"
-    )
 
 
 def write_file(path: str, names: Sequence[str]) -> None:
@@ -152,8 +143,7 @@ def _report(path: str) -> Path:
 
 def _check_plan(path: Path, names: Sequence[str], count: int) -> None:
   """Raises ValueError if files of another source or number were written before."""
-  files = {*map(file_of, names)}
-  state = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(files)]
+  state = [(name, *found) for name, found in sorted(storage.stats({*map(file_of, names)}).items())]
   plan = {"files": count, "source": zlib.crc32(json.dumps([[*names], state]).encode())}
   if path.exists() and (before := json.loads(path.read_text("utf-8"))) != plan:
     remedy = f"remove {path.parents[1]} to start again, or choose another --out"

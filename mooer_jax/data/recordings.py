@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import posixpath
 import threading
 import zlib
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mooer_jax import storage
 from mooer_jax.audio.decode import SILENCE, AudioError, load_audio
 from mooer_jax.data.readers.shards import read_lines
 from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED
@@ -29,7 +31,7 @@ class Recordings:
 
     Args:
       source: folder, in which audio files are found at any depth; or a list of paths, one a line,
-        relative to the list.
+        relative to the list. Each may be a URL.
       option: name of the option in errors.
       sample_rate_hz: rate of the result.
 
@@ -83,10 +85,11 @@ class Recordings:
         self._free += self._cached.popitem(last=False)[1].nbytes
     return waveform_N
 
-  def _load(self, file: Path) -> np.ndarray:
-    return load_audio(file, sample_rate_hz=self._rate_hz, channel="first")
+  def _load(self, file: str) -> np.ndarray:
+    content = storage.read_bytes(file)
+    return load_audio(content, sample_rate_hz=self._rate_hz, channel="first", name=file)
 
-  def _problem(self, file: Path) -> str:
+  def _problem(self, file: str) -> str:
     try:
       return "" if np.abs(self._load(file)).max() >= SILENCE else f"{file}: is silent"
     except (AudioError, OSError) as error:
@@ -94,33 +97,40 @@ class Recordings:
 
   def description(self) -> list[int]:
     """Number of the files, their bytes, and a checksum of their names, wherever they are."""
-    names = "\n".join(file.name for file in self.files).encode("utf-8", "surrogateescape")
-    return [len(self.files), sum(file.stat().st_size for file in self.files), zlib.crc32(names)]
+    names = "\n".join(map(posixpath.basename, self.files)).encode("utf-8", "surrogateescape")
+    return [len(self.files), sum(storage.sizes({*self.files}).values()), zlib.crc32(names)]
 
 
-def _find(source: str, where: str) -> list[Path]:
-  path = Path(source)
-  if path.is_dir():
-    found = sorted(
+def _find(source: str, where: str) -> list[str]:
+  if storage.is_folder(source):
+    found = [
       file
-      for file in path.rglob("*")
-      if file.suffix[1:].lower() in AUDIO_SUFFIXES and not file.name.startswith(IGNORED)
-    )
+      for file in storage.walk(source)
+      if _is_audio(file) and not posixpath.basename(file).startswith(IGNORED)
+    ]
     if not found:
       raise FileNotFoundError(
         f"{where}: no audio file in the folder; name a folder with recordings"
         f" ({', '.join(AUDIO_SUFFIXES[:4])}, …)"
       )
     return found
-  if not path.is_file():
-    raise FileNotFoundError(f"{where}: no such folder or list of recordings")
-  if path.suffix[1:].lower() in AUDIO_SUFFIXES:
+  if storage.is_file(source) and _is_audio(source):
     raise ValueError(f"{where}: is a recording; name its folder, or a list of paths, one a line")
-  found = [path.parent / line for line in map(str.strip, read_lines(path)) if line]
+  try:
+    lines = read_lines(source)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f"{where}: no such folder or list of recordings") from error
+  folder = storage.parent(source)
+  found = [storage.join(folder, line) for line in map(str.strip, lines) if line]
   if not found:
     raise ValueError(f"{where}: the list is empty; write the path of one recording a line")
-  if missing := [file for file in found if not file.is_file()]:
+  present = storage.sizes({*found})
+  if missing := [file for file in found if file not in present]:
     raise FileNotFoundError(
       f"{where}: {len(missing)} of {len(found)} recordings do not exist, first {missing[0]}"
     )
   return found
+
+
+def _is_audio(file: str) -> bool:
+  return Path(file).suffix[1:].lower() in AUDIO_SUFFIXES

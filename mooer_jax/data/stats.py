@@ -1,22 +1,14 @@
 """Statistics of a data set: hours, lengths, languages, and buckets that fit."""
 
 import dataclasses
-import io
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from mooer_jax import storage
-from mooer_jax.audio.containers import (
-  STREAMED_FRAMES,
-  Damaged,
-  check_sndfile_length,
-  split_joined,
-)
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.filters import Filter
 from mooer_jax.data.labels import Labels
@@ -133,9 +125,8 @@ def data_stats(
 ) -> Stats:
   """Reads all utterances of a data set and counts them.
 
-  A length is the field "duration" of an utterance, if it has one, or the length of its segment,
-  and then audio in files of its own is not opened. Else it is read, and decoded
-  unless its headers announce its length.
+  Audio is decoded, so that what training would skip is counted as such. Audio in files of its own
+  is not opened if the utterance has a field "duration" or is a segment, which is then its length.
 
   Args:
     source: as `data.shards`.
@@ -188,38 +179,27 @@ def shard_stats(name: str, condition: str, labels: Labels | None = None) -> Stat
 
 
 def _seconds(raw: RawUtterance) -> float | SkippedUtterance:
+  """The length of an utterance, or why training would skip it.
+
+  Audio is decoded, as in training: the lengths in headers and labels are those of files before they
+  were truncated. Only of audio in files of its own, which is not read yet, a label is believed.
+  """
   if not raw.text.strip():
     return raw.skip("empty transcript")
   announced = raw.about.get("duration")
-  if isinstance(announced, int | float) and 0 < announced < 1e9:  # else it is measured
+  not_read = raw.loader is not None
+  if not_read and isinstance(announced, int | float) and 0 < announced < 1e9:
     return float(announced)
   loaded = raw.load()
   if isinstance(loaded, SkippedUtterance):
     return loaded
   seconds = 0.0
   for audio in (loaded.audio, *loaded.more):
-    if (length_s := _length_in_headers(audio)) is None:
-      try:
-        samples, rate_hz = decode(audio, name=raw.key)
-      except AudioError as error:
-        return raw.skip(error.cause, str(error))
-      length_s = len(samples) / rate_hz
-    seconds += length_s
-  return seconds
-
-
-def _length_in_headers(audio: bytes) -> float | None:
-  """Length of a clip, or of concatenated ones, in seconds; None if it must be decoded for that."""
-  seconds = 0.0
-  try:
-    for data in split_joined(audio):
-      with soundfile.SoundFile(io.BytesIO(data)) as file:
-        if file.frames == STREAMED_FRAMES:
-          return None
-        check_sndfile_length(data, file, file.frames / file.samplerate)
-        seconds += file.frames / file.samplerate
-  except (RuntimeError, OSError, Damaged):  # decoding says how it is damaged
-    return None
+    try:
+      samples_NC, rate_hz = decode(audio, name=raw.key)
+    except AudioError as error:
+      return raw.skip(error.cause, str(error))
+    seconds += len(samples_NC) / rate_hz
   return seconds
 
 

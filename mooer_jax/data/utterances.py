@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -187,6 +188,7 @@ class UtteranceStream:
     *,
     share: tuple[int, int] | None,
     source: Source | None = None,
+    rows: float = 0,
   ):
     """Starts at the first utterance.
 
@@ -197,7 +199,10 @@ class UtteranceStream:
       share: that of a process in a single pass, as of `EpochReader`; None: epoch follows epoch in
         new orders, and these shards are read whole.
       source: the data set of a mixture; default: the only one of the config.
+      rows: of a batch that are taken from this stream. If an epoch has fewer utterances, a line is
+        printed once.
     """
+    self._rows = rows
     self._shards, self._preprocess, self._config = shards, preprocess, config
     self._seed, self._share_of = (config.seed if share is None else None), share or (0, 1)
     self._task_weights = config.task_weights if share is None else {}
@@ -295,6 +300,15 @@ class UtteranceStream:
     self._check_share(1)
     if self._seed is None:
       raise StopIteration
+    if not idle and here.usable < self._rows:
+      print(
+        f"{self._source.shards}: one batch takes {self._rows / here.usable:.1f} epochs: its"
+        f" {self._rows:g} rows are more than the usable utterances, {here.usable} in"
+        f" {len(self._shards)} of its shards; lower data.batch_size, or name more data",
+        file=sys.stderr,
+        flush=True,
+      )
+      self._rows = 0
     self._start_reading(here.next_epoch())
 
   def _check_shards(self) -> None:

@@ -59,7 +59,7 @@ def load_model(
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
   Args:
-    path: the folder.
+    path: the folder or its URL.
     compute: how the model runs; its dtype is that of the weight matrices.
     base_checkpoint: base checkpoint path of a fine-tune, if it has moved.
     generation: options that override those of the checkpoint.

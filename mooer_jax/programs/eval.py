@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Parses flags, evaluates, and exits; errors of the user are one line and status 2."""
   config = config_flags.DEFINE_config_file("config", lock_config=True)
   flags.DEFINE_multi_string(
-    "checkpoint", None, "checkpoint folder or training workdir; several with --mode=perplexity"
+    "checkpoint", None, "folder or URL of a checkpoint or a run; several with --mode=perplexity"
   )
   flags.DEFINE_string("base_checkpoint", None, "base of a fine-tune, if it has moved")
   flags.DEFINE_alias("base", "base_checkpoint")  # its name in version 0.1

@@ -219,7 +219,7 @@ class Run:
     trainable: patterns of parameter paths; everything else stays frozen.
     workdir: folder of the run.
     seed: of everything random.
-    init_from: checkpoint that training starts from.
+    init_from: checkpoint that training starts from: a folder, or a URL.
     tokenizer: folder of a tokenizer; "": the checkpoint's, or one made of `characters`.
     characters, specials, eos: a tokenizer of single characters, special tokens and the end token.
   """
@@ -238,7 +238,7 @@ class Run:
   trainable: tuple[str, ...]
   workdir: Path
   seed: int = 0
-  init_from: Path | None = None
+  init_from: str | Path | None = None
   tokenizer: str = ""
   characters: str = ""
   specials: tuple[str, ...] = ()
@@ -275,6 +275,8 @@ class Run:
     if not values["workdir"]:
       raise ValueError("workdir='': name the folder of the run")
     folders = {name: values.get(name) or "" for name in ("workdir", "init_from", "tokenizer")}
+    if storage.is_url(folders["init_from"]):
+      del folders["init_from"]
     folders |= {
       "eval.out": values["eval"].out,
       "data.cache_features": values["data"].cache_features,
@@ -282,8 +284,8 @@ class Run:
     for name, folder in folders.items():
       if fault := storage.path_fault(folder):
         raise ValueError(
-          f"{name}={folder}: {fault}. train.mirror copies checkpoints to a URL, and data.shards may"
-          " be one"
+          f"{name}={folder}: {fault}. train.mirror copies checkpoints to a URL, and data.shards and"
+          " init_from may be one"
           if storage.is_url(folder)
           else f"{name}={folder}: {fault}"
         )
@@ -299,7 +301,8 @@ class Run:
     build(GenerationConfig, config.get("generation", {}), "generation")
     values["generation"] = dict(config.get("generation", {}))
     values["workdir"] = Path(values["workdir"])
-    values["init_from"] = Path(values["init_from"]) if values.get("init_from") else None
+    start = values.get("init_from") or None
+    values["init_from"] = Path(start) if start and not storage.is_url(start) else start
     return cls(**values)
 
   def decoding_defaults(self) -> GenerationConfig:
@@ -323,8 +326,8 @@ class Run:
       )
     self.check_features()
     if self.init_from is not None:
-      folder = checkpoint.find(self.init_from)
-      if folder != self.init_from:
+      folder = checkpoint.locate(self.init_from)
+      if folder != str(self.init_from).rstrip("/"):
         # A fine-tune points to its base for good, and a resumed run deletes its older steps.
         raise ValueError(
           f"init_from={self.init_from} is the folder of a run; name the checkpoint: {folder}"

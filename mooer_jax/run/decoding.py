@@ -50,8 +50,8 @@ class DecodingResults:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-  """`checkpoint.find`, with the same result in all processes."""
-  return Path(hosts.on_first(lambda: str(checkpoint.find(path))))
+  """`checkpoint.find`, with the same result in all processes; each host copies that of a URL."""
+  return checkpoint.local_folder(hosts.on_first(lambda: checkpoint.locate(path)))
 
 
 def load(
@@ -149,6 +149,7 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
 
   Raises:
     ValueError: if eval.out is not set and the checkpoint `folder` is not in the folder of a run, or
+      is the copy of one at a URL;
       if eval.out is a file or in a checkpoint, or holds packed data or a `text` that no evaluation
       wrote.
   """
@@ -157,10 +158,10 @@ def out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
 
 def _out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   out = Path(options.out) if options.out else folder.parent / "eval" / name
-  if not options.out and checkpoint.latest(folder.parent) is None:
-    raise ValueError(
-      f"{folder} is not in the folder of a run; set the output folder: --config.eval.out=DIR"
-    )
+  url = checkpoint.url_of(folder)
+  if not options.out and (url or checkpoint.latest(folder.parent) is None):
+    place = f"{url} is a URL" if url else f"{folder} is not in the folder of a run"
+    raise ValueError(f"{place}; set the output folder: --config.eval.out=DIR")
   data_list, text, report = (out / name for name in ("data.list", "text", "report.json"))
   if options.out and (data_list.exists() or (text.exists() and not report.exists())):
     raise ValueError(

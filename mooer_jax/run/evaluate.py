@@ -45,8 +45,8 @@ def evaluate(
   options = run.eval
   folder = find_checkpoint(path)
   options.require_shards()
-  shards = Path(options.shards).absolute()
-  folder_name = shards.name if shards.is_dir() else shards.parent.name
+  shards = Path(storage.absolute(options.shards))
+  folder_name = shards.name if storage.is_folder(options.shards) else shards.parent.name
   name = f"{folder_name}-{shards.stem}" if is_annotation(shards) else folder_name
   out = out_folder(options, folder, name)
   references = _given_references(options, out)  # before minutes of work, since it may raise
@@ -111,8 +111,10 @@ def _given_references(options: EvalConfig, out: Path) -> dict[str, str] | None:
   beside = storage.join(storage.parent(options.shards), "text")
   if options.references:
     given = options.references
-    if not storage.is_file(given):
-      raise FileNotFoundError(f"eval.references={given}: no such file")
+    try:
+      storage.stat_file(given)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f"eval.references={given}: no such file") from error
   elif storage.is_file(beside) and not is_annotation(options.shards):
     given = beside
   else:

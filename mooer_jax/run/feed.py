@@ -1,10 +1,12 @@
 """Batches on the devices, ahead of the steps that train on them."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -27,9 +29,10 @@ class BatchSummary(NamedTuple):
   audio_s: float
   num_truncated: int
   skipped: tuple[SkippedUtterance, ...]
-  # How long the loop has waited for data since the step before, in the slowest process. The devices
-  # may have worked meanwhile, so it is a bound of the time that they were idle.
+  # How long the loop has waited for data between two steps, in the slowest process, and how long
+  # that interval was. The devices may have worked meanwhile, so it is a bound of their idle time.
   waited_s: float = 0.0
+  interval_s: float = 0.0
 
 
 class _Pulled(NamedTuple):
@@ -79,6 +82,9 @@ class Feed:
     self._agreement = hosts.Agreement(mesh) if jax.process_count() > 1 else None
     self._own_wait_s = 0.0  # of this process, until it is exchanged
     self._wait_s = 0.0  # of the slowest process, until it is recorded
+    self._start = time.perf_counter()  # of the interval in which it waited
+    self._exchanged_s = 0.0  # length of the interval of the exchange that has started
+    self._interval_s = 0.0  # until it is recorded
     self._told: set[tuple[str, str, str]] = set()
     self._placed: collections.deque[_Placed | Exception] = collections.deque()
     self._ended = self._stopping = False
@@ -103,8 +109,22 @@ class Feed:
     if self._agreement is None:
       self._stopping = self._stop.is_set()
       self._wait_s, self._own_wait_s = self._own_wait_s, 0.0
-    summary, self._wait_s = placed.summary._replace(waited_s=self._wait_s), 0.0
+      self._interval_s = self._end_interval()
+    summary = placed.summary._replace(waited_s=self._wait_s, interval_s=self._interval_s)
+    self._wait_s = self._interval_s = 0.0
     return summary, placed.batch, self._stopping
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """The time of the block, such as that of an evaluation, is part of no interval."""
+    before = time.perf_counter()
+    yield
+    self._start += time.perf_counter() - before
+
+  def _end_interval(self) -> float:
+    """The length of the interval that ends now, seconds."""
+    start, self._start = self._start, time.perf_counter()
+    return self._start - start
 
   def state(self) -> dict[str, Any]:
     """The position of this process's data behind the batch that was taken last."""
@@ -122,7 +142,9 @@ class Feed:
       (*lengths, stopping, any_failed, waited_ms), sums = self._agreement.result()
       audio_s, truncated, num_new = sums
       self._stopping, failed = bool(stopping), bool(any_failed)
-      self._wait_s += waited_ms / 1000
+      # The intervals of the processes differ a little.
+      self._wait_s += min(waited_ms / 1000, self._exchanged_s)
+      self._interval_s += self._exchanged_s
       skipped = self._gather(pulled) if num_new else ()
     if failed:
       other = "another process failed; see its output"
@@ -175,5 +197,6 @@ class Feed:
     else:
       lengths, of_batch, failed = (0,) * self._num_lengths, (0.0, 0), True
     waited_ms, self._own_wait_s = round(1000 * self._own_wait_s), 0.0
+    self._exchanged_s = self._end_interval()
     sums = [*of_batch, len(self._new(self._pulled))]
     self._agreement.start([*lengths, self._stop.is_set(), failed, waited_ms], sums)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Generator
@@ -66,6 +65,7 @@ def fill_cache(run: Run, params: dict, mesh) -> EncodedCache:
   name = hosts.on_first(lambda: dataset_name(run.data))
   if not hosts.on_first(lambda: EncodedCache(folder, widths).complete(name)):
     with lock_folder(own := folder / f"process{number}" if number else folder):
+      hosts.on_first(lambda: EncodedCache(folder, widths).repair())
       known = EncodedCache(folder, widths).known
       run_of_process = dataclasses.replace(run, data=data)
       skipped = _fill(EncodedCache(own, widths), run_of_process, params, mesh=mesh, known=known)
@@ -194,16 +194,10 @@ def dataset_name(config: DataConfig) -> str:
   """Identifies the clips of a data set: its files, as they are now, and the limits of length."""
   sources, files = list_sources(config), []
   paths = [*itertools.chain.from_iterable(audio_files(source.shards) for source in sources)]
-  remote = storage.sizes(str(path) for path in paths if storage.is_url(path))
+  found = storage.stats({*paths})
   for path in paths:
-    if storage.is_url(path):
-      files.append(f"{path} {remote[str(path)]}")
-      continue
-    try:
-      found = os.stat(path)
-      files.append(f"{path} {found.st_size} {found.st_mtime_ns}")
-    except FileNotFoundError:
-      files.append(f"{path} absent")
+    state = f"{found[path].size} {found[path].version}" if path in found else "absent"
+    files.append(f"{path} {state}")
   crc = zlib.crc32("\n".join(files).encode())
   filters = " | ".join(source.filter.text for source in sources)
   # One line of a file; a filter may have several.

@@ -79,7 +79,7 @@ class Monitor:
     # Since the last line:
     self._start, self._logged = time.perf_counter(), len(self._rows)
     self._task_sums = np.zeros((len(self._tasks), 3))
-    self._waited_s = 0.0
+    self._waited_s = self._intervals_s = 0.0
 
   def __enter__(self) -> "Monitor":
     from tensorboardX import SummaryWriter
@@ -110,6 +110,7 @@ class Monitor:
     if batch.num_truncated:
       row["truncated"] = batch.num_truncated
     self._waited_s += batch.waited_s
+    self._intervals_s += batch.interval_s
     self._rows.append(row)
     self._metrics_file.write(json.dumps(row) + "\n")
     self.skipped.add(row["step"], batch.skipped)
@@ -128,10 +129,11 @@ class Monitor:
     step, recent = row["step"], self._rows[self._logged :]
     elapsed, audio_s = time.perf_counter() - self._start, sum(row["audio_s"] for row in recent)
     rates = {"steps_per_s": len(recent) / elapsed, "audio_s_per_s": audio_s / elapsed}
-    rates["data_wait_share"] = self._waited_s / elapsed
+    # Not of `elapsed`: steps are recorded late, so it would be the share of another interval.
+    rates["data_wait_share"] = self._waited_s / self._intervals_s if self._intervals_s else 0.0
     tasks = self._by_task(self._task_sums)
     self._start, self._logged = time.perf_counter(), len(self._rows)
-    self._task_sums[:], self._waited_s = 0, 0.0
+    self._task_sums[:], self._waited_s, self._intervals_s = 0, 0.0, 0.0
     by_task = {f"{name}/{task}": of[name] for task, of in tasks.items() for name in of}
     for name, value in {**row, **rates, **by_task}.items():
       if name not in ("step", "finite", "tasks"):

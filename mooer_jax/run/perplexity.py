@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mooer_jax import checkpoint, hosts, speech_llm
+from mooer_jax import checkpoint, hosts, speech_llm, storage
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.batches import HostBatch, lengths_of
 from mooer_jax.data.dataset import Batches
@@ -70,9 +70,10 @@ def perplexity(
   out = out_folder(options, find_checkpoint(paths[0]), "perplexity")
   rows: list[Perplexity] = []
   found = hosts.on_first(
-    lambda: [(step, str(folder)) for path in paths for step, folder in _steps(path, base)]
+    lambda: [(step, str(place)) for path in paths for step, place in _steps(path, base)]
   )
-  by_folder = {Path(folder).resolve(): (step, Path(folder)) for step, folder in reversed(found)}
+  local = [(step, checkpoint.local_folder(place)) for step, place in found]
+  by_folder = {folder.resolve(): (step, folder) for step, folder in reversed(local)}
   steps = list(by_folder.values())
   for step, folder in track(steps[::-1], "perplexities", console=Console(stderr=True)):
     mesh = make_mesh(**dataclasses.asdict(run.mesh))
@@ -171,15 +172,18 @@ def check_scales(scales: Sequence[float]) -> None:
     )
 
 
-def _steps(path: str, base: str | None) -> list[tuple[int, Path]]:
+def _steps(path: str, base: str | None) -> list[tuple[int, str | Path]]:
   """(step, folder) of all checkpoints of a run, after its first model; or of the named one."""
   folders = checkpoint.all_steps(path)
   if not folders:
-    folder = checkpoint.find(path)
+    place = checkpoint.locate(path)
+    if storage.is_url(path) and place != path.rstrip("/"):
+      raise ValueError(f"{path}: is the URL of a run; name its checkpoints, such as {place}")
+    folder = checkpoint.local_folder(place)
     of_run = folder in checkpoint.all_steps(folder.parent)
-    return [(checkpoint.step_of(folder) if of_run else 0, folder)]
+    return [(checkpoint.step_of(folder) if of_run else 0, place)]
   origin = checkpoint.describe(folders[0], base=base).origin
-  steps = [(checkpoint.step_of(folder), folder) for folder in folders]
+  steps: list[tuple[int, str | Path]] = [(checkpoint.step_of(f), f) for f in folders]
   return [(0, origin.folder), *steps] if origin and "connector" in origin.config else steps
 
 

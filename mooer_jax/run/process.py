@@ -18,6 +18,7 @@ import jax
 from absl import app, flags, logging
 
 from mooer_jax import hosts, storage
+from mooer_jax.files import cache_folder
 from mooer_jax.run.config import renamed_keys
 from mooer_jax.storage import RemoteError
 
@@ -207,8 +208,7 @@ def prepare_process():
   Environment variables of JAX, such as JAX_COMPILATION_CACHE_DIR, win over its place and limits.
   """
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mooer_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
   # JAX keeps programs that took a second. Laying out the weights compiles some twenty in less.
   if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -33,7 +33,7 @@ from mooer_jax.training.step import create, state_shardings
 CMVN_BATCHES = 32
 
 
-def initial_params(run: Run, mesh, *, resumed: Path | None, base: Path | None) -> dict:
+def initial_params(run: Run, mesh, *, resumed: Path | None, base: str | Path | None) -> dict:
   """Parameters with stacked layers on the mesh: from a checkpoint, or fresh.
 
   Args:
@@ -52,7 +52,7 @@ def initial_params(run: Run, mesh, *, resumed: Path | None, base: Path | None) -
   have: dict = {}
   if start_from := resumed or run.init_from:
     saved = checkpoint.describe(start_from, base=base)
-    _check_same_model(saved.config, run.model, start_from, exactly=bool(resumed))
+    _check_same_model(saved.config, run.model, saved.folder, exactly=bool(resumed))
     checkpoint.check_leaves(saved, _leaves_of(saved, run.model))
     shardings = param_shardings(mesh, saved.params)
     loaded = checkpoint.load(start_from, shardings=shardings, base=base).params
@@ -183,13 +183,13 @@ def initial_state(run: Run, params: dict, *, tx, mesh):
   return state, frozen
 
 
-def read_tokenizer(run: Run, initial: Path | None = None) -> Tokenizer:
+def read_tokenizer(run: Run, initial: str | Path | None = None) -> Tokenizer:
   """The tokenizer: a folder, the initial checkpoint's, or one made of `config.characters`.
 
   Raises:
     ValueError: if the config names none, or two that differ; for ids beyond the embedding table.
   """
-  folder = run.tokenizer or (initial and initial / "tokenizer")
+  folder = run.tokenizer or (initial and checkpoint.local_folder(initial) / "tokenizer")
   saved = Tokenizer.from_folder(folder) if folder else None
   made = None
   if run.characters and not run.tokenizer:

@@ -58,6 +58,8 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
   """
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
+  if run.init_from is not None:
+    run = dataclasses.replace(run, init_from=checkpoint.local_folder(run.init_from))
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
   hosts.check_rows(mesh)
   with contextlib.ExitStack() as held:
@@ -131,7 +133,7 @@ class _Start(NamedTuple):
 def _load(
   run: Run, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, *, resumed: Path | None
 ) -> _Start:
-  base = run.init_from
+  base = None if run.init_from is None else checkpoint.local_folder(run.init_from)
   if resumed:
     try:
       base = checkpoint.describe(resumed).base
@@ -160,7 +162,7 @@ def _load(
   del params
   if all(path.startswith("frontend/") for path in tree.flatten(frozen)):
     base = None  # only its CMVN is left, so checkpoints hold all parameters
-  if base is not None and hosts.is_first():
+  if base is not None and hosts.is_first() and not checkpoint.url_of(base):
     checkpoint.keep_for(base, run.workdir)
   batches = iter(dataset)
   if resumed:
@@ -247,8 +249,9 @@ def _loop(
       if saves:
         folder = _save(run, start, state, data_state=feed.state(), mirror=mirror)
         monitor.message(f"saved {folder}")
-      for evaluator in due:
-        monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
+      with feed.paused():
+        for evaluator in due:
+          monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
       if last:
         break
   if stopping:

@@ -84,7 +84,7 @@ def add_parser(commands) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
   """Adds the options on which the compiled programs depend."""
-  parser.add_argument("--checkpoint", required=True, help="checkpoint folder or training workdir")
+  parser.add_argument("--checkpoint", required=True, help="folder or URL of a checkpoint or a run")
   parser.add_argument("--base-checkpoint", help="base of a fine-tune, if it has moved")
   parser.add_argument("--task", help="task of the model; default: its only one, else asr")
   parser.add_argument(

@@ -1,5 +1,7 @@
 """`am.mvn` reads as funasr reads it, round trips exactly, and says what is wrong with a bad one."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,10 @@ def test_damaged_files_are_named(mvn, old, new, word):
 
 
 def test_files_that_are_no_text_or_not_there(tmp_path):
+  os.mkfifo(tmp_path / "pipe")  # it would block until something writes to it
+  for path in (tmp_path, tmp_path / "pipe"):
+    with pytest.raises(ValueError, match=f"{path}: is not a regular file"):
+      read_mvn(path)
   with pytest.raises(FileNotFoundError, match="gone.mvn"):
     read_mvn(tmp_path / "gone.mvn")
   (tmp_path / "am.mvn").write_bytes(b"\xff\xfe\x00\x80" * 10)

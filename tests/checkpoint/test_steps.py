@@ -65,8 +65,8 @@ def test_find_takes_a_checkpoint_or_the_folder_of_a_run(run, tmp_path):
     checkpoint.find(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match="config.json: is a file; name the folder of a"):
     checkpoint.find(newest / "config.json")
-  with pytest.raises(ValueError, match="s3://runs/1: is a URL; name a local path"):
-    checkpoint.find("s3://runs/1")
+  with pytest.raises(ValueError, match="~/run: starts with ~"):
+    checkpoint.find("~/run")
 
 
 def test_a_step_that_lost_a_file_is_not_passed_over(run):

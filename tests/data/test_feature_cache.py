@@ -76,6 +76,32 @@ def test_an_index_that_outlived_its_frames_is_cut_and_not_complete(tmp_path):
   assert cache.complete("train")
 
 
+@pytest.mark.parametrize("part", ["", "process1"])
+@pytest.mark.parametrize(
+  ("name", "left"), [("one.float16", 12), ("index.jsonl", -9), ("index.jsonl", "a line")]
+)
+def test_a_truncated_file_of_any_process_is_noticed_and_repaired(tmp_path, part, name, left):
+  clips = [clip("x", 4, 0), clip("y", 5, 1)]
+  for folder, number in (("", 0), ("process1", 2)):
+    EncodedCache(tmp_path / folder, WIDTHS).write(
+      [(f"{key}{number}", frames, seconds) for key, frames, seconds in clips]
+    )
+  EncodedCache(tmp_path, WIDTHS).mark_complete("train")
+  assert EncodedCache(tmp_path, WIDTHS).complete("train")
+  file = tmp_path / part / name
+  content = file.read_bytes()
+  file.write_bytes(content[: content.index(b"\n") + 1 if left == "a line" else left])
+  cache = EncodedCache(tmp_path, WIDTHS)
+  assert not cache.complete("train")
+  kept = {*cache.known}
+  cache.repair()
+  cache = EncodedCache(tmp_path, WIDTHS)
+  assert cache.whole and cache.known == kept and len(kept) < 4
+  assert not cache.complete("train")  # also if other data sets are encoded first
+  cache.mark_complete("train")
+  assert EncodedCache(tmp_path, WIDTHS).complete("train")
+
+
 def test_clips_without_frames_can_be_kept_alone(tmp_path):
   EncodedCache(tmp_path, WIDTHS).write([clip("z", 0, 2)])
   check(EncodedCache(tmp_path, WIDTHS), [clip("z", 0, 2)])

@@ -146,11 +146,14 @@ def test_a_file_of_another_kind_is_refused(write, content, words):
     LabelFile(write(content))
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+def test_a_missing_file_a_folder_and_a_pipe_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="gone: no such label file"):
     LabelFile(tmp_path / "gone")
-  with pytest.raises(ValueError, match="is a folder"):
+  with pytest.raises(OSError, match="is not a regular file, but a folder"):
     LabelFile(tmp_path)
+  os.mkfifo(tmp_path / "pipe")
+  with pytest.raises(OSError, match="pipe: is not a regular file, but a pipe"):
+    LabelFile(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(

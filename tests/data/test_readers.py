@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from mooer_jax import storage
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.data import readers
 from mooer_jax.data.dataset import eval_batches, train_batches
@@ -151,6 +152,13 @@ def test_the_files_of_the_names_exist(source):
   assert all(os.path.isfile(file) for file in readers.audio_files(source))
 
 
+@pytest.mark.parametrize("name", ["data.list", "train.json"])
+def test_a_pipe_in_place_of_a_list_is_named_and_not_waited_for(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(OSError, match=f"{name}: is not a regular file, but a pipe"):
+    readers.shard_names(str(tmp_path / name))
+
+
 def test_a_reader_can_be_left_early(source):
   with contextlib.closing(readers.read(readers.shard_names(source)[0])) as entries:
     assert isinstance(next(entries), RawUtterance)
@@ -195,8 +203,10 @@ def test_audio_of_utterances_that_are_left_out_is_never_read(
   labels = [f"{entry.key} A\n" for entry in entries if entry.transcript() != "N4"]
   (tmp_path / "labels").write_text("".join(labels))
   opened = []
-  read_bytes, read_segment = Path.read_bytes, SegmentReader.read
-  monkeypatch.setattr(Path, "read_bytes", lambda file: (opened.append(file), read_bytes(file))[1])
+  read_bytes, read_segment = storage.read_bytes, SegmentReader.read
+  monkeypatch.setattr(
+    storage, "read_bytes", lambda file: (opened.append(file), read_bytes(file))[1]
+  )
   monkeypatch.setattr(
     SegmentReader,
     "read",
@@ -209,7 +219,7 @@ def test_audio_of_utterances_that_are_left_out_is_never_read(
     found = [
       key for host in eval_batches(config, *model_side, process=(process, 2)) for key in host.keys
     ]
-    assert len([file for file in opened if file.suffix != ".json"]) == len(found) > 0
+    assert len([file for file in opened if not file.endswith(".json")]) == len(found) > 0
     used += found
   assert {*used} == {e.key for e in entries if e.transcript() not in ("N3", "N4")}
 

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def folder(tmp_path, wav):
 
 def test_a_folder_and_a_list_name_the_same_recordings(folder):
   of_folder = _open(folder)
-  assert [file.name for file in of_folder.files] == ["b.wav", "c.wav", "a.WAV"]
+  assert [Path(file).name for file in of_folder.files] == ["b.wav", "c.wav", "a.WAV"]
   assert [len(of_folder[n]) for n in range(3)] == [1600, 4800, 3200]  # at 16 kHz, one channel
   (folder / "list.txt").write_text("b.wav\n\nc.wav\ndeep/er/a.WAV\n")
   of_list = _open(folder / "list.txt")
@@ -62,7 +63,7 @@ def test_what_cannot_be_used_is_refused_by_name(folder, wav, encode_wav, change,
 
 def test_a_recording_that_is_lost_later_is_an_error(folder):
   found = _open(folder)
-  found.files[0].unlink()
+  Path(found.files[0]).unlink()
   with pytest.raises(ValueError, match="cannot be read any more: .*b.wav.*restore it and resume"):
     found[0]
 
@@ -72,7 +73,7 @@ def test_memory_is_bounded_and_the_latest_stay(folder, monkeypatch):
   found = _open(folder)
   loads = []
   monkeypatch.setattr(Recordings, "_load", lambda self, f, load=Recordings._load: (
-    loads.append(f.name), load(self, f))[1])  # fmt: skip
+    loads.append(Path(f).name), load(self, f))[1])  # fmt: skip
   for number in (0, 1, 0, 2, 0, 1):
     found[number]
   # Number 2 pushed 1 out, which was not used since 0 was.

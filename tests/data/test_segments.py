@@ -29,7 +29,7 @@ def recording(tmp_path):
 def decoded(monkeypatch):
   """The paths that are decoded as a whole."""
   paths = []
-  monkeypatch.setattr(segments, "decode", lambda path: (paths.append(path), decode(path))[1])
+  monkeypatch.setattr(segments, "decode", lambda path, name: (paths.append(path), decode(path))[1])
   return paths
 
 

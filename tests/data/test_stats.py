@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from mooer_jax import cli
+from mooer_jax.data.dataset import eval_batches
 from mooer_jax.data.stats import Stats, data_stats, padding_share, suggest_buckets
 from tests.data.conftest import make_wav
 
@@ -22,14 +23,14 @@ def stats_of(*seconds):
 
 @pytest.fixture
 def mixed(shards):
-  """Two shards: lengths from the audio and from a .json, and utterances that cannot be used."""
+  """Two shards, one with wrong lengths in a .json, and utterances that cannot be used."""
   for language, seconds in (("en", (1.0, 2.0)), ("zh", (3.0, 4.0))):
     members = []
     for number, value in enumerate(seconds):
       key = f"{language}{number}"
       about = {"text": "N1", "language": language, "speaker": language}
       if language == "zh":
-        about["duration"] = 10 * value
+        about["duration"] = 10 * value  # the audio is what training reads
       members += [(f"{key}.json", json.dumps(about).encode()), (f"{key}.wav", make_wav(value))]
     members += [(f"{language}lone.wav", make_wav(0.5)), (f"{language}bad.wav", b"no audio")]
     members += [(f"{language}bad.txt", b"N1")]
@@ -48,10 +49,10 @@ def test_an_impossible_duration_is_measured_instead(shards, announced):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_everything_is_counted_once(mixed, processes):
   stats = data_stats(mixed, processes=processes)
-  assert (stats.shards, stats.utterances, stats.seconds) == (2, 4, 1 + 2 + 30 + 40)
-  assert stats.lengths_by == {"language": {"en": 300, "zh": 7000}}
+  assert (stats.shards, stats.utterances, stats.seconds) == (2, 4, 1 + 2 + 3 + 4)
+  assert stats.lengths_by == {"language": {"en": 300, "zh": 700}}
   assert stats.skipped == {"no transcript": 2, "undecodable": 2} and stats.speakers == {"en", "zh"}
-  assert [stats.length_at(share) for share in (0, 0.5, 1)] == [1, 2, 40]
+  assert [stats.length_at(share) for share in (0, 0.5, 1)] == [1, 2, 4]
 
 
 def test_lengths_are_those_of_decoding_where_headers_mislead(shards):
@@ -73,17 +74,38 @@ def test_lengths_are_those_of_decoding_where_headers_mislead(shards):
   assert stats.lengths == {200: 2, 100: 1} and stats.skipped == {"undecodable": 1}
 
 
+@pytest.mark.parametrize("kind", ["FLAC", "MP3", "WAV", "OGG"])
+def test_truncated_files_are_damaged_as_in_training(shards, tmp_path, model_side, kind):
+  """Their headers and labels have the length that they had."""
+  file = io.BytesIO()
+  soundfile.write(file, np.random.default_rng(0).uniform(-0.1, 0.1, 32000), 16000, format=kind)
+  whole = file.getvalue()
+  about = json.dumps({"text": "1", "duration": 2.0}).encode()
+  for name, audio in (("whole", whole), ("cut", whole[: len(whole) // 2])):
+    (tmp_path / f"{name}.audio").write_bytes(audio)
+    shards.add_members([(f"{name}.json", about), (f"{name}.audio", audio)])
+  line = '{{"key": "{0}", "wav": "{0}.audio", "txt": "1"}}\n'
+  raw_list = tmp_path / "raw.list"
+  raw_list.write_text("".join(line.format(name) for name in ("whole", "cut")))
+  for source in (shards.list, raw_list):
+    found = data_stats(source, processes=1)
+    assert (found.utterances, found.seconds, found.skipped) == (1, 2.0, {"undecodable": 1})
+    config = shards.config(shards=str(source), max_bad_share=0.5)
+    hosts = list(eval_batches(config, *model_side))
+    assert [key for host in hosts for key in host.keys] == ["whole"]
+
+
 def test_the_command_prints_writes_and_draws(mixed, tmp_path, capsys):
   png, file = tmp_path / "lengths.png", tmp_path / "stats.json"
-  options = ["--filter", "language == 'zh'", "--max-s", "60", "--buckets", "2", "--processes", "1"]
+  options = ["--filter", "language == 'zh'", "--max-s", "6", "--buckets", "2", "--processes", "1"]
   files = ["--png", str(png), "--json", str(file)]
   assert cli.main(["data", "stats", mixed, *options, *files]) == 0
   out = capsys.readouterr().out
-  assert "2 utterances, 0.02 hours in 2 shards" in out and "left out by the filter: 2" in out
-  assert "hours by language: zh 0.02" in out and "data.buckets = (" in out
+  assert "2 utterances, 0.00 hours in 2 shards" in out and "left out by the filter: 2" in out
+  assert "hours by language: zh 0.00" in out and "data.buckets = (" in out
   about = json.loads(file.read_text())
-  assert about["hours_by"]["language"] == {"zh": 70 / 3600} and about["left_out"] == 2
-  assert about["buckets"][-1] == 1000 and png.read_bytes().startswith(b"\x89PNG")
+  assert about["hours_by"]["language"] == {"zh": 7 / 3600} and about["left_out"] == 2
+  assert about["buckets"][-1] == 100 and png.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import json
 
 import pytest
 
+from mooer_jax.data.config import SourceConfig
 from mooer_jax.data.examples import Example
 from mooer_jax.data.utterances import Position, UtteranceStream, reading_id
+from tests.data.conftest import take_batches
 
 
 def test_readings_are_numbered_as_before_and_never_alike():
@@ -52,3 +54,19 @@ def test_a_stream_continues_from_every_position(shards, wav, endless):
     for position, example in found[start : start + 9]:
       assert other.position == position
       assert other.take() == example
+
+
+def test_a_batch_of_more_than_an_epoch_is_named_once(shards, model_side, capsys):
+  shards.add(4)
+  assert len(take_batches(shards.config(batch_size=4), model_side, 3)) == 3
+  assert capsys.readouterr().err == ""
+  take_batches(shards.config(batch_size=10, shuffle_buffer_size=20), model_side, 3)
+  line = f"{shards.list}: one batch takes 2.5 epochs: its 10 rows are more than the usable"
+  said = capsys.readouterr().err
+  assert said.count(line) == said.count("\n") == 1
+  assert "utterances, 4 in 1 of its shards; lower data.batch_size" in said
+  sets = {name: SourceConfig(str(shards.list), weight=w) for name, w in (("a", 3.0), ("b", 1.0))}
+  mixture = shards.config(shards="", mixture=sets, batch_size=8, shuffle_buffer_size=16)
+  take_batches(mixture, model_side, 3)
+  [said] = capsys.readouterr().err.splitlines()  # of one of the two
+  assert "one batch takes 1.5 epochs: its 6 rows" in said

@@ -11,8 +11,9 @@ import pytest
 from mooer_jax.data.batches import HostBatch
 from mooer_jax.data.readers.entries import SkippedUtterance
 from mooer_jax.data.utterances import BadDataError
+from mooer_jax.run.config import TrainConfig
 from mooer_jax.run.feed import AHEAD, Feed
-from mooer_jax.run.monitor import SkippedLog
+from mooer_jax.run.monitor import Monitor, SkippedLog
 from mooer_jax.sharding import make_mesh
 from mooer_jax.speech_llm import Batch
 
@@ -96,6 +97,37 @@ def test_the_time_that_the_loop_waits_is_counted_once(open_feed):
     feed.refill()
   assert 0.02 * (1 + AHEAD) <= waited[0] and all(0.02 <= s for s in waited[1:])
   assert sum(waited) <= time.perf_counter() - start
+
+
+def test_the_share_of_waiting_is_that_of_one_interval(open_feed, tmp_path):
+  """Of short steps, of which one waits for data: its wait is longer than the others' time."""
+  numbers = _Numbers()
+  feed, _ = open_feed(numbers)
+  shares = []
+  with Monitor(tmp_path, TrainConfig(steps=8, log_every=1), first=0) as monitor:
+    monitor._tensorboard.add_scalar = lambda name, value, step: (
+      shares.append(value) if name == "train/data_wait_share" else None
+    )
+    pending = None
+    for step in range(1, 9):
+      numbers._seconds = 0.2 if step == 4 else 0.0
+      summary, _, _ = feed.take()
+      feed.refill()
+      if pending:  # a step late, as in training
+        monitor.record(*pending)
+      metrics = dict(step=step, loss=1.0, accuracy=0.5, lr=1e-3, bad_steps=0)
+      pending = ({name: np.asarray(value) for name, value in metrics.items()}, summary)
+    monitor.record(*pending)
+  assert len(shares) == 8 and all(0 <= share <= 1 for share in shares)
+  assert max(shares[1:]) == shares[4]  # of step 5, whose batch was taken after the wait
+
+
+def test_a_pause_is_part_of_no_interval(open_feed):
+  feed, _ = open_feed(_Numbers())
+  feed.take()
+  with feed.paused():
+    time.sleep(0.1)
+  assert feed.take()[0].interval_s < 0.1
 
 
 def test_skipped_utterances_are_listed_in_the_same_order_whichever_process_reads_them(tmp_path):

@@ -111,6 +111,18 @@ def test_frames_are_those_of_each_clip_alone_and_changed_audio_is_encoded_anew(
   with monkeypatch.context() as patch:  # nothing is read again where nothing changed
     patch.setattr(fill_feature_cache, "cache_misses", None)
     assert len(fill_feature_cache.fill_cache(run, params, mesh).clips) == 3
+  part = cache.folder / "process1"  # of a run with more processes
+  part.mkdir()
+  for file in cache.folder.glob("*.*"):
+    (part / file.name).write_bytes(file.read_bytes())
+  frames = next(part.glob("*.float16"))
+  frames.write_bytes(frames.read_bytes()[:-1])
+  assert not type(cache)(cache.folder, cache.widths).whole
+  again = fill_feature_cache.fill_cache(run, params, mesh)
+  assert again.whole and len(again.known) == 3
+  with monkeypatch.context() as patch:  # and that is kept
+    patch.setattr(fill_feature_cache, "cache_misses", None)
+    assert len(fill_feature_cache.fill_cache(run, params, mesh).known) == 3
   before = paths[0].stat()
   paths[0].write_bytes(paths[1].read_bytes()[:-2000])
   os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns + 1))

@@ -335,6 +335,34 @@ def test_the_config_cannot_name_other_characters_than_the_checkpoint_has(config,
   assert train(config).is_dir()
 
 
+def test_a_fine_tune_of_a_url_is_resumed_and_evaluated_without_its_base_here(
+  config, bucket, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  config.train.steps = 4
+  base = train(config)
+  url = f"{bucket}/runs/base/{base.name}"
+  for file in base.rglob("*"):
+    if file.is_file():
+      storage.upload(file, f"{url}/{file.relative_to(base)}")
+  shutil.rmtree(base.parent)
+  config.init_from, config.train.cmvn = url, ""
+  config.workdir, config.trainable = str(tmp_path / "tuned"), ("connector/.*",)
+  train(config)
+  shutil.rmtree(tmp_path / "cache")
+  config.train.steps = 8
+  assert train(config).name == "step_00000008"
+  shutil.rmtree(tmp_path / "cache")
+  scores, _ = evaluate(config, config.workdir)
+  assert scores["character"].utterances
+  config.eval.out = ""
+  with pytest.raises(ValueError, match=f"{url} is a URL; set the output folder"):
+    evaluate(config, url)
+  config.init_from = f"{bucket}/runs/base"
+  with pytest.raises(ValueError, match=f"runs/base is the folder of a run; .*: {url}"):
+    train(config)
+
+
 def test_a_fine_tune_whose_base_moved_is_resumed_and_evaluated_from_where_it_is(config, tmp_path):
   config.train.steps = 4
   base = train(config)

@@ -1,8 +1,6 @@
 """Readers of stored utterances: one file for each format, and the tables of them."""
 
-import os
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from mooer_jax import storage
@@ -24,7 +22,7 @@ class Listing(NamedTuple):
 
   recognises: Callable[[str], bool]
   shards: Callable[[str], list[str]]
-  files: Callable[[str], Sequence[str | Path]]
+  files: Callable[[str], Sequence[str]]
   utterances: Callable[[str], prepared.Utterances | None] = lambda path: None
 
 
@@ -42,10 +40,9 @@ class Reader(NamedTuple):
 
 # Of both tables, the first that recognises a name applies.
 LISTINGS = (
-  Listing(storage.is_url, shards.read_list, shards.read_list),
   Listing(annotation.is_annotation, annotation.pieces, annotation.audio_files),
   Listing(prepared.is_prepared, prepared.parts, prepared.audio_files, prepared.utterances),
-  Listing(os.path.isdir, emilia.find_shards, emilia.find_shards),
+  Listing(storage.is_folder, emilia.find_shards, emilia.find_shards),
   Listing(raw_list.is_raw_list, raw_list.parts, raw_list.audio_files),
   Listing(lambda path: True, shards.read_list, shards.read_list),
 )
@@ -73,7 +70,7 @@ def utterance_names(source: str) -> prepared.Utterances | None:
   return _listing(source).utterances(source)
 
 
-def audio_files(source: str) -> Sequence[str | Path]:
+def audio_files(source: str) -> Sequence[str]:
   """Paths of the files that hold the audio of a data set; errors as of `shard_names`."""
   return _listing(source).files(source)
 

@@ -6,9 +6,9 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.audio.decode import read_file
+from mooer_jax import storage
 from mooer_jax.data.readers.entries import TEXT, RawUtterance, SkippedUtterance, as_key, is_text
-from mooer_jax.files import read_json_object
+from mooer_jax.files import parse_json_object
 
 _AT_A_TIME = 64  # entries that are shuffled as one shard
 
@@ -21,19 +21,24 @@ def is_annotation(shards: str | Path) -> bool:
 def read_annotation(path: str) -> list[dict[str, Any]]:
   """The entries of `{"annotation": [{"path", "text", "task", "Q", "expand_wav"}, …]}`.
 
-  Relative paths start at the file's folder. Raises FileNotFoundError if there is no such file, and
-  ValueError if it is not such JSON, or an entry (named by its number) lacks its path or text.
+  Relative paths start at the file's folder. The file and the clips may be URLs.
+
+  Raises:
+    FileNotFoundError, OSError: if there is no such file, or it is not a regular one.
+    ValueError: if it is not such JSON, or an entry (named by its number) lacks its path or text.
+    RemoteError: if a URL cannot be read.
   """
-  file = Path(path)
-  if not file.is_file():
-    raise FileNotFoundError(f"{path}: no such annotation file")
-  return _entries(str(path), file.stat().st_mtime_ns)
+  try:
+    found = storage.stat_file(str(path))
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f"{path}: no such annotation file") from error
+  return _entries(str(path), found)
 
 
 @functools.lru_cache(maxsize=4)
-def _entries(path: str, written_ns: int) -> list[dict[str, Any]]:
-  del written_ns  # reads a file again after a change
-  entries = read_json_object(path).get("annotation")
+def _entries(path: str, found: storage.Stat) -> list[dict[str, Any]]:
+  del found  # reads a file again after a change
+  entries = parse_json_object(storage.read_bytes(path), path).get("annotation")
   if not isinstance(entries, list) or not entries:
     raise ValueError(f'{path}: no entries; it must contain {{"annotation": [{{"path": …}}, …]}}')
   for number, entry in enumerate(entries):
@@ -64,13 +69,14 @@ def pieces(path: str) -> list[str]:
   return [f"{path}#{start}" for start in range(0, len(read_annotation(path)), _AT_A_TIME)]
 
 
-def audio_files(path: str) -> list[Path]:
+def audio_files(path: str) -> list[str]:
   """The clips that the entries name, in order."""
   return [clip for entry in read_annotation(path) for clip in _clips(path, entry)]
 
 
-def _clips(path: str, entry: Mapping[str, Any]) -> list[Path]:
-  return [Path(path).parent / clip for clip in (entry["path"], *entry.get("expand_wav", []))]
+def _clips(path: str, entry: Mapping[str, Any]) -> list[str]:
+  folder = storage.parent(path)
+  return [storage.join(folder, clip) for clip in (entry["path"], *entry.get("expand_wav", []))]
 
 
 def is_piece(name: str) -> bool:
@@ -96,9 +102,10 @@ def read_piece(name: str) -> Generator[RawUtterance]:
     )
 
 
-def _load(raw: RawUtterance, *, clips: Sequence[Path]) -> RawUtterance | SkippedUtterance:
+def _load(raw: RawUtterance, *, clips: Sequence[str]) -> RawUtterance | SkippedUtterance:
   try:
-    audio, *more = map(read_file, clips)
+    audio, *more = map(storage.read_bytes, clips)
   except OSError as error:
-    return raw.skip("no audio", f"{error.filename}: {error.strerror or error}")
+    named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return raw.skip("no audio", named)
   return dataclasses.replace(raw, audio=audio, more=tuple(more))

@@ -11,6 +11,7 @@ import functools
 import gzip
 import json
 import os
+import posixpath
 import re
 import zlib
 from collections.abc import Generator, Iterator
@@ -23,25 +24,24 @@ from mooer_jax.data.readers.tars import AUDIO_SUFFIXES, IGNORED, TARS, DamagedSh
 _ALL_LABELS = "openemilia_all.tar.gz"  # of OpenDataLab: no audio
 
 
-def find_shards(folder: str | Path) -> list[str]:
+def find_shards(folder: str) -> list[str]:
   """The tars below a folder and the recordings that Emilia-Pipe processed, sorted.
 
   Raises:
     FileNotFoundError: if there are none.
   """
-  folder = Path(folder)
-  files = sorted(
-    path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(IGNORED)
-  )
+  files = {path: posixpath.basename(path) for path in storage.walk(folder)}
   found = [
-    str(path)
-    for path in files
-    if (path.name.endswith(TARS) and path.name != _ALL_LABELS) or is_recording(str(path))
+    path
+    for path, name in files.items()
+    if not name.startswith(IGNORED)
+    and ((name.endswith(TARS) and name != _ALL_LABELS) or is_recording(path))
   ]
   if not found:
     raise FileNotFoundError(
       f"{folder}: no tar of audio, and no NAME/NAME.json of Emilia-Pipe; name a folder that has"
       " some, or a data.list"
+      + ("; datasets of `data prepare` must be local" if storage.is_url(folder) else "")
     )
   return found
 
@@ -103,16 +103,23 @@ def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   """
   path = Path(name)
   try:
-    segments = json.loads(path.read_bytes())
+    segments = json.loads(storage.read_bytes(name))
     if not isinstance(segments, list):
       raise ValueError("it must be a list of segments")
+  except storage.RemoteError:
+    raise
   except (OSError, ValueError, RecursionError) as error:
     yield SkippedUtterance("bad shard", "", name, f"{type(error).__name__}: {error}")
     return
   pattern = re.compile(
     rf"{re.escape(path.stem)}_(\d+)\.({'|'.join(AUDIO_SUFFIXES)})", re.IGNORECASE
   )
-  files = {int(m[1]): file for file in path.parent.iterdir() if (m := pattern.fullmatch(file.name))}
+  folder = storage.parent(name)
+  files = {
+    int(m[1]): storage.join(folder, file)
+    for file in storage.file_names(folder)
+    if (m := pattern.fullmatch(file))
+  }
   for index, about in enumerate(segments):
     key = f"{as_key(path.stem)}_{index}"
     if not isinstance(about, dict) or not isinstance(about.get("text"), str):
@@ -123,13 +130,13 @@ def read_recording(name: str) -> Generator[RawUtterance | SkippedUtterance]:
       start, end = about.get("start"), about.get("end")
       if isinstance(start, int | float) and isinstance(end, int | float):
         about = {"duration": end - start, **about}
-      raw = _utterance(key, name, files[index].suffix[1:].lower(), b"", about)
+      raw = _utterance(key, name, Path(files[index]).suffix[1:].lower(), b"", about)
       yield dataclasses.replace(raw, loader=functools.partial(_load, clip=files[index]))
 
 
-def _load(raw: RawUtterance, *, clip: Path) -> RawUtterance | SkippedUtterance:
+def _load(raw: RawUtterance, *, clip: str) -> RawUtterance | SkippedUtterance:
   try:
-    return dataclasses.replace(raw, audio=clip.read_bytes())
+    return dataclasses.replace(raw, audio=storage.read_bytes(clip))
   except OSError as error:
     return raw.skip("no audio", str(error))
 

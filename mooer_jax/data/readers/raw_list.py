@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
+import posixpath
 import re
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mooer_jax.audio.decode import AudioError, read_file
+from mooer_jax import storage
+from mooer_jax.audio.decode import AudioError
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance, is_text, parse_line
 from mooer_jax.data.readers.segments import SegmentError, SegmentReader
 from mooer_jax.data.readers.tars import TARS
@@ -26,9 +27,9 @@ _REMEDY = 'write {"key": …, "wav": …, "txt": …} on one line, in UTF-8'
 
 def is_raw_list(path: str | Path) -> bool:
   """Whether the first line of a file that is not blank begins a JSON object."""
-  if not os.path.isfile(path):
+  if not storage.is_file(path):
     return False
-  with open(path, "rb") as file:
+  with storage.open_binary(path) as file:
     while line := file.readline(1 << 16):
       if line := line.removeprefix(_BOM).strip():
         return line.startswith(b"{")
@@ -42,7 +43,7 @@ def parts(path: str) -> list[str]:
     ValueError: if a line is the path of a tar.
   """
   starts, end = [], 0
-  with open(path, "rb") as file:
+  with storage.open_binary(path) as file:
     for number, line in enumerate(file):
       if number % _LINES == 0:
         starts.append(end)
@@ -66,27 +67,27 @@ def list_of_part(name: str) -> str | None:
   return match[1] if match else None
 
 
-def audio_files(path: str) -> list[Path]:
+def audio_files(path: str) -> list[str]:
   """The list, which has the segments, and the recordings that its lines name, in order."""
-  with open(path, "rb") as file:
+  with storage.open_binary(path) as file:
     fields = (parse_line(line, ("wav",)) for line in file)
     clips = {about["wav"]: None for about, problem in fields if not problem}
-  return [Path(path), *(Path(path).parent / clip for clip in clips if is_text(clip))]
+  folder = storage.parent(path)
+  return [path, *(storage.join(folder, clip) for clip in clips if is_text(clip))]
 
 
 def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
   """Yields the utterances of a part, in order, each with a loader of its audio, or skipped.
 
-  Besides "key", "wav" (relative to the folder of the list) and "txt", a line may have "start" and
-  "end" in seconds (default: of the recording), "task", "Q", and other fields for data.filter.
+  Besides "key", "wav" (a URL, or relative to the folder of the list) and "txt", a line may have
+  "start" and "end" in seconds (default: of the recording), "task", "Q", and other fields for
+  data.filter.
   """
   match = _PART.fullmatch(name)
   assert match is not None
-  path, (first, start, end) = Path(match[1]), map(int, match.groups()[1:])
+  path, (first, start, end) = match[1], map(int, match.groups()[1:])
   try:
-    with open(path, "rb") as file:
-      file.seek(start)
-      block = file.read(end - start)
+    block = storage.read_range(path, start, end)
     if len(block) < end - start:
       raise OSError(f"{path}: shorter than when it was opened; start again")
   except OSError as error:
@@ -100,7 +101,7 @@ def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
       about, problem = _fields(line)
       if problem:
         detail = f"{path}:{number}: {problem}; {_REMEDY}"
-        yield SkippedUtterance("bad label", f"{path.name}:{number}", name, detail)
+        yield SkippedUtterance("bad label", f"{posixpath.basename(path)}:{number}", name, detail)
       elif about["key"] in seen:
         yield SkippedUtterance("duplicate key", about["key"], name, f"{path}:{number}")
       else:
@@ -145,7 +146,7 @@ def _wrong(about: dict[str, Any]) -> Iterator[str]:
 
 
 def _utterance(
-  about: dict[str, Any], shard: str, path: Path, number: int, segments: SegmentReader
+  about: dict[str, Any], shard: str, path: str, number: int, segments: SegmentReader
 ) -> RawUtterance:
   return RawUtterance(
     about["key"],
@@ -161,13 +162,14 @@ def _utterance(
 
 
 def _load(
-  raw: RawUtterance, *, list_file: Path, line: int, segments: SegmentReader
+  raw: RawUtterance, *, list_file: str, line: int, segments: SegmentReader
 ) -> RawUtterance | SkippedUtterance:
-  clip, segment = list_file.parent / raw.about["wav"], _segment(raw.about)
+  clip = storage.join(storage.parent(list_file), raw.about["wav"])
+  segment = _segment(raw.about)
   try:
-    audio = read_file(clip) if segment == (0, -1) else segments.read(clip, *segment)
+    audio = storage.read_bytes(clip) if segment == (0, -1) else segments.read(clip, *segment)
   except OSError as error:
-    cause, detail = "no audio", f"{clip}: {error.strerror or error}"
+    cause, detail = "no audio", f"{clip}: {error.strerror}" if error.strerror else str(error)
   except AudioError as error:
     cause, detail = error.cause, str(error)
   except SegmentError as error:

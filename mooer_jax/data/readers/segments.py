@@ -2,11 +2,11 @@
 
 import contextlib
 import io
-from pathlib import Path
 
 import numpy as np
 import soundfile
 
+from mooer_jax import storage
 from mooer_jax.audio.decode import AudioError, decode
 
 OVERSHOOT_S = 0.5  # how far a segment may exceed its recording, as in Kaldi's extract-segments
@@ -37,18 +37,20 @@ class SegmentReader:
   """Reads segments; consecutive ones of a recording share the open file, or its samples."""
 
   def __init__(self):
-    self._path: Path | None = None
+    self._path: str | None = None
+    self._source: str | bytes = ""  # the path, or the content of a URL
     self._file: soundfile.SoundFile | None = None  # if it can be read from anywhere
     self._decoded: tuple[np.ndarray, int] | AudioError | None = None
 
-  def read(self, path: Path, start_s: float, end_s: float) -> bytes:
+  def read(self, path: str, start_s: float, end_s: float) -> bytes:
     """The segment as an AU file of float32 samples, exactly those of the decoded recording.
 
     A recording in a format without exact seeks is decoded as a whole, once for all consecutive
     segments, and so is one that is shorter than its segment, since libsndfile reads only the first
-    of concatenated files.
+    of concatenated files. The recording of a URL is downloaded as a whole, and so often.
 
     Raises:
+      RemoteError: if the URL cannot be read.
       OSError: if the file cannot be read.
       AudioError: if it cannot be decoded.
       SegmentError: if the segment is empty or not in the recording.
@@ -76,11 +78,17 @@ class SegmentReader:
     if self._file is not None:
       self._file.close()
     self._path = self._file = self._decoded = None
+    self._source = ""
 
-  def _open(self, path: Path) -> None:
-    self._path = path
+  def _open(self, path: str) -> None:
+    source: str | bytes = path
+    if storage.is_url(path):
+      source = storage.read_bytes(path)
+    else:
+      storage.stat_file(path)  # a pipe would block
+    self._path, self._source = path, source
     try:
-      file = soundfile.SoundFile(path)
+      file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
     except (RuntimeError, OSError):
       return  # FFmpeg may read it, or the error names it
     if file.subtype in _EXACT and file.seekable():
@@ -88,10 +96,10 @@ class SegmentReader:
     else:
       file.close()
 
-  def _decode(self, path: Path) -> tuple[np.ndarray, int]:
+  def _decode(self, path: str) -> tuple[np.ndarray, int]:
     if self._decoded is None:
       try:
-        self._decoded = decode(path)
+        self._decoded = decode(self._source, name=path)
       except AudioError as error:
         self._decoded = error
     if isinstance(self._decoded, AudioError):

@@ -31,24 +31,19 @@ def read_list(path: str | Path) -> list[str]:
 
   Raises:
     FileNotFoundError: if the list or a shard that it names does not exist.
+    OSError: if the list is not a regular file.
     ValueError: if it is empty, names a shard twice, or contains lines of JSON.
     RemoteError: if a URL cannot be read.
   """
   path = str(path)
-  if not storage.is_file(path):
-    advice = "`mooer-jax pack` writes one"
-    if storage.is_url(path):
-      advice = "a URL must be that of a data.list, which may name the tars of a folder"
-    raise FileNotFoundError(f"{path}: no such list of shards; {advice}")
-  lines = [line for line in map(str.strip, read_lines(path)) if line]
+  try:
+    lines = [line for line in map(str.strip, read_lines(path)) if line]
+  except FileNotFoundError as error:
+    advice = "no such list of shards; `mooer-jax pack` writes one"
+    raise FileNotFoundError(f"{path}: {advice}") from error
   if not lines:
     raise ValueError(f"{path}: lists nothing; write one tar path a line, or one JSON object")
   for line in lines:
-    if line.startswith("{") and storage.is_url(path):
-      raise ValueError(
-        f"{path}: {line[:80]!r} is JSON; a URL must be that of a list of tars. Copy or mount a raw"
-        " list or an annotation file, or pack it with `mooer-jax pack`"
-      )
     if line.startswith("{"):
       raise ValueError(
         f"{path}: {line[:80]!r} is JSON, but the first line is a path; write two lists, and name"
@@ -66,8 +61,12 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def read_lines(path: str | Path) -> list[str]:
+  """Lines of a file; errors as of `storage.open_binary` and `split_lines`."""
+  return split_lines(storage.read_bytes(path), path)
+
+
+def split_lines(content: bytes, path: str | Path) -> list[str]:
   """Lines of a UTF-8 file; raises ValueError for another, a CR in a line, or an LFS pointer."""
-  content = storage.read_bytes(path)
   if content.startswith(LFS_POINTER):
     raise ValueError(f"{path}: {LFS_REMEDY}")
   try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from mooer_jax import checkpoint, hosts
+from mooer_jax import checkpoint, hosts, storage
 from mooer_jax.config import from_json
 from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.annotation import entry_key, read_annotation
@@ -91,7 +91,7 @@ def _check_answers(answers: Path, settings: dict[str, Any], workdir: Path) -> No
     )
 
 
-def _settings(run: Run, init_from: Path) -> dict[str, Any]:
+def _settings(run: Run, init_from: str | Path) -> dict[str, Any]:
   """The settings that determine the answers, besides the clips and the arithmetic.
 
   generation.max_new_tokens is not among them: longer answers, edited by a person, need a higher
@@ -116,14 +116,14 @@ def _settings(run: Run, init_from: Path) -> dict[str, Any]:
   return json.loads(json.dumps(made))  # as it is read back
 
 
-def _generate_answers(run: Run, init_from: Path) -> list[dict[str, str]]:
+def _generate_answers(run: Run, init_from: str | Path) -> list[dict[str, str]]:
   wanted = run.activation
-  folder = Path(wanted.shards).parent.absolute()
+  place = storage.parent(storage.absolute(wanted.shards))
   chosen = [
     {
       **entry,
-      "path": str(folder / entry["path"]),
-      "expand_wav": [str(folder / path) for path in entry.get("expand_wav", [])],
+      "path": storage.join(place, entry["path"]),
+      "expand_wav": [storage.join(place, path) for path in entry.get("expand_wav", [])],
       "task": wanted.task,
     }
     for entry in read_annotation(wanted.shards)[: wanted.clips]
