@@ -168,26 +168,33 @@ def speaker_vector(state, c: SpeakerConfig, mel_BFT):
 
 
 def speaker_mel(waveform_N: torch.Tensor) -> torch.Tensor:
-  """Log-mel features [64, T] of a waveform at 16 kHz in its dtype, by torch.stft."""
-  dtype = waveform_N.dtype
+  """Log-mel features [64, T] of a waveform at 16 kHz, in its dtype."""
   padded = F.pad(waveform_N[None, None], (1, 0), "reflect")
-  emphasis = torch.tensor([[[-0.97, 1.0]]], dtype=dtype)
-  window = torch.hamming_window(400, dtype=dtype)
-  spectrum = torch.stft(
-    F.conv1d(padded, emphasis)[0, 0],
+  emphasis = torch.tensor([[[-0.97, 1.0]]], dtype=waveform_N.dtype)
+  return (mel_spectrogram(F.conv1d(padded, emphasis)[0])[0] + 1e-6).log()
+
+
+def mel_spectrogram(waveform_BN: torch.Tensor) -> torch.Tensor:
+  """Power in mel bins [B, 64, T]: torchaudio's MelSpectrogram with the encoder's settings."""
+  dtype = waveform_BN.dtype
+  spectrum_BKT = torch.stft(
+    waveform_BN,
     512,
     hop_length=160,
     win_length=400,
-    window=window,
+    window=torch.hamming_window(400, dtype=dtype),
     center=True,
     pad_mode="reflect",
     return_complex=True,
   )
-  # Triangles between points that are equally far apart on the HTK mel scale.
+  return mel_matrix().T.to(dtype) @ spectrum_BKT.abs().square()
+
+
+def mel_matrix() -> torch.Tensor:
+  """Triangles between points at equal distances on the HTK mel scale, float64 [257, 64]."""
   top = 2595 * torch.log10(torch.tensor(1 + 8000 / 700, dtype=torch.float64))
   points = 700 * (10 ** (torch.linspace(0, 1, 66, dtype=torch.float64) * top / 2595) - 1)
   hz = torch.linspace(0, 8000, 257, dtype=torch.float64)[:, None]
   rising = (hz - points[:-2]) / (points[1:-1] - points[:-2])
   falling = (points[2:] - hz) / (points[2:] - points[1:-1])
-  mel_KF = torch.minimum(rising, falling).clamp(min=0).to(dtype)
-  return (mel_KF.T @ spectrum.abs().square() + 1e-6).log()
+  return torch.minimum(rising, falling).clamp(min=0)
