@@ -97,8 +97,8 @@ def test_the_voice_is_that_of_the_original(folder, monkeypatch, clips):
   encoder.eval()
   params = test_speaker.params_of(state)
   run = jax.jit(lambda mel_BTF: config.module().apply({"params": params}, mel_BTF))
-  for file in clips[:3]:
-    waveform_N = load_audio(file, sample_rate_hz=16000)
+  for clip in clips[:3]:
+    waveform_N = load_audio(clip.path, sample_rate_hz=16000)
     with torch.inference_mode():
       expected_BE = encoder(torch.tensor(waveform_N)[None], l2_norm=True).numpy()
     vector_BE = run(speaker_mel(waveform_N)[None])
