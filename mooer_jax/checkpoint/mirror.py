@@ -6,13 +6,10 @@ URL/metrics.jsonl, …     records of the run, as of the last copy
 """
 
 import concurrent.futures
-import contextlib
 import json
 import posixpath
 import re
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +25,19 @@ _TRANSFERS = 8  # at a time
 
 
 class Mirror:
-  """Copies the checkpoints of a run to a URL, in a thread."""
+  """The copies of the checkpoints of a run at a URL."""
 
-  def __init__(self, url: str, workdir: Path, *, count: int, threads):
+  def __init__(self, url: str, workdir: Path, *, count: int):
     """`count` of the newest copies are kept, and those of all steps in the workdir."""
-    self._url, self._workdir, self._count, self._threads = url, workdir, count, threads
-    self._copying: concurrent.futures.Future | None = None
+    self._url, self._workdir, self._count = url.rstrip("/"), workdir, count
 
-  def start(self, folder: Path) -> None:
-    """Starts to copy a checkpoint, which must stay in place until `wait` returns."""
-    self._copying = self._threads.submit(self._copy, folder)
+  def complete(self) -> None:
+    """Copies the newest checkpoint of the workdir, if its copy was interrupted."""
+    if (newest := latest(self._workdir)) is not None and newest.name not in copies(self._url):
+      self.copy(newest)
 
-  def wait(self) -> None:
-    """Waits for the copy, if any; raises its error."""
-    if self._copying is not None:
-      copying, self._copying = self._copying, None
-      copying.result()
-
-  def _copy(self, folder: Path) -> None:
+  def copy(self, folder: Path) -> None:
+    """Copies a checkpoint and the records of the run; deletes old copies."""
     names = [name for name in open_folder(folder)[1]["files"] if name != _LAST]
     target = storage.join(self._url, folder.name)
     with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
@@ -62,29 +54,6 @@ class Mirror:
       if name not in keep or (name not in complete and name != folder.name):
         storage.delete(f"{self._url}/{name}/{_LAST}")  # first, as it makes a copy complete
         storage.delete(f"{self._url}/{name}")
-
-
-@contextlib.contextmanager
-def mirror(url: str, workdir: Path, *, count: int) -> Iterator[Mirror]:
-  """Yields a mirror, which has first to copy the newest checkpoint if it lacks it.
-
-  The block ends when the last copy is complete, or has failed; if the block has failed too, the
-  error of the copy is only printed.
-  """
-  url = url.rstrip("/")
-  with concurrent.futures.ThreadPoolExecutor(1) as threads:
-    opened = Mirror(url, workdir, count=count, threads=threads)
-    if (newest := latest(workdir)) is not None and newest.name not in copies(url):
-      opened.start(newest)
-    try:
-      yield opened
-    except Exception:
-      try:
-        opened.wait()
-      except Exception as error:
-        print(f"{url}: the last checkpoint was not copied: {error}", file=sys.stderr)
-      raise
-    opened.wait()
 
 
 def restore(url: str, workdir: Path) -> Path | None:

@@ -9,7 +9,6 @@ import pytest
 from mooer_jax import checkpoint, storage
 from mooer_jax.checkpoint.mirror import copies
 from tests.checkpoint.checkpoints_of import assert_same, params, save
-from tests.object_store import BreakingFileSystem
 
 
 @pytest.fixture
@@ -26,12 +25,12 @@ def step(workdir, number):
 
 
 def mirrored(url, workdir, *numbers, count=2):
-  with checkpoint.mirror(url, workdir, count=count) as mirror:
-    for number in numbers:
-      folder = step(workdir, number)
-      mirror.wait()
-      checkpoint.keep_last(workdir, count)
-      mirror.start(folder)
+  mirror = checkpoint.Mirror(url, workdir, count=count)
+  mirror.complete()
+  for number in numbers:
+    folder = step(workdir, number)
+    checkpoint.keep_last(workdir, count)
+    mirror.copy(folder)
 
 
 def test_an_empty_workdir_is_restored_from_the_newest_copy(url, tmp_path):
@@ -109,22 +108,3 @@ def test_a_manifest_that_is_damaged_is_named_and_nothing_is_downloaded(tmp_path,
   ):
     checkpoint.restore(f"file://{tmp_path}/copies", tmp_path / "new")
   assert not (tmp_path / "new").exists()
-
-
-def test_the_error_of_a_copy_is_raised_by_the_next_one_or_at_the_end(tmp_path, monkeypatch, capsys):
-  def fail(file, url):
-    raise storage.RemoteError(f"{url}: no connection")
-
-  monkeypatch.setattr(storage, "upload", fail)
-  monkeypatch.setattr(BreakingFileSystem, "store", {})
-  with pytest.raises(storage.RemoteError, match="step_00000001/.*no connection"):
-    mirrored("breaking://run", tmp_path, 1, 2)
-  shutil.rmtree(tmp_path / "step_00000002")
-  with pytest.raises(storage.RemoteError, match="step_00000001/.*no connection"):
-    mirrored("breaking://run", tmp_path)
-  with pytest.raises(ZeroDivisionError):
-    with checkpoint.mirror("breaking://run", tmp_path, count=1):
-      raise ZeroDivisionError
-  assert (
-    "the last checkpoint was not copied: breaking://run/step_00000001" in capsys.readouterr().err
-  )
