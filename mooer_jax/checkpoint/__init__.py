@@ -17,7 +17,7 @@ them call `save` (or `start_save`) and `load` on a shared file system.
 
 # ruff: noqa: F401  (the names are the interface of the package)
 from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, SaveError, as_lazy
-from mooer_jax.checkpoint.mirror import Mirror, restore
+from mooer_jax.checkpoint.mirror import Mirror, check_writing, restore
 from mooer_jax.checkpoint.reading import (
   Checkpoint,
   check_leaves,

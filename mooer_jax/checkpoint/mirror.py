@@ -2,7 +2,7 @@
 
 URL/step_00001000/…      the files of a checkpoint; checkpoint.json comes last, and a copy
                          without it is not complete
-URL/metrics.jsonl, …     records of the run, as of the last copy
+URL/metrics.jsonl, …     records of the run, as of the last copy, and what it has made
 """
 
 import concurrent.futures
@@ -10,6 +10,7 @@ import json
 import posixpath
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mooer_jax.checkpoint.steps import STEP, all_steps, latest, step_of
 from mooer_jax.checkpoint.sums import check_sizes
 from mooer_jax.checkpoint.writing import put_in_place
 
-RECORDS = ("metrics.jsonl", "skipped.jsonl", "perplexity.json")  # of a run, in its folder
+# Files in the folder of a run that go with its checkpoints; the last one is of activation tuning.
+RECORDS = ("metrics.jsonl", "skipped.jsonl", "perplexity.json", "activation.json")
 _LAST = "checkpoint.json"
 _TRANSFERS = 8  # at a time
 
@@ -44,9 +46,11 @@ class Mirror:
       copied = pool.map(lambda name: storage.upload(folder / name, f"{target}/{name}"), names)
       for _ in copied:
         pass
-    for name in RECORDS:
-      if (self._workdir / name).exists():
-        storage.upload(self._workdir / name, f"{self._url}/{name}")
+    with tempfile.TemporaryDirectory() as folder_of_copies:
+      for name in filter(lambda name: (self._workdir / name).exists(), RECORDS):
+        # Training appends to them, but an upload in parts must end at the size at which it began.
+        copied_to = Path(folder_of_copies) / name
+        storage.upload(shutil.copyfile(self._workdir / name, copied_to), f"{self._url}/{name}")
     storage.upload(folder / _LAST, f"{target}/{_LAST}")
     complete = copies(self._url)
     keep = {*complete[-self._count :], folder.name, *(f.name for f in all_steps(self._workdir))}
@@ -54,6 +58,21 @@ class Mirror:
       if name not in keep or (name not in complete and name != folder.name):
         storage.delete(f"{self._url}/{name}/{_LAST}")  # first, as it makes a copy complete
         storage.delete(f"{self._url}/{name}")
+
+
+def check_writing(url: str) -> None:
+  """Writes and deletes a small file at a URL.
+
+  Raises:
+    RemoteError: if it cannot be written, as for wrong credentials or a bucket that does not exist.
+  """
+  trial = f"{url.rstrip('/')}/.trial"
+  try:
+    with tempfile.NamedTemporaryFile() as file:
+      storage.upload(Path(file.name), trial)
+    storage.delete(trial)
+  except (ValueError, OSError) as error:
+    raise storage.RemoteError(f"train.mirror cannot be written: {error}") from error
 
 
 def restore(url: str, workdir: Path) -> Path | None:
@@ -85,14 +104,15 @@ def restore(url: str, workdir: Path) -> Path | None:
   folder = workdir / found[-1]
   part = folder.with_name(f".tmp-{folder.name}")
   shutil.rmtree(part, ignore_errors=True)
+  # First: answers of activation tuning must not be newer than the checkpoint trained on them.
+  for name in RECORDS:
+    if storage.is_file(f"{url}/{name}"):
+      storage.download(f"{url}/{name}", workdir / name)
   with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
     names = [*about["files"], _LAST]
     for _ in pool.map(lambda name: storage.download(f"{source}/{name}", part / name), names):
       pass
   check_sizes(part, about["files"])
-  for name in RECORDS:
-    if storage.is_file(f"{url}/{name}"):
-      storage.download(f"{url}/{name}", workdir / name)
   put_in_place(part, folder)
   return folder
 

@@ -12,6 +12,7 @@ import jax
 from mooer_jax import checkpoint, hosts, tree
 from mooer_jax.config import to_json
 from mooer_jax.run.config import Run
+from mooer_jax.storage import RemoteError
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.step import TrainState
 
@@ -47,7 +48,9 @@ class Saver:
   def __exit__(self, kind, error, frames) -> None:
     if error is None:
       self.wait()
-    elif isinstance(error, Exception) and not hosts.lost_process(error):
+    elif isinstance(error, RemoteError) or (
+      isinstance(error, Exception) and not hosts.lost_process(error)
+    ):
       if self._saving is not None and (problem := self._saving.exception()) is not None:
         print(f"besides the error that ends the run: {problem}", file=sys.stderr)
     self._thread.shutdown(wait=False)

@@ -68,7 +68,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
 def _train(
   run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh, trace: str | None
 ) -> Path:
-  newest = hosts.on_first(lambda: str(_newest_checkpoint(run) or ""))
+  newest = hosts.on_first(lambda: str(restore(run) or ""))
   resumed = Path(newest) if newest else None
   start_from = resumed or run.init_from
   normalised = any(frontend.normalised for frontend in run.model.frontends)
@@ -102,10 +102,15 @@ def _train(
   return _loop(run, start, made, first=first, mesh=mesh, trace=trace)
 
 
-def _newest_checkpoint(run: Run) -> Path | None:
-  """The checkpoint to resume from; the first process restores it if the workdir has none."""
-  if run.train.mirror and (restored := checkpoint.restore(run.train.mirror, run.workdir)):
-    print(f"restored {restored} from {run.train.mirror}", flush=True)
+def restore(run: Run) -> Path | None:
+  """The checkpoint to resume from, which comes from the mirror if the workdir has none.
+
+  Raises RemoteError if the mirror cannot be written.
+  """
+  if run.train.mirror:
+    checkpoint.check_writing(run.train.mirror)
+    if restored := checkpoint.restore(run.train.mirror, run.workdir):
+      print(f"restored {restored} from {run.train.mirror}", flush=True)
   return checkpoint.latest(run.workdir)
 
 

@@ -11,9 +11,11 @@ from mooer_jax.checkpoint.mirror import copies
 from tests.checkpoint.checkpoints_of import assert_same, params, save
 
 
-@pytest.fixture
-def url(bucket, request):
-  return f"{bucket}/{request.node.name}"
+@pytest.fixture(params=["s3", "file"])
+def url(request, tmp_path):
+  if request.param == "file":
+    return f"file://{tmp_path}/mirror"
+  return f"{request.getfixturevalue('bucket')}/{request.node.name}"
 
 
 def step(workdir, number):
@@ -36,7 +38,8 @@ def mirrored(url, workdir, *numbers, count=2):
 def test_an_empty_workdir_is_restored_from_the_newest_copy(url, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
-  records = {name: f"of {name}\n" for name in ("metrics.jsonl", "skipped.jsonl", "perplexity.json")}
+  names = ("metrics.jsonl", "skipped.jsonl", "perplexity.json", "activation.json")
+  records = {name: f"of {name}\n" for name in names}
   for name, text in records.items():
     (workdir / name).write_text(text)
   mirrored(url, workdir, 1, 2, 3)
@@ -108,3 +111,31 @@ def test_a_manifest_that_is_damaged_is_named_and_nothing_is_downloaded(tmp_path,
   ):
     checkpoint.restore(f"file://{tmp_path}/copies", tmp_path / "new")
   assert not (tmp_path / "new").exists()
+
+
+def test_a_record_that_grows_during_its_upload_is_copied_as_it_was(url, tmp_path, monkeypatch):
+  workdir, sizes, upload = tmp_path / "run", [], storage.upload
+  workdir.mkdir()
+  (workdir / "metrics.jsonl").write_text("1\n" * 3_000_000)  # 6 MB, which stores take in parts
+
+  def upload_slowly(file, to):
+    if to.endswith("metrics.jsonl"):
+      sizes.append(file.stat().st_size)
+      with (workdir / "metrics.jsonl").open("a") as metrics:
+        metrics.write("2\n")
+      sizes.append(file.stat().st_size)
+    upload(file, to)
+
+  monkeypatch.setattr(storage, "upload", upload_slowly)
+  mirrored(url, workdir, 1)
+  assert sizes == [6_000_000] * 2
+  assert storage.read_bytes(f"{url}/metrics.jsonl") == b"1\n" * 3_000_000
+
+
+def test_writing_is_tried_and_leaves_nothing(url, bucket, tmp_path):
+  checkpoint.check_writing(url)
+  assert storage.listing(url) == []
+  (tmp_path / "file").touch()
+  for bad in ("s3://absent/run", f"file://{tmp_path}/file/run"):
+    with pytest.raises(storage.RemoteError, match=f"train.mirror cannot be written: {bad}/.trial"):
+      checkpoint.check_writing(bad)

@@ -16,7 +16,6 @@ from mooer_jax.checkpoint import SaveError, writing
 from mooer_jax.run import monitor
 from mooer_jax.run import train as training
 from mooer_jax.run.config import Run
-from tests.object_store import BreakingFileSystem
 from tests.run.programs import train
 
 
@@ -89,7 +88,7 @@ def test_the_last_save_of_a_run_may_fail_too(config, monkeypatch):
   assert checkpoint.latest(config.workdir) is None
 
 
-def test_another_error_that_ends_the_run_hides_that_of_no_save(config, monkeypatch, capsys):
+def test_the_error_of_a_save_is_printed_if_another_one_ends_the_run(config, monkeypatch, capsys):
   class Broken:
     every = 4
 
@@ -106,9 +105,8 @@ def test_another_error_that_ends_the_run_hides_that_of_no_save(config, monkeypat
   assert "step_00000004: the checkpoint was not saved" in said
 
 
-def test_a_copy_that_fails_ends_the_run_and_is_made_when_it_resumes(config, monkeypatch):
-  config.train.steps, config.train.mirror = 1000, "breaking://run"
-  monkeypatch.setattr(BreakingFileSystem, "store", {})
+def test_a_copy_that_fails_ends_the_run_and_is_made_when_it_resumes(config, monkeypatch, tmp_path):
+  config.train.steps, config.train.mirror = 1000, f"file://{tmp_path}/mirror"
   upload = storage.upload
 
   def fail(file, url):
@@ -124,7 +122,14 @@ def test_a_copy_that_fails_ends_the_run_and_is_made_when_it_resumes(config, monk
   monkeypatch.setattr(storage, "upload", upload)
   config.train.steps = checkpoint.step_of(newest)
   train(config)
-  assert storage.is_file(f"breaking://run/{newest.name}/checkpoint.json")
+  assert storage.is_file(f"{config.train.mirror}/{newest.name}/checkpoint.json")
+
+
+def test_a_mirror_that_cannot_be_written_is_an_error_before_training(config, monkeypatch, bucket):
+  config.train.mirror = "s3://absent/run"
+  monkeypatch.setattr("mooer_jax.run.train.read_tokenizer", lambda *_: pytest.fail("loaded"))
+  with pytest.raises(storage.RemoteError, match="train.mirror cannot be written: s3://absent/run"):
+    train(config)
 
 
 def test_waiting_ends_when_another_process_has_failed(monkeypatch):
