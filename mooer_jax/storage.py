@@ -141,7 +141,7 @@ def upload(file: Path, url: str) -> None:
       os.makedirs(os.path.dirname(path), exist_ok=True)
       os.replace(shutil.copyfile(file, f"{path}.tmp"), path)
     else:
-      fs.put_file(str(file), path)
+      fs.put_file(str(file), path, chunksize=BLOCK_BYTES)
 
   _call(url, put)
 
@@ -212,8 +212,9 @@ def _open_file_system(url: str) -> tuple[Any, str]:
       f"{url}: URLs are read with fsspec, which is not installed: {EXTRA}"
     ) from error
   try:
-    # Without its cache of listings, which does not see what other processes write.
-    return fsspec.core.url_to_fs(url, use_listings_cache=False)
+    # Without its cache of listings, which does not see what other processes write. s3fs downloads
+    # ten blocks of a file at once, by default of 50 MiB.
+    return fsspec.core.url_to_fs(url, use_listings_cache=False, default_block_size=BLOCK_BYTES)
   except ImportError as error:
     raise ValueError(f"{url}: {error}, or {EXTRA}") from error
   except ValueError as error:
