@@ -62,7 +62,8 @@ def start_save(
     FileExistsError: if the folder exists and overwrite is False.
     ValueError: if params are stacked, or the folder is that of the base.
     SaveError: if saving fails (disk full, no permission), also by the future; existing checkpoints
-      are unchanged, and no partial files remain.
+      are unchanged, and no partial files remain, unless another process has failed: these are
+      deleted by the next save.
   """
   folder = Path(folder).absolute()
   if folder.exists() and not overwrite:
