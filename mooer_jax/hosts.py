@@ -4,6 +4,7 @@ All processes must call these functions in the same order. With one process, `ga
 `from_all` and `from_processes` exchange nothing.
 """
 
+import concurrent.futures
 import functools
 import glob
 import importlib.util
@@ -220,6 +221,27 @@ def on_first(function: Callable[[], T]) -> T:
   if problem is not None:
     raise OtherProcessError(f"process 0 failed: {problem}")
   return result  # type: ignore[return-value]
+
+
+def wait_for(future: concurrent.futures.Future[T]) -> T:
+  """The result of a thread of this process, once the threads of all processes have theirs.
+
+  Raises:
+    Exception: of the thread; in the other processes, `OtherProcessError`, without waiting for
+      threads that may wait for the one that has failed.
+  """
+  while True:
+    concurrent.futures.wait([future], timeout=1)
+    error = future.exception() if future.done() else None
+    problem = None if error is None else f"{type(error).__name__}: {error}"
+    told = gather([future.done(), problem])
+    if error is not None:
+      raise error
+    for number, (_, problem) in enumerate(told):
+      if problem is not None:
+        raise OtherProcessError(f"process {number} failed: {problem}")
+    if all(done for done, _ in told):
+      return future.result()
 
 
 class Agreement:

@@ -1,7 +1,7 @@
 """Files at local paths and at URLs of object stores (`s3://`, `gs://`), which fsspec opens.
 
-A broken connection is retried. Credentials, endpoints and regions are those of the environment, as
-for the command-line tools of the store.
+`file://` is the URL of a local path. A broken connection is retried. Credentials, endpoints and
+regions are those of the environment, as for the command-line tools of the store.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import io
 import os
 import posixpath
 import re
+import shutil
 import stat
 import sys
 import time
@@ -208,7 +209,15 @@ def read_range(path: str, start: int, end: int) -> bytes:
 
 def upload(file: Path, url: str) -> None:
   """Copies a local file to a URL, which then has all of it or is unchanged."""
-  _call(url, lambda fs, at: fs.put_file(str(file), at))
+
+  def put(fs, path):
+    if _is_local(fs):  # `put_file` needs the folder, and leaves a part if it is interrupted
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      os.replace(shutil.copyfile(file, f"{path}.tmp"), path)
+    else:
+      fs.put_file(str(file), path, chunksize=BLOCK_BYTES)
+
+  _call(url, put)
 
 
 def download(url: str, file: Path) -> None:
@@ -219,8 +228,12 @@ def download(url: str, file: Path) -> None:
 
 def delete(url: str) -> None:
   """Deletes a file or the files of a folder, if it exists."""
-  # Not `rm`, which takes characters such as [ for a pattern.
   fs, path = _open_file_system(url)
+  if _is_local(fs):  # where folders remain without files
+    with contextlib.suppress(FileNotFoundError):
+      _attempt(url, lambda: fs.rm(path, recursive=True))
+    return
+  # Not `rm`, which takes characters such as [ for a pattern.
   for file in _attempt(url, lambda: fs.find(path)):
     with contextlib.suppress(FileNotFoundError):
       _attempt(url, functools.partial(fs.rm_file, file))
@@ -285,12 +298,19 @@ def _open_file_system(url: str) -> tuple[Any, str]:
       f"{url}: URLs are read with fsspec, which is not installed: {EXTRA}"
     ) from error
   try:
-    # Without its cache of listings, which does not see what other processes write.
-    return fsspec.core.url_to_fs(url, use_listings_cache=False)
+    # Without its cache of listings, which does not see what other processes write. s3fs downloads
+    # ten blocks of a file at once, by default of 50 MiB.
+    return fsspec.core.url_to_fs(url, use_listings_cache=False, default_block_size=BLOCK_BYTES)
   except ImportError as error:
     raise ValueError(f"{url}: {error}, or {EXTRA}") from error
   except ValueError as error:
     raise ValueError(f"{url}: {error}; use s3:// or gs://") from error
+
+
+def _is_local(fs) -> bool:
+  from fsspec.implementations.local import LocalFileSystem
+
+  return isinstance(fs, LocalFileSystem)
 
 
 def _strip(url: str) -> str:

@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+import s3fs
 
 from mooer_jax import storage
 from tests.object_store import BreakingFileSystem
@@ -36,6 +37,24 @@ def test_files_of_s3(bucket, tmp_path):
   assert not storage.is_file(url) and storage.listing(f"{bucket}/folder") == []
   with pytest.raises(FileNotFoundError, match=r"folder/a.*bin: no such file"):
     storage.read_bytes(url)
+
+
+def test_a_large_file_is_copied_in_parts(bucket, tmp_path, monkeypatch):
+  monkeypatch.setattr(storage, "BLOCK_BYTES", 5 * 2**20)  # the least that S3 allows
+  file, url = tmp_path / "a.bin", f"{bucket}/large.bin"
+  file.write_bytes(CONTENT * 120)
+  parts = []
+
+  def note(self, method, *given, **options):
+    parts.append(method)
+    return call(self, method, *given, **options)
+
+  call = s3fs.S3FileSystem._call_s3
+  monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", note)
+  storage.upload(file, url)
+  storage.download(url, tmp_path / "copy.bin")
+  assert (tmp_path / "copy.bin").read_bytes() == CONTENT * 120
+  assert parts.count("upload_part") == 3 and parts.count("get_object") == 4  # one asks for the size
 
 
 def test_a_broken_connection_resumes_where_it_broke(breaking, capsys):

@@ -12,12 +12,13 @@
                       all other files
 
 A folder is written as `.tmp-NAME` and renamed when it is complete. With several processes, all of
-them call `save` and `load` on a shared file system. A checkpoint at a URL is copied to each host.
+them call `save` (or `start_save`) and `load` on a shared file system. A checkpoint at a URL is
+copied to each host.
 """
 
 # ruff: noqa: F401  (the names are the interface of the package)
 from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, SaveError, as_lazy
-from mooer_jax.checkpoint.mirror import Mirror, mirror, restore
+from mooer_jax.checkpoint.mirror import Mirror, check_writing, restore
 from mooer_jax.checkpoint.reading import (
   Checkpoint,
   check_leaves,
@@ -38,4 +39,4 @@ from mooer_jax.checkpoint.steps import (
   step_folder,
   step_of,
 )
-from mooer_jax.checkpoint.writing import put_in_place, save
+from mooer_jax.checkpoint.writing import put_in_place, save, start_save

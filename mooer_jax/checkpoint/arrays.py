@@ -5,7 +5,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -16,11 +16,32 @@ from mooer_jax.checkpoint.leaves import CheckpointError, LazyArray, as_lazy
 
 CHUNK_BYTES = 8 * 2**20  # a host reads whole chunks, so they stay far below a shard's size
 LEAST_SLICE_BYTES = 2**18  # of an array that several devices hold and write together
+WRITE_TIMEOUT_S = 24 * 3600  # no slow disk takes as long; a lost process is noticed before
 _save_failed = False  # in this process
 
 
-def write(folder: Path, arrays: Mapping) -> None:
-  """Write a nested dict of arrays or `LazyArray` leaves, from all processes."""
+def start_write(trees: Mapping[Path, Mapping]) -> Callable[[], None]:
+  """Start to write nested dicts of arrays or `LazyArray` leaves, each to a folder.
+
+  All processes call this in the same order. When it returns, the arrays have been copied to the
+  host, so that they may be donated or deleted, and `LazyArray` leaves have been read.
+
+  Returns:
+    A function that waits until the files of all processes are complete, and raises an error of this
+    one. It may run in another thread.
+  """
+  import orbax.checkpoint  # noqa: F401  (before its loggers are looked up)
+
+  with contextlib.ExitStack() as writing:
+    writing.enter_context(_one_error())
+    for folder, nested in trees.items():
+      _start(folder, nested, writing)
+    return writing.pop_all().close
+  raise AssertionError("the block returns or raises")
+
+
+def _start(folder: Path, arrays: Mapping, writing: contextlib.ExitStack) -> None:
+  """Starts to write a nested dict; `writing` waits for it when it is closed."""
   import orbax.checkpoint as ocp
 
   from mooer_jax.checkpoint.streaming import device_handler, streaming_handler
@@ -30,8 +51,28 @@ def write(folder: Path, arrays: Mapping) -> None:
   if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(arrays)):
     arrays, handler = jax.tree.map(as_lazy, arrays), streaming_handler()
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-  with _one_error(), ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+  # Directories are created here: in the background, the processes would exchange messages for it.
+  options = ocp.options.AsyncOptions(
+    timeout_secs=WRITE_TIMEOUT_S, create_directories_asynchronously=False
+  )
+  # Barriers in the background have names, which no other save of the run may have.
+  names = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=str(folder))
+  checkpointer = ocp.AsyncCheckpointer(
+    handler, async_options=options, multiprocessing_options=names
+  )
+  writing.enter_context(checkpointer).save(
+    folder, args=ocp.args.PyTreeSave(arrays, save_args=save_args)
+  )
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes have called this with the same name, which is used once.
+
+  Other than a collective, it may run in a thread while the devices work.
+  """
+  import orbax.checkpoint as ocp
+
+  ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * WRITE_TIMEOUT_S)
 
 
 @contextlib.contextmanager

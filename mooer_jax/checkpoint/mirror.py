@@ -2,15 +2,13 @@
 
 URL/step_00001000/…      the files of a checkpoint; checkpoint.json comes last, and a copy
                          without it is not complete
-URL/metrics.jsonl, …     records of the run, as of the last copy
+URL/metrics.jsonl, …     records of the run, as of the last copy, and what it has made
 """
 
 import concurrent.futures
-import contextlib
 import posixpath
 import shutil
-import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +20,36 @@ from mooer_jax.checkpoint.steps import all_steps, latest, step_of
 from mooer_jax.checkpoint.sums import check_sizes
 from mooer_jax.checkpoint.writing import put_in_place
 
-RECORDS = ("metrics.jsonl", "skipped.jsonl", "perplexity.json")  # of a run, in its folder
+# Files in the folder of a run that go with its checkpoints; the last one is of activation tuning.
+RECORDS = ("metrics.jsonl", "skipped.jsonl", "perplexity.json", "activation.json")
 _TRANSFERS = 8  # at a time
 
 
 class Mirror:
-  """Copies the checkpoints of a run to a URL, in a thread."""
+  """The copies of the checkpoints of a run at a URL."""
 
-  def __init__(self, url: str, workdir: Path, *, count: int, threads):
+  def __init__(self, url: str, workdir: Path, *, count: int):
     """`count` of the newest copies are kept, and those of all steps in the workdir."""
-    self._url, self._workdir, self._count, self._threads = url, workdir, count, threads
-    self._copying: concurrent.futures.Future | None = None
+    self._url, self._workdir, self._count = url.rstrip("/"), workdir, count
 
-  def start(self, folder: Path) -> None:
-    """Starts to copy a checkpoint, which must stay in place until `wait` returns."""
-    self._copying = self._threads.submit(self._copy, folder)
+  def complete(self) -> None:
+    """Copies the newest checkpoint of the workdir, if its copy was interrupted."""
+    if (newest := latest(self._workdir)) is not None and newest.name not in copies(self._url):
+      self.copy(newest)
 
-  def wait(self) -> None:
-    """Waits for the copy, if any; raises its error."""
-    if self._copying is not None:
-      copying, self._copying = self._copying, None
-      copying.result()
-
-  def _copy(self, folder: Path) -> None:
+  def copy(self, folder: Path) -> None:
+    """Copies a checkpoint and the records of the run; deletes old copies."""
     names = [name for name in open_folder(folder)[1]["files"] if name != MANIFEST]
     target = storage.join(self._url, folder.name)
     with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
       copied = pool.map(lambda name: storage.upload(folder / name, f"{target}/{name}"), names)
       for _ in copied:
         pass
-    for name in RECORDS:
-      if (self._workdir / name).exists():
-        storage.upload(self._workdir / name, f"{self._url}/{name}")
+    with tempfile.TemporaryDirectory() as folder_of_copies:
+      for name in filter(lambda name: (self._workdir / name).exists(), RECORDS):
+        # Training appends to them, but an upload in parts must end at the size at which it began.
+        copied_to = Path(folder_of_copies) / name
+        storage.upload(shutil.copyfile(self._workdir / name, copied_to), f"{self._url}/{name}")
     storage.upload(folder / MANIFEST, f"{target}/{MANIFEST}")
     complete = copies(self._url)
     keep = {*complete[-self._count :], folder.name, *(f.name for f in all_steps(self._workdir))}
@@ -63,27 +59,19 @@ class Mirror:
         storage.delete(f"{self._url}/{name}")
 
 
-@contextlib.contextmanager
-def mirror(url: str, workdir: Path, *, count: int) -> Iterator[Mirror]:
-  """Yields a mirror, which has first to copy the newest checkpoint if it lacks it.
+def check_writing(url: str) -> None:
+  """Writes and deletes a small file at a URL.
 
-  The block ends when the last copy is complete, or has failed; if the block has failed too, the
-  error of the copy is only printed.
+  Raises:
+    RemoteError: if it cannot be written, as for wrong credentials or a bucket that does not exist.
   """
-  url = url.rstrip("/")
-  with concurrent.futures.ThreadPoolExecutor(1) as threads:
-    opened = Mirror(url, workdir, count=count, threads=threads)
-    if (newest := latest(workdir)) is not None and newest.name not in copies(url):
-      opened.start(newest)
-    try:
-      yield opened
-    except Exception:
-      try:
-        opened.wait()
-      except Exception as error:
-        print(f"{url}: the last checkpoint was not copied: {error}", file=sys.stderr)
-      raise
-    opened.wait()
+  trial = f"{url.rstrip('/')}/.trial"
+  try:
+    with tempfile.NamedTemporaryFile() as file:
+      storage.upload(Path(file.name), trial)
+    storage.delete(trial)
+  except (ValueError, OSError) as error:
+    raise storage.RemoteError(f"train.mirror cannot be written: {error}") from error
 
 
 def restore(url: str, workdir: Path) -> Path | None:
@@ -115,14 +103,15 @@ def restore(url: str, workdir: Path) -> Path | None:
   folder = workdir / found[-1]
   part = folder.with_name(f".tmp-{folder.name}")
   shutil.rmtree(part, ignore_errors=True)
+  # First: answers of activation tuning must not be newer than the checkpoint trained on them.
+  for name in RECORDS:
+    if storage.is_file(f"{url}/{name}"):
+      storage.download(f"{url}/{name}", workdir / name)
   with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
     names = [*about["files"], MANIFEST]
     for _ in pool.map(lambda name: storage.download(f"{source}/{name}", part / name), names):
       pass
   check_sizes(part, about["files"])
-  for name in RECORDS:
-    if storage.is_file(f"{url}/{name}"):
-      storage.download(f"{url}/{name}", workdir / name)
   put_in_place(part, folder)
   return folder
 

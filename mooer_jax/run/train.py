@@ -11,7 +11,6 @@ import grain
 import jax
 
 from mooer_jax import checkpoint, hosts, tree
-from mooer_jax.config import to_json
 from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.dataset import Batches, merge_states, train_batches
 from mooer_jax.data.utterances import BadDataError
@@ -21,6 +20,7 @@ from mooer_jax.run.feed import Feed
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, NoMonitor, SkippedLog
 from mooer_jax.run.process import check_profile, prepare_process, profile, stop_request
+from mooer_jax.run.saving import Saver
 from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
 from mooer_jax.sharding import make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
 def _train(
   run: Run, evaluators: Sequence[MakeEvaluator], mesh: jax.sharding.Mesh, trace: str | None
 ) -> Path:
-  newest = hosts.on_first(lambda: str(_newest_checkpoint(run) or ""))
+  newest = hosts.on_first(lambda: str(restore(run) or ""))
   resumed = Path(newest) if newest else None
   start_from = resumed or run.init_from
   normalised = any(frontend.normalised for frontend in run.model.frontends)
@@ -88,7 +88,7 @@ def _train(
       )
       if evaluators:
         hosts.say("to measure a finished run: eval.py --mode=perplexity")
-      with _mirror(run):
+      with Saver(run, message=hosts.say):
         return resumed
   tokenizer = read_tokenizer(run, start_from)
   first = checkpoint.step_of(resumed) if resumed else 0
@@ -104,18 +104,16 @@ def _train(
   return _loop(run, start, made, first=first, mesh=mesh, trace=trace)
 
 
-def _newest_checkpoint(run: Run) -> Path | None:
-  """The checkpoint to resume from; the first process restores it if the workdir has none."""
-  if run.train.mirror and (restored := checkpoint.restore(run.train.mirror, run.workdir)):
-    print(f"restored {restored} from {run.train.mirror}", flush=True)
+def restore(run: Run) -> Path | None:
+  """The checkpoint to resume from, which comes from the mirror if the workdir has none.
+
+  Raises RemoteError if the mirror cannot be written.
+  """
+  if run.train.mirror:
+    checkpoint.check_writing(run.train.mirror)
+    if restored := checkpoint.restore(run.train.mirror, run.workdir):
+      print(f"restored {restored} from {run.train.mirror}", flush=True)
   return checkpoint.latest(run.workdir)
-
-
-def _mirror(run: Run) -> contextlib.AbstractContextManager[checkpoint.Mirror | None]:
-  """The mirror of the first process, which completes an interrupted copy; else None."""
-  if run.train.mirror and hosts.is_first():
-    return checkpoint.mirror(run.train.mirror, run.workdir, count=run.train.max_to_keep)
-  return contextlib.nullcontext()
 
 
 class _Start(NamedTuple):
@@ -202,11 +200,12 @@ def _loop(
     monitor = Monitor(run.workdir, run.train, first=first, tasks=tasks)
   profiled = contextlib.ExitStack()
   with (
-    _mirror(run) as mirror,
     contextlib.closing(batches),
     monitor,
     profiled,
     stop_request() as stop,
+    # A failed save ends the run, on all processes at the same step.
+    Saver(run, message=monitor.message, failed=stop.set) as saver,
   ):
     sizes = (sum(x.size for x in jax.tree.leaves(part)) for part in (state.trainable, frozen))
     trained, fixed = (f"{size:,}" for size in sizes)
@@ -247,39 +246,20 @@ def _loop(
         monitor.record(*pending)
         pending = None
       if saves:
-        folder = _save(run, start, state, data_state=feed.state(), mirror=mirror)
-        monitor.message(f"saved {folder}")
+        saver.start(
+          state,
+          frozen=frozen,
+          tokenizer=start.tokenizer,
+          base=start.base,
+          data_state=feed.state(),
+        )
       with feed.paused():
         for evaluator in due:
           monitor.evaluate(evaluator, step, tree.merge(state.trainable, frozen))
       if last:
         break
+    folder = saver.wait()
+    assert folder is not None  # the last step saves
   if stopping:
     hosts.say(f"stopped at step {step}; rerun the same command to resume")
-  return folder
-
-
-def _save(
-  run: Run, start: _Start, state: TrainState, *, data_state, mirror: checkpoint.Mirror | None
-) -> Path:
-  """Saves a checkpoint; if there is a base, only the trained parameters and a pointer to it.
-
-  Raises what the copy of the checkpoint before has raised.
-  """
-  params = state.trainable if start.base else tree.merge(state.trainable, start.frozen)
-  folder = checkpoint.save(
-    checkpoint.step_folder(run.workdir, int(state.step)),
-    params=jax.jit(tree.unstack_layers)(params),  # jit: eager slicing needs all shards here
-    config_json=to_json(run.model),
-    tokenizer=start.tokenizer.save,
-    generation=dataclasses.asdict(run.decoding_defaults()),
-    base=start.base,
-    train_state=dataclasses.replace(state, trainable=None),
-    data_state=data_state,
-  )
-  if mirror is not None:
-    mirror.wait()  # before `keep_last` deletes the checkpoint that is copied
-  checkpoint.keep_last(run.workdir, run.train.max_to_keep)
-  if mirror is not None:
-    mirror.start(folder)
   return folder

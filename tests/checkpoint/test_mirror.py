@@ -9,12 +9,13 @@ import pytest
 from mooer_jax import checkpoint, storage
 from mooer_jax.checkpoint.mirror import copies
 from tests.checkpoint.checkpoints_of import assert_same, params, save
-from tests.object_store import BreakingFileSystem
 
 
-@pytest.fixture
-def url(bucket, request):
-  return f"{bucket}/{request.node.name}"
+@pytest.fixture(params=["s3", "file"])
+def url(request, tmp_path):
+  if request.param == "file":
+    return f"file://{tmp_path}/mirror"
+  return f"{request.getfixturevalue('bucket')}/{request.node.name}"
 
 
 def step(workdir, number):
@@ -26,18 +27,19 @@ def step(workdir, number):
 
 
 def mirrored(url, workdir, *numbers, count=2):
-  with checkpoint.mirror(url, workdir, count=count) as mirror:
-    for number in numbers:
-      folder = step(workdir, number)
-      mirror.wait()
-      checkpoint.keep_last(workdir, count)
-      mirror.start(folder)
+  mirror = checkpoint.Mirror(url, workdir, count=count)
+  mirror.complete()
+  for number in numbers:
+    folder = step(workdir, number)
+    checkpoint.keep_last(workdir, count)
+    mirror.copy(folder)
 
 
 def test_an_empty_workdir_is_restored_from_the_newest_copy(url, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
-  records = {name: f"of {name}\n" for name in ("metrics.jsonl", "skipped.jsonl", "perplexity.json")}
+  names = ("metrics.jsonl", "skipped.jsonl", "perplexity.json", "activation.json")
+  records = {name: f"of {name}\n" for name in names}
   for name, text in records.items():
     (workdir / name).write_text(text)
   mirrored(url, workdir, 1, 2, 3)
@@ -111,20 +113,29 @@ def test_a_manifest_that_is_damaged_is_named_and_nothing_is_downloaded(tmp_path,
   assert not (tmp_path / "new").exists()
 
 
-def test_the_error_of_a_copy_is_raised_by_the_next_one_or_at_the_end(tmp_path, monkeypatch, capsys):
-  def fail(file, url):
-    raise storage.RemoteError(f"{url}: no connection")
+def test_a_record_that_grows_during_its_upload_is_copied_as_it_was(url, tmp_path, monkeypatch):
+  workdir, sizes, upload = tmp_path / "run", [], storage.upload
+  workdir.mkdir()
+  (workdir / "metrics.jsonl").write_text("1\n" * 3_000_000)  # 6 MB, which stores take in parts
 
-  monkeypatch.setattr(storage, "upload", fail)
-  monkeypatch.setattr(BreakingFileSystem, "store", {})
-  with pytest.raises(storage.RemoteError, match="step_00000001/.*no connection"):
-    mirrored("breaking://run", tmp_path, 1, 2)
-  shutil.rmtree(tmp_path / "step_00000002")
-  with pytest.raises(storage.RemoteError, match="step_00000001/.*no connection"):
-    mirrored("breaking://run", tmp_path)
-  with pytest.raises(ZeroDivisionError):
-    with checkpoint.mirror("breaking://run", tmp_path, count=1):
-      raise ZeroDivisionError
-  assert (
-    "the last checkpoint was not copied: breaking://run/step_00000001" in capsys.readouterr().err
-  )
+  def upload_slowly(file, to):
+    if to.endswith("metrics.jsonl"):
+      sizes.append(file.stat().st_size)
+      with (workdir / "metrics.jsonl").open("a") as metrics:
+        metrics.write("2\n")
+      sizes.append(file.stat().st_size)
+    upload(file, to)
+
+  monkeypatch.setattr(storage, "upload", upload_slowly)
+  mirrored(url, workdir, 1)
+  assert sizes == [6_000_000] * 2
+  assert storage.read_bytes(f"{url}/metrics.jsonl") == b"1\n" * 3_000_000
+
+
+def test_writing_is_tried_and_leaves_nothing(url, bucket, tmp_path):
+  checkpoint.check_writing(url)
+  assert storage.listing(url) == []
+  (tmp_path / "file").touch()
+  for bad in ("s3://absent/run", f"file://{tmp_path}/file/run"):
+    with pytest.raises(storage.RemoteError, match=f"train.mirror cannot be written: {bad}/.trial"):
+      checkpoint.check_writing(bad)

@@ -34,7 +34,9 @@ def full_disk(*_, **__):
   raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["arrays.write", "files.write_json", "put_in_place", "tokenizer"])
+@pytest.mark.parametrize(
+  "where", ["arrays.start_write", "files.write_json", "put_in_place", "tokenizer"]
+)
 def test_a_failure_while_saving_spares_what_was_there(tmp_path, monkeypatch, where):
   folder = save(tmp_path / "c", params())
   options = {}
@@ -87,11 +89,11 @@ def test_what_a_save_hides_is_shown_again_after_it(tmp_path, monkeypatch):
   changed()
   save(tmp_path / "c", params())
   assert not changed()
-  monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", interrupt)
+  monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", interrupt)
   with pytest.raises(KeyboardInterrupt):
     save(tmp_path / "d", params())
   assert not changed()
-  monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full_disk)
+  monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", full_disk)
   for _ in range(2):
     with pytest.raises(SaveError), warnings.catch_warnings():
       save(tmp_path / "d", params())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import zlib
 
 import jax
@@ -379,8 +380,13 @@ def test_activation_tuning_trains_on_answers_that_a_person_may_edit(
   config.workdir = str(tmp_path / "again")
   (tmp_path / "again").mkdir()
   (tmp_path / "again/activation.json").write_text(json.dumps(content))
+  config.train.mirror = f"file://{tmp_path}/mirror"
   train(config)
-  assert _metrics(tmp_path / "again")[0]["tokens"] == 8 * len("no") + 8
+  shutil.rmtree(config.workdir)  # with the answers, of which the mirror has a copy
+  config.train.steps = 3
+  assert checkpoint.step_of(train(config)) == 3
+  tokens = [row["tokens"] for row in _metrics(tmp_path / "again")]
+  assert tokens == [8 * len("no") + 8] * 3
   config.activation.lora_scale = 1.5
   with pytest.raises(ValueError, match=r"was generated with lora_scale=0.0, now 1.5\."):
     train(config)

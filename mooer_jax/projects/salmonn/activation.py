@@ -20,11 +20,12 @@ from mooer_jax import checkpoint, hosts, storage
 from mooer_jax.config import from_json
 from mooer_jax.data.labels import NO_LABELS
 from mooer_jax.data.readers.annotation import entry_key, read_annotation
-from mooer_jax.files import read_json_object, write_json
+from mooer_jax.files import lock_folder, read_json_object, write_json
 from mooer_jax.prompts import task_prompt
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import decode_set, find_checkpoint, load
 from mooer_jax.run.process import prepare_process
+from mooer_jax.run.train import restore
 from mooer_jax.sharding import make_mesh
 
 
@@ -44,6 +45,7 @@ def prepare(run: Run) -> Run:
   prepare_process()
   if run.init_from is None:
     raise ValueError("activation tuning starts from a trained model: set init_from")
+  hosts.on_first(lambda: _restore(run))  # with the answers that it was trained on, if they are lost
   settings, answers = _settings(run, run.init_from), answers_file(run)
   if not hosts.on_first(answers.is_file):
     annotation = _generate_answers(run, run.init_from)
@@ -64,6 +66,11 @@ def prepare(run: Run) -> Run:
     **NO_LABELS,
   )
   return dataclasses.replace(run, model=model, data=data)
+
+
+def _restore(run: Run) -> None:
+  with lock_folder(run.workdir):
+    restore(run)
 
 
 def answers_file(run: Run) -> Path:

@@ -1,0 +1,126 @@
+"""Checkpoints of a run, saved and copied to its mirror while training goes on."""
+
+import concurrent.futures
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mooer_jax import checkpoint, hosts, tree
+from mooer_jax.config import to_json
+from mooer_jax.run.config import Run
+from mooer_jax.storage import RemoteError
+from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.training.step import TrainState
+
+
+class Saver:
+  """Saves the checkpoints of a run, one at a time, and copies them to the mirror.
+
+  All processes call its methods at the same steps. The end of the block waits for what is being
+  saved. If the block has failed, an error of the save is only printed.
+  """
+
+  def __init__(
+    self, run: Run, *, message: Callable[[str], object], failed: Callable[[], object] = lambda: None
+  ):
+    """Starts to copy the newest checkpoint to the mirror, if a copy was interrupted.
+
+    Args:
+      run: the config.
+      message: prints a line, from any thread; only called in the first process.
+      failed: called as soon as a save of this process has failed, from any thread.
+    """
+    self._run, self._message, self._failed = run, message, failed
+    self._mirror: checkpoint.Mirror | None = None
+    if run.train.mirror and hosts.is_first():
+      self._mirror = checkpoint.Mirror(run.train.mirror, run.workdir, count=run.train.max_to_keep)
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._folder: Path | None = None
+    self._saving: concurrent.futures.Future | None = self._submit(self._complete)
+
+  def __enter__(self) -> "Saver":
+    return self
+
+  def __exit__(self, kind, error, frames) -> None:
+    if error is None:
+      self.wait()
+    elif isinstance(error, RemoteError) or (
+      isinstance(error, Exception) and not hosts.lost_process(error)
+    ):
+      if self._saving is not None and (problem := self._saving.exception()) is not None:
+        print(f"besides the error that ends the run: {problem}", file=sys.stderr)
+    self._thread.shutdown(wait=False)
+
+  def start(
+    self,
+    state: TrainState,
+    *,
+    frozen: dict,
+    tokenizer: Tokenizer,
+    base: Path | None,
+    data_state: dict[str, Any],
+  ) -> None:
+    """Starts to save a state, which may be donated as soon as this returns.
+
+    If there is a base, only the trained parameters and a pointer to it are saved.
+
+    Raises:
+      SaveError, RemoteError: of the save before, for which this waits. The state is saved
+        nevertheless.
+    """
+    options = {"frozen": frozen, "tokenizer": tokenizer, "base": base, "data_state": data_state}
+    try:
+      self.wait()
+    except Exception:
+      self._start(state, **options)
+      raise
+    self._start(state, **options)
+
+  def _start(self, state, *, frozen, tokenizer, base, data_state) -> None:
+    params = state.trainable if base else tree.merge(state.trainable, frozen)
+    params = jax.jit(tree.unstack_layers)(params)  # jit: eager slicing needs all shards here
+    started = checkpoint.start_save(
+      checkpoint.step_folder(self._run.workdir, int(state.step)),
+      params=params,
+      config_json=to_json(self._run.model),
+      tokenizer=tokenizer.save,
+      generation=dataclasses.asdict(self._run.decoding_defaults()),
+      base=base,
+      train_state=dataclasses.replace(state, trainable=None),
+      data_state=data_state,
+    )
+    jax.tree.map(lambda x: x.delete(), params)  # Orbax refers to them until they are written
+    self._saving = self._submit(self._finish, started)
+
+  def wait(self) -> Path | None:
+    """Waits for what is being saved; returns the folder of the last save, None before the first.
+
+    Raises:
+      SaveError, RemoteError: if it failed; only once.
+    """
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      self._folder = hosts.wait_for(saving)
+    return self._folder
+
+  def _submit(self, function: Callable, *args) -> concurrent.futures.Future:
+    future = self._thread.submit(function, *args)
+    future.add_done_callback(lambda done: self._failed() if done.exception() else None)
+    return future
+
+  def _complete(self) -> None:
+    if self._mirror is not None:
+      self._mirror.complete()
+
+  def _finish(self, started: concurrent.futures.Future[Path]) -> Path:
+    folder = started.result()
+    if hosts.is_first():
+      checkpoint.keep_last(self._run.workdir, self._run.train.max_to_keep)
+      self._message(f"saved {folder}")
+    if self._mirror is not None:
+      self._mirror.copy(folder)
+    return folder

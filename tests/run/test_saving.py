@@ -1,0 +1,138 @@
+"""Checkpoints that are saved, and copied to a mirror, while training goes on."""
+
+import concurrent.futures
+import errno
+import json
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorstore
+
+from mooer_jax import checkpoint, hosts, storage, tree
+from mooer_jax.checkpoint import SaveError, writing
+from mooer_jax.run import monitor
+from mooer_jax.run import train as training
+from mooer_jax.run.config import Run
+from tests.run.programs import train
+
+
+def rows(workdir):
+  return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def content(folder):
+  """All arrays of a checkpoint: parameters, optimizer state and the like, by path."""
+  saved = json.loads((folder / "checkpoint.json").read_text())["train_state"]
+  wanted = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in saved.items()}
+  state, positions = checkpoint.load_train_state(folder, tree.unflatten(wanted))
+  return {**tree.flatten(checkpoint.load(folder).params), **tree.flatten(state)}, positions
+
+
+def test_steps_run_while_a_checkpoint_is_written_and_leave_it_as_it_was(config, monkeypatch):
+  """No array is written before step 6, when the buffers of step 4 have been donated twice."""
+  four = train(config).with_name("step_00000004")
+  go, opened, record = threading.Event(), tensorstore.open, monitor.Monitor.record
+
+  def open_later(*args, **options):
+    if threading.current_thread() is not threading.main_thread():
+      assert go.wait(60)
+    return opened(*args, **options)
+
+  def record_and_go(self, metrics, batch):
+    record(self, metrics, batch)
+    if metrics["step"] == 6:
+      assert checkpoint.latest(config.workdir) is None
+      go.set()
+
+  monkeypatch.setattr(tensorstore, "open", open_later)
+  monkeypatch.setattr(monitor.Monitor, "record", record_and_go)
+  plain, config.workdir = config.workdir, config.workdir + "x"
+  slow = train(config).with_name("step_00000004")
+  assert go.is_set() and rows(plain) == rows(config.workdir)
+  (ours, position), (theirs, expected) = content(slow), content(four)
+  assert ours.keys() == theirs.keys() and position == expected
+  for path, leaf in ours.items():
+    np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+
+
+def full_disk(*_, **__):
+  raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_save_that_fails_ends_the_run_which_saves_its_last_state(config, monkeypatch):
+  config.train.steps = 1000
+  hashed = writing.record
+
+  def fail_once(folder):
+    return hashed(folder) if "00000004" not in folder.name else full_disk()
+
+  monkeypatch.setattr(writing, "record", fail_once)
+  with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved .*No space"):
+    train(config)
+  newest = checkpoint.latest(config.workdir)
+  assert checkpoint.step_of(newest) == len(rows(config.workdir)) < 1000
+  assert not list(Path(config.workdir).glob(".tmp-*"))
+  config.train.steps = checkpoint.step_of(newest) + 1
+  train(config)
+  assert [row["step"] for row in rows(config.workdir)] == [*range(1, config.train.steps + 1)]
+
+
+def test_the_last_save_of_a_run_may_fail_too(config, monkeypatch):
+  config.train.steps = 4
+  monkeypatch.setattr(writing, "record", full_disk)
+  with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved .*No space"):
+    train(config)
+  assert checkpoint.latest(config.workdir) is None
+
+
+def test_the_error_of_a_save_is_printed_if_another_one_ends_the_run(config, monkeypatch, capsys):
+  class Broken:
+    every = 4
+
+    def lacks(self, step):
+      return False
+
+    def __call__(self, step, params):
+      raise ZeroDivisionError
+
+  monkeypatch.setattr(writing, "record", full_disk)
+  with pytest.raises(ZeroDivisionError):
+    training.train(Run.read(config), [lambda *_, **__: Broken()])
+  assert "besides the error that ends the run: " in (said := capsys.readouterr().err)
+  assert "step_00000004: the checkpoint was not saved" in said
+
+
+def test_a_copy_that_fails_ends_the_run_and_is_made_when_it_resumes(config, monkeypatch, tmp_path):
+  config.train.steps, config.train.mirror = 1000, f"file://{tmp_path}/mirror"
+  upload = storage.upload
+
+  def fail(file, url):
+    if "step_" in url:
+      raise storage.RemoteError(f"{url}: no connection")
+    upload(file, url)
+
+  monkeypatch.setattr(storage, "upload", fail)
+  with pytest.raises(storage.RemoteError, match="step_00000004/.*no connection"):
+    train(config)
+  newest = checkpoint.latest(config.workdir)
+  assert checkpoint.step_of(newest) == len(rows(config.workdir)) < 1000
+  monkeypatch.setattr(storage, "upload", upload)
+  config.train.steps = checkpoint.step_of(newest)
+  train(config)
+  assert storage.is_file(f"{config.train.mirror}/{newest.name}/checkpoint.json")
+
+
+def test_a_mirror_that_cannot_be_written_is_an_error_before_training(config, monkeypatch, bucket):
+  config.train.mirror = "s3://absent/run"
+  monkeypatch.setattr("mooer_jax.run.train.read_tokenizer", lambda *_: pytest.fail("loaded"))
+  with pytest.raises(storage.RemoteError, match="train.mirror cannot be written: s3://absent/run"):
+    train(config)
+
+
+def test_waiting_ends_when_another_process_has_failed(monkeypatch):
+  monkeypatch.setattr(hosts, "gather", lambda value: [value, [True, "SaveError: disk full"]])
+  with pytest.raises(hosts.OtherProcessError, match="process 1 failed: SaveError: disk full"):
+    hosts.wait_for(concurrent.futures.Future())
