@@ -45,7 +45,9 @@ def test_a_base_outlives_the_run_that_made_it(config, trained, tmp_path):
 def test_a_base_is_marked_before_the_first_checkpoint(config, trained, tmp_path, monkeypatch):
   """Training takes hours until it saves, in which the run of the base may go on."""
   fine_tune(config, trained, tmp_path / "tuned")
-  monkeypatch.setattr("mooer_jax.run.train._save", lambda *_, **__: pytest.fail("marked too late"))
+  monkeypatch.setattr(
+    "mooer_jax.run.saving.Saver.start", lambda *_, **__: pytest.fail("marked too late")
+  )
   config.train.steps = 1
   with pytest.raises(pytest.fail.Exception):
     train(config)
