@@ -291,7 +291,7 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   slowest_s, peak = found["seconds"][found["slowest"]], 197e12
   assert slowest_s == max(found["seconds"].values())
   expected = result["flops_needed_per_chip"] / (slowest_s * peak)
-  assert found["mfu"] == pytest.approx(expected, abs=2e-3)
+  assert found["mfu"] == pytest.approx(expected, rel=1e-2, abs=7e-4)
   assert 0 < found["mfu_without_overlap"] <= found["mfu"] < 1
   assert "memory: temporaries" in process.stdout and "estimated MFU" in process.stdout
 
