@@ -25,8 +25,9 @@ def test_the_llm_is_never_gathered_in_one_piece(name):
   assert largest["share_of_the_llm"] < 0.1
 
 
-def test_estimated_mfu_on_512_chips():
-  found = plan("mooer_7b_v5p_8x8x8")["estimate"]
+@pytest.mark.parametrize("name", ["mooer_7b_v5p_8x8x8", "salmonn_13b_v5p_8x8x8"])
+def test_estimated_mfu_on_512_chips(name):
+  found = plan(name)["estimate"]
   assert found["means"].startswith("an estimate, not a measurement")
   assert found["mfu"] >= found["mfu_without_overlap"] >= 0.55
 
