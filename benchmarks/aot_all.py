@@ -15,7 +15,9 @@ import sys
 from benchmarks.provenance import RESULTS, ROOT, changed_sources
 
 MOOER = "--config=configs/mooer_7b.py"
+SALMONN = "--config=configs/salmonn.py:13b,2"
 ONE_MICRO_BATCH = "--config.train.gradient_accumulation_steps=1"
+KEEP_PRODUCTS = "--config.compute.remat=dots"  # with 95 GiB, there is room for them
 
 
 def rows(count: int) -> tuple[str, str]:
@@ -31,8 +33,9 @@ PLANS: dict[str, tuple[str, ...]] = {
   "mooer_7b_v5e_4x4": (MOOER, "--topology=v5e:4x4"),
   "mooer_7b_v5p_8x8x8": (
     MOOER, "--topology=v5p:8x8x8", *mesh(data=8, fsdp=64), *rows(2048), ONE_MICRO_BATCH,
+    KEEP_PRODUCTS,
   ),
-  "salmonn_13b_v5e_4x4": ("--config=configs/salmonn.py:13b,2", "--topology=v5e:4x4"),
+  "salmonn_13b_v5e_4x4": (SALMONN, "--topology=v5e:4x4"),
   "mooer_7b_2_x_v5e_4x4": (
     MOOER, "--topology=v5e:4x4", "--slices=2", *mesh(data=2, fsdp=16), *rows(512),
   ),
@@ -42,6 +45,16 @@ PLANS: dict[str, tuple[str, ...]] = {
   "salmonn_13b_3_v5e_4x4": ("--config=configs/salmonn_activation.py:13b", "--topology=v5e:4x4"),
   "mooer_7b_v5e_16x16": (MOOER, "--topology=v5e:16x16", *rows(4096)),
   "mooer_7b_v6e_16x16": (MOOER, "--topology=v6e:16x16", *rows(4096), ONE_MICRO_BATCH),
+  "salmonn_13b_v5p_8x8x8": (
+    SALMONN, "--topology=v5p:8x8x8", *mesh(data=8, fsdp=64), *rows(2048), KEEP_PRODUCTS,
+  ),
+  "salmonn_13b_v5p_16x16x16": (
+    SALMONN, "--topology=v5p:16x16x16", *mesh(data=16, fsdp=256), *rows(16384), KEEP_PRODUCTS,
+  ),
+  "salmonn_13b_v6e_16x16": (SALMONN, "--topology=v6e:16x16", *rows(1024)),
+  "salmonn_13b_v5e_16x16": (SALMONN, "--topology=v5e:16x16", *rows(1024)),
+  # Beside v5p_16x16x16: compile time on 16 and on 4,096 chips, with as many rows on each.
+  "mooer_7b_v5p_2x2x4": (MOOER, "--topology=v5p:2x2x4", *rows(64), ONE_MICRO_BATCH),
   "mooer_7b_v5p_8x8x8_data": (
     MOOER, "--topology=v5p:8x8x8", *mesh(data=512, fsdp=1), *rows(2048), ONE_MICRO_BATCH,
   ),
@@ -50,7 +63,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "--program=decode", MOOER, "--topology=v5e:2x2", *mesh(fsdp=1, tensor=4), "--num_beams=4",
   ),
   "decode_salmonn_13b_v5e_2x4": (
-    "--program=decode", "--config=configs/salmonn.py:13b,2", "--topology=v5e:2x4",
+    "--program=decode", SALMONN, "--topology=v5e:2x4",
     *mesh(data=2, fsdp=1, tensor=4), "--num_beams=4",
   ),
 }  # fmt: skip

@@ -84,11 +84,11 @@ def aot_train() -> str:
     frames = " + ".join(str(size) for name, size in batch.items() if name.endswith("_frames"))
     tokens = f"{batch['prompt_tokens']} + {batch['answer_tokens']}"
     spare = f"{1 - memory / r['hbm_of_chip_gb']:.0%}"
-    of_cpu = f" ({r['compile_cpu_seconds']:.0f} s)" if "compile_cpu_seconds" in r else ""
-    return *_memory(r), spare, rows, frames, tokens, f"{r['compile_seconds']:.0f} s{of_cpu}"
+    seconds = f"{r['compile_cpu_seconds']:.0f} s ({r['compile_seconds']:,.0f} s)"
+    return *_memory(r), spare, rows, frames, tokens, r["compute"]["remat"], seconds
 
   header = ("memory per chip", "of", "spare", "rows, micro-batches", "frames",
-            "tokens of prompt + answer", "compile time (of CPU)")  # fmt: skip
+            "tokens of prompt + answer", "remat", "compile time of CPU (wall)")  # fmt: skip
   return _plans(header, columns, "aot_*.json")
 
 
@@ -117,8 +117,8 @@ def aot_estimate() -> str:
     )
 
   header = ("received per chip, GB", "between slices, GB", "largest gather, of the LLM",
-            "HBM traffic, GB", "compute / HBM / ICI / DCN, ms", "slowest", "MFU, estimate",
-            "without overlap")  # fmt: skip
+            "HBM traffic, GB", "compute / HBM / ICI / DCN, ms", "slowest",
+            "MFU, estimate: time of the slowest", "networks not overlapped")  # fmt: skip
   return _plans(header, columns, "aot_*.json")
 
 

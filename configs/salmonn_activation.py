@@ -4,7 +4,8 @@ Command:   python train.py --config=configs/salmonn_activation.py:7b
            --config.init_from=out/salmonn_7b_2/step_00090000 --config.activation.shards=stories.json
            --config.perplexity.shards=probe.json
 Hardware:  all devices of a host hold a part of the model (mesh.tensor), for decoding the answers
-           and for training. Neither run nor compiled yet
+           and for training. The train step of 13B has been compiled for 16 TPU v5e (4x4), see
+           benchmarks/README.md; it has not run yet
 Time:      not measured
 Expected:  the published change of the 15 tasks (`eval.py --suite=salmonn`); not reproduced yet
 """

@@ -277,6 +277,7 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   assert result["hbm_gb_per_chip"] == memory["peak"]
   # The state is given up to the step, so all of it is aliased, and nothing else is.
   assert 0 < memory["aliased"] <= memory["outputs"] < memory["arguments"] < memory["peak"] < 1
+  assert result["hbm_spare_share"] == pytest.approx(1 - memory["peak"] / 16, abs=1e-3)
   assert 1.1 < result["flops_per_chip"] / result["flops_needed_per_chip"] < 1.5
   assert result["compile_seconds"] > 0
   # Layers are gathered one by one. The largest is the head, in bfloat16; a stack of three matrices
@@ -287,6 +288,10 @@ def test_the_tool_compiles_for_a_tpu(aot, repo_root, tmp_path, name, features):
   found = result["estimate"]
   assert found["means"].startswith("an estimate, not a measurement")
   assert found["slowest"] in found["seconds"].keys() == {"compute", "HBM", "ICI", "DCN"}
+  slowest_s, peak = found["seconds"][found["slowest"]], 197e12
+  assert slowest_s == max(found["seconds"].values())
+  expected = result["flops_needed_per_chip"] / (slowest_s * peak)
+  assert found["mfu"] == pytest.approx(expected, rel=1e-2, abs=7e-4)
   assert 0 < found["mfu_without_overlap"] <= found["mfu"] < 1
   assert "memory: temporaries" in process.stdout and "estimated MFU" in process.stdout
 
