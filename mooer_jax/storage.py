@@ -89,6 +89,13 @@ def join(folder: str, name: str) -> str:
   return protocol + mark + posixpath.normpath(posixpath.join(place, name))
 
 
+def trim(url: str) -> str:
+  """A URL without slashes at its end; raises ValueError if it names no bucket or folder."""
+  if not is_url(trimmed := url.rstrip("/")):
+    raise ValueError(f"{url}: names no bucket or folder; write s3://BUCKET/FOLDER")
+  return trimmed
+
+
 def parent(path: str) -> str:
   """The folder of a file."""
   return posixpath.dirname(path) if is_url(path) else str(Path(path).parent)
@@ -151,7 +158,7 @@ def walk(folder: str | Path) -> dict[str, Stat]:
   if not is_url(folder):
     found = {str(path): stat_file(str(path)) for path in Path(folder).rglob("*") if path.is_file()}
   else:
-    url = str(folder).rstrip("/")
+    url = trim(str(folder))
     below = len(_strip(url))
     try:
       entries = _call(url, lambda fs, at: fs.find(at, detail=True))
@@ -291,6 +298,8 @@ def _open_file_system(url: str) -> tuple[Any, str]:
     raise ValueError(
       f"{url}: is a URL of the web, whose folders cannot be listed; use s3:// or gs://, or copy it"
     )
+  if re.match("file://[^/]", url):  # fsspec would take it for a path in the current folder
+    raise ValueError(f"{url}: the URL of a local path has three slashes: file:///FOLDER")
   try:
     import fsspec
   except ImportError as error:

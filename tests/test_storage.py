@@ -110,9 +110,10 @@ def test_join(folder, name, joined):
   [
     ("https://host/data.list", "https://host/data.list: is a URL of the web"),
     ("nosuch://b/data.list", "nosuch://b/data.list: .*use s3:// or gs://"),
+    ("file://tmp/data.list", "file://tmp/data.list: .*three slashes: file:///FOLDER"),
   ],
 )
-def test_a_url_of_another_protocol_is_refused(url, message):
+def test_a_url_that_cannot_be_read_is_refused(url, message):
   with pytest.raises(ValueError, match=message):
     storage.read_bytes(url)
 

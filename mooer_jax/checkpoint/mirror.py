@@ -30,7 +30,7 @@ class Mirror:
 
   def __init__(self, url: str, workdir: Path, *, count: int):
     """`count` of the newest copies are kept, and those of all steps in the workdir."""
-    self._url, self._workdir, self._count = url.rstrip("/"), workdir, count
+    self._url, self._workdir, self._count = storage.trim(url), workdir, count
 
   def complete(self) -> None:
     """Copies the newest checkpoint of the workdir, if its copy was interrupted."""
@@ -65,8 +65,8 @@ def check_writing(url: str) -> None:
   Raises:
     RemoteError: if it cannot be written, as for wrong credentials or a bucket that does not exist.
   """
-  trial = f"{url.rstrip('/')}/.trial"
   try:
+    trial = f"{storage.trim(url)}/.trial"
     with tempfile.NamedTemporaryFile() as file:
       storage.upload(Path(file.name), trial)
     storage.delete(trial)
@@ -84,7 +84,7 @@ def restore(url: str, workdir: Path) -> Path | None:
     ValueError: if the newest copy is of a later step than the folder's, or of another run.
     RemoteError: if the URL cannot be read.
   """
-  url = url.rstrip("/")
+  url = storage.trim(url)
   found = copies(url)
   newest = latest(workdir)
   if not found:

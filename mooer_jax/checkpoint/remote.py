@@ -46,7 +46,7 @@ def locate(path: str | Path) -> str:
     RemoteError: if a URL cannot be read.
   """
   if storage.is_url(path):
-    url = str(path).rstrip("/")
+    url = storage.trim(str(path))
     if storage.is_file(f"{url}/{MANIFEST}"):
       return url
     if not (steps := copies(url)):
@@ -95,7 +95,7 @@ def local_folder(path: str | Path) -> Path:
   """
   if not storage.is_url(path):
     return Path(path)
-  url = str(path).rstrip("/")
+  url = storage.trim(str(path))
   found = {name.removeprefix(f"{url}/"): of for name, of in storage.walk(url).items()}
   if MANIFEST not in found:
     raise FileNotFoundError(f"{url}: no such checkpoint (no {MANIFEST})")

@@ -132,6 +132,16 @@ def test_a_mirror_that_cannot_be_written_is_an_error_before_training(config, mon
     train(config)
 
 
+@pytest.mark.parametrize("url", ["s3://", "file:///", "file://runs/one"])
+def test_a_mirror_is_no_folder_of_the_current_one(url, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(storage.RemoteError, match=f"train.mirror cannot be written: {url}"):
+    checkpoint.check_writing(url)
+  with pytest.raises(ValueError, match=url):
+    checkpoint.find(url)
+  assert not list(tmp_path.iterdir())
+
+
 def test_waiting_ends_when_another_process_has_failed(monkeypatch):
   monkeypatch.setattr(hosts, "gather", lambda value: [value, [True, "SaveError: disk full"]])
   with pytest.raises(hosts.OtherProcessError, match="process 1 failed: SaveError: disk full"):
