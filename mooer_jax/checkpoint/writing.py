@@ -148,8 +148,9 @@ def _whole_or_absent(folder: Path, part: Path) -> Iterator[None]:
       time.sleep(0.1)  # threads of a failed save may still write to it
     if not isinstance(error, Exception):
       raise
+    cause = str(error).partition(" [tensorstore_spec=")[0]  # else hundreds of characters of JSON
     raise SaveError(
-      f"{folder}: the checkpoint was not saved ({type(error).__name__}: {error}); existing files"
+      f"{folder}: the checkpoint was not saved ({type(error).__name__}: {cause}); existing files"
       " are unchanged. If the disk is full, free space or save to another folder"
     ) from error
 

@@ -93,7 +93,10 @@ class Saver:
       train_state=dataclasses.replace(state, trainable=None),
       data_state=data_state,
     )
-    jax.tree.map(lambda x: x.delete(), params)  # Orbax refers to them until they are written
+    kept = {id(x) for x in jax.tree.leaves((state, frozen))}  # in case jit returns an input
+    for copy in jax.tree.leaves(params):
+      if id(copy) not in kept:
+        copy.delete()  # Orbax refers to it until it is written
     self._saving = self._submit(self._finish, started)
 
   def wait(self) -> Path | None:

@@ -174,6 +174,7 @@ def test_a_full_disk_is_one_error_without_the_tracebacks_of_threads(tmp_path, pl
   run = subprocess.run(command, env=plain_env, capture_output=True, text=True)
   (line,) = (said for said in run.stderr.splitlines() if "TypeHandlerRegistry" not in said)
   assert line.startswith(f"{tmp_path}/model: the checkpoint was not saved")
+  assert "tensorstore_spec" not in line
   assert run.returncode == 1 and list(tmp_path.iterdir()) == []
 
 
