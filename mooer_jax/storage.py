@@ -92,7 +92,9 @@ def join(folder: str, name: str) -> str:
 def trim(url: str) -> str:
   """A URL without slashes at its end; raises ValueError if it names no bucket or folder."""
   if not is_url(trimmed := url.rstrip("/")):
-    raise ValueError(f"{url}: names no bucket or folder; write s3://BUCKET/FOLDER or file:///FOLDER")
+    raise ValueError(
+      f"{url}: names no bucket or folder; write s3://BUCKET/FOLDER or file:///FOLDER"
+    )
   return trimmed
 
 
