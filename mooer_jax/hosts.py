@@ -32,7 +32,7 @@ _PACKAGES = {"k8s": "kubernetes", "mpi4py": "mpi4py"}
 _connected = False  # whether `initialize` has connected several processes
 # Parts of the errors of a collective whose other processes are gone.
 _LOST = (
-  r"Gloo \w+ failed|[Hh]eartbeat timeout|Connection (closed|reset) by peer|coordination service"
+  r"Gloo [\w ]+ failed|[Hh]eartbeat timeout|Connection (closed|reset) by peer|coordination service"
 )
 
 

@@ -68,6 +68,7 @@ def test_callers_in_python_have_the_compilation_cache(config, tmp_path, monkeypa
   ("error", "said"),
   [
     (RuntimeError("Gloo AllReduce failed: Connection reset by peer"), "another process is lost"),
+    (RuntimeError("Gloo context initialization failed: timed out"), "another process is lost"),
     (RemoteError("s3://b/a.tar: no connection (Connection reset by peer)"), "s3://b/a.tar: no"),
   ],
 )
