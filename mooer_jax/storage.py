@@ -105,20 +105,17 @@ def parent(path: str) -> str:
 
 def is_file(path: str | Path) -> bool:
   """Whether there is a file at a path or a URL."""
-  if not is_url(path):
-    return os.path.isfile(path)
-  try:
-    return _call(str(path), lambda fs, at: fs.info(at))["type"] == "file"
-  except FileNotFoundError:
-    return False
+  return _has_type(path, "file") if is_url(path) else os.path.isfile(path)
 
 
 def is_folder(path: str | Path) -> bool:
   """Whether there is a folder at a path, or files below a URL."""
-  if not is_url(path):
-    return os.path.isdir(path)
+  return _has_type(path, "directory") if is_url(path) else os.path.isdir(path)
+
+
+def _has_type(url: str | Path, kind: str) -> bool:
   try:
-    return _call(str(path), lambda fs, at: fs.info(at))["type"] == "directory"
+    return _call(str(url), lambda fs, at: fs.info(at))["type"] == kind
   except FileNotFoundError:
     return False
 
