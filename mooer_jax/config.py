@@ -23,7 +23,8 @@ from mooer_jax.decoders.llm import LLMConfig
 from mooer_jax.encoders import Encoder
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.prompts import TASKS, TEMPLATES
+from mooer_jax.prompts import TEMPLATES, TEXT_TASKS
+from mooer_jax.vocoders import SpeechOutputConfig
 
 
 def part_kinds() -> dict[str, Any]:
@@ -47,6 +48,7 @@ class SpeechLLMConfig:
     min_audio_s: shorter clips are padded with silence to this length, seconds (SALMONN: 1).
     channel: signal of a clip with several channels: their "mean", or the "first" (SALMONN).
     prompts: (task, default prompt) pairs.
+    speech_output: the parts that make speech; None for a model whose answers are text.
     compute: how the model is executed.
   """
 
@@ -61,7 +63,8 @@ class SpeechLLMConfig:
   max_audio_s: float = 30.0
   min_audio_s: float = 0.0
   channel: Channel = "mean"
-  prompts: tuple[tuple[str, str], ...] = tuple(TASKS.items())
+  prompts: tuple[tuple[str, str], ...] = tuple(TEXT_TASKS.items())
+  speech_output: SpeechOutputConfig | None = None
   compute: ExecutionConfig = ExecutionConfig()
 
   def __post_init__(self):
@@ -101,6 +104,12 @@ class SpeechLLMConfig:
     if self.chat_template not in TEMPLATES:
       raise ValueError(
         f"model.chat_template={self.chat_template!r}: choose one of {sorted(TEMPLATES)}"
+      )
+    speech = self.speech_output
+    if speech is not None and speech.vocoder.input_width != self.decoder.hidden_size:
+      raise ValueError(
+        f"speech_output.vocoder.input_width={speech.vocoder.input_width}, but the LLM's hidden"
+        f" states have {self.decoder.hidden_size} values; they must be equal"
       )
 
   @property
@@ -215,6 +224,8 @@ def to_json(config: SpeechLLMConfig) -> dict[str, Any]:
     fields[name] = tuple(map(part_to_json, fields[name]))
   for name in ("connector", "decoder"):
     fields[name] = part_to_json(fields[name])
+  if speech := fields.pop("speech_output"):
+    fields["speech_output"] = dataclasses.asdict(speech)
   return {**fields, "prompts": dict(config.prompts)}
 
 
@@ -245,6 +256,8 @@ def from_json(
 def run_fields(config: SpeechLLMConfig) -> set[str]:
   """Paths in config.json that may differ between a checkpoint and a run that starts from it."""
   parts: dict[str, Any] = {"": config, "connector/": config.connector, "decoder/": config.decoder}
+  if config.speech_output is not None:
+    parts["speech_output/"] = config.speech_output
   for name in ("encoders", "frontends"):
     parts |= {f"{name}/{n}/": part for n, part in enumerate(getattr(config, name))}
   return {f"{path}{field}" for path, part in parts.items() for field in part.RUN_FIELDS}
@@ -368,8 +381,8 @@ def convert(hint: Any, value: Any, name: str, *, current: Any = None) -> Any:
     if value is None and type(None) in args:
       return None
     kinds = [arg for arg in args if arg is not type(None)]
-    if len(kinds) == 1 and isinstance(value, (int, float)):
-      return convert(kinds[0], value, name)  # for its message
+    if len(kinds) == 1:
+      return convert(kinds[0], value, name, current=current)
     for arg in kinds:
       try:
         return convert(arg, value, name)

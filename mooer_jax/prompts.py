@@ -7,13 +7,16 @@ from typing import NamedTuple
 from mooer_jax.files import read_json_object
 from mooer_jax.text.tokenizer import Tokenizer
 
-TASKS = {
+TEXT_TASKS = {
   "asr": "Transcribe speech to text. ",
   "ast": "Translate speech to english text. ",
   "asr_ast_mtl": "Translate speech to english text. ",  # the answer has two lines
+}
+SPEECH_TASKS = {  # of models with speech output
   "s2s_trans": "Translate speech to english speech. ",
   "s2s_chat": "Answer my question with speech. ",
 }
+TASKS = TEXT_TASKS | SPEECH_TASKS
 
 # Prompts of SALMONN's tasks, several each; evaluation uses the first.
 SALMONN_PROMPTS = Path(__file__).with_name("salmonn_prompts.json")

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax import connectors, decoders, encoders, tree
 from mooer_jax.decoders.llm import KVCache
 from mooer_jax.nn.layers import AXES, DATA, FSDP, TENSOR
+from mooer_jax.vocoders import SpeechOutputConfig
 
 T = TypeVar("T")
 
@@ -36,7 +37,8 @@ def sharding_rules() -> tuple[tuple[str, P], ...]:
   parts += [("connector", connector.SHARDING) for connector in connectors.KINDS]
   parts += [("decoder", decoder.SHARDING) for decoder in decoders.KINDS]
   rules = [(f"{path}/({below})", spec) for path, table in parts for below, spec in table]
-  return ("frontend/.*", P()), (r"encoder_norms/\w+/(scale|bias)", P()), *rules
+  others = ("frontend/.*", P()), (r"encoder_norms/\w+/(scale|bias)", P())
+  return *others, *rules, *SpeechOutputConfig.SHARDING
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     features ─ encode ─▶ frames ─ connect ─▶ speech tokens ─ splice ─▶ embeddings ─ decode ─▶ hidden
 
-Every function takes the whole parameter tree and the config; there is no state.
+Every function takes the whole parameter tree and the config; there is no state. With
+config.speech_output, a fifth function, `speak`, makes speech of hidden states.
 """
 
 import bisect
@@ -147,7 +148,18 @@ def init(key: jax.Array, config: SpeechLLMConfig) -> dict:
   decoder = config.decoder.module(config.compute).init(
     key_decoder, speech_BSD, speech_valid_BS, method=LLM.init_all_params
   )
-  return {**params, "decoder": decoder["params"]}
+  params["decoder"] = decoder["params"]
+  if config.speech_output is not None:
+    key_vocoder, key_speaker = jax.random.split(jax.random.fold_in(key_decoder, 1))
+    vocoder, speaker = config.speech_output.vocoder, config.speech_output.speaker
+    mel_BTF = jnp.zeros((1, _INIT_FRAMES, speaker.bins))
+    vector_BE, variables = speaker.module().init_with_output(key_speaker, mel_BTF)
+    params["speaker"] = variables["params"]
+    states_BSD, frames_B = jnp.zeros((1, 1, vocoder.input_width)), jnp.ones(1, jnp.int32)
+    params["vocoder"] = vocoder.module().init(key_vocoder, states_BSD, frames_B, vector_BE)[
+      "params"
+    ]
+  return params
 
 
 def param_shapes(config: SpeechLLMConfig) -> dict:
@@ -276,6 +288,35 @@ def logits(params: dict, hidden_BSD: jax.Array, config: SpeechLLMConfig) -> jax.
   """Float32 [B, S, V]."""
   variables = {"params": params["decoder"]}
   return config.decoder.module(config.compute).apply(variables, hidden_BSD, method=LLM.logits)  # type: ignore[return-value]
+
+
+@jax.named_scope("speak")
+def speak(
+  params: dict,
+  states_BSD: jax.Array,
+  frames_B: jax.Array,
+  speaker_BE: jax.Array,
+  config: SpeechLLMConfig,
+) -> jax.Array:
+  """Map hidden states to waveforms in [-1, 1], float32 [B, S * samples per state].
+
+  The vocoder runs in float32.
+
+  Args:
+    states_BSD: hidden states of the audio tokens, from `decode`.
+    frames_B: int32, valid states of each row, at its beginning.
+    speaker_BE: vectors of the voices, from `speaker_vector`.
+  """
+  assert config.speech_output is not None
+  module = config.speech_output.vocoder.module()
+  return module.apply({"params": params["vocoder"]}, states_BSD, frames_B, speaker_BE)  # type: ignore[return-value]
+
+
+def speaker_vector(params: dict, mel_BTF: Array, config: SpeechLLMConfig) -> jax.Array:
+  """Map voices (`audio.speaker_mel`, without padding) to vectors of length 1, float32 [B, E]."""
+  assert config.speech_output is not None
+  module = config.speech_output.speaker.module()
+  return module.apply({"params": params["speaker"]}, mel_BTF)  # type: ignore[return-value]
 
 
 def prompt(params: dict, batch: Batch, config: SpeechLLMConfig, *, rngs: dict | None = None):

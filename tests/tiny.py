@@ -1,5 +1,7 @@
 """A speech LLM of a few thousand parameters and random batches for it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -15,6 +17,7 @@ from mooer_jax.encoders.beats import BEATsConfig
 from mooer_jax.encoders.sanm import SANMConfig
 from mooer_jax.encoders.whisper import WhisperConfig
 from mooer_jax.nn.compute import ExecutionConfig
+from mooer_jax.vocoders import HiFiGANConfig, SpeakerConfig, SpeechOutputConfig
 
 SANM = SANMConfig(
   input_width=56, hidden_size=32, layers=3, heads=4, intermediate_size=48, memory_kernel=3
@@ -43,6 +46,27 @@ LLM_CONFIG = LLMConfig(
   intermediate_size=56,
   lora_rank=4,
 )
+
+# 16 samples per state of the tiny LLM.
+SPEECH = SpeechOutputConfig(
+  vocoder=HiFiGANConfig(
+    input_width=40,
+    speaker_width=12,
+    hidden_size=16,
+    stretch=2,
+    rates=(4, 2),
+    taps=(8, 4),
+    block_taps=(3,),
+    dilations=(1, 3),
+    sample_rate_hz=16000,
+  ),
+  speaker=SpeakerConfig(blocks=(1, 1), channels=(8, 8), reduction=4, output_width=12),
+)
+
+
+def speech(**changes) -> SpeechOutputConfig:
+  """SPEECH with other values of its fields."""
+  return dataclasses.replace(SPEECH, **changes)
 
 
 def model_config(*, llm=LLM_CONFIG, sanm=SANM, **compute) -> SpeechLLMConfig:

@@ -21,7 +21,7 @@ from mooer_jax.checkpoint.remote import local_folder, url_of
 from mooer_jax.checkpoint.steps import latest, remedy
 
 _SECTIONS: dict[str, tuple[type, str]] = {  # of config.json
-  **dict.fromkeys(("connector", "decoder", "prompts"), (dict, "an object")),
+  **dict.fromkeys(("connector", "decoder", "prompts", "speech_output"), (dict, "an object")),
   **dict.fromkeys(("encoders", "frontends"), (list, "a list of objects")),
 }
 _WEIGHTS = ("weights", "trainable")  # of a whole checkpoint, of a fine-tune
@@ -144,14 +144,16 @@ def load(
   shardings: Mapping | None = None,
   dtype: Any = None,
   base: str | Path | None = None,
+  without: Iterable[str] = (),
 ) -> Checkpoint:
   """Loads a checkpoint; each device reads its own part of each leaf.
 
   Args:
-    shardings: nested dict with a sharding for every leaf of `describe(folder).params`; default:
-      everything on the first local device.
+    shardings: nested dict with a sharding for every leaf of `describe(folder).params` that is
+      read; default: everything on the first local device.
     dtype: dtype of floating-point matrices, while vectors become float32; default: as saved.
     base: folder of the base of a fine-tune, if it has moved.
+    without: names of parts at the top of params that are not read.
 
   Raises:
     FileNotFoundError: if the folder, or the base of a fine-tune, does not exist.
@@ -165,7 +167,7 @@ def load(
     for name in sums.EDITABLE:
       if any(sums.damages(about.folder, {name: about.files[name]}, remember=True)):
         warnings.warn(f"{about.folder / name} was edited after it was saved", stacklevel=2)
-  wanted = tree.flatten(about.params)
+  wanted = tree.flatten({n: part for n, part in about.params.items() if n not in set(without)})
   if shardings is None:
     places = dict.fromkeys(wanted, _first_device())
   else:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mooer_jax import checkpoint
+from mooer_jax import checkpoint, vocoders
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.generation.adapters import Adapters, add_adapters
@@ -22,7 +22,7 @@ class Loaded(NamedTuple):
 
   Attributes:
     params: as `weights.lay_out` returns them; of the LLM, layer by layer.
-    model: without LoRA if it was merged.
+    model: without LoRA if it was merged, and without speech output.
     generation: with the eos ids.
     adapters: of `load_model`, if it was given any.
   """
@@ -58,6 +58,8 @@ def load_model(
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
+  Parts that make speech are not loaded (`generation.speech`).
+
   Args:
     path: the folder or its URL.
     compute: how the model runs; its dtype is that of the weight matrices.
@@ -89,8 +91,16 @@ def load_model(
     )
   model = from_json(about.config, compute, path=about.folder / "config.json")
   checkpoint.check_leaves(about, weights.saved_shapes(about.params, model))
-  shardings = None if mesh is None else param_shardings(mesh, about.params)
-  loaded = checkpoint.load(folder, shardings=shardings, dtype=compute.dtype, base=base_checkpoint)
+  model = model.replace(speech_output=None)
+  read = {name: part for name, part in about.params.items() if name not in vocoders.PARTS}
+  shardings = None if mesh is None else param_shardings(mesh, read)
+  loaded = checkpoint.load(
+    folder,
+    shardings=shardings,
+    dtype=compute.dtype,
+    base=base_checkpoint,
+    without=vocoders.PARTS,
+  )
   try:
     merge_options(loaded.generation, {})
   except ValueError as error:

@@ -81,6 +81,8 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exa
   free = [] if exactly else [f"{re.escape(path)}(/.*)?" for path in run_fields(wanted)]
   if not exactly and not saved.get("decoder", {}).get("lora_rank"):
     free.append("decoder/lora_.*")
+  if not exactly and "speech_output" not in saved:  # a model of text may learn to speak
+    free.append("speech_output/.*")
   described = to_json(wanted)
   if "connector" in saved:
     saved = to_json(from_json(saved, path=folder / "config.json"))

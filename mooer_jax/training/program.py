@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from mooer_jax import speech_llm, tree
+from mooer_jax import speech_llm, tree, vocoders
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.sharding import batch_sharding, param_shardings
 from mooer_jax.speech_llm import Batch
@@ -77,11 +77,12 @@ def _shape(batch: Batch) -> tuple[tuple[int, ...], int]:
 
 
 def cast_params(params: dict, trained: Iterable[str], dtype) -> dict:
-  """Cast params: float32 if trained, else matrices to the compute dtype."""
+  """Cast params: float32 if trained or of speech output, else matrices to the compute dtype."""
   trained, flat = set(trained), tree.flatten(params)
   for path, x in flat.items():
     vector = path.rsplit("/", 1)[-1] in VECTORS  # small, and rounding CMVN or norms is costly
-    flat[path] = x.astype(jnp.float32 if path in trained or vector else dtype)
+    exact = vector or path.partition("/")[0] in vocoders.PARTS
+    flat[path] = x.astype(jnp.float32 if path in trained or exact else dtype)
   return tree.unflatten(flat)
 
 

@@ -1,1 +1,44 @@
-"""Vocoders: hidden states of the LLM to speech, in the voice of a prompt."""
+"""Speech output: hidden states of the LLM to a waveform, in the voice of a recording."""
+
+import dataclasses
+from typing import ClassVar
+
+from jax.sharding import PartitionSpec as P
+
+from mooer_jax.vocoders.hifigan import HiFiGANConfig
+from mooer_jax.vocoders.speaker import SpeakerConfig
+
+PARTS = ("vocoder", "speaker")  # their names in the parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechOutputConfig:
+  """The parts of a speech LLM that make speech, and the states that they take.
+
+  The vocoder takes the LLM's last hidden states, from that at the start token on.
+
+  Attributes:
+    vocoder: config of the vocoder; its input width is the width of the LLM.
+    speaker: config of the speaker encoder.
+    start_token: the token after the text of an answer; audio tokens follow.
+    drop_last: number of last states, that of the end of the answer included, which the vocoder
+      does not take.
+  """
+
+  SHARDING: ClassVar[tuple[tuple[str, P], ...]] = (("(vocoder|speaker)/.*", P()),)
+  RUN_FIELDS: ClassVar[tuple[str, ...]] = ("start_token", "drop_last")
+  vocoder: HiFiGANConfig = HiFiGANConfig()
+  speaker: SpeakerConfig = SpeakerConfig()
+  start_token: str = "<|audio_start|>"
+  drop_last: int = 6
+
+  def __post_init__(self):
+    if self.drop_last < 0:
+      raise ValueError(f"speech_output.drop_last={self.drop_last} must not be negative")
+    if not self.start_token:
+      raise ValueError("speech_output.start_token must not be empty; name a token of the LLM")
+    if self.vocoder.speaker_width != self.speaker.output_width:
+      raise ValueError(
+        f"speech_output: vocoder.speaker_width={self.vocoder.speaker_width}, but"
+        f" speaker.output_width={self.speaker.output_width}; they must be equal"
+      )
