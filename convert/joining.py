@@ -12,7 +12,7 @@ from mooer_jax.checkpoint import Checkpoint, LazyArray, describe, find, read_lea
 
 from .core.errors import ConversionError
 from .core.folders import SOURCE_FILE, check_apart, check_target, copier, save_checkpoint
-from .core.kind import Opened
+from .core.kind import Opened, Writer
 from .readers import read_object
 
 
@@ -32,7 +32,7 @@ def join(out: Path, parts: Sequence[Path], *, overwrite: bool = False) -> dict[s
   config: dict[str, Any] = {"encoders": [], "frontends": []}
   leaves: dict[str, LazyArray] = {}
   style: dict[str, Any] = {}
-  kept: dict[str, tuple[Path, ...]] = {}
+  kept: dict[str, tuple[Path, ...] | Writer] = {}
   tokenizer: list[Path] = []
   for about in opened:
     about.check_not_quantized()

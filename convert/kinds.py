@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # Name -> record. Records are imported on use, so that `--help` needs neither torch nor JAX.
 KINDS = {
   "mooer": f"{__package__}.families.mooer:KIND",
+  "mooer-speech": f"{__package__}.families.mooer_speech:KIND",
   "deepspeed": f"{__package__}.families.mooer_training:KIND",
   "salmonn": f"{__package__}.families.salmonn:KIND",
   "peft": f"{__package__}.parts.peft:KIND",
@@ -28,6 +29,11 @@ USES: dict[str, tuple[str, str, str | None]] = {
     "release folder",
     "--task {asr,ast,asr_ast_mtl} [--llm --merge-lora --no-lora]",
     "--audio [--llm]",
+  ),
+  "mooer-speech": (
+    "release folder with a vocoder",
+    "--task {s2s_trans,s2s_chat} [--merge-lora --no-lora]",
+    None,
   ),
   "deepspeed": ("folder of MooER's training", "--base-checkpoint [--lora-config --task]", None),
   "salmonn": (

@@ -105,7 +105,8 @@ def save_checkpoint(out: Path, opened: Opened, *, kind: str, overwrite: bool = F
     write_json(folder / SOURCE_FILE, {"kind": kind, "style": opened.style})
     for name, files in opened.kept.items():
       (folder / name).mkdir()
-      copier(files)(folder / name)
+      write = files if callable(files) else copier(files)
+      write(folder / name)
 
   # Reads everything twice, to find values that are not finite before anything is written.
   console, leaves = Console(stderr=True), opened.leaves

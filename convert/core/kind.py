@@ -28,7 +28,7 @@ class _Source:
     leaves: path -> leaf.
     style: choices in the layout of the files, which an export repeats.
     tokenizer: writes the files of tokenizer/.
-    kept: folder below source/ -> files to copy there.
+    kept: folder below source/ -> files to copy there, or a function that writes them.
     ignored: names of tensors and entries that are not converted.
     notes: sentences for the user.
   """
@@ -36,7 +36,7 @@ class _Source:
   leaves: dict[str, LazyArray]
   style: dict[str, Any] = dataclasses.field(default_factory=dict)
   tokenizer: Writer = lambda folder: None
-  kept: dict[str, tuple[Path, ...]] = dataclasses.field(default_factory=dict)
+  kept: dict[str, tuple[Path, ...] | Writer] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 

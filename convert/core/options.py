@@ -13,7 +13,7 @@ def _option(description: str, default: Any = None) -> Any:
 class Options:
   """Options of `import` and `verify` beyond the kind, the source and the target."""
 
-  task: str | None = _option("task of the model: asr, ast or asr_ast_mtl")
+  task: str | None = _option("task of the model, such as asr or s2s_chat")
   llm: Path | None = _option("folder of the LLM, or of the model that a LoRA was trained on")
   lora: bool = _option("leave the LoRA out", True)  # the flag is --no-lora
   merge_lora: bool = _option("add the LoRA to the weights of the LLM", False)

@@ -1,6 +1,7 @@
 """MooER's release folders in the published layout: in and out."""
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mooer_jax.checkpoint import Checkpoint, LazyArray
@@ -50,31 +51,65 @@ DECODING = {
 EOS_BIAS = -0.2
 
 
-def known_task(task: str | None) -> str:
-  """Raises ValueError if it is not the task of a release."""
-  if task not in TASK_PROMPTS:
+def known_task(task: str | None, prompts: Mapping[str, str]) -> str:
+  """Returns the task. Raises ValueError if it is not one of `prompts`, those of the releases."""
+  if task is None or task not in prompts:
     given = "no --task" if task is None else f"--task {task}"
-    raise ValueError(f"{given}: choose one of {', '.join(TASK_PROMPTS)}")
+    raise ValueError(f"{given}: choose one of {', '.join(prompts)}")
   return task
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Files of a release: encoder, adapter, folder of the LoRA, folder of the LLM."""
+
+  encoder: Path
+  adapter: Path
+  lora: Path
+  llm: Path
+
+  @property
+  def cmvn(self) -> Path:
+    return self.encoder.with_name(paraformer.CMVN_FILE)
 
 
 def open_release(folder: Path, options: Options, problems: Problems) -> Opened:
   """Opens a folder with paraformer_encoder/, a folder per task, and the LLM's folder."""
-  task = known_task(options.task)
+  task = known_task(options.task, TASK_PROMPTS)
+  encoder, adapter = folder / ENCODER_FOLDER / ENCODER_FILE, folder / task / ADAPTER_FILE
   lora_folder = find_lora(folder / task)
-  _check_files(folder, task, problems, with_lora=options.lora)
+  check_files([encoder, adapter], lora_folder, options, problems)
+  if lora_folder.name == LORA_FOLDER and (folder / task / SAVED_LORA_FOLDER).is_dir():
+    problems.add(f"{folder / task}: has {LORA_FOLDER} and {SAVED_LORA_FOLDER}; remove one of them")
   llm_folder = options.llm or problems.attempt(find_llm, folder)
   problems.check(str(folder))
   assert llm_folder is not None
-  encoder_file = folder / ENCODER_FOLDER / ENCODER_FILE
-  cmvn = encoder_file.with_name(paraformer.CMVN_FILE)
+  files = Files(encoder=encoder, adapter=adapter, lora=lora_folder, llm=llm_folder)
+  opened = open_files(folder, files, options, problems)
+  llm_name, taken = llm_folder.resolve().name, (*TASK_PROMPTS, ENCODER_FOLDER)
+  style = opened.style["mooer"]
+  style["llm"] = "llm" if llm_folder.is_file() or llm_name in taken else llm_name
+  style["task"] = task
+  [eos_id] = opened.generation["eos_token_id"]
+  return dataclasses.replace(
+    opened,
+    config={**opened.config, "prompts": {task: TASK_PROMPTS[task]}},
+    generation={**DECODING, **opened.generation, "sequence_bias": [[eos_id, EOS_BIAS]]},
+  )
+
+
+def open_files(folder: Path, files: Files, options: Options, problems: Problems) -> Opened:
+  """Opens the parts of a release, of which `generation` has the eos alone, as one model.
+
+  Raises ConversionError, with all that is wrong in the parts, which begins with `folder`.
+  """
   # Each part is checked as far as the others allow, so that one error lists all problems.
   encoder = problems.attempt(
-    paraformer.open_encoder, open_source(encoder_file), cmvn, problems=problems
+    paraformer.open_encoder, open_source(files.encoder), files.cmvn, problems=problems
   )
-  model = problems.attempt(language_model.open_model, llm_folder, problems)
-  added = problems.attempt(lora.open_folder, lora_folder) if options.lora else None
-  source = open_source(folder / task / ADAPTER_FILE)
+  model = problems.attempt(language_model.open_model, files.llm, problems)
+  added = problems.attempt(lora.open_folder, files.lora) if options.lora else None
+  source = open_source(files.adapter)
   adapter, decoder = None, None if model is None else model.config
   if encoder is not None and decoder is not None:
     width = decoder.hidden_size
@@ -89,17 +124,14 @@ def open_release(folder: Path, options: Options, problems: Problems) -> Opened:
   connector, connector_leaves, tuned = adapter
   shared = combine([model, encoder], source, *([] if added is None else [added.source]))
   leaves = encoder.leaves | model.leaves | connector_leaves | lora_leaves
-  if added is None and lora_folder.is_dir():
-    shared["notes"] += (f"{lora_folder.name} is not read (--no-lora)",)
+  if added is None and files.lora.is_dir():
+    shared["notes"] += (f"{files.lora.name} is not read (--no-lora)",)
   if added is not None and options.merge_lora:
     leaves, decoder = lora.merge(leaves, added.scale), model.config
   elif added is not None:
     shared["style"]["peft"] = added.style
-    shared["kept"]["lora"] = (lora_folder / lora.CONFIG_FILE,)
-  llm_name, taken = llm_folder.resolve().name, (*TASK_PROMPTS, ENCODER_FOLDER)
+    shared["kept"]["lora"] = (files.lora / lora.CONFIG_FILE,)
   shared["style"]["mooer"] = {
-    "task": task,
-    "llm": "llm" if llm_folder.is_file() or llm_name in taken else llm_name,
     "encoder_prefix": encoder.style["paraformer"]["prefix"],
     "lora_merged": added is not None and options.merge_lora,
     "tuned_encoder": sorted(tuned),
@@ -110,27 +142,24 @@ def open_release(folder: Path, options: Options, problems: Problems) -> Opened:
     frontends=(encoder.frontend,),
     connector=connector,
     decoder=decoder,
-    prompts=((task, TASK_PROMPTS[task]),),
   )
-  eos_id = read_tokenizer(model.tokenizer).eos_id
   return Opened(
     config=to_json(config),
     leaves=leaves,
     tokenizer=model.tokenizer,
-    generation={**DECODING, "eos_token_id": [eos_id], "sequence_bias": [[eos_id, EOS_BIAS]]},
+    generation={"eos_token_id": [read_tokenizer(model.tokenizer).eos_id]},
     **shared,
   )
 
 
-def _check_files(folder: Path, task: str, problems: Problems, *, with_lora: bool) -> None:
-  lora_folder = find_lora(folder / task)
-  needed = [folder / ENCODER_FOLDER / ENCODER_FILE, folder / task / ADAPTER_FILE]
-  for path in (*needed, *([lora_folder] if with_lora else [])):
+def check_files(
+  needed: Collection[Path], lora_folder: Path, options: Options, problems: Problems
+) -> None:
+  """Adds a problem for each file of a release that does not exist."""
+  for path in (*needed, *([lora_folder] if options.lora else [])):
     if not path.exists():
       hint = "; pass --no-lora for a model without" if path == lora_folder else ""
       problems.add(f"{path}: not found{hint}")
-  if with_lora and lora_folder.name == LORA_FOLDER and (folder / task / SAVED_LORA_FOLDER).is_dir():
-    problems.add(f"{folder / task}: has {LORA_FOLDER} and {SAVED_LORA_FOLDER}; remove one of them")
 
 
 def _open_adapter(
@@ -179,26 +208,41 @@ def connector_config(source: Source, width: int) -> LinearConfig:
 def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   """Writes a checkpoint as a release. Raises ValueError if that cannot express it."""
   config = from_json(about.config)
-  style = style_of(about, "mooer")
-  task = released_task(about, config)
-  encoder_folder, task_folder = folder / ENCODER_FOLDER, folder / task
-  encoder_folder.mkdir()
-  task_folder.mkdir()
-  paraformer.export(about, encoder_folder / ENCODER_FILE, prefix=style.get("encoder_prefix", ""))
-  paths = [*paths_of(about, "connector/"), *style.get("tuned_encoder", ())]
-  tensors = map_out(about, ADAPTER, paths)
-  write_torch(task_folder / ADAPTER_FILE, tensors, read_out(about, tensors))
-  if config.decoder.lora_rank:
-    (task_folder / LORA_FOLDER).mkdir()
-    peft.export(about, task_folder / LORA_FOLDER)
-  llm_folder = folder / style.get("llm", "llm")
-  llm_folder.mkdir()
-  language_model.export_folder(about, config.decoder, llm_folder, shard_bytes=shard_bytes)
+  task = released_task(about, config, TASK_PROMPTS)
+  if config.speech_output is not None:
+    raise ConversionError(
+      f"{about.folder}: this layout has no vocoder; export it with the kind mooer-speech"
+    )
+  (folder / ENCODER_FOLDER).mkdir()
+  (folder / task).mkdir()
+  files = Files(
+    encoder=folder / ENCODER_FOLDER / ENCODER_FILE,
+    adapter=folder / task / ADAPTER_FILE,
+    lora=folder / task / LORA_FOLDER,
+    llm=folder / style_of(about, "mooer").get("llm", "llm"),
+  )
+  write_files(about, config, files, shard_bytes=shard_bytes)
   options = Options(task=task, lora=bool(config.decoder.lora_rank))
   check_roundtrip(about, config, lambda p: from_json(open_release(folder, options, p).config))
 
 
-def released_task(about: Checkpoint, config: SpeechLLMConfig) -> str:
+def write_files(
+  about: Checkpoint, config: SpeechLLMConfig, files: Files, *, shard_bytes: int
+) -> None:
+  """Writes the parts of a release."""
+  style = style_of(about, "mooer")
+  paraformer.export(about, files.encoder, prefix=style.get("encoder_prefix", ""))
+  paths = [*paths_of(about, "connector/"), *style.get("tuned_encoder", ())]
+  tensors = map_out(about, ADAPTER, paths)
+  write_torch(files.adapter, tensors, read_out(about, tensors))
+  if config.decoder.lora_rank:
+    files.lora.mkdir()
+    peft.export(about, files.lora)
+  files.llm.mkdir()
+  language_model.export_folder(about, config.decoder, files.llm, shard_bytes=shard_bytes)
+
+
+def released_task(about: Checkpoint, config: SpeechLLMConfig, prompts: Mapping[str, str]) -> str:
   """Returns a model's only task. Raises ConversionError for other prompts, templates or limits."""
   problems = Problems()
   where = about.folder / "config.json"
@@ -208,9 +252,9 @@ def released_task(about: Checkpoint, config: SpeechLLMConfig) -> str:
       f"prompts: a release has one task, this model was trained for {', '.join(tasks)}; leave one"
       f" in 'prompts' of {where}, and export once per task"
     )
-  if not tasks or any(TASK_PROMPTS.get(task) != prompt for task, prompt in config.prompts):
+  if not tasks or any(prompts.get(task) != prompt for task, prompt in config.prompts):
     problems.add(
-      f"prompts={dict(config.prompts)}: must be one of a release, {TASK_PROMPTS}; train with that"
+      f"prompts={dict(config.prompts)}: must be one of a release, {dict(prompts)}; train with that"
       " (config.model.prompts)"
     )
   supported = f", or set it in {where} if the model supports it"
@@ -252,11 +296,11 @@ def _files(path: Path) -> list[Path]:
   """The weights of a release, of its encoder's folder, or of the folder of a task."""
   if not path.is_dir():
     return []
+  if (path / ENCODER_FILE).is_file():
+    return [] if (path / ADAPTER_FILE).is_file() else [path / ENCODER_FILE]
   if (path / ADAPTER_FILE).is_file():
     added = find_lora(path)
     return [path / ADAPTER_FILE, *([added] if added.is_dir() else [])]
-  if (path / ENCODER_FILE).is_file():
-    return [path / ENCODER_FILE]
   if not (path / ENCODER_FOLDER).is_dir():
     return []
   files = sorted(f for f in path.rglob("*") if f.name in (ENCODER_FILE, ADAPTER_FILE))
@@ -266,10 +310,10 @@ def _files(path: Path) -> list[Path]:
 
 def _recognises(path: Path, names: Collection[str]) -> str | None:
   if path.is_dir():
+    if (path / ENCODER_FILE).is_file():  # beside the adapter, as of mooer-speech
+      return None if (path / ADAPTER_FILE).is_file() else "mooer (its encoder)"
     if (path / ADAPTER_FILE).is_file():
       return "mooer (the folder of one task)"
-    if (path / ENCODER_FILE).is_file():
-      return "mooer (its encoder)"
     return "mooer" if (path / ENCODER_FOLDER).is_dir() else None
   mapped = (ADAPTER.to_jax(name) for name in names)
   adapter = any(found and found[0].startswith("connector/") for found in mapped)

@@ -43,7 +43,7 @@ def open_training(folder: Path, options: Options, problems: Problems) -> Opened:
     raise ValueError(
       "deepspeed needs the imported release that training started from: --base-checkpoint CKPT"
     )
-  task = None if options.task is None else mooer.known_task(options.task)
+  task = None if options.task is None else mooer.known_task(options.task, mooer.TASK_PROMPTS)
   about = describe(find(options.base_checkpoint))
   where = f"--base-checkpoint {about.folder}"
   if missing := [part for part in ("encoders", "connector", "decoder") if part not in about.config]:

@@ -5,3 +5,4 @@ from .gguf_file import gguf_config
 from .gguf_tokens import gguf_tokenizer
 from .paths import open_source
 from .source import ReadError, Source, Tensor, check_file, read_object
+from .torch_file import open_torch

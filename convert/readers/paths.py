@@ -25,8 +25,9 @@ def open_source(path: str | Path, part: str | None = None) -> Source:
   """Opens weights of any supported format, without reading tensors.
 
   Args:
-    path: a .safetensors, .bin (of torch or CTranslate2), .pt, .pth or .gguf file, an index of
-      shards (.index.json), or a folder with an index, one such file, or a DeepSpeed checkpoint.
+    path: a .safetensors, .bin (of torch or CTranslate2), .pt, .pth or .gguf file, one of torch.save
+      without extension, an index of shards (.index.json), or a folder with an index, one file with
+      such an extension, or a DeepSpeed checkpoint.
     part: key of the dict to open in a torch file (see `open_torch`).
 
   Raises:
@@ -46,6 +47,8 @@ def open_source(path: str | Path, part: str | None = None) -> Source:
 
 
 def _open_file(path: Path, part: str | None) -> Source:
+  if not path.suffix and _is_zip(path):
+    return open_torch(path, part)
   if path.suffix not in _EXTENSIONS:
     raise ReadError(
       f"{path}: unknown extension {path.suffix!r}; supported are {', '.join(_EXTENSIONS)}"
@@ -61,6 +64,12 @@ def _open_file(path: Path, part: str | None) -> Source:
   if ctranslate2:
     return open_ctranslate2(path)
   return open_gguf(path) if path.suffix == ".gguf" else open_safetensors(path)
+
+
+def _is_zip(path: Path) -> bool:
+  """Whether a file is an archive, as of torch.save; HiFi-GAN saves without extension."""
+  with path.open("rb") as file:
+    return file.read(4) == b"PK\x03\x04"
 
 
 def _open_folder(path: Path, part: str | None) -> Source:

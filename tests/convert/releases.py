@@ -6,14 +6,17 @@ import re
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 import yaml
 
 from mooer_jax.audio.cmvn import write_mvn
-from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.text.tokenizer import QWEN2_SPECIALS, Tokenizer
 from tests.convert.folders_of import llm, vary, with_lora
 from tests.parity import torch_models
 from tests.tiny import SANM
+from tests.tiny import SPEECH as SPEECH_OUTPUT
+from tests.vocoders import torch_vocoder
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ\n.|<>_"
 HIDDEN = 24
@@ -41,8 +44,16 @@ def write_cmvn(path: Path, seed=0):
   return shift, scale
 
 
-def release(folder: Path, *, task="asr", tuned_encoder=False, dtype=torch.float32, extra=True):
-  """Writes a release.
+def release(
+  folder: Path,
+  *,
+  task="asr",
+  tuned_encoder=False,
+  dtype=torch.float32,
+  extra=True,
+  specials=(),
+):
+  """Writes a release; the LLM has further special tokens.
 
   Returns:
     {"encoder", "adapter", "llm" (with LoRA around it)}: the modules.
@@ -56,7 +67,7 @@ def release(folder: Path, *, task="asr", tuned_encoder=False, dtype=torch.float3
   torch.save(state, folder / "paraformer_encoder" / "paraformer-encoder.pth")
   write_cmvn(folder / "paraformer_encoder" / "am.mvn")
 
-  tokenizer = Tokenizer.from_characters(CHARACTERS)
+  tokenizer = Tokenizer.from_characters(CHARACTERS, (*QWEN2_SPECIALS, *specials))
   module = llm("qwen2", dtype=dtype, vocab_size=tokenizer.vocab_size + 3)
   module.save_pretrained(folder / "Qwen2-tiny")
   tokenizer.save(folder / "Qwen2-tiny")
@@ -81,6 +92,45 @@ def release(folder: Path, *, task="asr", tuned_encoder=False, dtype=torch.float3
     heard.load_state_dict({k: t for k, t in state.items() if not k.startswith("decoder.")})
   torch.save(trained, folder / task / "adapter_project.pt")
   return {"encoder": heard, "adapter": joined, "llm": module}
+
+
+SPEECH = dataclasses.replace(
+  SPEECH_OUTPUT,
+  vocoder=dataclasses.replace(
+    SPEECH_OUTPUT.vocoder, stretch=4, rates=(4, 2), taps=(8, 4), sample_rate_hz=22050
+  ),
+)
+AUDIO_TOKENS = ("<|audio_start|>", *(f"<A_{n}>" for n in range(5)))
+
+
+def speech_release(folder: Path):
+  """Writes a release with speech output, from `release` and random parts of torch_vocoder.
+
+  Returns:
+    The modules of `release`, and the contents {"vocoder", "speaker"} of the two files.
+  """
+  parts = folder.with_name(f"{folder.name}-parts")
+  modules = release(parts, specials=AUDIO_TOKENS)
+  folder.mkdir()
+  moved = {
+    "paraformer_encoder/paraformer-encoder.pth": "paraformer-encoder.pth",
+    "paraformer_encoder/am.mvn": "am.mvn",
+    "asr/adapter_project.pt": "adapter_project.pt",
+    "asr/lora_weights": "lora",
+    "Qwen2-tiny": "llm",
+  }
+  for old, new in moved.items():
+    (parts / old).rename(folder / new)
+  generator = torch_vocoder.generator_state(SPEECH.vocoder)
+  speaker = torch_vocoder.speaker_state(SPEECH.speaker) | {
+    "torch_spec.0.filter": torch.tensor([[[-0.97, 1.0]]]),
+    "torch_spec.1.spectrogram.window": torch.hamming_window(400),
+    "torch_spec.1.mel_scale.fb": torch_vocoder.mel_matrix().float(),
+  }
+  torch.save({"generator": generator}, folder / "g_00000012")
+  torch.save({"speaker_encoder": speaker}, folder / "spk_00000012")
+  soundfile.write(folder / "prompt.wav", np.sin(np.arange(8000) / 9), 16000)
+  return {**modules, "vocoder": generator, "speaker": speaker}
 
 
 def funasr_folder(folder: Path, *, heads=SANM.heads, others=None, **changes):

@@ -50,7 +50,7 @@ def params_of(state):
   leaves = {}
   for name, tensor in state.items():
     path, layout = GENERATOR.to_jax(name)
-    leaves[path] = np.ascontiguousarray(layout.to_jax(tensor.numpy()))
+    leaves[path.removeprefix("vocoder/")] = np.ascontiguousarray(layout.to_jax(tensor.numpy()))
   return tree.unflatten(leaves)
 
 

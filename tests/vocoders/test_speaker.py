@@ -21,7 +21,7 @@ def params_of(state):
   for name, tensor in state.items():
     if not name.endswith("num_batches_tracked"):
       path, layout = SPEAKER.to_jax(name)
-      leaves[path] = np.ascontiguousarray(layout.to_jax(tensor.numpy()))
+      leaves[path.removeprefix("speaker/")] = np.ascontiguousarray(layout.to_jax(tensor.numpy()))
   return tree.unflatten(leaves)
 
 
