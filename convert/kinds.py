@@ -33,7 +33,7 @@ USES: dict[str, tuple[str, str, str | None]] = {
   "mooer-speech": (
     "release folder with a vocoder",
     "--task {s2s_trans,s2s_chat} [--merge-lora --no-lora]",
-    None,
+    "--audio",
   ),
   "deepspeed": ("folder of MooER's training", "--base-checkpoint [--lora-config --task]", None),
   "salmonn": (

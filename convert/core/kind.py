@@ -101,12 +101,14 @@ class Original:
   Attributes:
     clips: stages of each clip, in the order of computation; one entry for an LLM alone.
     prompt: token ids before and after the speech, for our side.
+    voice: waveform of the voice of speech output, 16 kHz, for our side; None without it.
     notes: sentences for the user.
   """
 
   clips: list[Stages]
   prompt: tuple[Sequence[int], Sequence[int]] = ((), ())
   notes: tuple[str, ...] = ()
+  voice: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -282,14 +282,27 @@ def run_reference(request: Request) -> Original:
     )
   [task] = found
   llm = request.options.llm or find_llm(src)
-  lora_folder, trained = find_lora(src / task), bool(config.decoder.lora_rank)
-  has_lora = lora_folder.is_dir()
+  lora_folder, notes = chosen_lora(request, find_lora(src / task))
+  return reference.run(
+    request,
+    task,
+    encoder=src / ENCODER_FOLDER / ENCODER_FILE,
+    adapter=src / task / ADAPTER_FILE,
+    llm=llm,
+    lora=lora_folder,
+    notes=notes,
+  )
+
+
+def chosen_lora(request: Request, folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+  """The LoRA of a release if the checkpoint has it, and notes: it may be without (--no-lora)."""
+  trained, has_lora = bool(request.config.decoder.lora_rank), folder.is_dir()
   if trained and not has_lora:
-    raise ConversionError(f"{lora_folder}: not found, but the checkpoint has a LoRA")
-  used = has_lora and (trained or style_of(request.about, "mooer").get("lora_merged"))
-  unused = f"{lora_folder} is not used: the checkpoint was made without it (--no-lora)"
-  notes = (unused,) if has_lora and not used else ()
-  return reference.run(request, task, llm=llm, lora=lora_folder if used else None, notes=notes)
+    raise ConversionError(f"{folder}: not found, but the checkpoint has a LoRA")
+  if has_lora and (trained or style_of(request.about, "mooer").get("lora_merged")):
+    return folder, ()
+  unused = f"{folder} is not used: the checkpoint was made without it (--no-lora)"
+  return None, (unused,) if has_lora else ()
 
 
 def _files(path: Path) -> list[Path]:

@@ -7,22 +7,25 @@ from pathlib import Path
 
 from mooer_jax.checkpoint import Checkpoint
 from mooer_jax.config import from_json, to_json
+from mooer_jax.connectors.linear import LinearConfig
 from mooer_jax.prompts import SPEECH_TASKS
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.vocoders import SpeechOutputConfig
 
 from ..core.errors import ConversionError, Problems
 from ..core.folders import check_roundtrip, copier, kept_files, style_of
-from ..core.kind import Kind, Opened
+from ..core.kind import Kind, Opened, Original, Request
 from ..core.options import Options
 from ..parts import vocoder
 from ..parts.tokenizer_files import read_tokenizer
 from ..readers import read_object
+from ..verify.reference import mooer as reference
 from .mooer import (
   ADAPTER_FILE,
   ENCODER_FILE,
   Files,
   check_files,
+  chosen_lora,
   known_task,
   open_files,
   released_task,
@@ -133,6 +136,27 @@ def export(about: Checkpoint, folder: Path, shard_bytes: int) -> None:
   check_roundtrip(about, config, lambda p: from_json(open_release(folder, options, p).config))
 
 
+def run_reference(request: Request) -> Original:
+  """Runs the release that a checkpoint was imported from."""
+  config, src = request.config, request.src
+  if config.speech_output is None or not isinstance(config.connector, LinearConfig):
+    raise ConversionError(f"{request.about.folder}: is no model of MooER with speech output")
+  task = released_task(request.about, config, SPEECH_TASKS)
+  files = files_of(src)
+  lora, notes = chosen_lora(request, files.lora)
+  original = reference.run(
+    request,
+    task,
+    encoder=files.encoder,
+    adapter=files.adapter,
+    llm=files.llm,
+    lora=lora,
+    notes=notes,
+  )
+  generator, speaker = (_numbered(src, prefix) for prefix in ("g", "spk"))
+  return reference.run_speech(request, original, generator, speaker, src / PROMPT_FILE)
+
+
 def _recognises(path: Path, names: Collection[str]) -> str | None:
   if not path.is_dir() or not (path / ADAPTER_FILE).is_file():
     return None
@@ -157,4 +181,5 @@ KIND = Kind(
   files=_files,
   options=("task", "lora", "merge_lora"),
   parts=("encoders/sanm/", "connector/", "decoder/", "vocoder/", "speaker/"),
+  reference=run_reference,
 )

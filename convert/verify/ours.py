@@ -12,6 +12,7 @@ import numpy as np
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.audio.decode import load_audio
+from mooer_jax.audio.speaker_mel import speaker_mel
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.generation.generate import generate, generate_from
@@ -88,7 +89,32 @@ def _stages(params, clips, *, config: SpeechLLMConfig, original: Original) -> di
     values = {name: np.asarray(x)[np.asarray(valid)] for name, (x, valid) in found.items()}
   if has_llm:
     values["logits"] = _logits(params, clips, config=config, original=original)
+  if original.voice is not None:
+    values |= _speech_output(params, clips, config=config, original=original)
   return values
+
+
+def _speech_output(params, clips, *, config: SpeechLLMConfig, original: Original) -> dict[str, Any]:
+  """The voice and the waveform of the hidden states of each clip: float32 [states, samples]."""
+  assert original.voice is not None
+  mel_BTF = speaker_mel(original.voice)[None]
+  batch = _batch(clips, config, original)
+  speaker_BE, waveform_BN = _spoken(params, batch, mel_BTF, config)
+  states_BA = batch.labels_BS >= 0
+  waveform_BAN = np.asarray(waveform_BN).reshape(*states_BA.shape, -1)
+  return {
+    "voice": np.repeat(np.asarray(speaker_BE)[:1], len(clips), axis=0),
+    "waveform": waveform_BAN[states_BA],
+  }
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _spoken(params, batch, mel_BTF, config: SpeechLLMConfig) -> tuple[jax.Array, jax.Array]:
+  hidden_BAD = speech_llm.answer_hidden(params, batch, config)
+  speaker_BE = speech_llm.speaker_vector(params, mel_BTF, config)
+  speaker_BE = jnp.repeat(speaker_BE, len(hidden_BAD), axis=0)
+  frames_B = (batch.labels_BS >= 0).sum(1)
+  return speaker_BE, speech_llm.speak(params, hidden_BAD, frames_B, speaker_BE, config)
 
 
 def _logits(params, clips, *, config: SpeechLLMConfig, original: Original) -> np.ndarray:

@@ -10,6 +10,7 @@ import soundfile
 import torch
 import yaml
 
+from convert.verify.reference.vocoder import mel_matrix
 from mooer_jax.audio.cmvn import write_mvn
 from mooer_jax.text.tokenizer import QWEN2_SPECIALS, Tokenizer
 from tests.convert.folders_of import llm, vary, with_lora
@@ -125,7 +126,7 @@ def speech_release(folder: Path):
   speaker = torch_vocoder.speaker_state(SPEECH.speaker) | {
     "torch_spec.0.filter": torch.tensor([[[-0.97, 1.0]]]),
     "torch_spec.1.spectrogram.window": torch.hamming_window(400),
-    "torch_spec.1.mel_scale.fb": torch_vocoder.mel_matrix().float(),
+    "torch_spec.1.mel_scale.fb": mel_matrix().float(),
   }
   torch.save({"generator": generator}, folder / "g_00000012")
   torch.save({"speaker_encoder": speaker}, folder / "spk_00000012")

@@ -2,7 +2,7 @@
 
     MOOER_SRC=<clone of MooreThreads/MooER> pytest tests/parity/test_original_vocoder.py -m nightly
 
-`torchaudio.transforms.MelSpectrogram` is stood in for by `torch_vocoder.mel_spectrogram`, its
+`torchaudio.transforms.MelSpectrogram` is stood in for by `reference.mel_spectrogram`, its
 definition on torch.stft. Weights are random, since none are released with the code.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert.verify.reference import vocoder as reference
 from mooer_jax.audio.decode import load_audio
 from mooer_jax.audio.speaker_mel import speaker_mel
 from mooer_jax.vocoders.hifigan import HiFiGANConfig, fold
@@ -69,12 +70,12 @@ class _MelSpectrogram(torch.nn.Module):
     super().__init__()
     self.spectrogram, self.mel_scale = torch.nn.Module(), torch.nn.Module()
     self.spectrogram.register_buffer("window", options["window_fn"](options["win_length"]))
-    self.mel_scale.register_buffer("fb", torch_vocoder.mel_matrix().float())
+    self.mel_scale.register_buffer("fb", reference.mel_matrix().float())
     self.options = options
 
   def forward(self, waveform_BN):
     assert self.options["n_fft"] == 512 and self.options["hop_length"] == 160
-    return torch_vocoder.mel_spectrogram(waveform_BN)
+    return reference.mel_spectrogram(waveform_BN)
 
 
 def test_the_voice_is_that_of_the_original(folder, monkeypatch, clips):

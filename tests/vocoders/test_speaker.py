@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from convert.parts.vocoder import SPEAKER
+from convert.verify.reference import vocoder as reference
 from mooer_jax import tree
 from mooer_jax.audio.decode import AudioError
 from mooer_jax.audio.speaker_mel import speaker_mel
@@ -39,7 +40,7 @@ def test_the_vector_is_that_of_pytorch(config, frames):
   def theirs(dtype):
     weights = {name: tensor.to(dtype) for name, tensor in state.items()}
     features = torch.tensor(mel_BTF.swapaxes(1, 2), dtype=dtype)
-    return torch_vocoder.speaker_vector(weights, config, features).numpy()
+    return reference.speaker_vector(weights, features).numpy()
 
   expected_BE, truth_BE = theirs(torch.float32), theirs(torch.float64)
   floor = rounding(sum(config.blocks) * 2 * 9 * max(config.channels))
@@ -63,7 +64,7 @@ def test_fresh_params_have_the_structure_of_the_release():
 @pytest.mark.parametrize("samples", [512, 5000, 16000])
 def test_the_features_are_those_of_the_definition(samples):
   waveform_N = np.random.default_rng(0).normal(size=samples).astype(np.float32) / 10
-  expected_TF = torch_vocoder.speaker_mel(torch.tensor(waveform_N, dtype=torch.float64)).numpy().T
+  expected_TF = reference.speaker_mel(torch.tensor(waveform_N, dtype=torch.float64)).numpy().T
   mel_TF = speaker_mel(waveform_N)
   assert mel_TF.dtype == np.float32 and mel_TF.shape == (1 + samples // 160, 64)
   bound = rounding(1, np.abs(expected_TF))  # ours is computed in float64 and rounded once

@@ -112,7 +112,8 @@ def generate_greedily(
   """Decodes greedily by transformers' generate, after a prompt around embeddings of speech.
 
   Returns:
-    "prompt" [S, D], embeddings; "tokens" [A]; "logits" [A, V], with these tokens as input.
+    "prompt" [S, D], embeddings; "tokens" [A]; with these tokens as input, "logits" [A, V], and
+    "hidden" [A, D], the last hidden states after the final norm.
   """
   from transformers import GenerationConfig
 
@@ -135,10 +136,14 @@ def generate_greedily(
       inputs_embeds=inputs_BSD, attention_mask=everywhere_BS, generation_config=options
     )
     given_BSD = torch.cat([inputs_BSD, embed(tokens_BA[:, :-1])], dim=1)
-    logits_BSV = module(inputs_embeds=given_BSD).logits
-  logits_AV = logits_BSV[0, inputs_BSD.shape[1] - 1 :].float().numpy()
+    found = module(inputs_embeds=given_BSD, output_hidden_states=True)
+  logits_AV, hidden_AD = (
+    x_BSD[0, inputs_BSD.shape[1] - 1 :].float().numpy()
+    for x_BSD in (found.logits, found.hidden_states[-1])
+  )
   return {
     "prompt": inputs_BSD[0].numpy(),
     "tokens": tokens_BA[0].numpy(),
     "logits": logits_AV,
+    "hidden": hidden_AD,
   }

@@ -1,30 +1,37 @@
-"""MooER: funasr's encoder, the adapter, and its LLM with LoRA."""
+"""MooER: funasr's encoder, the adapter, its LLM with LoRA, and the parts of speech output."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from mooer_jax.audio.decode import load_audio
 from mooer_jax.prompts import fill_template, task_prompt
 
 from ...core.errors import ConversionError
 from ...core.kind import Original, Request, Stages
 from ...readers import open_source
+from . import vocoder
 from .language_model import generate_greedily, load_llm, state_of, with_lora_of
 from .paraformer import run_sanm_encoder
 
-ENCODER, ADAPTER = "paraformer_encoder/paraformer-encoder.pth", "adapter_project.pt"
-
 
 def run(
-  request: Request, task: str, *, llm: Path, lora: Path | None, notes: Sequence[str] = ()
+  request: Request,
+  task: str,
+  *,
+  encoder: Path,
+  adapter: Path,
+  llm: Path,
+  lora: Path | None,
+  notes: Sequence[str] = (),
 ) -> Original:
-  """Runs a task of a release.
+  """Runs a task of a release, with its files and folders.
 
   Tensors of an encoder in adapter_project.pt replace those in the file of the encoder, as the
   original loads one file after the other.
   """
-  encoder, adapter = request.src / ENCODER, request.src / task / ADAPTER
   prompt = task_prompt(task, dict(request.config.prompts))
   tokenizer = request.tokenizer
   assert tokenizer is not None
@@ -42,6 +49,22 @@ def run(
     clip["adapter"] = run_adapter(adapter, clip)
     clip |= generate_greedily(request, model, before_S, after_S, speech_SD=clip["adapter"])
   return Original(clips, prompt=(before_S, after_S), notes=tuple(notes))
+
+
+def run_speech(request: Request, original: Original, generator: Path, speaker: Path, voice: Path):
+  """Adds the voice and the waveform of all hidden states of each clip to a text `Original`."""
+  voice_N = load_audio(voice, sample_rate_hz=16000) if voice.exists() else request.waveforms[0]
+  encoder = state_of(open_source(speaker, "speaker_encoder"))
+  weights = state_of(open_source(generator, "generator"))
+  with torch.no_grad():
+    mel_FT = vocoder.speaker_mel(torch.tensor(voice_N, dtype=torch.float64)).float()
+    vector_BE = vocoder.speaker_vector(encoder, mel_FT[None])
+    for clip in original.clips:
+      hidden_AD = torch.tensor(clip["hidden"])
+      clip["voice"] = vector_BE.numpy()
+      waveform_BN = vocoder.generate(weights, hidden_AD[None], vector_BE)
+      clip["waveform"] = waveform_BN.reshape(len(hidden_AD), -1).numpy()
+  return dataclasses.replace(original, voice=voice_N)
 
 
 def run_adapter(adapter: Path, clip: Stages):

@@ -13,6 +13,8 @@ from convert.core.options import Options
 from convert.exporting import export_checkpoint
 from convert.importing import import_checkpoint
 from convert.inspection import inspect
+from convert.verify.reference import vocoder as reference
+from convert.verify.run import verify
 from mooer_jax import checkpoint, speech_llm
 from mooer_jax.config import from_json, to_json
 from mooer_jax.prompts import SPEECH_TASKS
@@ -67,10 +69,8 @@ def test_the_voice_and_the_waveform_are_those_of_pytorch(released):
 
   with torch.inference_mode():
     mel = torch.tensor(mel_BTF).mT
-    voice = torch_vocoder.speaker_vector(states["speaker"], SPEECH.speaker, mel)
-    expected = torch_vocoder.generate(
-      states["vocoder"], SPEECH.vocoder, torch.tensor(states_BSD), voice
-    )
+    voice = reference.speaker_vector(states["speaker"], mel)
+    expected = reference.generate(states["vocoder"], torch.tensor(states_BSD), voice)
   params = {name: loaded.params[name] for name in ("vocoder", "speaker")}
   bound = rounding(40 * 7 * 20, condition(speak, params, (states_BSD, mel_BTF)))
   assert_within(speak(params, (states_BSD, mel_BTF)), expected.numpy(), bound)
@@ -197,3 +197,16 @@ def test_each_layout_has_its_own_kind(released, tmp_path):
       generation={},
     )
     export_checkpoint("mooer-speech", tmp_path / "text", tmp_path / "back")
+
+
+def test_verify_runs_both_to_the_waveform(released, clips, tmp_path):
+  folder, _, imported = released
+  audio = [clips[0].path, clips[1].path]
+  report = verify("mooer-speech", folder, imported, audio=audio, max_new_tokens=4)
+  stages = [row.stage for row in report.errors]
+  assert stages == ["features", "encoder", "adapter", "prompt", "logits", "voice", "waveform"]
+  assert report.failed == []
+  damaged = shutil.copytree(folder, tmp_path / "damaged")
+  edit(damaged / "g_00000012", "generator", lambda s: s["conds.1.bias"].add_(1e-3))
+  report = verify("mooer-speech", damaged, imported, audio=audio, max_new_tokens=4)
+  assert report.failed == ["waveform"]
