@@ -153,6 +153,16 @@ def speed() -> str:
   return _table(header, rows)
 
 
+def vocoder() -> str:
+  rows = [
+    (name, case["states"], f"{case['ratio']:.2f}", f"{case['largest_difference']:.0e}", _made(r))
+    for r in _load("vocoder.json")
+    for name, case in r["cases"].items()
+  ]
+  header = "audio", "states a row", "speed, PyTorch = 1", "largest difference of a sample", "made"
+  return _table(header, rows)
+
+
 def cpu_products() -> str:
   header = ("cores", "rows", "weights", "speed, PyTorch float32 = 1",
             "matrices converted to float32", "largest error, in std", "made")  # fmt: skip
@@ -280,6 +290,7 @@ TABLES: dict[str, Callable[[], str]] = {
     aot_estimate,
     aot_decode,
     speed,
+    vocoder,
     train_speed,
     cpu_products,
     accuracy_text,

@@ -18,7 +18,16 @@ def _count(state: State, pattern: str) -> int:
 
 
 def _normalised(state, name):
+  if f"{name}.weight" in state:  # weight norm was removed
+    return state[f"{name}.weight"]
   return torch._weight_norm(state[f"{name}.weight_v"], state[f"{name}.weight_g"], 0)
+
+
+def without_weight_norm(state: State) -> dict[str, torch.Tensor]:
+  """The same weights for inference, with a `weight` instead of `weight_v` and `weight_g`."""
+  names = [name.removesuffix(".weight_v") for name in state if name.endswith(".weight_v")]
+  plain = {name: x for name, x in state.items() if not name.endswith((".weight_v", ".weight_g"))}
+  return plain | {f"{name}.weight": _normalised(state, name) for name in names}
 
 
 def generate(state: State, states_BTD, speaker_BE, *, stretch: int = 4) -> torch.Tensor:
