@@ -5,8 +5,8 @@
 Both sides run the generator of MooER-omni in float32 on the same hidden states: 27.0 M parameters,
 random weights, weight norm removed. PyTorch's side is the published structure in torch's
 convolutions. Each side has a process of its own, and they take turns, so that the ratios hold on a
-busy machine, too. "chunk" is what streaming runs again and again: a few new states, and those before
-and after them that their samples depend on.
+busy machine, too. "chunk" is what streaming runs again and again: a few new states, and those
+around them that their samples depend on.
 """
 
 import argparse
