@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from mooer_jax import checkpoint, vocoders
+from mooer_jax import checkpoint, tree, vocoders
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.generation.adapters import Adapters, add_adapters
@@ -15,6 +16,11 @@ from mooer_jax.kernels.choice import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.sharding import check_mesh, mesh_of, param_shardings
 from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.vocoders import SpeechOutputConfig
+from mooer_jax.vocoders.hifigan import fold
+
+DEFAULT_VOICE = "prompt.wav"  # as the releases of MooER name it
+_SPEECH_PATHS = tuple(f"{part}/" for part in vocoders.PARTS)
 
 
 class Loaded(NamedTuple):
@@ -58,7 +64,7 @@ def load_model(
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
-  Parts that make speech are not loaded (`generation.speech`).
+  Parts that make speech are not loaded; see `load_speech`.
 
   Args:
     path: the folder or its URL.
@@ -123,3 +129,39 @@ def load_model(
   if compute.quantization == "int8" and not weights.is_quantized(params):
     params = weights.quantize(params)
   return Loaded(weights.lay_out(params, model), model, tokenizer, options, side_by_side)
+
+
+class LoadedSpeech(NamedTuple):
+  """The parts of a model that make speech.
+
+  Attributes:
+    params: "vocoder", for inference (`hifigan.fold`), and "speaker"; float32.
+    config: their sizes, and the start token.
+    voice: recording of the default voice, if the checkpoint has one: `prompt.wav` in `source/`.
+  """
+
+  params: dict
+  config: SpeechOutputConfig
+  voice: Path | None
+
+
+def load_speech(path: str | Path, *, base_checkpoint: str | Path | None = None) -> LoadedSpeech:
+  """Loads the vocoder and the speaker encoder of a checkpoint; arguments as in `load_model`.
+
+  Raises:
+    FileNotFoundError, ValueError: if it is no checkpoint, or one without speech output.
+  """
+  about = checkpoint.describe(checkpoint.find(path), base=base_checkpoint)
+  if "speech_output" not in about.config:
+    raise ValueError(
+      f"{about.folder}: the model has no speech output (no vocoder); transcribe with it, or use a"
+      " checkpoint of MooER-omni, MooER-S2ST or a model that was trained for speech"
+    )
+  config = from_json(about.config, path=about.folder / "config.json").speech_output
+  assert config is not None
+  paths = [leaf for leaf in tree.flatten(about.params) if leaf.startswith(_SPEECH_PATHS)]
+  leaves = checkpoint.read_leaves(about, paths)
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree.unflatten(leaves))
+  params["vocoder"] = fold(params["vocoder"])
+  voices = (voice for source in about.sources for voice in sorted(source.rglob(DEFAULT_VOICE)))
+  return LoadedSpeech(params, config, next(voices, None))

@@ -15,7 +15,7 @@ import numpy as np
 
 from mooer_jax import speech_llm
 from mooer_jax.config import SpeechLLMConfig
-from mooer_jax.generation.generate import output_of
+from mooer_jax.generation.generate import NOT_FINITE, output_of
 from mooer_jax.generation.options import GenerationConfig
 from mooer_jax.generation.speech import speech_span, with_states
 from mooer_jax.generation.steps import Steps, row_keys
@@ -90,6 +90,8 @@ def _stream(params, prompt, config, options, speaker_BE, start_id, chunk, key):
   while not has_ended:
     rows, states_BSD, output = _decode(llm, rows, states_BSD, np.int32(steps), config, options)
     output, read = jax.device_get((output, rows.clock))
+    if not np.isfinite(output.scores_B[0]):
+      raise ValueError(NOT_FINITE)
     length = int(output.lengths_B[0])
     has_ended = read == length  # while decoding goes on, the last token has not been read
     yield SpeechPiece(output.tokens_BS[0, told:length].tolist())

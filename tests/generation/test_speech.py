@@ -1,4 +1,4 @@
-"""Speech of decoding: the states are those of a second pass, rows stand alone, streams are whole."""
+"""Speech of decoding: states are those of a second pass, rows stand alone, streams are whole."""
 
 import dataclasses
 
