@@ -128,6 +128,20 @@ def test_a_dialogue_is_one_prompt(responder, clips, monkeypatch):
   assert session.responses[2] is third.response
 
 
+def test_a_dialogue_in_low_precision(speaking_folder, clips):
+  responder = mooer_jax.SpeechResponder.from_checkpoint(
+    speaking_folder, voice=VOICE_N, dtype="bfloat16", quantization="int8"
+  )
+  assert responder.model.params["vocoder"]["last"]["kernel"].dtype == np.float32
+  bias = ((responder.model.start_id, 3e4),)  # every token is the start token
+  session = responder.session(task="s2s_trans")
+  for clip in clips[:2]:
+    whole = session(clip.path, sequence_bias=bias, max_new_tokens=8)
+    assert whole.waveform_N.shape == ((8 - 2) * 16,) and whole.text == ""
+  *_, last = session.stream(clips[2].path, sequence_bias=bias, max_new_tokens=8)
+  assert last.response.waveform_N.shape == ((8 - 2) * 16,)
+
+
 def test_a_failed_turn_is_not_part_of_a_dialogue(responder, clips):
   session, other = (responder.session(task="s2s_chat") for _ in range(2))
   session(clips[0].path), other(clips[0].path)
