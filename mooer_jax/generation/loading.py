@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from mooer_jax import checkpoint, tree, vocoders
+from mooer_jax import checkpoint, vocoders
 from mooer_jax.config import SpeechLLMConfig, build, from_json, with_new_names
 from mooer_jax.generation import GenerationConfig, weights
 from mooer_jax.generation.adapters import Adapters, add_adapters
@@ -20,7 +19,6 @@ from mooer_jax.vocoders import SpeechOutputConfig
 from mooer_jax.vocoders.hifigan import fold
 
 DEFAULT_VOICE = "prompt.wav"  # as the releases of MooER name it
-_SPEECH_PATHS = tuple(f"{part}/" for part in vocoders.PARTS)
 
 
 class Loaded(NamedTuple):
@@ -151,17 +149,18 @@ def load_speech(path: str | Path, *, base_checkpoint: str | Path | None = None) 
   Raises:
     FileNotFoundError, ValueError: if it is no checkpoint, or one without speech output.
   """
-  about = checkpoint.describe(checkpoint.find(path), base=base_checkpoint)
-  if "speech_output" not in about.config:
+  folder = checkpoint.find(path)
+  about = checkpoint.describe(folder, base=base_checkpoint)
+  if not about.config.get("speech_output"):
     raise ValueError(
       f"{about.folder}: the model has no speech output (no vocoder); transcribe with it, or use a"
       " checkpoint of MooER-omni, MooER-S2ST or a model that was trained for speech"
     )
-  config = from_json(about.config, path=about.folder / "config.json").speech_output
-  assert config is not None
-  paths = [leaf for leaf in tree.flatten(about.params) if leaf.startswith(_SPEECH_PATHS)]
-  leaves = checkpoint.read_leaves(about, paths)
-  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree.unflatten(leaves))
-  params["vocoder"] = fold(params["vocoder"])
+  model = from_json(about.config, path=about.folder / "config.json")
+  checkpoint.check_leaves(about, weights.saved_shapes(about.params, model))
+  assert model.speech_output is not None
+  others = [name for name in about.params if name not in vocoders.PARTS]
+  params = checkpoint.load(folder, dtype="float32", base=base_checkpoint, without=others).params
+  params = {**params, "vocoder": fold(params["vocoder"])}
   voices = (voice for source in about.sources for voice in sorted(source.rglob(DEFAULT_VOICE)))
-  return LoadedSpeech(params, config, next(voices, None))
+  return LoadedSpeech(params, model.speech_output, next(voices, None))

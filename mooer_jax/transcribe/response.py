@@ -35,7 +35,7 @@ class SpeechResponse:
     if not self.text.strip():
       told.append("the text is empty")
     if not self.finished:
-      told.append(f"stopped at max_new_tokens={len(self.tokens)}; the answer may be incomplete")
+      told.append(f"the answer was truncated at max_new_tokens={len(self.tokens)}")
     return told
 
 

@@ -27,7 +27,7 @@ def test_a_clip_is_answered_with_text_and_speech(responder, clips):
   start = found.tokens.index(responder.model.start_id)
   assert found.text == TOKENIZER.decode(found.tokens[:start]).replace("\\n", "\n") != ""
   assert found.waveform_N.shape == ((len(found.tokens) - start - 2) * 16,)
-  assert found.warnings() == ["stopped at max_new_tokens=24; the answer may be incomplete"]
+  assert found.warnings() == ["the answer was truncated at max_new_tokens=24"]
   # The text is that of the transcriber.
   [text] = mooer_jax.Transcriber(
     responder.model.params, responder.model.config, TOKENIZER, GenerationConfig(**OPTIONS)
@@ -232,6 +232,9 @@ def test_a_checkpoint_that_cannot_speak_is_an_error(
   }
   folder = save_speaking(config.replace(speech_output=None), params=silent)
   with pytest.raises(ValueError, match=f"{folder}: the model has no speech output"):
+    mooer_jax.SpeechResponder.from_checkpoint(folder)
+  folder = save_speaking(config, params=silent)
+  with pytest.raises(ValueError, match="describe different models: speaker/.* is missing"):
     mooer_jax.SpeechResponder.from_checkpoint(folder)
   folder = save_speaking(make_config(start_token="<|start|>"))
   with pytest.raises(ValueError, match="tokenizer of the LLM has no token '<|start|>'"):

@@ -48,7 +48,7 @@ def test_each_file_becomes_a_wav_and_a_text(speak, speaking_folder, tmp_path):
     np.testing.assert_allclose(waveform_N, expected.waveform_N, rtol=0, atol=1e-4)
     assert (tmp_path / f"out/{name}.txt").read_text("utf-8") == expected.text + "\n"
     assert line == f"{tmp_path / name}.wav\t{' '.join(expected.text.split())}"
-  assert err.count("stopped at max_new_tokens=24") == 2
+  assert err.count("truncated at max_new_tokens=24") == 2
 
 
 def test_speech_is_resampled(speak, tmp_path):
