@@ -166,7 +166,9 @@ def test_a_stream_is_the_whole_answer(
   clips = batch([20])
   _, start_id = speak(clips, options)
   arguments = config, clips, options, start_id, voices
-  speech_stream._speak_window.clear_cache()
+  programs = speech_stream._decode, speech_stream._speak_window
+  for program in programs:
+    program.clear_cache()
   pieces, whole = streamed(speaking_params, *arguments, chunk_frames=chunk)
   tokens = [token for piece in pieces for token in piece.tokens]
   assert tokens == whole.output.tokens_BS[0, : whole.output.lengths_B[0]].tolist()
@@ -175,4 +177,4 @@ def test_a_stream_is_the_whole_answer(
   assert whole.frames_B[0] > 2 * (SPEECH.vocoder.context + 4)
   np.testing.assert_allclose(np.concatenate(chunks), whole.waveform_BN[0], rtol=0, atol=1e-4)
   assert np.abs(whole.waveform_BN).max() > 1e-2
-  assert speech_stream._speak_window._cache_size() == 1
+  assert [program._cache_size() for program in programs] == [1, 1]
