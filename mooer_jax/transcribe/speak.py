@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     raise ValueError(
       f"--sample-rate-hz {rate_hz}: must be from {_RATES_HZ[0]} to {_RATES_HZ[1]} Hz"
     )
-  _check_names(args.audio, args.out)
+  _check_names(args.audio, args.voice, args.out)
   _check_folder(args.out)
   from mooer_jax.run.process import out_of_memory_as_error
 
@@ -142,7 +142,7 @@ def _target(name: str, folder: Path, suffix: str) -> Path:
   return folder / (Path(name).stem + suffix)
 
 
-def _check_names(audio: list[str], folder: Path) -> None:
+def _check_names(audio: list[str], voice: str | None, folder: Path) -> None:
   """Raises ValueError for two inputs with one name, or an output that is an input."""
   first: dict[str, str] = {}
   for name in audio:
@@ -153,12 +153,10 @@ def _check_names(audio: list[str], folder: Path) -> None:
         " commands with two folders"
       )
     first[stem] = name
-  outputs = [_target(name, folder, suffix) for name in audio for suffix in (".wav", ".txt")]
-  for output in outputs:
-    if output.exists() and any(
-      os.path.exists(name) and os.path.samefile(name, output) for name in audio
-    ):
-      raise ValueError(f"{output} is one of the audio files; name another folder with --out")
+  inputs = [name for name in (*audio, voice) if name is not None and os.path.exists(name)]
+  for output in (_target(name, folder, suffix) for name in audio for suffix in (".wav", ".txt")):
+    if output.exists() and any(os.path.samefile(name, output) for name in inputs):
+      raise ValueError(f"{output} is one of the input files; name another folder with --out")
 
 
 def _check_folder(folder: Path) -> None:

@@ -104,6 +104,8 @@ def test_an_answer_without_speech_is_text(speak, save_speaking, tmp_path):
 def test_bad_arguments_are_errors(speak, tmp_path):
   (tmp_path / "file").touch()
   (tmp_path / "sub").mkdir()
+  (tmp_path / "voices").mkdir()
+  shutil.copy(tmp_path / "voice.wav", tmp_path / "voices/a.wav")
   shutil.copy(tmp_path / "a.wav", tmp_path / "sub/a.flac")
   soundfile.write(tmp_path / "short.wav", VOICE_N[:1600], 16000)
   for names, options, message in (
@@ -113,7 +115,8 @@ def test_bad_arguments_are_errors(speak, tmp_path):
     (["a.wav"], dict(voice="none.wav"), "none.wav"),
     (["a.wav"], dict(seed=1), "seed has no effect without sampling"),
     (["a.wav", "sub/a.flac"], {}, "a.wav and " + str(tmp_path / "sub/a.flac") + " would both"),
-    (["a.wav"], dict(out="."), "a.wav is one of the audio files; name another folder"),
+    (["a.wav"], dict(out="."), "a.wav is one of the input files; name another folder"),
+    (["a.wav"], dict(voice="voices/a.wav", out="voices"), "voices/a.wav is one of the input files"),
     (["a.wav"], dict(out="file"), "file: is a file; name a folder"),
     (["a.wav"], dict(out="file/out"), "Not a directory"),
     (["a.wav"], dict(checkpoint=tmp_path / "sub"), "sub: neither a checkpoint"),
