@@ -4,6 +4,7 @@ Public names load on demand, so that `import mooer_jax` stays cheap:
 
   Transcriber: a loaded checkpoint that transcribes audio files and arrays.
   Transcript: its result for one clip.
+  SpeechResponder: a loaded checkpoint that answers audio with text and speech.
   load_model: a checkpoint's parameters, model config, tokenizer and generation options.
   SpeechLLMConfig: the model as a frozen dataclass; `mooer_jax.speech_llm` runs it.
   generate: decoding of a batch in one compiled program.
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _MODULES = {
   "Transcriber": "mooer_jax.transcribe.transcriber",
   "Transcript": "mooer_jax.transcribe.transcript",
+  "SpeechResponder": "mooer_jax.transcribe.responder",
   "load_model": "mooer_jax.generation.loading",
   "SpeechLLMConfig": "mooer_jax.config",
   "generate": "mooer_jax.generation.generate",

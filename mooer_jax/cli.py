@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe, warmup, train, eval, pack, checkpoint, convert."""
+"""The command `mooer-jax`: transcribe, warmup, speak, train, eval, pack, checkpoint, convert."""
 
 import importlib
 import shlex
@@ -9,7 +9,7 @@ from importlib import metadata
 
 from mooer_jax.files import ArgumentParser, discard_stdout, exit_on_sigterm
 from mooer_jax.storage import local_path
-from mooer_jax.transcribe import command
+from mooer_jax.transcribe import command, speak
 
 _SOURCE_HELP = "a data.list, a raw list, an annotation file or a folder, as data.shards in a config"
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--version", action="version", version=metadata.version("mooer-jax"))
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   command.add_parser(commands)
+  speak.add_parser(commands)
   _add_pack(commands)
   _add_data(commands)
   _add_checkpoint(commands)

@@ -67,6 +67,15 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
   return before.replace(QUESTION, question), after.replace(QUESTION, question)
 
 
+def fill_next_turn(template: str, prompt: str) -> tuple[str, str]:
+  """`fill_template` for a turn of a dialogue after the first; it follows the eos of an answer.
+
+  The system message is not repeated. In ChatML, a line break ends the answer.
+  """
+  before, after = (side.replace(_SYSTEM, "") for side in fill_template(template, prompt))
+  return ("\n" if _CHATML in TEMPLATES[template] else "") + before, after
+
+
 def check_question(prompt: str, question: str | None, task: str):
   """Check that a task's prompt and a question fit together. Without one, `question` is None.
 

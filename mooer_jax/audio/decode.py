@@ -81,7 +81,7 @@ def load_audio(
   name = name or _name(source)
   samples_NC, rate_hz = decode(source, name=name)
   with _named(name):
-    samples_N = _resample(_one_channel(samples_NC, channel, name), rate_hz, sample_rate_hz)
+    samples_N = resample(_one_channel(samples_NC, channel, name), rate_hz, sample_rate_hz)
   if not samples_N.size:
     lost = f"{len(samples_NC)} samples at {rate_hz} Hz leave none at {sample_rate_hz} Hz"
     raise AudioError(f"{name}: {lost}", "empty audio")
@@ -298,12 +298,12 @@ def _concatenate(parts: list[_Part]) -> tuple[np.ndarray, int]:
     )
   if len(parts) == 1:
     return parts[0]
-  resampled = [_resample(part.samples_NC, part.rate_hz, max(rates)) for part in parts]
+  resampled = [resample(part.samples_NC, part.rate_hz, max(rates)) for part in parts]
   same = [np.broadcast_to(x_NC, (len(x_NC), max(counts))) for x_NC in resampled]
   return np.concatenate(same), max(rates)
 
 
-def _resample(samples: np.ndarray, rate_hz: int, wanted_hz: int) -> np.ndarray:
+def resample(samples: np.ndarray, rate_hz: int, wanted_hz: int) -> np.ndarray:
   """By soxr, quality HQ; [samples] or [samples, channels]."""
   if rate_hz == wanted_hz:
     return samples

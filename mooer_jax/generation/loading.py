@@ -15,6 +15,10 @@ from mooer_jax.kernels.choice import check_backend
 from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.sharding import check_mesh, mesh_of, param_shardings
 from mooer_jax.text.tokenizer import Tokenizer
+from mooer_jax.vocoders import SpeechOutputConfig
+from mooer_jax.vocoders.hifigan import fold
+
+DEFAULT_VOICE = "prompt.wav"  # as the releases of MooER name it
 
 
 class Loaded(NamedTuple):
@@ -58,7 +62,7 @@ def load_model(
 ) -> Loaded:
   """Loads a checkpoint folder, or the newest checkpoint of a training workdir, for decoding.
 
-  Parts that make speech are not loaded (`generation.speech`).
+  Parts that make speech are not loaded; see `load_speech`.
 
   Args:
     path: the folder or its URL.
@@ -123,3 +127,40 @@ def load_model(
   if compute.quantization == "int8" and not weights.is_quantized(params):
     params = weights.quantize(params)
   return Loaded(weights.lay_out(params, model), model, tokenizer, options, side_by_side)
+
+
+class LoadedSpeech(NamedTuple):
+  """The parts of a model that make speech.
+
+  Attributes:
+    params: "vocoder", for inference (`hifigan.fold`), and "speaker"; float32.
+    config: their sizes, and the start token.
+    voice: recording of the default voice, if the checkpoint has one: `prompt.wav` in `source/`.
+  """
+
+  params: dict
+  config: SpeechOutputConfig
+  voice: Path | None
+
+
+def load_speech(path: str | Path, *, base_checkpoint: str | Path | None = None) -> LoadedSpeech:
+  """Loads the vocoder and the speaker encoder of a checkpoint; arguments as in `load_model`.
+
+  Raises:
+    FileNotFoundError, ValueError: if it is no checkpoint, or one without speech output.
+  """
+  folder = checkpoint.find(path)
+  about = checkpoint.describe(folder, base=base_checkpoint)
+  if not about.config.get("speech_output"):
+    raise ValueError(
+      f"{about.folder}: the model has no speech output (no vocoder); transcribe with it, or use a"
+      " checkpoint of MooER-omni, MooER-S2ST or a model that was trained for speech"
+    )
+  model = from_json(about.config, path=about.folder / "config.json")
+  checkpoint.check_leaves(about, weights.saved_shapes(about.params, model))
+  assert model.speech_output is not None
+  others = [name for name in about.params if name not in vocoders.PARTS]
+  params = checkpoint.load(folder, dtype="float32", base=base_checkpoint, without=others).params
+  params = {**params, "vocoder": fold(params["vocoder"])}
+  voices = (voice for source in about.sources for voice in sorted(source.rglob(DEFAULT_VOICE)))
+  return LoadedSpeech(params, model.speech_output, next(voices, None))

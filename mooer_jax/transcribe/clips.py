@@ -21,6 +21,8 @@ from mooer_jax.transcribe.transcript import Transcript, join_transcripts
 # than a second would contain little more than the end of a word.
 PAUSE_S, SEARCH_S, SHORTEST_S = 0.2, 5.0, 1.0
 
+Audio = str | os.PathLike | bytes | np.ndarray
+
 
 @dataclasses.dataclass
 class Clip:
@@ -66,7 +68,7 @@ class Clip:
 
 
 def read_windows(
-  audio: Iterable[tuple[str | os.PathLike | bytes | np.ndarray, str | None]],
+  audio: Iterable[tuple[Audio, str | None]],
   config: SpeechLLMConfig,
   *,
   size: int,
@@ -129,6 +131,23 @@ def _clip(source: Any, index: int, config: SpeechLLMConfig, task: str, lengths) 
   return Clip(name, path, task, parts=parts, chunks=chunks, loud=loud, missing=len(loud))
 
 
+def read_clip(source: Audio, config: SpeechLLMConfig) -> np.ndarray:
+  """One clip as float32 [samples] at the model's rate; see `read_windows` for the arguments.
+
+  Raises:
+    FileNotFoundError, ValueError: if it cannot be used, also if it is longer than the limit.
+  """
+  name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "audio"
+  waveform_N = _read(source, name, config)
+  _check_speech(waveform_N, name, config)
+  if (seconds := len(waveform_N) / config.sample_rate_hz) > config.max_audio_s:
+    raise ValueError(
+      f"{name}: {seconds:.1f} s, but this model takes at most {config.max_audio_s:g} s; give a"
+      " shorter clip"
+    )
+  return waveform_N
+
+
 def chunk_lengths(chunk_length_s: float | None, config: SpeechLLMConfig) -> tuple[int, int] | None:
   """(shortest, longest) chunk in samples; None without chunks.
 
@@ -181,11 +200,7 @@ def _chunks(
   """Returns the clip if it is within the model's limits; with lengths, its chunks."""
   rate_hz = config.sample_rate_hz
   seconds = len(waveform_N) / rate_hz
-  if not num_speech_tokens(len(config.pad_to_min_duration(waveform_N)), config):
-    least = f"this model needs {shortest_s(config):.3f} s"
-    raise AudioError(f"{name}: {seconds:.3f} s is too short to hold speech; {least}", "too short")
-  if np.abs(waveform_N).max(initial=0) < SILENCE:
-    raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
+  _check_speech(waveform_N, name, config)
   if lengths is not None:
     search, window = (round(length * rate_hz) for length in (SEARCH_S, PAUSE_S))
     return split_at_pauses(
@@ -197,6 +212,18 @@ def _chunks(
       remedy = f"--chunk-length-s {limit:g} (chunk_length_s={limit:g}) splits it at pauses"
     raise ValueError(f"{name}: {seconds:.1f} s, but this model takes at most {limit:g} s; {remedy}")
   return [waveform_N]
+
+
+def _check_speech(waveform_N: np.ndarray, name: str, config: SpeechLLMConfig) -> None:
+  """Raises AudioError for a clip that is too short or silent."""
+  if not num_speech_tokens(len(config.pad_to_min_duration(waveform_N)), config):
+    seconds, least = len(waveform_N) / config.sample_rate_hz, shortest_s(config)
+    raise AudioError(
+      f"{name}: {seconds:.3f} s is too short to hold speech; this model needs {least:.3f} s",
+      "too short",
+    )
+  if np.abs(waveform_N).max(initial=0) < SILENCE:
+    raise AudioError(f"{name}: silent (no sample above {SILENCE})", "silent")
 
 
 def split_at_pauses(

@@ -97,17 +97,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     help="chat template around the prompt (none: the prompt alone); default: the checkpoint's",
   )
   parser.add_argument("--question", help=f"text that replaces {QUESTION} in the prompt")
-  parser.add_argument(
-    "--dtype",
-    choices=("float32", "bfloat16"),
-    help="dtype of the computation; default: float32 on CPU, bfloat16 on accelerators",
-  )
-  parser.add_argument(
-    "--quantization",
-    choices=("none", "int8"),
-    default="none",
-    help="int8: matrices of the LLM in 8 bits, half the memory of bfloat16 (default: none)",
-  )
+  add_numerics_options(parser)
   parser.add_argument(
     "--features",
     choices=("host", "device"),
@@ -123,6 +113,26 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     " default). Default: one device",
   )
   parser.add_argument("--batch-size", type=int, default=8, help="clips per batch (default: 8)")
+  add_generation_options(parser)
+
+
+def add_numerics_options(parser: argparse.ArgumentParser) -> None:
+  """Adds `--dtype` and `--quantization`."""
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    help="dtype of the computation; default: float32 on CPU, bfloat16 on accelerators",
+  )
+  parser.add_argument(
+    "--quantization",
+    choices=("none", "int8"),
+    default="none",
+    help="int8: matrices of the LLM in 8 bits, half the memory of bfloat16 (default: none)",
+  )
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `_GENERATION`; see `given_generation`."""
   group = parser.add_argument_group("generation options; defaults come from the checkpoint")
   for name, (kind, text) in _GENERATION.items():
     flag = "--" + name.replace("_", "-")
@@ -189,9 +199,9 @@ def _transcribe(args: argparse.Namespace) -> int:
       if result.error:
         failed.append(f"- (stdin): {result.error}" if name == STDIN else result.error)
         continue
-      print(f"{_shown(name)}\t{result.text}" if several else result.text, flush=True)
+      print(f"{shown(name)}\t{result.text}" if several else result.text, flush=True)
       for warning in result.warnings():
-        print(f"{_shown(name)}: {warning}", file=sys.stderr)
+        print(f"{shown(name)}: {warning}", file=sys.stderr)
   for error in failed:
     print(f"not transcribed: {' '.join(error.split())}", file=sys.stderr)
   return 1 if failed else 0
@@ -232,16 +242,22 @@ def _load(args: argparse.Namespace):
   )
 
 
+def given_generation(args: argparse.Namespace) -> dict[str, Any]:
+  """The generation options that were given."""
+  return {name: value for name in _GENERATION if (value := getattr(args, name)) is not None}
+
+
 def _given(args: argparse.Namespace, *more: str) -> dict[str, Any]:
   """The options that were given, as keyword arguments of a Transcriber's method."""
-  names = ("task", "prompt", "question", "chat_template", "batch_size", *more, *_GENERATION)
+  names = ("task", "prompt", "question", "chat_template", "batch_size", *more)
   options = {name: value for name in names if (value := getattr(args, name)) is not None}
+  options |= given_generation(args)
   if args.prompt is not None:
     options["prompt"] = args.prompt.replace("\\n", "\n")
   return options
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
   """A file name on one line and in one column."""
   return name.translate({9: "\\t", 10: "\\n", 13: "\\r"})
 

@@ -63,16 +63,24 @@ def make_settings(
 ) -> Settings:
   """The arguments of `transcribe`, checked; `defaults` are the options of the checkpoint."""
   check_types(numbers.Real, "a number", chunk_length_s=chunk_length_s)
-  check_types(numbers.Integral, "an int", seed=seed)
   check_batch_size(batch_size)
   texts = dict(task=task, prompt=prompt, question=question, chat_template=chat_template)
   task, sides = prompt_sides(config, tokenizer, **texts)
+  options, seed = sampling_options(defaults, generation, seed)
+  chunk_lengths(chunk_length_s, config)
+  return Settings(task, sides, options, batch_size, chunk_length_s, seed)
+
+
+def sampling_options(
+  defaults: GenerationConfig, generation: Mapping[str, Any], seed: int | None
+) -> tuple[GenerationConfig, int]:
+  """`decoding_options`, and the seed or its default, 0; raises ValueError for a seed in vain."""
+  check_types(numbers.Integral, "an int", seed=seed)
   options = decoding_options(defaults, generation)
   if seed is not None and not 0 <= seed < 2**32:
     raise ValueError(f"seed={seed}: must be between 0 and 2**32 - 1")
   options.check_effect([*generation, *([] if seed is None else ["seed"])])
-  chunk_lengths(chunk_length_s, config)
-  return Settings(task, sides, options, batch_size, chunk_length_s, seed or 0)
+  return options, seed or 0
 
 
 def decoding_options(defaults: GenerationConfig, generation: Mapping[str, Any]) -> GenerationConfig:
@@ -80,11 +88,11 @@ def decoding_options(defaults: GenerationConfig, generation: Mapping[str, Any]) 
   options = build(GenerationConfig, {**dataclasses.asdict(defaults), **generation}, "generation")
   if options.num_return_sequences > 1:
     raise ValueError(
-      f"generation.num_return_sequences={options.num_return_sequences}: transcribe returns"
-      " one result per clip; call mooer_jax.generate for more"
+      f"generation.num_return_sequences={options.num_return_sequences}: there is one"
+      " result per clip; call mooer_jax.generate for more"
     )
   if generation.get("return_hidden"):
-    raise ValueError("return_hidden=True has no effect on transcribe; call mooer_jax.generate")
+    raise ValueError("return_hidden=True has no effect here; call mooer_jax.generate")
   return options
 
 

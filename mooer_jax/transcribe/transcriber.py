@@ -68,11 +68,7 @@ class Transcriber:
     self.options = dataclasses.replace(
       options, eos_token_id=options.eos_token_id or (tokenizer.eos_id,)
     )
-    longest = config.frontends[0].num_frames(round(config.max_audio_s * config.sample_rate_hz))
-    lengths = [_SMALLEST_BUCKET]
-    while lengths[-1] < longest:
-      lengths.append(min(longest, int(lengths[-1] * _BUCKET_GROWTH)))
-    self.buckets = padded_lengths(lengths, config)
+    self.buckets = input_buckets(config)
 
   @classmethod
   def from_checkpoint(
@@ -360,10 +356,24 @@ class Transcriber:
 
   def _batch(self, clips, sides, batch_size: int) -> Batch:
     rows = _padded_rows(len(clips), batch_size)
-    features, frames = encoder_inputs(clips, rows=rows, buckets=self.buckets)
-    prefix_BS, suffix_BS = (np.tile(np.asarray(side, np.int32), (rows, 1)) for side in sides)
-    labels_BS = np.full((rows, 1), -1, np.int32)
-    return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
+    return prompt_batch(clips, sides, buckets=self.buckets, rows=rows)
+
+
+def input_buckets(config: SpeechLLMConfig) -> list[tuple[int, ...]]:
+  """Lengths that the inputs of clips are padded to, up to the longest clip (`padded_lengths`)."""
+  longest = config.frontends[0].num_frames(round(config.max_audio_s * config.sample_rate_hz))
+  lengths = [_SMALLEST_BUCKET]
+  while lengths[-1] < longest:
+    lengths.append(min(longest, int(lengths[-1] * _BUCKET_GROWTH)))
+  return padded_lengths(lengths, config)
+
+
+def prompt_batch(clips, sides, *, buckets: Sequence[tuple[int, ...]], rows: int) -> Batch:
+  """A batch of clips, from `extract_features`, with the same prompt; see `encoder_inputs`."""
+  features, frames = encoder_inputs(clips, rows=rows, buckets=buckets)
+  prefix_BS, suffix_BS = (np.tile(np.asarray(side, np.int32), (rows, 1)) for side in sides)
+  labels_BS = np.full((rows, 1), -1, np.int32)
+  return Batch(features, frames, prefix_BS, suffix_BS, labels_BS)
 
 
 @contextlib.contextmanager

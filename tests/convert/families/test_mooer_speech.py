@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import mooer_jax
 from convert.core.errors import ConversionError
 from convert.core.options import Options
 from convert.exporting import export_checkpoint
@@ -51,6 +52,18 @@ def test_a_release_becomes_one_checkpoint(released):
   options = {"num_beams": 4, "do_sample": True, "top_p": 0.85, "top_k": 50}
   assert options.items() <= about.generation.items() and "sequence_bias" not in about.generation
   assert [file.name for file in (folder / "source" / "voice").iterdir()] == ["prompt.wav"]
+
+
+def test_an_imported_release_speaks_in_its_voice(released, clips):
+  release, _, folder = released
+  responder = mooer_jax.SpeechResponder.from_checkpoint(folder)
+  own_BE, given_BE = (responder.speaker_vector(x) for x in (None, release / "prompt.wav"))
+  np.testing.assert_array_equal(own_BE, given_BE)
+  bias = ((responder.model.start_id, 1e4),)  # every token is the start token
+  found = responder(clips[0].path, max_new_tokens=12, sequence_bias=bias)
+  speech = responder.model.speech
+  assert found.waveform_N.shape == ((12 - 6) * speech.vocoder.samples_per_frame,)
+  assert found.waveform_N.std() > 0
 
 
 def test_the_voice_and_the_waveform_are_those_of_pytorch(released):
