@@ -201,7 +201,7 @@ def _data_stats(args) -> int:
     stats.draw_lengths(found, buckets, args.png, step_s=step_s)
   if args.json:
     write_json(args.json, {**found.to_json(), "buckets": buckets, "padding_share": padding})
-  return 0 if found.utterances else 1
+  return 0 if found.utterances or found.texts else 1
 
 
 def _add_checkpoint(commands):

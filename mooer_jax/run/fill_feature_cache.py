@@ -22,7 +22,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.readers import audio_files, read, shard_names
-from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.sources import list_sources
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
@@ -147,6 +147,7 @@ def cache_misses(
   The data sets of a mixture are read one after another, whatever their weights.
 
   Clips that cannot be decoded are counted only; training skips them again and reports the keys.
+  Utterances without audio have no frames.
 
   Args:
     config, model: shards, batch size, buckets and limits of length; the features.
@@ -168,7 +169,7 @@ def cache_misses(
 
   def misses():
     for entry in entries():
-      if entry is None:
+      if entry is None or (isinstance(entry, RawUtterance) and not entry.has_audio):
         continue
       raw = entry.load()
       if isinstance(raw, SkippedUtterance):
