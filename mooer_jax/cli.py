@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe, warmup, speak, train, eval, pack, checkpoint, convert."""
+"""The command `mooer-jax`: transcribe, speak, train, eval, pack, data, units, checkpoint, convert."""
 
 import importlib
 import shlex
@@ -10,6 +10,7 @@ from importlib import metadata
 from mooer_jax.files import ArgumentParser, discard_stdout, exit_on_sigterm
 from mooer_jax.storage import local_path
 from mooer_jax.transcribe import command, speak
+from mooer_jax.units import command as units
 
 _SOURCE_HELP = "a data.list, a raw list, an annotation file or a folder, as data.shards in a config"
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   speak.add_parser(commands)
   _add_pack(commands)
   _add_data(commands)
+  units.add_parser(commands, _SOURCE_HELP)
   _add_checkpoint(commands)
   commands.add_parser("train", help="train a speech LLM", add_help=False)
   commands.add_parser("eval", help="decode and score a test set", add_help=False)

@@ -120,13 +120,9 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh, known: set[str])
 def _stamp(run: Run, params: dict) -> str:
   """Hash of everything that determines the frames, besides the audio."""
   described = to_json(run.model)
-  weights = hashlib.blake2b(digest_size=8)
-  for path, x in sorted(tree.flatten(params).items()):
-    weights.update(path.encode())
-    weights.update(np.asarray(x).tobytes())
   of = {name: described[name] for name in ("encoders", "frontends", "min_audio_s", "channel")} | {
     "version": FRAMES_VERSION,
-    "weights": weights.hexdigest(),
+    "weights": tree.digest(params),
     "cut": run.data.max_s if run.data.truncate else 0,
     "dtype": run.model.compute.dtype,
   }
