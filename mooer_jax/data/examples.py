@@ -193,10 +193,19 @@ class Preprocessor:
     labels_S, problem = self._labels(text)
     if problem and self.needs_labels:
       return raw.skip(*problem)
-    if (task := prompt[0]) in self.sample_prompt.text_tasks:
-      if not self.needs_labels:
-        return raw.skip("no audio", f"the task {task!r} takes text, which only training supports")
-      return Example(raw.key, text, self._no_features(), *prompt, labels_S, 0.0)
+    if prompt[0] in self.sample_prompt.text_tasks:
+      found = self._no_features(raw, prompt[0])
+    else:
+      found = self._features(raw, reading)
+    if isinstance(found, SkippedUtterance):
+      return found
+    features, seconds = found
+    return Example(raw.key, text, features, *prompt, labels_S, seconds)
+
+  def _features(
+    self, raw: RawUtterance, reading: int | str
+  ) -> tuple[tuple[np.ndarray, ...], float] | SkippedUtterance:
+    """The features, or frames from the cache, and the length in seconds, or why there are none."""
     loaded = raw.load()
     if isinstance(loaded, SkippedUtterance):
       return loaded
@@ -219,15 +228,19 @@ class Preprocessor:
       return raw.skip("too short", f"{seconds:.3f} s; this model needs {needed_s:.3f} s")
     if problem := _exceeded_limit(seconds, self.config):
       return raw.skip(*problem)
-    return Example(raw.key, text, features, *prompt, labels_S, seconds)
+    return found
 
-  def _no_features(self) -> tuple[np.ndarray, ...]:
-    """The features of an example without audio."""
+  def _no_features(
+    self, raw: RawUtterance, task: str
+  ) -> tuple[tuple[np.ndarray, ...], float] | SkippedUtterance:
+    """Those of an example without audio."""
+    if not self.needs_labels:
+      return raw.skip("no audio", f"the task {task!r} takes text, which only training supports")
     if self.cache is not None:
-      return tuple(np.zeros((0, e.hidden_size), DTYPE) for e in self.model.encoders)
+      return tuple(np.zeros((0, e.hidden_size), DTYPE) for e in self.model.encoders), 0.0
     if self.model.compute.features == "device":
-      return (np.zeros(0, np.float32),)
-    return tuple(np.zeros((0, f.width), np.float32) for f in self.model.frontends)
+      return (np.zeros(0, np.float32),), 0.0
+    return tuple(np.zeros((0, f.width), np.float32) for f in self.model.frontends), 0.0
 
   def _num_tokens(self, features: Sequence[np.ndarray], *, encoded: bool) -> int:
     if features[0].ndim == 1:
