@@ -104,7 +104,7 @@ class Codebook:
 
 
 def sample(blocks: Iterable[np.ndarray], count: int, *, seed: int) -> tuple[np.ndarray, int]:
-  """Draws vectors uniformly from a stream, at most twice `count` of them in memory.
+  """Draws vectors uniformly from a stream, in the memory of some four times `count`.
 
   Args:
     blocks: float32 [N, D], consumed one by one.
@@ -131,7 +131,7 @@ def sample(blocks: Iterable[np.ndarray], count: int, *, seed: int) -> tuple[np.n
     kept.append(block_ND[chosen])
     keys.append(keys_N[chosen])
     held, seen = held + int(chosen.sum()), seen + len(block_ND)
-    if held >= 2 * count:
+    if held >= 1.25 * count:
       held, limit = reduce()
   if held > count:
     reduce()

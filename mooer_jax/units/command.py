@@ -28,7 +28,7 @@ def add_parser(commands, source_help: str) -> None:
   )
   command.add_argument(
     "--vectors", type=_positive, default=100_000, metavar="N",
-    help="vectors in the random sample that k-means sees; memory: 12 bytes for each value"
+    help="vectors in the random sample that k-means sees; memory: 18 bytes for each value"
     " (default: 100000)",
   )  # fmt: skip
   command.add_argument("--seed", type=int, default=0, help="seed of the sample and of k-means")

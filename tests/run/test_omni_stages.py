@@ -12,6 +12,7 @@ from mooer_jax.config import to_json
 from mooer_jax.run.config import Run
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.units.add_tokens import token_names
+from mooer_jax.units.token_vectors import UnitEncoder
 from tests.run.programs import train
 
 SOURCES = {"1": ["audio_text"], "2": ["audio_text", "text_audio"]}
@@ -80,16 +81,17 @@ def _tiny(stage, data, workdir, init_from):
 
 @pytest.fixture(scope="module")
 def base(data):
-  """A random checkpoint whose tokenizer has three audio tokens."""
+  """Joined parts of random values, without a connector; the LLM has three audio tokens."""
   config = _tiny("1", data, data / "run", "")
   config.model.llm.lora_rank = 0
   model = Run.read(config).model.with_compute(scan=False)
+  params = jax.jit(lambda key: speech_llm.init(key, model))(jax.random.key(0))
   tokenizer = Tokenizer.from_characters(CHARACTERS)
   tokenizer = tokenizer.with_special_tokens(token_names(3, "<|audio_start|>"))
   checkpoint.save(
     data / "base",
-    params=jax.jit(lambda key: speech_llm.init(key, model))(jax.random.key(0)),
-    config_json=to_json(model),
+    params={name: part for name, part in params.items() if name != "connector"},
+    config_json={name: to_json(model)[name] for name in ("encoders", "frontends", "decoder")},
     tokenizer=tokenizer.save,
     generation={},
   )
@@ -114,3 +116,5 @@ def test_each_stage_trains_and_the_next_one_starts_from_it(base, data, tmp_path)
       assert "decoder/embed/embedding" in moved and "decoder/head/kernel" in moved
       assert not any(path.startswith("encoders/") for path in moved)
     before = {path: np.asarray(x) for path, x in after.items()}
+  first, last = (UnitEncoder.load(tmp_path / stage).hash for stage in "13")
+  assert first == last  # so the audio tokens of stage 1 are those of stage 3
