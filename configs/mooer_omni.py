@@ -1,14 +1,9 @@
 """Training stages of a MooER that speaks, as MooER-omni; the config argument is the stage.
 
-Command:   python train.py --config=configs/mooer_omni.py:1 --config.init_from=out/omni/base
-           --config.data.mixture.audio_text.shards=.../data.list
-           python train.py --config=configs/mooer_omni.py:2
-           --config.init_from=out/mooer_omni_1/step_00100000
-           --config.data.mixture.audio_text.shards=.../data.list
-           --config.data.mixture.text_audio.shards=questions.jsonl
-           --config.data.mixture.text_audio.labels=answers.units
-           python train.py --config=configs/mooer_omni.py:3 ... (audio_audio has shards and labels)
-           docs/speech_training.md makes out/omni/base and the label files.
+Command:   python train.py --config=configs/mooer_omni.py:1, then :2 and :3
+           The data sets are out/omni/audio_text.jsonl, text_audio.jsonl and audio_audio.jsonl, or
+           those of --config.data.mixture.audio_text.shards=...; docs/speech_training.md makes
+           out/omni/base and the labels with audio tokens, text_audio.units and audio_audio.units.
 Stages:    the tasks accumulate
            1   audio -> text: transcription (audio_text)
            2   + text -> audio: a question in text, an answer with audio tokens (text_audio)
@@ -29,6 +24,7 @@ SOURCES = {  # of a stage, those of the stages before it too
   "2": dict(text_audio=dict(weight=0.3, task="t2s_chat")),
   "3": dict(audio_audio=dict(weight=0.4, task="s2s_chat")),
 }
+STEPS = 100_000
 PROMPTS = {**TASKS, "t2s_chat": "Answer my question with speech. <TextHere>"}
 
 
@@ -37,7 +33,10 @@ def get_config(stage: str = "3"):
     raise ValueError(f"configs/mooer_omni.py:{stage}: must be one of {', '.join(SOURCES)}")
   sources = {name: of for n in SOURCES if n <= stage for name, of in SOURCES[n].items()}
   config = default_config()
-  config.workdir = f"out/mooer_omni_{stage}"
+  config.workdir = f"out/omni/{stage}"
+  config.init_from = (
+    "out/omni/base" if stage == "1" else f"out/omni/{int(stage) - 1}/step_{STEPS:08d}"
+  )
   config.trainable = ("connector/.*", "decoder/.*/lora_[ab]")
   if stage != "1":  # audio tokens are new to the LLM
     config.trainable += ("decoder/embed/embedding", "decoder/head/kernel")
@@ -58,8 +57,10 @@ def get_config(stage: str = "3"):
   config.data.shards = ""
   config.data.task = ""  # that of each data set
   config.data.mixture = {
-    name: dict(shards="", labels="", filter="", **of) for name, of in sources.items()
+    name: dict(shards=f"out/omni/{name}.jsonl", labels=f"out/omni/{name}.units", filter="", **of)
+    for name, of in sources.items()
   }
+  config.data.mixture.audio_text.labels = ""  # its transcripts
   if stage != "1":
     config.data.prompt_tokens = 160  # longest prompt with its question in text
   config.data.batch_size = 128
@@ -74,7 +75,7 @@ def get_config(stage: str = "3"):
   config.optimizer.decay = "linear"
   config.optimizer.total_steps = 1_000_000
 
-  config.train.steps = 100_000
+  config.train.steps = STEPS
   config.train.gradient_accumulation_steps = 2
   config.train.save_every = 10_000
 
