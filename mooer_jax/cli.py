@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe, speak, train, eval, pack, data, units, checkpoint, convert."""
+"""The command `mooer-jax`: transcribe, speak, train, eval, data, units, checkpoint, …"""
 
 import importlib
 import shlex
