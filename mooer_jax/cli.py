@@ -1,4 +1,4 @@
-"""The command `mooer-jax`: transcribe, warmup, speak, train, eval, pack, checkpoint, convert."""
+"""The command `mooer-jax`: transcribe, speak, train, eval, data, units, checkpoint, …"""
 
 import importlib
 import shlex
@@ -10,6 +10,7 @@ from importlib import metadata
 from mooer_jax.files import ArgumentParser, discard_stdout, exit_on_sigterm
 from mooer_jax.storage import local_path
 from mooer_jax.transcribe import command, speak
+from mooer_jax.units import command as units
 
 _SOURCE_HELP = "a data.list, a raw list, an annotation file or a folder, as data.shards in a config"
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   speak.add_parser(commands)
   _add_pack(commands)
   _add_data(commands)
+  units.add_parser(commands, _SOURCE_HELP)
   _add_checkpoint(commands)
   commands.add_parser("train", help="train a speech LLM", add_help=False)
   commands.add_parser("eval", help="decode and score a test set", add_help=False)
@@ -201,7 +203,7 @@ def _data_stats(args) -> int:
     stats.draw_lengths(found, buckets, args.png, step_s=step_s)
   if args.json:
     write_json(args.json, {**found.to_json(), "buckets": buckets, "padding_share": padding})
-  return 0 if found.utterances else 1
+  return 0 if found.utterances or found.texts else 1
 
 
 def _add_checkpoint(commands):

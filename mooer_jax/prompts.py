@@ -21,6 +21,7 @@ TASKS = TEXT_TASKS | SPEECH_TASKS
 # Prompts of SALMONN's tasks, several each; evaluation uses the first.
 SALMONN_PROMPTS = Path(__file__).with_name("salmonn_prompts.json")
 SPEECH = "<SpeechHere>"
+TEXT = "<TextHere>"  # in a prompt in place of SPEECH: text instead of audio, in training only
 QUESTION = "{}"  # placeholder in a prompt for the question of an utterance
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 _CHATML = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -45,10 +46,16 @@ def fill_template(template: str, prompt: str, question: str = "") -> tuple[str, 
     question: replaces `{}` in the prompt; required if there is one.
 
   Raises:
-    ValueError: for an unknown template, a missing question, or SPEECH not exactly once.
+    ValueError: for an unknown template, a missing question, SPEECH not exactly once, or a prompt
+      that takes text instead of speech.
   """
   if template not in TEMPLATES:
     raise ValueError(f"chat template {template!r}: choose one of {sorted(TEMPLATES)}")
+  if TEXT in prompt:
+    raise ValueError(
+      f"the prompt {prompt!r} takes text instead of audio, which only training supports; choose"
+      " another task"
+    )
   if QUESTION in prompt and not question:
     raise ValueError(f"the prompt {prompt!r} needs a question; give one")
   if SPEECH in question:
@@ -74,6 +81,24 @@ def fill_next_turn(template: str, prompt: str) -> tuple[str, str]:
   """
   before, after = (side.replace(_SYSTEM, "") for side in fill_template(template, prompt))
   return ("\n" if _CHATML in TEMPLATES[template] else "") + before, after
+
+
+def fill_text_template(template: str, prompt: str, text: str) -> str:
+  """Fill a chat template for a prompt that takes text instead of speech.
+
+  Args:
+    template: name in TEMPLATES; its place for the speech is left out.
+    prompt: replaces {prompt}; contains TEXT exactly once.
+    text: replaces TEXT.
+
+  Raises:
+    ValueError: if the prompt also has a place for speech or for a question, or several for text.
+  """
+  if prompt.count(TEXT) != 1 or SPEECH in prompt or QUESTION in prompt:
+    raise ValueError(
+      f"the prompt {prompt!r} must contain {TEXT} exactly once, and neither {SPEECH} nor {QUESTION}"
+    )
+  return TEMPLATES[template].replace(SPEECH, "").replace("{prompt}", prompt).replace(TEXT, text)
 
 
 def check_question(prompt: str, question: str | None, task: str):

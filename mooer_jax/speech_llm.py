@@ -41,7 +41,7 @@ class Batch:
     prefix_BS: int32, prompt tokens before the speech; padded on the left with negative values.
     suffix_BS: int32, prompt tokens after the speech, padded in the same way.
     labels_BS: int32, answer and eos; padded on the right with negative values. A padding row has
-      0 frames and no answer.
+      0 frames and no answer. In training, a row with 0 frames and an answer has no audio.
     task_B: int32, index of each row's task in config.prompts, -1 for a padding row; None if the
       loss per task is not needed.
     encoded: `features` are encoder frames [B, T, D], from a cache.

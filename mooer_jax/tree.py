@@ -7,6 +7,7 @@ Patterns are regular expressions that must match the **whole** path (`re.fullmat
 `connector/.*` or `.*/lora_[ab]`.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -171,6 +172,15 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
       layer = unflatten({path: _take(leaf, n) for path, leaf in flat.items()})
       unstacked[name] = unstack_layers(layer)
   return unstacked
+
+
+def digest(params: Mapping[str, Any]) -> str:
+  """Hash of the paths and values of all leaves, 16 hex digits."""
+  hashed = hashlib.blake2b(digest_size=8)
+  for path, x in sorted(flatten(params).items()):
+    hashed.update(path.encode())
+    hashed.update(np.asarray(x).tobytes())
+  return hashed.hexdigest()
 
 
 def _compile(patterns: Iterable[str]) -> list[re.Pattern]:

@@ -10,7 +10,7 @@ import pytest
 LAYERS = {
   7: ("cli", "programs"),
   6: ("projects",),
-  5: ("run", "transcribe", "serve"),
+  5: ("run", "transcribe", "serve", "units"),
   4: ("generation", "data", "training", "evaluation"),
   3: ("speech_llm", "sharding", "inputs", "prompts", "config", "checkpoint"),
   2: ("encoders", "connectors", "decoders", "vocoders", "aligners"),

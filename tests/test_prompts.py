@@ -7,6 +7,7 @@ from mooer_jax.prompts import (
   check_question,
   encode_prompt,
   fill_template,
+  fill_text_template,
   read_prompts,
   split_answer,
   task_prompt,
@@ -123,3 +124,12 @@ def test_a_multitask_answer_has_two_lines():
   assert split_answer("asr_ast_mtl", "你好 \n hello\nyou") == ("你好", "hello\nyou")
   assert split_answer("asr_ast_mtl", "你好") == ("你好", None)  # cut off before the translation
   assert split_answer("s2s_chat", "hello") == (None, None)
+
+
+def test_a_prompt_takes_text_in_place_of_the_speech():
+  prompt = "Say: <TextHere>"
+  filled = fill_text_template("mooer", prompt, "Who {speaks}?")
+  before, after = fill_template("mooer", "Say: Who {speaks}?")
+  assert filled == before + after
+  with pytest.raises(ValueError, match="takes text instead of audio, which only training supports"):
+    fill_template("mooer", prompt)

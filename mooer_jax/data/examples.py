@@ -12,15 +12,17 @@ from mooer_jax.audio.decode import AudioError, load_audio
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.augment import Augmentation
 from mooer_jax.data.config import DataConfig
-from mooer_jax.data.feature_cache import EncodedCache, digest
+from mooer_jax.data.feature_cache import DTYPE, EncodedCache, digest
 from mooer_jax.data.labels import Labels
 from mooer_jax.data.readers.entries import SPACE, RawUtterance, SkippedUtterance
 from mooer_jax.inputs import extract_features
 from mooer_jax.prompts import (
   QUESTION,
+  TEXT,
   check_prompt_suffix,
   encode_prompt,
   fill_template,
+  fill_text_template,
   read_prompts,
   task_prompt,
 )
@@ -34,8 +36,9 @@ _MARK = "\0"  # takes the place of a question where only that place matters
 class PromptSampler:
   """Samples a prompt for each utterance and tokenizes it.
 
-  Attributes: `tasks` in the order of the model's prompts, their `prompts`, `lengths` in tokens that
-  prompts are padded to before and after the speech, `checksum` (CRC) of the template and prompts.
+  Attributes: `tasks` in the order of the model's prompts, their `prompts`, `text_tasks` whose
+  prompts take text instead of audio, `lengths` in tokens that prompts are padded to before and
+  after the speech, `checksum` (CRC) of the template and prompts.
   """
 
   def __init__(self, config: DataConfig, tokenizer: Tokenizer, model: SpeechLLMConfig):
@@ -43,7 +46,8 @@ class PromptSampler:
 
     Raises:
       ValueError: for a task without a prompt, a prompt that does not have exactly one place for
-        the speech, or prompts with questions if config.prompt_tokens is 0.
+        the speech or the text, a task with prompts of both kinds, or prompts with questions or text
+        if config.prompt_tokens is 0.
       FileNotFoundError: if the file of prompts does not exist.
     """
     own = dict(model.prompts)
@@ -55,22 +59,31 @@ class PromptSampler:
     self.tasks = (config.task,) if config.task else tuple(own)
     self._config, self._tokenizer, self._template = config, tokenizer, model.chat_template
     self.prompts = {task: sampled.get(task, (own[task],)) for task in self.tasks}
+    self.text_tasks = frozenset(task for task in self.tasks if TEXT in own[task])
+    for task, prompts in self.prompts.items():
+      if odd := [prompt for prompt in prompts if (TEXT in prompt) != (task in self.text_tasks)]:
+        raise ValueError(
+          f"{config.prompts}: the prompt {odd[0]!r} and the model's prompt {own[task]!r} are of the"
+          f" task {task!r}, but one takes text and the other audio; give it a task of its own"
+        )
     said = json.dumps([model.chat_template, self.prompts], sort_keys=True)
     self.checksum = zlib.crc32(said.encode())
-    prompts = {prompt for prompts in self.prompts.values() for prompt in prompts}
-    sides = [self._measure(prompt) for prompt in prompts]
+    every = {prompt for prompts in self.prompts.values() for prompt in prompts}
+    sides = [self._measure(prompt) for prompt in every]
     self.lengths = max((p for p, _ in sides), default=0), max((s for _, s in sides), default=0)
 
   def _measure(self, prompt: str) -> tuple[int, int]:
     """Padded lengths of a prompt's sides."""
-    takes_question = QUESTION in prompt
+    takes_question, takes_text = QUESTION in prompt, TEXT in prompt
     tokens = self._encode(prompt, "?" if takes_question else "")
-    if takes_question and not self._config.prompt_tokens:
+    if (takes_question or takes_text) and not self._config.prompt_tokens:
       raise ValueError(
-        f"the prompt {prompt!r} takes a question: set data.prompt_tokens to the length that"
-        " prompts with one are padded to"
+        f"the prompt {prompt!r} takes a {'text' if takes_text else 'question'}: set"
+        " data.prompt_tokens to the length that prompts with one are padded to"
       )
     check_prompt_suffix(len(tokens[1]), prompt, self._template)
+    if takes_text:
+      return len(tokens[0]), max(len(tokens[1]), self._config.prompt_tokens)
     sides = fill_template(self._template, prompt, _MARK if takes_question else "")
     prefix, suffix = (
       max(len(side_S), self._config.prompt_tokens) if _MARK in side else len(side_S)
@@ -92,10 +105,11 @@ class PromptSampler:
     prompts = self.prompts[task]
     uniform = _uniform("prompt", self._config.seed, reading, raw.key)
     prompt = prompts[int(len(prompts) * uniform)]
-    if QUESTION not in prompt:
+    if QUESTION not in prompt and TEXT not in prompt:
       return (task, *self._encode(prompt, ""))
     if not raw.question:
-      return raw.skip("no question", f"the prompt of {task!r} takes one")
+      of = "text, the field Q of the utterance" if TEXT in prompt else "one"
+      return raw.skip("no question", f"the prompt of {task!r} takes {of}")
     try:
       tokens = self._encode(prompt, raw.question)
     except ValueError as error:
@@ -106,7 +120,10 @@ class PromptSampler:
     return (task, *tokens)
 
   def _encode(self, prompt: str, question: str) -> tuple[np.ndarray, np.ndarray]:
-    filled = fill_template(self._template, prompt, question)
+    if TEXT in prompt:
+      filled = "", fill_text_template(self._template, prompt, question)
+    else:
+      filled = fill_template(self._template, prompt, question)
     prefix, suffix = encode_prompt(self._tokenizer, filled)
     return np.asarray(prefix, np.int32), np.asarray(suffix, np.int32)
 
@@ -135,7 +152,7 @@ class Example:
   prefix_S: np.ndarray  # int32, tokens of the prompt before the speech
   suffix_S: np.ndarray  # int32, tokens of the prompt after the speech
   labels_S: np.ndarray  # int32, tokens of the transcript and eos
-  seconds: float  # length of the audio, before truncation
+  seconds: float  # length of the audio, before truncation; 0 without audio
   epoch: int = 0  # in which the stream read it
   place: tuple[int, int] = (0, 0)  # of its shard in the order of the epoch, and in the shard
   skipped: tuple[SkippedUtterance, ...] = ()  # since the previous example
@@ -157,7 +174,10 @@ class Preprocessor:
   augmentation: Augmentation = Augmentation()
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
-    """Returns the example, or why there is none; `reading` is as in `PromptSampler`."""
+    """Returns the example, or why there is none; `reading` is as in `PromptSampler`.
+
+    Audio of an utterance whose prompt takes text is not read.
+    """
     if self.labels is not None:
       joined = self.labels.join(raw, _uniform("label", self.config.seed, reading, raw.key))
       if isinstance(joined, SkippedUtterance):
@@ -173,6 +193,19 @@ class Preprocessor:
     labels_S, problem = self._labels(text)
     if problem and self.needs_labels:
       return raw.skip(*problem)
+    if prompt[0] in self.sample_prompt.text_tasks:
+      found = self._no_features(raw, prompt[0])
+    else:
+      found = self._features(raw, reading)
+    if isinstance(found, SkippedUtterance):
+      return found
+    features, seconds = found
+    return Example(raw.key, text, features, *prompt, labels_S, seconds)
+
+  def _features(
+    self, raw: RawUtterance, reading: int | str
+  ) -> tuple[tuple[np.ndarray, ...], float] | SkippedUtterance:
+    """The features, or frames from the cache, and the length in seconds, or why there are none."""
     loaded = raw.load()
     if isinstance(loaded, SkippedUtterance):
       return loaded
@@ -195,7 +228,19 @@ class Preprocessor:
       return raw.skip("too short", f"{seconds:.3f} s; this model needs {needed_s:.3f} s")
     if problem := _exceeded_limit(seconds, self.config):
       return raw.skip(*problem)
-    return Example(raw.key, text, features, *prompt, labels_S, seconds)
+    return found
+
+  def _no_features(
+    self, raw: RawUtterance, task: str
+  ) -> tuple[tuple[np.ndarray, ...], float] | SkippedUtterance:
+    """Those of an example without audio."""
+    if not self.needs_labels:
+      return raw.skip("no audio", f"the task {task!r} takes text, which only training supports")
+    if self.cache is not None:
+      return tuple(np.zeros((0, e.hidden_size), DTYPE) for e in self.model.encoders), 0.0
+    if self.model.compute.features == "device":
+      return (np.zeros(0, np.float32),), 0.0
+    return tuple(np.zeros((0, f.width), np.float32) for f in self.model.frontends), 0.0
 
   def _num_tokens(self, features: Sequence[np.ndarray], *, encoded: bool) -> int:
     if features[0].ndim == 1:

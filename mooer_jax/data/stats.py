@@ -26,6 +26,7 @@ class Stats:
 
   Attributes:
     lengths: number of utterances by length, in hundredths of a second, rounded up.
+    texts: number of utterances without audio, which only tasks that take text can use.
     lengths_by: {field: {value: sum of lengths}} for the fields "language" and "task".
     skipped: number of utterances that cannot be used, by cause.
     left_out: number of utterances that the filter does not accept.
@@ -35,6 +36,7 @@ class Stats:
   shards: int = 0
   lengths: Counter[int] = dataclasses.field(default_factory=Counter)
   lengths_by: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+  texts: int = 0
   skipped: Counter[str] = dataclasses.field(default_factory=Counter)
   left_out: int = 0
   speakers: set[str] = dataclasses.field(default_factory=set)
@@ -50,6 +52,7 @@ class Stats:
   def add(self, other: "Stats") -> None:
     self.shards += other.shards
     self.lengths += other.lengths
+    self.texts += other.texts
     self.skipped += other.skipped
     self.left_out += other.left_out
     self.speakers |= other.speakers
@@ -66,6 +69,7 @@ class Stats:
     return {
       "shards": self.shards,
       "utterances": self.utterances,
+      "without_audio": self.texts,
       "hours": self.seconds / 3600,
       "speakers": len(self.speakers),
       "seconds": {str(share): self.length_at(share) for share in _SHARES} if self.lengths else {},
@@ -83,6 +87,8 @@ def describe(stats: Stats) -> list[str]:
   lines = [
     f"{stats.utterances:,} utterances, {stats.seconds / 3600:,.2f} hours in {stats.shards:,} shards"
   ]
+  if stats.texts:
+    lines.append(f"without audio: {stats.texts:,} utterances more, for tasks that take text")
   if stats.left_out:
     lines.append(f"left out by the filter: {stats.left_out:,} utterances")
   if stats.skipped:
@@ -162,6 +168,9 @@ def shard_stats(name: str, condition: str, labels: Labels | None = None) -> Stat
     joined = selected
     if labels is not None and isinstance(selected, RawUtterance):
       joined = labels.join(selected, 0.0)
+    if isinstance(joined, RawUtterance) and not joined.has_audio and joined.text.strip():
+      stats.texts += 1
+      continue
     seconds = _seconds(joined) if isinstance(joined, RawUtterance) else joined
     if isinstance(seconds, SkippedUtterance):
       stats.skipped[seconds.cause] += 1

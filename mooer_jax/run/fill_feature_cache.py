@@ -22,7 +22,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.examples import load_features
 from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.readers import audio_files, read, shard_names
-from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.sources import list_sources
 from mooer_jax.files import lock_folder
 from mooer_jax.run.config import Run
@@ -120,13 +120,9 @@ def _fill(cache: EncodedCache, run: Run, params: dict, *, mesh, known: set[str])
 def _stamp(run: Run, params: dict) -> str:
   """Hash of everything that determines the frames, besides the audio."""
   described = to_json(run.model)
-  weights = hashlib.blake2b(digest_size=8)
-  for path, x in sorted(tree.flatten(params).items()):
-    weights.update(path.encode())
-    weights.update(np.asarray(x).tobytes())
   of = {name: described[name] for name in ("encoders", "frontends", "min_audio_s", "channel")} | {
     "version": FRAMES_VERSION,
-    "weights": weights.hexdigest(),
+    "weights": tree.digest(params),
     "cut": run.data.max_s if run.data.truncate else 0,
     "dtype": run.model.compute.dtype,
   }
@@ -147,6 +143,7 @@ def cache_misses(
   The data sets of a mixture are read one after another, whatever their weights.
 
   Clips that cannot be decoded are counted only; training skips them again and reports the keys.
+  Utterances without audio have no frames.
 
   Args:
     config, model: shards, batch size, buckets and limits of length; the features.
@@ -168,7 +165,7 @@ def cache_misses(
 
   def misses():
     for entry in entries():
-      if entry is None:
+      if entry is None or (isinstance(entry, RawUtterance) and not entry.has_audio):
         continue
       raw = entry.load()
       if isinstance(raw, SkippedUtterance):

@@ -185,6 +185,28 @@ class Tokenizer:
       )
     return self._vocabulary[token]
 
+  def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+    """A tokenizer with further special tokens, whose ids follow the largest one in order.
+
+    Raises ValueError if it has one of them already, or a name is given twice.
+    """
+    import tokenizers
+
+    if known := [name for name in names if name in self._vocabulary]:
+      raise ValueError(f"the tokenizer already has the token {known[0]!r}")
+    model = tokenizers.Tokenizer.from_str(self._model.to_str())
+    model.add_special_tokens(
+      [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+    )
+    larger = Tokenizer(model, self._config, self._config["eos_token"])
+    ids = [larger._vocabulary.get(name) for name in names]
+    if ids != [*range(self.vocab_size, self.vocab_size + len(names))]:
+      raise ValueError(
+        f"the new tokens {names[0]!r}, … get the ids {ids[:3]}, … instead of those from"
+        f" {self.vocab_size} on: a name is given twice, or ids are unused"
+      )
+    return larger
+
   def save(self, folder: str | Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which `from_folder` reads."""
     folder = Path(folder)

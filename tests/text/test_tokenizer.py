@@ -230,3 +230,18 @@ def test_eos_may_be_written_as_an_object(letters, tmp_path):
   letters.save(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
   assert Tokenizer.from_folder(tmp_path).eos_id == letters.eos_id
+
+
+def test_special_tokens_are_added_behind_the_others(qwen2, tmp_path):
+  names = ["<|audio_start|>", "<A_0>", "<A_1>"]
+  larger = qwen2.with_special_tokens(names)
+  text = "你好, it's 7\n"
+  assert larger.encode(text + "".join(names)) == [*qwen2.encode(text), 151646, 151647, 151648]
+  assert larger.decode(larger.encode(text + "<A_1>")) == text  # special, so not shown
+  assert larger.eos_id == qwen2.eos_id and qwen2.vocab_size == 151646
+  larger.save(tmp_path)
+  assert Tokenizer.from_folder(tmp_path).vocabulary() == larger.vocabulary()
+  with pytest.raises(ValueError, match="already has the token '<A_0>'"):
+    larger.with_special_tokens(["<A_0>"])
+  with pytest.raises(ValueError, match="a name is given twice"):
+    qwen2.with_special_tokens(["<B>", "<B>"])

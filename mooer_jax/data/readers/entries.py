@@ -66,10 +66,11 @@ class RawUtterance:
   audio: bytes  # content of the audio file; empty before `load`
   text: bytes  # reference text in UTF-8, such as the transcript
   task: str = ""  # the utterance's own task, if the shard has it
-  question: str = ""  # replaces `{}` in prompts that take a question
+  question: str = ""  # replaces `{}` in prompts that take a question, `<TextHere>` in others
   more: tuple[bytes, ...] = ()  # further audio files, which follow the first after a pause
   # Fields of the data, such as language, speaker, duration; for data.filter.
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  has_audio: bool = True  # without, `load` skips the utterance; only a prompt of text can use it
   # Returns an utterance with its audio, or why there is none. None: the audio is there.
   loader: "Callable[[RawUtterance], RawUtterance | SkippedUtterance] | None" = dataclasses.field(
     default=None, compare=False, repr=False

@@ -23,6 +23,7 @@ _LINES = 64  # of a part, which is shuffled as one shard; more if there would be
 _MAX_PARTS = 1 << 17  # their names are in the memory of every worker
 _BOM = b"\xef\xbb\xbf"
 _REMEDY = 'write {"key": …, "wav": …, "txt": …} on one line, in UTF-8'
+_NO_WAV = 'no "wav", which only tasks whose prompt contains <TextHere> do without'
 
 
 def is_raw_list(path: str | Path) -> bool:
@@ -81,7 +82,7 @@ def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
 
   Besides "key", "wav" (a URL, or relative to the folder of the list) and "txt", a line may have
   "start" and "end" in seconds (default: of the recording), "task", "Q", and other fields for
-  data.filter.
+  data.filter. A line with "Q" may lack "wav": an utterance without audio.
   """
   match = _PART.fullmatch(name)
   assert match is not None
@@ -111,7 +112,9 @@ def read_part(name: str) -> Generator[RawUtterance | SkippedUtterance]:
 
 def _fields(line: bytes) -> tuple[dict[str, Any], str]:
   """The fields of a line, and what is wrong with them; of a segment also its "duration"."""
-  about, problem = parse_line(line, ("key", "wav", "txt"))
+  about, problem = parse_line(line, ("key", "txt"))
+  if not problem and not isinstance(about.get("wav"), str) and ("wav" in about or "Q" not in about):
+    problem = f"no string 'wav': {line[:60]!r}"
   if problem:
     return about, problem
   wrong = next(_wrong(about), None)
@@ -131,7 +134,7 @@ def _segment(about: Mapping[str, Any]) -> tuple[float, float]:
 
 def _wrong(about: dict[str, Any]) -> Iterator[str]:
   for name in ("key", "wav"):
-    if not is_text(about[name]) or not about[name].strip():
+    if name in about and (not is_text(about[name]) or not about[name].strip()):
       yield name
   if re.search(r"\s", about["key"]):  # keys are written to files of `KEY text` lines
     yield "key"
@@ -141,7 +144,7 @@ def _wrong(about: dict[str, Any]) -> Iterator[str]:
   for name in ("start", "end"):
     value = about.get(name)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
-    if value is not None and not abs(number) <= sys.float_info.max:
+    if value is not None and ("wav" not in about or not abs(number) <= sys.float_info.max):
       yield name
 
 
@@ -151,12 +154,13 @@ def _utterance(
   return RawUtterance(
     about["key"],
     shard,
-    Path(about["wav"]).suffix[1:].lower(),
+    Path(about.get("wav", "")).suffix[1:].lower(),
     b"",
     about["txt"].encode("utf-8", "surrogatepass"),
     about.get("task", ""),
     about.get("Q", ""),
     about=about,
+    has_audio="wav" in about,
     loader=functools.partial(_load, list_file=path, line=number, segments=segments),
   )
 
@@ -164,6 +168,8 @@ def _utterance(
 def _load(
   raw: RawUtterance, *, list_file: str, line: int, segments: SegmentReader
 ) -> RawUtterance | SkippedUtterance:
+  if not raw.has_audio:
+    return raw.skip("no audio", f"{list_file}:{line}: {_NO_WAV}")
   clip = storage.join(storage.parent(list_file), raw.about["wav"])
   segment = _segment(raw.about)
   try:

@@ -1,0 +1,1 @@
+"""Audio tokens: encoder frames in time steps of the vocoder, quantized by k-means."""
