@@ -39,7 +39,8 @@ def get_config(stage: str = "speech"):
     "<|end|>", "<|transcribe|>", "<|translate|>", "<|answer|>", "<|say|>", *AUDIO,
   )  # fmt: skip
   config.eos = "<|end|>"
-  config.trainable = ("encoders/.*", "connector/.*", "decoder/.*")
+  # The audio tokens are made of the encoder of asr, so the later stages keep it.
+  config.trainable = ("connector/.*", "decoder/.*")
 
   config.model.encoders = ("sanm_large",)
   config.model.connector = "linear"
@@ -61,11 +62,14 @@ def get_config(stage: str = "speech"):
   config.data.answer_buckets = (32, 48)
   shards, labels = "out/mini-s2s/shards", "out/mini-s2s/labels"
   if stage == "asr":
+    config.trainable = ("encoders/.*", *config.trainable)
+    config.compute.features = "device"  # many times as fast as on the host
     config.data.mixture = {
       name: dict(shards=f"{shards}/{name}/data.list", weight=weight)
       for name, weight in (("trans", 0.5), ("sums", 0.3), ("english", 0.2))
     }
   else:
+    config.data.cache_features = "out/mini-s2s/cache"
     config.data.task = ""  # that of each data set
     config.data.prompt_tokens = 36  # an answer in English, as the text to say
     config.data.answer_buckets = (48, 88, 128)  # with audio tokens of 40 ms
