@@ -54,6 +54,7 @@ def get_config(stage: str = "speech"):
   config.model.llm = dict(vocab_size=256, hidden_size=192, intermediate_size=576)
   config.model.llm.update(layers=4, heads=6, kv_heads=2, head_dim=32)
 
+  config.compute.features = "device"  # many times as fast as on the host
   config.data.batch_size = 32
   config.data.buckets = (48, 72, 125)  # LFR steps of 60 ms
   config.data.min_s = 0.3
@@ -63,13 +64,11 @@ def get_config(stage: str = "speech"):
   shards, labels = "out/mini-s2s/shards", "out/mini-s2s/labels"
   if stage == "asr":
     config.trainable = ("encoders/.*", *config.trainable)
-    config.compute.features = "device"  # many times as fast as on the host
     config.data.mixture = {
       name: dict(shards=f"{shards}/{name}/data.list", weight=weight)
       for name, weight in (("trans", 0.5), ("sums", 0.3), ("english", 0.2))
     }
   else:
-    config.data.cache_features = "out/mini-s2s/cache"
     config.data.task = ""  # that of each data set
     config.data.prompt_tokens = 36  # an answer in English, as the text to say
     config.data.answer_buckets = (48, 88, 128)  # with audio tokens of 40 ms
