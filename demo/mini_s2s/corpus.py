@@ -46,6 +46,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from rich.progress import track
 
 from demo.asterisk import LANGUAGES, MIRROR, download, read_prompts, shared_names
@@ -224,6 +225,10 @@ def write_prompts(debian: Path, out: Path) -> None:
       split = SPLITS[is_held_out(name)]
       path = write_speech(out / "prompts" / split / "wav" / f"{key}.flac", prompt.samples)
       speech[language][name] = key, path, prompt.text
+    minutes = sum(soundfile.info(path).duration for _, path, _ in speech[language].values()) / 60
+    words = {word for prompt in prompts.values() for word in prompt.text.lower().split()}
+    print(f"{language}: {len(prompts)} clips, {minutes:.1f} minutes, {len(words)} words")
+  print(f"{len(shared)} prompts have the same name in all languages")
   english = speech[TARGET]
   for split in SPLITS:
     test = split == "test"
