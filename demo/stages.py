@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import modulefinder
 import os
@@ -72,6 +73,16 @@ def call(*arguments: str | Path):
     raise interrupted
   if process.returncode:
     raise subprocess.CalledProcessError(process.returncode, shown[:2])
+
+
+def packaged(package: str, name: str) -> Path:
+  """Return a file or folder in an installed package, such as weights."""
+  found = importlib.util.find_spec(package)
+  if found is None or not found.submodule_search_locations:
+    raise ModuleNotFoundError(
+      f"the package {package} is not installed; `make`, as in the README, installs it"
+    )
+  return Path(found.submodule_search_locations[0]) / name
 
 
 def schedule(steps: int, *, warmup: int) -> list[str]:

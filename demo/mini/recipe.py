@@ -8,7 +8,6 @@ run resumes.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import operator
 import sys
@@ -22,7 +21,15 @@ from configs import mini_activation, mini_salmonn
 from demo.mini.plan import SpeechConfig
 from demo.mini.real import read_transcripts
 from demo.real_speech import find_recordings
-from demo.stages import ROOT, Stages, call, imported_sources, one_line_errors, schedule
+from demo.stages import (
+  ROOT,
+  Stages,
+  call,
+  imported_sources,
+  one_line_errors,
+  packaged,
+  schedule,
+)
 from demo.synthesize import WORDS
 from mooer_jax import checkpoint
 from mooer_jax.data.readers.annotation import audio_files, entry_key, read_annotation
@@ -71,16 +78,6 @@ FULL = Recipe(Path("out/mini"))
 QUICK = Recipe(Path("out/mini-quick"), ("--quick",), steps=60)
 
 
-def weights(package: str, name: str) -> Path:
-  """Return the file or folder of weights in an installed package."""
-  found = importlib.util.find_spec(package)
-  if found is None or not found.submodule_search_locations:
-    raise ModuleNotFoundError(
-      f"the package {package} is not installed; run `make mini-salmonn`, which installs it"
-    )
-  return Path(found.submodule_search_locations[0]) / name
-
-
 def run(
   recipe: Recipe,
   *,
@@ -94,7 +91,7 @@ def run(
   Returns:
     {"model: test set": {task: scores}}. A name that ends in ", beam N" is of beam search.
   """
-  whisper, llm = weights(*WHISPER), weights(*LLM)
+  whisper, llm = packaged(*WHISPER), packaged(*LLM)
   if fsdd:
     find_recordings(fsdd)
   if pocketsphinx:

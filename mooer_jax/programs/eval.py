@@ -1,7 +1,8 @@
 """Decodes and scores a test set: eval.py --config=configs/tiny.py --checkpoint=FOLDER
 
 --mode=perplexity and --mode=lora-sweep measure how strongly a model is bound to its training tasks;
---suite=salmonn runs SALMONN's 15 tasks on the annotation files of a folder.
+--suite=salmonn runs SALMONN's 15 tasks on the annotation files of a folder; --mode=speech scores a
+folder of spoken answers, without a checkpoint.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mooer_jax.run.config import Run
 from mooer_jax.run.evaluate import evaluate
 from mooer_jax.run.perplexity import perplexity
 from mooer_jax.run.process import profile, run_program
+from mooer_jax.run.speech_scoring import evaluate_speech
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   flags.DEFINE_string("base_checkpoint", None, "base of a fine-tune, if it has moved")
   flags.DEFINE_alias("base", "base_checkpoint")  # its name in version 0.1
-  flags.DEFINE_enum("mode", "score", ["score", "perplexity", "lora-sweep"], "what to measure")
+  flags.DEFINE_enum(
+    "mode", "score", ["score", "perplexity", "lora-sweep", "speech"], "what to measure"
+  )
   flags.DEFINE_list("scales", [], "LoRA scales for --mode=perplexity and lora-sweep")
   flags.DEFINE_list(
     "instructions", [], "tasks whose prompts --mode=perplexity also measures, besides no prompt"
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   run_program(
     lambda: _evaluate(config.value, flags.FLAGS),
     argv,
-    needs=["config", "checkpoint"],
+    needs=["config"],
     doc=__doc__,
     remedy="lower eval.batch_size (perplexity.batch_size), generation.num_beams or"
     " generation.max_new_tokens, or use more devices (mesh)",
@@ -49,12 +53,15 @@ def _evaluate(config, given) -> None:
     scales = [float(scale) for scale in given.scales]
   except ValueError as error:
     raise ValueError(f"--scales={','.join(given.scales)}: numbers are needed") from error
-  run, path, base = Run.read(config), given.checkpoint[0], given.base_checkpoint
+  run, base = Run.read(config), given.base_checkpoint
+  path = given.checkpoint[0] if given.checkpoint else ""
   with profile(given.trace):
     if given.suite:
       evaluate_suite(run, path, given.annotations, base=base)
     elif given.mode == "perplexity":
       perplexity(run, given.checkpoint, instructions=given.instructions, scales=scales, base=base)
+    elif given.mode == "speech":
+      evaluate_speech(run)
     elif given.mode == "lora-sweep":
       lora_sweep(run, path, scales=scales, base=base)
     else:
@@ -75,7 +82,13 @@ def _check_flags(given) -> None:
     if getattr(given, name) and mode not in modes:
       flag = " or ".join("--suite" if m == "suite" else f"--mode={m}" for m in modes)
       raise ValueError(f"--{name} has no effect without {flag}")
-  if len(given.checkpoint) > 1 and mode != "perplexity":
+  if mode == "speech":
+    for name in ("checkpoint", "base_checkpoint"):
+      if getattr(given, name):
+        raise ValueError(f"--{name} has no effect with --mode=speech, which scores speech.folder")
+  elif not given.checkpoint:
+    raise ValueError("--checkpoint is missing")
+  elif len(given.checkpoint) > 1 and mode != "perplexity":
     raise ValueError("several --checkpoint need --mode=perplexity")
   if given.suite and not given.annotations:
     raise ValueError("--suite needs --annotations=FOLDER")

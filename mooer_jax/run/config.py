@@ -23,6 +23,7 @@ from mooer_jax.config import (
 from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
+from mooer_jax.evaluation.speech_scores import SpeechConfig
 from mooer_jax.evaluation.translation import TOKENIZERS, check_tokenizer
 from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.loading import merge_options
@@ -235,6 +236,7 @@ class Run:
   eval: EvalConfig
   activation: ActivationConfig
   perplexity: PerplexityConfig
+  speech: SpeechConfig
   trainable: tuple[str, ...]
   workdir: Path
   seed: int = 0

@@ -10,7 +10,7 @@ from configs import mini_salmonn
 from demo.mini.plan import SpeechConfig
 from demo.mini.recipe import QUICK, STAGES, Recipe, config_of, share_beyond_digits
 from demo.mini.speech import entries_of, entry, write_annotations
-from demo.stages import fingerprint
+from demo.stages import fingerprint, packaged
 from mooer_jax.config import build
 from mooer_jax.data.config import DataConfig
 from mooer_jax.prompts import read_prompts
@@ -62,10 +62,9 @@ def test_every_task_of_the_data_has_a_prompt_and_every_weight_a_task():
   assert isinstance(build(DataConfig, dict(config.data), "data"), DataConfig)
 
 
-def test_the_weights_of_a_missing_package_are_asked_for():
-  recipe = importlib.import_module("demo.mini.recipe")
-  with pytest.raises(ModuleNotFoundError, match="make mini-salmonn"):
-    recipe.weights("no_such_package_of_weights", "model")
+def test_a_missing_package_of_weights_is_named():
+  with pytest.raises(ModuleNotFoundError, match="no_such_package_of_weights is not installed"):
+    packaged("no_such_package_of_weights", "model")
 
 
 def test_a_transcript_is_no_story(tmp_path):
@@ -85,7 +84,7 @@ def test_recordings_of_people_are_scored_greedily_and_as_published(monkeypatch, 
   scored = []
   for name in ("_module", "_train"):
     monkeypatch.setattr(recipe, name, lambda *_: None)
-  monkeypatch.setattr(recipe, "weights", lambda *_: (tmp_path, tmp_path))
+  monkeypatch.setattr(recipe, "packaged", lambda *_: (tmp_path, tmp_path))
   monkeypatch.setattr(recipe.Stages, "run", lambda *_, **__: 0.0)
   monkeypatch.setattr(recipe, "_score", lambda _, model, test, beams: scored.append(beams) or {})
   with pytest.raises(FileNotFoundError, match="no {digit}_{speaker}_{n}.wav in it or in its"):

@@ -1,0 +1,1 @@
+"""`make mini-s2s`: data and commands of the mini speech-to-speech model."""
