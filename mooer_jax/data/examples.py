@@ -15,6 +15,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import EncodedCache, digest
 from mooer_jax.data.labels import Labels
 from mooer_jax.data.readers.entries import SPACE, RawUtterance, SkippedUtterance
+from mooer_jax.data.targets import Segment, Targets
 from mooer_jax.inputs import extract_features
 from mooer_jax.prompts import (
   QUESTION,
@@ -136,6 +137,7 @@ class Example:
   suffix_S: np.ndarray  # int32, tokens of the prompt after the speech
   labels_S: np.ndarray  # int32, tokens of the transcript and eos
   seconds: float  # length of the audio, before truncation
+  target: Segment | None = None  # of the recording of the answer
   epoch: int = 0  # in which the stream read it
   place: tuple[int, int] = (0, 0)  # of its shard in the order of the epoch, and in the shard
   skipped: tuple[SkippedUtterance, ...] = ()  # since the previous example
@@ -155,6 +157,7 @@ class Preprocessor:
   cache: EncodedCache | None = None  # frames of the encoders, which take the place of features
   labels: Labels | None = None  # texts that replace or join the transcripts
   augmentation: Augmentation = Augmentation()
+  targets: Targets | None = None  # recordings of the answers
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
     """Returns the example, or why there is none; `reading` is as in `PromptSampler`."""
@@ -195,7 +198,16 @@ class Preprocessor:
       return raw.skip("too short", f"{seconds:.3f} s; this model needs {needed_s:.3f} s")
     if problem := _exceeded_limit(seconds, self.config):
       return raw.skip(*problem)
-    return Example(raw.key, text, features, *prompt, labels_S, seconds)
+    target = None
+    if self.targets is not None:
+      place, voice_place = (
+        _uniform(name, self.config.seed, reading, raw.key) for name in ("segment", "voice")
+      )
+      made = self.targets(raw, labels_S, place=place, voice_place=voice_place)
+      if isinstance(made, SkippedUtterance):
+        return made
+      target = made
+    return Example(raw.key, text, features, *prompt, labels_S, seconds, target)
 
   def _num_tokens(self, features: Sequence[np.ndarray], *, encoded: bool) -> int:
     if features[0].ndim == 1:

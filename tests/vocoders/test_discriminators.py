@@ -99,7 +99,7 @@ def test_a_row_does_not_depend_on_others():
   "changes, said",
   [
     ({"width": 0}, "discriminators.width=0 must be positive"),
-    ({"periods": (0,)}, "periods=.0,.. must be at least 1"),
+    ({"periods": (0,)}, "periods=.0,. must be at least 1"),
     ({"periods": (), "scales": 0}, "name at least one of them"),
   ],
 )
