@@ -139,7 +139,9 @@ def _pipeline(
   labels = {source: _labels(source.labels, sampler) for source in shards}
 
   def batcher(config: DataConfig) -> Batcher:
-    return Batcher(config, model, sampler.lengths, encoded=cache is not None, targets=targets)
+    return Batcher(
+      config, model, sampler.lengths, encoded=cache is not None, targets=targets is not None
+    )
 
   own = {
     stream: _prefetch(

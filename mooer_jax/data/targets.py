@@ -76,7 +76,7 @@ class Targets:
       per_frame,
       rate_hz,
       segment_frames(config, model),
-      round(config.voice_s * speaker_mel.SAMPLE_RATE_HZ),
+      _voice_samples(config),
     )
 
   def __call__(
@@ -134,27 +134,30 @@ class Targets:
       return raw.skip("no target", f"{self.file.path}:{number} has no path")
     return os.fsdecode(path.strip())
 
-  def collate(self, segments: Sequence[Segment], *, rows: int) -> SpeechTarget:
-    """The segments as arrays; missing rows are padding."""
-    target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes(rows))
-    for row, one in enumerate(segments):
-      target.waveform_BN[row], target.voice_BTF[row] = one.waveform_N, one.voice_TF
-      target.first_B[row], target.frames_B[row] = one.first, one.frames
-    return target
 
-  def shapes(self, rows: int) -> SpeechTarget:
-    """The shapes of `collate`, as `ShapeDtypeStruct`s."""
+def collate(segments: Sequence[Segment], shapes: SpeechTarget) -> SpeechTarget:
+  """The segments as arrays of these shapes (`target_shapes`); missing rows are padding."""
+  target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  for row, one in enumerate(segments):
+    target.waveform_BN[row], target.voice_BTF[row] = one.waveform_N, one.voice_TF
+    target.first_B[row], target.frames_B[row] = one.first, one.frames
+  return target
 
-    def sized(dtype, *sizes):
-      return jax.ShapeDtypeStruct((rows, *sizes), dtype)
 
-    mel = 1 + self.voice_samples // speaker_mel.HOP, speaker_mel.BINS
-    return SpeechTarget(
-      waveform_BN=sized(np.float32, self.frames * self.samples_per_frame),
-      first_B=sized(np.int32),
-      frames_B=sized(np.int32),
-      voice_BTF=sized(np.float32, *mel),
-    )
+def target_shapes(config: DataConfig, model: SpeechLLMConfig, *, rows: int) -> SpeechTarget:
+  """The shapes of a batch's segments, as `ShapeDtypeStruct`s."""
+  assert model.speech_output is not None
+
+  def sized(dtype, *sizes):
+    return jax.ShapeDtypeStruct((rows, *sizes), dtype)
+
+  samples = segment_frames(config, model) * model.speech_output.vocoder.samples_per_frame
+  return SpeechTarget(
+    waveform_BN=sized(np.float32, samples),
+    first_B=sized(np.int32),
+    frames_B=sized(np.int32),
+    voice_BTF=sized(np.float32, 1 + _voice_samples(config) // speaker_mel.HOP, speaker_mel.BINS),
+  )
 
 
 def segment_frames(config: DataConfig, model: SpeechLLMConfig) -> int:
@@ -162,6 +165,10 @@ def segment_frames(config: DataConfig, model: SpeechLLMConfig) -> int:
   assert model.speech_output is not None
   vocoder = model.speech_output.vocoder
   return max(1, round(config.target_s * vocoder.sample_rate_hz / vocoder.samples_per_frame))
+
+
+def _voice_samples(config: DataConfig) -> int:
+  return round(config.voice_s * speaker_mel.SAMPLE_RATE_HZ)
 
 
 def describe(config: DataConfig) -> str:
