@@ -10,11 +10,11 @@ import torch
 
 from mooer_jax import speech_llm, tree
 from mooer_jax.audio.speaker_mel import BINS
+from mooer_jax.sharding import batch_sharding, make_mesh
 from mooer_jax.training import step as state_lib
 from mooer_jax.training import vocoder
-from mooer_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from mooer_jax.training.program import init_params
-from mooer_jax.training.step import make_train_step
+from mooer_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mooer_jax.training.program import abstract_state, init_params, jitted_step
 from mooer_jax.training.vocoder import VocoderTrainingConfig, log_mel
 from mooer_jax.vocoders import SpeechTarget
 from mooer_jax.vocoders.discriminators import DiscriminatorConfig
@@ -26,7 +26,7 @@ CONFIG = VocoderTrainingConfig(
   mel_window=64,
   mel_hop=16,
   mel_bins=10,
-  discriminators=DiscriminatorConfig(width=1, periods=(2,), scales=1),
+  discriminators=DiscriminatorConfig(width=1, periods=(2, 3), scales=0),
 )
 PER_FRAME = tiny.SPEECH.vocoder.samples_per_frame
 FRAMES, FIRST = 12, 3
@@ -109,35 +109,47 @@ def test_one_gradient_is_that_of_both_sides(params):
     assert_within(jax.tree.map(lambda x: 1.01 * x, ours["speaker"]), apart["speaker"], bound)
 
 
-def test_the_loss_falls(params):
-  """On one clip, with the train step and the optimizer of every run."""
-  optimizer = OptimizerConfig(
-    peak_lr=2e-3, betas=(0.8, 0.99), warmup_steps=0, decay="exponential", end_lr=1e-3,
-    total_steps=100,
-  )  # fmt: skip
-  tx = make_optimizer(optimizer)
-  batch = make_batch(rows=1)
-  trained, frozen = tree.partition(params, TRAINED)
+OPTIMIZER = OptimizerConfig(
+  peak_lr=2e-3, betas=(0.8, 0.99), warmup_steps=0, decay="exponential", end_lr=1e-3, total_steps=100
+)
 
-  def loss_fn(trained, frozen, batch, key):
-    del key
-    return vocoder.loss(tree.merge(trained, frozen), batch, MODEL, CONFIG)
 
-  step = jax.jit(make_train_step(loss_fn, tx, schedule=learning_rate(optimizer)))
-  state = state_lib.create(trained, tx, jax.random.key(0))
-  seen = []
-  for _ in range(STEPS):
+def run_steps(params, steps, *, devices):
+  """The metrics of steps on one batch of a row for each of two devices."""
+  mesh = make_mesh(data=devices, devices=jax.devices()[:devices])
+  options = dict(trainable=TRAINED, mesh=mesh, vocoder=CONFIG)
+  model = MODEL.with_compute(scan=True)
+  step = jitted_step(model, OPTIMIZER, accumulation=1, **options)
+  _, shardings = abstract_state(model, OPTIMIZER, **options)
+  trained, frozen = tree.partition(tree.stack_layers(params), TRAINED)
+  state = state_lib.create(trained, make_optimizer(OPTIMIZER), jax.random.key(0))
+  state, frozen = jax.device_put((state, frozen), shardings)
+  batch, seen = jax.device_put(make_batch(), batch_sharding(mesh)), []
+  for _ in range(steps):
     state, metrics = step(state, frozen, batch)
     seen.append(jax.device_get(metrics))
-  names = {"mel_loss", "feature_loss", "adversarial_loss", "discriminator_loss"}
-  assert names < seen[0].keys()
+  return seen
+
+
+def test_the_loss_falls(params):
+  """With the train step and the optimizer of every run."""
+  seen = run_steps(params, STEPS, devices=1)
+  names = ("adversarial_loss", "discriminator_loss", "feature_loss", "mel_loss")
   for metrics in seen:
-    parts = [float(metrics[name]) for name in sorted(names)]
-    adversarial, judged, features, mel = parts
-    assert_within(metrics["loss"], 45 * mel + 2 * features + adversarial + judged, rounding(4, 500))
-    assert metrics["tokens"] == 1 and 0 <= metrics["accuracy"] <= 1
+    adversarial, judged, features, mel = (float(metrics[name]) for name in names)
+    expected = 45 * mel + 2 * features + adversarial + judged
+    assert_within(metrics["loss"], expected, rounding(4, expected))
+    assert metrics["tokens"] == 2 and 0 <= metrics["accuracy"] <= 1
   assert seen[-1]["mel_loss"] < 0.7 * seen[0]["mel_loss"]
   assert seen[-1]["lr"] < seen[0]["lr"]
+
+
+@pytest.mark.nightly  # two programs are compiled; tests/training/test_composite.py has a mesh
+def test_the_mesh_changes_nothing(params):
+  [on_one], [on_two] = (run_steps(params, 1, devices=n) for n in (1, 2))
+  for name in ("mel_loss", "feature_loss", "discriminator_loss", "grad_norm"):
+    bound = rounding(30 * FRAMES * PER_FRAME, on_one[name])
+    assert_within(on_two[name], on_one[name], bound)
 
 
 def test_segments_start_at_their_place():
