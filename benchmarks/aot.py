@@ -31,6 +31,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.batches import Batcher
 from mooer_jax.run.config import Run
 from mooer_jax.run.process import run_program
+from mooer_jax.run.start import trained_patterns, vocoder_of
 from mooer_jax.sharding import make_mesh
 from mooer_jax.speech_llm import Batch
 from mooer_jax.training.program import abstract_state, jitted_step
@@ -78,10 +79,16 @@ def compile_step(run: Run, topology: str, *, prompt: int, slices: int = 1) -> di
   run.check_features()
   devices = topology_devices(topology, slices)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
-  options = {"trainable": run.trainable, "mesh": mesh}
+  options = {"trainable": trained_patterns(run), "mesh": mesh, "vocoder": vocoder_of(run)}
   (state, frozen), _ = abstract_state(run.model, run.optimizer, **options)
   # The prompt costs the same on either side of the speech.
-  batcher = Batcher(run.data, run.model, (0, prompt), encoded=bool(run.data.cache_features))
+  batcher = Batcher(
+    run.data,
+    run.model,
+    (0, prompt),
+    encoded=bool(run.data.cache_features),
+    targets=options["vocoder"] is not None,
+  )
   batch = batcher.shapes()[0]
   micro_batches = run.train.gradient_accumulation_steps
 

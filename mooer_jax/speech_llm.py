@@ -24,6 +24,7 @@ from mooer_jax import tree
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.decoders.llm import LLM, KVCache, Placement
 from mooer_jax.nn.layers import TENSOR, LayerNorm
+from mooer_jax.vocoders import SpeechTarget
 
 Array = jax.Array | np.ndarray  # batches are made in NumPy
 _LOGITS = 32  # answer positions whose logits are in memory at a time, in training
@@ -44,6 +45,7 @@ class Batch:
       0 frames and no answer. In training, a row with 0 frames and an answer has no audio.
     task_B: int32, index of each row's task in config.prompts, -1 for a padding row; None if the
       loss per task is not needed.
+    target: recordings of the answers, to train a vocoder; None otherwise.
     encoded: `features` are encoder frames [B, T, D], from a cache.
   """
 
@@ -53,6 +55,7 @@ class Batch:
   suffix_BS: Array
   labels_BS: Array
   task_B: Array | None = None
+  target: SpeechTarget | None = None
   encoded: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property

@@ -17,6 +17,7 @@ from mooer_jax.data.examples import Example
 from mooer_jax.data.feature_cache import DTYPE
 from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.targets import collate, target_shapes
 from mooer_jax.data.utterances import BadDataError, Position, UtteranceStream
 from mooer_jax.inputs import encoder_inputs, padded_lengths
 from mooer_jax.speech_llm import Batch
@@ -132,10 +133,15 @@ class Batcher:
     prompt_lengths: tuple[int, int],
     *,
     encoded: bool = False,
+    targets: bool = False,
   ):
-    """Pads prompts to `prompt_lengths` before and after the speech; the rest as `input_padding`."""
+    """Pads prompts to `prompt_lengths` before and after the speech; the rest as `input_padding`.
+
+    With `targets`, all examples have a segment of the recording of their answer.
+    """
     self._pad = input_padding(config, model, encoded=encoded)
     self._config, self._encoded = config, encoded
+    self._target = target_shapes(config, model, rows=self._pad.rows) if targets else None
     self._frontend = model.frontends[0]
     self._prefix, self._suffix = prompt_lengths
     # One task needs no sums of its own.
@@ -159,6 +165,7 @@ class Batcher:
         suffix_BS=ints(self._suffix),
         labels_BS=ints(labels_length),
         task_B=ints() if self._mixed else None,
+        target=self._target,
         encoded=self._encoded,
       )
       for lengths in reversed(self._pad.buckets)
@@ -190,6 +197,10 @@ class Batcher:
       prefix_BS[row, self._prefix - len(example.prefix_S) :] = example.prefix_S
       suffix_BS[row, self._suffix - len(example.suffix_S) :] = example.suffix_S
       task_B[row] = self._task_ids[example.task]
+    target = None
+    if self._target is not None:
+      segments = [example.target for example in examples if example.target is not None]
+      target = collate(segments, self._target)
     batch = Batch(
       features=features,
       frames=frames,
@@ -197,6 +208,7 @@ class Batcher:
       suffix_BS=suffix_BS,
       labels_BS=labels_BS,
       task_B=task_B if self._mixed else None,
+      target=target,
       encoded=self._encoded,
     )
     max_s = self._config.max_s

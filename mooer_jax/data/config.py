@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import ClassVar
 
+from mooer_jax.audio import speaker_mel
 from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.filters import Filter
 from mooer_jax.data.labels import MODES, SEPARATOR, check_options
@@ -48,6 +49,10 @@ class DataConfig:
     labels_mode: "replace", "concat" (transcript, then label), "concat_r" (label, then transcript)
       or "instruction" (task asr, ast or asr_ast_mtl, sampled for each reading; needs task="").
     labels_separator: between transcript and label.
+    target_audio: file of `KEY path` lines, the recordings of the answers, to train a vocoder with
+      train.objective="vocoder"; paths are relative to the current folder. "": none.
+    target_s: length of the segments of these recordings, seconds; rounded to audio tokens.
+    voice_s: length of the part of a recording that gives the voice, seconds.
     task: task of all utterances; "": each utterance's own task, from the annotation or a `.json` in
       the shard.
     task_weights: with task="", mean number of readings of an utterance in an epoch, by task;
@@ -86,6 +91,9 @@ class DataConfig:
   labels: str = ""
   labels_mode: str = MODES[0]
   labels_separator: str = SEPARATOR
+  target_audio: str = ""
+  target_s: float = 0.4
+  voice_s: float = 2.0
   task: str = "asr"
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
   prompts: str = ""
@@ -112,6 +120,7 @@ class DataConfig:
       task=self.task, task_weights=self.task_weights,
     )  # fmt: skip
     self._check_mixture()
+    self._check_target()
     for name in ("buckets", "answer_buckets"):
       value = getattr(self, name)
       if not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value)):
@@ -155,6 +164,15 @@ class DataConfig:
       )
     if not 0 <= self.max_bad_share <= 1:
       raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
+
+  def _check_target(self) -> None:
+    for name in ("target_s", "voice_s"):
+      value = getattr(self, name)
+      if not 0 < value < float("inf"):
+        raise ValueError(f"data.{name}={value:g}: must be above 0 seconds")
+    least_s = speaker_mel.MIN_SAMPLES / speaker_mel.SAMPLE_RATE_HZ
+    if self.voice_s < least_s:
+      raise ValueError(f"data.voice_s={self.voice_s:g}: must be at least {least_s:g} seconds")
 
   def _check_mixture(self) -> None:
     if self.mixture and self.shards:

@@ -22,6 +22,8 @@ from mooer_jax.data.labels import LabelFile, LabelOptions, Labels, check_prompts
 from mooer_jax.data.mixture import MixedStream
 from mooer_jax.data.readers import file_of, utterance_names
 from mooer_jax.data.sources import Source, find_shards
+from mooer_jax.data.targets import Targets
+from mooer_jax.data.targets import describe as describe_targets
 from mooer_jax.data.utterances import BadDataError, UtteranceStream
 from mooer_jax.data.workers import end_with_parent
 from mooer_jax.speech_llm import Batch
@@ -55,7 +57,8 @@ def train_batches(
 
   Raises:
     FileNotFoundError, ValueError: for a bad list, too few shards, buckets too short, tasks for
-      which the model has no prompt, or recordings that cannot be mixed into clips.
+      which the model has no prompt, recordings that cannot be mixed into clips, or recordings of
+      answers that the model cannot speak.
   """
   return _pipeline(config, tokenizer, model, endless=True, process=process, cache=cache)
 
@@ -122,6 +125,7 @@ def _pipeline(
   )
   augment = config.augment if endless else AugmentConfig()
   augmentation = Augmentation.load(augment, model, seed=config.seed)
+  targets = Targets.load(config, tokenizer, model) if endless and config.target_audio else None
   preprocess = Preprocessor(
     config,
     tokenizer,
@@ -130,11 +134,14 @@ def _pipeline(
     needs_labels=endless,
     cache=cache,
     augmentation=augmentation,
+    targets=targets,
   )
   labels = {source: _labels(source.labels, sampler) for source in shards}
 
   def batcher(config: DataConfig) -> Batcher:
-    return Batcher(config, model, sampler.lengths, encoded=cache is not None)
+    return Batcher(
+      config, model, sampler.lengths, encoded=cache is not None, targets=targets is not None
+    )
 
   own = {
     stream: _prefetch(
@@ -197,6 +204,7 @@ def _description(
     "bytes in the shards": sum(storage.sizes(files).values()),
     "data.streams": streams,
     "data.labels": describe(config.labels, config.labels_mode, config.labels_separator),
+    "data.target_audio": describe_targets(config),
     "data.mixture": {
       source.name: {
         "weight": source.weight,

@@ -15,6 +15,7 @@ from mooer_jax.data.config import DataConfig
 from mooer_jax.data.feature_cache import DTYPE, EncodedCache, digest
 from mooer_jax.data.labels import Labels
 from mooer_jax.data.readers.entries import SPACE, RawUtterance, SkippedUtterance
+from mooer_jax.data.targets import Segment, Targets
 from mooer_jax.inputs import extract_features
 from mooer_jax.prompts import (
   QUESTION,
@@ -153,6 +154,7 @@ class Example:
   suffix_S: np.ndarray  # int32, tokens of the prompt after the speech
   labels_S: np.ndarray  # int32, tokens of the transcript and eos
   seconds: float  # length of the audio, before truncation; 0 without audio
+  target: Segment | None = None  # of the recording of the answer
   epoch: int = 0  # in which the stream read it
   place: tuple[int, int] = (0, 0)  # of its shard in the order of the epoch, and in the shard
   skipped: tuple[SkippedUtterance, ...] = ()  # since the previous example
@@ -172,6 +174,7 @@ class Preprocessor:
   cache: EncodedCache | None = None  # frames of the encoders, which take the place of features
   labels: Labels | None = None  # texts that replace or join the transcripts
   augmentation: Augmentation = Augmentation()
+  targets: Targets | None = None  # recordings of the answers
 
   def __call__(self, raw: RawUtterance, reading: int | str = 0) -> Example | SkippedUtterance:
     """Returns the example, or why there is none; `reading` is as in `PromptSampler`.
@@ -200,7 +203,21 @@ class Preprocessor:
     if isinstance(found, SkippedUtterance):
       return found
     features, seconds = found
-    return Example(raw.key, text, features, *prompt, labels_S, seconds)
+    target = self._target(raw, labels_S, reading)
+    if isinstance(target, SkippedUtterance):
+      return target
+    return Example(raw.key, text, features, *prompt, labels_S, seconds, target)
+
+  def _target(
+    self, raw: RawUtterance, labels_S: np.ndarray, reading: int | str
+  ) -> Segment | SkippedUtterance | None:
+    """A segment of the recording of the answer; None without data.target_audio."""
+    if self.targets is None:
+      return None
+    place, voice_place = (
+      _uniform(name, self.config.seed, reading, raw.key) for name in ("segment", "voice")
+    )
+    return self.targets(raw, labels_S, place=place, voice_place=voice_place)
 
   def _features(
     self, raw: RawUtterance, reading: int | str

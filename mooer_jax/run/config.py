@@ -5,7 +5,7 @@ import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -20,7 +20,6 @@ from mooer_jax.config import (
   unknown_key,
   with_new_names,
 )
-from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
 from mooer_jax.evaluation.error_rate import METRICS
 from mooer_jax.evaluation.speech_scores import SpeechConfig
@@ -32,6 +31,7 @@ from mooer_jax.nn.compute import ExecutionConfig
 from mooer_jax.prompts import TASKS, read_prompts, task_prompt
 from mooer_jax.sharding import MeshConfig, make_mesh
 from mooer_jax.training.optimizer import OptimizerConfig
+from mooer_jax.training.vocoder import VocoderTrainingConfig
 
 
 def _check_counts(config: Any, section: str, *, but: str = "") -> None:
@@ -46,6 +46,7 @@ class TrainConfig:
   """The training loop.
 
   Attributes:
+    objective: "answers", or "vocoder": recordings of the answers (data.target_audio).
     steps: number of optimizer steps.
     gradient_accumulation_steps: micro-batches per optimizer step; data.batch_size is their sum.
     log_every: steps between two lines of metrics.
@@ -62,6 +63,7 @@ class TrainConfig:
   """
 
   RENAMED: ClassVar = {"accumulation": "gradient_accumulation_steps", "keep": "max_to_keep"}
+  objective: Literal["answers", "vocoder"] = "answers"
   steps: int = 100_000
   gradient_accumulation_steps: int = 1
   log_every: int = 20
@@ -217,6 +219,7 @@ class Run:
     model: the model that is trained, with `compute.scan`; evaluation takes the checkpoint's.
     compute: how the model runs; `scan` is set by training and decoding themselves.
     generation: options that override those of the checkpoint (or of init_from).
+    vocoder_training: losses and discriminators of train.objective="vocoder".
     trainable: patterns of parameter paths; everything else stays frozen.
     workdir: folder of the run.
     seed: of everything random.
@@ -237,6 +240,7 @@ class Run:
   activation: ActivationConfig
   perplexity: PerplexityConfig
   speech: SpeechConfig
+  vocoder_training: VocoderTrainingConfig
   trainable: tuple[str, ...]
   workdir: Path
   seed: int = 0
@@ -428,7 +432,7 @@ def default_config() -> ConfigDict:
     for field in dataclasses.fields(section_class):
       made = field.default_factory
       default = field.default if made is dataclasses.MISSING else made()
-      if isinstance(default, AugmentConfig):
+      if dataclasses.is_dataclass(default) and not isinstance(default, type):
         default = ConfigDict(dataclasses.asdict(default))
       if default is None and field.type == float | None:
         default = placeholder(float)  # a flag needs the type

@@ -143,6 +143,8 @@ class Monitor:
       f"  {rates['steps_per_s']:.2f} steps/s  {rates['audio_s_per_s']:.0f} audio-s/s"
       f"  data wait {rates['data_wait_share']:.0%}"
     )
+    parts = [name for name in row if name.endswith("_loss") and name != "mean_loss"]
+    line += "".join(f"  {name.removesuffix('_loss')} {row[name]:.3f}" for name in parts)
     if self.skipped.names:
       line += f"  skipped {len(self.skipped.names)}"
     if row.get("truncated"):
@@ -228,7 +230,7 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
-  """Draws loss and token accuracy against the step: steps pale, their running mean strong."""
+  """Draws loss and accuracy against the step: steps pale, their running mean strong."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 4), layout="constrained")
@@ -236,9 +238,12 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
   right = left.twinx()
   steps, window = [row["step"] for row in rows], max(1, len(rows) // 50)
   good = np.array(["bad_steps" not in row for row in rows])
+  unit, judged = "nats per answer token", "token"
+  if "mel_loss" in rows[-1]:
+    unit, judged = "per segment", "discriminator"
   for axes, name, color, label in (
-    (left, "loss", "tab:blue", "loss (nats per answer token)"),
-    (right, "accuracy", "tab:orange", "token accuracy"),
+    (left, "loss", "tab:blue", f"loss ({unit})"),
+    (right, "accuracy", "tab:orange", f"{judged} accuracy"),
   ):
     values = np.array([row[name] for row in rows])
     axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.35)

@@ -15,6 +15,14 @@ from mooer_jax.run.config import Run
 from mooer_jax.storage import RemoteError
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.step import TrainState
+from mooer_jax.vocoders import DISCRIMINATORS
+
+
+def split_state(state: TrainState) -> tuple[dict, TrainState]:
+  """(trained weights of the model, the rest of the state, with parameters of training only)."""
+  weights = {name: part for name, part in state.trainable.items() if name != DISCRIMINATORS}
+  others = {name: part for name, part in state.trainable.items() if name not in weights}
+  return weights, dataclasses.replace(state, trainable=others or None)
 
 
 class Saver:
@@ -81,7 +89,8 @@ class Saver:
     self._start(state, **options)
 
   def _start(self, state, *, frozen, tokenizer, base, data_state) -> None:
-    params = state.trainable if base else tree.merge(state.trainable, frozen)
+    weights, train_state = split_state(state)
+    params = weights if base else tree.merge(weights, frozen)
     params = jax.jit(tree.unstack_layers)(params)  # jit: eager slicing needs all shards here
     started = checkpoint.start_save(
       checkpoint.step_folder(self._run.workdir, int(state.step)),
@@ -90,7 +99,7 @@ class Saver:
       tokenizer=tokenizer.save,
       generation=dataclasses.asdict(self._run.decoding_defaults()),
       base=base,
-      train_state=dataclasses.replace(state, trainable=None),
+      train_state=train_state,
       data_state=data_state,
     )
     kept = {id(x) for x in jax.tree.leaves((state, frozen))}  # in case jit returns an input

@@ -22,13 +22,17 @@ from mooer_jax.config import (
   run_fields,
   to_json,
 )
+from mooer_jax.data.config import DataConfig
 from mooer_jax.data.readers.entries import SkippedUtterance
+from mooer_jax.data.targets import segment_frames
 from mooer_jax.data.utterances import BadDataError
 from mooer_jax.run.config import Run
 from mooer_jax.sharding import param_shardings
 from mooer_jax.text.tokenizer import Tokenizer
-from mooer_jax.training.program import cast_params
+from mooer_jax.training import vocoder
+from mooer_jax.training.program import cast_params, init_params
 from mooer_jax.training.step import create, state_shardings
+from mooer_jax.vocoders import DISCRIMINATORS
 
 CMVN_BATCHES = 32
 
@@ -43,11 +47,14 @@ def initial_params(run: Run, mesh, *, resumed: Path | None, base: str | Path | N
     base: base checkpoint of `resumed`.
 
   Raises:
-    ValueError: if the checkpoint holds another model, or frozen parameters would be random.
+    ValueError: if the checkpoint holds another model, frozen parameters would be random, or the
+      objective does not train some that are selected.
   """
   key = jax.random.fold_in(jax.random.key(run.seed), 0)
-  wanted = jax.eval_shape(lambda: speech_llm.init(key, run.model))
-  trained = tree.flatten(tree.partition(wanted, run.trainable)[0]).keys()
+  wanted = jax.eval_shape(lambda: init_params(key, run.model, vocoder_of(run)))
+  trained = tree.flatten(tree.partition(wanted, trained_patterns(run))[0]).keys()
+  if run.train.objective == "vocoder":
+    vocoder.check_trainable(trained)
   dtype = run.model.compute.jnp_dtype
   have: dict = {}
   if start_from := resumed or run.init_from:
@@ -69,7 +76,7 @@ def initial_params(run: Run, mesh, *, resumed: Path | None, base: str | Path | N
     )
 
   def fresh():
-    flat = tree.flatten(cast_params(speech_llm.init(key, run.model), trained, dtype))
+    flat = tree.flatten(cast_params(init_params(key, run.model, vocoder_of(run)), trained, dtype))
     return tree.unflatten({path: flat[path] for path in missing})
 
   placed = param_shardings(mesh, jax.eval_shape(fresh))
@@ -177,12 +184,57 @@ def _clips(dataset, number: int, run: Run):
 
 def initial_state(run: Run, params: dict, *, tx, mesh):
   """Returns (TrainState, frozen params) on the mesh."""
-  trainable, frozen = tree.partition(params, run.trainable)
+  trainable, frozen = tree.partition(params, trained_patterns(run))
   key = jax.random.fold_in(jax.random.key(run.seed), 1)
   abstract = jax.eval_shape(lambda t: create(t, tx, key), trainable)
   shardings = state_shardings(abstract, tx, param_shardings(mesh, trainable))
   state = jax.jit(lambda t: create(t, tx, key), out_shardings=shardings)(trainable)
   return state, frozen
+
+
+def trained_patterns(run: Run) -> tuple[str, ...]:
+  """The patterns of all trained parameters; discriminators are trained with a vocoder."""
+  more = () if vocoder_of(run) is None else (f"{DISCRIMINATORS}/.*",)
+  return *run.trainable, *more
+
+
+def vocoder_of(run: Run) -> vocoder.VocoderTrainingConfig | None:
+  """How the vocoder is trained; None if the run trains answers."""
+  return run.vocoder_training if run.train.objective == "vocoder" else None
+
+
+def check_objective(run: Run) -> None:
+  """Raises ValueError for options that do not fit train.objective."""
+  if run.train.objective != "vocoder":
+    unset = DataConfig()
+    names = ("target_audio", "target_s", "voice_s")
+    options = [f"data.{name}" for name in names if getattr(run.data, name) != getattr(unset, name)]
+    if run.vocoder_training != vocoder.VocoderTrainingConfig():
+      options.append("vocoder_training")
+    if options:
+      raise ValueError(
+        f"{options[0]} has no effect with train.objective={run.train.objective!r}; leave it out, or"
+        " set train.objective='vocoder'"
+      )
+    return
+  if run.model.speech_output is None:
+    raise ValueError("train.objective='vocoder': the model has none; set model.speech_output")
+  if not run.data.target_audio:
+    raise ValueError(
+      "data.target_audio is missing: name the file of the recordings of the answers, `KEY path`"
+      " lines"
+    )
+  if run.perplexity.shards:
+    raise ValueError(
+      f"perplexity.shards={run.perplexity.shards!r} has no effect with train.objective='vocoder',"
+      " which does not change the LLM; leave it out"
+    )
+  samples = segment_frames(run.data, run.model) * run.model.speech_output.vocoder.samples_per_frame
+  if samples < (window := run.vocoder_training.mel_window):
+    raise ValueError(
+      f"data.target_s={run.data.target_s:g} gives segments of {samples} samples, fewer than"
+      f" vocoder_training.mel_window={window}; raise target_s"
+    )
 
 
 def read_tokenizer(run: Run, initial: str | Path | None = None) -> Tokenizer:

@@ -20,8 +20,16 @@ from mooer_jax.run.feed import Feed
 from mooer_jax.run.fill_feature_cache import fill_cache
 from mooer_jax.run.monitor import Evaluator, Monitor, NoMonitor, SkippedLog
 from mooer_jax.run.process import check_profile, prepare_process, profile, stop_request
-from mooer_jax.run.saving import Saver
-from mooer_jax.run.start import initial_params, initial_state, measure_cmvn, read_tokenizer
+from mooer_jax.run.saving import Saver, split_state
+from mooer_jax.run.start import (
+  check_objective,
+  initial_params,
+  initial_state,
+  measure_cmvn,
+  read_tokenizer,
+  trained_patterns,
+  vocoder_of,
+)
 from mooer_jax.sharding import make_mesh
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training.optimizer import make_optimizer
@@ -58,6 +66,7 @@ def train(run: Run, evaluators: Sequence[MakeEvaluator] = (), *, trace: str | No
   """
   prepare_process()
   run.check_training()  # mistakes show before anything is loaded
+  check_objective(run)
   if run.init_from is not None:
     run = dataclasses.replace(run, init_from=checkpoint.local_folder(run.init_from))
   mesh = make_mesh(**dataclasses.asdict(run.mesh))
@@ -164,9 +173,9 @@ def _load(
     checkpoint.keep_for(base, run.workdir)
   batches = iter(dataset)
   if resumed:
-    target = dataclasses.replace(state, trainable=None)  # these came with the weights
+    weights, target = split_state(state)  # the weights came with the checkpoint
     rest, data_states = checkpoint.load_train_state(resumed, target, optional="bad/")
-    state = dataclasses.replace(rest, trainable=state.trainable)
+    state = dataclasses.replace(rest, trainable={**weights, **(rest.trainable or {})})
     try:
       batches.set_state(merge_states(data_states))
     except ValueError as error:
@@ -174,10 +183,11 @@ def _load(
   step = jitted_step(
     run.model,
     run.optimizer,
-    trainable=run.trainable,
+    trainable=trained_patterns(run),
     accumulation=run.train.gradient_accumulation_steps,
     mesh=mesh,
     max_loss_ratio=run.train.max_loss_ratio,
+    vocoder=vocoder_of(run),
   )
   return _Start(tokenizer, dataset, batches, state, frozen, step, base)
 

@@ -10,7 +10,8 @@ import optax
 
 from mooer_jax import tree
 
-VECTORS = ("scale", "bias", "shift")  # names of the leaves that are norms, biases and CMVN
+# Names of the leaves that are norms, biases and CMVN.
+VECTORS = ("scale", "bias", "shift", "mean", "var")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,9 @@ class OptimizerConfig:
     peak_lr: learning rate after `warmup_steps`.
     warmup_steps: optimizer steps of warm-up; 0 starts at the peak.
     warmup: "log" (peak * ln(step) / ln(warmup_steps), DeepSpeed's) or "linear" from start_lr.
-    decay: "linear" or "cosine" to end_lr at total_steps, "constant", or "cosine_from_start": a
-      cosine that counts from step 0, so it starts a little below the peak (SALMONN).
+    decay: "linear", "cosine" or "exponential" to end_lr at total_steps, "constant", or
+      "cosine_from_start": a cosine that counts from step 0, so it starts a little below the peak
+      (SALMONN).
     total_steps: step from which on the learning rate is end_lr; "constant" ignores it.
     start_lr, end_lr: first learning rate of a linear warm-up, and last one of the decay.
     betas, eps: decay rates of Adam's moments, and the number added to the root of the second.
@@ -51,13 +53,17 @@ class OptimizerConfig:
         raise ValueError(
           f"optimizer.{name}={getattr(self, name)}: must be finite in float32, not negative"
         )
-    kinds = ("linear", "cosine", "cosine_from_start", "constant")
+    kinds = ("linear", "cosine", "cosine_from_start", "exponential", "constant")
     for name, allowed in (("warmup", ("log", "linear")), ("decay", kinds)):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
     for name in ("start_lr", "end_lr"):
       if not 0 <= (lr := getattr(self, name)) <= self.peak_lr:
         raise ValueError(f"{name}={lr} must be between 0 and peak_lr={self.peak_lr}")
+    if self.decay == "exponential" and not self.end_lr:
+      raise ValueError(
+        'end_lr=0 is never reached by decay="exponential"; set optimizer.end_lr above 0'
+      )
     if self.decay != "constant" and self.total_steps <= self.warmup_steps:
       raise ValueError(
         f"total_steps={self.total_steps} leaves no room for the {self.decay} decay after"
@@ -82,6 +88,9 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     "linear": lambda: optax.linear_schedule(c.peak_lr, c.end_lr, decay_steps),
     "cosine": lambda: optax.cosine_decay_schedule(c.peak_lr, decay_steps, alpha=alpha),
     "cosine_from_start": lambda: lambda step: whole_cosine(step + c.warmup_steps),
+    "exponential": lambda: optax.exponential_decay(
+      c.peak_lr, decay_steps, alpha, end_value=c.end_lr
+    ),
     "constant": lambda: optax.constant_schedule(c.peak_lr),
   }[c.decay]()
   if c.warmup_steps == 0:

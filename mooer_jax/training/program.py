@@ -11,8 +11,10 @@ from mooer_jax import speech_llm, tree, vocoders
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.sharding import batch_sharding, param_shardings
 from mooer_jax.speech_llm import Batch
+from mooer_jax.training import vocoder as vocoder_training
 from mooer_jax.training.optimizer import VECTORS, OptimizerConfig, learning_rate, make_optimizer
 from mooer_jax.training.step import create, jit_train_step, make_train_step, state_shardings
+from mooer_jax.training.vocoder import VocoderTrainingConfig
 
 COMPILERS = 4  # compilations at a time; each of a 7B step takes about 2 GB
 
@@ -26,6 +28,7 @@ def jitted_step(
   accumulation: int,
   mesh: jax.sharding.Mesh,
   max_loss_ratio: float = 0.0,
+  vocoder: VocoderTrainingConfig | None = None,
 ):
   """The train step (state, frozen, batch) -> (state, metrics), jitted for a mesh.
 
@@ -35,12 +38,15 @@ def jitted_step(
     accumulation: micro-batches per batch.
     mesh: its devices may be those of a topology description.
     max_loss_ratio: as for `make_train_step`.
+    vocoder: how the vocoder is trained; None: the answers are.
   """
-  _, shardings = abstract_state(model, optimizer, trainable=trainable, mesh=mesh)
+  _, shardings = abstract_state(model, optimizer, trainable=trainable, mesh=mesh, vocoder=vocoder)
 
   def loss_fn(trainable, frozen, batch, key):
-    params = tree.merge(trainable, frozen)
-    return speech_llm.loss(params, batch, model, dropout_key=key, rows=batch_sharding(mesh))
+    params, rows = tree.merge(trainable, frozen), batch_sharding(mesh)
+    if vocoder is not None:
+      return vocoder_training.loss(params, batch, model, vocoder, rows=rows)
+    return speech_llm.loss(params, batch, model, dropout_key=key, rows=rows)
 
   step = make_train_step(
     loss_fn,
@@ -86,12 +92,30 @@ def cast_params(params: dict, trained: Iterable[str], dtype) -> dict:
   return tree.unflatten(flat)
 
 
+def init_params(
+  key: jax.Array, model: SpeechLLMConfig, vocoder: VocoderTrainingConfig | None = None
+) -> dict:
+  """Initial parameters of a model and, to train its vocoder, of the discriminators."""
+  params = speech_llm.init(key, model)
+  if vocoder is not None:
+    module = vocoder.discriminators.module()
+    waveform_BN = jnp.zeros((1, max(vocoder.discriminators.periods, default=1)))
+    made = module.init(jax.random.fold_in(key, 1), waveform_BN)
+    params = {**params, vocoders.DISCRIMINATORS: made["params"]}
+  return params
+
+
 def abstract_state(
-  model: SpeechLLMConfig, optimizer: OptimizerConfig, *, trainable: Iterable[str], mesh
+  model: SpeechLLMConfig,
+  optimizer: OptimizerConfig,
+  *,
+  trainable: Iterable[str],
+  mesh,
+  vocoder: VocoderTrainingConfig | None = None,
 ):
   """(TrainState and frozen params as `ShapeDtypeStruct`s, their shardings); creates no array."""
   key = jax.random.key(0)
-  wanted = jax.eval_shape(lambda: speech_llm.init(key, model))
+  wanted = jax.eval_shape(lambda: init_params(key, model, vocoder))
   trained = tree.flatten(tree.partition(wanted, trainable)[0])
   kept = jax.eval_shape(lambda p: cast_params(p, trained, model.compute.jnp_dtype), wanted)
   to_train, frozen = tree.partition(kept, trainable)

@@ -113,7 +113,8 @@ def make_train_step(
 
   Args:
     loss_fn: (trainable, frozen, batch, key) -> (loss, metrics); the loss is ignored, metrics are
-      sums over rows: loss_sum (float32, differentiated), tokens, correct, and any further ones.
+      sums over rows: loss_sum (float32, differentiated), tokens, correct, and any further ones;
+      those in a dict "per_token" are divided by the tokens.
     schedule: learning rate of tx, for the metrics.
     accumulation: micro-batches per batch; must divide its rows. Micro-batch a has the rows a,
       a + accumulation, …, so that each device keeps its rows.
@@ -158,6 +159,7 @@ def make_train_step(
     tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
     loss = sums.pop("loss_sum").astype(jnp.float32) / tokens
+    means = {name: value / tokens for name, value in sums.pop("per_token", {}).items()}
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     bad = _judge(state.bad, state.step, loss, finite, max_loss_ratio)
@@ -177,6 +179,7 @@ def make_train_step(
       "bad_steps": bad.in_a_row,
       "step": state.step + 1,
       **sums,
+      **means,
     }
     if max_loss_ratio:
       metrics["mean_loss"] = state.bad.mean_loss

@@ -1,14 +1,16 @@
 """Speech output: hidden states of the LLM to a waveform, in the voice of a recording."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import flax.struct
 from jax.sharding import PartitionSpec as P
 
 from mooer_jax.vocoders.hifigan import HiFiGANConfig
 from mooer_jax.vocoders.speaker import SpeakerConfig
 
 PARTS = ("vocoder", "speaker")  # their names in the parameters
+DISCRIMINATORS = "discriminators"  # in the parameters of a vocoder's training only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SpeechOutputConfig:
       does not take.
   """
 
-  SHARDING: ClassVar[tuple[tuple[str, P], ...]] = (("(vocoder|speaker)/.*", P()),)
+  SHARDING: ClassVar[tuple[tuple[str, P], ...]] = (("(vocoder|speaker|discriminators)/.*", P()),)
   RUN_FIELDS: ClassVar[tuple[str, ...]] = ("start_token", "drop_last")
   vocoder: HiFiGANConfig = HiFiGANConfig()
   speaker: SpeakerConfig = SpeakerConfig()
@@ -42,3 +44,21 @@ class SpeechOutputConfig:
         f"speech_output: vocoder.speaker_width={self.vocoder.speaker_width}, but"
         f" speaker.output_width={self.speaker.output_width}; they must be equal"
       )
+
+
+@flax.struct.dataclass
+class SpeechTarget:
+  """Segments of recordings that a batch of answers is trained to speak, all of the same length.
+
+  Attributes:
+    waveform_BN: float32, at the rate of the vocoder, with zeros after the end of the recording.
+    first_B: int32, place in the labels of the first audio token of the segment.
+    frames_B: int32, audio tokens of the segment, fewer than its length for a short recording and 0
+      for a padding row.
+    voice_BTF: float32, `audio.speaker_mel` of a part of the same recording.
+  """
+
+  waveform_BN: Any
+  first_B: Any
+  frames_B: Any
+  voice_BTF: Any

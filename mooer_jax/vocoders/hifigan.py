@@ -106,6 +106,7 @@ class _Normalised(nn.Module):
   dilation: int = 1
 
   norm_axes: ClassVar[tuple[int, int]] = (0, 1)
+  fan_in_axis: ClassVar[int] = -2  # PyTorch's, whose initial range is 1 / sqrt(fan in)
 
   def weights(self, inputs: int) -> tuple[jax.Array, jax.Array]:
     """(kernel [taps, in, out], bias [out]) in the dtype of the layer."""
@@ -114,7 +115,10 @@ class _Normalised(nn.Module):
       kernel_KIO = self.get_variable("params", "kernel")
     else:
       shape = (self.taps, inputs, self.features)
-      v_KIO = self.param("v", nn.initializers.normal(0.01), shape)
+      init = nn.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform", in_axis=self.fan_in_axis, out_axis=-3 - self.fan_in_axis
+      )
+      v_KIO = self.param("v", init, shape)
       g = self.param("g", lambda _: _norm(v_KIO, self.norm_axes))
       kernel_KIO = _product(v_KIO, g, self.norm_axes)
     bias_O = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -122,13 +126,20 @@ class _Normalised(nn.Module):
 
 
 class Convolution(_Normalised):
-  """Convolution with zero padding, [B, T, in] to [B, T, out]; taps must be odd."""
+  """Convolution with zero padding, [B, T, in] to [B, ceil(T / stride), out]; taps must be odd.
+
+  With groups, each group of outputs takes its part of the inputs; `v` is [taps, in / groups, out].
+  """
+
+  stride: int = 1
+  groups: int = 1
 
   @nn.compact
   def __call__(self, x_BTI: jax.Array) -> jax.Array:
-    kernel_KIO, bias_O = self.weights(x_BTI.shape[-1])
+    kernel_KIO, bias_O = self.weights(x_BTI.shape[-1] // self.groups)
     reach = (self.taps - 1) * self.dilation // 2
-    return _convolve(x_BTI, kernel_KIO, reach, self.dilation) + bias_O
+    options = dict(stride=self.stride, dilation=self.dilation, groups=self.groups)
+    return _convolve(x_BTI, kernel_KIO, reach, **options) + bias_O
 
 
 class Upsampling(_Normalised):
@@ -141,6 +152,7 @@ class Upsampling(_Normalised):
   rate: int = 1
 
   norm_axes: ClassVar[tuple[int, int]] = (0, 2)
+  fan_in_axis: ClassVar[int] = -1  # as there, where a transposed kernel is [in, out, taps]
 
   @nn.compact
   def __call__(self, x_BTI: jax.Array) -> jax.Array:
@@ -148,20 +160,23 @@ class Upsampling(_Normalised):
     # Sample b * rate + r before the cut is the sum over j of x[b - j] times tap j * rate + r: a
     # convolution with taps / rate taps, whose outputs are the phases r of all channels.
     phases_JIP = rearrange(kernel_KIO, "(J R) I O -> J I (R O)", R=self.rate)[::-1]
-    y_BTP = _convolve(x_BTI, phases_JIP, len(phases_JIP) - 1, 1)
+    y_BTP = _convolve(x_BTI, phases_JIP, len(phases_JIP) - 1)
     y_BTO = rearrange(y_BTP, "B T (R O) -> B (T R) O", R=self.rate)
     cut = (self.taps - self.rate) // 2
     return y_BTO[:, cut : cut + x_BTI.shape[1] * self.rate] + bias_O
 
 
-def _convolve(x_BTI, kernel_KIO, padding: int, dilation: int) -> jax.Array:
+def _convolve(
+  x_BTI, kernel_KIO, padding: int, *, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> jax.Array:
   return jax.lax.conv_general_dilated(
     x_BTI.astype(kernel_KIO.dtype),
     kernel_KIO,
-    window_strides=(1,),
+    window_strides=(stride,),
     padding=[(padding, padding)],
     rhs_dilation=(dilation,),
     dimension_numbers=("NWC", "WIO", "NWC"),
+    feature_group_count=groups,
     precision=precision(kernel_KIO.dtype),
   )
 

@@ -54,12 +54,16 @@ class SpeakerConfig:
 
 
 class BatchNorm(nn.Module):
-  """Batch norm with the statistics of training: (x - mean) / sqrt(var + eps) * scale + bias."""
+  """Batch norm with fixed statistics: (x - mean) / sqrt(var + eps) * scale + bias.
+
+  They are those of the original's training; gradients do not change them.
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape, zeros, ones = x.shape[-1:], nn.initializers.zeros, nn.initializers.ones
     mean, var = self.param("mean", zeros, shape), self.param("var", ones, shape)
+    mean, var = jax.lax.stop_gradient((mean, var))
     scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
     return (x - mean) * (scale / jnp.sqrt(var + EPS)) + bias
 

@@ -22,6 +22,9 @@ CAUSES = (
   "bad label",  # a line of a list or of a file of labels cannot be read
   "bad segment",  # empty, or not inside of its recording
   "no label",  # data.labels has no line of it, or several
+  "no target",  # data.target_audio has no line of it, or several, or the file cannot be read
+  "bad target",  # a recording that cannot be decoded, or whose length is not that of its label
+  "no audio tokens",  # the label has no start token, or nothing after it
   "no such field",  # which data.filter needs
   "unknown task",  # the model has no prompt for it
   "no question",
