@@ -2,33 +2,20 @@
 
 import concurrent.futures
 import errno
-import json
 import threading
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tensorstore
 
-from mooer_jax import checkpoint, hosts, storage, tree
+from mooer_jax import checkpoint, hosts, storage
 from mooer_jax.checkpoint import SaveError, writing
 from mooer_jax.run import monitor
 from mooer_jax.run import train as training
 from mooer_jax.run.config import Run
 from tests.run.programs import train
-
-
-def rows(workdir):
-  return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def content(folder):
-  """All arrays of a checkpoint: parameters, optimizer state and the like, by path."""
-  saved = json.loads((folder / "checkpoint.json").read_text())["train_state"]
-  wanted = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in saved.items()}
-  state, positions = checkpoint.load_train_state(folder, tree.unflatten(wanted))
-  return {**tree.flatten(checkpoint.load(folder).params), **tree.flatten(state)}, positions
+from tests.run.runs import content, rows
 
 
 def test_steps_run_while_a_checkpoint_is_written_and_leave_it_as_it_was(config, monkeypatch):
