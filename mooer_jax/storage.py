@@ -60,11 +60,20 @@ def path_fault(path: str | os.PathLike) -> str:
   of that name in the current one.
   """
   text = os.fspath(path)
-  if is_url(text):
+  if re.match("file:/", text, re.IGNORECASE):
+    return "is a URL; write the local path without file://"
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # also the text of Path("s3://bucket/x")
     return "is a URL; name a local path, to which an object store may be mounted or copied"
   if text == "~" or text.startswith("~/"):
     return "starts with ~, which the shell has not expanded; write $HOME instead"
   return ""
+
+
+def local(path: str | os.PathLike, name: str) -> Path:
+  """The path in the argument `name`; raises ValueError if it is a URL or starts with ~."""
+  if fault := path_fault(path):
+    raise ValueError(f"{name}={os.fspath(path)}: {fault}")
+  return Path(path)
 
 
 def local_path(text: str) -> Path:

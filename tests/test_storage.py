@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -117,6 +118,49 @@ def test_join(folder, name, joined):
 def test_a_url_that_cannot_be_read_is_refused(url, message):
   with pytest.raises(ValueError, match=message):
     storage.read_bytes(url)
+
+
+def outputs_to(path):
+  """Calls of the functions that write to a path, by name."""
+  import numpy as np
+
+  from convert.core.folders import check_target, complete_folder
+  from mooer_jax.checkpoint import start_save
+  from mooer_jax.data.feature_cache import EncodedCache
+  from mooer_jax.data.pack import pack
+  from mooer_jax.data.prepare import prepare
+  from mooer_jax.data.stats import Stats, draw_lengths
+  from mooer_jax.evaluation.report import write_report
+  from mooer_jax.evaluation.text_files import write_text
+  from mooer_jax.projects.salmonn.suite import run_suite
+  from mooer_jax.run.process import check_profile
+
+  saved = {"params": {"w": np.ones(1)}, "config_json": {}, "tokenizer": ".", "generation": {}}
+  return {
+    "pack": lambda: pack("wav.scp", "text", path),
+    "prepare": lambda: prepare("data.list", path),
+    "draw_lengths": lambda: draw_lengths(Stats(), [], path, step_s=0.06),
+    "cache": lambda: EncodedCache(path, {"beats": 4}),
+    "save": lambda: start_save(path, **saved),
+    "write_report": lambda: write_report(path, None, name="test"),
+    "write_text": lambda: write_text(path, {"a": "b"}),
+    "suite": lambda: run_suite(".", path, lambda _: {}),
+    "check_profile": lambda: check_profile(path),
+    "check_target": lambda: check_target(Path(path), overwrite=True),
+    "complete_folder": lambda: complete_folder(Path(path)).__enter__(),
+  }
+
+
+@pytest.mark.parametrize(
+  "url, remedy", [("file:///x", "write the local path without"), ("s3://b/x", "name a local path")]
+)
+def test_a_url_that_results_cannot_be_written_to_is_refused(url, remedy, tmp_path, monkeypatch):
+  """`Path` makes a relative path of it, and the results would be in a folder of that name."""
+  monkeypatch.chdir(tmp_path)
+  for name, write in outputs_to(url).items():
+    with pytest.raises(ValueError, match=f"{url.replace('//', '/*')}: is a URL; {remedy}"):
+      write()
+    assert not list(tmp_path.iterdir()), name
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
