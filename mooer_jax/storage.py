@@ -1,7 +1,8 @@
 """Files at local paths and at URLs of object stores (`s3://`, `gs://`), which fsspec opens.
 
-`file://` is the URL of a local path. A broken connection is retried. Credentials, endpoints and
-regions are those of the environment, as for the command-line tools of the store.
+`file://` is the URL of a local path. Schemes may be in capitals. A broken connection is retried.
+Credentials, endpoints and regions are those of the environment, as for the command-line tools of
+the store.
 """
 
 import argparse
@@ -302,7 +303,9 @@ def _call(url: str, function: Callable[[Any, str], T]) -> T:
 
 
 def _open_file_system(url: str) -> tuple[Any, str]:
-  if url.lower().startswith(("http://", "https://")):
+  scheme, mark, place = url.partition("://")
+  url = scheme.lower() + mark + place
+  if scheme.lower() in ("http", "https"):
     raise ValueError(
       f"{url}: is a URL of the web, whose folders cannot be listed; use s3:// or gs://, or copy it"
     )

@@ -92,6 +92,23 @@ def test_a_file_that_ends_early_is_a_broken_connection(breaking, monkeypatch):
     storage.read_bytes(breaking)
 
 
+def test_schemes_in_capitals_are_those_in_small_letters(bucket, tmp_path):
+  file = tmp_path / "a.bin"
+  file.write_bytes(CONTENT)
+  for url in (f"{bucket}/capitals", f"file://{tmp_path}/capitals"):
+    scheme, _, place = url.partition("://")
+    shouted = f"{scheme.upper()}://{place}"
+    storage.upload(file, f"{shouted}/x/a.bin")
+    assert storage.read_bytes(f"{url}/x/a.bin") == storage.read_bytes(f"{shouted}/x/a.bin")
+    assert storage.stats([f"{shouted}/x/a.bin"]).keys() == {f"{shouted}/x/a.bin"}
+    assert storage.walk(shouted).keys() == {f"{shouted}/x/a.bin"}
+    assert storage.file_names(shouted) == ["x"] and storage.is_folder(shouted)
+    storage.delete(shouted)
+    assert not storage.is_file(f"{url}/x/a.bin")
+  with pytest.raises(ValueError, match="three slashes"):
+    storage.read_bytes("FILE://tmp/data.list")
+
+
 @pytest.mark.parametrize(
   "folder, name, joined",
   [
