@@ -124,10 +124,13 @@ def is_folder(path: str | Path) -> bool:
 
 
 def _has_type(url: str | Path, kind: str) -> bool:
-  try:
-    return _call(str(url), lambda fs, at: fs.info(at))["type"] == kind
-  except FileNotFoundError:
-    return False
+  def type_of(fs, path) -> str:
+    try:
+      return fs.info(path)["type"]
+    except (FileNotFoundError, NotADirectoryError):  # the latter below a file
+      return ""
+
+  return _call(str(url), type_of) == kind
 
 
 def sizes(paths: Iterable[str]) -> dict[str, int]:
