@@ -1,5 +1,6 @@
 """Files of object stores: an S3 server on loopback, and connections that break."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -78,6 +79,37 @@ def test_what_another_attempt_does_not_change_is_not_attempted_again(breaking):
   with pytest.raises(storage.RemoteError, match="access failed .*credentials"):
     storage.is_file(breaking)
   assert BreakingFileSystem.errors == [None]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_an_error_of_a_local_file_system_is_no_broken_connection(tmp_path, monkeypatch, code):
+  """It is raised at once, with its reason, and leaves no part of the file."""
+  file, attempts = tmp_path / "a.bin", []
+  file.write_bytes(CONTENT)
+
+  def fail(source, to):
+    attempts.append(to)
+    Path(to).write_bytes(CONTENT[:1000])
+    raise OSError(code, os.strerror(code), to)
+
+  monkeypatch.setattr(storage.shutil, "copyfile", fail)
+  remedy = "free space" if code in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
+  with pytest.raises(storage.RemoteError) as caught:
+    storage.upload(file, f"file://{tmp_path}/mirror/a.bin")
+  said = str(caught.value)
+  assert os.strerror(code) in said and f"{remedy}, " in said.replace(" and its mount", "")
+  assert f"{tmp_path}/mirror/a.bin: the local file system failed" in said
+  assert "connection" not in said and "credentials" not in said
+  assert len(attempts) == 1 and not list((tmp_path / "mirror").iterdir())
+
+
+def test_a_full_disk_in_a_download_is_no_broken_connection(breaking, tmp_path, capsys):
+  (tmp_path / "copy.bin").symlink_to("/dev/full")
+  with pytest.raises(
+    storage.RemoteError, match="a.bin: the local file .*No space .*copy.bin.*free"
+  ):
+    storage.download(breaking, tmp_path / "copy.bin")
+  assert "next attempt" not in capsys.readouterr().err
 
 
 def test_a_file_that_ends_early_is_a_broken_connection(breaking, monkeypatch):
