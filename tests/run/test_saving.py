@@ -133,3 +133,25 @@ def test_waiting_ends_when_another_process_has_failed(monkeypatch):
   monkeypatch.setattr(hosts, "gather", lambda value: [value, [True, "SaveError: disk full"]])
   with pytest.raises(hosts.OtherProcessError, match="process 1 failed: SaveError: disk full"):
     hosts.wait_for(concurrent.futures.Future())
+
+
+def test_a_save_that_waits_for_a_process_that_failed_does_not_delay_the_end(config, monkeypatch):
+  """tests/run/test_processes.py has the same with two processes."""
+  hashed, failed, ended = writing.record, threading.Event(), []
+
+  def wait_for_the_other(folder):
+    if "00000004" in folder.name:
+      failed.wait(20)
+      ended.append(folder)
+    return hashed(folder)
+
+  def gather(value):
+    told = [True, None] if failed.is_set() or value[0] else [True, "SaveError: disk full"]
+    return [value, told]
+
+  monkeypatch.setattr(writing, "record", wait_for_the_other)
+  monkeypatch.setattr(hosts, "gather", gather)
+  with pytest.raises(hosts.OtherProcessError, match="process 1 failed: SaveError: disk full"):
+    train(config)
+  assert not ended and checkpoint.step_of(checkpoint.latest(config.workdir)) == 8
+  failed.set()
