@@ -1,7 +1,9 @@
 """Checkpoints that are saved, and copied to a mirror, while training goes on."""
 
 import concurrent.futures
+import contextlib
 import errno
+import re
 import threading
 from pathlib import Path
 
@@ -50,20 +52,30 @@ def full_disk(*_, **__):
 
 
 def test_a_save_that_fails_ends_the_run_which_saves_its_last_state(config, monkeypatch):
+  """It ends as soon as the save of step 4 has failed, before that of step 8."""
   config.train.steps = 1000
-  hashed = writing.record
+  hashed, record, stop = writing.record, monitor.Monitor.record, threading.Event()
 
   def fail_once(folder):
     return hashed(folder) if "00000004" not in folder.name else full_disk()
 
+  def record_late(self, metrics, batch):
+    record(self, metrics, batch)
+    assert metrics["step"] < 5 or stop.wait(60)
+
   monkeypatch.setattr(writing, "record", fail_once)
+  monkeypatch.setattr(monitor.Monitor, "record", record_late)
+  monkeypatch.setattr(training, "stop_request", lambda: contextlib.nullcontext(stop))
   with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved .*No space"):
     train(config)
   newest = checkpoint.latest(config.workdir)
-  assert checkpoint.step_of(newest) == len(rows(config.workdir)) < 1000
+  assert 4 < checkpoint.step_of(newest) == len(rows(config.workdir)) < 8
   assert not list(Path(config.workdir).glob(".tmp-*"))
-  config.train.steps = checkpoint.step_of(newest) + 1
-  train(config)
+  stop.clear()
+  monkeypatch.setattr(monitor.Monitor, "record", record)
+  config.train.steps, config.train.max_to_keep = checkpoint.step_of(newest) + 1, 1
+  last = train(config)
+  assert checkpoint.all_steps(config.workdir) == [last]
   assert [row["step"] for row in rows(config.workdir)] == [*range(1, config.train.steps + 1)]
 
 
@@ -73,6 +85,17 @@ def test_the_last_save_of_a_run_may_fail_too(config, monkeypatch):
   with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved .*No space"):
     train(config)
   assert checkpoint.latest(config.workdir) is None
+
+
+def test_if_the_last_save_fails_after_another_one_the_first_error_is_raised(
+  config, monkeypatch, capsys
+):
+  config.train.steps = 1000
+  monkeypatch.setattr(writing, "record", full_disk)
+  with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved"):
+    train(config)
+  said = "besides the error that ends the run: .*step_0000000[5-8]: the checkpoint was not saved"
+  assert re.search(said, capsys.readouterr().err)
 
 
 def test_the_error_of_a_save_is_printed_if_another_one_ends_the_run(config, monkeypatch, capsys):
@@ -110,6 +133,9 @@ def test_a_copy_that_fails_ends_the_run_and_is_made_when_it_resumes(config, monk
   config.train.steps = checkpoint.step_of(newest)
   train(config)
   assert storage.is_file(f"{config.train.mirror}/{newest.name}/checkpoint.json")
+  config.train.steps += 1
+  last = train(config)
+  assert storage.is_file(f"{config.train.mirror}/{last.name}/checkpoint.json")
 
 
 def test_a_mirror_that_cannot_be_written_is_an_error_before_training(config, monkeypatch, bucket):
