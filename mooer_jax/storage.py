@@ -1,12 +1,14 @@
 """Files at local paths and at URLs of object stores (`s3://`, `gs://`), which fsspec opens.
 
-`file://` is the URL of a local path. A broken connection is retried. Credentials, endpoints and
-regions are those of the environment, as for the command-line tools of the store.
+`file://` is the URL of a local path. Schemes may be in capitals. A broken connection is retried; an
+error of a local file system, such as a full disk, is not. Credentials, endpoints and regions are
+those of the environment, as for the command-line tools of the store.
 """
 
 import argparse
 import collections
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -30,6 +32,9 @@ _BUFFER_BYTES = 2**18
 # installed.
 _PERMANENT = (PermissionError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "FileExpired")
+# Errors of the local disk, also in a transfer from or to an object store.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_DISK = (*_FULL, errno.EROFS)
 # What object stores call the version of a file; the first that a listing has.
 _VERSIONS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime", "created")
 
@@ -42,7 +47,7 @@ class Stat(NamedTuple):
 
 
 class RemoteError(ValueError):
-  """A URL could not be read or written.
+  """A URL could not be read or written, or not be copied to or from a local path.
 
   It is not an OSError, which readers of data take for a damaged file that may be skipped.
   """
@@ -60,11 +65,20 @@ def path_fault(path: str | os.PathLike) -> str:
   of that name in the current one.
   """
   text = os.fspath(path)
-  if is_url(text):
+  if re.match("file:/", text, re.IGNORECASE):
+    return "is a URL; write the local path without file://"
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # also the text of Path("s3://bucket/x")
     return "is a URL; name a local path, to which an object store may be mounted or copied"
   if text == "~" or text.startswith("~/"):
     return "starts with ~, which the shell has not expanded; write $HOME instead"
   return ""
+
+
+def local(path: str | os.PathLike, name: str) -> Path:
+  """The path in the argument `name`; raises ValueError if it is a URL or starts with ~."""
+  if fault := path_fault(path):
+    raise ValueError(f"{name}={os.fspath(path)}: {fault}")
+  return Path(path)
 
 
 def local_path(text: str) -> Path:
@@ -114,10 +128,13 @@ def is_folder(path: str | Path) -> bool:
 
 
 def _has_type(url: str | Path, kind: str) -> bool:
-  try:
-    return _call(str(url), lambda fs, at: fs.info(at))["type"] == kind
-  except FileNotFoundError:
-    return False
+  def type_of(fs, path) -> str:
+    try:
+      return fs.info(path)["type"]
+    except (FileNotFoundError, NotADirectoryError):  # the latter below a file
+      return ""
+
+  return _call(str(url), type_of) == kind
 
 
 def sizes(paths: Iterable[str]) -> dict[str, int]:
@@ -219,7 +236,12 @@ def upload(file: Path, url: str) -> None:
   def put(fs, path):
     if _is_local(fs):  # `put_file` needs the folder, and leaves a part if it is interrupted
       os.makedirs(os.path.dirname(path), exist_ok=True)
-      os.replace(shutil.copyfile(file, f"{path}.tmp"), path)
+      beside = f"{path}.tmp"
+      try:
+        os.replace(shutil.copyfile(file, beside), path)
+      finally:
+        with contextlib.suppress(OSError):
+          os.unlink(beside)  # of a copy that failed, as on a full disk
     else:
       fs.put_file(str(file), path, chunksize=BLOCK_BYTES)
 
@@ -229,7 +251,16 @@ def upload(file: Path, url: str) -> None:
 def download(url: str, file: Path) -> None:
   """Copies the file of a URL to a local path."""
   file.parent.mkdir(parents=True, exist_ok=True)
-  _call(url, lambda fs, at: fs.get_file(at, str(file)))
+
+  def get(fs, path):
+    try:
+      fs.get_file(path, str(file))
+    except OSError as error:
+      if error.errno in _OF_DISK and error.filename is None:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+      raise
+
+  _call(url, get)
 
 
 def delete(url: str) -> None:
@@ -293,7 +324,9 @@ def _call(url: str, function: Callable[[Any, str], T]) -> T:
 
 
 def _open_file_system(url: str) -> tuple[Any, str]:
-  if url.lower().startswith(("http://", "https://")):
+  scheme, mark, place = url.partition("://")
+  url = scheme.lower() + mark + place
+  if scheme.lower() in ("http", "https"):
     raise ValueError(
       f"{url}: is a URL of the web, whose folders cannot be listed; use s3:// or gs://, or copy it"
     )
@@ -335,6 +368,11 @@ def _attempt(url: str, function: Callable[[], T]) -> T:
       raise FileNotFoundError(f"{url}: no such file, folder or bucket") from error
     except Exception as error:  # back ends raise many types
       cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+      if isinstance(error, OSError) and _is_of_disk(url, error):
+        remedy = "free space" if error.errno in _FULL else "check its permissions and its mount"
+        raise RemoteError(
+          f"{url}: the local file system failed ({cause}); {remedy}, or choose another folder"
+        ) from error
       if isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES:
         raise RemoteError(
           f"{url}: access failed ({cause}); check the address, and the credentials of the"
@@ -348,3 +386,9 @@ def _attempt(url: str, function: Callable[[], T]) -> T:
       print(f"{url}: {cause}; next attempt in {wait_s} s", file=sys.stderr, flush=True)
       time.sleep(wait_s)
   raise AssertionError("the last attempt returns or raises")
+
+
+def _is_of_disk(url: str, error: OSError) -> bool:
+  """Whether an error is of a local file system; errors of stores have no name of a file."""
+  is_of_file = error.errno is not None and error.filename is not None
+  return url.lower().startswith("file:") or error.errno in _OF_DISK or is_of_file

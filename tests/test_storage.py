@@ -1,7 +1,9 @@
 """Files of object stores: an S3 server on loopback, and connections that break."""
 
+import errno
 import os
 import sys
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -79,6 +81,37 @@ def test_what_another_attempt_does_not_change_is_not_attempted_again(breaking):
   assert BreakingFileSystem.errors == [None]
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_an_error_of_a_local_file_system_is_no_broken_connection(tmp_path, monkeypatch, code):
+  """It is raised at once, with its reason, and leaves no part of the file."""
+  file, attempts = tmp_path / "a.bin", []
+  file.write_bytes(CONTENT)
+
+  def fail(source, to):
+    attempts.append(to)
+    Path(to).write_bytes(CONTENT[:1000])
+    raise OSError(code, os.strerror(code), to)
+
+  monkeypatch.setattr(storage.shutil, "copyfile", fail)
+  remedy = "free space" if code in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
+  with pytest.raises(storage.RemoteError) as caught:
+    storage.upload(file, f"file://{tmp_path}/mirror/a.bin")
+  said = str(caught.value)
+  assert os.strerror(code) in said and f"{remedy}, " in said.replace(" and its mount", "")
+  assert f"{tmp_path}/mirror/a.bin: the local file system failed" in said
+  assert "connection" not in said and "credentials" not in said
+  assert len(attempts) == 1 and not list((tmp_path / "mirror").iterdir())
+
+
+def test_a_full_disk_in_a_download_is_no_broken_connection(breaking, tmp_path, capsys):
+  (tmp_path / "copy.bin").symlink_to("/dev/full")
+  with pytest.raises(
+    storage.RemoteError, match="a.bin: the local file .*No space .*copy.bin.*free"
+  ):
+    storage.download(breaking, tmp_path / "copy.bin")
+  assert "next attempt" not in capsys.readouterr().err
+
+
 def test_a_file_that_ends_early_is_a_broken_connection(breaking, monkeypatch):
   """Else a tar would look truncated, and the rest of it would be skipped."""
   size = BreakingFileSystem.info
@@ -89,6 +122,23 @@ def test_a_file_that_ends_early_is_a_broken_connection(breaking, monkeypatch):
   monkeypatch.setattr(BreakingFileSystem, "info", longer)
   with pytest.raises(storage.RemoteError, match="ends at byte 102400 of 102401"):
     storage.read_bytes(breaking)
+
+
+def test_schemes_in_capitals_are_those_in_small_letters(bucket, tmp_path):
+  file = tmp_path / "a.bin"
+  file.write_bytes(CONTENT)
+  for url in (f"{bucket}/capitals", f"file://{tmp_path}/capitals"):
+    scheme, _, place = url.partition("://")
+    shouted = f"{scheme.upper()}://{place}"
+    storage.upload(file, f"{shouted}/x/a.bin")
+    assert storage.read_bytes(f"{url}/x/a.bin") == storage.read_bytes(f"{shouted}/x/a.bin")
+    assert storage.stats([f"{shouted}/x/a.bin"]).keys() == {f"{shouted}/x/a.bin"}
+    assert storage.walk(shouted).keys() == {f"{shouted}/x/a.bin"}
+    assert storage.file_names(shouted) == ["x"] and storage.is_folder(shouted)
+    storage.delete(shouted)
+    assert not storage.is_file(f"{url}/x/a.bin")
+  with pytest.raises(ValueError, match="three slashes"):
+    storage.read_bytes("FILE://tmp/data.list")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +167,49 @@ def test_join(folder, name, joined):
 def test_a_url_that_cannot_be_read_is_refused(url, message):
   with pytest.raises(ValueError, match=message):
     storage.read_bytes(url)
+
+
+def outputs_to(path):
+  """Calls of the functions that write to a path, by name."""
+  import numpy as np
+
+  from convert.core.folders import check_target, complete_folder
+  from mooer_jax.checkpoint import start_save
+  from mooer_jax.data.feature_cache import EncodedCache
+  from mooer_jax.data.pack import pack
+  from mooer_jax.data.prepare import prepare
+  from mooer_jax.data.stats import Stats, draw_lengths
+  from mooer_jax.evaluation.report import write_report
+  from mooer_jax.evaluation.text_files import write_text
+  from mooer_jax.projects.salmonn.suite import run_suite
+  from mooer_jax.run.process import check_profile
+
+  saved = {"params": {"w": np.ones(1)}, "config_json": {}, "tokenizer": ".", "generation": {}}
+  return {
+    "pack": lambda: pack("wav.scp", "text", path),
+    "prepare": lambda: prepare("data.list", path),
+    "draw_lengths": lambda: draw_lengths(Stats(), [], path, step_s=0.06),
+    "cache": lambda: EncodedCache(path, {"beats": 4}),
+    "save": lambda: start_save(path, **saved),
+    "write_report": lambda: write_report(path, None, name="test"),
+    "write_text": lambda: write_text(path, {"a": "b"}),
+    "suite": lambda: run_suite(".", path, lambda _: {}),
+    "check_profile": lambda: check_profile(path),
+    "check_target": lambda: check_target(Path(path), overwrite=True),
+    "complete_folder": lambda: complete_folder(Path(path)).__enter__(),
+  }
+
+
+@pytest.mark.parametrize(
+  "url, remedy", [("file:///x", "write the local path without"), ("s3://b/x", "name a local path")]
+)
+def test_a_url_that_results_cannot_be_written_to_is_refused(url, remedy, tmp_path, monkeypatch):
+  """`Path` makes a relative path of it, and the results would be in a folder of that name."""
+  monkeypatch.chdir(tmp_path)
+  for name, write in outputs_to(url).items():
+    with pytest.raises(ValueError, match=f"{url.replace('//', '/*')}: is a URL; {remedy}"):
+      write()
+    assert not list(tmp_path.iterdir()), name
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])

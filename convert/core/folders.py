@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from mooer_jax import tree
+from mooer_jax import storage, tree
 from mooer_jax.checkpoint import Checkpoint, SaveError, put_in_place, save
 from mooer_jax.config import SpeechLLMConfig, differences, frontend_from_json, part_from_json
 from mooer_jax.decoders.llm import LLMConfig
@@ -33,9 +33,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def complete_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
   """Yields a folder to write into, which becomes `out` if the block succeeds.
 
-  Raises FileExistsError if `out` exists without `overwrite`, or has files that are not rewritten.
+  Raises FileExistsError if `out` exists without `overwrite`, or has files that are not rewritten;
+  ValueError if it is a URL.
   """
-  out = out.absolute()
+  out = storage.local(out, "out").absolute()
 
   def check():
     if out.exists() and not overwrite:
@@ -77,8 +78,11 @@ def check_apart(out: Path, sources: Iterable[Path | None]) -> None:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-  """Raises FileExistsError unless `out` is absent, or a checkpoint or empty folder to replace."""
-  if not out.exists():
+  """Raises FileExistsError unless `out` is absent, or a checkpoint or empty folder to replace.
+
+  Raises ValueError if it is a URL.
+  """
+  if not storage.local(out, "out").exists():
     return
   if not overwrite:
     raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")

@@ -50,17 +50,15 @@ def locate(path: str | Path) -> str:
     if storage.is_file(f"{url}/{MANIFEST}"):
       return url
     if not (steps := copies(url)):
-      raise FileNotFoundError(
-        f"{url}: neither a checkpoint (no {MANIFEST}) nor a run's folder (no step_*/{MANIFEST})"
+      raise _not_found(
+        url, f"neither a checkpoint (no {MANIFEST}) nor a run's folder (no step_*/{MANIFEST})"
       )
     return f"{url}/{steps[-1]}"
   if fault := storage.path_fault(path):
     raise ValueError(f"{path}: {fault}")
   folder = Path(path)
-  if folder.is_file():
-    raise FileNotFoundError(f"{path}: is a file; name the folder of a checkpoint or of a run")
   if not folder.is_dir():
-    raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+    raise _not_found(folder, "no such checkpoint folder")
   if is_checkpoint(folder):
     return str(folder)
   newest = latest(folder)
@@ -69,6 +67,12 @@ def locate(path: str | Path) -> str:
       f"{folder}: neither a checkpoint (no config.json) nor a run's folder (no step_*)"
     )
   return str(newest)
+
+
+def _not_found(path: str | Path, fault: str) -> FileNotFoundError:
+  if storage.is_file(path):
+    fault = "is a file; name the folder of a checkpoint or of a run"
+  return FileNotFoundError(f"{path}: {fault}")
 
 
 def copies(url: str) -> list[str]:
@@ -98,7 +102,7 @@ def local_folder(path: str | Path) -> Path:
   url = storage.trim(str(path))
   found = {name.removeprefix(f"{url}/"): of for name, of in storage.walk(url).items()}
   if MANIFEST not in found:
-    raise FileNotFoundError(f"{url}: no such checkpoint (no {MANIFEST})")
+    raise _not_found(url, f"no such checkpoint (no {MANIFEST})")
   found = {name: of for name, of in found.items() if not name.startswith(_NOT_COPIED)}
   if outside := [name for name in found if ".." in name.split("/")]:
     raise CheckpointError(f"{url} has a file {outside[0]!r}, which would be outside of its copy")

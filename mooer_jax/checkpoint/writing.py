@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mooer_jax import files, hosts, tree
+from mooer_jax import files, hosts, storage, tree
 from mooer_jax.checkpoint import arrays
 from mooer_jax.checkpoint.leaves import SaveError
 from mooer_jax.checkpoint.manifest import FORMAT
@@ -62,12 +62,12 @@ def start_save(
 
   Raises:
     FileExistsError: if the folder exists and overwrite is False.
-    ValueError: if params are stacked, or the folder is that of the base.
+    ValueError: if params are stacked, or the folder is a URL or that of the base.
     SaveError: if saving fails (disk full, no permission), also by the future; existing checkpoints
       are unchanged, and no partial files remain, unless another process has failed: these are
       deleted by the next save.
   """
-  folder = Path(folder).absolute()
+  folder = storage.local(folder, "folder").absolute()
   if folder.exists() and not overwrite:
     raise FileExistsError(f"{folder} exists; choose another folder or pass overwrite=True")
   leaves = tree.flatten(params)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mooer_jax import storage
 from mooer_jax.data.readers.entries import RawUtterance
 
 DTYPE = np.float16
@@ -37,7 +38,7 @@ class EncodedCache:
 
     `widths` are the values per frame by name of the encoder.
     """
-    self.folder, self.widths = Path(folder), dict(widths)
+    self.folder, self.widths = storage.local(folder, "folder"), dict(widths)
     # By digest: the first frames and numbers of frames of the encoders, and the length in seconds.
     self.clips: dict[str, tuple[Sequence[int], Sequence[int], float]] = {}
     self._ends = (0,) * len(self.widths)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
+from mooer_jax import storage
 from mooer_jax.audio.decode import AudioError, decode, read_file
 from mooer_jax.data.readers.entries import SPACE
 from mooer_jax.data.readers.segments import segment_slice
@@ -95,10 +96,10 @@ def pack(
   Raises:
     FileNotFoundError: if a list does not exist.
     FileExistsError: if `out` has something in it.
-    ValueError: for a malformed list, an option out of range, nothing to pack, or if another
-      process packs to `out`.
+    ValueError: for a malformed list, an option out of range, nothing to pack, an `out` that is a
+      URL, or if another process packs to it.
   """
-  out = Path(out)
+  out = storage.local(out, "out")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out}: exists already; remove it or choose another --out")
   for name, value, least in (

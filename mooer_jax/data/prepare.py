@@ -66,9 +66,10 @@ def prepare(
   Raises:
     FileExistsError: if `out` has something in it.
     FileNotFoundError, ValueError: for a source without data, options that exclude each other,
-      another source than that of the interrupted run, or if another process prepares `out`.
+      another source than that of the interrupted run, an `out` that is a URL, or if another
+      process prepares it.
   """
-  source, out = storage.absolute(source), Path(os.path.abspath(out))
+  source, out = storage.absolute(source), Path(os.path.abspath(storage.local(out, "out")))
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out}: exists already; remove it or choose another --out")
   for name, value in (("files", files), ("processes", processes)):

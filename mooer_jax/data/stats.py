@@ -264,7 +264,8 @@ def padding_share(stats: Stats, buckets: list[int], *, step_s: float) -> float:
 
 
 def draw_lengths(stats: Stats, buckets: list[int], path: Path, *, step_s: float) -> None:
-  """Draws the histogram of lengths, with the buckets."""
+  """Draws the histogram of lengths, with the buckets, into a local file."""
+  path = storage.local(path, "path")
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 3.4), layout="constrained")

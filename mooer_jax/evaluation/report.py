@@ -10,6 +10,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
+from mooer_jax import storage
 from mooer_jax.evaluation.alignment import Counts, Pair, mark
 from mooer_jax.evaluation.error_rate import METRICS, Score, Utterance
 from mooer_jax.files import replace_file, write_json
@@ -31,9 +32,11 @@ def write_report(
     details: other values to record (checkpoint, speed, ...), JSON values by name.
 
   Raises:
-    ValueError: if `details` has values that are not JSON, such as NaN and infinity.
+    ValueError: if `details` has values that are not JSON, such as NaN and infinity, or the folder
+      is a URL.
   """
-  json_path, text_path = Path(folder) / "report.json", Path(folder) / "report.txt"
+  folder = storage.local(folder, "folder")
+  json_path, text_path = folder / "report.json", folder / "report.txt"
   try:
     write_json(json_path, as_dict(score, name=name, details=details), allow_nan=False)
   except (TypeError, ValueError) as error:

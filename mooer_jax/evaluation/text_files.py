@@ -49,8 +49,9 @@ def write_text(path: str | Path, texts: Mapping[str, str]) -> None:
   """Writes transcripts by key for `read_text`; the folder is created, the file replaced.
 
   Raises:
-    ValueError: if a key is empty or contains white space.
+    ValueError: if a key is empty or contains white space, or the path is a URL.
   """
+  path = storage.local(path, "path")
   lines = []
   for key, text in texts.items():
     if not key.strip() or _BREAKS_KEY.search(key) or key.startswith("\ufeff"):

@@ -77,7 +77,10 @@ class TrainConfig:
   def __post_init__(self):
     _check_counts(self, "train", but="max_bad_steps")
     if self.mirror and not storage.is_url(self.mirror):
-      raise ValueError(f"train.mirror={self.mirror}: must be a URL, such as s3://bucket/runs/mooer")
+      raise ValueError(
+        f"train.mirror={self.mirror}: must be a URL, such as s3://bucket/runs/mooer or"
+        " file:///runs/mooer"
+      )
     if self.max_bad_steps < 0:
       raise ValueError(f"train.max_bad_steps={self.max_bad_steps}: must be at least 0")
     if self.max_loss_ratio and not 1 < self.max_loss_ratio < math.inf:

@@ -218,10 +218,8 @@ def check_profile(folder: str | os.PathLike | None) -> None:
   """Creates the folder of --trace; raises OSError (ValueError for a URL or ~) if it cannot be."""
   if folder is None:
     return
-  if fault := storage.path_fault(folder):
-    raise ValueError(f"--trace {os.fspath(folder)}: {fault}")
   try:
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    storage.local(folder, "--trace").mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise OSError(f"--trace {os.fspath(folder)}: {error.strerror}; name a folder") from error
 

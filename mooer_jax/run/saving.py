@@ -30,6 +30,9 @@ class Saver:
 
   All processes call its methods at the same steps. The end of the block waits for what is being
   saved. If the block has failed, an error of the save is only printed.
+
+  If a save fails in one process, the next call raises an error in all. Threads of the others may
+  wait for that process until they end, so nothing waits for these threads.
   """
 
   def __init__(
@@ -60,7 +63,7 @@ class Saver:
       isinstance(error, Exception) and not hosts.lost_process(error)
     ):
       if self._saving is not None and (problem := self._saving.exception()) is not None:
-        print(f"besides the error that ends the run: {problem}", file=sys.stderr)
+        _print_besides(problem)
     self._thread.shutdown(wait=False)
 
   def start(
@@ -77,14 +80,19 @@ class Saver:
     If there is a base, only the trained parameters and a pointer to it are saved.
 
     Raises:
-      SaveError, RemoteError: of the save before, for which this waits. The state is saved
-        nevertheless.
+      SaveError, RemoteError, OtherProcessError: of the save before, for which this waits. The state
+        is saved nevertheless, and all processes wait until it is.
     """
     options = {"frozen": frozen, "tokenizer": tokenizer, "base": base, "data_state": data_state}
     try:
       self.wait()
     except Exception:
+      self._thread = concurrent.futures.ThreadPoolExecutor(1)  # the one before may be waiting
       self._start(state, **options)
+      try:
+        self.wait()
+      except Exception as error:
+        _print_besides(error)
       raise
     self._start(state, **options)
 
@@ -136,3 +144,7 @@ class Saver:
     if self._mirror is not None:
       self._mirror.copy(folder)
     return folder
+
+
+def _print_besides(error: BaseException) -> None:
+  print(f"besides the error that ends the run: {error}", file=sys.stderr)

@@ -76,6 +76,20 @@ def test_a_url_without_a_checkpoint_is_named(url, tmp_path, found):
     checkpoint.describe(url)
 
 
+@pytest.mark.parametrize("scheme", ["", "file", "s3"])
+def test_a_file_in_place_of_a_folder_is_named(scheme, tmp_path, request):
+  folder = save(tmp_path / "base", params(1))
+  place = {"": str(folder), "file": f"file://{folder}"}.get(scheme)
+  place = place or upload(folder, request.getfixturevalue("url"))
+  with pytest.raises(
+    FileNotFoundError, match="checkpoint.json: is a file; name the folder of a ch"
+  ):
+    checkpoint.find(f"{place}/checkpoint.json")
+  if scheme:
+    with pytest.raises(FileNotFoundError, match="checkpoint.json: is a file; name the folder"):
+      checkpoint.describe(f"{place}/checkpoint.json")
+
+
 def test_an_interrupted_copy_resumes_with_the_files_that_it_lacks(
   url, tmp_path, downloads, monkeypatch
 ):

@@ -13,16 +13,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
-from mooer_jax import checkpoint, hosts, tree
+from mooer_jax import checkpoint
 from mooer_jax.run import start as start_of_runs
 from tests.run.conftest import CMVN_BATCHES, small_overrides
 from tests.run.programs import evaluate, perplexity, train
+from tests.run.runs import assert_close_run, assert_same_run, losses, rows
 
 STREAMS = "--config.data.streams=4"
 # A model with LoRA, and text after the speech, which perplexity needs.
@@ -102,21 +101,6 @@ def wait_for_step(workdir, step, run):
     time.sleep(0.05)
 
 
-def rows(workdir):
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
-def losses(workdir):
-  return [(row["step"], row["loss"]) for row in rows(workdir)]
-
-
-def assert_same_run(a, b):
-  assert losses(a) == losses(b)
-  ours, theirs = (tree.flatten(checkpoint.load(checkpoint.latest(x)).params) for x in (a, b))
-  for path, leaf in ours.items():
-    np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
-
-
 @pytest.mark.all_devices
 @pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(start, config, bucket, tmp_path, monkeypatch):
@@ -148,7 +132,7 @@ def test_two_processes_stop_together_and_one_goes_on(start, config, bucket, tmp_
   for workdir, config.train.mirror in ((one, ""), (two, mirror)):
     config.workdir = str(workdir)
     train(config)
-  assert_same_run(one, two)
+  assert_close_run(one, two)
   assert any("bad_steps" in row for row in rows(two)[:6])
   for ours, theirs in zip(rows(one), rows(two), strict=True):
     assert ours["audio_s"] == pytest.approx(theirs["audio_s"], abs=2e-3)  # float32 sums
@@ -256,7 +240,7 @@ def test_several_processes_share_the_feature_cache(start, trained, tmp_path, ann
     assert not any(statuses), outputs
     assert ("encoded" in outputs[0]) == (name == "two")
   assert [*(tmp_path / "cache").glob("*/process1/index.jsonl")]
-  assert_same_run(tmp_path / "one", tmp_path / "two")
+  assert_close_run(tmp_path / "one", tmp_path / "two")
   ours, theirs = (
     json.loads((tmp_path / name / "perplexity.json").read_text()) for name in ("one", "two")
   )
@@ -273,7 +257,7 @@ def test_a_run_goes_on_in_other_numbers_of_processes(start, tmp_path):
   ):  # fmt: skip
     outputs, statuses = ended(start(name, processes, f"--config.train.steps={steps}"))
     assert not any(statuses), outputs
-  assert_same_run(one, two)
+  assert_close_run(one, two)
 
 
 LOST = ("the connection to another process is lost", "another task died", "was killed")
@@ -363,7 +347,7 @@ def test_hosts_with_networks_of_their_own_train_as_one_process(start, tmp_path, 
   steps = checkpoint.step_of(checkpoint.latest(tmp_path / "two")) + 2
   for name in ("one", "two"):
     assert ended(start(name, 1, f"--config.train.steps={steps}"))[1] == [0]
-  assert_same_run(tmp_path / "one", tmp_path / "two")
+  assert_close_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.nightly
@@ -384,65 +368,30 @@ def test_data_that_are_bad_for_one_process_stop_all_and_are_recorded(start, tmp_
   assert {Path(row["shard"]).name for row in skipped} == {"s2.tar"}
 
 
-@pytest.mark.parametrize(
-  ("given", "message"),
-  [
-    (("localhost:1", 2, None), "--process_id is missing; give --coordinator, --num_processes"),
-    (("localhost:1", 2, 2), "--process_id=2 --num_processes=2: ids are from 0"),
-  ],
-)
-def test_incomplete_flags_are_refused(given, message):
-  with pytest.raises(ValueError, match=message):
-    hosts.initialize(*given)
+FULL_DISK = """import jax
+from mooer_jax.checkpoint import writing
+from mooer_jax.programs.train import main
+
+def start_write(trees, start=writing.arrays.start_write):
+  finish = start(trees)
+  fails = jax.process_index() == VICTIM and "00000002" in str([*trees])
+  return (lambda: open("/dev/full", "w").write("x" * 2**20)) if fails else finish
+
+writing.arrays.start_write = start_write
+main()
+"""
 
 
-def test_a_tensor_axis_over_several_hosts_is_refused():
-  of_host = [SimpleNamespace(process_index=host) for host in (0, 0, 1, 1)]
-
-  def mesh(*sizes):
-    devices = np.array(of_host, dtype=object).reshape(sizes)
-    return SimpleNamespace(devices=devices, local_devices=of_host[:2])
-
-  hosts.check_rows(mesh(2, 1, 2))
-  hosts.check_rows(mesh(1, 4, 1))
-  with pytest.raises(ValueError, match="mesh.tensor=4 reaches over several hosts.*a divisor of 2"):
-    hosts.check_rows(mesh(1, 1, 4))
-
-
-def test_launchers_are_recognised(monkeypatch):
-  assert hosts._detect({"JAX_PLATFORMS": "cpu"}) is None
-  step = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
-  assert hosts._detect(step) == ("slurm", 4)
-  assert hosts._detect({"OMPI_COMM_WORLD_SIZE": "2"}) == ("ompi", 2)
-  assert hosts._detect({"PMI_SIZE": "3"}) == ("mpi4py", 3)
-  with pytest.raises(ValueError, match="this process is none of them: start it with srun"):
-    hosts._detect({"SLURM_NTASKS": "4"})
-  job = {"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}
-  assert hosts._detect(job) == ("k8s", None)
-  monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"])
-  monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name)
-  assert hosts._detect(job) == ("", None)  # JAX knows a TPU slice in Kubernetes by itself
-  assert hosts._detect({**job, "JAX_PLATFORMS": "cpu"}) == ("k8s", None)
-
-
-def test_one_process_may_be_asked_for_and_a_missing_package_is_named(monkeypatch):
-  for name, value in (("KUBERNETES_SERVICE_HOST", "x"), ("JOB_COMPLETION_INDEX", "0")):
-    monkeypatch.setenv(name, value)
-  hosts.initialize(None, 1, None)
-  monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match="pip install kubernetes.*--num_processes=1 runs in one"):
-    hosts.initialize(None, None, None)
-
-
-@pytest.mark.parametrize(
-  ("coordinator", "message"),
-  [
-    ("localhost:1", "--coordinator=localhost:1 cannot be reached within 0 s.*start process 0"),
-    ("localhost", "--coordinator=localhost: write HOST:PORT"),
-    ("localhost:http", "--coordinator=localhost:http: write HOST:PORT"),
-  ],
-)
-def test_a_coordinator_that_does_not_answer_is_named(monkeypatch, coordinator, message):
-  monkeypatch.setattr(hosts, "CONNECT_S", 0)
-  with pytest.raises(ValueError, match=message):
-    hosts.initialize(coordinator, 2, 1)
+@pytest.mark.nightly
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_all_soon(start, tmp_path, victim):
+  """With its reason, after all have saved their last state."""
+  (tmp_path / "program.py").write_text(FULL_DISK.replace("VICTIM", str(victim)))
+  run = start("run", 2, "--config.train.steps=100000", program=str(tmp_path / "program.py"))
+  run[0].wait(300)
+  outputs, statuses = ended(run, seconds=5)  # less than hosts.HEARTBEAT_S
+  assert statuses == [2, 2], outputs
+  for n, output in enumerate(outputs):
+    assert "No space left on device" in output, output
+    assert (f"process {victim} failed: SaveError" in output) == (n != victim), output
+  assert checkpoint.step_of(checkpoint.latest(tmp_path / "run")) > 2

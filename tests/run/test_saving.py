@@ -1,34 +1,23 @@
 """Checkpoints that are saved, and copied to a mirror, while training goes on."""
 
 import concurrent.futures
+import contextlib
 import errno
-import json
+import re
 import threading
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tensorstore
 
-from mooer_jax import checkpoint, hosts, storage, tree
+from mooer_jax import checkpoint, hosts, storage
 from mooer_jax.checkpoint import SaveError, writing
 from mooer_jax.run import monitor
 from mooer_jax.run import train as training
 from mooer_jax.run.config import Run
 from tests.run.programs import train
-
-
-def rows(workdir):
-  return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def content(folder):
-  """All arrays of a checkpoint: parameters, optimizer state and the like, by path."""
-  saved = json.loads((folder / "checkpoint.json").read_text())["train_state"]
-  wanted = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in saved.items()}
-  state, positions = checkpoint.load_train_state(folder, tree.unflatten(wanted))
-  return {**tree.flatten(checkpoint.load(folder).params), **tree.flatten(state)}, positions
+from tests.run.runs import content, rows
 
 
 def test_steps_run_while_a_checkpoint_is_written_and_leave_it_as_it_was(config, monkeypatch):
@@ -63,20 +52,30 @@ def full_disk(*_, **__):
 
 
 def test_a_save_that_fails_ends_the_run_which_saves_its_last_state(config, monkeypatch):
+  """It ends as soon as the save of step 4 has failed, before that of step 8."""
   config.train.steps = 1000
-  hashed = writing.record
+  hashed, record, stop = writing.record, monitor.Monitor.record, threading.Event()
 
   def fail_once(folder):
     return hashed(folder) if "00000004" not in folder.name else full_disk()
 
+  def record_late(self, metrics, batch):
+    record(self, metrics, batch)
+    assert metrics["step"] < 5 or stop.wait(60)
+
   monkeypatch.setattr(writing, "record", fail_once)
+  monkeypatch.setattr(monitor.Monitor, "record", record_late)
+  monkeypatch.setattr(training, "stop_request", lambda: contextlib.nullcontext(stop))
   with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved .*No space"):
     train(config)
   newest = checkpoint.latest(config.workdir)
-  assert checkpoint.step_of(newest) == len(rows(config.workdir)) < 1000
+  assert 4 < checkpoint.step_of(newest) == len(rows(config.workdir)) < 8
   assert not list(Path(config.workdir).glob(".tmp-*"))
-  config.train.steps = checkpoint.step_of(newest) + 1
-  train(config)
+  stop.clear()
+  monkeypatch.setattr(monitor.Monitor, "record", record)
+  config.train.steps, config.train.max_to_keep = checkpoint.step_of(newest) + 1, 1
+  last = train(config)
+  assert checkpoint.all_steps(config.workdir) == [last]
   assert [row["step"] for row in rows(config.workdir)] == [*range(1, config.train.steps + 1)]
 
 
@@ -86,6 +85,17 @@ def test_the_last_save_of_a_run_may_fail_too(config, monkeypatch):
   with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved .*No space"):
     train(config)
   assert checkpoint.latest(config.workdir) is None
+
+
+def test_if_the_last_save_fails_after_another_one_the_first_error_is_raised(
+  config, monkeypatch, capsys
+):
+  config.train.steps = 1000
+  monkeypatch.setattr(writing, "record", full_disk)
+  with pytest.raises(SaveError, match="step_00000004: the checkpoint was not saved"):
+    train(config)
+  said = "besides the error that ends the run: .*step_0000000[5-8]: the checkpoint was not saved"
+  assert re.search(said, capsys.readouterr().err)
 
 
 def test_the_error_of_a_save_is_printed_if_another_one_ends_the_run(config, monkeypatch, capsys):
@@ -123,6 +133,9 @@ def test_a_copy_that_fails_ends_the_run_and_is_made_when_it_resumes(config, monk
   config.train.steps = checkpoint.step_of(newest)
   train(config)
   assert storage.is_file(f"{config.train.mirror}/{newest.name}/checkpoint.json")
+  config.train.steps += 1
+  last = train(config)
+  assert storage.is_file(f"{config.train.mirror}/{last.name}/checkpoint.json")
 
 
 def test_a_mirror_that_cannot_be_written_is_an_error_before_training(config, monkeypatch, bucket):
@@ -146,3 +159,25 @@ def test_waiting_ends_when_another_process_has_failed(monkeypatch):
   monkeypatch.setattr(hosts, "gather", lambda value: [value, [True, "SaveError: disk full"]])
   with pytest.raises(hosts.OtherProcessError, match="process 1 failed: SaveError: disk full"):
     hosts.wait_for(concurrent.futures.Future())
+
+
+def test_a_save_that_waits_for_a_process_that_failed_does_not_delay_the_end(config, monkeypatch):
+  """tests/run/test_processes.py has the same with two processes."""
+  hashed, failed, ended = writing.record, threading.Event(), []
+
+  def wait_for_the_other(folder):
+    if "00000004" in folder.name:
+      failed.wait(20)
+      ended.append(folder)
+    return hashed(folder)
+
+  def gather(value):
+    told = [True, None] if failed.is_set() or value[0] else [True, "SaveError: disk full"]
+    return [value, told]
+
+  monkeypatch.setattr(writing, "record", wait_for_the_other)
+  monkeypatch.setattr(hosts, "gather", gather)
+  with pytest.raises(hosts.OtherProcessError, match="process 1 failed: SaveError: disk full"):
+    train(config)
+  assert not ended and checkpoint.step_of(checkpoint.latest(config.workdir)) == 8
+  failed.set()

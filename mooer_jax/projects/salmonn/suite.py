@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mooer_jax import checkpoint, hosts
+from mooer_jax import checkpoint, hosts, storage
 from mooer_jax.config import to_json
 from mooer_jax.data.readers.annotation import entry_key, read_annotation
 from mooer_jax.evaluation.text_files import read_text, write_text
@@ -56,7 +56,7 @@ def run_suite(
     ValueError: if it contains none of the files; if a file is invalid; if `out` contains answers
       with another identity or annotation, or scores without their answers.
   """
-  annotations, out = Path(annotations), Path(out)
+  annotations, out = Path(annotations), storage.local(out, "out")
   if not annotations.is_dir():
     raise FileNotFoundError(f"{annotations}: no such folder of annotation files")
   there = [row for row in ROWS if (annotations / row.file).is_file()]
