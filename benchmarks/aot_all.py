@@ -59,6 +59,11 @@ PLANS: dict[str, tuple[str, ...]] = {
     MOOER, "--topology=v5p:8x8x8", *mesh(data=512, fsdp=1), *rows(2048), ONE_MICRO_BATCH,
   ),
   "salmonn_7b_v5e_4x4": ("--config=configs/salmonn.py:7b,1", "--topology=v5e:4x4"),
+  "mooer_omni_v5e_4x4": ("--config=configs/mooer_omni.py:3", "--topology=v5e:4x4"),
+  "decode_mooer_omni_v5e_2x2": (
+    "--program=decode", "--config=configs/mooer_omni.py:3", "--topology=v5e:2x2",
+    *mesh(fsdp=1, tensor=4), "--num_beams=4",
+  ),
   "decode_mooer_7b_v5e_2x2": (
     "--program=decode", MOOER, "--topology=v5e:2x2", *mesh(fsdp=1, tensor=4), "--num_beams=4",
   ),

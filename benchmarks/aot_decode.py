@@ -17,6 +17,7 @@ from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.batches import Batcher
 from mooer_jax.generation import generate
 from mooer_jax.generation.loading import merge_options
+from mooer_jax.prompts import SPEECH_TASKS
 from mooer_jax.run.config import Run
 from mooer_jax.run.decoding import eval_data
 from mooer_jax.sharding import (
@@ -34,8 +35,9 @@ EOS = (0,)  # any token; the config has no tokenizer
 def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | None = None) -> dict:
   """Compile `generate` as `eval.py` would run it, for a batch of the longest clips.
 
-  Prefill and decode loop are one program. `prompt` is the number of text tokens in the prompt,
-  `num_beams` overrides that of the config. Returns the content of the JSON file.
+  Prefill and decode loop are one program. A model with tasks of speech returns the hidden states of
+  the tokens, for a vocoder. `prompt` is the number of text tokens in the prompt, `num_beams`
+  overrides that of the config. Returns the content of the JSON file.
   """
   devices = topology_devices(topology)
   mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
@@ -44,7 +46,11 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
   model = run.model.replace(compute=compute, decoder=decoder)
   given = run.generation if num_beams is None else {**run.generation, "num_beams": num_beams}
   options = merge_options({}, given)
-  options = dataclasses.replace(options, eos_token_id=options.eos_token_id or EOS)
+  options = dataclasses.replace(
+    options,
+    eos_token_id=options.eos_token_id or EOS,
+    return_hidden=any(task in SPEECH_TASKS for task, _ in model.prompts),
+  )
   params, batch = abstract_params(model, mesh), abstract_batch(run, model, prompt, mesh)
 
   start = time.perf_counter()
@@ -54,8 +60,9 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
   compiled_at = time.perf_counter()
   rows, kind = batch.frames[0].shape[0], devices[0].device_kind
   tokens = speech_llm.prompt_slots(batch, model) - prompt
-  # The last token is not read, except for its hidden state (`return_hidden`, which eval.py lacks).
-  slots = tokens + prompt + options.width * max(options.max_new_tokens - 1, 1)
+  # The last token is not read, except for its hidden state.
+  read = options.max_new_tokens - (0 if options.return_hidden else 1)
+  slots = tokens + prompt + options.width * max(read, 1)
   memory = memory_of(compiled)
   return {
     "topology": topology,
@@ -72,6 +79,7 @@ def compile_decode(run: Run, topology: str, *, prompt: int, num_beams: int | Non
       "prompt_tokens": prompt,
       "num_beams": options.num_beams,
       "max_new_tokens": options.max_new_tokens,
+      "return_hidden": options.return_hidden,
       "cache_slots": slots,
     },
     "parameters": sum(leaf.size for leaf in tree.flatten(params).values()),
