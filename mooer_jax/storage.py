@@ -239,9 +239,9 @@ def upload(file: Path, url: str) -> None:
       beside = f"{path}.tmp"
       try:
         os.replace(shutil.copyfile(file, beside), path)
-      finally:
-        with contextlib.suppress(OSError):
-          os.unlink(beside)  # of a copy that failed, as on a full disk
+      except OSError:  # as on a full disk
+        Path(beside).unlink(missing_ok=True)
+        raise
     else:
       fs.put_file(str(file), path, chunksize=BLOCK_BYTES)
 

@@ -63,8 +63,7 @@ def assert_close_run(a, b):
   ours, theirs = rows(a), rows(b)
   assert [row["step"] for row in ours] == [row["step"] for row in theirs]
   b1, b2 = BETAS
-  of_update = (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)) * math.sqrt(1 - b2) / (1 - b1)
-  of_weights = 2 * of_update * sum(row["lr"] for row in theirs)
+  of_weights = 2 / math.sqrt(1 - b1**2 / b2) * sum(row["lr"] for row in theirs)
   ours, theirs = ([row["loss"] for row in of] for of in (ours, theirs))
   assert_within(np.array(ours), np.array(theirs), 1e-5 * np.array(theirs))
   ours, theirs = newest(a), newest(b)
