@@ -12,6 +12,7 @@ from configs import vocoder
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.utterances import BadDataError
+from mooer_jax.generation.loading import load_speech
 from mooer_jax.run.config import Run
 from mooer_jax.run.start import check_objective, read_tokenizer
 from tests import tiny
@@ -84,6 +85,7 @@ def test_a_run_resumes_bit_for_bit_beside_its_base(config, tmp_path):
   assert about.base == Path(config.init_from)
   assert {path.partition("/")[0] for path in about.trained} == {"vocoder", "speaker"}
   checkpoint.check_leaves(about, speech_llm.param_shapes(Run.read(config).model))
+  assert set(load_speech(folders["whole"]).params) == {"vocoder", "speaker"}
   one, other = (tree.flatten(checkpoint.load(folder).params) for folder in folders.values())
   for path, leaf in one.items():
     np.testing.assert_array_equal(leaf, other[path], err_msg=path)

@@ -192,6 +192,14 @@ def test_linear_warmup_with_each_decay(decay, half, end):
   assert_within(values, [0, 0.5, 1, half, end], rounding(OPERATIONS))
 
 
+def test_exponential_decay_falls_by_equal_shares_to_its_end():
+  lr = schedule(
+    peak_lr=2.0, end_lr=0.5, warmup="linear", warmup_steps=10, total_steps=110, decay="exponential"
+  )
+  values = [float(lr(step)) for step in (5, 10, 60, 110, 200)]
+  assert_within(values, [1, 2, 1, 0.5, 0.5], rounding(OPERATIONS, 2))
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 1, 2])
 @pytest.mark.parametrize("warmup", ["log", "linear"])
 def test_tiny_warmups_reach_the_peak(warmup, warmup_steps):
@@ -208,6 +216,7 @@ def test_a_traced_step_gives_the_same_rate():
   [
     ({"warmup": "cubic"}, "warmup='cubic'"),
     ({"decay": "step"}, "decay='step'"),
+    ({"decay": "exponential"}, "end_lr=0 is never reached .* set optimizer.end_lr above 0"),
     ({"warmup_steps": -1}, "warmup_steps=-1"),
     ({"total_steps": 1000}, "total_steps=1000 leaves no room"),
   ],
