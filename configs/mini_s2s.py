@@ -23,7 +23,7 @@ PROMPTS = {
   "s2s_chat": "<|answer|>",
   "say": "<TextHere><|say|>",
 }
-STEPS = dict(asr=2000, speech=2000, vocoder=6000)
+STEPS = dict(asr=2000, speech=2000, vocoder=4000)
 INIT_FROM = dict(speech="asr", vocoder="speech")
 
 
@@ -127,6 +127,7 @@ def _train_vocoder(config, shards: str, labels: str) -> None:
   config.data.target_s = 0.4
   config.data.voice_s = 2.0
   config.data.batch_size = 8
+  config.vocoder_training.discriminators = dict(width=8, periods=(2, 3, 5, 7), scales=2)
   config.vocoder_training.mel_window = 512
   config.vocoder_training.mel_hop = 128
   config.optimizer.peak_lr = 5e-4
