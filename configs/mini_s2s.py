@@ -65,7 +65,7 @@ def get_config(stage: str = "speech"):
   if stage == "asr":
     config.trainable = ("encoders/.*", *config.trainable)
     config.data.mixture = {
-      name: dict(shards=f"{shards}/{name}/data.list", weight=weight)
+      name: dict(shards=f"{shards}/{name}-train/data.list", weight=weight)
       for name, weight in (("trans", 0.5), ("sums", 0.3), ("english", 0.2))
     }
   else:
@@ -74,7 +74,10 @@ def get_config(stage: str = "speech"):
     config.data.answer_buckets = (80, 128)  # with audio tokens of 40 ms
     config.data.mixture = {
       name: dict(
-        shards=f"{shards}/{name}/data.list", weight=weight, task=task, labels=f"{labels}/{name}"
+        shards=f"{shards}/{name}-train/data.list",
+        weight=weight,
+        task=task,
+        labels=f"{labels}/{name}",
       )
       for name, task, weight in (("trans", "s2s_trans", 0.45), ("sums", "s2s_chat", 0.35))
     }
@@ -120,7 +123,7 @@ def _train_vocoder(config, shards: str, labels: str) -> None:
     drop_last=2,
   )  # fmt: skip
   del config.data.mixture
-  config.data.shards = f"{shards}/trans/data.list"
+  config.data.shards = f"{shards}/trans-train/data.list"
   config.data.labels = f"{labels}/trans"
   config.data.target_audio = "out/mini-s2s/data/trans/train/targets"
   config.data.task = "s2s_trans"

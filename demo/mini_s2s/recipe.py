@@ -86,7 +86,7 @@ def run(recipe: Recipe, *, mirror: str = "") -> dict[str, Any]:
     files=imported_sources("mooer_jax/data/pack.py"),
   )  # fmt: skip
   _train(stages, recipe, "asr")
-  asr, english = checkpoint.find(recipe.path("asr")), shards / "english" / "data.list"
+  asr, english = checkpoint.find(recipe.path("asr")), shards / "english-train" / "data.list"
   stages.run(
     "units", lambda: call(
       MOOER_JAX, "units", "fit", english, f"--checkpoint={asr}", f"--out={units}",
@@ -94,17 +94,26 @@ def run(recipe: Recipe, *, mirror: str = "") -> dict[str, Any]:
       "--sample-rate-hz=16000",
     ), makes=units,
   )  # fmt: skip
-  stages.run("labels", lambda: _label(data, english, asr, units, labels), makes=labels)
+  stages.run("labels", lambda: _label(data, shards, asr, units, labels), makes=labels)
   _train(stages, recipe, "speech")
   _train(stages, recipe, "vocoder")
+  ideal = out / "real-tokens"
   voice = data / "prompts" / "train" / "wav" / f"{TARGET}-{VOICE}.flac"
   spoken = out / "spoken"
   stages.run("speaking", lambda: _speak(recipe, data, voice, spoken), makes=spoken, resumable=True)
+  stages.run(
+    "real tokens", lambda: _resynthesize(recipe, data, labels, voice, ideal), makes=ideal,
+    after="training, vocoder",
+  )  # fmt: skip
   scores = {}
   for task in TASKS:
     real = out / "real" / task
     _copy_targets(data / task / "test" / "targets", real)
-    for name, folder in ((task, spoken / task), (f"{task}, real speech", real)):
+    for name, folder in (
+      (task, spoken / task),
+      (f"{task}, real tokens through the vocoder", ideal / task),
+      (f"{task}, real speech", real),
+    ):
       scores[name] = _score(recipe, folder, data / task / "test" / "labels", voice, whisper)
     _show_samples(data / task / "test", spoken / task, real, out / "samples")
   report = {"goal_wer": GOAL_WER, "scores": scores, "other_voices": _other_voices(data, voice)}
@@ -114,8 +123,8 @@ def run(recipe: Recipe, *, mirror: str = "") -> dict[str, Any]:
 
 
 def _pack(data: Path, shards: Path) -> None:
-  for name in ("trans", "sums", "english"):
-    source = data / name / "train"
+  for name in ("trans-train", "sums-train", "english-train", "english-test"):
+    source = data / Path(*name.split("-"))
     call(
       MOOER_JAX, "pack", f"--wav-scp={source / 'wav.scp'}", f"--text={source / 'text'}",
       f"--out={shards / name}", "--per-shard=300", "--no-normalize",
@@ -135,15 +144,25 @@ def _train(stages: Stages, recipe: Recipe, stage: str) -> None:
   )  # fmt: skip
 
 
-def _label(data: Path, english: Path, asr: Path, units: Path, labels: Path) -> None:
+def _label(data: Path, shards: Path, asr: Path, units: Path, labels: Path) -> None:
   """Write the answers with audio tokens: those of the English waveforms, then of the inputs."""
-  labels.mkdir(parents=True)
-  call(MOOER_JAX, "units", "encode", english, f"--checkpoint={asr}", f"--units={units}",
-       f"--out={labels / 'english'}")  # fmt: skip
-  answers = read_text(labels / "english")
-  for task in TASKS:
-    targets = read_text(data / task / "train" / "targets")
-    write_text(labels / task, {key: answers[Path(path).stem] for key, path in targets.items()})
+  for split, folder in (("train", labels), ("test", labels / "test")):
+    folder.mkdir(parents=True)
+    call(MOOER_JAX, "units", "encode", shards / f"english-{split}" / "data.list",
+         f"--checkpoint={asr}", f"--units={units}", f"--out={folder / 'english'}")  # fmt: skip
+    answers = read_text(folder / "english")
+    for task in TASKS:
+      targets = read_text(data / task / split / "targets")
+      write_text(folder / task, {key: answers[Path(path).stem] for key, path in targets.items()})
+
+
+def _resynthesize(recipe: Recipe, data: Path, labels: Path, voice: Path, ideal: Path) -> None:
+  for task, name in TASKS.items():
+    _module(
+      "demo.mini_s2s.resynthesize", f"--checkpoint={recipe.path('vocoder')}", f"--task={name}",
+      f"--wav-scp={data / task / 'test' / 'wav.scp'}", f"--labels={labels / 'test' / task}",
+      f"--voice={voice}", f"--out={ideal / task}",
+    )  # fmt: skip
 
 
 def _speak(recipe: Recipe, data: Path, voice: Path, spoken: Path) -> None:

@@ -3,6 +3,7 @@
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,8 @@ from demo.mini_s2s.numbers import NUMBERS, Utterance, prompts_of, sequence, sequ
 from demo.mini_s2s.recipe import FULL, QUICK, failures
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.run.config import Run
+from mooer_jax.speech_llm import param_shapes
+from mooer_jax.vocoders import PARTS
 
 # Prompts of whole numbers, as in the packages: es has all below 30, it those with an elision.
 RECORDED = {
@@ -174,7 +177,7 @@ def test_prompts_that_numbers_are_made_of_are_not_held_out():
   assert not any(corpus.is_held_out(f"digits/{n}") for n in NUMBERS)
 
 
-@pytest.mark.parametrize("stage", ["asr", "speech"])
+@pytest.mark.parametrize("stage", mini_s2s.STEPS)
 def test_a_stage_is_read(stage):
   config = mini_s2s.get_config(stage)
   run = Run.read(config)
@@ -182,15 +185,23 @@ def test_a_stage_is_read(stage):
   assert tasks <= {*dict(run.model.prompts)}
   assert len(config.characters) + len(config.specials) <= run.model.decoder.vocab_size
   assert len({*config.characters}) == len(config.characters)
+  if stage == "vocoder":
+    speech = run.model.speech_output
+    assert speech.vocoder.samples_per_frame == TOKEN_SAMPLES
+    assert speech.start_token in config.specials
+    shapes = param_shapes(run.model)
+    sizes = [leaf.size for part in PARTS for leaf in jax.tree.leaves(shapes[part])]
+    assert sum(sizes) <= 2_000_000
 
 
 def test_the_quick_recipe_stays_apart():
-  for stage in ("asr", "speech"):
+  for stage in mini_s2s.STEPS:
     words = QUICK.settings(stage)
     assert "--config.train.steps=40" in words
     assert not any("out/mini-s2s/" in word for word in words)
     moved = {w.partition("=")[0] for w in words if "out/mini-s2s-quick/" in w}
-    assert {"--config.workdir", "--config.data.mixture.trans.shards"} <= moved
+    shards = "data.shards" if stage == "vocoder" else "data.mixture.trans.shards"
+    assert {"--config.workdir", f"--config.{shards}"} <= moved
   assert FULL.settings("asr") == ["--config=configs/mini_s2s.py:asr"]
 
 
