@@ -112,7 +112,9 @@ def test_the_command_prints_writes_and_draws(mixed, tmp_path, capsys):
   ("arguments", "message"),
   [
     (["nowhere"], "nowhere: no such list"),
+    (["a.tar"], "a.tar: is a tar; name its folder, or a list with its path on a line"),
     (["{list}", "--filter", "f()"], "data.filter='f()'"),
+    (["{list}", "--filter", "a =="], "data.filter='a ==': invalid syntax; write fields"),
     (["{list}", "--max-s", "nan"], "--max-s nan: must be above 0"),
     (["{list}", "--buckets", "0"], "--buckets 0: must be above 0"),
     (["{list}", "--json", "{list}"], "data.list exists; name another file"),
