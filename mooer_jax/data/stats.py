@@ -12,7 +12,7 @@ from mooer_jax import storage
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.filters import Filter
 from mooer_jax.data.labels import Labels
-from mooer_jax.data.readers import read, shard_names
+from mooer_jax.data.readers import file_of, read, shard_names
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.workers import run_in_processes
 
@@ -100,7 +100,7 @@ def describe(stats: Stats, *, max_s: float) -> list[str]:
     for cause, _ in stats.skipped.most_common():
       one = stats.examples[cause]
       detail = f": {one.detail}" if one.detail else ""
-      lines.append(f"  {cause}: for example {one.key or 'no key'} in {one.shard}{detail}")
+      lines.append(f"  {cause}: for example {one.key or 'no key'} in {file_of(one.shard)}{detail}")
   if not stats.lengths:
     return lines
   if stats.speakers:
