@@ -196,7 +196,7 @@ def _data_stats(args) -> int:
   step_s = args.step_ms / 1000
   buckets = stats.suggest_buckets(found, count=args.buckets, step_s=step_s, max_s=args.max_s)
   padding = stats.padding_share(found, buckets, step_s=step_s)
-  print("\n".join(stats.describe(found)))
+  print("\n".join(stats.describe(found, max_s=args.max_s)))
   if found.utterances:
     print(f"data.buckets = {(*buckets,)}  # {padding:.1%} padding, clips up to {args.max_s:g} s")
   if args.png and found.utterances:

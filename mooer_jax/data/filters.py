@@ -51,7 +51,9 @@ class Filter:
   def _tree(self) -> ast.expr:
     try:
       return ast.parse(self.text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except SyntaxError as error:
+      raise ValueError(f"{self}: {error.msg}; write {_ALLOWED}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
       raise ValueError(f"{self}: {error}; write {_ALLOWED}") from error
 
   def __str__(self) -> str:

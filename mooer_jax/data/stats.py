@@ -12,7 +12,7 @@ from mooer_jax import storage
 from mooer_jax.audio.decode import AudioError, decode
 from mooer_jax.data.filters import Filter
 from mooer_jax.data.labels import Labels
-from mooer_jax.data.readers import read, shard_names
+from mooer_jax.data.readers import file_of, read, shard_names
 from mooer_jax.data.readers.entries import RawUtterance, SkippedUtterance
 from mooer_jax.data.workers import run_in_processes
 
@@ -29,6 +29,7 @@ class Stats:
     texts: number of utterances without audio, which only tasks that take text can use.
     lengths_by: {field: {value: sum of lengths}} for the fields "language" and "task".
     skipped: number of utterances that cannot be used, by cause.
+    examples: the first of them, by cause.
     left_out: number of utterances that the filter does not accept.
     speakers: values of the field "speaker".
   """
@@ -38,6 +39,7 @@ class Stats:
   lengths_by: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
   texts: int = 0
   skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+  examples: dict[str, SkippedUtterance] = dataclasses.field(default_factory=dict)
   left_out: int = 0
   speakers: set[str] = dataclasses.field(default_factory=set)
 
@@ -54,6 +56,7 @@ class Stats:
     self.lengths += other.lengths
     self.texts += other.texts
     self.skipped += other.skipped
+    self.examples = {**other.examples, **self.examples}
     self.left_out += other.left_out
     self.speakers |= other.speakers
     for field, lengths in other.lengths_by.items():
@@ -82,8 +85,8 @@ class Stats:
     }
 
 
-def describe(stats: Stats) -> list[str]:
-  """Lines of text about a data set, with its lengths as a bar chart."""
+def describe(stats: Stats, *, max_s: float) -> list[str]:
+  """Lines of text about a data set, with its lengths as a bar chart; `max_s` as `data.max_s`."""
   lines = [
     f"{stats.utterances:,} utterances, {stats.seconds / 3600:,.2f} hours in {stats.shards:,} shards"
   ]
@@ -94,6 +97,10 @@ def describe(stats: Stats) -> list[str]:
   if stats.skipped:
     counts = ", ".join(f"{cause} {number:,}" for cause, number in stats.skipped.most_common())
     lines.append(f"cannot be used: {stats.skipped.total():,} utterances ({counts})")
+    for cause, _ in stats.skipped.most_common():
+      one = stats.examples[cause]
+      detail = f": {one.detail}" if one.detail else ""
+      lines.append(f"  {cause}: for example {one.key or 'no key'} in {file_of(one.shard)}{detail}")
   if not stats.lengths:
     return lines
   if stats.speakers:
@@ -103,6 +110,11 @@ def describe(stats: Stats) -> list[str]:
     lines.append(f"hours by {field}: {', '.join(hours)}")
   shortest, low, median, high, longest = (f"{stats.length_at(share):g} s" for share in _SHARES)
   lines.append(f"lengths: {shortest} to {longest}, median {median}, 98 % from {low} to {high}")
+  if too_long := sum(n for ticks, n in stats.lengths.items() if ticks > max_s * _TICKS):
+    lines.append(
+      f"longer than {max_s:g} s: {too_long:,} utterances, which training skips, or truncates with"
+      " data.truncate=True"
+    )
   return [*lines, *_bars(stats)]
 
 
@@ -174,6 +186,7 @@ def shard_stats(name: str, condition: str, labels: Labels | None = None) -> Stat
     seconds = _seconds(joined) if isinstance(joined, RawUtterance) else joined
     if isinstance(seconds, SkippedUtterance):
       stats.skipped[seconds.cause] += 1
+      stats.examples.setdefault(seconds.cause, seconds)
       continue
     assert isinstance(selected, RawUtterance)
     ticks = math.ceil(seconds * _TICKS - 1e-6)

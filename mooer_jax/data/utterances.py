@@ -344,7 +344,8 @@ class UtteranceStream:
     counts = ", ".join(f"{cause} {n}" for cause, n in skipped)
     if self._pending:
       last = self._pending[-1]
-      return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {last.cause} {last.detail})"
+      why = f"{last.cause}: {last.detail}" if last.detail else last.cause
+      return f"{counts} (last: {last.key or 'no key'} in {last.shard}: {why})"
     weights = self._config.task_weights
     if self._position.left_out:
       left_out = f"{self._source.filter} leaves out {self._position.left_out}"

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from mooer_jax import checkpoint, hosts
+from mooer_jax import checkpoint, hosts, storage
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.data.augment import AugmentConfig
 from mooer_jax.data.config import DataConfig
@@ -24,6 +24,8 @@ from mooer_jax.generation.loading import Loaded, load_model
 from mooer_jax.run.config import EvalConfig, Run
 from mooer_jax.sharding import make_mesh
 from mooer_jax.speech_llm import prompt_slots
+
+_SET_OUT = "set the output folder: --config.eval.out=DIR"
 
 
 @dataclasses.dataclass
@@ -49,9 +51,16 @@ class DecodingResults:
   num_truncated: int = 0
 
 
-def find_checkpoint(path: str | Path) -> Path:
-  """`checkpoint.find`, with the same result in all processes; each host copies that of a URL."""
-  return checkpoint.local_folder(hosts.on_first(lambda: checkpoint.locate(path)))
+def find_checkpoint(path: str | Path, options: EvalConfig | None = None) -> Path:
+  """`checkpoint.find`, with the same result in all processes; each host copies that of a URL.
+
+  Raises:
+    ValueError: before the copy, if the results need a folder that `options` do not name.
+  """
+  found = hosts.on_first(lambda: checkpoint.locate(path))
+  if options and not options.out and storage.is_url(found):
+    raise ValueError(f"{found} is a URL; {_SET_OUT}")
+  return checkpoint.local_folder(found)
 
 
 def load(
@@ -161,7 +170,7 @@ def _out_folder(options: EvalConfig, folder: Path, name: str) -> Path:
   url = checkpoint.url_of(folder)
   if not options.out and (url or checkpoint.latest(folder.parent) is None):
     place = f"{url} is a URL" if url else f"{folder} is not in the folder of a run"
-    raise ValueError(f"{place}; set the output folder: --config.eval.out=DIR")
+    raise ValueError(f"{place}; {_SET_OUT}")
   data_list, text, report = (out / name for name in ("data.list", "text", "report.json"))
   if options.out and (data_list.exists() or (text.exists() and not report.exists())):
     raise ValueError(

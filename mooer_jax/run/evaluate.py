@@ -43,7 +43,7 @@ def evaluate(
   """
   prepare_process()
   options = run.eval
-  folder = find_checkpoint(path)
+  folder = find_checkpoint(path, options)
   options.require_shards()
   shards = Path(storage.absolute(options.shards))
   folder_name = shards.name if storage.is_folder(options.shards) else shards.parent.name

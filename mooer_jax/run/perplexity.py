@@ -67,7 +67,7 @@ def perplexity(
   prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
-  out = out_folder(options, find_checkpoint(paths[0]), "perplexity")
+  out = out_folder(options, find_checkpoint(paths[0], options), "perplexity")
   rows: list[Perplexity] = []
   found = hosts.on_first(
     lambda: [(step, str(place)) for path in paths for step, place in _steps(path, base)]

@@ -141,7 +141,8 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
   given = [text for text in argv if text.startswith("--config.") and key in text]
   return (
     f"no config key {key!r} for {' '.join(given)}{hint or '.'} Flags override keys that the"
-    " config file sets; set other keys of a model part or of `generation` in the file first"
+    " config file sets; set other keys of a model part, of a data set of `data.mixture` or of"
+    " `generation` in the file first"
   )
 
 

@@ -112,7 +112,9 @@ def test_the_command_prints_writes_and_draws(mixed, tmp_path, capsys):
   ("arguments", "message"),
   [
     (["nowhere"], "nowhere: no such list"),
+    (["a.tar"], "a.tar: is a tar; name its folder, or a list with its path on a line"),
     (["{list}", "--filter", "f()"], "data.filter='f()'"),
+    (["{list}", "--filter", "a =="], "data.filter='a ==': invalid syntax; write fields"),
     (["{list}", "--max-s", "nan"], "--max-s nan: must be above 0"),
     (["{list}", "--buckets", "0"], "--buckets 0: must be above 0"),
     (["{list}", "--json", "{list}"], "data.list exists; name another file"),
@@ -126,7 +128,25 @@ def test_bad_arguments_are_one_line(mixed, capsys, arguments, message):
 def test_data_that_cannot_be_used_are_status_1(shards, capsys):
   shards.add_members([("a.wav", make_wav(0.5))])
   assert cli.main(["data", "stats", str(shards.list), "--processes", "1"]) == 1
-  assert "cannot be used: 1 utterances (no transcript 1)" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "cannot be used: 1 utterances (no transcript 1)" in out
+  assert f"no transcript: for example a in {shards.list.parent}" in out
+
+
+def test_a_field_that_the_filter_lacks_is_named(mixed, capsys):
+  cli.main(["data", "stats", mixed, "--filter", "snr > 3", "--processes", "1"])
+  out = capsys.readouterr().out
+  assert "no such field: for example " in out and "no field 'snr'; there are " in out
+
+
+def test_clips_that_training_skips_for_their_length_are_counted(mixed, capsys):
+  seconds = sorted(data_stats(mixed, processes=1).lengths.elements())
+  max_s = seconds[-1] / 100 - 0.01
+  cli.main(["data", "stats", mixed, "--max-s", str(max_s), "--processes", "1"])
+  number = sum(ticks > 100 * max_s for ticks in seconds)
+  assert f"longer than {max_s:g} s: {number} utterances" in capsys.readouterr().out
+  cli.main(["data", "stats", mixed, "--processes", "1"])
+  assert "longer than" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])

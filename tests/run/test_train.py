@@ -342,22 +342,23 @@ def test_a_fine_tune_of_a_url_is_resumed_and_evaluated_without_its_base_here(
   config.train.steps = 4
   base = train(config)
   url = f"{bucket}/runs/base/{base.name}"
-  for file in base.rglob("*"):
-    if file.is_file():
-      storage.upload(file, f"{url}/{file.relative_to(base)}")
+  for file in filter(Path.is_file, base.rglob("*")):
+    storage.upload(file, f"{url}/{file.relative_to(base)}")
   shutil.rmtree(base.parent)
   config.init_from, config.train.cmvn = url, ""
   config.workdir, config.trainable = str(tmp_path / "tuned"), ("connector/.*",)
   train(config)
-  shutil.rmtree(tmp_path / "cache")
   config.train.steps = 8
+  shutil.rmtree(tmp_path / "cache")
   assert train(config).name == "step_00000008"
   shutil.rmtree(tmp_path / "cache")
   scores, _ = evaluate(config, config.workdir)
   assert scores["character"].utterances
+  shutil.rmtree(tmp_path / "cache")
   config.eval.out = ""
   with pytest.raises(ValueError, match=f"{url} is a URL; set the output folder"):
     evaluate(config, url)
+  assert not (tmp_path / "cache").exists()
   config.init_from = f"{bucket}/runs/base"
   with pytest.raises(ValueError, match=f"runs/base is the folder of a run; .*: {url}"):
     train(config)

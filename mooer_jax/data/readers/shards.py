@@ -10,6 +10,7 @@ from mooer_jax import storage
 from mooer_jax.data.readers.entries import TEXT, RawUtterance, SkippedUtterance, is_text
 from mooer_jax.data.readers.tars import (
   AUDIO_SUFFIXES,
+  TARS,
   VIDEO_SUFFIXES,
   DamagedShard,
   read_members,
@@ -37,6 +38,8 @@ def read_list(path: str | Path) -> list[str]:
   """
   path = str(path)
   try:
+    if path.endswith(TARS):
+      raise ValueError(f"{path}: is a tar; name its folder, or a list with its path on a line")
     lines = [line for line in map(str.strip, read_lines(path)) if line]
   except FileNotFoundError as error:
     advice = "no such list of shards; `mooer-jax pack` writes one"

@@ -25,7 +25,7 @@ def lora_sweep(
   prepare_process()
   check_scales(scales)
   options = dataclasses.replace(run.eval, task="")
-  folder = find_checkpoint(path)
+  folder = find_checkpoint(path, options)
   out = out_folder(options, folder, "lora_sweep")
   loaded = load(run, folder, base, merge_lora=False)
   trained = loaded.model.decoder.lora_scale

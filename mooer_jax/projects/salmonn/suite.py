@@ -175,8 +175,8 @@ def evaluate_suite(
 ) -> dict[str, Scored | str]:
   """Run `eval.py --suite=salmonn`: `run_suite` with arguments and errors of `evaluate.evaluate`."""
   prepare_process()
-  folder = find_checkpoint(path)
   options = run.eval
+  folder = find_checkpoint(path, options)
   out = out_folder(options, folder, "salmonn")
   loaded = load(run, folder, base, lora_scale=options.lora_scale)
 
