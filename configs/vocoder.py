@@ -1,10 +1,10 @@
 """Vocoder of a model that answers with speech: HiFi-GAN, trained from the LLM's hidden states.
 
-Command:   python train.py --config=configs/vocoder.py --config.init_from=CKPT
-           --config.data.shards=.../data.list --config.data.labels=.../labels
-           --config.data.target_audio=.../wav.scp
-           CKPT is a checkpoint that was trained to answer with text, <|audio_start|> and audio
-           tokens. For a checkpoint of another config, name it: --config=configs/vocoder.py:tiny
+Command:   python train.py --config=configs/vocoder.py --config.data.target_audio=answers/wav.scp
+           The model is that of the last stage of configs/mooer_omni.py, from its last checkpoint
+           and on its questions and answers in speech. For another model that answers with text,
+           <|audio_start|> and audio tokens, name its config, such as configs/vocoder.py:tiny, and
+           set --config.init_from, --config.data.shards and --config.data.labels
 Hardware:  as for training of the LLM, whose forward pass is most of a step; vocoder and
            discriminators have 106 M parameters, 1.3 GB with Adam's moments
 Time:      not measured yet
@@ -16,9 +16,10 @@ import importlib
 from mooer_jax.decoders.llm import LLMConfig
 
 
-def get_config(base: str = "mooer_7b"):
-  """The vocoder of the model of configs/BASE.py."""
+def get_config(base: str = "mooer_omni"):
+  """The vocoder of the model of configs/BASE.py, from the last checkpoint of its run."""
   config = importlib.import_module(f"configs.{base}").get_config()
+  config.init_from = f"{config.workdir}/step_{config.train.steps:08d}"
   config.workdir = f"out/vocoder_{base}"
   config.train.objective = "vocoder"
   config.trainable = ("vocoder/.*", "speaker/.*")
@@ -32,6 +33,11 @@ def get_config(base: str = "mooer_7b"):
       drop_last=2,  # the states at the last audio token and at the end predict no audio
     )
 
+  if base == "mooer_omni":  # only these answers have recordings
+    source = config.data.mixture.audio_audio
+    config.data.shards, config.data.labels = source.shards, source.labels
+    config.data.task = source.task
+    del config.data.mixture
   config.data.target_audio = ""
   config.data.target_s = 0.37  # HiFi-GAN: 8192 samples
   config.data.voice_s = 3.0

@@ -26,8 +26,8 @@ from mooer_jax.data.dataset import eval_batches
 from mooer_jax.evaluation.text_files import read_text
 from mooer_jax.files import replace_file
 from mooer_jax.run.process import prepare_process
-from mooer_jax.training.vocoder import segment
 from mooer_jax.transcribe.responder import SpeechResponder
+from mooer_jax.vocoders import segment
 
 
 def resynthesize(

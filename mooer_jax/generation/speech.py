@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mooer_jax import speech_llm
+from mooer_jax import speech_llm, vocoders
 from mooer_jax.config import SpeechLLMConfig
 from mooer_jax.generation.generate import GenerateOutput, generate, generate_from
 from mooer_jax.generation.options import GenerationConfig
@@ -119,7 +119,7 @@ def with_states(options: GenerationConfig) -> GenerationConfig:
 
 
 def _without_speech(params: dict) -> dict:
-  return {name: part for name, part in params.items() if name not in ("vocoder", "speaker")}
+  return {name: part for name, part in params.items() if name not in vocoders.PARTS}
 
 
 def _speech_of(params, output: GenerateOutput, config, speaker_BE, start_id: int) -> SpeechOutput:
@@ -146,7 +146,6 @@ def _speech_of(params, output: GenerateOutput, config, speaker_BE, start_id: int
 @functools.partial(jax.jit, static_argnames=("config", "length"))
 def _speak(params, hidden_BSD, start_B, frames_B, speaker_BE, config, length: int):
   """Waveforms of `length` states from start_B on, of which frames_B are valid."""
-  place_BT = jnp.minimum(start_B[:, None] + jnp.arange(length), hidden_BSD.shape[1] - 1)
-  states_BTD = jnp.take_along_axis(hidden_BSD, place_BT[..., None], axis=1)
+  states_BTD = vocoders.segment(hidden_BSD, start_B, length)
   speaker_BE = jnp.broadcast_to(speaker_BE, (len(start_B), speaker_BE.shape[-1]))
   return speech_llm.speak(params, states_BTD, frames_B, speaker_BE, config)

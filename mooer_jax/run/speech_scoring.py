@@ -50,10 +50,12 @@ def evaluate_speech(run: Run) -> SpeechScores:
       f"speech.folder={folder}: none of its {len(waves)} wav files is named as one of the"
       f" {len(references)} keys of {run.eval.references}, such as {next(iter(references), '')}.wav"
     )
+  voice = None
+  if options.voice:  # before minutes of work, since it may raise
+    voice = speaker_vector(load_audio(options.voice, sample_rate_hz=RATE_HZ))
   spoken = recognise(answers, options)
   similarities = None
-  if options.voice:
-    voice = speaker_vector(load_audio(options.voice, sample_rate_hz=RATE_HZ))
+  if voice is not None:
     similarities = {
       key: float(speaker_vector(load_audio(path, sample_rate_hz=RATE_HZ)) @ voice)
       for key, path in answers.items()

@@ -100,7 +100,7 @@ def loss(
   assert target is not None and speech is not None, "the config is checked before"
   frames = target.waveform_BN.shape[1] // speech.vocoder.samples_per_frame
   hidden_BAD = jax.lax.stop_gradient(speech_llm.answer_hidden(params, batch, model, rows=rows))
-  states_BSD = segment(hidden_BAD, target.first_B, frames)
+  states_BSD = vocoders.segment(hidden_BAD, target.first_B, frames)
   speaker_BE = speech_llm.speaker_vector(params, target.voice_BTF, model)
   fake_BN = speech_llm.speak(params, states_BSD, target.frames_B, speaker_BE, model)
   of_discriminators = params[vocoders.DISCRIMINATORS]
@@ -133,13 +133,6 @@ def loss(
     "per_token": {name: summed(value_B) for name, value_B in parts.items()},
   }
   return sums["loss_sum"] / jnp.maximum(sums["tokens"], 1), sums
-
-
-def segment(hidden_BAD: jax.Array, first_B: jax.Array, frames: int) -> jax.Array:
-  """The states of `frames` positions from `first_B` on, [B, frames, D]; the last is repeated."""
-  position_BS = first_B[:, None] + jnp.arange(frames)
-  position_BS = jnp.minimum(position_BS, hidden_BAD.shape[1] - 1)
-  return jnp.take_along_axis(hidden_BAD, position_BS[..., None], axis=1)
 
 
 def discriminator_loss(

@@ -14,7 +14,7 @@ from mooer_jax.generation import GenerationConfig
 from mooer_jax.generation.loading import DEFAULT_VOICE, load_model, load_speech
 from mooer_jax.generation.speech_stream import CHUNK_FRAMES
 from mooer_jax.nn.compute import ExecutionConfig
-from mooer_jax.prompts import SPEECH_TASKS
+from mooer_jax.prompts import SPEECH_TASKS, TEXT
 from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.transcribe.clips import Audio
 from mooer_jax.transcribe.response import SpeechChunk, SpeechResponse
@@ -122,11 +122,11 @@ class SpeechResponder:
     return self._voices.vector(voice)
 
   def default_task(self) -> str:
-    """The only task of the checkpoint that asks for speech, or its only task.
+    """The only task of the checkpoint that asks for speech, or its only task that takes audio.
 
     Raises ValueError if there is none, or there are several.
     """
-    tasks = [task for task, _ in self.model.config.prompts]
+    tasks = [task for task, prompt in self.model.config.prompts if TEXT not in prompt]
     spoken = [task for task in tasks if task in SPEECH_TASKS] or tasks
     if len(spoken) != 1:
       raise ValueError(f"name a task; the model has {sorted(tasks)}")

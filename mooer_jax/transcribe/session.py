@@ -15,7 +15,7 @@ from mooer_jax.generation import NOT_FINITE, GenerationConfig
 from mooer_jax.generation.speech import generate_speech_from
 from mooer_jax.generation.speech_stream import CHUNK_FRAMES, SpeechPiece, stream_speech
 from mooer_jax.inputs import extract_features
-from mooer_jax.prompts import check_question, fill_next_turn, task_prompt
+from mooer_jax.prompts import QUESTION, fill_next_turn, fill_template, task_prompt
 from mooer_jax.text.tokenizer import REPLACEMENT, Tokenizer
 from mooer_jax.transcribe.clips import Audio, read_clip
 from mooer_jax.transcribe.response import SpeechChunk, SpeechResponse
@@ -76,10 +76,18 @@ class Session:
   """
 
   def __init__(self, model: SpeakingModel, *, task: str, speaker_BE: np.ndarray):
-    """Most users call `SpeechResponder.session`; raises ValueError for an unknown task."""
+    """Most users call `SpeechResponder.session`.
+
+    Raises ValueError for an unknown task, or one whose prompt takes a question or text.
+    """
     check_types(str, "a str", task=task)
     self._prompt = task_prompt(task, dict(model.config.prompts))
-    check_question(self._prompt, None, task)
+    if QUESTION in self._prompt:
+      raise ValueError(
+        f"task={task!r}: its prompt {self._prompt!r} takes a question, which answers with speech do"
+        " not support; choose another task"
+      )
+    fill_template(model.config.chat_template, self._prompt)
     self.responses: list[SpeechResponse] = []
     self._model = model
     self._task = task

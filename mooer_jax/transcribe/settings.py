@@ -74,7 +74,10 @@ def make_settings(
 def sampling_options(
   defaults: GenerationConfig, generation: Mapping[str, Any], seed: int | None
 ) -> tuple[GenerationConfig, int]:
-  """`decoding_options`, and the seed or its default, 0; raises ValueError for a seed in vain."""
+  """`decoding_options`, and the seed or its default, 0.
+
+  Raises ValueError for a bad option, or a seed without effect.
+  """
   check_types(numbers.Integral, "an int", seed=seed)
   options = decoding_options(defaults, generation)
   if seed is not None and not 0 <= seed < 2**32:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from mooer_jax.files import replace_file
 from mooer_jax.storage import local_path
 
-START_TOKEN = "<|audio_start|>"
-
 
 def add_parser(commands, source_help: str) -> None:
   """Adds the subcommand; `source_help` describes a data set."""
@@ -156,6 +154,7 @@ def _encode(args: argparse.Namespace) -> int:
   from mooer_jax.data.labels import LabelFile, Labels
   from mooer_jax.units.codebook import Codebook
   from mooer_jax.units.token_vectors import Rate, UnitEncoder, token_vectors
+  from mooer_jax.vocoders import SpeechOutputConfig
 
   if args.out.is_dir():
     raise IsADirectoryError(f"--out {args.out}: a folder; name a file")
@@ -164,8 +163,7 @@ def _encode(args: argparse.Namespace) -> int:
   info = codebook.info
   encoder = UnitEncoder.load(args.checkpoint, kind=info.encoder, base=args.base_checkpoint)
   codebook.check_encoder(encoder.hash, encoder.checkpoint.folder)
-  speech = encoder.model.speech_output
-  start = START_TOKEN if speech is None else speech.start_token
+  start = (encoder.model.speech_output or SpeechOutputConfig()).start_token
   skipped: Counter[str] = Counter()
   utterances = token_vectors(
     args.source,
@@ -222,19 +220,21 @@ def _add_tokens(args: argparse.Namespace) -> int:
   from absl import logging
 
   from mooer_jax.units.add_tokens import add_tokens
+  from mooer_jax.vocoders import SpeechOutputConfig
 
   logging.set_verbosity(logging.ERROR)  # Orbax warns of every leaf
   jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, and nothing needs it
+  start = SpeechOutputConfig().start_token
   added = add_tokens(
     args.checkpoint,
     args.out,
     count=args.count,
-    start_token=START_TOKEN,
+    start_token=start,
     seed=args.seed,
     base=args.base_checkpoint,
   )
   print(
-    f"{args.out}: {START_TOKEN} has the id {added.first_id}, and <A_0> to <A_{args.count - 1}> the"
+    f"{args.out}: {start} has the id {added.first_id}, and <A_0> to <A_{args.count - 1}> the"
     f" next {args.count}; train with --config.model.llm.vocab_size={added.vocab_size}"
   )
   return 0

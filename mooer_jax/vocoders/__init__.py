@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mooer_jax.vocoders.hifigan import HiFiGANConfig
@@ -44,6 +46,12 @@ class SpeechOutputConfig:
         f"speech_output: vocoder.speaker_width={self.vocoder.speaker_width}, but"
         f" speaker.output_width={self.speaker.output_width}; they must be equal"
       )
+
+
+def segment(hidden_BSD: jax.Array, first_B: jax.Array, length: int) -> jax.Array:
+  """The states of `length` positions from `first_B` on, [B, length, D]; the last is repeated."""
+  position_BT = jnp.minimum(first_B[:, None] + jnp.arange(length), hidden_BSD.shape[1] - 1)
+  return jnp.take_along_axis(hidden_BSD, position_BT[..., None], axis=1)
 
 
 @flax.struct.dataclass

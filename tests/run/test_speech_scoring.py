@@ -119,11 +119,13 @@ def test_the_voice_is_compared_with_each_answer(answers, whisper, monkeypatch, t
     (dict(speech__folder="no_such_folder"), "speech.folder=no_such_folder: no such folder"),
     (dict(eval__references=""), "eval.references is missing"),
     (dict(speech__recogniser="bad"), "speech.recogniser=bad: .*name a size of faster-whisper"),
+    (dict(speech__voice="no_such.wav"), "no_such.wav"),
   ],
 )
 def test_a_bad_setting_is_named(changes, message, answers, whisper):
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     evaluate_speech(_run(answers, **changes))
+  assert not whisper["options"]  # nothing was recognised before
 
 
 def test_a_folder_of_other_answers_is_refused(answers, whisper, tmp_path):

@@ -1,5 +1,6 @@
 """A vocoder is trained as a user meets it: beside a checkpoint of its LLM, resumed bit for bit."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from configs import vocoder
+from configs import mooer_omni, vocoder
 from mooer_jax import checkpoint, speech_llm, tree
 from mooer_jax.config import to_json
 from mooer_jax.data.utterances import BadDataError
@@ -148,14 +149,26 @@ def test_recordings_of_other_lengths_stop_the_run_with_their_cause(config, clips
   assert "audio tokens, but the label has" in rows[0]["detail"]
 
 
-@pytest.mark.parametrize("base", ["mooer_7b", "tiny"])
+@pytest.mark.parametrize("base", ["mooer_omni", "mooer_7b", "tiny"])
 def test_the_published_config_is_read(base, tmp_path):
   config = vocoder.get_config(base)
   config.data.target_audio = str(tmp_path / "wav.scp")
   run = Run.read(config)
   check_objective(run)
+  before = importlib.import_module(f"configs.{base}").get_config()
+  assert str(run.init_from) == f"{before.workdir}/step_{before.train.steps:08d}"
   vocoder_config = run.model.speech_output.vocoder
   assert vocoder_config.input_width == run.model.decoder.hidden_size
   shapes = jax.eval_shape(lambda: speech_llm.init(jax.random.key(0), run.model))
   trained, _ = tree.partition(shapes, run.trainable)
   assert set(trained) == {"vocoder", "speaker"}
+
+
+def test_the_default_config_continues_the_stages_of_a_model_that_speaks():
+  """The same model, and of its data those whose answers are recordings."""
+  stages, run = (Run.read(module.get_config()) for module in (mooer_omni, vocoder))
+  assert run.model.replace(speech_output=None) == stages.model
+  source = stages.data.mixture["audio_audio"]
+  assert (run.data.shards, run.data.labels) == (source.shards, source.labels)
+  assert run.data.task == source.task and not run.data.mixture
+  assert run.data.answer_buckets == stages.data.answer_buckets

@@ -152,12 +152,6 @@ def test_the_mesh_changes_nothing(params):
     assert_within(on_two[name], on_one[name], bound)
 
 
-def test_segments_start_at_their_place():
-  hidden_BAD = jnp.arange(2 * 9.0).reshape(2, 9, 1)
-  states_BSD = vocoder.segment(hidden_BAD, jnp.array([2, 6]), 4)
-  assert states_BSD[..., 0].tolist() == [[2, 3, 4, 5], [15, 16, 17, 17]]
-
-
 def test_the_loss_is_that_of_the_segments_own_states(params):
   """A vocoder that speaks exactly the target from its states has no distance, one frame off it has.
 

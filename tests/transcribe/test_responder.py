@@ -218,9 +218,18 @@ def test_the_task_must_be_one_of_the_checkpoint(responder, clips):
     responder(clips[0].path, task="s2s")
   with pytest.raises(ValueError, match="name a task; the model has"):
     responder(clips[0].path)
-  config = responder.model.config.replace(prompts=(("asr", "a"), ("s2s_chat", "b")))
-  one = mooer_jax.SpeechResponder(responder.model.params, config, TOKENIZER, voice=VOICE_N)
-  assert one.default_task() == "s2s_chat"
+
+  def with_tasks(**prompts):
+    config = responder.model.config.replace(prompts=tuple(prompts.items()))
+    return mooer_jax.SpeechResponder(responder.model.params, config, TOKENIZER, voice=VOICE_N)
+
+  assert with_tasks(asr="a", s2s_chat="b").default_task() == "s2s_chat"
+  text = with_tasks(talk="a", say="say <TextHere>", ask="{}")
+  with pytest.raises(ValueError, match="'say <TextHere>' takes text instead of audio"):
+    text.session(task="say")
+  with pytest.raises(ValueError, match="task='ask': its prompt '{}' takes a question"):
+    text.session(task="ask")
+  assert with_tasks(talk="a", say="say <TextHere>").default_task() == "talk"
 
 
 def test_a_checkpoint_that_cannot_speak_is_an_error(

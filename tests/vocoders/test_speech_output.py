@@ -75,6 +75,12 @@ def test_a_model_is_loaded_for_text_without_it(tmp_path):
   assert not set(vocoders.PARTS) & set(loaded.params)
 
 
+def test_segments_start_at_their_place():
+  hidden_BSD = jnp.arange(2 * 9.0).reshape(2, 9, 1)
+  states_BSD = vocoders.segment(hidden_BSD, jnp.array([2, 6]), 4)
+  assert states_BSD[..., 0].tolist() == [[2, 3, 4, 5], [15, 16, 17, 17]]
+
+
 def test_states_become_a_waveform_in_a_voice():
   params = tiny.init(CONFIG)
   rng = np.random.default_rng(0)
