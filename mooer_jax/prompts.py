@@ -176,7 +176,7 @@ def split_answer(task: str, text: str) -> Answer:
   """
   if task == "asr":
     return Answer(text, None)
-  if task == "ast":
+  if task in ("ast", "s2s_trans"):
     return Answer(None, text)
   if task == "asr_ast_mtl":
     transcript, line_break, translation = text.partition("\n")

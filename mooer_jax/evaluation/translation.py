@@ -10,6 +10,7 @@ from mooer_jax.prompts import TASKS, split_answer
 TOKENIZERS = {
   "ast": "13a",
   "asr_ast_mtl": "13a",
+  "s2s_trans": "13a",
   "translation_ec": "zh",
   "translation_en2de": "13a",
   "translation_en2ja": "ja-mecab",

@@ -127,10 +127,14 @@ class Monitor:
 
   def _log(self, row):
     step, recent = row["step"], self._rows[self._logged :]
-    elapsed, audio_s = time.perf_counter() - self._start, sum(row["audio_s"] for row in recent)
-    rates = {"steps_per_s": len(recent) / elapsed, "audio_s_per_s": audio_s / elapsed}
-    # Not of `elapsed`: steps are recorded late, so it would be the share of another interval.
-    rates["data_wait_share"] = self._waited_s / self._intervals_s if self._intervals_s else 0.0
+    audio_s = sum(row["audio_s"] for row in recent)
+    # Not the time since the last line: steps are recorded late, the last two of a run at once.
+    elapsed = self._intervals_s or time.perf_counter() - self._start
+    rates = {
+      "steps_per_s": len(recent) / elapsed,
+      "audio_s_per_s": audio_s / elapsed,
+      "data_wait_share": self._waited_s / elapsed,
+    }
     tasks = self._by_task(self._task_sums)
     self._start, self._logged = time.perf_counter(), len(self._rows)
     self._task_sums[:], self._waited_s, self._intervals_s = 0, 0.0, 0.0

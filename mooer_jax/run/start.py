@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mooer_jax import checkpoint, hosts, speech_llm, tree
+from mooer_jax import checkpoint, hosts, speech_llm, tree, vocoders
 from mooer_jax.audio.cmvn import estimate, read_mvn
 from mooer_jax.config import (
   SpeechLLMConfig,
@@ -32,7 +32,6 @@ from mooer_jax.text.tokenizer import Tokenizer
 from mooer_jax.training import vocoder
 from mooer_jax.training.program import cast_params, init_params
 from mooer_jax.training.step import create, state_shardings
-from mooer_jax.vocoders import DISCRIMINATORS
 
 CMVN_BATCHES = 32
 
@@ -90,6 +89,12 @@ def _check_same_model(saved: dict, wanted: SpeechLLMConfig, folder: Path, *, exa
     free.append("decoder/lora_.*")
   if not exactly and "speech_output" not in saved:  # a model of text may learn to speak
     free.append("speech_output/.*")
+    speech = wanted.speech_output
+    if speech is not None and speech.drop_last != vocoders.TRAINED_DROP_LAST:
+      raise ValueError(
+        f"model.speech_output.drop_last={speech.drop_last} is for a released vocoder; one that is"
+        f" trained here takes all states but the last {vocoders.TRAINED_DROP_LAST}: set it to that"
+      )
   described = to_json(wanted)
   if "connector" in saved:
     saved = to_json(from_json(saved, path=folder / "config.json"))
@@ -194,7 +199,7 @@ def initial_state(run: Run, params: dict, *, tx, mesh):
 
 def trained_patterns(run: Run) -> tuple[str, ...]:
   """The patterns of all trained parameters; discriminators are trained with a vocoder."""
-  more = () if vocoder_of(run) is None else (f"{DISCRIMINATORS}/.*",)
+  more = () if vocoder_of(run) is None else (f"{vocoders.DISCRIMINATORS}/.*",)
   return *run.trainable, *more
 
 

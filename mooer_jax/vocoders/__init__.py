@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from mooer_jax.vocoders.hifigan import HiFiGANConfig
 from mooer_jax.vocoders.speaker import SpeakerConfig
 
+# States after those of a vocoder that is trained here: at the last audio token and at the end.
+TRAINED_DROP_LAST = 2
 PARTS = ("vocoder", "speaker")  # their names in the parameters
 DISCRIMINATORS = "discriminators"  # in the parameters of a vocoder's training only
 

@@ -43,6 +43,7 @@ def test_each_task_is_compared_in_its_language():
   for task, tokenize, used in (
     ("ast", "", "13a"),
     ("ast", "intl", "intl"),
+    ("s2s_trans", "", "13a"),
     ("translation_ec", "", "zh"),
     ("translation_en2de", "", "13a"),
     ("my_translation", "char", "char"),

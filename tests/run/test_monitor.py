@@ -35,6 +35,20 @@ def test_truncated_clips_are_counted_over_a_runs_parts(tmp_path, capsys):
   assert "clips truncated" not in said and "  truncated" not in said
 
 
+def test_speeds_are_those_of_the_steps_not_of_their_records(tmp_path):
+  """The last two steps of a run are recorded at once."""
+  speeds = []
+  with Monitor(tmp_path, TrainConfig(steps=2, log_every=1), first=0) as monitor:
+    monitor._tensorboard.add_scalar = lambda name, value, step: (
+      speeds.append(value) if name.endswith("_per_s") else None
+    )
+    for step in (1, 2):
+      metrics = dict(step=step, loss=1.0, accuracy=0.5, lr=1e-3, bad_steps=0)
+      batch = BatchSummary(30.0, 0, (), interval_s=0.5)
+      monitor.record({name: np.asarray(value) for name, value in metrics.items()}, batch)
+  assert speeds == [2.0, 60.0] * 2
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.jsonl"])
 @pytest.mark.parametrize("line", ["garbage", '{"a": 1}', "[1]", '{"step": "x"}'])
 def test_a_damaged_line_of_an_earlier_part_is_named(tmp_path, name, line):

@@ -120,6 +120,7 @@ def test_a_run_resumes_bit_for_bit_beside_its_base(config, tmp_path):
     ({"train": {"objective": "text"}}, "train.objective='text': choose one of"),
     ({"model": {"speech_output": {"start_token": "<s>"}}}, "start_token: token '<s>' is not in"),
     ({"perplexity": {"shards": "x.json"}}, "perplexity.shards"),
+    ({"model": {"speech_output": {"drop_last": 6}}}, "drop_last=6 is for a released vocoder"),
   ],
 )
 def test_bad_configs_fail_before_training_by_name(config, change, message):
