@@ -93,7 +93,7 @@ def get_config(stage: str = "speech"):
   config.optimizer.betas = (0.9, 0.98)
   config.optimizer.max_grad_norm = 1.0
   if stage == "vocoder":
-    _train_vocoder(config, shards, labels)
+    _train_vocoder(config, labels)
   config.optimizer.total_steps = config.train.steps = STEPS[stage]
 
   config.train.log_every = 20
@@ -109,8 +109,8 @@ def get_config(stage: str = "speech"):
   return config
 
 
-def _train_vocoder(config, shards: str, labels: str) -> None:
-  """Train a vocoder of 1.4 M parameters on the answers to translate."""
+def _train_vocoder(config, labels: str) -> None:
+  """Train a vocoder of 1.4 M parameters on the answers of both tasks."""
   config.train.objective = "vocoder"
   config.trainable = ("vocoder/.*", "speaker/.*")
   config.model.speech_output = dict(
@@ -122,11 +122,8 @@ def _train_vocoder(config, shards: str, labels: str) -> None:
     speaker=dict(blocks=(1, 1, 1, 1), channels=(16, 16, 32, 32), output_width=64),
     drop_last=2,
   )  # fmt: skip
-  del config.data.mixture
-  config.data.shards = f"{shards}/trans-train/data.list"
-  config.data.labels = f"{labels}/trans"
-  config.data.target_audio = "out/mini-s2s/data/trans/train/targets"
-  config.data.task = "s2s_trans"
+  del config.data.mixture.say  # the answers of the two tasks are enough
+  config.data.target_audio = f"{labels}/targets"
   config.data.target_s = 0.4
   config.data.voice_s = 2.0
   config.data.batch_size = 8

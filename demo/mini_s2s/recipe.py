@@ -151,9 +151,17 @@ def _label(data: Path, shards: Path, asr: Path, units: Path, labels: Path) -> No
     call(MOOER_JAX, "units", "encode", shards / f"english-{split}" / "data.list",
          f"--checkpoint={asr}", f"--units={units}", f"--out={folder / 'english'}")  # fmt: skip
     answers = read_text(folder / "english")
+    waveforms: dict[str, str] = {}
     for task in TASKS:
       targets = read_text(data / task / split / "targets")
+      if lacking := [path for path in targets.values() if Path(path).stem not in answers]:
+        raise RuntimeError(
+          f"{folder / 'english'} has no audio tokens of {lacking[0]} and {len(lacking) - 1} others,"
+          " which `units encode` has skipped; see its output"
+        )
       write_text(folder / task, {key: answers[Path(path).stem] for key, path in targets.items()})
+      waveforms |= targets  # keys begin with the task
+    write_text(folder / "targets", waveforms)
 
 
 def _resynthesize(recipe: Recipe, data: Path, labels: Path, voice: Path, ideal: Path) -> None:

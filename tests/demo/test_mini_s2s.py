@@ -1,5 +1,6 @@
 """The corpus of the mini speech-to-speech model has no held-out combination in training."""
 
+import shutil
 import types
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import pytest
 
 from configs import mini_s2s
 from demo.asterisk import LANGUAGES
-from demo.mini_s2s import corpus
+from demo.mini_s2s import corpus, recipe
 from demo.mini_s2s.corpus import SPLITS, TOKEN_SAMPLES, CorpusConfig, Voice, plan
 from demo.mini_s2s.numbers import NUMBERS, Utterance, prompts_of, sequence, sequences, sums
 from demo.mini_s2s.recipe import FULL, QUICK, failures
-from mooer_jax.evaluation.text_files import read_text
+from mooer_jax.evaluation.text_files import read_text, write_text
 from mooer_jax.run.config import Run
 from mooer_jax.speech_llm import param_shapes
 from mooer_jax.vocoders import PARTS
@@ -189,6 +190,7 @@ def test_a_stage_is_read(stage):
     speech = run.model.speech_output
     assert speech.vocoder.samples_per_frame == TOKEN_SAMPLES
     assert speech.start_token in config.specials
+    assert tasks == {*recipe.TASKS.values()}  # all that is spoken
     shapes = param_shapes(run.model)
     sizes = [leaf.size for part in PARTS for leaf in jax.tree.leaves(shapes[part])]
     assert sum(sizes) <= 2_000_000
@@ -200,9 +202,24 @@ def test_the_quick_recipe_stays_apart():
     assert "--config.train.steps=40" in words
     assert not any("out/mini-s2s/" in word for word in words)
     moved = {w.partition("=")[0] for w in words if "out/mini-s2s-quick/" in w}
-    shards = "data.shards" if stage == "vocoder" else "data.mixture.trans.shards"
-    assert {"--config.workdir", f"--config.{shards}"} <= moved
+    assert {"--config.workdir", "--config.data.mixture.trans.shards"} <= moved
   assert FULL.settings("asr") == ["--config=configs/mini_s2s.py:asr"]
+
+
+def test_an_answer_without_audio_tokens_is_named(tmp_path, monkeypatch):
+  data, labels = tmp_path / "data", tmp_path / "labels"
+  write_text(labels.parent / "encoded", {"a": "one<|audio_start|><A_1>"})
+  for task in recipe.TASKS:
+    write_text(
+      data / task / "train" / "targets", {f"{task}-1": "x/a.flac", f"{task}-2": "x/b.flac"}
+    )
+
+  def encode(*words):
+    shutil.copy(tmp_path / "encoded", str(words[-1]).removeprefix("--out="))
+
+  monkeypatch.setattr(recipe, "call", encode)
+  with pytest.raises(RuntimeError, match="no audio tokens of x/b.flac and 0 others"):
+    recipe._label(data, tmp_path, tmp_path, tmp_path, labels)
 
 
 def test_a_missed_goal_is_named():
