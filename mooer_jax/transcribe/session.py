@@ -124,7 +124,10 @@ class Session:
     chunk_frames: int = CHUNK_FRAMES,
     **generation: Any,
   ) -> Generator[SpeechChunk]:
-    """Answers the next clip as a stream; arguments as in `SpeechResponder.stream`."""
+    """Answers the next clip as a stream; arguments as in `SpeechResponder.stream`.
+
+    Read it to its end before the next turn. Otherwise, the end of the stream raises ValueError.
+    """
     began_s, model = time.monotonic(), self._model
     options, seed = sampling_options(model.options, {"num_beams": 1} | generation, seed)
     turn_SD, inputs_BSD, valid_BS = self._embed(audio)
@@ -139,7 +142,7 @@ class Session:
       chunk_frames=chunk_frames,
       key=jax.random.key(seed),
     )
-    return self._chunks(pieces, turn_SD, options, began_s)
+    return self._chunks(pieces, turn_SD, options, began_s, len(self.responses))
 
   def _chunks(
     self,
@@ -147,6 +150,7 @@ class Session:
     turn_SD: np.ndarray,
     options: GenerationConfig,
     began_s: float,
+    turns: int,
   ) -> Generator[SpeechChunk]:
     tokens: list[int] = []
     waveforms, sent, first_audio_s = [_NO_SAMPLES], "", None
@@ -164,6 +168,11 @@ class Session:
       if len(text) > len(sent):
         yield SpeechChunk(text[len(sent) :], _NO_SAMPLES, elapsed_s)
         sent = text
+    if len(self.responses) != turns:
+      raise ValueError(
+        "another clip was answered while this stream was open, so this turn is not part of the"
+        " history; read a stream to its end before the next turn"
+      )
     waveform_N = np.concatenate(waveforms)
     response = self._remember(turn_SD, tokens, waveform_N, options, first_audio_s)
     rest = response.text[len(sent) :]

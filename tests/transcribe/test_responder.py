@@ -52,6 +52,16 @@ def test_a_stream_is_the_answer(responder, clips):
     responder.stream(clips[0].path, task="s2s_chat", num_beams=2)
 
 
+def test_a_turn_during_a_stream_is_refused_at_its_end(responder, clips):
+  """The history that the stream was answered with is not that of the session any more."""
+  session = responder.session(task="s2s_chat")
+  stream = session.stream(clips[0].path, max_new_tokens=4)
+  answered = session(clips[1].path, max_new_tokens=4)
+  with pytest.raises(ValueError, match="read a stream to its end before the next turn"):
+    list(stream)
+  assert session.responses == [answered]
+
+
 def test_beams_of_the_checkpoint_do_not_hinder_a_stream(responder, clips):
   model = dataclasses.replace(
     responder.model,
@@ -78,7 +88,7 @@ def test_a_line_break_is_streamed_whole(responder, pieces, sent):
   session = sessions.Session(model, task="s2s_chat", speaker_BE=responder.speaker_vector())
   tokens = (sessions.SpeechPiece([TOKENIZER.token_id(piece)]) for piece in pieces)
   turn_SD = np.zeros((1, 32), np.float32)
-  chunks = session._chunks(tokens, turn_SD, GenerationConfig(), 0.0)
+  chunks = session._chunks(tokens, turn_SD, GenerationConfig(), 0.0, turns=0)
   assert [chunk.text for chunk in chunks if chunk.text] == sent
 
 
